@@ -1,0 +1,29 @@
+//! boxlitefs mounts a BoxLite home as files.
+//!
+//! The map of the crate; arrows go one way, from the kernel's side down to the disk:
+//!
+//! ```text
+//! main ─ mount ─ fuse ─→ tree ─→ store ─→ home     rows, paths, the runtime lock (the only room that knows SQL)
+//!                                   ├───→ archive  the .boxlite format ─→ disk
+//!                                   └───→ disk     layers and chains (the only room that knows qcow2)
+//! ```
+//!
+//! * [`error`]: the one error type, errno and sentence.
+//! * [`home`]: what BoxLite keeps on disk.
+//! * [`disk`]: one qcow2 layer, and chains of them.
+//! * [`archive`]: the `.boxlite` format, out and in.
+//! * [`store`]: what can be done to boxes, one file per change, each in its crash-safe order.
+//! * [`tree`]: the names and files a user sees, without FUSE.
+//! * [`fuse`]: fuser's callbacks on the tree.
+//! * [`mount`]: options, daemonizing, signals, readiness.
+
+pub mod archive;
+pub mod disk;
+pub mod error;
+pub mod fuse;
+pub mod home;
+pub mod mount;
+pub mod store;
+pub mod tree;
+
+pub use error::{Context, Error, Result};

@@ -1,1 +1,23 @@
-//! placeholder
+//! What BoxLite keeps on disk: paths, SQLite rows, the runtime lock, is-it-running.
+//!
+//! The only room that knows SQL. It knows nothing of qcow2 and nothing of FUSE. Facts about the
+//! files are in BoxLite's own sources (runtime/layout, db/schema); where they matter, the comment
+//! at the code says which.
+
+mod activity;
+mod catalog;
+mod change;
+mod identity;
+mod options;
+mod paths;
+mod records;
+
+pub use activity::Activity;
+pub use catalog::{Catalog, Schema};
+pub use change::{Change, Transaction};
+pub use identity::{base_id, box_id, container_id, is_safe_component, rfc3339, snapshot_id};
+pub use options::{check_options, normalize_imported, redact_secrets};
+pub use paths::{Home, Owner, is_snapshot_name};
+pub use records::{
+    BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
+};

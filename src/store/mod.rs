@@ -1,1 +1,168 @@
-//! placeholder
+//! What can be done to boxes. One file per change, each in the crash-safe order that
+//! `docs/design.md` tabulates, with a comment on what a crash leaves.
+//!
+//! The room knows homes, layers and archives; it knows nothing of names in a mount, handles or
+//! FUSE. Every change starts with [`Store::prepare`]: lock, fresh rows, recovery by looking.
+
+mod adopt;
+mod arrival;
+pub mod check;
+mod clone;
+mod crash;
+mod durable;
+mod export;
+mod freeze;
+mod import;
+mod journal;
+mod layers;
+mod prepare;
+mod recover;
+mod remove_snapshot;
+mod snapshot;
+mod workspace;
+
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+
+pub use arrival::Arrival;
+pub use clone::NewClone;
+pub use import::Imported;
+pub use journal::Journal;
+
+use crate::home::{BoxRecord, Home, SnapshotRecord};
+use crate::{Error, Result};
+
+/// A disk state that can be read, cloned and exported.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Source {
+    /// The live disk of a box.
+    Live {
+        /// The box's id.
+        box_id: String,
+    },
+    /// A snapshot of a box.
+    Snapshot {
+        /// The box's id.
+        box_id: String,
+        /// The snapshot's id.
+        snapshot_id: String,
+    },
+}
+
+impl Source {
+    /// The id of the box it belongs to.
+    pub fn box_id(&self) -> &str {
+        match self {
+            Source::Live { box_id } | Source::Snapshot { box_id, .. } => box_id,
+        }
+    }
+}
+
+/// A home and all that is needed to change it.
+pub struct Store {
+    home: Home,
+    journal: Journal,
+    headers: Mutex<layers::HeaderCache>,
+    exports: Mutex<export::ExportCache>,
+    workspace: Mutex<Option<workspace::Workspace>>,
+    read_only: bool,
+}
+
+impl Store {
+    /// Opens the home at `path` and, unless `read_only`, recovers what a crash left. A recovery
+    /// that has to wait (a runtime holds the lock) is done before the next change of each box.
+    ///
+    /// # Errors
+    /// Those of [`Home::open`].
+    pub fn open(path: &Path, read_only: bool) -> Result<Store> {
+        let home = Home::open(path)?;
+        let journal = Journal::open(&home, read_only);
+        let store = Store {
+            home,
+            journal,
+            headers: Mutex::default(),
+            exports: Mutex::default(),
+            workspace: Mutex::new(None),
+            read_only,
+        };
+        if let Some(why) = store.home.catalog()?.schema().read_only.clone() {
+            store.journal.note(&format!("read only: {why}"));
+        } else if !read_only {
+            store.recover_at_mount();
+        }
+        Ok(store)
+    }
+
+    /// The home.
+    pub fn home(&self) -> &Home {
+        &self.home
+    }
+
+    /// The log a user sees in the mount.
+    pub fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// Whether changes are refused because of how it was mounted.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// EROFS when mounted read-only.
+    pub(crate) fn refuse_read_only(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(
+                libc::EROFS,
+                "mounted read-only; mount again without ro to make changes",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Notes in the journal how an operation ended, and passes its result on.
+    pub(crate) fn noted<T>(&self, what: &str, result: Result<T>) -> Result<T> {
+        match &result {
+            Ok(_) => self.journal.note(what),
+            Err(error) => self.journal.note(&format!("{what} failed: {error}")),
+        }
+        result
+    }
+
+    /// Where the layer of a snapshot is: what BoxLite's row says, unless that leaves the home (a
+    /// copied home), then where it must be in this home.
+    pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
+        if let Some(path) = snapshot.base_path().map(PathBuf::from)
+            && let Ok(resolved) = layers::resolve(&path)
+            && resolved.starts_with(self.home.root())
+        {
+            return resolved;
+        }
+        self.home.snapshot_disk(&snapshot.box_id, &snapshot.name)
+    }
+
+    /// The file on top of the chain of a disk state.
+    ///
+    /// # Errors
+    /// ENOENT when the box or snapshot is gone.
+    pub(crate) fn top_of(&self, source: &Source) -> Result<PathBuf> {
+        match source {
+            Source::Live { box_id } => Ok(self.home.live_disk(box_id)),
+            Source::Snapshot {
+                box_id,
+                snapshot_id,
+            } => {
+                let catalog = self.home.catalog()?;
+                catalog
+                    .snapshot_by_id(box_id, snapshot_id)
+                    .map(|snapshot| self.snapshot_layer(snapshot))
+                    .ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))
+            }
+        }
+    }
+}
+
+/// How a box is called in sentences: its name, or its id where it has none.
+pub(crate) fn called(record: &BoxRecord) -> &str {
+    record.name.as_deref().unwrap_or(&record.id)
+}

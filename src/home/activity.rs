@@ -1,0 +1,137 @@
+//! Whether a box is running, whatever its row says.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Once;
+
+use super::paths::Home;
+use super::records::BoxRecord;
+
+/// What a box is doing as far as its disk is concerned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// Nobody writes to its disk.
+    Idle,
+    /// Somebody may; the sentence says who.
+    Active(String),
+}
+
+impl Home {
+    /// Looks at shim.pid, the row and the live disk.
+    ///
+    /// A live process in shim.pid means active whatever the row says: while a VM boots the row
+    /// says failed with no pid, and a shim outlives its runtime for seconds with the runtime lock
+    /// free. The read lease is refused by the kernel while anyone has the disk open for writing.
+    pub fn activity(&self, record: &BoxRecord) -> Activity {
+        if let Some(pid) = live_shim(&self.box_dir(&record.id).join("shim.pid")) {
+            return Activity::Active(format!("its virtual machine runs as process {pid}"));
+        }
+        if matches!(record.status.as_str(), "running" | "paused" | "stopping")
+            && let Some(pid) = record.pid
+            && u32::try_from(pid).is_ok_and(|pid| start_time(pid).is_some())
+        {
+            return Activity::Active(format!(
+                "BoxLite says it is {} as process {pid}",
+                record.status
+            ));
+        }
+        if is_open_for_writing(&self.live_disk(&record.id)) {
+            return Activity::Active("a process has its disk open for writing".into());
+        }
+        Activity::Idle
+    }
+}
+
+/// The pid in shim.pid if that very process is alive: line 1 is the pid, line 2 its start time
+/// (field 22 of /proc/PID/stat), which tells it from a later process of the same number.
+fn live_shim(path: &Path) -> Option<u32> {
+    let text = fs::read_to_string(path).ok()?;
+    let mut lines = text.lines();
+    let pid: u32 = lines.next()?.trim().parse().ok()?;
+    let started = start_time(pid)?;
+    match lines.next().map(str::trim).filter(|line| !line.is_empty()) {
+        Some(line) if line.parse() != Ok(started) => None,
+        _ => Some(pid),
+    }
+}
+
+/// Start time of a live process in clock ticks since boot; None when there is none or it is a
+/// zombie.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Field 2 is the command in parentheses and may hold spaces and parentheses itself.
+    let after = &stat[stat.rfind(')')? + 1..];
+    let mut fields = after.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// Asks for a read lease, which the kernel refuses (EAGAIN) while anyone has the file open for
+/// writing, and gives it back. Where leases do not work at all, says no.
+fn is_open_for_writing(path: &Path) -> bool {
+    let Ok(file) = File::open(path) else {
+        return false;
+    };
+    ignore_lease_breaks();
+    match set_lease(&file, libc::F_RDLCK) {
+        Ok(()) => {
+            // Closing the descriptor would release it too.
+            let _ = set_lease(&file, libc::F_UNLCK);
+            false
+        }
+        Err(e) => e.raw_os_error() == Some(libc::EAGAIN),
+    }
+}
+
+/// The kernel announces with SIGIO that somebody wants to write to a leased file, and SIGIO ends a
+/// process that does not care for it. Ours holds leases for microseconds and needs no notice.
+fn ignore_lease_breaks() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: SIG_IGN is no handler of ours, so nothing runs in signal context.
+        unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    });
+}
+
+fn set_lease(file: &File, kind: i32) -> std::io::Result<()> {
+    // SAFETY: F_SETLEASE takes a descriptor, which `file` keeps open, and an integer.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) } {
+        -1 => Err(std::io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_live_process_with_the_recorded_start_time_is_active() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("shim.pid");
+        let me = std::process::id();
+        let started = start_time(me).unwrap();
+        fs::write(&path, format!("{me}\n{started}\n")).unwrap();
+        assert_eq!(live_shim(&path), Some(me));
+        fs::write(&path, format!("{me}\n{}\n", started + 1)).unwrap();
+        assert_eq!(live_shim(&path), None, "another process of the same number");
+        fs::write(&path, format!("{me}\n")).unwrap();
+        assert_eq!(live_shim(&path), Some(me), "an older shim.pid has one line");
+        fs::write(&path, "garbage").unwrap();
+        assert_eq!(live_shim(&path), None);
+    }
+
+    #[test]
+    fn a_disk_open_for_writing_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.qcow2");
+        let writer = File::create(&path).unwrap();
+        assert!(is_open_for_writing(&path));
+        drop(writer);
+        assert!(!is_open_for_writing(&path));
+        assert!(!is_open_for_writing(&dir.path().join("absent")));
+    }
+}

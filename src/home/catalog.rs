@@ -1,0 +1,338 @@
+//! The rows as they are now, read afresh whenever somebody changed the database.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags};
+
+use super::identity::is_safe_component;
+use super::paths::Home;
+use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
+use crate::{Context, Error, Result};
+
+/// Newest schema whose snapshot and base tables we know to be missing or different below it
+/// (BoxLite migrates older databases itself at its next start).
+const OLDEST_WRITABLE_SCHEMA: i64 = 7;
+
+/// Which version of BoxLite's schema a database has, and whether we may change it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Schema {
+    /// `schema_version.version`.
+    pub version: i64,
+    /// Why changes are refused, as a sentence; None when they are not.
+    pub read_only: Option<String>,
+}
+
+/// All boxes and snapshots of a home at one moment.
+#[derive(Debug)]
+pub struct Catalog {
+    schema: Schema,
+    boxes: Vec<BoxRecord>,
+    by_id: HashMap<String, usize>,
+    snapshots: HashMap<String, Vec<SnapshotRecord>>,
+}
+
+impl Catalog {
+    /// The schema they are stored in.
+    pub fn schema(&self) -> &Schema {
+        &self.schema
+    }
+
+    /// Every box, oldest first.
+    pub fn boxes(&self) -> &[BoxRecord] {
+        &self.boxes
+    }
+
+    /// The box with this id.
+    pub fn box_by_id(&self, id: &str) -> Option<&BoxRecord> {
+        self.by_id.get(id).map(|index| &self.boxes[*index])
+    }
+
+    /// The snapshots of a box, oldest first.
+    pub fn snapshots_of(&self, box_id: &str) -> &[SnapshotRecord] {
+        self.snapshots.get(box_id).map_or(&[], Vec::as_slice)
+    }
+
+    /// The snapshot of a box with this id.
+    pub fn snapshot_by_id(&self, box_id: &str, id: &str) -> Option<&SnapshotRecord> {
+        self.snapshots_of(box_id).iter().find(|s| s.id == id)
+    }
+
+    /// The snapshot of a box with this name.
+    pub fn snapshot_by_name(&self, box_id: &str, name: &str) -> Option<&SnapshotRecord> {
+        self.snapshots_of(box_id).iter().find(|s| s.name == name)
+    }
+}
+
+impl Home {
+    /// The rows as they are now. Costs one stat and one pragma while nothing changed.
+    ///
+    /// # Errors
+    /// EIO when the database is gone, damaged or has no boxes table.
+    pub fn catalog(&self) -> Result<Arc<Catalog>> {
+        self.catalog.lock().current()
+    }
+}
+
+impl Home {
+    /// Every base disk as it is now, without the lock.
+    ///
+    /// # Errors
+    /// EIO when the database is damaged.
+    pub fn bases(&self) -> Result<Vec<BaseRecord>> {
+        let database = self.database();
+        let connection = connect(&database)?;
+        if !has_table(&connection, "base_disk") {
+            return Ok(Vec::new());
+        }
+        read_bases(&connection).map_err(|e| damaged(&database, e))
+    }
+}
+
+/// A connection kept for reading, with what was read last.
+pub(super) struct CatalogReader {
+    database: PathBuf,
+    open: Option<OpenDatabase>,
+}
+
+struct OpenDatabase {
+    /// (st_dev, st_ino): a connection kept over a database that was made anew reads the old one.
+    file: (u64, u64),
+    connection: Connection,
+    /// SQLite's count of commits by others; the rows below are of this version.
+    data_version: i64,
+    catalog: Arc<Catalog>,
+}
+
+impl CatalogReader {
+    pub(super) fn new(database: PathBuf) -> Self {
+        CatalogReader {
+            database,
+            open: None,
+        }
+    }
+
+    fn current(&mut self) -> Result<Arc<Catalog>> {
+        let meta = fs::metadata(&self.database).context(|| {
+            format!(
+                "the database {} is gone; put it back or unmount",
+                self.database.display()
+            )
+        })?;
+        let file = (meta.dev(), meta.ino());
+        if self.open.as_ref().is_some_and(|open| open.file != file) {
+            self.open = None;
+        }
+        if let Some(open) = &mut self.open {
+            let version = data_version(&open.connection).map_err(|e| damaged(&self.database, e))?;
+            if version != open.data_version {
+                let catalog = Arc::new(read_all(&open.connection, &self.database)?);
+                open.catalog = catalog;
+                open.data_version = version;
+            }
+            return Ok(open.catalog.clone());
+        }
+        let connection = connect(&self.database)?;
+        // Version first: a commit that comes between is seen the next time.
+        let data_version = data_version(&connection).map_err(|e| damaged(&self.database, e))?;
+        let catalog = Arc::new(read_all(&connection, &self.database)?);
+        self.open = Some(OpenDatabase {
+            file,
+            connection,
+            data_version,
+            catalog: catalog.clone(),
+        });
+        Ok(catalog)
+    }
+}
+
+/// Opens the database the way BoxLite does (db/mod.rs: WAL stays as it is, foreign keys on).
+/// Only SQLite may open this file: closing any other descriptor of it drops SQLite's locks.
+pub(super) fn connect(database: &std::path::Path) -> Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection =
+        Connection::open_with_flags(database, flags).map_err(|e| damaged(database, e))?;
+    connection
+        .busy_timeout(Duration::from_secs(10))
+        .and_then(|()| connection.pragma_update(None, "foreign_keys", true))
+        .and_then(|()| connection.pragma_update(None, "synchronous", "FULL"))
+        .map_err(|e| damaged(database, e))?;
+    Ok(connection)
+}
+
+fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.pragma_query_value(None, "data_version", |row| row.get(0))
+}
+
+/// A sentence for what SQLite says of the database.
+pub(super) fn damaged(database: &std::path::Path, error: rusqlite::Error) -> Error {
+    let code = error.sqlite_error_code();
+    let (errno, what) = match code {
+        Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => (
+            libc::EIO,
+            "is damaged; put a backup in its place, or recover it with sqlite3's .recover",
+        ),
+        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
+            (libc::EBUSY, "is in use; try again")
+        }
+        Some(rusqlite::ErrorCode::DiskFull) => (libc::ENOSPC, "cannot grow, the disk is full"),
+        Some(rusqlite::ErrorCode::ReadOnly) => (libc::EROFS, "cannot be written"),
+        Some(rusqlite::ErrorCode::PermissionDenied | rusqlite::ErrorCode::CannotOpen) => (
+            libc::EACCES,
+            "cannot be opened; run as the user whose home it is",
+        ),
+        _ => (libc::EIO, "cannot be used"),
+    };
+    Error::new(errno, format!("the database {} {what}", database.display())).caused_by(error)
+}
+
+fn read_all(connection: &Connection, database: &std::path::Path) -> Result<Catalog> {
+    let schema = read_schema(connection).map_err(|e| damaged(database, e))?;
+    let boxes = read_boxes(connection, None).map_err(|e| damaged(database, e))?;
+    let mut snapshots: HashMap<String, Vec<SnapshotRecord>> = HashMap::new();
+    if schema.version >= OLDEST_WRITABLE_SCHEMA || has_table(connection, "snapshot") {
+        for snapshot in read_snapshots(connection, None).map_err(|e| damaged(database, e))? {
+            snapshots
+                .entry(snapshot.box_id.clone())
+                .or_default()
+                .push(snapshot);
+        }
+    }
+    let by_id = boxes
+        .iter()
+        .enumerate()
+        .map(|(index, record)| (record.id.clone(), index))
+        .collect();
+    Ok(Catalog {
+        schema,
+        boxes,
+        by_id,
+        snapshots,
+    })
+}
+
+/// Every box, or the one with this id. Boxes whose id could not be a directory name are left out.
+pub(super) fn read_boxes(
+    connection: &Connection,
+    id: Option<&str>,
+) -> rusqlite::Result<Vec<BoxRecord>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT c.id, c.name, c.created_at, c.json, s.status, s.pid, s.json
+         FROM box_config c LEFT JOIN box_state s ON s.id = c.id
+         WHERE ?1 IS NULL OR c.id = ?1
+         ORDER BY c.created_at, c.id",
+    )?;
+    let rows = statement.query_map([id], |row| {
+        Ok(BoxRecord {
+            id: row.get(0)?,
+            name: row.get(1)?,
+            created_at: row.get(2)?,
+            config: row.get(3)?,
+            status: row
+                .get::<_, Option<String>>(4)?
+                .unwrap_or_else(|| "unknown".into()),
+            pid: row.get(5)?,
+            state: row.get::<_, Option<String>>(6)?.unwrap_or_default(),
+        })
+    })?;
+    let mut boxes = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+    boxes.retain(|record| is_safe_component(&record.id));
+    Ok(boxes)
+}
+
+/// Every snapshot, or those of one box, oldest first. Names that could leave their directory are
+/// left out: BoxLite refuses to make them, so whoever wrote the row was not BoxLite.
+pub(super) fn read_snapshots(
+    connection: &Connection,
+    box_id: Option<&str>,
+) -> rusqlite::Result<Vec<SnapshotRecord>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id, box_id, name, created_at, json FROM snapshot
+         WHERE ?1 IS NULL OR box_id = ?1
+         ORDER BY created_at, rowid",
+    )?;
+    let rows = statement.query_map([box_id], |row| {
+        Ok(SnapshotRecord {
+            id: row.get(0)?,
+            box_id: row.get(1)?,
+            name: row.get(2)?,
+            created_at: row.get(3)?,
+            json: row.get(4)?,
+        })
+    })?;
+    let mut snapshots = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+    snapshots.retain(|snapshot| super::paths::is_snapshot_name(&snapshot.name));
+    Ok(snapshots)
+}
+
+/// Every base disk.
+pub(super) fn read_bases(connection: &Connection) -> rusqlite::Result<Vec<BaseRecord>> {
+    let mut statement =
+        connection.prepare_cached("SELECT id, source_box_id, kind, base_path FROM base_disk")?;
+    statement
+        .query_map([], |row| {
+            Ok(BaseRecord {
+                id: row.get(0)?,
+                source_box_id: row.get(1)?,
+                kind: row.get(2)?,
+                base_path: row.get(3)?,
+            })
+        })?
+        .collect()
+}
+
+fn has_table(connection: &Connection, table: &str) -> bool {
+    connection.table_exists(None, table).unwrap_or(false)
+}
+
+/// Tables and columns that our changes use; BoxLite's versions 7 to 11 have them all.
+const NEEDED: &[(&str, &[&str])] = &[
+    ("box_config", &["id", "name", "created_at", "json"]),
+    ("box_state", &["id", "status", "pid", "json"]),
+    ("snapshot", &["id", "box_id", "name", "created_at", "json"]),
+    (
+        "base_disk",
+        &[
+            "id",
+            "source_box_id",
+            "name",
+            "kind",
+            "base_path",
+            "created_at",
+            "json",
+        ],
+    ),
+    ("base_disk_ref", &["base_disk_id", "box_id"]),
+];
+
+/// The schema's version, and whether all we use is there. A newer version that has the tables and
+/// columns works; an older one, or one that lacks something, is read only.
+pub(super) fn read_schema(connection: &Connection) -> rusqlite::Result<Schema> {
+    let version = connection.query_row(
+        "SELECT version FROM schema_version WHERE id = 1",
+        [],
+        |row| row.get(0),
+    )?;
+    let mut read_only = None;
+    if version < OLDEST_WRITABLE_SCHEMA {
+        read_only = Some(format!(
+            "the database is of schema {version}, older than {OLDEST_WRITABLE_SCHEMA}; start a current BoxLite once, it migrates it"
+        ));
+    }
+    for (table, columns) in NEEDED {
+        for column in *columns {
+            if !connection.column_exists(None, *table, *column)? {
+                read_only.get_or_insert_with(|| {
+                    format!(
+                        "the database (schema {version}) has no {table}.{column}; this boxlitefs does not know how to change it"
+                    )
+                });
+            }
+        }
+    }
+    Ok(Schema { version, read_only })
+}

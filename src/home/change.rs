@@ -1,0 +1,412 @@
+//! Changing a home: the runtime lock, a fresh connection, and the transactions.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use parking_lot::MutexGuard;
+use rusqlite::{Connection, TransactionBehavior, params};
+use serde_json::{Value, json};
+
+use super::catalog::{connect, damaged, read_bases, read_boxes, read_schema, read_snapshots};
+use super::identity::rfc3339;
+use super::paths::Home;
+use super::records::{
+    BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
+};
+use crate::{Context, Error, Result};
+
+/// How long another boxlitefs, which holds the lock for milliseconds, is waited for. A BoxLite
+/// runtime holds it for its whole life.
+const LOCK_PATIENCE: Duration = Duration::from_millis(150);
+
+/// First lock number of ours: a running runtime hands out the lowest unused one it knows of, and
+/// fails when one was taken behind its back.
+const FIRST_LOCK_ID: u32 = 1_000_000;
+
+/// The right to change a home: the runtime lock is held and a fresh connection is open for as long
+/// as this lives. Hold it for milliseconds.
+pub struct Change<'h> {
+    home: &'h Home,
+    connection: Connection,
+    _lock: File,
+    _serial: MutexGuard<'h, ()>,
+}
+
+impl Home {
+    /// Takes the runtime lock and opens the database afresh.
+    ///
+    /// # Errors
+    /// EBUSY when a BoxLite runtime holds the lock, EROFS when the schema is not one we change.
+    pub fn change(&self) -> Result<Change<'_>> {
+        let serial = self.changing.lock();
+        let lock = take_lock(self)?;
+        let database = self.database();
+        let before = file_id(&database)?;
+        let connection = connect(&database)?;
+        let schema = read_schema(&connection).map_err(|e| damaged(&database, e))?;
+        if let Some(why) = schema.read_only {
+            return Err(Error::new(libc::EROFS, why));
+        }
+        // SQLite opens by name; make sure it is the file we looked at.
+        if file_id(&database)? != before {
+            return Err(Error::busy(
+                "the database was replaced while it was being opened; try again",
+            ));
+        }
+        Ok(Change {
+            home: self,
+            connection,
+            _lock: lock,
+            _serial: serial,
+        })
+    }
+}
+
+fn file_id(path: &Path) -> Result<(u64, u64)> {
+    let meta = fs::metadata(path).context(|| format!("cannot look at {}", path.display()))?;
+    Ok((meta.dev(), meta.ino()))
+}
+
+/// flock(LOCK_EX | LOCK_NB) on a descriptor of our own, as a runtime does (runtime/lock.rs).
+fn take_lock(home: &Home) -> Result<File> {
+    let path = home.runtime_lock();
+    let fresh = !path.exists();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .context(|| format!("cannot open the runtime lock {}", path.display()))?;
+    if fresh {
+        home.give_to_owner(&path)?;
+    }
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match flock_exclusive(&file) {
+            Ok(()) => return Ok(file),
+            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EWOULDBLOCK) => {
+                if Instant::now() >= deadline {
+                    return Err(Error::busy(format!(
+                        "a BoxLite runtime is using {}; changes wait until the program that has it open is done",
+                        home.root().display()
+                    )));
+                }
+                std::thread::sleep(Duration::from_millis(3));
+            }
+            Err(e) => return Err(Error::io("cannot take the runtime lock", e)),
+        }
+    }
+}
+
+fn flock_exclusive(file: &File) -> std::io::Result<()> {
+    // SAFETY: flock takes a descriptor, which `file` keeps open, and no memory. std's try_lock is
+    // not promised to be flock, and BoxLite uses flock.
+    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+impl Change<'_> {
+    /// The home being changed.
+    pub fn home(&self) -> &Home {
+        self.home
+    }
+
+    fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T> {
+        result.map_err(|e| damaged(&self.home.database(), e))
+    }
+
+    /// Every box as it is now.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn boxes(&self) -> Result<Vec<BoxRecord>> {
+        self.sql(read_boxes(&self.connection, None))
+    }
+
+    /// The box with this id as it is now.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone.
+    pub fn box_by_id(&self, id: &str) -> Result<BoxRecord> {
+        self.sql(read_boxes(&self.connection, Some(id)))?
+            .pop()
+            .ok_or_else(|| Error::new(libc::ENOENT, format!("box {id} is gone")))
+    }
+
+    /// Whether a box has this name.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn is_name_taken(&self, name: &str) -> Result<bool> {
+        self.sql(self.connection.query_row(
+            "SELECT EXISTS (SELECT 1 FROM box_config WHERE name = ?1 OR id = ?1)",
+            [name],
+            |row| row.get(0),
+        ))
+    }
+
+    /// The snapshots of a box as they are now, oldest first.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn snapshots_of(&self, box_id: &str) -> Result<Vec<SnapshotRecord>> {
+        self.sql(read_snapshots(&self.connection, Some(box_id)))
+    }
+
+    /// Every base disk as it is now.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn bases(&self) -> Result<Vec<BaseRecord>> {
+        self.sql(read_bases(&self.connection))
+    }
+
+    /// The ids of the bases that a box refers to.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn refs_of(&self, box_id: &str) -> Result<Vec<String>> {
+        let rows = || -> rusqlite::Result<Vec<String>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT base_disk_id FROM base_disk_ref WHERE box_id = ?1")?;
+            statement.query_map([box_id], |row| row.get(0))?.collect()
+        };
+        self.sql(rows())
+    }
+
+    /// A lock number nobody has, from 1,000,000 up; its file is made.
+    ///
+    /// # Errors
+    /// What SQLite or the file system says.
+    pub fn new_lock_id(&self) -> Result<u32> {
+        let highest = self
+            .boxes()?
+            .iter()
+            .filter_map(|record| record.state().ok()?["lock_id"].as_u64())
+            .max()
+            .unwrap_or(0);
+        let mut id = u32::try_from(highest + 1)
+            .unwrap_or(FIRST_LOCK_ID)
+            .max(FIRST_LOCK_ID);
+        while self.home.box_lock(id).exists() {
+            id += 1;
+        }
+        let path = self.home.box_lock(id);
+        if let Some(dir) = path.parent()
+            && !dir.is_dir()
+        {
+            self.home.make_dir(dir)?;
+        }
+        File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
+        self.home.give_to_owner(&path)?;
+        Ok(id)
+    }
+
+    /// Runs `edit` in one transaction: all of it is recorded and durable, or nothing.
+    ///
+    /// # Errors
+    /// What `edit` or SQLite says; nothing is changed then.
+    pub fn transaction<T>(&mut self, edit: impl FnOnce(&Transaction) -> Result<T>) -> Result<T> {
+        let database = self.home.database();
+        let sql = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .map_err(|e| damaged(&database, e))?;
+        let transaction = Transaction {
+            sql: &sql,
+            database: &database,
+        };
+        let value = edit(&transaction)?;
+        sql.commit().map_err(|e| damaged(&database, e))?;
+        Ok(value)
+    }
+}
+
+/// The rows of one transaction.
+pub struct Transaction<'t> {
+    sql: &'t rusqlite::Transaction<'t>,
+    database: &'t Path,
+}
+
+impl Transaction<'_> {
+    fn run(&self, statement: &str, params: impl rusqlite::Params) -> Result<usize> {
+        self.sql
+            .prepare_cached(statement)
+            .and_then(|mut statement| statement.execute(params))
+            .map_err(|e| damaged(self.database, e))
+    }
+
+    /// Records a base of ours. Its name stays NULL and its source is nobody's id, so BoxLite never
+    /// collects it, not even when a box is removed by force.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn insert_base(&self, base: &NewBase) -> Result<()> {
+        let json = json!({
+            "id": base.id,
+            "source_box_id": OUR_SOURCE_BOX,
+            "kind": "snapshot",
+            "base_path": base.path,
+            "container_disk_bytes": base.virtual_size,
+            "size_bytes": base.file_size,
+            "created_at": base.created_at,
+        });
+        self.run(
+            "INSERT INTO base_disk (id, source_box_id, name, kind, base_path, created_at, json)
+             VALUES (?1, ?2, NULL, 'snapshot', ?3, ?4, ?5)",
+            params![
+                base.id,
+                OUR_SOURCE_BOX,
+                base.path,
+                base.created_at,
+                json.to_string()
+            ],
+        )?;
+        Ok(())
+    }
+
+    /// Removes a base and every reference to it.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn delete_base(&self, base_id: &str) -> Result<()> {
+        self.run(
+            "DELETE FROM base_disk_ref WHERE base_disk_id = ?1",
+            [base_id],
+        )?;
+        self.run("DELETE FROM base_disk WHERE id = ?1", [base_id])?;
+        Ok(())
+    }
+
+    /// Records that a chain of the box reaches the base. The box's own row must exist, or be made
+    /// in this transaction: a reference of nobody makes BoxLite refuse to remove the source.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn insert_ref(&self, base_id: &str, box_id: &str) -> Result<()> {
+        self.run(
+            "INSERT OR IGNORE INTO base_disk_ref (base_disk_id, box_id) VALUES (?1, ?2)",
+            [base_id, box_id],
+        )?;
+        Ok(())
+    }
+
+    /// Records a snapshot, as BoxLite's snapshot_mgr does.
+    ///
+    /// # Errors
+    /// EEXIST when the box has one of that name.
+    pub fn insert_snapshot(&self, snapshot: &NewSnapshot) -> Result<()> {
+        let json = json!({
+            "id": snapshot.id,
+            "box_id": snapshot.box_id,
+            "name": snapshot.name,
+            "created_at": snapshot.created_at,
+            "base_path": snapshot.path,
+            "container_disk_bytes": snapshot.virtual_size,
+            "size_bytes": snapshot.file_size,
+        });
+        self.run(
+            "INSERT INTO snapshot (id, box_id, name, created_at, json) VALUES (?1, ?2, ?3, ?4, ?5)",
+            params![
+                snapshot.id,
+                snapshot.box_id,
+                snapshot.name,
+                snapshot.created_at,
+                json.to_string()
+            ],
+        )
+        .map_err(|e| taken(e, "the box has a snapshot of that name"))?;
+        Ok(())
+    }
+
+    /// Removes a snapshot's row; ENOENT when it is gone.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn delete_snapshot(&self, box_id: &str, id: &str) -> Result<()> {
+        match self.run(
+            "DELETE FROM snapshot WHERE box_id = ?1 AND id = ?2",
+            [box_id, id],
+        )? {
+            0 => Err(Error::new(libc::ENOENT, "the snapshot is gone")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Records a stopped box.
+    ///
+    /// # Errors
+    /// EEXIST when a box has that name.
+    pub fn insert_box(&self, new: &NewBox) -> Result<()> {
+        let config = config_of(new);
+        let state = state_of(new);
+        self.run(
+            "INSERT INTO box_config (id, name, created_at, json) VALUES (?1, ?2, ?3, ?4)",
+            params![new.id, new.name, new.created_at, config.to_string()],
+        )
+        .map_err(|e| taken(e, "a box has that name"))?;
+        self.run(
+            "INSERT INTO box_state (id, status, pid, json) VALUES (?1, 'stopped', NULL, ?2)",
+            params![new.id, state.to_string()],
+        )?;
+        Ok(())
+    }
+}
+
+/// A violated UNIQUE constraint is a name that is taken.
+fn taken(error: Error, sentence: &str) -> Error {
+    let constraint = std::error::Error::source(&error)
+        .and_then(|source| source.downcast_ref::<rusqlite::Error>())
+        .and_then(rusqlite::Error::sqlite_error_code)
+        == Some(rusqlite::ErrorCode::ConstraintViolation);
+    if constraint {
+        Error::new(libc::EEXIST, sentence)
+    } else {
+        error
+    }
+}
+
+/// `box_config.json` of a new box: BoxLite's fields set, a cloned box's unknown ones kept.
+fn config_of(new: &NewBox) -> Value {
+    let mut config = new.config_of_source.clone().unwrap_or_else(|| json!({}));
+    config["id"] = json!(new.id);
+    config["name"] = json!(new.name);
+    config["created_at"] = json!(rfc3339(new.created_at));
+    if !config["container"].is_object() {
+        config["container"] = json!({});
+    }
+    config["container"]["id"] = json!(new.container_id);
+    config["options"] = new.options.clone();
+    if !config["engine_kind"].is_string() {
+        config["engine_kind"] = json!("Libkrun");
+    }
+    config["box_home"] = json!(new.box_home);
+    config
+}
+
+/// `box_state.json` of a new box: stopped, with a lock number (null makes its start fail).
+fn state_of(new: &NewBox) -> Value {
+    let mut state = new.state_of_source.clone().unwrap_or_else(|| json!({}));
+    for gone in [
+        "container_id",
+        "error_reason",
+        "exit_code",
+        "started_at",
+        "pid",
+    ] {
+        state[gone] = Value::Null;
+    }
+    state["status"] = json!("stopped");
+    state["last_updated"] = json!(rfc3339(new.created_at));
+    state["lock_id"] = json!(new.lock_id);
+    state["health_status"] = json!({"state": "None", "failures": 0, "last_check": null});
+    state
+}

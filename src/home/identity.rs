@@ -1,0 +1,98 @@
+//! Identifiers as BoxLite makes them, and times as it writes them.
+
+use std::fs::File;
+use std::io::Read;
+
+use crate::{Context, Result};
+
+/// Digits of BoxLite's ids (runtime/id.rs: base62).
+const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+
+/// A new box id: 12 base62 characters.
+pub fn box_id() -> Result<String> {
+    base62(12)
+}
+
+/// A new base disk id: 8 base62 characters; also the stem of its file in `bases/`.
+pub fn base_id() -> Result<String> {
+    base62(8)
+}
+
+/// A new snapshot id: 8 base62 characters.
+pub fn snapshot_id() -> Result<String> {
+    base62(8)
+}
+
+/// A new container id: 64 hexadecimal digits.
+pub fn container_id() -> Result<String> {
+    Ok(random(32)?.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// `length` random base62 characters, each equally likely.
+fn base62(length: usize) -> Result<String> {
+    let mut id = String::with_capacity(length);
+    while id.len() < length {
+        // 248 = 4 × 62: bytes above would favour the first digits.
+        id.extend(
+            random(2 * length)?
+                .into_iter()
+                .filter(|byte| *byte < 248)
+                .map(|byte| char::from(BASE62[usize::from(byte) % 62])),
+        );
+    }
+    id.truncate(length);
+    Ok(id)
+}
+
+fn random(length: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .context(|| "cannot read /dev/urandom for a new id")?;
+    Ok(bytes)
+}
+
+/// Whether an id from the database may be used as one path component: BoxLite's are base62, and
+/// anything that could leave its directory is refused.
+pub fn is_safe_component(id: &str) -> bool {
+    !id.is_empty()
+        && id.len() <= 255
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+}
+
+/// A time in seconds since 1970 as RFC 3339 in UTC, the way BoxLite's JSON has it.
+pub fn rfc3339(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds)
+        .unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+        .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_have_boxlites_lengths_and_digits() {
+        let id = box_id().unwrap();
+        assert_eq!(id.len(), 12);
+        assert!(is_safe_component(&id));
+        assert_eq!(base_id().unwrap().len(), 8);
+        let container = container_id().unwrap();
+        assert_eq!(container.len(), 64);
+        assert!(container.bytes().all(|b| b.is_ascii_hexdigit()));
+    }
+
+    #[test]
+    fn an_id_that_could_leave_its_directory_is_refused() {
+        for id in ["", ".", "..", "a/b", "../x", "a\0b", "a.b"] {
+            assert!(!is_safe_component(id), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn times_are_rfc_3339() {
+        assert_eq!(rfc3339(1_795_570_251), "2026-11-25T01:30:51Z");
+    }
+}

@@ -1,0 +1,403 @@
+//! BoxLite's box options: is BoxLite able to read them, and what must not be shown or kept.
+//!
+//! BoxLite reads every row when it lists boxes, and one that it can't parse breaks the whole home;
+//! so options from an archive are held against the types of BoxLite's own struct (runtime/options.rs
+//! and advanced_options.rs) before they get into a row. Every field has a default there and
+//! unknown fields are ignored, so absent and unknown ones pass.
+
+use serde_json::{Value, json};
+
+use crate::{Error, Result};
+
+/// What replaces a secret in everything that is shown.
+const HIDDEN: &str = "(hidden)";
+
+/// The type a known field must have, as serde reads it.
+enum Type {
+    Bool,
+    /// An unsigned integer up to this.
+    Unsigned(u64),
+    Text,
+    List(&'static Type),
+    /// Null or the type.
+    Optional(&'static Type),
+    /// An object whose listed fields, where present, have these types.
+    Object(&'static [(&'static str, Type)]),
+    /// An object with these fields, all of them present.
+    Complete(&'static [(&'static str, Type)]),
+    /// A two-element array of strings.
+    Pair,
+    /// An enum: a bare word, or an object with the one variant as its key.
+    OneOf(&'static [&'static str], &'static [(&'static str, Type)]),
+    /// An object of an optional kind, or anything that is one: fields vary between versions.
+    AnyObject,
+}
+
+use Type::*;
+
+const U8: Type = Unsigned(u8::MAX as u64);
+const U16: Type = Unsigned(u16::MAX as u64);
+const U32: Type = Unsigned(u32::MAX as u64);
+const U64: Type = Unsigned(u64::MAX);
+const TEXTS: Type = List(&Text);
+
+const NETWORK: Type = OneOf(
+    &["Disabled"],
+    &[("Enabled", Object(&[("allow_net", TEXTS)]))],
+);
+
+const OPTIONS: Type = Object(&[
+    ("cpus", Optional(&U8)),
+    ("memory_mib", Optional(&U32)),
+    ("disk_size_gb", Optional(&U64)),
+    ("working_dir", Optional(&Text)),
+    ("env", List(&Pair)),
+    (
+        "rootfs",
+        OneOf(&[], &[("Image", Text), ("RootfsPath", Text)]),
+    ),
+    (
+        "volumes",
+        List(&Object(&[
+            ("managed_volume", Optional(&Text)),
+            ("host_path", Text),
+            ("guest_path", Text),
+            ("read_only", Bool),
+        ])),
+    ),
+    ("mounts", List(&AnyObject)),
+    ("network", NETWORK),
+    ("inbound_network", NETWORK),
+    (
+        "ports",
+        List(&Object(&[
+            ("host_port", Optional(&U16)),
+            ("guest_port", U16),
+            ("protocol", OneOf(&["Tcp", "Udp", "tcp", "udp"], &[])),
+            ("host_ip", Optional(&Text)),
+        ])),
+    ),
+    ("auto_remove", Bool),
+    ("auto_stop", Optional(&U32)),
+    ("auto_delete", Optional(&U32)),
+    ("auto_resume", Optional(&Bool)),
+    ("detach", Bool),
+    ("entrypoint", Optional(&TEXTS)),
+    ("cmd", Optional(&TEXTS)),
+    ("user", Optional(&Text)),
+    ("tty", Bool),
+    (
+        "secrets",
+        List(&Complete(&[
+            ("name", Text),
+            ("hosts", TEXTS),
+            ("placeholder", Text),
+            ("value", Text),
+        ])),
+    ),
+    (
+        "advanced",
+        Object(&[
+            (
+                "security",
+                Object(&[
+                    ("jailer_enabled", Bool),
+                    ("seccomp_enabled", Bool),
+                    ("uid", Optional(&U32)),
+                    ("gid", Optional(&U32)),
+                    ("new_pid_ns", Bool),
+                    ("new_net_ns", Bool),
+                    ("chroot_base", Text),
+                    ("chroot_enabled", Bool),
+                    ("close_fds", Bool),
+                    ("sanitize_env", Bool),
+                    ("env_allowlist", TEXTS),
+                    (
+                        "resource_limits",
+                        Object(&[
+                            ("max_open_files", Optional(&U64)),
+                            ("max_file_size", Optional(&U64)),
+                            ("max_processes", Optional(&U64)),
+                            ("max_memory", Optional(&U64)),
+                            ("max_cpu_time", Optional(&U64)),
+                        ]),
+                    ),
+                    ("sandbox_profile", Optional(&Text)),
+                    ("network_enabled", Bool),
+                ]),
+            ),
+            (
+                "capabilities",
+                Optional(&Object(&[("add", TEXTS), ("drop", TEXTS)])),
+            ),
+            ("isolate_mounts", Bool),
+            (
+                "health_check",
+                Optional(&Object(&[
+                    ("interval", DURATION),
+                    ("timeout", DURATION),
+                    ("retries", U32),
+                    ("start_period", DURATION),
+                ])),
+            ),
+            ("kernel", Optional(&AnyObject)),
+            ("nested_virtualization", Bool),
+            ("privileged", Bool),
+        ]),
+    ),
+]);
+
+/// std::time::Duration as serde writes it.
+const DURATION: Type = Complete(&[("secs", U64), ("nanos", Unsigned(999_999_999))]);
+
+/// Whether BoxLite can read these options.
+///
+/// # Errors
+/// EBADMSG naming the field and what it should be.
+pub fn check_options(options: &Value) -> Result<()> {
+    let mut at = String::from("box_options");
+    OPTIONS.check(options, &mut at)
+}
+
+impl Type {
+    fn check(&self, value: &Value, at: &mut String) -> Result<()> {
+        match self {
+            Bool if value.is_boolean() => Ok(()),
+            Text if value.is_string() => Ok(()),
+            Unsigned(most) if value.as_u64().is_some_and(|number| number <= *most) => Ok(()),
+            AnyObject if value.is_object() => Ok(()),
+            Optional(_) if value.is_null() => Ok(()),
+            Optional(inner) => inner.check(value, at),
+            List(inner) => check_list(value, inner, at),
+            Pair if is_pair(value) => Ok(()),
+            Object(fields) => check_fields(value, fields, false, at),
+            Complete(fields) => check_fields(value, fields, true, at),
+            OneOf(words, variants) => check_variant(value, words, variants, at),
+            other => Err(mismatch(at, &other.name())),
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Bool => "true or false".into(),
+            Text => "a string".into(),
+            Unsigned(most) => format!("a whole number from 0 to {most}"),
+            Pair => "a pair of strings".into(),
+            List(_) => "a list".into(),
+            Optional(inner) => format!("null or {}", inner.name()),
+            Object(_) | Complete(_) | AnyObject => "an object".into(),
+            OneOf(words, variants) => one_of(words, variants),
+        }
+    }
+}
+
+fn one_of(words: &[&str], variants: &[(&str, Type)]) -> String {
+    let names: Vec<&str> = words
+        .iter()
+        .copied()
+        .chain(variants.iter().map(|(name, _)| *name))
+        .collect();
+    format!("one of {}", names.join(", "))
+}
+
+fn mismatch(at: &str, expected: &str) -> Error {
+    Error::bad_archive(format!("{at} is not {expected}, BoxLite could not read it"))
+}
+
+fn is_pair(value: &Value) -> bool {
+    value
+        .as_array()
+        .is_some_and(|pair| pair.len() == 2 && pair.iter().all(Value::is_string))
+}
+
+fn check_list(value: &Value, inner: &Type, at: &mut String) -> Result<()> {
+    let items = value.as_array().ok_or_else(|| mismatch(at, "a list"))?;
+    for (index, item) in items.iter().enumerate() {
+        below(at, &format!("[{index}]"), |at| inner.check(item, at))?;
+    }
+    Ok(())
+}
+
+fn check_fields(
+    value: &Value,
+    fields: &[(&str, Type)],
+    complete: bool,
+    at: &mut String,
+) -> Result<()> {
+    let object = value.as_object().ok_or_else(|| mismatch(at, "an object"))?;
+    for (name, field) in fields {
+        match object.get(*name) {
+            Some(value) => below(at, &format!(".{name}"), |at| field.check(value, at))?,
+            None if complete => return Err(mismatch(at, &format!("complete, it lacks {name}"))),
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+fn check_variant(
+    value: &Value,
+    words: &[&str],
+    variants: &[(&str, Type)],
+    at: &mut String,
+) -> Result<()> {
+    if value.as_str().is_some_and(|word| words.contains(&word)) {
+        return Ok(());
+    }
+    if let Some(object) = value.as_object()
+        && object.len() == 1
+    {
+        for (name, inner) in variants {
+            if let Some(value) = object.get(*name) {
+                return below(at, &format!(".{name}"), |at| inner.check(value, at));
+            }
+        }
+    }
+    Err(mismatch(at, &one_of(words, variants)))
+}
+
+fn below<T>(
+    at: &mut String,
+    step: &str,
+    check: impl FnOnce(&mut String) -> Result<T>,
+) -> Result<T> {
+    let length = at.len();
+    at.push_str(step);
+    let result = check(at);
+    at.truncate(length);
+    result
+}
+
+/// Archive version from which port mappings say which host address and protocol they mean
+/// (BoxLite's PUBLISHED_PORTS_ARCHIVE_VERSION).
+const PUBLISHED_PORTS: u64 = 5;
+
+/// Options as a new box gets them, imported (with the archive's `version`) or cloned (None):
+/// `auto_remove` false and `auto_delete` null, or BoxLite would delete the box at its next start;
+/// ports of an archive below version 5 rewritten the way BoxLite's import does, because they never
+/// meant their host address and protocol.
+pub fn normalize_imported(mut options: Value, version: Option<u64>) -> Value {
+    if !options.is_object() {
+        options = json!({});
+    }
+    options["auto_remove"] = json!(false);
+    options["auto_delete"] = Value::Null;
+    if version.is_some_and(|version| version < PUBLISHED_PORTS)
+        && let Some(ports) = options["ports"].as_array_mut()
+    {
+        for port in ports.iter_mut().filter(|port| port.is_object()) {
+            if port["host_port"].is_null() {
+                port["host_port"] = port["guest_port"].clone();
+            }
+            port["protocol"] = json!("Tcp");
+            port["host_ip"] = Value::Null;
+        }
+    }
+    options
+}
+
+/// Replaces the value of every secret, wherever a `secrets` list is.
+pub fn redact_secrets(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                if name == "secrets" {
+                    hide_values(field);
+                } else {
+                    redact_secrets(field);
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(redact_secrets),
+        _ => {}
+    }
+}
+
+fn hide_values(secrets: &mut Value) {
+    match secrets {
+        Value::Array(list) => {
+            for secret in list {
+                if !secret.is_object() {
+                    // A shape we do not know: better nothing than a secret.
+                    *secret = json!(HIDDEN);
+                } else if let Some(value) = secret.get_mut("value") {
+                    *value = json!(HIDDEN);
+                }
+            }
+        }
+        Value::Null => {}
+        other => *other = json!(HIDDEN),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_options_boxlite_itself_stores_are_accepted() {
+        let stored = json!({"cpus":null,"memory_mib":512,"env":[["A","b"]],"rootfs":{"Image":"alpine:latest"},
+            "volumes":[{"host_path":"/a","guest_path":"/b","read_only":true}],"mounts":[],
+            "network":{"Enabled":{"allow_net":[]}},"inbound_network":"Disabled",
+            "ports":[{"host_port":null,"guest_port":80,"protocol":"Tcp","host_ip":null}],
+            "auto_remove":false,"auto_delete":null,"detach":false,"secrets":[],
+            "advanced":{"security":{"jailer_enabled":true,"uid":65534,"resource_limits":{"max_open_files":1024,"max_memory":null}},
+            "health_check":null,"kernel":null},"entrypoint":null,"some_future_field":{"x":1}});
+        check_options(&stored).unwrap();
+        check_options(&json!({})).unwrap();
+    }
+
+    #[test]
+    fn options_that_would_break_the_home_are_refused_by_name() {
+        for (options, field) in [
+            (json!({"cpus": 256}), "cpus"),
+            (json!({"cpus": "two"}), "cpus"),
+            (json!({"memory_mib": -1}), "memory_mib"),
+            (json!({"env": {"A": "b"}}), "env"),
+            (json!({"rootfs": "alpine"}), "rootfs"),
+            (json!({"network": "Sometimes"}), "network"),
+            (json!({"auto_remove": null}), "auto_remove"),
+            (json!({"secrets": [{"name": "x"}]}), "secrets[0]"),
+            (
+                json!({"advanced": {"security": {"uid": "root"}}}),
+                "advanced.security.uid",
+            ),
+            (json!([]), "box_options"),
+        ] {
+            let error = check_options(&options).unwrap_err();
+            assert_eq!(error.errno(), libc::EBADMSG);
+            assert!(error.to_string().contains(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_imported_box_is_never_removed_by_boxlites_next_start() {
+        let options = json!({"auto_remove": true, "auto_delete": 5, "x": 1});
+        let normal = normalize_imported(options, Some(3));
+        assert_eq!(
+            normal,
+            json!({"auto_remove": false, "auto_delete": null, "x": 1})
+        );
+    }
+
+    #[test]
+    fn ports_of_old_archives_mean_the_guests_port_on_every_address() {
+        let options = json!({"ports": [{"host_port": null, "guest_port": 80, "protocol": "Udp", "host_ip": "127.0.0.1"}]});
+        let old = normalize_imported(options.clone(), Some(4));
+        assert_eq!(
+            old["ports"][0],
+            json!({"host_port": 80, "guest_port": 80, "protocol": "Tcp", "host_ip": null})
+        );
+        let new = normalize_imported(options.clone(), Some(5));
+        assert_eq!(new["ports"], options["ports"]);
+    }
+
+    #[test]
+    fn secret_values_are_hidden_and_nothing_else() {
+        let mut config = json!({"options": {"secrets": [{"name": "k", "hosts": ["h"], "placeholder": "<k>", "value": "sk-123"}], "cpus": 1}});
+        redact_secrets(&mut config);
+        assert!(!config.to_string().contains("sk-123"));
+        assert_eq!(config["options"]["secrets"][0]["name"], "k");
+        assert_eq!(config["options"]["cpus"], 1);
+    }
+}

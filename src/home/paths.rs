@@ -1,0 +1,230 @@
+//! Where things are in a home, and whose they are.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+
+use super::catalog::CatalogReader;
+use crate::{Context, Error, Result};
+
+/// The directory of our own files in a home: same file system, and BoxLite leaves it alone (it
+/// wipes `tmp/` and deletes rowless directories of `boxes/` at its start).
+const STAGING: &str = ".boxlitefs";
+
+/// Who owns a home; new files in it are given to the same user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Permission bits of the home directory (07777).
+    pub mode: u32,
+}
+
+/// A BoxLite home: a directory with `db/boxlite.db`, `boxes/` and `bases/`.
+pub struct Home {
+    root: PathBuf,
+    owner: Owner,
+    pub(super) catalog: Mutex<CatalogReader>,
+    /// One change at a time in this process; the lock file keeps other processes out.
+    pub(super) changing: Mutex<()>,
+}
+
+impl Home {
+    /// Opens the home at `path` and reads its database once.
+    ///
+    /// # Errors
+    /// ENOENT or ENOTDIR when there is no such directory, EINVAL when it is not a BoxLite home,
+    /// EIO when its database is damaged.
+    pub fn open(path: &Path) -> Result<Home> {
+        let root = fs::canonicalize(path).context(|| {
+            format!(
+                "there is no BoxLite home at {}; name another, or run BoxLite once to make it",
+                path.display()
+            )
+        })?;
+        let meta = fs::metadata(&root).context(|| format!("cannot look at {}", root.display()))?;
+        if !meta.is_dir() {
+            return Err(Error::new(
+                libc::ENOTDIR,
+                format!(
+                    "{} is not a directory; name the directory BoxLite keeps its boxes in (usually ~/.boxlite)",
+                    root.display()
+                ),
+            ));
+        }
+        if !root.join("db/boxlite.db").is_file() {
+            return Err(Error::new(
+                libc::EINVAL,
+                format!(
+                    "{} is not a BoxLite home, it has no db/boxlite.db; name the directory BoxLite keeps its boxes in (usually ~/.boxlite)",
+                    root.display()
+                ),
+            ));
+        }
+        let home = Home {
+            catalog: Mutex::new(CatalogReader::new(root.join("db/boxlite.db"))),
+            changing: Mutex::new(()),
+            owner: Owner {
+                uid: meta.uid(),
+                gid: meta.gid(),
+                mode: meta.mode() & 0o7777,
+            },
+            root,
+        };
+        home.catalog()?;
+        Ok(home)
+    }
+
+    /// The canonical path of the home.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whose home it is.
+    pub fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    /// `boxes/`.
+    pub fn boxes_dir(&self) -> PathBuf {
+        self.root.join("boxes")
+    }
+
+    /// `boxes/ID`. `id` must be a safe component.
+    pub fn box_dir(&self, id: &str) -> PathBuf {
+        self.boxes_dir().join(id)
+    }
+
+    /// `boxes/ID/disks/disk.qcow2`: the live disk; absent until the box has first started.
+    pub fn live_disk(&self, id: &str) -> PathBuf {
+        self.box_dir(id).join("disks/disk.qcow2")
+    }
+
+    /// `boxes/ID/snapshots`.
+    pub fn snapshots_dir(&self, id: &str) -> PathBuf {
+        self.box_dir(id).join("snapshots")
+    }
+
+    /// `boxes/ID/snapshots/NAME/disk.qcow2`.
+    pub fn snapshot_disk(&self, id: &str, name: &str) -> PathBuf {
+        self.snapshots_dir(id).join(name).join("disk.qcow2")
+    }
+
+    /// `boxes/ID/.snapshot_pending`: BoxLite's own crash marker.
+    pub fn pending_marker(&self, id: &str) -> PathBuf {
+        self.box_dir(id).join(".snapshot_pending")
+    }
+
+    /// `bases/`.
+    pub fn bases_dir(&self) -> PathBuf {
+        self.root.join("bases")
+    }
+
+    /// `bases/ID.qcow2`.
+    pub fn base_disk(&self, id: &str) -> PathBuf {
+        self.bases_dir().join(format!("{id}.qcow2"))
+    }
+
+    /// `locks/N`: the flock file BoxLite takes while it starts the box.
+    pub fn box_lock(&self, lock_id: u32) -> PathBuf {
+        self.root.join("locks").join(lock_id.to_string())
+    }
+
+    /// `.lock`: the runtime lock.
+    pub fn runtime_lock(&self) -> PathBuf {
+        self.root.join(".lock")
+    }
+
+    /// `db/boxlite.db`.
+    pub fn database(&self) -> PathBuf {
+        self.root.join("db/boxlite.db")
+    }
+
+    /// `.boxlitefs`: where changes are prepared.
+    pub fn staging_dir(&self) -> PathBuf {
+        self.root.join(STAGING)
+    }
+
+    /// Makes `.boxlitefs` if it is not there, for the owner alone.
+    ///
+    /// # Errors
+    /// Those of mkdir and chown.
+    pub fn make_staging_dir(&self) -> Result<PathBuf> {
+        let dir = self.staging_dir();
+        if !dir.is_dir() {
+            self.make_dir(&dir)?;
+            let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+            fs::set_permissions(&dir, private)
+                .context(|| format!("cannot set the mode of {}", dir.display()))?;
+        }
+        Ok(dir)
+    }
+
+    /// Makes one directory and gives it to the owner of the home.
+    ///
+    /// # Errors
+    /// Those of mkdir and chown.
+    pub fn make_dir(&self, dir: &Path) -> Result<()> {
+        fs::create_dir(dir).context(|| format!("cannot make the directory {}", dir.display()))?;
+        self.give_to_owner(dir)
+    }
+
+    /// Gives a file that root made to the owner of the home, who could not use it otherwise. Does
+    /// nothing for other users: their files are theirs.
+    ///
+    /// # Errors
+    /// Those of chown.
+    pub fn give_to_owner(&self, path: &Path) -> Result<()> {
+        let meta =
+            fs::symlink_metadata(path).context(|| format!("cannot look at {}", path.display()))?;
+        if (meta.uid(), meta.gid()) == (self.owner.uid, self.owner.gid) || !rights_of_root() {
+            return Ok(());
+        }
+        std::os::unix::fs::lchown(path, Some(self.owner.uid), Some(self.owner.gid))
+            .context(|| format!("cannot give {} to the owner of the home", path.display()))
+    }
+}
+
+/// Whether this process may give files away.
+fn rights_of_root() -> bool {
+    // SAFETY: geteuid has no preconditions and cannot fail; std has no call for it.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// BoxLite's rule for snapshot names (snapshot_mgr.rs, validate_snapshot_name): not empty, at most
+/// 255 bytes, no leading dot, no `/`, `\` or NUL.
+pub fn is_snapshot_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && !name.starts_with('.')
+        && !name.contains(['/', '\\', '\0'])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_directory_is_no_home_and_the_sentence_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Home::open(dir.path()).err().unwrap();
+        assert_eq!(error.errno(), libc::EINVAL);
+        assert!(error.to_string().contains("is not a BoxLite home"));
+        let error = Home::open(&dir.path().join("absent")).err().unwrap();
+        assert_eq!(error.errno(), libc::ENOENT);
+    }
+
+    #[test]
+    fn snapshot_names_follow_boxlites_rule() {
+        for good in ["a", "before upgrade", "ü", "a.b", &"x".repeat(255)] {
+            assert!(is_snapshot_name(good), "{good}");
+        }
+        for bad in ["", ".a", "..", "a/b", "a\\b", "a\0", &"x".repeat(256)] {
+            assert!(!is_snapshot_name(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Rows of BoxLite's database as Rust values. JSON columns stay text or value trees, so that
+//! fields we do not know survive.
+
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// `source_box_id` of the bases we make. No box has this id, so BoxLite's collection, which goes
+/// by source box and references, never takes them.
+pub const OUR_SOURCE_BOX: &str = "__boxlitefs__";
+
+/// A row of `box_config` joined with its `box_state`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BoxRecord {
+    /// BoxLite's id of the box: the name of its directory.
+    pub id: String,
+    /// What the user called it; a box may have no name.
+    pub name: Option<String>,
+    /// Seconds since 1970.
+    pub created_at: i64,
+    /// `box_config.json`, as stored.
+    pub config: String,
+    /// `box_state.status`: unknown, configured, running, stopping, stopped, paused or failed.
+    pub status: String,
+    /// `box_state.pid`.
+    pub pid: Option<i64>,
+    /// `box_state.json`, as stored.
+    pub state: String,
+}
+
+impl BoxRecord {
+    /// `box_config.json` as a value tree.
+    ///
+    /// # Errors
+    /// EIO when the column is not JSON.
+    pub fn config(&self) -> Result<Value> {
+        parse(&self.config, "configuration", &self.id)
+    }
+
+    /// `box_state.json` as a value tree.
+    ///
+    /// # Errors
+    /// EIO when the column is not JSON.
+    pub fn state(&self) -> Result<Value> {
+        parse(&self.state, "state", &self.id)
+    }
+
+    /// The reference of the image the box was made from, or the host path of its root file
+    /// system; for people and for the manifest.
+    pub fn image(&self) -> String {
+        let config = self.config().unwrap_or(Value::Null);
+        let rootfs = &config["options"]["rootfs"];
+        rootfs["Image"]
+            .as_str()
+            .or_else(|| rootfs["RootfsPath"].as_str())
+            .unwrap_or_default()
+            .to_owned()
+    }
+}
+
+fn parse(text: &str, what: &str, id: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|e| {
+        Error::damaged(format!(
+            "the {what} of box {id} in db/boxlite.db is not JSON; BoxLite cannot read it either"
+        ))
+        .caused_by(e)
+    })
+}
+
+/// A row of `snapshot`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotRecord {
+    /// BoxLite's id of the snapshot.
+    pub id: String,
+    /// The box it belongs to.
+    pub box_id: String,
+    /// The name the user gave.
+    pub name: String,
+    /// Seconds since 1970.
+    pub created_at: i64,
+    /// `snapshot.json`, as stored.
+    pub json: String,
+}
+
+impl SnapshotRecord {
+    /// `snapshot.json` as a value tree.
+    ///
+    /// # Errors
+    /// EIO when the column is not JSON.
+    pub fn value(&self) -> Result<Value> {
+        parse(&self.json, "snapshot row", &self.box_id)
+    }
+
+    /// `base_path`: where BoxLite looks for the snapshot's layer.
+    pub fn base_path(&self) -> Option<String> {
+        let value: Value = serde_json::from_str(&self.json).ok()?;
+        value["base_path"].as_str().map(str::to_owned)
+    }
+}
+
+/// A row of `base_disk`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BaseRecord {
+    /// BoxLite's id of the base.
+    pub id: String,
+    /// The box it was made from, or [`OUR_SOURCE_BOX`].
+    pub source_box_id: String,
+    /// snapshot, clone_base or rootfs.
+    pub kind: String,
+    /// Absolute path of the file.
+    pub base_path: String,
+}
+
+impl BaseRecord {
+    /// Whether boxlitefs made it.
+    pub fn is_ours(&self) -> bool {
+        self.source_box_id == OUR_SOURCE_BOX
+    }
+}
+
+/// A base of ours about to be recorded.
+#[derive(Clone, Debug)]
+pub struct NewBase {
+    /// Its id.
+    pub id: String,
+    /// Absolute path in `bases/`.
+    pub path: String,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Length of the file in bytes.
+    pub file_size: u64,
+    /// Seconds since 1970.
+    pub created_at: i64,
+}
+
+/// A snapshot about to be recorded.
+#[derive(Clone, Debug)]
+pub struct NewSnapshot {
+    /// Its id.
+    pub id: String,
+    /// The box it belongs to.
+    pub box_id: String,
+    /// Its name, already checked.
+    pub name: String,
+    /// Absolute path of `snapshots/NAME/disk.qcow2`: alone in its directory, for BoxLite's remove
+    /// deletes the directory.
+    pub path: String,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Length of the file in bytes.
+    pub file_size: u64,
+    /// Seconds since 1970.
+    pub created_at: i64,
+}
+
+/// A box about to be recorded, always stopped.
+#[derive(Clone, Debug)]
+pub struct NewBox {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Its container id, 64 hexadecimal digits.
+    pub container_id: String,
+    /// Absolute path of its directory.
+    pub box_home: String,
+    /// Seconds since 1970.
+    pub created_at: i64,
+    /// BoxLite's box options; [`crate::home::normalize_imported`] has been over them.
+    pub options: Value,
+    /// The configuration of the box it is cloned from, whose unknown fields are kept.
+    pub config_of_source: Option<Value>,
+    /// The state of the box it is cloned from, likewise.
+    pub state_of_source: Option<Value>,
+    /// Number of its file in `locks/`: 1,000,000 and up.
+    pub lock_id: u32,
+}

@@ -1,0 +1,165 @@
+//! Adopting layers that BoxLite froze inside a box: they become files of `bases/`, the one place
+//! whose paths headers may name, so that removing or renaming a snapshot touches no other file.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::crash::crash_point;
+use super::durable;
+use super::layers::{ImageFile, Layers, Role};
+use super::prepare::Prepared;
+use crate::disk::{self, FileId};
+use crate::home::base_id;
+use crate::{Context, Error, Result};
+
+/// More rounds than any chain has layers: a chain that still names a box's layer after as many is
+/// a cycle.
+const MOST_ROUNDS: usize = 256;
+
+impl Prepared<'_> {
+    /// Adopts every layer inside a box that a chain of this box names.
+    pub(super) fn adopt_own_chains(&mut self) -> Result<()> {
+        let boxes = self.store.home.boxes_dir();
+        for _ in 0..MOST_ROUNDS {
+            let inside: BTreeSet<PathBuf> = self
+                .chains()?
+                .into_iter()
+                .flat_map(|chain| chain.into_iter().skip(1))
+                .filter(|path| path.starts_with(&boxes))
+                .collect();
+            if inside.is_empty() {
+                return Ok(());
+            }
+            for path in inside {
+                self.adopt(&path)?;
+            }
+        }
+        Err(Error::damaged(format!(
+            "the chain of box {} does not end",
+            self.record.id
+        )))
+    }
+
+    /// Makes `path`, a layer inside a box, a base, and has every header that names it name the
+    /// base. Order: the name in `bases/`, then the row with the references of all readers, then the
+    /// headers. A crash leaves a further name, or a row, for an inode that is still read by its old
+    /// path; both are found and used the next time, and a rebase can be repeated.
+    pub(super) fn adopt(&mut self, path: &Path) -> Result<PathBuf> {
+        let layers = self.layers()?;
+        self.refuse_active_readers(&layers, path)?;
+        let id = FileId::at(path)?;
+        let known = layers
+            .names_of(id)
+            .find(|name| matches!(name.role, Role::Base { .. }));
+        let base = match known {
+            Some(name) => name.path.clone(),
+            None => {
+                let base = self.store.home.base_disk(&base_id()?);
+                durable::link(path, &base)?;
+                crash_point("adopt.linked");
+                base
+            }
+        };
+        self.record_base(&base, &boxes_above(&layers, path))?;
+        crash_point("adopt.recorded");
+        let mut done = BTreeSet::new();
+        for reader in layers.readers_of(path) {
+            if done.insert(reader.id) {
+                self.rebase(&layers, reader, &base)?;
+                crash_point("adopt.rebased");
+            }
+        }
+        Ok(base)
+    }
+
+    /// A header of a running box's disk is not touched: its virtual machine has it open.
+    fn refuse_active_readers(&self, layers: &Layers, path: &Path) -> Result<()> {
+        for reader in layers.readers_of(path) {
+            if let Role::Live { box_id } = &reader.role
+                && *box_id != self.record.id
+                && let Ok(record) = self.change.box_by_id(box_id)
+            {
+                self.store.refuse_active(&record)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The row of a base, if it has none yet, and references of these boxes.
+    fn record_base(&mut self, base: &Path, boxes: &BTreeSet<String>) -> Result<()> {
+        let row =
+            self.change.bases()?.into_iter().find(|row| {
+                super::layers::resolve(Path::new(&row.base_path)).is_ok_and(|p| p == base)
+            });
+        let new = match &row {
+            Some(_) => None,
+            None => Some(self.store.new_base(base)?),
+        };
+        let id = match (&row, &new) {
+            (Some(row), _) => row.id.clone(),
+            (None, Some(new)) => new.id.clone(),
+            (None, None) => return Ok(()),
+        };
+        let with_rows: Vec<String> = self
+            .change
+            .boxes()?
+            .into_iter()
+            .map(|record| record.id)
+            .filter(|id| boxes.contains(id))
+            .collect();
+        self.change.transaction(|rows| {
+            if let Some(new) = &new {
+                rows.insert_base(new)?;
+            }
+            with_rows
+                .iter()
+                .try_for_each(|box_id| rows.insert_ref(&id, box_id))
+        })
+    }
+
+    /// Has `reader` name `base`. A file with more names than the home knows (a backup made of hard
+    /// links, say) is copied first, so that the backup keeps the header it has.
+    fn rebase(&self, layers: &Layers, reader: &ImageFile, base: &Path) -> Result<()> {
+        let names: Vec<&ImageFile> = layers.names_of(reader.id).collect();
+        if reader.names <= names.len() as u64 {
+            return disk::rebase(&reader.path, base);
+        }
+        let copy = self.store.fresh_path("copy")?;
+        copy_file(&reader.path, &copy)?;
+        self.store.home.give_to_owner(&copy)?;
+        disk::rebase(&copy, base)?;
+        durable::copy_times(&reader.path, &copy)?;
+        durable::sync_file(&copy)?;
+        for name in names {
+            let link = self.store.fresh_path("name")?;
+            durable::link(&copy, &link)?;
+            durable::rename(&link, &name.path)?;
+        }
+        durable::unlink(&copy)
+    }
+}
+
+/// The boxes that have a chain through `path`.
+fn boxes_above(layers: &Layers, path: &Path) -> BTreeSet<String> {
+    layers
+        .files()
+        .iter()
+        .filter(|file| layers.chain(&file.path).contains(&path))
+        .filter_map(|file| file.box_id().map(str::to_owned))
+        .collect()
+}
+
+/// Copies a file, sharing its blocks where the file system can.
+fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    let sentence = || format!("cannot copy {}", from.display());
+    let mut source = File::open(from).context(sentence)?;
+    let mut target = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(to)
+        .context(sentence)?;
+    // std uses copy_file_range here, which shares blocks on btrfs and xfs.
+    std::io::copy(&mut source, &mut target).context(sentence)?;
+    Ok(())
+}

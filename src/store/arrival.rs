@@ -1,0 +1,282 @@
+//! An archive on its way in, from a writer who may write out of order.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::Store;
+use crate::archive::{Incoming, Manifest, Progress};
+use crate::home::{check_options, normalize_imported};
+use crate::{Context, Error, Result};
+
+/// Bytes fed at once from the spool or for a gap.
+const PIECE: usize = 1024 * 1024;
+
+/// An archive as it arrives: what comes in order is decoded, hashed and unpacked at once; what
+/// comes early waits in a spool. Its disk is removed with it unless it was taken.
+pub struct Arrival {
+    incoming: Incoming,
+    disk: PathBuf,
+    /// Bytes from the start that the decoder has seen.
+    fed: u64,
+    spool: Option<Spool>,
+    options: Option<Value>,
+    refused: Option<(i32, String)>,
+}
+
+impl Store {
+    /// Starts to receive an archive.
+    ///
+    /// # Errors
+    /// EROFS, or those of making a file in the workspace.
+    pub fn receive(&self) -> Result<Arrival> {
+        self.refuse_read_only()?;
+        let disk = self.fresh_path("disk")?;
+        Ok(Arrival {
+            incoming: Incoming::begin(&disk)?,
+            spool: None,
+            disk,
+            fed: 0,
+            options: None,
+            refused: None,
+        })
+    }
+}
+
+impl Arrival {
+    /// Takes `bytes` at `offset` of the archive. The verdict falls in the write that completes the
+    /// archive or shows that it can't become one; it is sticky.
+    ///
+    /// # Errors
+    /// EBADMSG with the check that failed, ENOSPC, EIO; ESPIPE for bytes that were taken before.
+    pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.refused()?;
+        let result = self.take(offset, bytes);
+        self.remember(result)
+    }
+
+    fn take(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        if offset < self.fed {
+            return Err(Error::new(
+                libc::ESPIPE,
+                "an archive can't be changed once it is written; copy it again from the start",
+            ));
+        }
+        if offset > self.fed {
+            return self.spool()?.put(offset, bytes);
+        }
+        self.feed(bytes)?;
+        self.feed_spooled()
+    }
+
+    fn feed(&mut self, bytes: &[u8]) -> Result<()> {
+        let progress = self.incoming.write(bytes)?;
+        self.fed += bytes.len() as u64;
+        if progress == Progress::Complete && self.options.is_none() {
+            self.check_manifest()?;
+        }
+        Ok(())
+    }
+
+    /// The checks that need to know BoxLite's options, in the same write as the other verdicts.
+    fn check_manifest(&mut self) -> Result<()> {
+        let Some(arrived) = self.incoming.arrived() else {
+            return Ok(());
+        };
+        let manifest = &arrived.manifest;
+        let options = match &manifest.options {
+            Some(options) => options.clone(),
+            None => json!({"rootfs": {"Image": manifest.image}}),
+        };
+        check_options(&options)?;
+        self.options = Some(normalize_imported(options, Some(manifest.version)));
+        Ok(())
+    }
+
+    fn feed_spooled(&mut self) -> Result<()> {
+        let mut buffer = Vec::new();
+        while let Some(spool) = &mut self.spool {
+            if !spool.take_at(self.fed, &mut buffer)? {
+                break;
+            }
+            self.feed(&buffer)?;
+        }
+        Ok(())
+    }
+
+    fn spool(&mut self) -> Result<&mut Spool> {
+        if self.spool.is_none() {
+            self.spool = Some(Spool::create(&self.disk.with_extension("spool"))?);
+        }
+        self.spool
+            .as_mut()
+            .ok_or_else(|| Error::damaged("the spool is gone"))
+    }
+
+    /// Whether the archive is complete and right so far.
+    pub fn is_complete(&self) -> bool {
+        self.options.is_some() && self.refused.is_none()
+    }
+
+    /// Whether nothing was written.
+    pub fn is_untouched(&self) -> bool {
+        self.fed == 0 && self.spool.is_none() && self.refused.is_none()
+    }
+
+    /// The writer is done: holes it left are zeros, and the archive must be complete.
+    ///
+    /// # Errors
+    /// As [`Arrival::write_at`]; EBADMSG when it ends early.
+    pub fn finish(&mut self) -> Result<()> {
+        self.refused()?;
+        let result = self.fill_holes().and_then(|()| {
+            if self.options.is_none() {
+                self.incoming.finish()?;
+                self.check_manifest()?;
+            }
+            Ok(())
+        });
+        self.remember(result)
+    }
+
+    fn fill_holes(&mut self) -> Result<()> {
+        while let Some(next) = self.spool.as_ref().and_then(Spool::next_offset) {
+            let gap = next.saturating_sub(self.fed);
+            let zeros = vec![0; PIECE.min(usize::try_from(gap).unwrap_or(PIECE))];
+            self.feed(&zeros)?;
+            self.feed_spooled()?;
+        }
+        Ok(())
+    }
+
+    /// What the archive says of the box.
+    ///
+    /// # Errors
+    /// EBADMSG while it is incomplete.
+    pub fn manifest(&self) -> Result<&Manifest> {
+        self.incoming
+            .arrived()
+            .map(|arrived| &arrived.manifest)
+            .ok_or_else(|| Error::bad_archive("the archive is incomplete"))
+    }
+
+    /// The box options for the new box's row.
+    pub(super) fn options(&self) -> Option<Value> {
+        self.options.clone()
+    }
+
+    /// Virtual size of the disk in bytes.
+    pub(super) fn virtual_size(&self) -> u64 {
+        self.incoming
+            .arrived()
+            .map_or(0, |arrived| arrived.header.virtual_size)
+    }
+
+    /// Where the unpacked disk is; moving it away is how it is taken.
+    pub(super) fn disk(&self) -> &Path {
+        &self.disk
+    }
+
+    fn refused(&self) -> Result<()> {
+        match &self.refused {
+            Some((errno, sentence)) => Err(Error::new(*errno, sentence.clone())),
+            None => Ok(()),
+        }
+    }
+
+    fn remember(&mut self, result: Result<()>) -> Result<()> {
+        if let Err(error) = &result {
+            self.refused = Some((error.errno(), error.to_string()));
+        }
+        result
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        // Moved away when it became a box's; otherwise nothing of it stays.
+        let _ = fs::remove_file(&self.disk);
+    }
+}
+
+/// Pieces that came before their turn, at their offsets in an unlinked file.
+struct Spool {
+    file: File,
+    /// Offset → end of each piece; disjoint.
+    pieces: BTreeMap<u64, u64>,
+}
+
+impl Spool {
+    fn create(path: &Path) -> Result<Spool> {
+        let sentence = || format!("cannot make the spool {}", path.display());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .context(sentence)?;
+        fs::remove_file(path).context(sentence)?;
+        Ok(Spool {
+            file,
+            pieces: BTreeMap::new(),
+        })
+    }
+
+    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let end = offset
+            .checked_add(bytes.len() as u64)
+            .ok_or_else(|| Error::new(libc::EFBIG, "the archive is too large"))?;
+        self.file
+            .write_all_at(bytes, offset)
+            .context(|| "cannot keep a part of the archive that came out of order")?;
+        // The later of two overlapping writes has won in the file; the pieces only say where
+        // something is.
+        let mut start = offset;
+        let mut stop = end;
+        let touching: Vec<u64> = self
+            .pieces
+            .range(..=end)
+            .filter(|(_, piece_end)| **piece_end >= offset)
+            .map(|(piece, _)| *piece)
+            .collect();
+        for piece in touching {
+            if let Some(piece_end) = self.pieces.remove(&piece) {
+                start = start.min(piece);
+                stop = stop.max(piece_end);
+            }
+        }
+        self.pieces.insert(start, stop);
+        Ok(())
+    }
+
+    fn next_offset(&self) -> Option<u64> {
+        self.pieces.keys().next().copied()
+    }
+
+    /// Moves the next bytes at `offset` into `buffer`; false when none are there.
+    fn take_at(&mut self, offset: u64, buffer: &mut Vec<u8>) -> Result<bool> {
+        let Some((start, end)) = self.pieces.iter().next().map(|(s, e)| (*s, *e)) else {
+            return Ok(false);
+        };
+        if start > offset {
+            return Ok(false);
+        }
+        self.pieces.remove(&start);
+        if end <= offset {
+            return Ok(true).inspect(|_| buffer.clear());
+        }
+        let length = usize::try_from(end - offset).unwrap_or(PIECE).min(PIECE);
+        buffer.resize(length, 0);
+        self.file
+            .read_exact_at(buffer, offset)
+            .context(|| "cannot read back a part of the archive")?;
+        let rest = offset + length as u64;
+        if rest < end {
+            self.pieces.insert(rest, end);
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,224 @@
+//! `cp -r web web2`: a new box that starts from a state of another, copy-on-write.
+
+use std::path::{Path, PathBuf};
+
+use super::crash::crash_point;
+use super::freeze::{Draft, FrozenDisk};
+use super::prepare::{Prepared, now};
+use super::snapshot::refuse_bad_name;
+use super::{Source, Store, durable};
+use crate::disk;
+use crate::home::{BoxRecord, Change, NewBox, container_id, normalize_imported};
+use crate::{Context, Error, Result};
+
+/// A box about to be made.
+#[derive(Clone, Debug)]
+pub struct NewClone {
+    /// The id it gets, chosen by the caller ([`crate::home::box_id`]).
+    pub id: String,
+    /// The name it gets.
+    pub name: String,
+}
+
+/// Left in a box's directory until its row is recorded: without a row, a directory with this file
+/// is ours to remove, and any other is not.
+pub(super) const UNRECORDED: &str = ".boxlitefs-unrecorded";
+
+impl Store {
+    /// Makes a box that starts from `source`: no data moves, whatever its size.
+    ///
+    /// # Errors
+    /// EEXIST when the name is taken, EBUSY, ENODATA, ENOENT.
+    pub fn clone_box(&self, source: &Source, new: &NewClone) -> Result<()> {
+        let what = format!("clone {} of {}", new.name, self.describe(source));
+        let result = self.make_clone(source, new);
+        self.noted(&what, result)
+    }
+
+    /// A source in a sentence.
+    pub(crate) fn describe(&self, source: &Source) -> String {
+        let name = self.name_of(source.box_id());
+        match source {
+            Source::Live { .. } => format!("box {name}"),
+            Source::Snapshot {
+                box_id,
+                snapshot_id,
+            } => {
+                let catalog = self.home.catalog().ok();
+                let snapshot = catalog
+                    .as_ref()
+                    .and_then(|catalog| catalog.snapshot_by_id(box_id, snapshot_id))
+                    .map_or(snapshot_id.as_str(), |snapshot| snapshot.name.as_str());
+                format!("snapshot {snapshot} of box {name}")
+            }
+        }
+    }
+
+    /// Order: freeze the source (or adopt the snapshot's layer), build the box in the workspace,
+    /// move its directory into `boxes/`, then everything of it in one transaction. A crash before
+    /// the transaction leaves a directory without a row, which is removed (BoxLite's own start
+    /// removes it too). The row first would leave a box without a disk.
+    fn make_clone(&self, source: &Source, new: &NewClone) -> Result<()> {
+        let draft = self.draft_for(source)?;
+        let mut prepared = self.prepare(source.box_id())?;
+        refuse_taken_name(&prepared.change, &new.name)?;
+        let frozen = prepared.frozen(source, draft.as_ref())?;
+        crash_point("clone.frozen");
+        let dir = prepared.build(&frozen)?;
+        crash_point("clone.built");
+        let record = prepared.record.clone();
+        let bases = prepared.bases_reached(&dir.join("disks/disk.qcow2"))?;
+        self.install(&mut prepared.change, &dir, new, Some(&record), None, &bases)
+    }
+
+    /// A draft where the live disk is going to be frozen.
+    pub(super) fn draft_for(&self, source: &Source) -> Result<Option<Draft>> {
+        match source {
+            Source::Live { box_id } => self.draft_freeze(box_id).map(Some),
+            Source::Snapshot { .. } => Ok(None),
+        }
+    }
+
+    /// Moves a finished directory into `boxes/` and records the box.
+    pub(super) fn install(
+        &self,
+        change: &mut Change<'_>,
+        dir: &Path,
+        new: &NewClone,
+        source: Option<&BoxRecord>,
+        options: Option<serde_json::Value>,
+        bases: &[String],
+    ) -> Result<()> {
+        let created_at = now();
+        let config = source.map(BoxRecord::config).transpose()?;
+        let options = match (options, &config) {
+            (Some(options), _) => options,
+            (None, Some(config)) => normalize_imported(config["options"].clone(), None),
+            (None, None) => normalize_imported(serde_json::Value::Null, None),
+        };
+        let target = self.home.box_dir(&new.id);
+        let row = NewBox {
+            id: new.id.clone(),
+            name: new.name.clone(),
+            container_id: container_id()?,
+            box_home: target.display().to_string(),
+            created_at,
+            options,
+            config_of_source: config,
+            state_of_source: source.map(BoxRecord::state).transpose()?,
+            lock_id: change.new_lock_id()?,
+        };
+        let marker = dir.join(UNRECORDED);
+        std::fs::File::create_new(&marker)
+            .and_then(|file| file.sync_all())
+            .context(|| format!("cannot make {}", marker.display()))?;
+        durable::sync_dir(&dir.join("disks"))?;
+        durable::sync_dir(dir)?;
+        durable::rename(dir, &target)?;
+        crash_point("install.renamed");
+        let recorded = change.transaction(|rows| {
+            rows.insert_box(&row)?;
+            bases
+                .iter()
+                .try_for_each(|base| rows.insert_ref(base, &new.id))
+        });
+        if let Err(error) = recorded {
+            let _ = std::fs::remove_dir_all(&target);
+            let _ = std::fs::remove_file(self.home.box_lock(row.lock_id));
+            return Err(error);
+        }
+        crash_point("install.recorded");
+        durable::unlink(&target.join(UNRECORDED))
+    }
+
+    /// Makes a state of one box a snapshot of another, which shares its layer: how the snapshots of
+    /// a cloned box come along. Returns the snapshot's id.
+    ///
+    /// # Errors
+    /// EINVAL, EEXIST, EBUSY, ENOENT.
+    pub fn share_snapshot(
+        &self,
+        source: &Source,
+        box_id: &str,
+        name: &str,
+        created_at: Option<i64>,
+    ) -> Result<String> {
+        let what = format!(
+            "snapshot {name} of box {} from {}",
+            self.name_of(box_id),
+            self.describe(source)
+        );
+        let result = self.make_shared(source, box_id, name, created_at);
+        self.noted(&what, result)
+    }
+
+    /// Order: the source as for a clone; references of the new reader; then as a snapshot.
+    /// Surplus references, which a crash leaves, are harmless.
+    fn make_shared(
+        &self,
+        source: &Source,
+        box_id: &str,
+        name: &str,
+        created_at: Option<i64>,
+    ) -> Result<String> {
+        refuse_bad_name(name)?;
+        let draft = self.draft_for(source)?;
+        let mut prepared = self.prepare(source.box_id())?;
+        let frozen = prepared.frozen(source, draft.as_ref())?;
+        prepared.record = prepared.change.box_by_id(box_id)?;
+        prepared.refuse_taken(name)?;
+        let bases = prepared.bases_reached(frozen.backing().0)?;
+        prepared.change.transaction(|rows| {
+            bases
+                .iter()
+                .try_for_each(|base| rows.insert_ref(base, box_id))
+        })?;
+        crash_point("share.referred");
+        prepared.name_layer(&frozen, name, created_at.unwrap_or_else(now))
+    }
+}
+
+/// EEXIST when a box has this name, or it is a box's id.
+pub(super) fn refuse_taken_name(change: &Change<'_>, name: &str) -> Result<()> {
+    if change.is_name_taken(name)? {
+        return Err(Error::new(
+            libc::EEXIST,
+            format!("there is a box {name} already"),
+        ));
+    }
+    Ok(())
+}
+
+impl Prepared<'_> {
+    /// The source as something an overlay can start from.
+    pub(super) fn frozen(&mut self, source: &Source, draft: Option<&Draft>) -> Result<FrozenDisk> {
+        match (source, draft) {
+            (Source::Live { .. }, Some(draft)) => self.freeze(draft),
+            (Source::Live { .. }, None) => Err(Error::new(libc::EINVAL, "no draft was made")),
+            (Source::Snapshot { snapshot_id, .. }, _) => {
+                let snapshot = self
+                    .snapshots()?
+                    .into_iter()
+                    .find(|snapshot| snapshot.id == *snapshot_id)
+                    .ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))?;
+                let layer = self.store.snapshot_layer(&snapshot);
+                self.frozen_snapshot(&layer)
+            }
+        }
+    }
+
+    /// A box's directory in the workspace whose disk is an empty overlay on the frozen state.
+    fn build(&self, frozen: &FrozenDisk) -> Result<PathBuf> {
+        let home = &self.store.home;
+        let dir = self.store.fresh_path("box")?;
+        home.make_dir(&dir)?;
+        home.make_dir(&dir.join("disks"))?;
+        let overlay = dir.join("disks/disk.qcow2");
+        let (backing, format) = frozen.backing();
+        disk::create_overlay(&overlay, backing, format, frozen.virtual_size)?;
+        home.give_to_owner(&overlay)?;
+        durable::copy_times(&frozen.top, &overlay)?;
+        durable::sync_file(&overlay)?;
+        Ok(dir)
+    }
+}

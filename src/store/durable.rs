@@ -1,0 +1,69 @@
+//! Links, renames and directories that are on disk when the call returns. "fsync of a link or
+//! rename" means its directory.
+
+use std::fs::{self, File, FileTimes};
+use std::path::Path;
+
+use crate::{Context, Error, Result};
+
+/// Flushes a file's contents and metadata.
+pub(super) fn sync_file(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .context(|| format!("cannot flush {}", path.display()))
+}
+
+/// Flushes the names in a directory.
+pub(super) fn sync_dir(path: &Path) -> Result<()> {
+    sync_file(path)
+}
+
+fn parent(path: &Path) -> Result<&Path> {
+    path.parent()
+        .ok_or_else(|| Error::new(libc::EINVAL, format!("{} has no directory", path.display())))
+}
+
+/// Gives `file` a further name; it is on disk when this returns.
+pub(super) fn link(file: &Path, name: &Path) -> Result<()> {
+    fs::hard_link(file, name)
+        .context(|| format!("cannot link {} to {}", file.display(), name.display()))?;
+    sync_dir(parent(name)?)
+}
+
+/// Moves `from` over `to`; on disk when this returns.
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to)
+        .context(|| format!("cannot move {} to {}", from.display(), to.display()))?;
+    sync_dir(parent(to)?)
+}
+
+/// Removes a name; not finding it is fine, somebody was here before.
+pub(super) fn unlink(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => sync_dir(parent(path)?),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io(format!("cannot remove {}", path.display()), e)),
+    }
+}
+
+/// Removes an empty directory; not finding it is fine.
+pub(super) fn remove_dir(path: &Path) -> Result<()> {
+    match fs::remove_dir(path) {
+        Ok(()) => sync_dir(parent(path)?),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io(format!("cannot remove {}", path.display()), e)),
+    }
+}
+
+/// Gives `to` the access and modification time of `from`: the disk state it stands for did not
+/// change when its file was made.
+pub(super) fn copy_times(from: &Path, to: &Path) -> Result<()> {
+    let meta = fs::metadata(from).context(|| format!("cannot look at {}", from.display()))?;
+    let sentence = || format!("cannot set the times of {}", to.display());
+    let times = FileTimes::new()
+        .set_accessed(meta.accessed().context(sentence)?)
+        .set_modified(meta.modified().context(sentence)?);
+    File::open(to)
+        .and_then(|file| file.set_times(times))
+        .context(sentence)
+}

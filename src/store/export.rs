@@ -1,0 +1,204 @@
+//! A disk state as an archive: planned once per state, then shared by all who read it.
+
+use std::collections::HashMap;
+use std::collections::hash_map::DefaultHasher;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::{Source, Store, called};
+use crate::archive::{About, Export};
+use crate::disk::{Chain, FileId};
+use crate::home::BoxRecord;
+use crate::{Context, Error, Result};
+
+/// Plans kept although nobody reads them: their layers stay open. More than a file manager looks
+/// at in one window.
+const KEPT_PLANS: usize = 8;
+
+/// Exports planned before, each with what it depends on.
+#[derive(Default)]
+pub(super) struct ExportCache {
+    known: HashMap<Source, Known>,
+    /// Sources with a plan, the one used last at the end.
+    kept: Vec<Source>,
+}
+
+struct Known {
+    state: State,
+    size: u64,
+    plan: Option<Arc<Export>>,
+}
+
+/// What an export is made of: as long as this is the same, so are its bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct State {
+    /// The files of the chain. A rebase changes neither length nor modification time.
+    layers: Vec<(PathBuf, FileId, u64, SystemTime)>,
+    /// Hash of the box's name and configuration.
+    about: u64,
+}
+
+impl State {
+    /// Whether nothing it depends on changed: a stat for each layer, no file opened.
+    fn holds(&self, record: &BoxRecord, top: &std::path::Path) -> bool {
+        self.about == hash_of(record)
+            && self.layers.first().is_some_and(|layer| layer.0 == top)
+            && self.layers.iter().all(|(path, id, size, changed)| {
+                fs::metadata(path).is_ok_and(|meta| {
+                    FileId::of(&meta) == *id
+                        && meta.len() == *size
+                        && meta.modified().is_ok_and(|time| time == *changed)
+                })
+            })
+    }
+}
+
+fn hash_of(record: &BoxRecord) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (&record.name, &record.config).hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Store {
+    /// The archive of a disk state, for reading.
+    ///
+    /// # Errors
+    /// ENODATA when the box has no disk yet, EBUSY while it runs, ENOENT, EIO.
+    pub fn open_export(&self, source: &Source) -> Result<Arc<Export>> {
+        let record = self.record_of(source)?;
+        if let Source::Live { .. } = source {
+            self.refuse_active(&record)?;
+        }
+        self.planned(source, &record)
+    }
+
+    /// Exact length of the archive in bytes; None when the box has no disk yet. Costs a few stats
+    /// unless the state changed.
+    ///
+    /// # Errors
+    /// ENOENT, EIO.
+    pub fn export_size(&self, source: &Source) -> Result<Option<u64>> {
+        let record = self.record_of(source)?;
+        let top = self.top_of(source)?;
+        if !top.is_file() {
+            return Ok(None);
+        }
+        if let Some(known) = self.exports.lock().known.get(source)
+            && known.state.holds(&record, &top)
+        {
+            return Ok(Some(known.size));
+        }
+        self.planned(source, &record)
+            .map(|export| Some(export.len()))
+    }
+
+    /// Whether there is a disk to export.
+    pub fn has_disk(&self, source: &Source) -> bool {
+        self.top_of(source).is_ok_and(|top| top.is_file())
+    }
+
+    /// When the disk state last changed.
+    pub fn changed_at(&self, source: &Source) -> Option<SystemTime> {
+        let top = self.top_of(source).ok()?;
+        fs::metadata(top).and_then(|meta| meta.modified()).ok()
+    }
+
+    fn record_of(&self, source: &Source) -> Result<BoxRecord> {
+        self.home
+            .catalog()?
+            .box_by_id(source.box_id())
+            .cloned()
+            .ok_or_else(|| Error::new(libc::ENOENT, "the box is gone"))
+    }
+
+    fn planned(&self, source: &Source, record: &BoxRecord) -> Result<Arc<Export>> {
+        let top = self.top_of(source)?;
+        if !top.is_file() {
+            return Err(Error::new(
+                libc::ENODATA,
+                format!(
+                    "box {} has no disk yet; start it once with BoxLite",
+                    called(record)
+                ),
+            ));
+        }
+        {
+            let mut exports = self.exports.lock();
+            if let Some(known) = exports.known.get(source)
+                && known.state.holds(record, &top)
+                && let Some(plan) = known.plan.clone()
+            {
+                exports.used(source);
+                return Ok(plan);
+            }
+        }
+        // Planning reads metadata of the whole chain: not under a lock that `ls` needs.
+        let (state, export) = self.plan(record, &top)?;
+        let export = Arc::new(export);
+        let mut exports = self.exports.lock();
+        exports.known.insert(
+            source.clone(),
+            Known {
+                state,
+                size: export.len(),
+                plan: Some(export.clone()),
+            },
+        );
+        exports.used(source);
+        Ok(export)
+    }
+
+    fn plan(&self, record: &BoxRecord, top: &std::path::Path) -> Result<(State, Export)> {
+        let chain = self.open_chain(top)?;
+        let mut layers = Vec::new();
+        for layer in chain.layers() {
+            let sentence = || format!("cannot look at {}", layer.path().display());
+            let meta = layer.file().metadata().context(sentence)?;
+            layers.push((
+                layer.path().to_path_buf(),
+                layer.id(),
+                meta.len(),
+                meta.modified().context(sentence)?,
+            ));
+        }
+        let config = record.config()?;
+        let about = About {
+            box_name: record.name.clone(),
+            image: record.image(),
+            options: config["options"].clone(),
+            changed_at: chain.changed_at(),
+        };
+        let state = State {
+            layers,
+            about: hash_of(record),
+        };
+        Ok((state, Export::plan(Arc::new(chain), about)?))
+    }
+
+    /// Opens a chain. A change of ours may move a layer's name between reading a header and opening
+    /// what it names; then the header has the new name already.
+    pub(super) fn open_chain(&self, top: &std::path::Path) -> Result<Chain> {
+        let open = || Chain::open(top, self.home.root(), self.home.owner().uid);
+        match open() {
+            Err(error) if error.errno() == libc::ENOENT => open(),
+            result => result,
+        }
+    }
+}
+
+impl ExportCache {
+    /// Notes that a plan was used, and lets go of those not used for long.
+    fn used(&mut self, source: &Source) {
+        self.kept.retain(|kept| kept != source);
+        self.kept.push(source.clone());
+        while self.kept.len() > KEPT_PLANS {
+            let oldest = self.kept.remove(0);
+            if let Some(known) = self.known.get_mut(&oldest) {
+                known.plan = None;
+            }
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! `cp b.boxlite MNT/NEW.boxlite`: a box, or a snapshot of one, from an archive that arrived.
+
+use super::clone::refuse_taken_name;
+use super::crash::crash_point;
+use super::prepare::now;
+use super::snapshot::refuse_bad_name;
+use super::{Arrival, NewClone, Store, durable};
+use crate::{Context, Error, Result};
+
+/// What became of an archive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Imported {
+    /// A box with this id.
+    Box(String),
+    /// A snapshot with this id.
+    Snapshot(String),
+}
+
+impl Store {
+    /// Makes a box of a complete archive.
+    ///
+    /// # Errors
+    /// EBADMSG when it is not complete, EEXIST when the name is taken, EBUSY.
+    pub fn import_box(&self, arrival: &Arrival, new: &NewClone) -> Result<()> {
+        let result = self.make_imported(arrival, new);
+        self.noted(&format!("import of box {}", new.name), result)
+    }
+
+    /// Order: the directory is built in the workspace, where the disk was unpacked and checked;
+    /// then as for a clone.
+    fn make_imported(&self, arrival: &Arrival, new: &NewClone) -> Result<()> {
+        self.refuse_read_only()?;
+        if !arrival.is_complete() {
+            return Err(Error::bad_archive("the archive is incomplete"));
+        }
+        let dir = self.fresh_path("box")?;
+        self.home.make_dir(&dir)?;
+        self.home.make_dir(&dir.join("disks"))?;
+        self.home.give_to_owner(arrival.disk())?;
+        let mut change = self.home.change()?;
+        refuse_taken_name(&change, &new.name)?;
+        let disk = dir.join("disks/disk.qcow2");
+        std::fs::rename(arrival.disk(), &disk)
+            .context(|| format!("cannot move the disk to {}", disk.display()))?;
+        crash_point("import.built");
+        let installed = self.install(&mut change, &dir, new, None, arrival.options(), &[]);
+        if installed.is_err() {
+            let _ = std::fs::remove_dir_all(&dir);
+        }
+        installed
+    }
+
+    /// Makes a snapshot of a box of a complete archive and returns its id: how the snapshots of a
+    /// whole box's backup come back.
+    ///
+    /// # Errors
+    /// EBADMSG, EINVAL, EEXIST, EBUSY.
+    pub fn import_snapshot(
+        &self,
+        arrival: &Arrival,
+        box_id: &str,
+        name: &str,
+        created_at: Option<i64>,
+    ) -> Result<String> {
+        let result = self.make_imported_snapshot(arrival, box_id, name, created_at);
+        self.noted(
+            &format!("import of snapshot {name} of box {}", self.name_of(box_id)),
+            result,
+        )
+    }
+
+    /// Order: the directory, the layer moved into it, the row. A crash before the row leaves a
+    /// directory without one whose layer has no other name: it is reported, not removed.
+    fn make_imported_snapshot(
+        &self,
+        arrival: &Arrival,
+        box_id: &str,
+        name: &str,
+        created_at: Option<i64>,
+    ) -> Result<String> {
+        refuse_bad_name(name)?;
+        if !arrival.is_complete() {
+            return Err(Error::bad_archive("the archive is incomplete"));
+        }
+        self.home.give_to_owner(arrival.disk())?;
+        let mut prepared = self.prepare(box_id)?;
+        prepared.refuse_taken(name)?;
+        let path = prepared.snapshot_place(name)?;
+        durable::rename(arrival.disk(), &path)?;
+        crash_point("import.snapshot");
+        prepared.record_snapshot(
+            name,
+            &path,
+            arrival.virtual_size(),
+            created_at.unwrap_or_else(now),
+        )
+    }
+}

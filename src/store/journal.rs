@@ -1,0 +1,147 @@
+//! The log a user sees in the mount: what was done and what failed, a sentence each.
+
+use std::collections::VecDeque;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+
+use crate::home::{Home, rfc3339};
+
+/// Bytes of the log kept in memory and shown.
+const SHOWN: usize = 256 * 1024;
+
+/// The file is started anew, the old one kept as `log.1`, when it has grown to this many bytes.
+const ROTATE: u64 = 1024 * 1024;
+
+/// The log, in memory for the mount and in `.boxlitefs/log` for after a crash.
+pub struct Journal {
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    shown: VecDeque<u8>,
+    /// Bytes that have been dropped from the front of `shown`.
+    dropped: u64,
+    changed: SystemTime,
+    path: Option<PathBuf>,
+    file: Option<File>,
+}
+
+impl Journal {
+    /// Continues the home's log. Where it can't be written (read-only), it is kept in memory.
+    pub fn open(home: &Home, read_only: bool) -> Journal {
+        let path = home.staging_dir().join("log");
+        let mut inner = Inner {
+            shown: VecDeque::new(),
+            dropped: 0,
+            changed: SystemTime::now(),
+            path: None,
+            file: None,
+        };
+        inner.load(&path);
+        if !read_only && home.make_staging_dir().is_ok() {
+            let file = OpenOptions::new().append(true).create(true).open(&path);
+            if let Ok(file) = file
+                && home.give_to_owner(&path).is_ok()
+            {
+                inner.path = Some(path);
+                inner.file = Some(file);
+            }
+        }
+        Journal {
+            inner: Mutex::new(inner),
+        }
+    }
+
+    /// Adds a sentence with the time.
+    pub fn note(&self, sentence: &str) {
+        log::info!("{sentence}");
+        let now = SystemTime::now();
+        let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let line = format!(
+            "{} {}\n",
+            rfc3339(i64::try_from(seconds).unwrap_or(0)),
+            sentence.replace(['\n', '\r'], " ")
+        );
+        let mut inner = self.inner.lock();
+        inner.changed = now;
+        inner.append(line.as_bytes());
+        inner.write_file(line.as_bytes());
+    }
+
+    /// Bytes shown.
+    pub fn len(&self) -> u64 {
+        self.inner.lock().shown.len() as u64
+    }
+
+    /// Whether nothing was ever noted.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// When the last sentence was added.
+    pub fn changed_at(&self) -> SystemTime {
+        self.inner.lock().changed
+    }
+
+    /// Up to `length` bytes from `offset`.
+    pub fn read_at(&self, offset: u64, length: usize) -> Vec<u8> {
+        let inner = self.inner.lock();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        inner
+            .shown
+            .iter()
+            .skip(start)
+            .take(length)
+            .copied()
+            .collect()
+    }
+}
+
+impl Inner {
+    fn load(&mut self, path: &std::path::Path) {
+        let Ok(mut file) = File::open(path) else {
+            return;
+        };
+        let length = file.metadata().map_or(0, |meta| meta.len());
+        let skip = length.saturating_sub(SHOWN as u64);
+        let mut tail = Vec::new();
+        if file.seek(SeekFrom::Start(skip)).is_ok()
+            && file.take(SHOWN as u64).read_to_end(&mut tail).is_ok()
+        {
+            self.append(&tail);
+        }
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        self.shown.extend(bytes);
+        while self.shown.len() > SHOWN {
+            // Whole lines go, so that the first one shown can be read.
+            while let Some(byte) = self.shown.pop_front() {
+                self.dropped += 1;
+                if byte == b'\n' {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn write_file(&mut self, line: &[u8]) {
+        let (Some(path), Some(file)) = (&self.path, &mut self.file) else {
+            return;
+        };
+        // A log that can't be written must not fail the operation it tells of.
+        if let Err(e) = file.write_all(line) {
+            log::warn!("cannot write {}: {e}", path.display());
+        }
+        if file.metadata().is_ok_and(|meta| meta.len() > ROTATE)
+            && fs::rename(path, path.with_extension("1")).is_ok()
+            && let Ok(fresh) = OpenOptions::new().append(true).create(true).open(path)
+        {
+            self.file = Some(fresh);
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! Who depends on whom: every image file of the home and the backing path its header names.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::Store;
+use crate::disk::{FileId, Header};
+use crate::{Context, Error, Result};
+
+/// What a file is to BoxLite.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// `boxes/ID/disks/disk.qcow2`.
+    Live { box_id: String },
+    /// `boxes/ID/snapshots/NAME/disk.qcow2`.
+    Snapshot { box_id: String, name: String },
+    /// `bases/ID.qcow2`.
+    Base { id: String },
+}
+
+/// One name of an image file.
+#[derive(Clone, Debug)]
+pub(super) struct ImageFile {
+    pub path: PathBuf,
+    pub id: FileId,
+    /// Names the inode has, ours or not.
+    pub names: u64,
+    pub role: Role,
+    /// The backing path in its header, resolved; None for an image without one.
+    pub backing: Option<PathBuf>,
+    /// Why the header can't be read. Such a file may depend on anything.
+    pub damaged: Option<String>,
+}
+
+impl ImageFile {
+    /// The box whose directory it is in.
+    pub fn box_id(&self) -> Option<&str> {
+        match &self.role {
+            Role::Live { box_id } | Role::Snapshot { box_id, .. } => Some(box_id),
+            Role::Base { .. } => None,
+        }
+    }
+}
+
+/// All image files of a home at one moment.
+#[derive(Default)]
+pub(super) struct Layers {
+    files: Vec<ImageFile>,
+    by_path: HashMap<PathBuf, usize>,
+}
+
+impl Layers {
+    fn new(files: Vec<ImageFile>) -> Self {
+        let by_path = files
+            .iter()
+            .enumerate()
+            .map(|(index, file)| (file.path.clone(), index))
+            .collect();
+        Layers { files, by_path }
+    }
+
+    /// Every name of every file.
+    pub fn files(&self) -> &[ImageFile] {
+        &self.files
+    }
+
+    /// The file with this (resolved) name.
+    pub fn at(&self, path: &Path) -> Option<&ImageFile> {
+        self.by_path.get(path).map(|index| &self.files[*index])
+    }
+
+    /// Names of one inode.
+    pub fn names_of(&self, id: FileId) -> impl Iterator<Item = &ImageFile> {
+        self.files.iter().filter(move |file| file.id == id)
+    }
+
+    /// Files whose header names this path.
+    pub fn readers_of(&self, path: &Path) -> impl Iterator<Item = &ImageFile> {
+        self.files
+            .iter()
+            .filter(move |file| file.backing.as_deref() == Some(path))
+    }
+
+    /// The paths of a file's chain, the file first. Ends at what is no image file of the home (a
+    /// raw image, a file outside) with that path last, and before a path comes twice.
+    pub fn chain<'l>(&'l self, top: &'l Path) -> Vec<&'l Path> {
+        let mut chain = vec![top];
+        let mut at = top;
+        while let Some(backing) = self.at(at).and_then(|file| file.backing.as_deref()) {
+            if chain.contains(&backing) {
+                break;
+            }
+            chain.push(backing);
+            at = backing;
+        }
+        chain
+    }
+
+    /// The first file whose header can't be read: it may depend on anything, so nothing is freed.
+    pub fn damaged(&self) -> Option<&ImageFile> {
+        self.files.iter().find(|file| file.damaged.is_some())
+    }
+}
+
+/// Headers read before, valid while the file is the same to stat.
+#[derive(Default)]
+pub(super) struct HeaderCache {
+    known: HashMap<FileId, (Stamp, std::result::Result<Option<PathBuf>, String>)>,
+}
+
+/// Length, modification and change time (ns): a rebase, ours or anyone's, changes the last.
+type Stamp = (u64, i128, i128);
+
+fn stamp(meta: &fs::Metadata) -> Stamp {
+    let nanoseconds = |s: i64, ns: i64| i128::from(s) * 1_000_000_000 + i128::from(ns);
+    (
+        meta.len(),
+        nanoseconds(meta.mtime(), meta.mtime_nsec()),
+        nanoseconds(meta.ctime(), meta.ctime_nsec()),
+    )
+}
+
+/// The path with its directory's symlinks resolved: two spellings of a name become one. The last
+/// component stays, for hard links are told apart by it.
+///
+/// # Errors
+/// ENOENT when the directory is gone.
+pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Error::damaged(format!("{} names no file", path.display())));
+    };
+    let dir = fs::canonicalize(dir).context(|| format!("cannot find {}", dir.display()))?;
+    Ok(dir.join(name))
+}
+
+/// Like [`resolve`], for paths that may point nowhere: those stay as they are.
+fn resolve_or_keep(path: PathBuf) -> PathBuf {
+    resolve(&path).unwrap_or(path)
+}
+
+impl Store {
+    /// Every image file in `bases/` and `boxes/`, with rows or without.
+    ///
+    /// # Errors
+    /// Those of reading the directories.
+    pub(super) fn scan_layers(&self) -> Result<Layers> {
+        let mut files = Vec::new();
+        for name in names_in(&self.home.bases_dir())? {
+            if let Some(id) = name.strip_suffix(".qcow2") {
+                let role = Role::Base { id: id.to_owned() };
+                self.look_at(self.home.base_disk(id), role, &mut files);
+            }
+        }
+        for box_id in names_in(&self.home.boxes_dir())? {
+            let role = Role::Live {
+                box_id: box_id.clone(),
+            };
+            self.look_at(self.home.live_disk(&box_id), role, &mut files);
+            for name in names_in(&self.home.snapshots_dir(&box_id))? {
+                let path = self.home.snapshot_disk(&box_id, &name);
+                let role = Role::Snapshot {
+                    box_id: box_id.clone(),
+                    name,
+                };
+                self.look_at(path, role, &mut files);
+            }
+        }
+        Ok(Layers::new(files))
+    }
+
+    fn look_at(&self, path: PathBuf, role: Role, files: &mut Vec<ImageFile>) {
+        let Ok(meta) = fs::symlink_metadata(&path) else {
+            return;
+        };
+        if !meta.is_file() {
+            return;
+        }
+        let id = FileId::of(&meta);
+        let (backing, damaged) = match self.backing_of(&path, id, stamp(&meta)) {
+            Ok(backing) => (backing, None),
+            Err(why) => (None, Some(why)),
+        };
+        // A relative path counts from the directory of the name it is read by.
+        let backing = backing.map(|stored| match path.parent() {
+            Some(dir) => resolve_or_keep(dir.join(stored)),
+            None => stored,
+        });
+        files.push(ImageFile {
+            path,
+            id,
+            names: meta.nlink(),
+            role,
+            backing,
+            damaged,
+        });
+    }
+
+    /// The backing path a header names, as stored.
+    fn backing_of(
+        &self,
+        path: &Path,
+        id: FileId,
+        stamp: Stamp,
+    ) -> std::result::Result<Option<PathBuf>, String> {
+        if let Some((known, backing)) = self.headers.lock().known.get(&id)
+            && *known == stamp
+        {
+            return backing.clone();
+        }
+        let backing = match Header::open(path) {
+            Ok(Some(header)) => Ok(header.backing.map(|backing| backing.path)),
+            Ok(None) => Ok(None),
+            Err(error) => Err(error.to_string()),
+        };
+        self.headers
+            .lock()
+            .known
+            .insert(id, (stamp, backing.clone()));
+        backing
+    }
+}
+
+/// Names in a directory; none when it is not there.
+pub(super) fn names_in(dir: &Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io(format!("cannot list {}", dir.display()), e)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry.context(|| format!("cannot list {}", dir.display()))?;
+        if let Ok(name) = entry.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}

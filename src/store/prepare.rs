@@ -1,0 +1,227 @@
+//! Before every change: the lock, fresh rows, recovery, and everything that refuses it.
+
+use std::path::{Path, PathBuf};
+
+use super::layers::{Layers, resolve};
+use super::{Store, called};
+use crate::disk::FileId;
+use crate::home::{Activity, BoxRecord, Change, NewBase, SnapshotRecord, base_id};
+use crate::{Error, Result};
+
+/// A box that may be changed: the lock is held, it is not running, recovery is done, every layer
+/// below it is in `bases/` (or is an image) and every base it reaches is referred to.
+pub(super) struct Prepared<'s> {
+    pub store: &'s Store,
+    pub change: Change<'s>,
+    pub record: BoxRecord,
+}
+
+impl Store {
+    /// Takes the lock and makes the box ready for a change. Keep it short: the lock is held until
+    /// the value is dropped.
+    ///
+    /// # Errors
+    /// EBUSY when a runtime holds the lock or the box is active, EROFS on a read-only mount, EPERM
+    /// in a copied home or when a chain leaves the home.
+    pub(super) fn prepare(&self, box_id: &str) -> Result<Prepared<'_>> {
+        self.refuse_read_only()?;
+        let change = self.home.change()?;
+        let record = change.box_by_id(box_id)?;
+        self.refuse_active(&record)?;
+        self.refuse_copied(&record)?;
+        let mut prepared = Prepared {
+            store: self,
+            change,
+            record,
+        };
+        prepared.recover()?;
+        prepared.refuse_foreign_layers()?;
+        prepared.adopt_own_chains()?;
+        prepared.complete_refs()?;
+        Ok(prepared)
+    }
+
+    /// EBUSY while somebody may write to the box's disk.
+    pub(super) fn refuse_active(&self, record: &BoxRecord) -> Result<()> {
+        match self.home.activity(record) {
+            Activity::Idle => Ok(()),
+            Activity::Active(why) => Err(Error::busy(format!(
+                "box {} is busy: {why}; stop it first",
+                called(record)
+            ))),
+        }
+    }
+
+    /// In a copied home the configuration still names the original's directory, and changes by
+    /// BoxLite or by us would hit the original.
+    fn refuse_copied(&self, record: &BoxRecord) -> Result<()> {
+        let config = record.config()?;
+        let box_home = config["box_home"].as_str().unwrap_or_default();
+        let here = self.home.box_dir(&record.id);
+        let same = FileId::at(Path::new(box_home))
+            .and_then(|there| Ok(there == FileId::at(&here)?))
+            .unwrap_or(false);
+        if same {
+            return Ok(());
+        }
+        Err(Error::new(
+            libc::EPERM,
+            format!(
+                "box {} says it lives in {box_home}, not in {}: this home is a copy, and changes could hit the original; export its boxes and import them into a new home",
+                called(record),
+                here.display()
+            ),
+        ))
+    }
+}
+
+impl<'s> Prepared<'s> {
+    /// The snapshots as they are now.
+    pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>> {
+        self.change.snapshots_of(&self.record.id)
+    }
+
+    /// The live disk, if the box ever started.
+    pub fn live(&self) -> Option<PathBuf> {
+        let live = self.store.home.live_disk(&self.record.id);
+        live.is_file().then_some(live)
+    }
+
+    /// The files of this box that have rows: the live disk and the snapshots' layers.
+    pub fn tops(&self) -> Result<Vec<PathBuf>> {
+        let mut tops: Vec<PathBuf> = self.live().into_iter().collect();
+        for snapshot in self.snapshots()? {
+            let path = self.store.snapshot_layer(&snapshot);
+            if path.is_file() {
+                tops.push(path);
+            }
+        }
+        Ok(tops)
+    }
+
+    /// Every layer of every chain of the box, resolved; tops included.
+    pub fn chains(&self) -> Result<Vec<Vec<PathBuf>>> {
+        self.tops()?
+            .iter()
+            .map(|top| {
+                crate::disk::chain_paths(top)?
+                    .iter()
+                    .map(|path| resolve(path))
+                    .collect()
+            })
+            .collect()
+    }
+
+    /// EPERM when a chain leaves the home.
+    fn refuse_foreign_layers(&self) -> Result<()> {
+        for chain in self.chains()? {
+            if let Some(outside) = chain
+                .iter()
+                .find(|path| !path.starts_with(self.store.home.root()))
+            {
+                return Err(Error::new(
+                    libc::EPERM,
+                    format!(
+                        "the disk of box {} reads from {}, outside this home; nothing is changed, for that file may be another home's. Export the box and import it again to make it whole",
+                        called(&self.record),
+                        outside.display()
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes every base in any chain of the box referred to by the box, so that BoxLite does not
+    /// collect it (it goes by references, and its own are incomplete). A base without a row gets
+    /// one of ours: a crash inside BoxLite's clone leaves such.
+    fn complete_refs(&mut self) -> Result<()> {
+        let bases_dir = self.store.home.bases_dir();
+        let mut reached: Vec<PathBuf> = self.chains()?.into_iter().flatten().collect();
+        reached.retain(|path| path.parent() == Some(bases_dir.as_path()));
+        reached.sort();
+        reached.dedup();
+        let rows = self.change.bases()?;
+        let referred = self.change.refs_of(&self.record.id)?;
+        let mut new_bases = Vec::new();
+        let mut new_refs = Vec::new();
+        for path in reached {
+            let row = rows
+                .iter()
+                .find(|row| resolve(Path::new(&row.base_path)).is_ok_and(|p| p == path));
+            let id = match row {
+                Some(row) => row.id.clone(),
+                None => {
+                    let base = self.store.new_base(&path)?;
+                    let id = base.id.clone();
+                    new_bases.push(base);
+                    id
+                }
+            };
+            if !referred.contains(&id) {
+                new_refs.push(id);
+            }
+        }
+        if new_refs.is_empty() {
+            return Ok(());
+        }
+        let box_id = self.record.id.clone();
+        self.change.transaction(|rows| {
+            new_bases
+                .iter()
+                .try_for_each(|base| rows.insert_base(base))?;
+            new_refs
+                .iter()
+                .try_for_each(|base| rows.insert_ref(base, &box_id))
+        })
+    }
+
+    /// The ids of the bases that a chain reaches, all of which have rows after `prepare`.
+    pub fn bases_reached(&self, top: &Path) -> Result<Vec<String>> {
+        let rows = self.change.bases()?;
+        let mut ids = Vec::new();
+        for path in crate::disk::chain_paths(top)? {
+            let path = resolve(&path)?;
+            for row in &rows {
+                if resolve(Path::new(&row.base_path)).is_ok_and(|p| p == path) {
+                    ids.push(row.id.clone());
+                }
+            }
+        }
+        Ok(ids)
+    }
+
+    /// All image files of the home as they are now.
+    pub fn layers(&self) -> Result<Layers> {
+        self.store.scan_layers()
+    }
+}
+
+impl Store {
+    /// A row of ours for a file in `bases/`.
+    pub(super) fn new_base(&self, path: &Path) -> Result<NewBase> {
+        use crate::Context;
+        let header = crate::disk::Header::open(path)?;
+        let meta =
+            std::fs::metadata(path).context(|| format!("cannot look at {}", path.display()))?;
+        // The stem is the id, as BoxLite has it, unless it could not be one.
+        let id = match path.file_stem().and_then(|stem| stem.to_str()) {
+            Some(stem) if crate::home::is_safe_component(stem) => stem.to_owned(),
+            _ => base_id()?,
+        };
+        Ok(NewBase {
+            id,
+            path: path.display().to_string(),
+            virtual_size: header.map_or(meta.len(), |header| header.virtual_size),
+            file_size: meta.len(),
+            created_at: now(),
+        })
+    }
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> i64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(0))
+}

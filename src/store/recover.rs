@@ -1,0 +1,256 @@
+//! Recovery by looking at files and rows: what a crash of ours, or of BoxLite, left is undone or
+//! finished the way the table in `docs/design.md` says. Always under the lock, and only for a box
+//! that is not running.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::clone::UNRECORDED;
+use super::durable;
+use super::layers::{Layers, Role, names_in, resolve};
+use super::prepare::{Prepared, now};
+use super::workspace;
+use super::{Store, called};
+use crate::disk::{FileId, Header};
+use crate::home::{Activity, Change, is_snapshot_name};
+use crate::{Context, Error, Result};
+
+impl Store {
+    /// Everything that can be recovered when a mount begins. What can't be done now (a runtime
+    /// holds the lock, a box runs) is done before the next change of each box.
+    pub(super) fn recover_at_mount(&self) {
+        for dir in workspace::abandoned(&self.home) {
+            if let Err(e) = fs::remove_dir_all(&dir) {
+                let sentence = format!("cannot remove the leftover {}: {e}", dir.display());
+                self.journal.note(&sentence);
+            }
+        }
+        match self.home.change() {
+            Ok(change) => {
+                if let Err(error) = self.recover_home(change) {
+                    self.journal.note(&format!("recovery stopped: {error}"));
+                }
+            }
+            Err(error) => self.journal.note(&format!("recovery waits: {error}")),
+        }
+    }
+
+    fn recover_home(&self, change: Change<'_>) -> Result<()> {
+        self.remove_unrecorded(&change)?;
+        let mut boxes = change.boxes()?;
+        let Some(first) = boxes.pop() else {
+            return Ok(());
+        };
+        boxes.push(first.clone());
+        let mut prepared = Prepared {
+            store: self,
+            change,
+            record: first,
+        };
+        for record in boxes {
+            if self.home.activity(&record) != Activity::Idle {
+                continue;
+            }
+            prepared.record = record;
+            if let Err(error) = prepared.recover() {
+                let name = called(&prepared.record).to_owned();
+                self.journal
+                    .note(&format!("recovery of box {name} failed: {error}"));
+            }
+        }
+        prepared.drop_rows_without_files()?;
+        prepared.free_unreached()
+    }
+
+    /// Directories of boxes that were being made: without a row they go, with one the mark goes.
+    /// Directories without a row that we did not make are left for BoxLite, or for their owner.
+    fn remove_unrecorded(&self, change: &Change<'_>) -> Result<()> {
+        for id in names_in(&self.home.boxes_dir())? {
+            let dir = self.home.box_dir(&id);
+            let mark = dir.join(UNRECORDED);
+            if !mark.exists() {
+                continue;
+            }
+            match change.box_by_id(&id) {
+                Ok(_) => durable::unlink(&mark)?,
+                Err(error) if error.errno() == libc::ENOENT => {
+                    self.journal
+                        .note(&format!("removed box {id}, which was not finished"));
+                    fs::remove_dir_all(&dir)
+                        .context(|| format!("cannot remove {}", dir.display()))?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Prepared<'_> {
+    /// Brings the box into a state that a change may start from.
+    pub(super) fn recover(&mut self) -> Result<()> {
+        self.honour_pending()?;
+        self.undo_freeze()?;
+        self.settle_snapshot_directories()
+    }
+
+    /// BoxLite's own crash marker. With its snapshot half made, the live disk lies in the
+    /// snapshot's directory and has to come back (litebox/local_snapshot.rs does the same at the
+    /// next start of a runtime); a snapshot that was finished on disk is settled further down.
+    fn honour_pending(&mut self) -> Result<()> {
+        let home = &self.store.home;
+        let marker = home.pending_marker(&self.record.id);
+        let Ok(text) = fs::read_to_string(&marker) else {
+            return Ok(());
+        };
+        let value: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
+        let live = home.live_disk(&self.record.id);
+        if !live.exists() {
+            let taken = self.pending_layer(&value).ok_or_else(|| {
+                Error::busy(format!(
+                    "BoxLite left box {} in the middle of a snapshot ({}); start BoxLite once, it recovers it",
+                    called(&self.record),
+                    marker.display()
+                ))
+            })?;
+            durable::rename(&taken, &live)?;
+            if let Some(dir) = taken.parent() {
+                // Anything else in it is not ours to remove.
+                let _ = durable::remove_dir(dir);
+            }
+            self.store.journal.note(&format!(
+                "box {}: brought back the disk from a snapshot that BoxLite had not finished",
+                called(&self.record)
+            ));
+        }
+        if value["copy"] == Value::Bool(true) {
+            // Its half-made copy is BoxLite's to remove: only it knows whether the copy is whole.
+            return Err(Error::busy(format!(
+                "BoxLite was copying a snapshot of box {} when it ended; start BoxLite once, it cleans up",
+                called(&self.record)
+            )));
+        }
+        durable::unlink(&marker)
+    }
+
+    /// Where BoxLite's marker says the live disk went, if that is in this box and is no snapshot.
+    fn pending_layer(&self, marker: &Value) -> Option<PathBuf> {
+        let dir = resolve(Path::new(marker["snapshot_dir"].as_str()?)).ok()?;
+        let snapshots = self.store.home.snapshots_dir(&self.record.id);
+        let name = dir.file_name()?.to_str()?.to_owned();
+        let has_row = self.snapshots().ok()?.iter().any(|row| row.name == name);
+        let layer = dir.join("disk.qcow2");
+        (dir.parent() == Some(snapshots.as_path()) && !has_row && layer.is_file()).then_some(layer)
+    }
+
+    /// A live disk has one name. A second one in `bases/` is a freeze that did not come to its end:
+    /// the row, the references and the name go. Never finished: BoxLite may have let a guest write
+    /// to it since.
+    fn undo_freeze(&mut self) -> Result<()> {
+        let live = self.store.home.live_disk(&self.record.id);
+        let Ok(meta) = fs::symlink_metadata(&live) else {
+            return Ok(());
+        };
+        if meta.nlink() < 2 {
+            return Ok(());
+        }
+        let layers = self.layers()?;
+        let id = FileId::of(&meta);
+        for name in layers.names_of(id) {
+            if !matches!(name.role, Role::Base { .. }) {
+                continue;
+            }
+            if layers.readers_of(&name.path).next().is_some() {
+                return Err(Error::damaged(format!(
+                    "{} is the live disk of box {} and others read from it; nothing is changed. Stop using the box and export what reads from it",
+                    name.path.display(),
+                    called(&self.record)
+                )));
+            }
+            let rows = self.change.bases()?;
+            let ours: Vec<&str> = rows
+                .iter()
+                .filter(|row| row.is_ours() && is_at(&row.base_path, &name.path))
+                .map(|row| row.id.as_str())
+                .collect();
+            if ours.is_empty() && rows.iter().any(|row| is_at(&row.base_path, &name.path)) {
+                continue;
+            }
+            self.change
+                .transaction(|rows| ours.iter().try_for_each(|id| rows.delete_base(id)))?;
+            durable::unlink(&name.path)?;
+        }
+        Ok(())
+    }
+
+    /// Directories under `snapshots/` that have no row.
+    fn settle_snapshot_directories(&mut self) -> Result<()> {
+        let rows = self.snapshots()?;
+        for name in names_in(&self.store.home.snapshots_dir(&self.record.id))? {
+            if rows.iter().any(|row| row.name == name) || !is_snapshot_name(&name) {
+                continue;
+            }
+            self.settle_snapshot_directory(&name)?;
+        }
+        Ok(())
+    }
+
+    /// Read by path: a snapshot BoxLite finished on disk, it gets its row. Its layer named
+    /// elsewhere too: ours, being made or being deleted, it goes. Neither: left where it is.
+    fn settle_snapshot_directory(&mut self, name: &str) -> Result<()> {
+        let home = &self.store.home;
+        let path = home.snapshot_disk(&self.record.id, name);
+        let dir = home.snapshots_dir(&self.record.id).join(name);
+        if !path.exists() {
+            // Only an empty directory goes.
+            let _ = durable::remove_dir(&dir);
+            return Ok(());
+        }
+        let layers = self.layers()?;
+        if layers.readers_of(&path).next().is_some() {
+            let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);
+            self.adopt(&path)?;
+            self.record_snapshot(name, &path, virtual_size, now())?;
+            self.store.journal.note(&format!(
+                "box {}: recorded snapshot {name}, which BoxLite had made but not recorded",
+                called(&self.record)
+            ));
+        } else if has_another_name(&layers, &path)? {
+            durable::unlink(&path)?;
+            durable::remove_dir(&dir)?;
+        }
+        Ok(())
+    }
+
+    /// Rows of bases of ours whose file is gone and that no header names.
+    fn drop_rows_without_files(&mut self) -> Result<()> {
+        let layers = self.layers()?;
+        let gone: Vec<String> = self
+            .change
+            .bases()?
+            .into_iter()
+            .filter(|row| {
+                let path = PathBuf::from(&row.base_path);
+                row.is_ours() && !path.exists() && layers.readers_of(&path).next().is_none()
+            })
+            .map(|row| row.id)
+            .collect();
+        if gone.is_empty() {
+            return Ok(());
+        }
+        self.change
+            .transaction(|rows| gone.iter().try_for_each(|id| rows.delete_base(id)))
+    }
+}
+
+fn is_at(row_path: &str, path: &Path) -> bool {
+    resolve(Path::new(row_path)).is_ok_and(|resolved| resolved == path)
+}
+
+fn has_another_name(layers: &Layers, path: &Path) -> Result<bool> {
+    let id = FileId::at(path)?;
+    Ok(layers.names_of(id).any(|name| name.path != path))
+}

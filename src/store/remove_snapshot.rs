@@ -1,0 +1,100 @@
+//! `rmdir web/snapshots/NAME`.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::Store;
+use super::crash::crash_point;
+use super::durable;
+use super::layers::{Role, resolve};
+use super::prepare::Prepared;
+use crate::{Error, Result};
+
+impl Store {
+    /// Deletes a snapshot. Its layer stays in `bases/` while any chain reads from it.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone, EBUSY.
+    pub fn remove_snapshot(&self, box_id: &str, snapshot_id: &str) -> Result<()> {
+        let name = self
+            .home
+            .catalog()?
+            .snapshot_by_id(box_id, snapshot_id)
+            .map_or_else(|| snapshot_id.to_owned(), |snapshot| snapshot.name.clone());
+        let what = format!("removal of snapshot {name} of box {}", self.name_of(box_id));
+        let result = self.delete_snapshot(box_id, snapshot_id);
+        self.noted(&what, result)
+    }
+
+    /// Order: adopt if any chain names its path, delete the row, unlink the layer's name. A crash
+    /// after the row leaves a directory without one: recovery unlinks it.
+    fn delete_snapshot(&self, box_id: &str, snapshot_id: &str) -> Result<()> {
+        let mut prepared = self.prepare(box_id)?;
+        let snapshot = prepared
+            .snapshots()?
+            .into_iter()
+            .find(|snapshot| snapshot.id == snapshot_id)
+            .ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))?;
+        let layer = self.home.snapshot_disk(box_id, &snapshot.name);
+        if prepared.layers()?.readers_of(&layer).next().is_some() {
+            prepared.adopt(&layer)?;
+        }
+        crash_point("remove.adopted");
+        prepared
+            .change
+            .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id))?;
+        crash_point("remove.unrecorded");
+        durable::unlink(&layer)?;
+        crash_point("remove.unlinked");
+        let dir = self.home.snapshots_dir(box_id).join(&snapshot.name);
+        if let Err(error) = durable::remove_dir(&dir) {
+            // Something of somebody else's is in it; the snapshot itself is gone.
+            self.journal
+                .note(&format!("{error}; the rest is left there"));
+        }
+        prepared.free_unreached()
+    }
+}
+
+impl Prepared<'_> {
+    /// Frees the bases we made that no header names any more and that are no snapshot's layer.
+    /// The file goes first: a row of ours without a file is recognised as a leftover by the next
+    /// recovery, while a file without a row could be BoxLite's (a crash inside its clone leaves such,
+    /// and it can be a box's only disk). Nothing at all is freed while any header in the home can't
+    /// be read.
+    pub(super) fn free_unreached(&mut self) -> Result<()> {
+        loop {
+            let layers = self.layers()?;
+            if layers.damaged().is_some() {
+                return Ok(());
+            }
+            let named: BTreeSet<&Path> = layers
+                .files()
+                .iter()
+                .filter_map(|file| file.backing.as_deref())
+                .collect();
+            let rows = self.change.bases()?;
+            let free = layers.files().iter().find_map(|file| {
+                let Role::Base { .. } = file.role else {
+                    return None;
+                };
+                // One name known and one name in all: no snapshot, no live disk, no backup.
+                if named.contains(file.path.as_path()) || file.names != 1 {
+                    return None;
+                }
+                rows.iter()
+                    .find(|row| {
+                        row.is_ours()
+                            && resolve(Path::new(&row.base_path)).is_ok_and(|p| p == file.path)
+                    })
+                    .map(|row| (row.id.clone(), file.path.clone()))
+            });
+            let Some((id, path)) = free else {
+                return Ok(());
+            };
+            durable::unlink(&path)?;
+            crash_point("free.unlinked");
+            self.change.transaction(|rows| rows.delete_base(&id))?;
+        }
+    }
+}

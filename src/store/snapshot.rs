@@ -1,0 +1,154 @@
+//! `mkdir web/snapshots/NAME`.
+
+use std::fs;
+use std::path::Path;
+
+use super::crash::crash_point;
+use super::durable;
+use super::freeze::{Frozen, FrozenDisk};
+use super::prepare::{Prepared, now};
+use super::{Store, called};
+use crate::home::{NewSnapshot, is_snapshot_name, snapshot_id};
+use crate::{Context, Error, Result};
+
+impl Store {
+    /// Takes a snapshot of a box's live disk and returns its id.
+    ///
+    /// # Errors
+    /// EINVAL for a name BoxLite would refuse, EEXIST, EBUSY, ENODATA for a box without a disk.
+    pub fn snapshot(&self, box_id: &str, name: &str) -> Result<String> {
+        let result = self.take_snapshot(box_id, name);
+        self.noted(
+            &format!("snapshot {name} of box {}", self.name_of(box_id)),
+            result,
+        )
+    }
+
+    fn take_snapshot(&self, box_id: &str, name: &str) -> Result<String> {
+        refuse_bad_name(name)?;
+        let draft = self.draft_freeze(box_id)?;
+        let mut prepared = self.prepare(box_id)?;
+        prepared.refuse_taken(name)?;
+        let frozen = prepared.freeze(&draft)?;
+        prepared.name_layer(&frozen, name, now())
+    }
+
+    /// How a box is called in the log.
+    pub(crate) fn name_of(&self, box_id: &str) -> String {
+        self.home
+            .catalog()
+            .ok()
+            .and_then(|catalog| {
+                catalog
+                    .box_by_id(box_id)
+                    .map(|record| called(record).to_owned())
+            })
+            .unwrap_or_else(|| box_id.to_owned())
+    }
+}
+
+/// EINVAL for a name BoxLite would refuse.
+pub(super) fn refuse_bad_name(name: &str) -> Result<()> {
+    if is_snapshot_name(name) {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::EINVAL,
+        format!(
+            "{name:?} can't be a snapshot's name: BoxLite wants 1 to 255 bytes, no leading dot, no / or \\"
+        ),
+    ))
+}
+
+impl Prepared<'_> {
+    /// EEXIST when the box has a snapshot of that name, or a directory that would be in its way.
+    pub(super) fn refuse_taken(&self, name: &str) -> Result<()> {
+        if self
+            .snapshots()?
+            .iter()
+            .any(|snapshot| snapshot.name == name)
+        {
+            return Err(Error::new(
+                libc::EEXIST,
+                format!("box {} has a snapshot {name} already", called(&self.record)),
+            ));
+        }
+        let dir = self.store.home.snapshots_dir(&self.record.id).join(name);
+        if dir.exists() {
+            return Err(Error::new(
+                libc::EEXIST,
+                format!(
+                    "{} is there without a snapshot of that name; look at it with boxlitefs check",
+                    dir.display()
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Makes a snapshot of a frozen state and returns its id.
+    ///
+    /// Order: the directory, the layer's further name in it, the row. A crash before the row leaves
+    /// a directory without one, whose layer has another name: recovery unlinks it.
+    pub(super) fn name_layer(
+        &mut self,
+        frozen: &FrozenDisk,
+        name: &str,
+        created_at: i64,
+    ) -> Result<String> {
+        let path = self.snapshot_place(name)?;
+        crash_point("snapshot.directory");
+        match &frozen.layer {
+            Frozen::Base { path: base } => durable::link(base, &path)?,
+            // An empty overlay on an image: the snapshot is a copy of it, a few clusters long.
+            Frozen::Below { .. } => self.copy_empty_overlay(&frozen.top, &path)?,
+        }
+        crash_point("snapshot.linked");
+        self.record_snapshot(name, &path, frozen.virtual_size, created_at)
+    }
+
+    /// `snapshots/NAME/disk.qcow2`, its directories made.
+    pub(super) fn snapshot_place(&self, name: &str) -> Result<std::path::PathBuf> {
+        let home = &self.store.home;
+        let snapshots = home.snapshots_dir(&self.record.id);
+        if !snapshots.is_dir() {
+            home.make_dir(&snapshots)?;
+            durable::sync_dir(&home.box_dir(&self.record.id))?;
+        }
+        home.make_dir(&snapshots.join(name))?;
+        durable::sync_dir(&snapshots)?;
+        Ok(home.snapshot_disk(&self.record.id, name))
+    }
+
+    fn copy_empty_overlay(&self, overlay: &Path, path: &Path) -> Result<()> {
+        let copy = self.store.fresh_path("overlay")?;
+        fs::copy(overlay, &copy).context(|| format!("cannot copy {}", overlay.display()))?;
+        self.store.home.give_to_owner(&copy)?;
+        durable::copy_times(overlay, &copy)?;
+        durable::sync_file(&copy)?;
+        durable::rename(&copy, path)
+    }
+
+    /// The row of a snapshot whose layer is in place. A refused row takes the layer's name back.
+    pub(super) fn record_snapshot(
+        &mut self,
+        name: &str,
+        path: &Path,
+        virtual_size: u64,
+        created_at: i64,
+    ) -> Result<String> {
+        let meta = fs::metadata(path).context(|| format!("cannot look at {}", path.display()))?;
+        let row = NewSnapshot {
+            id: snapshot_id()?,
+            box_id: self.record.id.clone(),
+            name: name.to_owned(),
+            path: path.display().to_string(),
+            virtual_size,
+            file_size: meta.len(),
+            created_at,
+        };
+        self.change.transaction(|rows| rows.insert_snapshot(&row))?;
+        crash_point("snapshot.recorded");
+        Ok(row.id)
+    }
+}

@@ -1,0 +1,89 @@
+//! This process's own directory under `.boxlitefs/`, where changes are prepared, and the removal
+//! of those that dead processes left.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use super::Store;
+use crate::home::{Home, base_id};
+use crate::{Context, Result};
+
+/// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
+const PREFIX: &str = "work-";
+
+/// Held locked by the process that owns the workspace.
+const LOCK: &str = "lock";
+
+/// A directory that only this process uses; removed when it ends, or by the next mount.
+pub(super) struct Workspace {
+    dir: PathBuf,
+    _lock: File,
+}
+
+impl Workspace {
+    fn create(home: &Home) -> Result<Workspace> {
+        let dir = home
+            .make_staging_dir()?
+            .join(format!("{PREFIX}{}", base_id()?));
+        home.make_dir(&dir)?;
+        let path = dir.join(LOCK);
+        let lock = File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
+        lock_exclusive(&lock).context(|| format!("cannot lock {}", path.display()))?;
+        Ok(Workspace { dir, _lock: lock })
+    }
+}
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        // What can't be removed now is removed by the next mount.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Takes the lock if nobody has it; the kernel gives it back when the process dies, however.
+fn lock_exclusive(file: &File) -> std::io::Result<()> {
+    // SAFETY: flock takes a descriptor, which `file` keeps open, and no memory.
+    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Workspaces of processes that are dead.
+pub(super) fn abandoned(home: &Home) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(home.staging_dir()) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok())
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX))
+        .map(|entry| entry.path())
+        .filter(|dir| !is_owned(dir))
+        .collect()
+}
+
+fn is_owned(dir: &Path) -> bool {
+    let open = OpenOptions::new().read(true).open(dir.join(LOCK));
+    open.is_ok_and(|file| lock_exclusive(&file).is_err())
+}
+
+impl Store {
+    /// A path in the workspace that nobody has used, for a file or directory about to be made.
+    ///
+    /// # Errors
+    /// Those of making the workspace.
+    pub(super) fn fresh_path(&self, what: &str) -> Result<PathBuf> {
+        let mut workspace = self.workspace.lock();
+        let dir = match &*workspace {
+            Some(workspace) => workspace.dir.clone(),
+            None => {
+                let made = Workspace::create(&self.home)?;
+                let dir = made.dir.clone();
+                *workspace = Some(made);
+                dir
+            }
+        };
+        Ok(dir.join(format!("{what}-{}", base_id()?)))
+    }
+}

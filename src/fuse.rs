@@ -1,1 +1,587 @@
-//! placeholder
+//! fuser's callbacks on the tree. The only file that knows fuser, and nothing else: it translates
+//! arguments and errors, and sends replies from where the work ends, so that a long job never
+//! holds a thread that `ls` needs.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
+    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request, Session, SessionACL, TimeOrNow,
+    WriteFlags,
+};
+
+use crate::tree::{Attr, Caller, DirEntry, Kind, RenameMode, SetAttr, Tree};
+use crate::{Error, Result};
+
+/// Threads that take requests from the kernel and answer what needs no disk.
+const REQUEST_THREADS: usize = 4;
+
+/// Threads for what may take long: planning, reading, writing, changes.
+const WORK_THREADS: usize = 16;
+
+/// Largest write and readahead in bytes.
+const TRANSFER: u32 = 1024 * 1024;
+
+/// How long the kernel may keep a name or attributes that can change behind its back.
+const MOMENT: Duration = Duration::from_secs(1);
+
+/// How to mount.
+#[derive(Clone, Debug)]
+pub struct ServeConfig {
+    /// Shown as the source of the mount: the home's path.
+    pub source: String,
+    /// Mount read-only.
+    pub read_only: bool,
+    /// Let every user in, as far as modes allow.
+    pub allow_other: bool,
+    /// Let root in.
+    pub allow_root: bool,
+    /// Refuse to execute what is in the mount.
+    pub noexec: bool,
+    /// Do not keep access times.
+    pub noatime: bool,
+}
+
+/// Mounts the tree at `mountpoint`, calls `ready` once the kernel has it, and serves until it is
+/// unmounted.
+///
+/// # Errors
+/// What mounting says.
+pub fn serve(
+    tree: Tree,
+    mountpoint: &Path,
+    config: ServeConfig,
+    ready: impl FnOnce(),
+) -> Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(WORK_THREADS)
+        .thread_name(|index| format!("work-{index}"))
+        .build()
+        .map_err(|e| Error::new(libc::EAGAIN, "cannot start threads").caused_by(e))?;
+    let filesystem = Mounted {
+        tree: Arc::new(tree),
+        pool,
+    };
+    let session = Session::new(filesystem, mountpoint, &session_config(&config))
+        .map_err(|e| Error::io(format!("cannot mount at {}", mountpoint.display()), e))?;
+    ready();
+    session
+        .run()
+        .map_err(|e| Error::io("serving the mount ended", e))
+}
+
+fn session_config(config: &ServeConfig) -> Config {
+    let mut options = vec![
+        MountOption::FSName(config.source.clone()),
+        MountOption::Subtype("boxlite".into()),
+        MountOption::DefaultPermissions,
+        // Whatever is asked for: guests and archives come from anywhere.
+        MountOption::NoSuid,
+        MountOption::NoDev,
+    ];
+    if config.read_only {
+        options.push(MountOption::RO);
+    }
+    if config.noexec {
+        options.push(MountOption::NoExec);
+    }
+    if config.noatime {
+        options.push(MountOption::NoAtime);
+    }
+    let mut session = Config::default();
+    session.mount_options = options;
+    session.acl = match (config.allow_other, config.allow_root) {
+        (true, _) => SessionACL::All,
+        (false, true) => SessionACL::RootAndOwner,
+        (false, false) => SessionACL::Owner,
+    };
+    session.n_threads = Some(REQUEST_THREADS);
+    session.clone_fd = true;
+    session
+}
+
+struct Mounted {
+    tree: Arc<Tree>,
+    pool: rayon::ThreadPool,
+}
+
+impl Mounted {
+    /// Does work that may take long away from the thread that takes requests.
+    fn later(&self, work: impl FnOnce(&Tree) + Send + 'static) {
+        let tree = self.tree.clone();
+        self.pool.spawn_fifo(move || work(&tree));
+    }
+}
+
+fn caller(request: &Request) -> Caller {
+    Caller { tid: request.pid() }
+}
+
+fn errno(error: &Error) -> Errno {
+    log::debug!("{error}");
+    Errno::from_i32(error.errno())
+}
+
+fn file_type(kind: Kind) -> FileType {
+    match kind {
+        Kind::Directory => FileType::Directory,
+        Kind::File => FileType::RegularFile,
+        Kind::Symlink => FileType::Symlink,
+    }
+}
+
+fn file_attr(attr: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(attr.ino),
+        size: attr.size,
+        blocks: attr.blocks(),
+        atime: attr.mtime,
+        mtime: attr.mtime,
+        ctime: attr.mtime,
+        crtime: attr.created,
+        kind: file_type(attr.kind),
+        perm: attr.perm,
+        nlink: attr.nlink,
+        uid: attr.uid,
+        gid: attr.gid,
+        rdev: 0,
+        blksize: 128 * 1024,
+        flags: 0,
+    }
+}
+
+fn ttl(attr: &Attr) -> Duration {
+    if attr.lasting { MOMENT } else { Duration::ZERO }
+}
+
+fn reply_entry(reply: ReplyEntry, result: Result<Attr>) {
+    match result {
+        Ok(attr) => reply.entry(&ttl(&attr), &file_attr(&attr), Generation(0)),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn reply_attr(reply: ReplyAttr, result: Result<Attr>) {
+    match result {
+        Ok(attr) => reply.attr(&ttl(&attr), &file_attr(&attr)),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn reply_empty(reply: ReplyEmpty, result: Result<()>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn reply_written(reply: ReplyWrite, result: Result<u32>) {
+    match result {
+        Ok(written) => reply.written(written),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+/// The names of a directory that the tree does not list: itself and its parent.
+fn dots(ino: u64) -> [DirEntry; 2] {
+    // The kernel goes by its own tree for both; the numbers are for show.
+    [".", ".."].map(|name| DirEntry {
+        name: name.to_owned(),
+        kind: Kind::Directory,
+        ino,
+    })
+}
+
+impl Filesystem for Mounted {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        for wanted in [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+        ] {
+            // A kernel without one of these is slower and nothing else.
+            let _ = config.add_capabilities(wanted);
+        }
+        let _ = config.set_max_write(TRANSFER);
+        let _ = config.set_max_readahead(TRANSFER);
+        let _ = config.set_max_background(64);
+        Ok(())
+    }
+
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let caller = caller(request);
+        if !self.tree.is_slow(parent.0) {
+            return reply_entry(reply, self.tree.lookup(caller, parent.0, name));
+        }
+        let name = name.to_owned();
+        self.later(move |tree| reply_entry(reply, tree.lookup(caller, parent.0, &name)));
+    }
+
+    fn forget(&self, _request: &Request, ino: INodeNo, times: u64) {
+        self.tree.forget(ino.0, times);
+    }
+
+    fn getattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: Option<FileHandle>,
+        reply: ReplyAttr,
+    ) {
+        let caller = caller(request);
+        let handle = handle.map(|handle| handle.0);
+        if !self.tree.is_slow(ino.0) {
+            return reply_attr(reply, self.tree.getattr(caller, ino.0, handle));
+        }
+        self.later(move |tree| reply_attr(reply, tree.getattr(caller, ino.0, handle)));
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let caller = caller(request);
+        let handle = handle.map(|handle| handle.0);
+        let set = SetAttr { size };
+        self.later(move |tree| reply_attr(reply, tree.setattr(caller, ino.0, handle, set)));
+    }
+
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.tree.readlink(caller(request), ino.0) {
+            Ok(target) => reply.data(target.as_os_str().as_bytes()),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let (caller, name) = (caller(request), name.to_owned());
+        self.later(move |tree| reply_entry(reply, tree.mkdir(caller, parent.0, &name)));
+    }
+
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (caller, name) = (caller(request), name.to_owned());
+        self.later(move |tree| reply_empty(reply, tree.unlink(caller, parent.0, &name)));
+    }
+
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (caller, name) = (caller(request), name.to_owned());
+        self.later(move |tree| reply_empty(reply, tree.rmdir(caller, parent.0, &name)));
+    }
+
+    fn symlink(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        reply_entry(
+            reply,
+            self.tree.symlink(caller(request), parent.0, name, target),
+        );
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let caller = caller(request);
+        let (name, new_name) = (OsString::from(name), OsString::from(new_name));
+        let mode = if flags.is_empty() {
+            RenameMode::Replace
+        } else if flags == RenameFlags::RENAME_NOREPLACE {
+            RenameMode::Keep
+        } else {
+            RenameMode::Unsupported
+        };
+        self.later(move |tree| {
+            let (from, to) = ((parent.0, &*name), (new_parent.0, &*new_name));
+            reply_empty(reply, tree.rename(caller, from, to, mode));
+        });
+    }
+
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let caller = caller(request);
+        self.later(move |tree| match tree.open_file(caller, ino.0, flags.0) {
+            Ok(opened) => {
+                let mut how = FopenFlags::empty();
+                how.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct);
+                how.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_pages);
+                reply.opened(FileHandle(opened.handle), how);
+            }
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (caller, name) = (caller(request), name.to_owned());
+        self.later(move |tree| match tree.create(caller, parent.0, &name) {
+            Ok((attr, opened)) => reply.created(
+                &ttl(&attr),
+                &file_attr(&attr),
+                Generation(0),
+                FileHandle(opened.handle),
+                FopenFlags::FOPEN_DIRECT_IO,
+            ),
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.later(
+            move |tree| match tree.read(handle.0, offset, size as usize) {
+                Ok(bytes) => reply.data(&bytes),
+                Err(error) => reply.error(errno(&error)),
+            },
+        );
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let bytes = data.to_vec();
+        self.later(move |tree| reply_written(reply, tree.write(handle.0, offset, &bytes)));
+    }
+
+    fn copy_file_range(
+        &self,
+        _request: &Request,
+        _ino_in: INodeNo,
+        handle_in: FileHandle,
+        offset_in: u64,
+        _ino_out: INodeNo,
+        handle_out: FileHandle,
+        offset_out: u64,
+        length: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        self.later(move |tree| {
+            let (from, to) = (handle_in.0, handle_out.0);
+            reply_written(
+                reply,
+                tree.copy_range(from, offset_in, to, offset_out, length),
+            );
+        });
+    }
+
+    fn flush(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        self.later(move |tree| reply_empty(reply, tree.flush(handle.0)));
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.later(move |tree| {
+            tree.release(handle.0);
+            reply.ok();
+        });
+    }
+
+    fn fsync(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        // What is committed is on disk already, and nothing else has anything to lose.
+        reply.ok();
+    }
+
+    fn fsyncdir(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply.ok();
+    }
+
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.tree.open_list(caller(request), ino.0) {
+            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let entries = match self.tree.listing(handle.0) {
+            Ok(entries) => entries,
+            Err(error) => return reply.error(errno(&error)),
+        };
+        let dots = dots(ino.0);
+        let all = dots.iter().chain(entries.iter()).enumerate();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (index, entry) in all.skip(start) {
+            let next = index as u64 + 1;
+            if reply.add(INodeNo(entry.ino), next, file_type(entry.kind), &entry.name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn readdirplus(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let caller = caller(request);
+        self.later(move |tree| {
+            let entries = match tree.listing(handle.0) {
+                Ok(entries) => entries,
+                Err(error) => return reply.error(errno(&error)),
+            };
+            let dots = dots(ino.0);
+            let all = dots.iter().chain(entries.iter()).enumerate();
+            let start = usize::try_from(offset).unwrap_or(usize::MAX);
+            for (index, entry) in all.skip(start) {
+                let next = index as u64 + 1;
+                let name = OsStr::new(&entry.name);
+                let found = if index < dots.len() {
+                    None
+                } else {
+                    tree.lookup(caller, ino.0, name).ok()
+                };
+                let told = found.is_some();
+                // Gone since it was listed, or can't be planned: its own stat says why.
+                let attr = found.unwrap_or_else(|| tree.listed_attr(entry));
+                let full = reply.add(
+                    INodeNo(attr.ino),
+                    next,
+                    name,
+                    &ttl(&attr),
+                    &file_attr(&attr),
+                    Generation(0),
+                );
+                if full {
+                    if told {
+                        tree.forget(attr.ino, 1);
+                    }
+                    break;
+                }
+            }
+            reply.ok();
+        });
+    }
+
+    fn releasedir(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.tree.release(handle.0);
+        reply.ok();
+    }
+
+    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match self.tree.space() {
+            Ok(space) => reply.statfs(
+                space.blocks,
+                space.free,
+                space.available,
+                space.files,
+                space.files_free,
+                space.block_size,
+                255,
+                space.block_size,
+            ),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+}

@@ -23,6 +23,8 @@ pub struct Arrival {
     /// Bytes from the start that the decoder has seen.
     fed: u64,
     spool: Option<Spool>,
+    /// Length the writer gave the file, where it said so (ftruncate after a hole at the end).
+    length: u64,
     options: Option<Value>,
     refused: Option<(i32, String)>,
 }
@@ -40,6 +42,7 @@ impl Store {
             spool: None,
             disk,
             fed: 0,
+            length: 0,
             options: None,
             refused: None,
         })
@@ -126,27 +129,44 @@ impl Arrival {
         self.fed == 0 && self.spool.is_none() && self.refused.is_none()
     }
 
-    /// The writer is done: holes it left are zeros, and the archive must be complete.
+    /// The file is at least `length` bytes long; what was not written of it is zeros.
+    pub fn set_length(&mut self, length: u64) {
+        self.length = self.length.max(length);
+    }
+
+    /// A descriptor was closed: holes that were left are zeros, and the archive should be complete.
+    /// That it is not is no verdict yet: closing happens for every copy of a descriptor, and the
+    /// writer may go on.
     ///
     /// # Errors
-    /// As [`Arrival::write_at`]; EBADMSG when it ends early.
+    /// As [`Arrival::write_at`]; EBADMSG while it is incomplete.
     pub fn finish(&mut self) -> Result<()> {
         self.refused()?;
-        let result = self.fill_holes().and_then(|()| {
-            if self.options.is_none() {
-                self.incoming.finish()?;
-                self.check_manifest()?;
-            }
-            Ok(())
-        });
-        self.remember(result)
+        let result = self.fill_holes();
+        self.remember(result)?;
+        if self.options.is_none() {
+            return Err(Error::bad_archive(format!(
+                "the archive is incomplete, it ends after {} bytes",
+                self.fed
+            )));
+        }
+        Ok(())
     }
 
     fn fill_holes(&mut self) -> Result<()> {
-        while let Some(next) = self.spool.as_ref().and_then(Spool::next_offset) {
-            let gap = next.saturating_sub(self.fed);
+        while self.options.is_none() {
+            let spooled = self.spool.as_ref().and_then(Spool::next_offset);
+            let gap = spooled.unwrap_or(self.length).saturating_sub(self.fed);
+            if gap == 0 && spooled.is_none() {
+                break;
+            }
             let zeros = vec![0; PIECE.min(usize::try_from(gap).unwrap_or(PIECE))];
             self.feed(&zeros)?;
+            self.feed_spooled()?;
+        }
+        // What comes after the end has to be zeros too, and is looked at.
+        while let Some(next) = self.spool.as_ref().and_then(Spool::next_offset) {
+            self.fed = self.fed.max(next);
             self.feed_spooled()?;
         }
         Ok(())

@@ -132,7 +132,7 @@ impl Store {
     }
 
     /// Makes a state of one box a snapshot of another, which shares its layer: how the snapshots of
-    /// a cloned box come along. Returns the snapshot's id.
+    /// a cloned box come along. `id` is the one it gets.
     ///
     /// # Errors
     /// EINVAL, EEXIST, EBUSY, ENOENT.
@@ -140,15 +140,16 @@ impl Store {
         &self,
         source: &Source,
         box_id: &str,
+        id: &str,
         name: &str,
         created_at: Option<i64>,
-    ) -> Result<String> {
+    ) -> Result<()> {
         let what = format!(
             "snapshot {name} of box {} from {}",
             self.name_of(box_id),
             self.describe(source)
         );
-        let result = self.make_shared(source, box_id, name, created_at);
+        let result = self.make_shared(source, box_id, id, name, created_at);
         self.noted(&what, result)
     }
 
@@ -158,9 +159,10 @@ impl Store {
         &self,
         source: &Source,
         box_id: &str,
+        id: &str,
         name: &str,
         created_at: Option<i64>,
-    ) -> Result<String> {
+    ) -> Result<()> {
         refuse_bad_name(name)?;
         let draft = self.draft_for(source)?;
         let mut prepared = self.prepare(source.box_id())?;
@@ -174,7 +176,8 @@ impl Store {
                 .try_for_each(|base| rows.insert_ref(base, box_id))
         })?;
         crash_point("share.referred");
-        prepared.name_layer(&frozen, name, created_at.unwrap_or_else(now))
+        prepared.name_layer(&frozen, id, name, created_at.unwrap_or_else(now))?;
+        Ok(())
     }
 }
 

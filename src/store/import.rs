@@ -7,15 +7,6 @@ use super::snapshot::refuse_bad_name;
 use super::{Arrival, NewClone, Store, durable};
 use crate::{Context, Error, Result};
 
-/// What became of an archive.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Imported {
-    /// A box with this id.
-    Box(String),
-    /// A snapshot with this id.
-    Snapshot(String),
-}
-
 impl Store {
     /// Makes a box of a complete archive.
     ///
@@ -50,7 +41,7 @@ impl Store {
         installed
     }
 
-    /// Makes a snapshot of a box of a complete archive and returns its id: how the snapshots of a
+    /// Makes a snapshot of a box of a complete archive: how the snapshots of a
     /// whole box's backup come back.
     ///
     /// # Errors
@@ -59,10 +50,11 @@ impl Store {
         &self,
         arrival: &Arrival,
         box_id: &str,
+        id: &str,
         name: &str,
         created_at: Option<i64>,
-    ) -> Result<String> {
-        let result = self.make_imported_snapshot(arrival, box_id, name, created_at);
+    ) -> Result<()> {
+        let result = self.make_imported_snapshot(arrival, box_id, id, name, created_at);
         self.noted(
             &format!("import of snapshot {name} of box {}", self.name_of(box_id)),
             result,
@@ -75,9 +67,10 @@ impl Store {
         &self,
         arrival: &Arrival,
         box_id: &str,
+        id: &str,
         name: &str,
         created_at: Option<i64>,
-    ) -> Result<String> {
+    ) -> Result<()> {
         refuse_bad_name(name)?;
         if !arrival.is_complete() {
             return Err(Error::bad_archive("the archive is incomplete"));
@@ -89,10 +82,12 @@ impl Store {
         durable::rename(arrival.disk(), &path)?;
         crash_point("import.snapshot");
         prepared.record_snapshot(
+            id,
             name,
             &path,
             arrival.virtual_size(),
             created_at.unwrap_or_else(now),
-        )
+        )?;
+        Ok(())
     }
 }

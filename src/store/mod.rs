@@ -27,7 +27,6 @@ use parking_lot::Mutex;
 
 pub use arrival::Arrival;
 pub use clone::NewClone;
-pub use import::Imported;
 pub use journal::Journal;
 
 use crate::home::{BoxRecord, Home, SnapshotRecord};

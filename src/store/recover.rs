@@ -15,7 +15,7 @@ use super::prepare::{Prepared, now};
 use super::workspace;
 use super::{Store, called};
 use crate::disk::{FileId, Header};
-use crate::home::{Activity, Change, is_snapshot_name};
+use crate::home::{Activity, Change, is_snapshot_name, snapshot_id};
 use crate::{Context, Error, Result};
 
 impl Store {
@@ -213,7 +213,7 @@ impl Prepared<'_> {
         if layers.readers_of(&path).next().is_some() {
             let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);
             self.adopt(&path)?;
-            self.record_snapshot(name, &path, virtual_size, now())?;
+            self.record_snapshot(&snapshot_id()?, name, &path, virtual_size, now())?;
             self.store.journal.note(&format!(
                 "box {}: recorded snapshot {name}, which BoxLite had made but not recorded",
                 called(&self.record)

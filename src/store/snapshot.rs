@@ -30,7 +30,7 @@ impl Store {
         let mut prepared = self.prepare(box_id)?;
         prepared.refuse_taken(name)?;
         let frozen = prepared.freeze(&draft)?;
-        prepared.name_layer(&frozen, name, now())
+        prepared.name_layer(&frozen, &snapshot_id()?, name, now())
     }
 
     /// How a box is called in the log.
@@ -93,6 +93,7 @@ impl Prepared<'_> {
     pub(super) fn name_layer(
         &mut self,
         frozen: &FrozenDisk,
+        id: &str,
         name: &str,
         created_at: i64,
     ) -> Result<String> {
@@ -104,7 +105,7 @@ impl Prepared<'_> {
             Frozen::Below { .. } => self.copy_empty_overlay(&frozen.top, &path)?,
         }
         crash_point("snapshot.linked");
-        self.record_snapshot(name, &path, frozen.virtual_size, created_at)
+        self.record_snapshot(id, name, &path, frozen.virtual_size, created_at)
     }
 
     /// `snapshots/NAME/disk.qcow2`, its directories made.
@@ -129,9 +130,10 @@ impl Prepared<'_> {
         durable::rename(&copy, path)
     }
 
-    /// The row of a snapshot whose layer is in place. A refused row takes the layer's name back.
+    /// The row of a snapshot whose layer is in place.
     pub(super) fn record_snapshot(
         &mut self,
+        id: &str,
         name: &str,
         path: &Path,
         virtual_size: u64,
@@ -139,7 +141,7 @@ impl Prepared<'_> {
     ) -> Result<String> {
         let meta = fs::metadata(path).context(|| format!("cannot look at {}", path.display()))?;
         let row = NewSnapshot {
-            id: snapshot_id()?,
+            id: id.to_owned(),
             box_id: self.record.id.clone(),
             name: name.to_owned(),
             path: path.display().to_string(),

@@ -1,1 +1,156 @@
-//! placeholder
+//! The names and files a user sees, without FUSE: path → node, attributes, staging, handles.
+//!
+//! Plain Rust that returns [`Result`]; `fuse.rs` only translates. What a node is follows from what
+//! it stands for (`node`), boxes and snapshots that exist are shown by `view`, those being made by
+//! `staging`, open files are `handle`s, and `change` has what alters names.
+
+mod attr;
+mod caller;
+mod change;
+mod describe;
+mod handle;
+mod names;
+mod node;
+mod staged_file;
+mod staging;
+mod view;
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+pub use attr::{Attr, DirEntry, Kind};
+pub use caller::Caller;
+pub use change::{RenameMode, SetAttr};
+pub use handle::Opened;
+pub use node::{Node, ROOT_INO};
+pub use view::Space;
+
+use crate::store::Store;
+use crate::{Error, Result};
+use names::Names;
+
+/// How a home is shown.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Refuse changes, and write nothing into the home at all.
+    pub read_only: bool,
+}
+
+/// A home as a tree of files.
+pub struct Tree {
+    store: Store,
+    names: Mutex<Option<Arc<Names>>>,
+    /// Nodes the kernel knows, by inode number, each with how often it was told of it.
+    known: Mutex<HashMap<u64, (Node, u64)>>,
+    staging: Mutex<staging::Staging>,
+    handles: Mutex<HashMap<u64, Arc<handle::Handle>>>,
+    next_handle: AtomicU64,
+    next_made: AtomicU64,
+    /// The export each inode's pages in the kernel are of.
+    paged: Mutex<HashMap<u64, std::sync::Weak<crate::archive::Export>>>,
+}
+
+impl Tree {
+    /// Opens a home for showing.
+    ///
+    /// # Errors
+    /// Those of [`Store::open`]: no such home, a foreign directory, a damaged database.
+    pub fn open(home: &Path, options: Options) -> Result<Tree> {
+        Ok(Tree {
+            store: Store::open(home, options.read_only)?,
+            names: Mutex::new(None),
+            known: Mutex::default(),
+            staging: Mutex::default(),
+            handles: Mutex::default(),
+            next_handle: AtomicU64::new(1),
+            next_made: AtomicU64::new(1),
+            paged: Mutex::default(),
+        })
+    }
+
+    /// The boxes as they are now, by the names they are shown by.
+    fn names(&self) -> Result<Arc<Names>> {
+        let catalog = self.store.home().catalog()?;
+        let mut names = self.names.lock();
+        match &*names {
+            Some(known) if Arc::ptr_eq(known.catalog(), &catalog) => Ok(known.clone()),
+            _ => {
+                let fresh = Arc::new(Names::of(catalog));
+                *names = Some(fresh.clone());
+                Ok(fresh)
+            }
+        }
+    }
+
+    /// The node with an inode number that the kernel was told of.
+    ///
+    /// # Errors
+    /// ESTALE when it was not.
+    fn node(&self, ino: u64) -> Result<Node> {
+        if ino == ROOT_INO {
+            return Ok(Node::Root);
+        }
+        let known = self.known.lock();
+        known
+            .get(&ino)
+            .map(|(node, _)| node.clone())
+            .ok_or_else(|| Error::new(libc::ESTALE, "that file is gone"))
+    }
+
+    /// The kernel is told of a node: it may ask for it by number until it forgets.
+    fn tell(&self, node: &Node) {
+        let mut known = self.known.lock();
+        known.entry(node.ino()).or_insert((node.clone(), 0)).1 += 1;
+    }
+
+    /// The kernel forgets `times` of what it was told of a node.
+    pub fn forget(&self, ino: u64, times: u64) {
+        let mut known = self.known.lock();
+        if let Some((_, told)) = known.get_mut(&ino) {
+            *told = told.saturating_sub(times);
+            if *told == 0 {
+                known.remove(&ino);
+            }
+        }
+    }
+
+    /// Whether attributes of this inode may take longer than a look into memory: they need an
+    /// export's size.
+    pub fn is_slow(&self, ino: u64) -> bool {
+        matches!(
+            self.node(ino),
+            Ok(Node::Export(_) | Node::Box(_) | Node::Snapshot(..))
+        )
+    }
+
+    /// Notes a refusal in the log and makes an error of it.
+    fn refuse(&self, errno: i32, sentence: impl Into<String>) -> Error {
+        let sentence = sentence.into();
+        self.store.journal().note(&format!("refused: {sentence}"));
+        Error::new(errno, sentence)
+    }
+
+    /// EROFS when mounted read-only.
+    fn refuse_read_only(&self) -> Result<()> {
+        self.store.refuse_read_only()
+    }
+
+    fn fresh_made(&self) -> Node {
+        Node::Made(self.next_made.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// A file name as text; names that are none can't be a box's or a snapshot's.
+fn text(name: &OsStr) -> Result<&str> {
+    name.to_str().ok_or_else(|| {
+        Error::new(
+            libc::EINVAL,
+            format!("{name:?} is not UTF-8, BoxLite's names are"),
+        )
+    })
+}

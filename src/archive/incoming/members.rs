@@ -1,0 +1,661 @@
+//! The tar in an archive, block by block, and what each member must be.
+//!
+//! Read as tar-rs reads it, with its header types, but from the writer's side: tar-rs reads headers'
+//! extensions and sparse maps of any length into memory, and a sparse member in time quadratic in
+//! its pieces. Here both are bounded, and the place where the archive ends is known to the byte.
+
+use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
+
+use super::Arrived;
+use super::disk_file::{DiskFile, all_zero};
+use crate::archive::Manifest;
+use crate::{Error, Result, disk};
+
+/// A tar block, in bytes.
+const BLOCK: usize = 512;
+const BLOCK_BYTES: u64 = BLOCK as u64;
+/// Largest manifest.
+const MAX_MANIFEST: u64 = 1 << 20;
+/// Largest extension member (a name, pax records).
+const MAX_EXTENSION: u64 = 1 << 20;
+/// Most pieces of a sparse member: 32 MiB of map.
+const MAX_PIECES: usize = 2 << 20;
+
+/// The reader of a tar and keeper of what it brings.
+pub(super) struct Members {
+    disk: DiskFile,
+    expect: Expect,
+    /// The block being gathered, and how much of it is there.
+    block: [u8; BLOCK],
+    gathered: usize,
+    /// What extension members say about the next member.
+    pending: Pending,
+    /// The member that came last, for sentences.
+    last: Option<&'static str>,
+    manifest: Option<Manifest>,
+    digest: Option<[u8; 32]>,
+    header: Option<disk::Header>,
+    rootfs: bool,
+}
+
+/// What the next byte belongs to.
+enum Expect {
+    Header,
+    /// A further block of a member's sparse map.
+    Map(Member),
+    Body(Member),
+    /// Bytes left up to the next block.
+    Padding(u64),
+    /// The second zero block.
+    EndMark,
+    /// Zeros only.
+    Nothing,
+}
+
+/// Extension members seen since the last member.
+#[derive(Default)]
+struct Pending {
+    long_name: Option<Vec<u8>>,
+    long_link: bool,
+    pax: Option<Pax>,
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.long_name.is_none() && !self.long_link && self.pax.is_none()
+    }
+}
+
+/// The pax records that matter here.
+#[derive(Default)]
+struct Pax {
+    path: Option<Vec<u8>>,
+    size: Option<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    LongName,
+    LongLink,
+    Pax,
+    Manifest,
+    Disk,
+    /// `guest-rootfs.qcow2` of older archives: read, not kept.
+    Rootfs,
+}
+
+impl Kind {
+    /// The name in sentences.
+    fn name(self) -> &'static str {
+        match self {
+            Kind::LongName | Kind::LongLink | Kind::Pax => "an extension header",
+            Kind::Manifest => "manifest.json",
+            Kind::Disk => "disk.qcow2",
+            Kind::Rootfs => "guest-rootfs.qcow2",
+        }
+    }
+}
+
+/// A member being read.
+struct Member {
+    kind: Kind,
+    /// Bytes in the archive, without padding.
+    stored: u64,
+    /// Bytes once holes are filled in.
+    expanded: u64,
+    /// Pieces of data in order: where they belong and how long they are.
+    pieces: Vec<Piece>,
+    /// The piece being read, and bytes of it that came.
+    piece: usize,
+    within: u64,
+    /// Bytes that came, and where the next one belongs.
+    came: u64,
+    at: u64,
+    /// Contents of what is kept in memory.
+    bytes: Vec<u8>,
+}
+
+struct Piece {
+    offset: u64,
+    length: u64,
+}
+
+impl Members {
+    pub(super) fn new(disk: DiskFile) -> Members {
+        Members {
+            disk,
+            expect: Expect::Header,
+            block: [0; BLOCK],
+            gathered: 0,
+            pending: Pending::default(),
+            last: None,
+            manifest: None,
+            digest: None,
+            header: None,
+            rootfs: false,
+        }
+    }
+
+    /// Whether both zero blocks came.
+    pub(super) fn ended(&self) -> bool {
+        matches!(self.expect, Expect::Nothing)
+    }
+
+    /// The disk made durable, and what came. To be called once, after the end.
+    pub(super) fn complete(&mut self) -> Result<Arrived> {
+        self.disk.sync()?;
+        match (self.manifest.take(), self.header.take()) {
+            (Some(manifest), Some(header)) => Ok(Arrived { manifest, header }),
+            _ => Err(refused("it is not complete")),
+        }
+    }
+
+    /// What the next byte belongs to, for sentences.
+    pub(super) fn place(&self) -> String {
+        match &self.expect {
+            Expect::Map(member) => format!("the sparse map of {}", member.kind.name()),
+            Expect::Body(member) => format!(
+                "{}, after {} of {} bytes",
+                member.kind.name(),
+                member.came,
+                member.stored
+            ),
+            Expect::Padding(_) => format!("the padding after {}", self.last.unwrap_or("a header")),
+            Expect::EndMark => "its end mark of two zero blocks".into(),
+            Expect::Nothing => "what follows its end".into(),
+            Expect::Header => match self.last {
+                Some(name) => format!("the header or end mark after {name}"),
+                None => "its first header".into(),
+            },
+        }
+    }
+
+    /// Takes the next bytes of the tar.
+    pub(super) fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            bytes = match std::mem::replace(&mut self.expect, Expect::Nothing) {
+                Expect::Nothing if all_zero(bytes) => &[],
+                Expect::Nothing => {
+                    return Err(refused(
+                        "after its end (two zero blocks) come bytes that are not zeros",
+                    ));
+                }
+                Expect::Body(member) => self.body(member, bytes)?,
+                Expect::Padding(left) => self.padding(left, bytes),
+                gathering => self.gather(gathering, bytes)?,
+            };
+        }
+        Ok(())
+    }
+
+    fn padding<'b>(&mut self, left: u64, bytes: &'b [u8]) -> &'b [u8] {
+        let (padding, rest) = bytes.split_at(at_most(bytes.len(), left));
+        self.expect = match left.saturating_sub(padding.len() as u64) {
+            0 => Expect::Header,
+            left => Expect::Padding(left),
+        };
+        rest
+    }
+
+    /// Gathers a block and, when it is whole, takes it for what was expected.
+    fn gather<'b>(&mut self, expected: Expect, bytes: &'b [u8]) -> Result<&'b [u8]> {
+        let space = self.block.get_mut(self.gathered..).unwrap_or_default();
+        let (some, rest) = bytes.split_at(bytes.len().min(space.len()));
+        for (to, from) in space.iter_mut().zip(some) {
+            *to = *from;
+        }
+        self.gathered = self.gathered.saturating_add(some.len());
+        if self.gathered < BLOCK {
+            self.expect = expected;
+            return Ok(rest);
+        }
+        self.gathered = 0;
+        self.expect = match expected {
+            Expect::Map(member) => self.map(member)?,
+            Expect::EndMark if all_zero(&self.block) => Expect::Nothing,
+            Expect::EndMark => {
+                return Err(damaged("its end mark is one zero block instead of two"));
+            }
+            _ if all_zero(&self.block) => self.first_zero_block()?,
+            _ => self.header()?,
+        };
+        Ok(rest)
+    }
+
+    /// The end is near: whatever is missing now stays missing.
+    fn first_zero_block(&self) -> Result<Expect> {
+        if !self.pending.is_empty() {
+            return Err(damaged(
+                "it ends with an extension header that describes no member",
+            ));
+        }
+        if self.manifest.is_none() {
+            return Err(refused("it has no manifest.json"));
+        }
+        if self.digest.is_none() {
+            return Err(refused("it has no disk.qcow2"));
+        }
+        Ok(Expect::EndMark)
+    }
+
+    fn header(&mut self) -> Result<Expect> {
+        let mut header = Header::new_old();
+        *header.as_mut_bytes() = self.block;
+        if header.cksum().ok() != Some(checksum(&self.block)) {
+            return Err(match self.last {
+                Some(name) => damaged(format!(
+                    "the checksum of the tar header after {name} does not match"
+                )),
+                None => refused(
+                    "it begins neither like a tar nor like a zstd file; is this a .boxlite archive?",
+                ),
+            });
+        }
+        // tar-rs takes extension types only in headers of the formats that define them.
+        let extends = header.as_gnu().is_some() || header.as_ustar().is_some();
+        match header.entry_type() {
+            EntryType::GNULongName if extends => self.extension(Kind::LongName, &header),
+            EntryType::GNULongLink if extends => self.extension(Kind::LongLink, &header),
+            EntryType::XHeader if extends => self.extension(Kind::Pax, &header),
+            _ => self.member(&header),
+        }
+    }
+
+    fn extension(&mut self, kind: Kind, header: &Header) -> Result<Expect> {
+        let twice = match kind {
+            Kind::LongName => self.pending.long_name.is_some(),
+            Kind::LongLink => self.pending.long_link,
+            _ => self.pending.pax.is_some(),
+        };
+        if twice {
+            return Err(damaged(
+                "two extension headers of one type describe the same member",
+            ));
+        }
+        let size = size_of(header)?;
+        if size > MAX_EXTENSION {
+            return Err(refused(format!(
+                "an extension header of {size} bytes is over 1 MiB"
+            )));
+        }
+        self.start(Member::whole(kind, size))
+    }
+
+    /// The header of a member proper.
+    fn member(&mut self, header: &Header) -> Result<Expect> {
+        let Pending { long_name, pax, .. } = std::mem::take(&mut self.pending);
+        let Pax { path, size } = pax.unwrap_or_default();
+        let name = long_name
+            .or(path)
+            .unwrap_or_else(|| header.path_bytes().into_owned());
+        let sparse = match header.entry_type() {
+            EntryType::Regular | EntryType::Continuous => false,
+            EntryType::GNUSparse => true,
+            other => return Err(wrong_type(&name, other)),
+        };
+        let kind = kind_of(&name)?;
+        self.check_first(kind)?;
+        let stored = match size {
+            Some(size) => size,
+            None => size_of(header)?,
+        };
+        if stored > i64::MAX as u64 {
+            return Err(damaged(format!(
+                "the size of {} is impossible",
+                kind.name()
+            )));
+        }
+        match sparse {
+            true => self.sparse(kind, stored, header),
+            false => self.start(Member::whole(kind, stored)),
+        }
+    }
+
+    fn check_first(&self, kind: Kind) -> Result<()> {
+        let twice = match kind {
+            Kind::Manifest => self.manifest.is_some(),
+            Kind::Disk => self.digest.is_some(),
+            Kind::Rootfs => self.rootfs,
+            Kind::LongName | Kind::LongLink | Kind::Pax => false,
+        };
+        match twice {
+            true => Err(refused(format!("it has {} twice", kind.name()))),
+            false => Ok(()),
+        }
+    }
+
+    fn sparse(&mut self, kind: Kind, stored: u64, header: &Header) -> Result<Expect> {
+        let Some(gnu) = header.as_gnu() else {
+            return Err(damaged(format!(
+                "{} is sparse without a GNU header",
+                kind.name()
+            )));
+        };
+        let mut member = Member::whole(kind, stored);
+        member.expanded = gnu.real_size().map_err(|e| {
+            damaged(format!("the real size of {} is no number", kind.name())).caused_by(e)
+        })?;
+        member.pieces.clear();
+        member.add_pieces(&gnu.sparse)?;
+        match gnu.is_extended() {
+            true => Ok(Expect::Map(member)),
+            false => self.start_sparse(member),
+        }
+    }
+
+    /// A further block of a sparse map.
+    fn map(&mut self, mut member: Member) -> Result<Expect> {
+        let mut block = GnuExtSparseHeader::new();
+        *block.as_mut_bytes() = self.block;
+        member.add_pieces(block.sparse())?;
+        match block.is_extended() {
+            true => Ok(Expect::Map(member)),
+            false => self.start_sparse(member),
+        }
+    }
+
+    fn start_sparse(&mut self, member: Member) -> Result<Expect> {
+        member.check_map()?;
+        self.start(member)
+    }
+
+    /// All about a member is known but its contents.
+    fn start(&mut self, member: Member) -> Result<Expect> {
+        match member.kind {
+            Kind::Disk => self.disk.check_room(member.stored, member.expanded)?,
+            Kind::Manifest if member.expanded > MAX_MANIFEST => {
+                return Err(refused(format!(
+                    "its manifest.json of {} bytes is over 1 MiB",
+                    member.expanded
+                )));
+            }
+            _ => {}
+        }
+        self.next_piece(member)
+    }
+
+    /// Contents of the piece being read.
+    fn body<'b>(&mut self, mut member: Member, bytes: &'b [u8]) -> Result<&'b [u8]> {
+        let left = member.piece_left();
+        let (some, rest) = bytes.split_at(at_most(bytes.len(), left));
+        match member.kind {
+            Kind::Disk => self.disk.data(some)?,
+            Kind::Rootfs => {}
+            _ => member.bytes.extend_from_slice(some),
+        }
+        let count = some.len() as u64;
+        member.within = member.within.saturating_add(count);
+        member.came = member.came.saturating_add(count);
+        member.at = member.at.saturating_add(count);
+        self.expect = self.next_piece(member)?;
+        Ok(rest)
+    }
+
+    /// Goes on to the next piece that has data, through the holes before it, or to the end.
+    fn next_piece(&mut self, mut member: Member) -> Result<Expect> {
+        while let Some(&Piece { offset, length }) = member.pieces.get(member.piece) {
+            if member.within == 0 {
+                self.hole_before(&mut member, offset)?;
+            }
+            if member.within < length {
+                return Ok(Expect::Body(member));
+            }
+            member.piece = member.piece.saturating_add(1);
+            member.within = 0;
+        }
+        self.end(member)
+    }
+
+    fn hole_before(&mut self, member: &mut Member, offset: u64) -> Result<()> {
+        let zeros = offset.saturating_sub(member.at);
+        match member.kind {
+            Kind::Disk => self.disk.zeros(zeros)?,
+            Kind::Rootfs => {}
+            // Bounded: `start` has looked at the expanded size.
+            _ => member.bytes.resize(at_most(usize::MAX, offset), 0),
+        }
+        member.at = offset;
+        Ok(())
+    }
+
+    /// The contents of a member are all here.
+    fn end(&mut self, member: Member) -> Result<Expect> {
+        match member.kind {
+            Kind::LongName => self.pending.long_name = Some(without_nul(member.bytes)),
+            Kind::LongLink => self.pending.long_link = true,
+            Kind::Pax => self.pending.pax = Some(pax(&member.bytes)?),
+            Kind::Manifest => self.manifest = Some(Manifest::parse(&member.bytes)?),
+            Kind::Disk => self.digest = Some(self.disk.end()?),
+            Kind::Rootfs => self.rootfs = true,
+        }
+        if matches!(member.kind, Kind::Manifest | Kind::Disk) {
+            self.check_disk()?;
+        }
+        self.last = Some(member.kind.name());
+        Ok(
+            match (BLOCK_BYTES - member.stored % BLOCK_BYTES) % BLOCK_BYTES {
+                0 => Expect::Header,
+                padding => Expect::Padding(padding),
+            },
+        )
+    }
+
+    /// Once manifest and disk are here: is it the disk the manifest means, and can it be used?
+    fn check_disk(&mut self) -> Result<()> {
+        let (Some(manifest), Some(digest)) = (&self.manifest, &self.digest) else {
+            return Ok(());
+        };
+        if manifest.disk_digest.is_some_and(|said| said != *digest) {
+            return Err(damaged(
+                "the sha256 of disk.qcow2 is not the one manifest.json says",
+            ));
+        }
+        self.header = Some(disk::inspect_standalone(self.disk.path())?);
+        Ok(())
+    }
+}
+
+impl Member {
+    /// A member without holes.
+    fn whole(kind: Kind, size: u64) -> Member {
+        Member {
+            kind,
+            stored: size,
+            expanded: size,
+            pieces: vec![Piece {
+                offset: 0,
+                length: size,
+            }],
+            piece: 0,
+            within: 0,
+            came: 0,
+            at: 0,
+            bytes: Vec::new(),
+        }
+    }
+
+    fn piece_left(&self) -> u64 {
+        self.pieces
+            .get(self.piece)
+            .map_or(0, |piece| piece.length.saturating_sub(self.within))
+    }
+
+    /// Adds the pieces a header or a map block lists.
+    fn add_pieces(&mut self, listed: &[GnuSparseHeader]) -> Result<()> {
+        for piece in listed.iter().filter(|piece| !piece.is_empty()) {
+            if self.pieces.len() >= MAX_PIECES {
+                return Err(refused(format!(
+                    "{} is sparse with over {MAX_PIECES} pieces; pack it without --sparse",
+                    self.kind.name()
+                )));
+            }
+            let number = |e| {
+                damaged(format!(
+                    "the sparse map of {} has no number",
+                    self.kind.name()
+                ))
+                .caused_by(e)
+            };
+            let (offset, length) = (
+                piece.offset().map_err(number)?,
+                piece.length().map_err(number)?,
+            );
+            self.pieces.push(Piece { offset, length });
+        }
+        Ok(())
+    }
+
+    /// The pieces must be in order, aligned in the archive, and add up: tar-rs's checks.
+    fn check_map(&self) -> Result<()> {
+        let wrong = |why: &str| damaged(format!("the sparse map of {} {why}", self.kind.name()));
+        let (mut stored, mut at) = (0u64, 0u64);
+        for piece in &self.pieces {
+            if piece.length != 0 && stored % BLOCK_BYTES != 0 {
+                return Err(wrong("has a piece that does not begin at a block"));
+            }
+            if piece.offset < at {
+                return Err(wrong("is out of order"));
+            }
+            at = piece
+                .offset
+                .checked_add(piece.length)
+                .filter(|end| *end <= self.expanded)
+                .ok_or_else(|| wrong("reaches beyond its size"))?;
+            stored = stored.saturating_add(piece.length);
+        }
+        if at != self.expanded || stored != self.stored {
+            return Err(wrong("does not add up to its size"));
+        }
+        Ok(())
+    }
+}
+
+/// The one member a name stands for.
+fn kind_of(name: &[u8]) -> Result<Kind> {
+    let bare = name.strip_prefix(b"./").unwrap_or(name);
+    match bare {
+        b"manifest.json" => Ok(Kind::Manifest),
+        b"disk.qcow2" => Ok(Kind::Disk),
+        b"guest-rootfs.qcow2" => Ok(Kind::Rootfs),
+        _ if bare.starts_with(b"/") => Err(refused(format!(
+            "the member {} has an absolute name",
+            shown(name)
+        ))),
+        _ if bare.split(|byte| *byte == b'/').any(|part| part == b"..") => Err(refused(format!(
+            "the member {} has .. in its name",
+            shown(name)
+        ))),
+        _ => Err(refused(format!(
+            "the member {} is unknown; an archive has manifest.json and disk.qcow2 only",
+            shown(name)
+        ))),
+    }
+}
+
+fn wrong_type(name: &[u8], found: EntryType) -> Error {
+    let what = match found {
+        EntryType::Link => "a hard link",
+        EntryType::Symlink => "a symlink",
+        EntryType::Char | EntryType::Block => "a device",
+        EntryType::Directory => "a directory",
+        EntryType::Fifo => "a fifo",
+        EntryType::XGlobalHeader => "a global pax header",
+        _ => "of an unknown type",
+    };
+    refused(format!(
+        "the member {} is {what}; only regular files are accepted",
+        shown(name)
+    ))
+}
+
+/// A name from the archive, fit for a sentence.
+fn shown(name: &[u8]) -> String {
+    let text = String::from_utf8_lossy(name);
+    let short: String = text.chars().take(100).collect();
+    format!("{short:?}")
+}
+
+fn size_of(header: &Header) -> Result<u64> {
+    header
+        .entry_size()
+        .map_err(|e| damaged("a tar header has no size").caused_by(e))
+}
+
+/// The sum of a header's bytes with its checksum field taken as blanks (POSIX ustar).
+fn checksum(block: &[u8; BLOCK]) -> u32 {
+    block
+        .iter()
+        .enumerate()
+        .map(|(at, byte)| match at {
+            148..156 => u32::from(b' '),
+            _ => u32::from(*byte),
+        })
+        .sum()
+}
+
+/// The records of a pax extension, `LENGTH KEY=VALUE\n` each (POSIX pax), of which path and size count.
+fn pax(mut records: &[u8]) -> Result<Pax> {
+    let mut pax = Pax::default();
+    while !records.is_empty() {
+        let (key, value, rest) =
+            pax_record(records).ok_or_else(|| damaged("a pax header is malformed"))?;
+        let twice = match key {
+            b"path" => pax.path.replace(value.to_owned()).is_some(),
+            b"size" => {
+                let size = std::str::from_utf8(value)
+                    .ok()
+                    .and_then(|text| text.parse().ok())
+                    .ok_or_else(|| damaged("the size in a pax header is no number"))?;
+                pax.size.replace(size).is_some()
+            }
+            _ if key.starts_with(b"GNU.sparse.") => {
+                return Err(refused(
+                    "it has a sparse member in pax format; pack it with --format=gnu or without --sparse",
+                ));
+            }
+            _ => false,
+        };
+        if twice {
+            return Err(damaged(format!("a pax header says {} twice", shown(key))));
+        }
+        records = rest;
+    }
+    Ok(pax)
+}
+
+/// Key and value of the first record, and the records after it.
+fn pax_record(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let blank = records.iter().position(|byte| *byte == b' ')?;
+    let length: usize = std::str::from_utf8(records.get(..blank)?)
+        .ok()?
+        .parse()
+        .ok()?;
+    let record = records.get(blank.checked_add(1)?..length)?;
+    let record = record.strip_suffix(b"\n")?;
+    let equals = record.iter().position(|byte| *byte == b'=')?;
+    Some((
+        record.get(..equals)?,
+        record.get(equals.checked_add(1)?..)?,
+        records.get(length..)?,
+    ))
+}
+
+/// A GNU long name ends with a NUL.
+fn without_nul(mut name: Vec<u8>) -> Vec<u8> {
+    if name.last() == Some(&0) {
+        name.pop();
+    }
+    name
+}
+
+fn at_most(len: usize, limit: u64) -> usize {
+    usize::try_from(limit).map_or(len, |limit| len.min(limit))
+}
+
+fn refused(why: impl AsRef<str>) -> Error {
+    Error::bad_archive(format!("the archive is refused: {}", why.as_ref()))
+}
+
+fn damaged(why: impl AsRef<str>) -> Error {
+    Error::bad_archive(format!("the archive is damaged: {}", why.as_ref()))
+}

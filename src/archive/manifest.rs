@@ -1,0 +1,367 @@
+//! `manifest.json`: what an archive says about the box in it.
+
+use crate::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Newest version of the manifest that is read and written (boxlite-home: "Readers accept up to 5").
+const NEWEST: u64 = 5;
+/// First version with options and with a checksum that is always there.
+const FIRST_WITH_OPTIONS: u64 = 3;
+/// Largest manifest that is read, in bytes.
+const LARGEST: usize = 1 << 20;
+/// How a checksum begins.
+const SHA256: &str = "sha256:";
+
+/// What an export says about its box.
+#[derive(Clone, Debug)]
+pub struct About {
+    /// The box's name; None for a box without one.
+    pub box_name: Option<String>,
+    /// Reference of the image it was made from.
+    pub image: String,
+    /// The options, in the shape of `box_config.json`.
+    pub options: Value,
+    /// When the disk changed last; times in the archive are this one, so that two exports of one
+    /// state are the same bytes.
+    pub changed_at: SystemTime,
+}
+
+/// A manifest that was read and checked.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Manifest {
+    /// 1 to 5.
+    pub version: u64,
+    /// The box's name, where it had one.
+    pub box_name: Option<String>,
+    /// Reference of the image it was made from.
+    pub image: String,
+    /// The options, an object; version 3 and later.
+    pub options: Option<Value>,
+    /// sha256 of `disk.qcow2`; None where version 1 leaves it unchecked.
+    pub disk_digest: Option<[u8; 32]>,
+    /// When it was exported, as written (RFC 3339).
+    pub exported_at: Option<String>,
+}
+
+/// The manifest as JSON, of the same length whatever the digest (sha256 of `disk.qcow2`). The
+/// version is the lowest that can say what the options say: 5 with ports, 4 with capabilities, else 3.
+pub fn manifest_bytes(about: &About, digest: &[u8; 32]) -> Vec<u8> {
+    let manifest = json!({
+        "version": version_for(&about.options),
+        "box_name": about.box_name,
+        "image": about.image,
+        "box_options": about.options,
+        "guest_disk_checksum": "",
+        "container_disk_checksum": format!("{SHA256}{}", hex(digest)),
+        "exported_at": rfc3339(about.changed_at),
+    });
+    format!("{manifest:#}\n").into_bytes()
+}
+
+/// The lowest version whose readers understand `options`.
+fn version_for(options: &Value) -> u64 {
+    let ports = &options["ports"];
+    let none = ports.is_null() || ports.as_array().is_some_and(Vec::is_empty);
+    if !none {
+        5
+    } else if !options["advanced"]["capabilities"].is_null() {
+        4
+    } else {
+        FIRST_WITH_OPTIONS
+    }
+}
+
+impl Manifest {
+    /// Reads and checks the bytes of `manifest.json`. EBADMSG for anything that is not a manifest of
+    /// version 1 to 5: over 1 MiB, no JSON object, a field that is missing or of another type, a
+    /// checksum that is none (from version 2 on there must be one).
+    pub fn parse(bytes: &[u8]) -> Result<Manifest> {
+        if bytes.len() > LARGEST {
+            return Err(refused("is larger than 1 MiB"));
+        }
+        let value: Value =
+            serde_json::from_slice(bytes).map_err(|e| refused("is not JSON").caused_by(e))?;
+        let fields = value
+            .as_object()
+            .ok_or_else(|| refused("is not a JSON object"))?;
+        let version = fields
+            .get("version")
+            .and_then(Value::as_u64)
+            .ok_or_else(|| refused("has no version number"))?;
+        if !(1..=NEWEST).contains(&version) {
+            return Err(refused(&format!(
+                "has version {version}; versions 1 to {NEWEST} are known"
+            )));
+        }
+        // The guest's own disk is made anew, so its checksum is of no use, but it must be there.
+        required_text(fields, "guest_disk_checksum")?;
+        Ok(Manifest {
+            version,
+            box_name: text(fields, "box_name")?,
+            image: required_text(fields, "image")?,
+            options: options(fields, version)?,
+            disk_digest: disk_digest(fields, version)?,
+            exported_at: text(fields, "exported_at")?,
+        })
+    }
+}
+
+/// EBADMSG with what is wrong with the manifest.
+fn refused(what: &str) -> Error {
+    Error::bad_archive(format!("the archive's manifest.json {what}"))
+}
+
+/// A string field that may be null or missing.
+fn text(fields: &Map<String, Value>, name: &str) -> Result<Option<String>> {
+    match fields.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(_) => Err(refused(&format!("has a {name} that is not a string"))),
+    }
+}
+
+/// A string field that must be there.
+fn required_text(fields: &Map<String, Value>, name: &str) -> Result<String> {
+    text(fields, name)?.ok_or_else(|| refused(&format!("has no {name}")))
+}
+
+/// The options, where the version has them.
+fn options(fields: &Map<String, Value>, version: u64) -> Result<Option<Value>> {
+    match fields.get("box_options") {
+        _ if version < FIRST_WITH_OPTIONS => Ok(None),
+        None | Some(Value::Null) => Ok(None),
+        Some(options @ Value::Object(_)) => Ok(Some(options.clone())),
+        Some(_) => Err(refused("has box_options that are not an object")),
+    }
+}
+
+/// The checksum of the disk. Version 1 may leave it out or empty: then nothing is checked.
+fn disk_digest(fields: &Map<String, Value>, version: u64) -> Result<Option<[u8; 32]>> {
+    let checksum = match text(fields, "container_disk_checksum")? {
+        Some(checksum) => checksum,
+        None if version == 1 => return Ok(None),
+        None => return Err(refused("has no container_disk_checksum")),
+    };
+    if checksum.is_empty() && version == 1 {
+        return Ok(None);
+    }
+    let digest = checksum.strip_prefix(SHA256).and_then(unhex);
+    match digest {
+        Some(digest) => Ok(Some(digest)),
+        None => Err(refused(
+            "has a container_disk_checksum that is not sha256: and 64 hex digits",
+        )),
+    }
+}
+
+/// 64 lower-case hex digits.
+fn hex(digest: &[u8; 32]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The 32 bytes that 64 hex digits mean.
+fn unhex(digits: &str) -> Option<[u8; 32]> {
+    let digits = digits.as_bytes();
+    let mut digest = [0u8; 32];
+    if digits.len() != 64 {
+        return None;
+    }
+    for (byte, pair) in digest.iter_mut().zip(digits.chunks_exact(2)) {
+        let mut value = 0;
+        for &digit in pair {
+            value = value * 16 + (digit as char).to_digit(16)?;
+        }
+        *byte = u8::try_from(value).ok()?;
+    }
+    Some(digest)
+}
+
+/// Whole seconds since 1970, within the years 1970 to 9999 that RFC 3339 and tar can say.
+pub(super) fn unix_seconds(time: SystemTime) -> u64 {
+    const END_OF_9999: u64 = 253_402_300_799;
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs().min(END_OF_9999))
+}
+
+/// `2026-01-31T23:59:59Z`.
+fn rfc3339(time: SystemTime) -> String {
+    let seconds = unix_seconds(time);
+    let (year, month, day) = civil_date(seconds / 86_400);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// The Gregorian date `days` after 1970-01-01, as (year, month, day). Years are counted from March,
+/// so that the leap day is the last of its year; 146 097 days make 400 years.
+fn civil_date(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    (year, month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::judges::succeed;
+    use std::time::Duration;
+
+    fn about(options: Value) -> About {
+        About {
+            box_name: Some("web".into()),
+            image: "alpine:latest".into(),
+            options,
+            changed_at: UNIX_EPOCH + Duration::new(1_790_000_000, 999),
+        }
+    }
+
+    #[test]
+    fn a_manifest_is_read_as_it_was_written() {
+        let options = json!({"rootfs": {"Image": "alpine:latest"}, "unknown": [1, 2]});
+        let bytes = manifest_bytes(&about(options.clone()), &[0xab; 32]);
+        let manifest = Manifest::parse(&bytes).unwrap();
+        assert_eq!(manifest.version, 3);
+        assert_eq!(manifest.box_name.as_deref(), Some("web"));
+        assert_eq!(manifest.image, "alpine:latest");
+        assert_eq!(manifest.options, Some(options));
+        assert_eq!(manifest.disk_digest, Some([0xab; 32]));
+        assert_eq!(
+            manifest.exported_at.as_deref(),
+            Some("2026-09-21T14:13:20Z")
+        );
+        let value: Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(value["guest_disk_checksum"], "");
+    }
+
+    #[test]
+    fn the_length_does_not_depend_on_the_digest() {
+        let about = about(json!({}));
+        let lengths = [[0u8; 32], [255; 32], [16; 32]].map(|d| manifest_bytes(&about, &d).len());
+        assert_eq!(lengths, [lengths[0]; 3]);
+    }
+
+    #[test]
+    fn the_version_is_the_lowest_that_says_it_all() {
+        let version = |options| version_for(&options);
+        assert_eq!(version(json!({})), 3);
+        assert_eq!(
+            version(json!({"ports": [], "advanced": {"capabilities": null}})),
+            3
+        );
+        assert_eq!(version(json!({"ports": null, "advanced": {}})), 3);
+        assert_eq!(
+            version(json!({"advanced": {"capabilities": {"add": ["NET_ADMIN"]}}})),
+            4
+        );
+        let both = json!({"ports": [{"host": 1}], "advanced": {"capabilities": {}}});
+        assert_eq!(version(both), 5);
+    }
+
+    #[test]
+    fn a_box_without_a_name_stays_without() {
+        let mut about = about(json!({}));
+        about.box_name = None;
+        let bytes = manifest_bytes(&about, &[0; 32]);
+        assert_eq!(Manifest::parse(&bytes).unwrap().box_name, None);
+    }
+
+    #[test]
+    fn version_one_may_leave_the_disk_unchecked_and_others_may_not() {
+        let with = |version: u64, checksum: &str| {
+            let manifest = json!({
+                "version": version, "image": "a", "guest_disk_checksum": "",
+                "container_disk_checksum": checksum, "box_options": {"cpus": 1},
+            });
+            Manifest::parse(manifest.to_string().as_bytes())
+        };
+        let good = format!("sha256:{}", "0f".repeat(32));
+        assert_eq!(with(1, "").unwrap().disk_digest, None);
+        assert_eq!(with(1, &good).unwrap().disk_digest, Some([0x0f; 32]));
+        assert_eq!(with(2, &good).unwrap().options, None);
+        assert!(with(5, &good).unwrap().options.is_some());
+        for (version, checksum) in [(2, ""), (3, "sha256:"), (3, &good[..70]), (1, "md5:00")] {
+            assert_eq!(with(version, checksum).unwrap_err().errno(), libc::EBADMSG);
+        }
+        assert!(with(3, &good.replace('f', "g")).is_err());
+        assert!(with(3, &good.replace("0f0f", "é0f")).is_err());
+    }
+
+    #[test]
+    fn what_is_no_manifest_is_refused() {
+        let good = json!({
+            "version": 3, "box_name": "n", "image": "a", "box_options": {},
+            "guest_disk_checksum": "",
+            "container_disk_checksum": format!("sha256:{}", "00".repeat(32)),
+            "exported_at": "2026-01-01T00:00:00Z",
+        });
+        let parse = |value: &Value| Manifest::parse(value.to_string().as_bytes());
+        parse(&good).unwrap();
+        let bad_fields = [
+            ("version", json!(0)),
+            ("version", json!(6)),
+            ("version", json!("3")),
+            ("version", json!(3.5)),
+            ("version", Value::Null),
+            ("box_name", json!(7)),
+            ("image", Value::Null),
+            ("image", json!(["a"])),
+            ("box_options", json!("{}")),
+            ("guest_disk_checksum", Value::Null),
+            ("container_disk_checksum", Value::Null),
+            ("container_disk_checksum", json!(1)),
+            ("exported_at", json!(1_700_000_000)),
+        ];
+        for (field, value) in bad_fields {
+            let mut bad = good.clone();
+            bad[field] = value;
+            let error = parse(&bad).unwrap_err();
+            assert_eq!(error.errno(), libc::EBADMSG, "{bad}");
+            assert!(error.to_string().contains(field), "{error}");
+        }
+        for bytes in [&b""[..], b"[]", b"{", b"null", b"\xff\xff"] {
+            assert_eq!(Manifest::parse(bytes).unwrap_err().errno(), libc::EBADMSG);
+        }
+        let mut large = good.to_string().into_bytes();
+        large.resize(LARGEST, b' ');
+        Manifest::parse(&large).unwrap();
+        large.push(b' ');
+        assert_eq!(Manifest::parse(&large).unwrap_err().errno(), libc::EBADMSG);
+    }
+
+    #[test]
+    fn dates_are_what_date_says() {
+        let seconds = [
+            0,
+            951_782_400,
+            951_868_799,
+            1_709_164_800,
+            1_709_251_200,
+            1_735_689_599,
+            1_735_689_600,
+            4_107_542_400,
+            13_574_563_200,
+            253_402_300_799,
+        ];
+        for seconds in seconds {
+            let at = format!("@{seconds}");
+            let said = succeed("date", &["-u", "-d", &at, "+%Y-%m-%dT%H:%M:%SZ"]);
+            let time = UNIX_EPOCH + Duration::from_secs(seconds);
+            assert_eq!(rfc3339(time), said.trim());
+        }
+        assert_eq!(
+            rfc3339(UNIX_EPOCH - Duration::from_secs(1)),
+            "1970-01-01T00:00:00Z"
+        );
+    }
+}

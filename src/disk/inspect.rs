@@ -1,0 +1,486 @@
+//! The check of an image that came from outside, before a guest or a reader gets it.
+//!
+//! Nothing in such an image is trusted: every table is walked once and every host cluster it names
+//! is claimed in a bitmap, so that no two things share one and none lies outside the file. Then the
+//! refcounts are read once: a cluster in use with refcount 0 would be handed out again, and the
+//! guest's next write would land in somebody else's data.
+//!
+//! Offsets, masks and limits are those of qemu's `docs/interop/qcow2.rst` and `block/qcow2.h`.
+
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::Header;
+use super::header::open_image;
+use crate::{Context, Error, Result};
+
+/// Largest virtual size accepted, in bytes (64 TiB; far beyond what BoxLite offers for a disk).
+const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
+/// qemu's QCOW_MAX_REFTABLE_SIZE, in bytes.
+const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+/// Most memory for one bit per host cluster, in bytes.
+const MAX_BITMAP_BYTES: u64 = 64 << 20;
+/// Host clusters whose compressed references are counted in one go: 8 MiB of counters.
+const COUNT_WINDOW: u64 = 2 << 20;
+/// Bytes of a table read at once.
+const TABLE_CHUNK: u64 = 64 << 10;
+
+/// Bits 9–55 of an L1, L2 or refcount table entry: a host offset.
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bit 63 of an L1 or L2 entry: refcount is exactly one. BoxLite leaves it unset.
+const COPIED: u64 = 1 << 63;
+/// Bit 62 of an L2 entry: the rest describes compressed data.
+const COMPRESSED: u64 = 1 << 62;
+/// Bit 0 of a standard L2 entry (version 3): reads as zeros.
+const ZERO: u64 = 1;
+/// Bits 9–63 of a refcount table entry.
+const REFCOUNT_OFFSET_MASK: u64 = !0x1ff;
+
+/// Checks that the image at `path` can stand alone and be written by a guest: a sane qcow2 header of
+/// 1 byte to 64 TiB; no backing file, external data file, encryption, internal snapshot, dirty or
+/// corrupt mark, extended L2 entries; tables and clusters aligned, inside the file, none in use
+/// twice (compressed clusters may share one, as the format has it); every host cluster in use with a
+/// refcount that covers its uses. Unset COPIED flags and leaked clusters are accepted.
+///
+/// Memory is one bit per host cluster, at most 64 MiB, and at most one L2 table (2 MiB) and 8 MiB of
+/// counters beyond that.
+///
+/// # Errors
+///
+/// EBADMSG naming the check that failed; what reading the file says where that fails.
+pub fn inspect_standalone(path: &Path) -> Result<Header> {
+    let file = open_image(path, false)?;
+    let length = file
+        .metadata()
+        .context(|| format!("cannot look at {}", path.display()))?
+        .len();
+    let header = Header::read(&file, path)
+        .map_err(as_refusal)?
+        .ok_or_else(|| refused(path, "it is no qcow2 image"))?;
+    let image = Image {
+        path,
+        file,
+        length,
+        header: &header,
+    };
+    image.check_header()?;
+    image.check_clusters()?;
+    Ok(header)
+}
+
+/// A damaged header is, in something imported, a refused archive; other errors keep their errno.
+fn as_refusal(error: Error) -> Error {
+    match error.errno() {
+        libc::EIO | libc::EOPNOTSUPP | libc::EINVAL => error.with_errno(libc::EBADMSG),
+        _ => error,
+    }
+}
+
+fn refused(path: &Path, why: impl AsRef<str>) -> Error {
+    Error::bad_archive(format!("{} is refused: {}", path.display(), why.as_ref()))
+}
+
+/// One L2 entry, taken apart. Offsets and lengths in bytes of the file.
+enum Mapping {
+    Unallocated,
+    /// Data, or an explicit zero cluster that keeps its place in the file.
+    Cluster(u64),
+    Compressed {
+        start: u64,
+        end: u64,
+    },
+}
+
+struct Image<'a> {
+    path: &'a Path,
+    file: File,
+    length: u64,
+    header: &'a Header,
+}
+
+impl Image<'_> {
+    fn refused(&self, why: impl AsRef<str>) -> Error {
+        refused(self.path, why)
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.header.cluster_size()
+    }
+
+    /// Host clusters in the file, counting a last one that the file ends inside of.
+    fn host_clusters(&self) -> u64 {
+        self.length.div_ceil(self.cluster_size())
+    }
+
+    /// What [`Header::read`] leaves open, as other images may have it.
+    fn check_header(&self) -> Result<()> {
+        let header = self.header;
+        let refcount_bytes = u64::from(header.refcount_table_clusters) << header.cluster_bits;
+        let why = if header.backing.is_some() {
+            "it has a backing file; put a flattened image into the archive".into()
+        } else if header.names_data_file {
+            "it names an external data file".into()
+        } else if header.nb_snapshots != 0 {
+            format!(
+                "it holds {} internal snapshots; delete them with `qemu-img snapshot -d`",
+                header.nb_snapshots
+            )
+        } else if header.virtual_size == 0 {
+            "its virtual size is 0".into()
+        } else if header.virtual_size > MAX_VIRTUAL_SIZE {
+            let size = header.virtual_size;
+            format!("its virtual size of {size} bytes is over 64 TiB")
+        } else if self.host_clusters().div_ceil(8) > MAX_BITMAP_BYTES {
+            let clusters = self.host_clusters();
+            format!("checking {clusters} clusters takes too much memory; use larger clusters")
+        } else if refcount_bytes == 0 || refcount_bytes > MAX_REFCOUNT_TABLE_BYTES {
+            format!("a refcount table of {refcount_bytes} bytes is outside 1 cluster to 8 MiB")
+        } else {
+            let offset = header.refcount_table_offset;
+            return self.check_place("refcount table", offset, refcount_bytes);
+        };
+        Err(self.refused(why))
+    }
+
+    /// A table must start at a cluster and lie inside the file.
+    fn check_place(&self, what: &str, offset: u64, bytes: u64) -> Result<()> {
+        if !offset.is_multiple_of(self.cluster_size()) {
+            return Err(self.refused(format!("the {what} at {offset:#x} is not cluster-aligned")));
+        }
+        match offset.checked_add(bytes) {
+            Some(end) if end <= self.length => Ok(()),
+            _ => Err(self.refused(format!("the {what} at {offset:#x} lies outside the file"))),
+        }
+    }
+
+    fn check_clusters(&self) -> Result<()> {
+        let mut claims = Claims::new(self.host_clusters());
+        self.claim_metadata(&mut claims)?;
+        let mut any_compressed = false;
+        self.each_mapping(|this, l2, mapping| {
+            match mapping {
+                MappingOrTable::Table => this.claim(&mut claims, "L2 table", l2, 1)?,
+                MappingOrTable::Mapping(Mapping::Cluster(offset)) => {
+                    this.claim(&mut claims, "data cluster", offset, 1)?;
+                }
+                MappingOrTable::Mapping(Mapping::Compressed { .. }) => any_compressed = true,
+                MappingOrTable::Mapping(Mapping::Unallocated) => {}
+            }
+            Ok(())
+        })?;
+        self.check_refcounts(0, self.host_clusters(), |cluster| {
+            u64::from(claims.claimed(cluster))
+        })?;
+        if any_compressed {
+            self.check_compressed(&claims)?;
+        }
+        Ok(())
+    }
+
+    /// Claims the header, the L1 table, the refcount table and the blocks it names.
+    fn claim_metadata(&self, claims: &mut Claims) -> Result<()> {
+        let header = self.header;
+        let l1_clusters = (u64::from(header.l1_size) * 8).div_ceil(self.cluster_size());
+        self.claim(claims, "header", 0, 1)?;
+        self.claim(claims, "L1 table", header.l1_table_offset, l1_clusters)?;
+        self.claim(
+            claims,
+            "refcount table",
+            header.refcount_table_offset,
+            u64::from(header.refcount_table_clusters),
+        )?;
+        let entries = (u64::from(header.refcount_table_clusters) << header.cluster_bits) / 8;
+        self.each_entry(header.refcount_table_offset, entries, |_, entry| match self
+            .refcount_block(entry)?
+        {
+            Some(offset) => self.claim(claims, "refcount block", offset, 1),
+            None => Ok(()),
+        })
+    }
+
+    /// The file offset of the refcount block a refcount table entry names.
+    fn refcount_block(&self, entry: u64) -> Result<Option<u64>> {
+        if entry & !REFCOUNT_OFFSET_MASK != 0 {
+            return Err(self.refused(format!(
+                "refcount table entry {entry:#x} has reserved bits set"
+            )));
+        }
+        if entry == 0 {
+            return Ok(None);
+        }
+        self.check_place("refcount block", entry, self.cluster_size())?;
+        Ok(Some(entry))
+    }
+
+    /// Marks clusters as in use by one owner; a second owner is refused.
+    fn claim(&self, claims: &mut Claims, what: &str, offset: u64, clusters: u64) -> Result<()> {
+        if !offset.is_multiple_of(self.cluster_size()) {
+            return Err(self.refused(format!("the {what} at {offset:#x} is not cluster-aligned")));
+        }
+        let first = offset >> self.header.cluster_bits;
+        for cluster in first..first.saturating_add(clusters) {
+            match claims.claim(cluster) {
+                Claim::Fresh => {}
+                Claim::Taken => {
+                    return Err(self.refused(format!(
+                        "the {what} at {offset:#x} shares a cluster with something else"
+                    )));
+                }
+                Claim::Outside => {
+                    return Err(
+                        self.refused(format!("the {what} at {offset:#x} lies outside the file"))
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `visit(index, entry)` for the `entries` big-endian words of a table at `offset`, which
+    /// [`check_place`](Self::check_place) has passed.
+    fn each_entry(
+        &self,
+        offset: u64,
+        entries: u64,
+        mut visit: impl FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut index = 0;
+        let mut chunk = vec![0; (entries * 8).min(TABLE_CHUNK) as usize];
+        while index < entries {
+            let bytes = ((entries - index) * 8).min(TABLE_CHUNK) as usize;
+            let part = chunk.get_mut(..bytes).unwrap_or_default();
+            self.read(part, offset + index * 8)?;
+            for word in part.as_chunks::<8>().0 {
+                visit(index, u64::from_be_bytes(*word))?;
+                index += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        self.file
+            .read_exact_at(into, offset)
+            .context(|| format!("cannot read {} at {offset:#x}", self.path.display()))
+    }
+
+    /// Calls `visit` with every L2 table's offset, then with each of its mappings.
+    ///
+    /// A table that two L1 entries name is refused by the claim on the first walk, before it is
+    /// read twice: so a walk reads no more than the file holds.
+    fn each_mapping(
+        &self,
+        mut visit: impl FnMut(&Self, u64, MappingOrTable) -> Result<()>,
+    ) -> Result<()> {
+        let header = self.header;
+        self.each_entry(
+            header.l1_table_offset,
+            u64::from(header.l1_size),
+            |index, entry| {
+                if entry & !(OFFSET_MASK | COPIED) != 0 {
+                    return Err(self.refused(format!(
+                        "L1 entry {index} ({entry:#x}) has reserved bits set"
+                    )));
+                }
+                let l2 = entry & OFFSET_MASK;
+                if l2 == 0 {
+                    return Ok(());
+                }
+                self.check_place("L2 table", l2, self.cluster_size())?;
+                visit(self, l2, MappingOrTable::Table)?;
+                self.each_entry(l2, self.cluster_size() / 8, |_, entry| {
+                    let mapping = self.mapping(entry)?;
+                    visit(self, l2, MappingOrTable::Mapping(mapping))
+                })
+            },
+        )
+    }
+
+    fn mapping(&self, entry: u64) -> Result<Mapping> {
+        if entry & COMPRESSED != 0 {
+            return self.compressed(entry);
+        }
+        if entry & !(OFFSET_MASK | COPIED | ZERO) != 0 {
+            return Err(self.refused(format!("L2 entry {entry:#x} has reserved bits set")));
+        }
+        if entry & ZERO != 0 && self.header.version < 3 {
+            return Err(self.refused(format!(
+                "L2 entry {entry:#x} is a zero cluster, which version 2 does not have"
+            )));
+        }
+        Ok(match entry & OFFSET_MASK {
+            0 => Mapping::Unallocated,
+            offset => Mapping::Cluster(offset),
+        })
+    }
+
+    /// A compressed cluster: the lower `62 - (cluster_bits - 8)` bits are its offset, the rest up to
+    /// bit 61 how many 512-byte sectors it reaches into beyond the one it starts in.
+    fn compressed(&self, entry: u64) -> Result<Mapping> {
+        if entry & COPIED != 0 {
+            return Err(self.refused(format!(
+                "L2 entry {entry:#x} is compressed and marked COPIED"
+            )));
+        }
+        let offset_bits = 62 - (self.header.cluster_bits - 8);
+        let start = entry & ((1 << offset_bits) - 1);
+        let sectors = ((entry & !COMPRESSED) >> offset_bits) + 1;
+        let end = (start & !511) + sectors * 512;
+        // The last sector of the file may be cut short: qemu does not pad it.
+        if start == 0 || start >= self.length || end > self.length.next_multiple_of(512) {
+            return Err(self.refused(format!(
+                "the compressed cluster at {start:#x} lies outside the file"
+            )));
+        }
+        Ok(Mapping::Compressed { start, end })
+    }
+
+    /// Host clusters that hold compressed data belong to nothing else, and are counted once for every
+    /// guest cluster in them. Counted in windows, to keep memory bounded whatever the file's size.
+    fn check_compressed(&self, claims: &Claims) -> Result<()> {
+        let clusters = self.host_clusters();
+        let bits = self.header.cluster_bits;
+        let mut first = 0;
+        while first < clusters {
+            let end = first.saturating_add(COUNT_WINDOW).min(clusters);
+            let mut uses = vec![0u32; (end - first) as usize];
+            self.each_mapping(|this, _, mapping| {
+                let MappingOrTable::Mapping(Mapping::Compressed { start, end: stop }) = mapping
+                else {
+                    return Ok(());
+                };
+                for cluster in (start >> bits).max(first)..=((stop - 1) >> bits).min(end - 1) {
+                    if claims.claimed(cluster) {
+                        return Err(this.refused(format!(
+                            "the compressed cluster at {start:#x} shares a cluster with something else"
+                        )));
+                    }
+                    if let Some(uses) = uses.get_mut((cluster - first) as usize) {
+                        *uses = uses.saturating_add(1);
+                    }
+                }
+                Ok(())
+            })?;
+            self.check_refcounts(first, end, |cluster| {
+                cluster
+                    .checked_sub(first)
+                    .and_then(|at| uses.get(at as usize))
+                    .copied()
+                    .map_or(0, u64::from)
+            })?;
+            first = end;
+        }
+        Ok(())
+    }
+
+    /// Every cluster in `first..end` must have a refcount of at least `uses(cluster)`. Reads the
+    /// refcount blocks in order, each once.
+    fn check_refcounts(&self, first: u64, end: u64, uses: impl Fn(u64) -> u64) -> Result<()> {
+        let header = self.header;
+        let per_block = (self.cluster_size() * 8) >> header.refcount_order;
+        let blocks = (u64::from(header.refcount_table_clusters) << header.cluster_bits) / 8;
+        // Clusters no refcount block speaks of come after the last one.
+        let mut next = first;
+        let mut block = vec![0; self.cluster_size() as usize];
+        self.each_entry(header.refcount_table_offset, blocks, |index, entry| {
+            let from = (index * per_block).max(first);
+            let to = ((index + 1) * per_block).min(end);
+            if from >= to {
+                return Ok(());
+            }
+            next = to;
+            let present = match self.refcount_block(entry)? {
+                Some(offset) => self.read(&mut block, offset).map(|()| true)?,
+                None => false,
+            };
+            (from..to).try_for_each(|cluster| {
+                let count = match present {
+                    true => refcount(&block, cluster % per_block, header.refcount_order),
+                    false => 0,
+                };
+                self.check_refcount(cluster, count, uses(cluster))
+            })
+        })?;
+        (next..end).try_for_each(|cluster| self.check_refcount(cluster, 0, uses(cluster)))
+    }
+
+    fn check_refcount(&self, cluster: u64, count: u64, uses: u64) -> Result<()> {
+        if count >= uses {
+            return Ok(());
+        }
+        Err(self.refused(format!(
+            "the cluster at {:#x} is in use {uses} times but has refcount {count}; a write would damage it",
+            cluster << self.header.cluster_bits
+        )))
+    }
+}
+
+/// What a walk over the L2 tables meets.
+enum MappingOrTable {
+    Table,
+    Mapping(Mapping),
+}
+
+/// The refcount at `index` of a block of `2^order`-bit counters. Below a byte, the first counter is
+/// in the lowest bits; from 16 bits on they are big-endian.
+fn refcount(block: &[u8], index: u64, order: u32) -> u64 {
+    let index = index as usize;
+    if order < 3 {
+        let per_byte = 8usize >> order;
+        let byte = block.get(index / per_byte).copied().unwrap_or_default();
+        let mask = (1u8 << (1 << order)) - 1;
+        return u64::from((byte >> ((index % per_byte) << order)) & mask);
+    }
+    let bytes = 1usize << (order - 3);
+    block
+        .get(index * bytes..(index + 1) * bytes)
+        .unwrap_or_default()
+        .iter()
+        .fold(0, |value, byte| (value << 8) | u64::from(*byte))
+}
+
+enum Claim {
+    Fresh,
+    Taken,
+    Outside,
+}
+
+/// One bit per host cluster: in use, and by one owner only.
+struct Claims {
+    bits: Vec<u64>,
+    clusters: u64,
+}
+
+impl Claims {
+    fn new(clusters: u64) -> Claims {
+        Claims {
+            bits: vec![0; clusters.div_ceil(64) as usize],
+            clusters,
+        }
+    }
+
+    fn claim(&mut self, cluster: u64) -> Claim {
+        let Some(word) = self.bits.get_mut((cluster / 64) as usize) else {
+            return Claim::Outside;
+        };
+        let bit = 1 << (cluster % 64);
+        if cluster >= self.clusters {
+            Claim::Outside
+        } else if *word & bit != 0 {
+            Claim::Taken
+        } else {
+            *word |= bit;
+            Claim::Fresh
+        }
+    }
+
+    fn claimed(&self, cluster: u64) -> bool {
+        self.bits
+            .get((cluster / 64) as usize)
+            .is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+    }
+}

@@ -1,0 +1,353 @@
+//! One open image file, looked at without what lies below it.
+//!
+//! imago reads the mapping tables and inflates compressed clusters; data is read from our own
+//! descriptor, at the host offsets that imago names.
+
+use super::header::{be64, open_image};
+use super::{FileId, Format, Header, read_zero_padded};
+use crate::{Context, Error, Result};
+use imago::qcow2::Qcow2;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
+use parking_lot::Mutex;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// An image file, opened for reading, with no layer below it attached. Keeps reading the same inode
+/// whatever happens to its names.
+pub struct Layer {
+    path: PathBuf,
+    id: FileId,
+    format: Format,
+    virtual_size: u64,
+    file: File,
+    qcow2: Option<Mapped>,
+}
+
+/// The qcow2 side of a layer.
+struct Mapped {
+    header: Header,
+    access: FormatAccess<imago::file::File>,
+    /// The compressed cluster inflated last, with its guest offset: reads smaller than a cluster
+    /// would inflate it again and again.
+    inflated: Mutex<Option<(u64, Vec<u8>)>>,
+}
+
+/// What a layer alone has to say about a run of guest bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Run {
+    /// Nothing: look at the layer below.
+    Unallocated,
+    /// Zeros, whatever lies below.
+    Zero,
+    /// Data from this host offset of the layer's file.
+    Data { host: u64 },
+    /// Compressed clusters.
+    Compressed,
+}
+
+impl Layer {
+    /// Opens the image at `path` for reading, as `format` says. Errors: those of opening;
+    /// EINVAL when it is no regular file; EIO when a qcow2 is not one, is damaged or needs a feature
+    /// that is not supported (see [`Header::read`]).
+    pub fn open(path: &Path, format: Format) -> Result<Layer> {
+        let file = open_image(path, false)?;
+        Layer::of(path, file, format)
+    }
+
+    /// As [`Layer::open`], of a file that is open already.
+    pub(super) fn of(path: &Path, file: File, format: Format) -> Result<Layer> {
+        let meta = file
+            .metadata()
+            .context(|| format!("cannot look at the image {}", path.display()))?;
+        let qcow2 = match format {
+            Format::Raw => None,
+            Format::Qcow2 => Some(Mapped::new(&file, path, meta.len())?),
+        };
+        Ok(Layer {
+            path: path.to_path_buf(),
+            id: FileId::of(&meta),
+            format,
+            virtual_size: qcow2
+                .as_ref()
+                .map_or(meta.len(), |mapped| mapped.header.virtual_size),
+            file,
+            qcow2,
+        })
+    }
+
+    /// The path it was opened at.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Which file it is.
+    pub fn id(&self) -> FileId {
+        self.id
+    }
+
+    /// How its bytes make a disk.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Size of the disk in bytes; for a raw image the length of the file.
+    pub fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    /// The header of a qcow2; None for a raw image.
+    pub fn header(&self) -> Option<&Header> {
+        self.qcow2.as_ref().map(|mapped| &mapped.header)
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether any cluster is not "unallocated": data, compressed or explicit zero, i.e. whether the
+    /// layer differs from what lies below it. A raw image always does. EIO when the tables are
+    /// damaged.
+    pub fn holds_data(&self) -> Result<bool> {
+        if self.format == Format::Raw {
+            return Ok(true);
+        }
+        let mut at = 0;
+        while at < self.virtual_size {
+            match self.run_at(at, self.virtual_size - at)? {
+                (Run::Unallocated, len) => at += len,
+                _ => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+
+    /// What lies at guest offset `at`, and for how many bytes (1 to `max`; `max` is not 0) it goes on.
+    /// Beyond the virtual size: zeros, whatever lies below.
+    pub(super) fn run_at(&self, at: u64, max: u64) -> Result<(Run, u64)> {
+        let Some(inside) = self.virtual_size.checked_sub(at).filter(|&n| n > 0) else {
+            return Ok((Run::Zero, max));
+        };
+        let max = max.min(inside);
+        let (run, len) = match &self.qcow2 {
+            Some(mapped) => mapped.run_at(at, max),
+            None => self.raw_run_at(at, max),
+        }
+        .context(|| format!("cannot find out where {} has its data", self.path.display()))?;
+        if len == 0 {
+            return Err(Error::damaged(format!(
+                "{} has no mapping at guest offset {at}",
+                self.path.display()
+            )));
+        }
+        Ok((run, len.min(max)))
+    }
+
+    /// Data or a hole of the file. A filesystem without SEEK_DATA shows all as data.
+    fn raw_run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
+        let end = at + max;
+        let data = match seek(&self.file, at, libc::SEEK_DATA) {
+            Ok(data) => data,
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok((Run::Zero, max)),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                return Ok((Run::Data { host: at }, max));
+            }
+            Err(e) => return Err(e),
+        };
+        if data > at {
+            return Ok((Run::Zero, data.min(end) - at));
+        }
+        // ENXIO: somebody cut the file at `at` meanwhile; `Chain::unchanged` will say so.
+        let hole = match seek(&self.file, at, libc::SEEK_HOLE) {
+            Ok(hole) => hole.clamp(at + 1, end),
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => end,
+            Err(e) => return Err(e),
+        };
+        Ok((Run::Data { host: at }, hole - at))
+    }
+
+    /// Fills `buf` from host offset `host` of the file; zeros past its end.
+    pub(super) fn read_data(&self, host: u64, buf: &mut [u8]) -> Result<()> {
+        read_zero_padded(&self.file, buf, host)
+            .context(|| format!("cannot read the layer {}", self.path.display()))
+    }
+
+    /// Fills `buf` with the compressed clusters at guest offset `at`, all of which must be
+    /// compressed. EIO when they do not inflate.
+    pub(super) fn read_compressed(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let mapped = self.qcow2.as_ref().ok_or_else(|| {
+            Error::damaged(format!("{} has no compressed data", self.path.display()))
+        })?;
+        mapped
+            .read_compressed(at, buf)
+            .context(|| format!("cannot inflate data of the layer {}", self.path.display()))
+    }
+
+    /// Whether length or mtime of the open file are not what `since` says.
+    pub(super) fn differs_from(&self, since: &std::fs::Metadata) -> Result<bool> {
+        let now = self
+            .file
+            .metadata()
+            .context(|| format!("cannot look at the layer {}", self.path.display()))?;
+        let state = |meta: &std::fs::Metadata| (meta.mtime(), meta.mtime_nsec(), meta.len());
+        Ok(state(&now) != state(since))
+    }
+}
+
+impl Mapped {
+    fn new(file: &File, path: &Path, file_len: u64) -> Result<Mapped> {
+        let header = Header::read(file, path)?.ok_or_else(|| {
+            Error::damaged(format!(
+                "{} should be a qcow2 image, but does not begin like one",
+                path.display()
+            ))
+        })?;
+        check_l1_entries(file, &header, file_len, path)?;
+        let failed = || format!("cannot open {} as a qcow2 image", path.display());
+        let own = file.try_clone().context(failed)?;
+        let storage = imago::file::File::try_from(own).context(failed)?;
+        // No layer below and no data file, whatever the header names: nothing but `file` is opened.
+        let image = Qcow2::<imago::file::File>::builder(storage)
+            .backing(None)
+            .data_file(None)
+            .open(DenyImplicitOpenGate::default())
+            .context(failed)?;
+        Ok(Mapped {
+            header,
+            access: FormatAccess::new(image),
+            inflated: Mutex::new(None),
+        })
+    }
+
+    fn run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
+        let (mapping, len) = self.access.get_shallow_mapping(at, max)?;
+        let run = match mapping {
+            ShallowMapping::Raw { offset, .. } => Run::Data { host: offset },
+            ShallowMapping::Zero { explicit: true, .. } => Run::Zero,
+            // Without an image below, imago shows what is unallocated as zeros that nobody wrote.
+            ShallowMapping::Zero { .. } => Run::Unallocated,
+            ShallowMapping::Special { .. } => Run::Compressed,
+            _ => {
+                return Err(io::Error::other(
+                    "imago named a layer below, and there is none",
+                ));
+            }
+        };
+        Ok((run, len))
+    }
+
+    fn read_compressed(&self, mut at: u64, mut buf: &mut [u8]) -> io::Result<()> {
+        let cluster = self.header.cluster_size();
+        while !buf.is_empty() {
+            let within = at % cluster;
+            let len = (cluster - within).min(buf.len() as u64);
+            let (now, rest) = buf.split_at_mut(len as usize);
+            if len == cluster {
+                self.access.read(now, at)?;
+            } else {
+                self.read_inflated(at - within, within as usize, now)?;
+            }
+            at += len;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// A part of the compressed cluster at guest offset `at`, `within` bytes into it.
+    fn read_inflated(&self, at: u64, within: usize, buf: &mut [u8]) -> io::Result<()> {
+        let mut inflated = self.inflated.lock();
+        if inflated.as_ref().is_none_or(|(held, _)| *held != at) {
+            let mut bytes = vec![0u8; self.header.cluster_size() as usize];
+            self.access.read(bytes.as_mut_slice(), at)?;
+            *inflated = Some((at, bytes));
+        }
+        let part = inflated
+            .as_ref()
+            .and_then(|(_, bytes)| bytes.get(within..within.checked_add(buf.len())?))
+            .ok_or_else(|| io::Error::other("a compressed cluster is shorter than a cluster"))?;
+        buf.copy_from_slice(part);
+        Ok(())
+    }
+}
+
+/// Bits of an L1 entry that are the host offset of an L2 table (qcow2.rst).
+const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// imago takes an L2 table beyond the end of the file for an empty one: a file that was cut short
+/// would silently lose data.
+fn check_l1_entries(file: &File, header: &Header, file_len: u64, path: &Path) -> Result<()> {
+    let mut table = vec![0u8; header.l1_size as usize * 8];
+    read_zero_padded(file, &mut table, header.l1_table_offset)
+        .context(|| format!("cannot read the L1 table of {}", path.display()))?;
+    let beyond = table
+        .chunks_exact(8)
+        .any(|entry| be64(entry, 0) & L1_OFFSET >= file_len);
+    if beyond {
+        return Err(Error::damaged(format!(
+            "{} has an L2 table beyond the end of the file (is it cut short?)",
+            path.display()
+        )));
+    }
+    Ok(())
+}
+
+/// lseek(2) for SEEK_DATA and SEEK_HOLE, which std does not have. Moves the descriptor's offset,
+/// which nothing here uses: all reads are at explicit offsets.
+fn seek(file: &File, at: u64, whence: libc::c_int) -> io::Result<u64> {
+    let at = libc::off_t::try_from(at).map_err(|_| io::Error::from_raw_os_error(libc::ENXIO))?;
+    // SAFETY: the descriptor is open as long as `file` is; no memory is passed.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), at, whence) };
+    u64::try_from(found).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::judges::{create, qemu_io};
+
+    #[test]
+    fn a_file_that_was_cut_short_is_refused_and_not_read_as_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image.qcow2");
+        create(&image, "compat=1.1", None, "2G");
+        qemu_io(&image, &["write -P 1 0 64k", "write -P 1 1G 64k"]);
+        let file = File::options().write(true).open(&image).unwrap();
+        let whole = file.metadata().unwrap().len();
+        // The last cluster is data, the one before it an L2 table.
+        file.set_len(whole - 2 * 65536).unwrap();
+        let error = Layer::open(&image, Format::Qcow2).err().unwrap();
+        assert_eq!(error.errno(), libc::EIO);
+        assert!(error.to_string().contains("L2 table beyond"), "{error}");
+    }
+
+    #[test]
+    fn a_layer_is_opened_as_it_is_told_and_not_as_it_looks() {
+        let dir = tempfile::tempdir().unwrap();
+        let (qcow2, raw) = (dir.path().join("a"), dir.path().join("b"));
+        create(&qcow2, "compat=1.1", None, "64M");
+        std::fs::write(&raw, vec![0u8; 5000]).unwrap();
+        let as_raw = Layer::open(&qcow2, Format::Raw).unwrap();
+        assert_eq!(
+            as_raw.virtual_size(),
+            std::fs::metadata(&qcow2).unwrap().len()
+        );
+        assert!(as_raw.header().is_none());
+        assert!(as_raw.holds_data().unwrap());
+        let error = Layer::open(&raw, Format::Qcow2).err().unwrap();
+        assert_eq!(error.errno(), libc::EIO);
+        assert_eq!(Layer::open(&raw, Format::Raw).unwrap().virtual_size(), 5000);
+    }
+
+    #[test]
+    fn a_name_below_is_never_followed_by_a_layer_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image.qcow2");
+        super::super::create_overlay(&image, Path::new("/nowhere"), Format::Raw, 1 << 20).unwrap();
+        let layer = Layer::open(&image, Format::Qcow2).unwrap();
+        assert!(!layer.holds_data().unwrap());
+        assert_eq!(layer.id(), FileId::at(&image).unwrap());
+    }
+}

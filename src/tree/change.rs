@@ -1,0 +1,589 @@
+//! What alters names: mkdir, rmdir, create, unlink, rename, symlink, and setattr.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::attr::Attr;
+use super::caller::Caller;
+use super::handle::Opened;
+use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOTS, decode};
+use super::node::Node;
+use super::staged_file::{Content, Place, Role, StagedFile, role_of};
+use super::staging::{Child, RootFile, StagedBox, Staging, What};
+use super::{Tree, text};
+use crate::home::{box_id, is_snapshot_name, snapshot_id};
+use crate::store::Source;
+use crate::{Error, Result};
+
+/// What setattr is asked to change.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SetAttr {
+    /// The size in bytes: truncate(2), or O_TRUNC, which comes without a handle.
+    pub size: Option<u64>,
+}
+
+/// renameat2's flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RenameMode {
+    /// Over whatever has the name.
+    Replace,
+    /// RENAME_NOREPLACE.
+    Keep,
+    /// RENAME_EXCHANGE, RENAME_WHITEOUT and others.
+    Unsupported,
+}
+
+fn exists(name: &str) -> Error {
+    Error::new(libc::EEXIST, format!("{name} is there already"))
+}
+
+fn not_there() -> Error {
+    Error::new(libc::ENOENT, "there is no such file")
+}
+
+impl Tree {
+    /// `mkdir`: in the root a box begins to be made, under `snapshots` a snapshot is taken.
+    ///
+    /// # Errors
+    /// EEXIST, EINVAL, EBUSY, EPERM where directories mean nothing, EROFS.
+    pub fn mkdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
+        self.refuse_read_only()?;
+        let parent = self.node(parent)?;
+        let name = text(name)?;
+        let node = match &parent {
+            Node::Root => self.begin_box(caller, name)?,
+            _ => match self.make_staged(caller, &parent, name, What::Directory)? {
+                Some(node) => node,
+                None => self.make_snapshot(&parent, name)?,
+            },
+        };
+        let attr = self.attr(caller, &node)?;
+        self.tell(&node);
+        Ok(attr)
+    }
+
+    fn begin_box(&self, caller: Caller, name: &str) -> Result<Node> {
+        if name.starts_with('.') {
+            return Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: directories with a leading dot have no place among boxes"),
+            ));
+        }
+        decode(name).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
+        let names = self.names()?;
+        let mut staging = self.staging.lock();
+        if names.id_of(name).is_some() || staging.names.contains_key(name) {
+            return Err(exists(name));
+        }
+        let id = box_id()?;
+        let staged = StagedBox::new(id.clone(), caller);
+        staging.names.insert(name.to_owned(), id.clone());
+        staging.boxes.insert(id.clone(), staged);
+        Ok(Node::Box(id))
+    }
+
+    fn make_snapshot(&self, parent: &Node, name: &str) -> Result<Node> {
+        let Node::Snapshots(id) = parent else {
+            return Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: a directory means something in the root (a box) and in snapshots (a snapshot) only"),
+            ));
+        };
+        let snapshot = self.store.snapshot(id, name)?;
+        Ok(Node::Snapshot(id.clone(), snapshot))
+    }
+
+    /// Makes a name in a box being made. None when the caller sees a real box there.
+    fn make_staged(
+        &self,
+        caller: Caller,
+        parent: &Node,
+        name: &str,
+        what: What,
+    ) -> Result<Option<Node>> {
+        let mut staging = self.staging.lock();
+        let Some(staged) = staging.face(caller, parent) else {
+            return Ok(None);
+        };
+        if !staged.makers.take_over(caller) {
+            return Err(self.refuse(
+                libc::EBUSY,
+                format!("{name}: another process is making that box"),
+            ));
+        }
+        let id = staged.id.clone();
+        let node = self.node_for_made(parent, &id, name, &what)?;
+        let directory = staged
+            .children
+            .get_mut(&parent.ino())
+            .ok_or_else(not_there)?;
+        if directory.contains_key(name) {
+            return Err(exists(name));
+        }
+        let is_directory = matches!(what, What::Directory);
+        let child = Child {
+            node: node.clone(),
+            what,
+        };
+        directory.insert(name.to_owned(), child);
+        if is_directory {
+            staged.children.insert(node.ino(), BTreeMap::new());
+        }
+        staging.made_in.insert(node.ino(), id);
+        Ok(Some(node))
+    }
+
+    /// The node of a name being made: that of the real thing it will be, so that its inode stays.
+    fn node_for_made(&self, parent: &Node, id: &str, name: &str, what: &What) -> Result<Node> {
+        Ok(match (parent, what) {
+            (Node::Box(_), What::Directory) if name == SNAPSHOTS => Node::Snapshots(id.to_owned()),
+            (Node::Snapshots(_), What::Directory) => {
+                if !is_snapshot_name(name) {
+                    return Err(
+                        self.refuse(libc::EINVAL, format!("{name:?} can't be a snapshot's name"))
+                    );
+                }
+                Node::Snapshot(id.to_owned(), snapshot_id()?)
+            }
+            (_, What::File(file)) => file.node.clone(),
+            _ => self.fresh_made(),
+        })
+    }
+
+    /// creat(2): an archive in the root, or a file of a box being made.
+    ///
+    /// # Errors
+    /// EEXIST, EPERM for what can't become anything, EROFS.
+    pub fn create(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<(Attr, Opened)> {
+        self.refuse_read_only()?;
+        let parent = self.node(parent)?;
+        let name = text(name)?;
+        let file = match &parent {
+            Node::Root => self.create_in_root(caller, name)?,
+            _ => self.create_staged(caller, &parent, name)?,
+        };
+        file.state.lock().open = 1;
+        self.tell(&file.node);
+        let attr = self.attr_of_made(&file);
+        Ok((attr, self.opened_for_writing(file)))
+    }
+
+    fn create_in_root(&self, caller: Caller, name: &str) -> Result<Arc<StagedFile>> {
+        let Some(role) = role_of(&Node::Root, name) else {
+            return Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: only archives can be put here; call it NEW{ARCHIVE_SUFFIX} to import it as box NEW"),
+            ));
+        };
+        if role == Role::NewBox {
+            self.refuse_taken_box(name)?;
+        }
+        let place = Place {
+            parent: Node::Root,
+            name: name.to_owned(),
+        };
+        let file = StagedFile::new(self.fresh_made(), box_id()?, place);
+        let mut staging = self.staging.lock();
+        if staging.files.contains_key(name) {
+            // Another maker's file: this caller does not see it, or cp would have found it.
+            return Err(exists(name));
+        }
+        staging
+            .files
+            .insert(name.to_owned(), RootFile::new(file.clone(), caller));
+        Ok(file)
+    }
+
+    /// EEXIST when the box that `NAME.boxlite` would make is there or is being made.
+    fn refuse_taken_box(&self, name: &str) -> Result<()> {
+        let shown = name.strip_suffix(ARCHIVE_SUFFIX).unwrap_or(name);
+        decode(shown).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
+        let names = self.names()?;
+        if names.id_of(shown).is_some() || self.staging.lock().names.contains_key(shown) {
+            return Err(self.refuse(
+                libc::EEXIST,
+                format!("{name}: there is a box {shown} already"),
+            ));
+        }
+        Ok(())
+    }
+
+    fn create_staged(&self, caller: Caller, parent: &Node, name: &str) -> Result<Arc<StagedFile>> {
+        let id = self.staging.lock().box_of(parent).unwrap_or_default();
+        let node = match parent {
+            Node::Box(_) if name == EXPORT => Node::Export(Source::Live { box_id: id.clone() }),
+            Node::Snapshot(_, snapshot) if name == EXPORT => Node::Export(Source::Snapshot {
+                box_id: id.clone(),
+                snapshot_id: snapshot.clone(),
+            }),
+            _ => self.fresh_made(),
+        };
+        let place = Place {
+            parent: parent.clone(),
+            name: name.to_owned(),
+        };
+        let file = StagedFile::new(node, id, place);
+        match self.make_staged(caller, parent, name, What::File(file.clone()))? {
+            Some(_) => Ok(file),
+            None => Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: nothing can be put into a box that exists; copy to a new name to make another"),
+            )),
+        }
+    }
+
+    /// symlink(2): accepted and dropped in a box being made.
+    ///
+    /// # Errors
+    /// EPERM elsewhere.
+    pub fn symlink(
+        &self,
+        caller: Caller,
+        parent: u64,
+        name: &OsStr,
+        target: &Path,
+    ) -> Result<Attr> {
+        self.refuse_read_only()?;
+        let parent = self.node(parent)?;
+        let name = text(name)?;
+        let link = What::Link(PathBuf::from(target));
+        let node = self
+            .make_staged(caller, &parent, name, link)?
+            .ok_or_else(|| self.refuse(libc::EPERM, format!("{name}: links have no place here")))?;
+        let attr = self.attr(caller, &node)?;
+        self.tell(&node);
+        Ok(attr)
+    }
+
+    /// `rmdir`: under `snapshots` it deletes a snapshot; a box is never deleted by it.
+    ///
+    /// # Errors
+    /// ENOTEMPTY for a box, EBUSY, ENOENT, EPERM, EROFS.
+    pub fn rmdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
+        self.refuse_read_only()?;
+        let parent = self.node(parent)?;
+        let name = text(name).map_err(|_| not_there())?;
+        if self.remove_staged_dir(caller, &parent, name)? {
+            return Ok(());
+        }
+        match self.child(caller, &parent, name)? {
+            Node::Snapshot(id, snapshot) => self.store.remove_snapshot(&id, &snapshot),
+            Node::Box(_) => Err(Error::new(
+                libc::ENOTEMPTY,
+                format!("{name} is a box; rmdir deletes none"),
+            )),
+            Node::Snapshots(id) => {
+                let full = !self.names()?.catalog().snapshots_of(&id).is_empty();
+                let errno = if full { libc::ENOTEMPTY } else { libc::EPERM };
+                Err(Error::new(errno, "every box has a snapshots directory"))
+            }
+            Node::Hidden => Err(Error::new(libc::EPERM, ".boxlite stays")),
+            _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
+        }
+    }
+
+    /// Removes an empty directory that was being made; false when it is not one.
+    fn remove_staged_dir(&self, caller: Caller, parent: &Node, name: &str) -> Result<bool> {
+        let mut staging = self.staging.lock();
+        if *parent == Node::Root {
+            let Some(id) = staging.names.get(name).cloned() else {
+                return Ok(false);
+            };
+            let ino = Node::Box(id.clone()).ino();
+            refuse_full(staging.boxes.get(&id), ino, name)?;
+            staging.names.remove(name);
+            staging.boxes.remove(&id);
+            return Ok(true);
+        }
+        let Some(staged) = staging.face(caller, parent) else {
+            return Ok(false);
+        };
+        let child = staged.child(parent, name).ok_or_else(not_there)?;
+        if !matches!(child.what, What::Directory) {
+            return Err(Error::new(libc::ENOTDIR, "that is not a directory"));
+        }
+        let ino = child.node.ino();
+        refuse_full(Some(staged), ino, name)?;
+        staged.children.remove(&ino);
+        if let Some(names) = staged.children.get_mut(&parent.ino()) {
+            names.remove(name);
+        }
+        Ok(true)
+    }
+
+    /// unlink(2): takes back what is being made. What exists is not deleted file by file.
+    ///
+    /// # Errors
+    /// EPERM for files of boxes that exist, ENOENT, EROFS.
+    pub fn unlink(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
+        self.refuse_read_only()?;
+        let parent = self.node(parent)?;
+        let name = text(name).map_err(|_| not_there())?;
+        let taken = {
+            let mut staging = self.staging.lock();
+            take_staged(&mut staging, caller, &parent, name)?
+        };
+        match taken {
+            Some(What::File(file)) => {
+                let mut state = file.state.lock();
+                if !state.committed {
+                    state.content = Content::Nothing;
+                    let error = Error::new(libc::ENOENT, format!("{name} was removed"));
+                    state.refuse(&error);
+                }
+                Ok(())
+            }
+            Some(_) => Ok(()),
+            None => {
+                self.child(caller, &parent, name)?;
+                Err(self.refuse(
+                    libc::EPERM,
+                    format!("{name}: the files of a box that exists can't be removed"),
+                ))
+            }
+        }
+    }
+
+    /// A written file that became nothing loses its name.
+    pub(super) fn drop_staged_file(&self, file: &Arc<StagedFile>) {
+        let mut staging = self.staging.lock();
+        staging
+            .files
+            .retain(|_, root_file| !Arc::ptr_eq(&root_file.file, file));
+        if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+            for names in staged.children.values_mut() {
+                names.retain(|_, child| child.node != file.node);
+            }
+        }
+    }
+
+    /// rename(2): gives a file being made its final name, which commits it when its data is
+    /// complete.
+    ///
+    /// # Errors
+    /// EXDEV between boxes (mv then copies), EEXIST, EPERM, EINVAL.
+    pub fn rename(
+        &self,
+        caller: Caller,
+        from: (u64, &OsStr),
+        to: (u64, &OsStr),
+        mode: RenameMode,
+    ) -> Result<()> {
+        self.refuse_read_only()?;
+        if mode == RenameMode::Unsupported {
+            return Err(Error::new(
+                libc::EINVAL,
+                "that kind of rename is not possible here",
+            ));
+        }
+        let (from_parent, to_parent) = (self.node(from.0)?, self.node(to.0)?);
+        let (from_name, to_name) = (text(from.1)?, text(to.1)?);
+        if from_parent == to_parent && from_name == to_name {
+            return Ok(());
+        }
+        let moved = match (&from_parent, &to_parent) {
+            (Node::Root, Node::Root) => self.rename_in_root(caller, from_name, to_name)?,
+            _ => self.rename_staged(
+                caller,
+                (&from_parent, from_name),
+                (&to_parent, to_name),
+                mode,
+            )?,
+        };
+        match moved {
+            Moved::File(file) => self.settle(&file),
+            Moved::Other => Ok(()),
+            Moved::Nothing => {
+                self.child(caller, &from_parent, from_name)?;
+                Err(self.refuse(
+                    libc::EPERM,
+                    format!("{from_name}: boxes and snapshots that exist can't be renamed yet"),
+                ))
+            }
+        }
+    }
+
+    fn rename_in_root(&self, caller: Caller, from: &str, to: &str) -> Result<Moved> {
+        let is_file = self.staging.lock().root_file(caller, from).is_some();
+        if is_file && role_of(&Node::Root, to) == Some(Role::NewBox) {
+            self.refuse_taken_box(to)?;
+        }
+        let names = self.names()?;
+        let mut staging = self.staging.lock();
+        if is_file {
+            if role_of(&Node::Root, to).is_none() || staging.files.contains_key(to) {
+                return Err(Error::new(
+                    libc::EPERM,
+                    format!("{to} can't be an archive's name"),
+                ));
+            }
+            let Some(root_file) = staging.files.remove(from) else {
+                return Err(not_there());
+            };
+            let file = root_file.file.clone();
+            staging.files.insert(to.to_owned(), root_file);
+            drop(staging);
+            file.state.lock().place.name = to.to_owned();
+            return Ok(Moved::File(file));
+        }
+        let Some(id) = staging.names.get(from).cloned() else {
+            return Ok(Moved::Nothing);
+        };
+        decode(to)?;
+        if names.id_of(to).is_some() || staging.names.contains_key(to) {
+            return Err(exists(to));
+        }
+        staging.names.remove(from);
+        staging.names.insert(to.to_owned(), id);
+        Ok(Moved::Other)
+    }
+
+    fn rename_staged(
+        &self,
+        caller: Caller,
+        (from_parent, from): (&Node, &str),
+        (to_parent, to): (&Node, &str),
+        mode: RenameMode,
+    ) -> Result<Moved> {
+        let mut staging = self.staging.lock();
+        if staging.box_of(from_parent) != staging.box_of(to_parent) {
+            return Err(Error::new(libc::EXDEV, "that is another box; copy it"));
+        }
+        let Some(staged) = staging.face(caller, from_parent) else {
+            return Ok(Moved::Nothing);
+        };
+        let taken = staged.child(to_parent, to).is_some();
+        if taken && mode == RenameMode::Keep {
+            return Err(exists(to));
+        }
+        if !staged.children.contains_key(&to_parent.ino()) {
+            return Err(not_there());
+        }
+        let child = staged
+            .children
+            .get_mut(&from_parent.ino())
+            .and_then(|names| names.remove(from))
+            .ok_or_else(not_there)?;
+        let file = match &child.what {
+            What::File(file) => Some(file.clone()),
+            _ => None,
+        };
+        if let Some(names) = staged.children.get_mut(&to_parent.ino()) {
+            names.insert(to.to_owned(), child);
+        }
+        drop(staging);
+        let Some(file) = file else {
+            return Ok(Moved::Other);
+        };
+        file.state.lock().place = Place {
+            parent: to_parent.clone(),
+            name: to.to_owned(),
+        };
+        Ok(Moved::File(file))
+    }
+
+    /// setattr: what copy tools set on what they make is accepted and dropped; the attributes of
+    /// what exists follow from the home.
+    ///
+    /// # Errors
+    /// EPERM on what exists, EROFS.
+    pub fn setattr(
+        &self,
+        caller: Caller,
+        ino: u64,
+        _handle: Option<u64>,
+        set: SetAttr,
+    ) -> Result<Attr> {
+        self.refuse_read_only()?;
+        let node = self.node(ino)?;
+        let (made, file) = {
+            let mut staging = self.staging.lock();
+            let in_root = staging.files.values().any(|file| file.file.node == node);
+            let made = in_root || staging.face(caller, &node).is_some();
+            (made, made.then(|| staging.file_at(&node)).flatten())
+        };
+        if !made {
+            return Err(Error::new(
+                libc::EPERM,
+                "modes, owners, times and sizes follow from the home; they can't be set here",
+            ));
+        }
+        if let (Some(file), Some(size)) = (file, set.size) {
+            resize(&file, size)?;
+        }
+        self.attr(caller, &node)
+    }
+}
+
+/// What a rename moved.
+enum Moved {
+    File(Arc<StagedFile>),
+    Other,
+    Nothing,
+}
+
+fn refuse_full(staged: Option<&StagedBox>, ino: u64, name: &str) -> Result<()> {
+    let full = staged
+        .and_then(|staged| staged.children.get(&ino))
+        .is_some_and(|names| !names.is_empty());
+    if full {
+        return Err(Error::new(libc::ENOTEMPTY, format!("{name} is not empty")));
+    }
+    Ok(())
+}
+
+/// Takes a name that is being made out of its directory.
+fn take_staged(
+    staging: &mut Staging,
+    caller: Caller,
+    parent: &Node,
+    name: &str,
+) -> Result<Option<What>> {
+    if *parent == Node::Root {
+        if staging.root_file(caller, name).is_none() {
+            return Ok(None);
+        }
+        let file = staging.files.remove(name);
+        return Ok(file.map(|root_file| What::File(root_file.file)));
+    }
+    let Some(staged) = staging.face(caller, parent) else {
+        return Ok(None);
+    };
+    let names = staged
+        .children
+        .get_mut(&parent.ino())
+        .ok_or_else(not_there)?;
+    match names.get(name).map(|child| &child.what) {
+        None => Err(not_there()),
+        Some(What::Directory) => Err(Error::new(libc::EISDIR, "that is a directory")),
+        Some(_) => Ok(names.remove(name).map(|child| child.what)),
+    }
+}
+
+/// truncate(2) on a file being made: to nothing starts it anew, to more leaves a hole at the end.
+fn resize(file: &StagedFile, size: u64) -> Result<()> {
+    let mut state = file.state.lock();
+    if state.committed {
+        return Ok(());
+    }
+    if size == 0 {
+        state.content = Content::Nothing;
+        state.refused = None;
+        file.size.store(0, Ordering::Relaxed);
+        return Ok(());
+    }
+    if size < file.size() {
+        return Err(Error::new(
+            libc::EINVAL,
+            "an archive can't be cut; copy it again from the start",
+        ));
+    }
+    if let Content::Archive(arrival) = &mut state.content {
+        arrival.set_length(size);
+    }
+    file.reaches(size);
+    Ok(())
+}

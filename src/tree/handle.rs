@@ -1,0 +1,611 @@
+//! Open files: reading exports and descriptions, writing what becomes a box.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Tree;
+use super::attr::{Attr, DirEntry};
+use super::caller::Caller;
+use super::describe;
+use super::names::{SNAPSHOT_JSON, decode};
+use super::node::Node;
+use super::staged_file::{Content, FileState, Role, StagedFile};
+use super::staging::What;
+use crate::archive::Export;
+use crate::store::{NewClone, Source};
+use crate::{Error, Result};
+
+/// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
+const MOST_COPIED: u64 = 0x7fff_f000;
+
+/// Bytes read at once when a shared start has to be turned into bytes after all.
+const PIECE: usize = 1024 * 1024;
+
+/// An open file.
+pub(super) enum Handle {
+    /// An export; its layers are open, so nothing that happens to names can change it.
+    Export { source: Source, export: Arc<Export> },
+    /// A description as it was when opened.
+    Bytes { node: Node, bytes: Vec<u8> },
+    /// The log.
+    Log,
+    /// A listing as it was when opened.
+    List(Arc<Vec<DirEntry>>),
+    /// A file being written.
+    Writing(Arc<StagedFile>),
+}
+
+/// An opened file and what the kernel may do with it.
+#[derive(Clone, Copy, Debug)]
+pub struct Opened {
+    /// The handle for later calls.
+    pub handle: u64,
+    /// Every read comes here, none from the kernel's pages.
+    pub direct: bool,
+    /// The pages the kernel has of this inode are still right.
+    pub keep_pages: bool,
+}
+
+impl Tree {
+    fn add_handle(&self, handle: Handle) -> u64 {
+        let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.handles.lock().insert(number, Arc::new(handle));
+        number
+    }
+
+    fn handle(&self, number: u64) -> Result<Arc<Handle>> {
+        self.handles
+            .lock()
+            .get(&number)
+            .cloned()
+            .ok_or_else(|| Error::new(libc::EBADF, "that file is not open"))
+    }
+
+    /// The size an open description had, for fstat.
+    pub(super) fn size_at_open(&self, handle: u64) -> Option<u64> {
+        match &*self.handle(handle).ok()? {
+            Handle::Bytes { bytes, .. } => Some(bytes.len() as u64),
+            _ => None,
+        }
+    }
+
+    /// Opens a directory for listing.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone.
+    pub fn open_list(&self, caller: Caller, ino: u64) -> Result<u64> {
+        let node = self.node(ino)?;
+        let entries = self.list(caller, &node)?;
+        Ok(self.add_handle(Handle::List(Arc::new(entries))))
+    }
+
+    /// The listing of an open directory.
+    ///
+    /// # Errors
+    /// EBADF.
+    pub fn listing(&self, handle: u64) -> Result<Arc<Vec<DirEntry>>> {
+        match &*self.handle(handle)? {
+            Handle::List(entries) => Ok(entries.clone()),
+            _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
+        }
+    }
+
+    /// Opens a file. `flags` are open(2)'s.
+    ///
+    /// # Errors
+    /// EPERM for writing to what can't be written, EBUSY for the export of a running box, ENODATA.
+    pub fn open_file(&self, caller: Caller, ino: u64, flags: i32) -> Result<Opened> {
+        let node = self.node(ino)?;
+        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        if let Some(file) = self.staged_file(caller, &node) {
+            return self.open_staged(file, writes, flags);
+        }
+        if writes {
+            return Err(self.refuse_write(&node));
+        }
+        let (handle, keep_pages) = match &node {
+            Node::Log => (Handle::Log, false),
+            Node::BoxJson(id) => {
+                let bytes = describe::box_json(&self.record(id)?)?;
+                (Handle::Bytes { node, bytes }, false)
+            }
+            Node::SnapshotJson(id, snapshot) => {
+                let bytes = describe::snapshot_json(&self.snapshot(id, snapshot)?)?;
+                (Handle::Bytes { node, bytes }, false)
+            }
+            Node::Export(source) => {
+                let export = self.store.open_export(source).inspect_err(|error| {
+                    self.store.journal().note(&format!(
+                        "export of {} failed: {error}",
+                        self.store.describe(source)
+                    ));
+                })?;
+                let keep = self.keeps_pages(ino, &export);
+                let source = source.clone();
+                (Handle::Export { source, export }, keep)
+            }
+            _ => return Err(Error::new(libc::EISDIR, "that is a directory")),
+        };
+        Ok(Opened {
+            direct: !matches!(handle, Handle::Export { .. }),
+            handle: self.add_handle(handle),
+            keep_pages,
+        })
+    }
+
+    fn refuse_write(&self, node: &Node) -> Error {
+        let sentence = match node {
+            Node::Export(source) => format!(
+                "{} exists, and this version does not restore over it yet; import under a new name",
+                self.store.describe(source)
+            ),
+            _ => "box.json, snapshot.json and the log are only for reading".into(),
+        };
+        self.refuse(libc::EPERM, sentence)
+    }
+
+    /// Whether the kernel's pages of this inode are of the same export.
+    fn keeps_pages(&self, ino: u64, export: &Arc<Export>) -> bool {
+        let mut paged = self.paged.lock();
+        let same = paged
+            .get(&ino)
+            .and_then(std::sync::Weak::upgrade)
+            .is_some_and(|known| Arc::ptr_eq(&known, export));
+        paged.retain(|_, known| known.strong_count() > 0);
+        paged.insert(ino, Arc::downgrade(export));
+        same
+    }
+
+    /// The file being written that this caller sees at a node.
+    fn staged_file(&self, caller: Caller, node: &Node) -> Option<Arc<StagedFile>> {
+        let mut staging = self.staging.lock();
+        let in_root = staging.files.values().any(|file| file.file.node == *node);
+        if !in_root {
+            staging.face(caller, node)?;
+        }
+        staging.file_at(node)
+    }
+
+    fn open_staged(&self, file: Arc<StagedFile>, writes: bool, flags: i32) -> Result<Opened> {
+        let mut state = file.state.lock();
+        if !writes {
+            return Err(Error::new(
+                libc::EPERM,
+                format!(
+                    "{} is being written; read it when it is a box",
+                    state.place.name
+                ),
+            ));
+        }
+        if flags & libc::O_APPEND != 0 || state.committed {
+            let sentence = format!("nothing can be added to {}", state.place.name);
+            drop(state);
+            return Err(self.refuse(libc::EPERM, sentence));
+        }
+        state.open += 1;
+        drop(state);
+        Ok(self.opened_for_writing(file))
+    }
+
+    pub(super) fn opened_for_writing(&self, file: Arc<StagedFile>) -> Opened {
+        Opened {
+            handle: self.add_handle(Handle::Writing(file)),
+            // Writes reach us as they are made, and each gets its own answer.
+            direct: true,
+            keep_pages: false,
+        }
+    }
+
+    /// Reads up to `length` bytes; fewer only at the end of the file.
+    ///
+    /// # Errors
+    /// EIO when the disk changes while it is read.
+    pub fn read(&self, handle: u64, offset: u64, length: usize) -> Result<Vec<u8>> {
+        match &*self.handle(handle)? {
+            Handle::Export { source, export } => {
+                let mut bytes = vec![0; length];
+                let read = export.read_at(offset, &mut bytes).inspect_err(|error| {
+                    self.store.journal().note(&format!(
+                        "reading the export of {} failed: {error}",
+                        self.store.describe(source)
+                    ));
+                })?;
+                bytes.truncate(read);
+                Ok(bytes)
+            }
+            Handle::Bytes { bytes, .. } => {
+                let start = usize::try_from(offset)
+                    .unwrap_or(usize::MAX)
+                    .min(bytes.len());
+                let end = start.saturating_add(length).min(bytes.len());
+                Ok(bytes[start..end].to_vec())
+            }
+            Handle::Log => Ok(self.store.journal().read_at(offset, length)),
+            Handle::List(_) | Handle::Writing(_) => {
+                Err(Error::new(libc::EBADF, "that is not open for reading"))
+            }
+        }
+    }
+
+    /// Writes bytes of a file being made.
+    ///
+    /// # Errors
+    /// EBADMSG in the write that shows the archive is none; ENOSPC, EIO.
+    pub fn write(&self, handle: u64, offset: u64, bytes: &[u8]) -> Result<u32> {
+        let handle = self.handle(handle)?;
+        let Handle::Writing(file) = &*handle else {
+            return Err(Error::new(libc::EBADF, "that is not open for writing"));
+        };
+        let mut state = file.state.lock();
+        state.refused()?;
+        if let Err(error) = self.put(&mut state, offset, bytes) {
+            self.note_refusal(&mut state, &error);
+            return Err(error);
+        }
+        file.reaches(offset.saturating_add(bytes.len() as u64));
+        u32::try_from(bytes.len()).map_err(|_| Error::new(libc::EINVAL, "too many bytes at once"))
+    }
+
+    fn put(&self, state: &mut FileState, offset: u64, bytes: &[u8]) -> Result<()> {
+        if state.committed {
+            return Err(Error::new(libc::EPERM, "it is a box already"));
+        }
+        match state.role() {
+            Role::Dropped => Ok(()),
+            Role::Json => state.put_text(offset, bytes),
+            Role::NewBox | Role::BoxDisk | Role::SnapshotDisk | Role::TemporaryArchive => {
+                self.receive(state, bytes.is_empty())?;
+                match &mut state.content {
+                    Content::Archive(arrival) => arrival.write_at(offset, bytes),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// Makes the content an archive that takes bytes. What was shared so far becomes bytes: the
+    /// tool has gone over from copy_file_range to writing.
+    fn receive(&self, state: &mut FileState, nothing: bool) -> Result<()> {
+        let start = match std::mem::replace(&mut state.content, Content::Nothing) {
+            Content::Nothing if nothing => return Ok(()),
+            Content::Archive(arrival) => {
+                state.content = Content::Archive(arrival);
+                return Ok(());
+            }
+            Content::Shared {
+                export, covered, ..
+            } => Some((export, covered)),
+            _ => None,
+        };
+        let mut arrival = self.store.receive()?;
+        if let Some((export, covered)) = start {
+            let mut buffer = vec![0; PIECE];
+            let mut offset = 0;
+            while offset < covered {
+                let length = PIECE.min(usize::try_from(covered - offset).unwrap_or(PIECE));
+                let read = export.read_at(offset, &mut buffer[..length])?;
+                if read == 0 {
+                    break;
+                }
+                arrival.write_at(offset, &buffer[..read])?;
+                offset += read as u64;
+            }
+        }
+        state.content = Content::Archive(Box::new(arrival));
+        Ok(())
+    }
+
+    /// Copies a range from an open file to one being made without moving bytes: what is copied
+    /// says what is meant.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP where a tool should read and write instead.
+    pub fn copy_range(
+        &self,
+        from: u64,
+        from_offset: u64,
+        to: u64,
+        to_offset: u64,
+        length: u64,
+    ) -> Result<u32> {
+        let unfit = || Error::new(libc::EOPNOTSUPP, "that can only be read and written");
+        let from = self.handle(from)?;
+        let to = self.handle(to)?;
+        let Handle::Writing(file) = &*to else {
+            return Err(unfit());
+        };
+        let mut state = file.state.lock();
+        state.refused()?;
+        if state.committed || from_offset != to_offset {
+            return Err(unfit());
+        }
+        let length = length.min(MOST_COPIED);
+        let copied = match &*from {
+            Handle::Export { source, export } => {
+                share(&mut state, source, export, from_offset, length).ok_or_else(unfit)?
+            }
+            Handle::Bytes { node, bytes } if state.role() == Role::Json => {
+                let source = node.source().ok_or_else(unfit)?;
+                state.content = Content::SharedJson(source);
+                length.min((bytes.len() as u64).saturating_sub(from_offset))
+            }
+            _ => return Err(unfit()),
+        };
+        file.reaches(to_offset.saturating_add(copied));
+        u32::try_from(copied).map_err(|_| unfit())
+    }
+
+    /// close(2) of one descriptor: commits what is complete.
+    ///
+    /// # Errors
+    /// EBADMSG for an archive that is incomplete, EEXIST, EBUSY, ENOSPC: the copier sees it.
+    pub fn flush(&self, handle: u64) -> Result<()> {
+        match &*self.handle(handle)? {
+            Handle::Writing(file) => self.settle(file),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes a file what its name says, if its data is complete. Called when a descriptor is
+    /// closed and when it gets another name, whichever is last.
+    pub(super) fn settle(&self, file: &Arc<StagedFile>) -> Result<()> {
+        let mut state = file.state.lock();
+        if state.committed {
+            return Ok(());
+        }
+        state.refused()?;
+        let role = state.role();
+        if matches!(role, Role::Dropped | Role::Json) || !is_complete(&mut state)? {
+            return Ok(());
+        }
+        let result = match role {
+            Role::NewBox | Role::BoxDisk => self.commit_box(file, &state),
+            Role::SnapshotDisk if self.waits_for_box(file) => return Ok(()),
+            Role::SnapshotDisk => self.commit_snapshot(file, &state),
+            Role::TemporaryArchive | Role::Json | Role::Dropped => return Ok(()),
+        };
+        match result {
+            Ok(()) => state.committed = true,
+            Err(error) => {
+                // Not noted again: the store's log has it.
+                state.refuse(&error);
+                return Err(error);
+            }
+        }
+        // Its data is used up; the disk was moved into the box.
+        state.content = Content::Nothing;
+        drop(state);
+        self.after_commit(file, &role);
+        Ok(())
+    }
+
+    fn commit_box(&self, file: &StagedFile, state: &FileState) -> Result<()> {
+        let shown = match &state.place.parent {
+            Node::Root => state.place.name.trim_end_matches(".boxlite").to_owned(),
+            _ => self.staged_name(&file.box_id)?,
+        };
+        let new = NewClone {
+            id: file.box_id.clone(),
+            name: decode(&shown)?,
+        };
+        match &state.content {
+            Content::Archive(arrival) => self.store.import_box(arrival, &new),
+            Content::Shared { source, .. } => self.store.clone_box(source, &new),
+            _ => Ok(()),
+        }
+    }
+
+    fn staged_name(&self, box_id: &str) -> Result<String> {
+        let staging = self.staging.lock();
+        staging
+            .names
+            .iter()
+            .find(|(_, id)| *id == box_id)
+            .map(|(name, _)| name.clone())
+            .ok_or_else(|| Error::new(libc::ENOENT, "its directory is gone"))
+    }
+
+    /// Whether the box of a snapshot that came is not made yet.
+    fn waits_for_box(&self, file: &StagedFile) -> bool {
+        let staging = self.staging.lock();
+        staging
+            .boxes
+            .get(&file.box_id)
+            .is_some_and(|staged| !staged.committed)
+    }
+
+    fn commit_snapshot(&self, file: &StagedFile, state: &FileState) -> Result<()> {
+        let Node::Snapshot(box_id, snapshot_id) = &state.place.parent else {
+            return Err(Error::new(libc::EINVAL, "that is no snapshot's directory"));
+        };
+        let (name, json) = self.snapshot_being_made(&file.box_id, &state.place.parent)?;
+        let created_at = json.and_then(|json| self.created_at_of(&json));
+        match &state.content {
+            Content::Archive(arrival) => {
+                self.store
+                    .import_snapshot(arrival, box_id, snapshot_id, &name, created_at)
+            }
+            Content::Shared { source, .. } => {
+                let created_at = created_at.or_else(|| self.created_at_of_source(source));
+                self.store
+                    .share_snapshot(source, box_id, snapshot_id, &name, created_at)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The name of a snapshot's directory being made, and the snapshot.json in it.
+    fn snapshot_being_made(
+        &self,
+        box_id: &str,
+        directory: &Node,
+    ) -> Result<(String, Option<Arc<StagedFile>>)> {
+        let staging = self.staging.lock();
+        let staged = staging.boxes.get(box_id);
+        let (name, _) = staged
+            .and_then(|staged| staged.find(directory))
+            .ok_or_else(|| Error::new(libc::ENOENT, "its directory is gone"))?;
+        let json = staged
+            .and_then(|staged| staged.child(directory, SNAPSHOT_JSON))
+            .and_then(|child| match &child.what {
+                What::File(file) => Some(file.clone()),
+                _ => None,
+            });
+        Ok((name.to_owned(), json))
+    }
+
+    fn created_at_of(&self, json: &StagedFile) -> Option<i64> {
+        match &json.state.lock().content {
+            Content::Text(text) => describe::created_at(text),
+            Content::SharedJson(source) => self.created_at_of_source(source),
+            _ => None,
+        }
+    }
+
+    fn created_at_of_source(&self, source: &Source) -> Option<i64> {
+        match source {
+            Source::Live { .. } => None,
+            Source::Snapshot {
+                box_id,
+                snapshot_id,
+            } => self
+                .snapshot(box_id, snapshot_id)
+                .ok()
+                .map(|row| row.created_at),
+        }
+    }
+
+    /// A box that was made is shown; snapshots that waited for it follow.
+    fn after_commit(&self, file: &Arc<StagedFile>, role: &Role) {
+        let mut waiting = Vec::new();
+        {
+            let mut staging = self.staging.lock();
+            if *role == Role::NewBox {
+                for root_file in staging.files.values_mut() {
+                    if Arc::ptr_eq(&root_file.file, file) {
+                        root_file.committed = true;
+                    }
+                }
+            }
+            if *role == Role::BoxDisk {
+                staging.names.retain(|_, id| *id != file.box_id);
+                if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+                    staged.committed = true;
+                    let children = staged.children.values().flat_map(|names| names.values());
+                    waiting.extend(children.filter_map(|child| match &child.what {
+                        What::File(other) if !Arc::ptr_eq(other, file) => Some(other.clone()),
+                        _ => None,
+                    }));
+                }
+            }
+        }
+        for other in waiting {
+            // A failure is in the log; the box itself is whole.
+            let _ = self.settle(&other);
+        }
+    }
+
+    fn note_refusal(&self, state: &mut FileState, error: &Error) {
+        if state.refused.is_none() {
+            let sentence = format!("import of {} failed: {error}", state.place.name);
+            self.store.journal().note(&sentence);
+        }
+        state.refuse(error);
+    }
+
+    /// The last descriptor of a handle is gone. What did not become anything is let go.
+    pub fn release(&self, handle: u64) {
+        let Some(handle) = self.handles.lock().remove(&handle) else {
+            return;
+        };
+        let Handle::Writing(file) = &*handle else {
+            return;
+        };
+        let mut state = file.state.lock();
+        state.open = state.open.saturating_sub(1);
+        if state.open > 0 || state.committed || matches!(state.role(), Role::Dropped | Role::Json) {
+            return;
+        }
+        let complete = state.refused.is_none() && is_whole(&state.content);
+        let waits = state.role() == Role::SnapshotDisk && self.waits_for_box(file);
+        if complete && (state.role() == Role::TemporaryArchive || waits) {
+            // Its name is still to come, or its box.
+            return;
+        }
+        if state.refused.is_none() && !matches!(state.content, Content::Nothing) {
+            let error = Error::bad_archive("the archive is incomplete");
+            self.note_refusal(&mut state, &error);
+        }
+        state.content = Content::Nothing;
+        drop(state);
+        self.drop_staged_file(file);
+    }
+
+    /// Attributes right after making a file.
+    pub(super) fn attr_of_made(&self, file: &StagedFile) -> Attr {
+        self.file(&file.node, file.size(), file.created)
+    }
+}
+
+/// Notes that a range of an export was copied; the bytes taken, or None when it is not the next
+/// part of one and the same export.
+fn share(
+    state: &mut FileState,
+    source: &Source,
+    export: &Arc<Export>,
+    offset: u64,
+    length: u64,
+) -> Option<u64> {
+    let end = export.len();
+    let next = offset.saturating_add(length).min(end);
+    match (state.role(), &mut state.content) {
+        (Role::Dropped, _) => Some(next.saturating_sub(offset)),
+        (Role::Json, _) => None,
+        (_, Content::Nothing) if offset == 0 => {
+            state.content = Content::Shared {
+                source: source.clone(),
+                export: export.clone(),
+                covered: next,
+            };
+            Some(next)
+        }
+        (
+            _,
+            Content::Shared {
+                source: known,
+                export: same,
+                covered,
+            },
+        ) if known == source && Arc::ptr_eq(same, export) && *covered == offset => {
+            *covered = next;
+            Some(next.saturating_sub(offset))
+        }
+        _ => None,
+    }
+}
+
+/// Whether the data is complete. Nothing yet is no error, a part of an archive is.
+fn is_complete(state: &mut FileState) -> Result<bool> {
+    match &mut state.content {
+        Content::Nothing | Content::Text(_) | Content::SharedJson(_) => Ok(false),
+        Content::Archive(arrival) if arrival.is_untouched() => Ok(false),
+        Content::Archive(arrival) => arrival.finish().map(|()| true),
+        Content::Shared {
+            export, covered, ..
+        } if *covered < export.len() => {
+            Err(Error::bad_archive("only a part of the archive was copied"))
+        }
+        Content::Shared { .. } => Ok(true),
+    }
+}
+
+/// Whether the data was complete already, without bringing it to an end.
+fn is_whole(content: &Content) -> bool {
+    match content {
+        Content::Archive(arrival) => arrival.is_complete(),
+        Content::Shared {
+            export, covered, ..
+        } => *covered == export.len(),
+        _ => false,
+    }
+}

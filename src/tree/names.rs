@@ -1,0 +1,149 @@
+//! How boxes are called in the mount.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::home::{BoxRecord, Catalog};
+use crate::{Error, Result};
+
+/// The hidden directory of the root.
+pub const HIDDEN: &str = ".boxlite";
+/// The log in it.
+pub const LOG: &str = "log";
+/// A box's configuration and state.
+pub const BOX_JSON: &str = "box.json";
+/// A disk state as an archive.
+pub const EXPORT: &str = "export.boxlite";
+/// The directory of a box's snapshots.
+pub const SNAPSHOTS: &str = "snapshots";
+/// A snapshot's row.
+pub const SNAPSHOT_JSON: &str = "snapshot.json";
+/// What an archive dropped into the root ends with.
+pub const ARCHIVE_SUFFIX: &str = ".boxlite";
+
+/// Longest name of a file system (NAME_MAX), in bytes.
+const LONGEST: usize = 255;
+
+/// A box's name as a file name: `/` is `%2F`, `%` is `%25`. None when it can't be one.
+fn encode(name: &str) -> Option<String> {
+    let shown = name.replace('%', "%25").replace('/', "%2F");
+    let impossible = matches!(shown.as_str(), "" | "." | ".." | HIDDEN)
+        || shown.len() > LONGEST
+        || shown.contains('\0');
+    (!impossible).then_some(shown)
+}
+
+/// The box name that a file name stands for.
+///
+/// # Errors
+/// EINVAL when no box could be shown like this.
+pub fn decode(shown: &str) -> Result<String> {
+    let mut name = String::with_capacity(shown.len());
+    let mut rest = shown;
+    while let Some(at) = rest.find('%') {
+        name.push_str(&rest[..at]);
+        let (escape, after) = rest[at..].split_at(3.min(rest.len() - at));
+        match escape {
+            "%2F" => name.push('/'),
+            "%25" => name.push('%'),
+            _ => {
+                return Err(Error::new(
+                    libc::EINVAL,
+                    format!("{shown:?}: write % as %25 and / as %2F in a box's name"),
+                ));
+            }
+        }
+        rest = after;
+    }
+    name.push_str(rest);
+    if encode(&name).as_deref() != Some(shown) {
+        return Err(Error::new(
+            libc::EINVAL,
+            format!("{shown:?} can't be a box's name"),
+        ));
+    }
+    Ok(name)
+}
+
+/// The names of all boxes at one moment.
+pub struct Names {
+    catalog: Arc<Catalog>,
+    by_name: HashMap<String, String>,
+    shown: Vec<(String, String)>,
+}
+
+impl Names {
+    /// Gives each box the name it is shown by: its own, or its id where that is impossible or
+    /// taken.
+    pub fn of(catalog: Arc<Catalog>) -> Names {
+        let mut by_name = HashMap::new();
+        let mut shown = Vec::new();
+        let (unnamed, named): (Vec<&BoxRecord>, Vec<&BoxRecord>) = catalog
+            .boxes()
+            .iter()
+            .partition(|record| record.name.as_deref().and_then(encode).is_none());
+        // Ids first: a box without a name has no other.
+        for record in unnamed.into_iter().chain(named) {
+            let wanted = record.name.as_deref().and_then(encode);
+            let name = match wanted {
+                Some(name) if !by_name.contains_key(&name) => name,
+                _ => record.id.clone(),
+            };
+            by_name.insert(name.clone(), record.id.clone());
+            shown.push((name, record.id.clone()));
+        }
+        shown.sort();
+        Names {
+            catalog,
+            by_name,
+            shown,
+        }
+    }
+
+    /// The rows the names are of.
+    pub fn catalog(&self) -> &Arc<Catalog> {
+        &self.catalog
+    }
+
+    /// The id of the box shown by this name.
+    pub fn id_of(&self, shown: &str) -> Option<&str> {
+        self.by_name.get(shown).map(String::as_str)
+    }
+
+    /// Every box: the name it is shown by, its id. In the order of names.
+    pub fn all(&self) -> &[(String, String)] {
+        &self.shown
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slashes_and_percents_are_escaped_and_come_back() {
+        for (name, shown) in [
+            ("web", "web"),
+            ("a/b", "a%2Fb"),
+            ("50%", "50%25"),
+            ("ü .x", "ü .x"),
+        ] {
+            assert_eq!(encode(name).as_deref(), Some(shown));
+            assert_eq!(decode(shown).unwrap(), name);
+        }
+    }
+
+    #[test]
+    fn names_no_file_can_have_are_shown_by_id() {
+        for name in ["", ".", "..", ".boxlite", &"x".repeat(256), "a\0b"] {
+            assert_eq!(encode(name), None, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_no_box_is_shown_by_is_refused() {
+        for shown in ["a%2fb", "50%", "%", "%4", "..", ".boxlite"] {
+            assert_eq!(decode(shown).unwrap_err().errno(), libc::EINVAL, "{shown}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! What the inodes of the mount are. A node is identified by what it stands for, never by a path,
+//! and its inode number follows from that: stable across remounts, renames and staging.
+
+use sha2::{Digest, Sha256};
+
+use crate::store::Source;
+
+/// A file or directory of the mount.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Node {
+    /// The mount's root: one directory per box.
+    Root,
+    /// `.boxlite`, reachable by name and never listed.
+    Hidden,
+    /// `.boxlite/log`.
+    Log,
+    /// The directory of a box, by its id; also while it is being made.
+    Box(String),
+    /// `box.json` of a box.
+    BoxJson(String),
+    /// `export.boxlite` of a box or a snapshot.
+    Export(Source),
+    /// `snapshots` of a box.
+    Snapshots(String),
+    /// The directory of a snapshot: box id, snapshot id.
+    Snapshot(String, String),
+    /// `snapshot.json` of a snapshot: box id, snapshot id.
+    SnapshotJson(String, String),
+    /// Something a copy tool made that stands for nothing by itself: an archive dropped in the
+    /// root, a temporary file, what is accepted and dropped.
+    Made(u64),
+}
+
+/// FUSE's number of the root.
+pub const ROOT_INO: u64 = 1;
+
+impl Node {
+    /// The inode number: 1 for the root, else 63 bits of a hash of what the node stands for.
+    pub fn ino(&self) -> u64 {
+        let key = match self {
+            Node::Root => return ROOT_INO,
+            Node::Hidden => "hidden".to_owned(),
+            Node::Log => "log".to_owned(),
+            Node::Box(id) => format!("box/{id}"),
+            Node::BoxJson(id) => format!("box/{id}/json"),
+            Node::Export(Source::Live { box_id }) => format!("box/{box_id}/export"),
+            Node::Export(Source::Snapshot {
+                box_id,
+                snapshot_id,
+            }) => format!("box/{box_id}/snapshot/{snapshot_id}/export"),
+            Node::Snapshots(id) => format!("box/{id}/snapshots"),
+            Node::Snapshot(id, snapshot) => format!("box/{id}/snapshot/{snapshot}"),
+            Node::SnapshotJson(id, snapshot) => format!("box/{id}/snapshot/{snapshot}/json"),
+            Node::Made(number) => format!("made/{number}"),
+        };
+        let digest = Sha256::digest(key.as_bytes());
+        let mut first = [0; 8];
+        first.copy_from_slice(&digest[..8]);
+        // Never 0 (no inode) or 1 (the root).
+        (u64::from_le_bytes(first) >> 1).max(2)
+    }
+
+    /// The box it is in, if any.
+    pub fn box_id(&self) -> Option<&str> {
+        match self {
+            Node::Box(id)
+            | Node::BoxJson(id)
+            | Node::Snapshots(id)
+            | Node::Snapshot(id, _)
+            | Node::SnapshotJson(id, _) => Some(id),
+            Node::Export(source) => Some(source.box_id()),
+            Node::Root | Node::Hidden | Node::Log | Node::Made(_) => None,
+        }
+    }
+
+    /// The state whose export, or whose description, this file is.
+    pub fn source(&self) -> Option<Source> {
+        match self {
+            Node::Export(source) => Some(source.clone()),
+            Node::BoxJson(id) => Some(Source::Live { box_id: id.clone() }),
+            Node::SnapshotJson(id, snapshot) => Some(Source::Snapshot {
+                box_id: id.clone(),
+                snapshot_id: snapshot.clone(),
+            }),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_follow_from_what_a_node_is_and_differ() {
+        let nodes = [
+            Node::Root,
+            Node::Hidden,
+            Node::Log,
+            Node::Box("a".into()),
+            Node::BoxJson("a".into()),
+            Node::Export(Source::Live { box_id: "a".into() }),
+            Node::Snapshots("a".into()),
+            Node::Snapshot("a".into(), "s".into()),
+            Node::Box("b".into()),
+            Node::Made(1),
+        ];
+        let numbers: std::collections::BTreeSet<u64> = nodes.iter().map(Node::ino).collect();
+        assert_eq!(numbers.len(), nodes.len());
+        assert_eq!(Node::Box("a".into()).ino(), Node::Box("a".into()).ino());
+        assert_eq!(Node::Root.ino(), ROOT_INO);
+    }
+}

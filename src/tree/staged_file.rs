@@ -1,0 +1,219 @@
+//! A file that a copy tool is writing: what it will be follows from where it is, what has come so
+//! far is kept here until its name is final and its data complete.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+
+use super::names::{ARCHIVE_SUFFIX, BOX_JSON, EXPORT, SNAPSHOT_JSON};
+use super::node::Node;
+use crate::archive::Export;
+use crate::store::{Arrival, Source};
+use crate::{Error, Result};
+
+/// Bytes of a small text (snapshot.json) that are kept.
+const MOST_TEXT: usize = 1024 * 1024;
+
+/// What a written file will be when it is complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// `NEW.boxlite` in the root: a new box.
+    NewBox,
+    /// `export.boxlite` of a box being made: its disk.
+    BoxDisk,
+    /// `export.boxlite` of a snapshot of it.
+    SnapshotDisk,
+    /// A temporary name of one of these (rsync's `.NAME.XXXXXX`, gio's `.goutputstream-XXXXXX`).
+    TemporaryArchive,
+    /// box.json or snapshot.json.
+    Json,
+    /// Accepted and dropped.
+    Dropped,
+}
+
+/// The role a name gives; None for a name that is refused in the root.
+pub(super) fn role_of(parent: &Node, name: &str) -> Option<Role> {
+    let temporary = temporary_for(name);
+    match parent {
+        Node::Root if name.starts_with('.') => {
+            let archive = temporary.is_some_and(|inner| inner.ends_with(ARCHIVE_SUFFIX));
+            (archive || is_gio_temporary(name)).then_some(Role::TemporaryArchive)
+        }
+        Node::Root => name
+            .strip_suffix(ARCHIVE_SUFFIX)
+            .filter(|stem| !stem.is_empty())
+            .map(|_| Role::NewBox),
+        Node::Box(_) | Node::Snapshot(..) => Some(match name {
+            EXPORT if matches!(parent, Node::Box(_)) => Role::BoxDisk,
+            EXPORT => Role::SnapshotDisk,
+            BOX_JSON | SNAPSHOT_JSON => Role::Json,
+            _ if temporary == Some(EXPORT) || is_gio_temporary(name) => Role::TemporaryArchive,
+            _ if matches!(temporary, Some(BOX_JSON | SNAPSHOT_JSON)) => Role::Json,
+            _ => Role::Dropped,
+        }),
+        _ => Some(Role::Dropped),
+    }
+}
+
+/// The final name in rsync's temporary one: `.NAME.XXXXXX`, six letters or digits.
+fn temporary_for(name: &str) -> Option<&str> {
+    let (inner, random) = name.strip_prefix('.')?.rsplit_once('.')?;
+    let is_random = random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric());
+    (is_random && !inner.is_empty()).then_some(inner)
+}
+
+fn is_gio_temporary(name: &str) -> bool {
+    name.starts_with(".goutputstream-")
+}
+
+/// Where a file is now, by its last name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub parent: Node,
+    pub name: String,
+}
+
+/// What has come of a file so far.
+pub(super) enum Content {
+    /// Nothing.
+    Nothing,
+    /// Bytes of an archive.
+    Archive(Box<Arrival>),
+    /// The start of an export, asked for with copy_file_range: no byte moved.
+    Shared {
+        source: Source,
+        export: Arc<Export>,
+        covered: u64,
+    },
+    /// box.json or snapshot.json of a box or snapshot, likewise.
+    SharedJson(Source),
+    /// A small text.
+    Text(Vec<u8>),
+}
+
+/// A file being written.
+pub(super) struct StagedFile {
+    pub node: Node,
+    /// The box it will be, or be part of: an id nobody has yet, or that of the box being made.
+    pub box_id: String,
+    pub created: SystemTime,
+    /// Bytes written so far, as stat shows them.
+    pub size: AtomicU64,
+    pub state: Mutex<FileState>,
+}
+
+pub(super) struct FileState {
+    pub place: Place,
+    pub content: Content,
+    /// Opened and not yet released.
+    pub open: usize,
+    /// Whether it has become what its name says.
+    pub committed: bool,
+    /// The refusal, once there is one: errno and sentence. It is sticky.
+    pub refused: Option<(i32, String)>,
+}
+
+impl StagedFile {
+    pub fn new(node: Node, box_id: String, place: Place) -> Arc<StagedFile> {
+        Arc::new(StagedFile {
+            node,
+            box_id,
+            created: SystemTime::now(),
+            size: AtomicU64::new(0),
+            state: Mutex::new(FileState {
+                place,
+                content: Content::Nothing,
+                open: 0,
+                committed: false,
+                refused: None,
+            }),
+        })
+    }
+
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// The file is at least this long.
+    pub fn reaches(&self, end: u64) {
+        self.size.fetch_max(end, Ordering::Relaxed);
+    }
+}
+
+impl FileState {
+    pub fn role(&self) -> Role {
+        role_of(&self.place.parent, &self.place.name).unwrap_or(Role::Dropped)
+    }
+
+    pub fn refused(&self) -> Result<()> {
+        match &self.refused {
+            Some((errno, sentence)) => Err(Error::new(*errno, sentence.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Keeps a refusal for all later calls.
+    pub fn refuse(&mut self, error: &Error) {
+        self.refused
+            .get_or_insert_with(|| (error.errno(), error.to_string()));
+    }
+
+    /// Adds bytes to a small text.
+    pub fn put_text(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let Content::Text(text) = &mut self.content else {
+            self.content = Content::Text(Vec::new());
+            return self.put_text(offset, bytes);
+        };
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let end = start.saturating_add(bytes.len());
+        if end > MOST_TEXT {
+            return Err(Error::new(
+                libc::EFBIG,
+                "a box.json or snapshot.json is a few kilobytes long",
+            ));
+        }
+        if text.len() < end {
+            text.resize(end, 0);
+        }
+        text[start..end].copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_place_says_what_a_file_will_be() {
+        let a_box = Node::Box("a".into());
+        let snapshot = Node::Snapshot("a".into(), "s".into());
+        for (parent, name, role) in [
+            (&Node::Root, "web.boxlite", Some(Role::NewBox)),
+            (&Node::Root, "web.txt", None),
+            (&Node::Root, ".boxlite", None),
+            (
+                &Node::Root,
+                ".web.boxlite.Ab12Cd",
+                Some(Role::TemporaryArchive),
+            ),
+            (&Node::Root, ".web.txt.Ab12Cd", None),
+            (&a_box, "export.boxlite", Some(Role::BoxDisk)),
+            (
+                &a_box,
+                ".export.boxlite.Ab12Cd",
+                Some(Role::TemporaryArchive),
+            ),
+            (&a_box, ".box.json.Ab12Cd", Some(Role::Json)),
+            (&a_box, "box.json", Some(Role::Json)),
+            (&a_box, "notes.txt", Some(Role::Dropped)),
+            (&snapshot, "export.boxlite", Some(Role::SnapshotDisk)),
+            (&snapshot, "snapshot.json", Some(Role::Json)),
+            (&Node::Made(3), "export.boxlite", Some(Role::Dropped)),
+        ] {
+            assert_eq!(role_of(parent, name), role, "{name} in {parent:?}");
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! Boxes being made: what copy tools see of them, and for how long.
+//!
+//! `mkdir NEW` reserves an id, so the directory has the inode of the box it will be. Until the box
+//! is committed everyone sees what was made so far; after that the makers go on seeing only what
+//! they made (cp and rsync create with O_EXCL what the finished box has already), everyone else
+//! sees the box.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::Tree;
+use super::attr::{Attr, DirEntry, Kind};
+use super::caller::{Caller, Makers};
+use super::node::Node;
+use super::staged_file::StagedFile;
+use crate::{Error, Result};
+
+/// How long a maker that lives on (a file manager) is shown its staging after its last use of it.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What is in a directory being made.
+pub(super) enum What {
+    Directory,
+    File(Arc<StagedFile>),
+    Link(PathBuf),
+}
+
+impl What {
+    fn kind(&self) -> Kind {
+        match self {
+            What::Directory => Kind::Directory,
+            What::File(_) => Kind::File,
+            What::Link(_) => Kind::Symlink,
+        }
+    }
+}
+
+/// A name in a directory being made.
+pub(super) struct Child {
+    pub node: Node,
+    pub what: What,
+}
+
+/// A box being made.
+pub(super) struct StagedBox {
+    pub id: String,
+    pub makers: Makers,
+    pub committed: bool,
+    pub created: SystemTime,
+    used: Instant,
+    /// Children by the inode of their directory; a directory has an entry from its making on.
+    pub children: HashMap<u64, BTreeMap<String, Child>>,
+}
+
+impl StagedBox {
+    pub fn new(id: String, caller: Caller) -> StagedBox {
+        let children = HashMap::from([(Node::Box(id.clone()).ino(), BTreeMap::new())]);
+        StagedBox {
+            id,
+            makers: Makers::begin(caller),
+            committed: false,
+            created: SystemTime::now(),
+            used: Instant::now(),
+            children,
+        }
+    }
+
+    pub fn child(&self, parent: &Node, name: &str) -> Option<&Child> {
+        self.children.get(&parent.ino())?.get(name)
+    }
+
+    /// Where a node is: its directory's inode and its name there.
+    pub fn find(&self, node: &Node) -> Option<(&str, &Child)> {
+        self.children
+            .values()
+            .flatten()
+            .find(|(_, child)| child.node == *node)
+            .map(|(name, child)| (name.as_str(), child))
+    }
+
+    /// Whether what was made is done with: nobody who would see it is left, or whoever lives on
+    /// has not come back for a while.
+    fn is_over(&self) -> bool {
+        let writing = || {
+            self.children
+                .values()
+                .flat_map(BTreeMap::values)
+                .any(|child| matches!(&child.what, What::File(file) if Arc::strong_count(file) > 1))
+        };
+        self.committed && (!self.makers.any_alive() || (self.used.elapsed() > LINGER && !writing()))
+    }
+}
+
+/// An archive dropped into the root, or a temporary file there.
+pub(super) struct RootFile {
+    pub file: Arc<StagedFile>,
+    pub makers: Makers,
+    pub committed: bool,
+    used: Instant,
+}
+
+impl RootFile {
+    pub fn new(file: Arc<StagedFile>, caller: Caller) -> RootFile {
+        RootFile {
+            file,
+            makers: Makers::begin(caller),
+            committed: false,
+            used: Instant::now(),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.committed
+            && (!self.makers.any_alive()
+                || (self.used.elapsed() > LINGER && Arc::strong_count(&self.file) == 1))
+    }
+}
+
+/// Everything being made.
+#[derive(Default)]
+pub(super) struct Staging {
+    /// By the id of the box to be.
+    pub boxes: HashMap<String, StagedBox>,
+    /// Boxes being made, by the name they are shown by: name → id. A committed one is among the
+    /// real boxes and not here.
+    pub names: HashMap<String, String>,
+    /// Files in the root, by name.
+    pub files: BTreeMap<String, RootFile>,
+    /// The box each made node is in.
+    pub made_in: HashMap<u64, String>,
+}
+
+impl Staging {
+    /// Lets go of what is done with.
+    fn sweep(&mut self) {
+        let over: Vec<String> = self
+            .boxes
+            .values()
+            .filter(|staged| staged.is_over())
+            .map(|staged| staged.id.clone())
+            .collect();
+        for id in over {
+            self.boxes.remove(&id);
+            self.made_in.retain(|_, box_id| *box_id != id);
+        }
+        self.files.retain(|_, file| !file.is_over());
+    }
+
+    /// The box being made that a node is in.
+    pub fn box_of(&self, node: &Node) -> Option<String> {
+        match node {
+            Node::Made(_) => self.made_in.get(&node.ino()).cloned(),
+            node => node.box_id().map(str::to_owned),
+        }
+    }
+
+    /// The box being made that this caller sees in place of the node's real box.
+    pub fn face(&mut self, caller: Caller, node: &Node) -> Option<&mut StagedBox> {
+        self.sweep();
+        let id = self.box_of(node)?;
+        let staged = self.boxes.get_mut(&id)?;
+        if staged.makers.includes(caller) {
+            staged.used = Instant::now();
+        } else if staged.committed {
+            return None;
+        }
+        Some(staged)
+    }
+
+    /// The file in the root that this caller sees by this name.
+    pub fn root_file(&mut self, caller: Caller, name: &str) -> Option<&mut RootFile> {
+        self.sweep();
+        let file = self.files.get_mut(name)?;
+        if file.makers.includes(caller) {
+            file.used = Instant::now();
+        } else if file.committed {
+            return None;
+        }
+        Some(file)
+    }
+
+    /// The root file that is this node, whoever asks.
+    fn root_file_at(&self, node: &Node) -> Option<&RootFile> {
+        self.files.values().find(|file| file.file.node == *node)
+    }
+
+    /// The file being written that is this node.
+    pub fn file_at(&self, node: &Node) -> Option<Arc<StagedFile>> {
+        if let Some(file) = self.root_file_at(node) {
+            return Some(file.file.clone());
+        }
+        let staged = self.boxes.get(&self.box_of(node)?)?;
+        match &staged.find(node)?.1.what {
+            What::File(file) => Some(file.clone()),
+            _ => None,
+        }
+    }
+}
+
+fn not_made() -> Error {
+    Error::new(libc::ENOENT, "there is no such file")
+}
+
+impl Tree {
+    /// A name as staging has it; None when staging has no say.
+    pub(super) fn staged_child(
+        &self,
+        caller: Caller,
+        parent: &Node,
+        name: &str,
+    ) -> Option<Result<Node>> {
+        let mut staging = self.staging.lock();
+        if *parent == Node::Root {
+            if let Some(file) = staging.root_file(caller, name) {
+                return Some(Ok(file.file.node.clone()));
+            }
+            let id = staging.names.get(name)?;
+            return Some(Ok(Node::Box(id.clone())));
+        }
+        let staged = staging.face(caller, parent)?;
+        Some(
+            staged
+                .child(parent, name)
+                .map(|child| child.node.clone())
+                .ok_or_else(not_made),
+        )
+    }
+
+    /// Attributes as staging has them.
+    pub(super) fn staged_attr(&self, caller: Caller, node: &Node) -> Option<Attr> {
+        let mut staging = self.staging.lock();
+        if let Some(file) = staging.root_file_at(node) {
+            return Some(self.file(node, file.file.size(), file.file.created));
+        }
+        let staged = staging.face(caller, node)?;
+        if let Node::Box(_) = node {
+            return Some(self.made_directory(staged, node));
+        }
+        match &staged.find(node)?.1.what {
+            What::Directory => Some(self.made_directory(staged, node)),
+            What::File(file) => Some(self.file(node, file.size(), file.created)),
+            What::Link(target) => {
+                let size = target.as_os_str().len() as u64;
+                let mut attr = self.file(node, size, staged.created);
+                attr.kind = Kind::Symlink;
+                attr.perm = 0o777;
+                Some(attr)
+            }
+        }
+    }
+
+    fn made_directory(&self, staged: &StagedBox, node: &Node) -> Attr {
+        let directories = staged.children.get(&node.ino()).map_or(0, |children| {
+            children
+                .values()
+                .filter(|child| child.what.kind() == Kind::Directory)
+                .count()
+        });
+        let mut attr = self.directory(node, directories, staged.created);
+        attr.lasting = false;
+        attr
+    }
+
+    /// A listing as staging has it.
+    pub(super) fn staged_list(&self, caller: Caller, node: &Node) -> Option<Vec<DirEntry>> {
+        if *node == Node::Root {
+            return None;
+        }
+        let mut staging = self.staging.lock();
+        let staged = staging.face(caller, node)?;
+        let children = staged.children.get(&node.ino())?;
+        Some(
+            children
+                .iter()
+                .map(|(name, child)| DirEntry {
+                    name: name.clone(),
+                    kind: child.what.kind(),
+                    ino: child.node.ino(),
+                })
+                .collect(),
+        )
+    }
+
+    /// What is being made in the root: it is listed until it is a box.
+    pub(super) fn staged_in_root(&self) -> Vec<DirEntry> {
+        let mut staging = self.staging.lock();
+        staging.sweep();
+        let directories = staging.names.iter().map(|(name, id)| DirEntry {
+            name: name.clone(),
+            kind: Kind::Directory,
+            ino: Node::Box(id.clone()).ino(),
+        });
+        let files = staging.files.iter().filter(|(_, file)| !file.committed);
+        let files = files.map(|(name, file)| DirEntry {
+            name: name.clone(),
+            kind: Kind::File,
+            ino: file.file.node.ino(),
+        });
+        directories.chain(files).collect()
+    }
+
+    /// Whether the makers of a box see something else than everyone else does.
+    pub(super) fn has_two_faces(&self, node: &Node) -> bool {
+        node.box_id()
+            .is_some_and(|id| self.staging.lock().boxes.contains_key(id))
+    }
+
+    /// How many directories staging adds to the root.
+    pub(super) fn staged_directories(&self) -> usize {
+        self.staging.lock().names.len()
+    }
+
+    /// Where a link being made points.
+    ///
+    /// # Errors
+    /// EINVAL for what is no link.
+    pub fn readlink(&self, caller: Caller, ino: u64) -> Result<PathBuf> {
+        let node = self.node(ino)?;
+        let mut staging = self.staging.lock();
+        match staging
+            .face(caller, &node)
+            .and_then(|staged| staged.find(&node).map(|(_, child)| &child.what))
+        {
+            Some(What::Link(target)) => Ok(target.clone()),
+            _ => Err(Error::new(libc::EINVAL, "that is not a symbolic link")),
+        }
+    }
+}

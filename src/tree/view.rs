@@ -1,0 +1,385 @@
+//! Boxes and snapshots that exist: lookup, attributes, listings.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::attr::{Attr, DirEntry, Kind};
+use super::caller::Caller;
+use super::describe;
+use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS};
+use super::node::Node;
+use super::{Tree, text};
+use crate::home::{BoxRecord, SnapshotRecord};
+use crate::store::Source;
+use crate::{Context, Error, Result};
+
+/// Space on the file system the home is on.
+#[derive(Clone, Copy, Debug)]
+pub struct Space {
+    /// Bytes in a block.
+    pub block_size: u32,
+    /// All blocks.
+    pub blocks: u64,
+    /// Free blocks.
+    pub free: u64,
+    /// Free blocks for users that are not root.
+    pub available: u64,
+    /// All inodes.
+    pub files: u64,
+    /// Free inodes.
+    pub files_free: u64,
+}
+
+fn not_there() -> Error {
+    Error::new(libc::ENOENT, "there is no such file")
+}
+
+impl Tree {
+    /// Finds a name in a directory; the kernel is told of what is found.
+    ///
+    /// # Errors
+    /// ENOENT, or EIO when an export can't be planned.
+    pub fn lookup(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
+        let parent = self.node(parent)?;
+        let name = text(name).map_err(|_| not_there())?;
+        let node = self.child(caller, &parent, name)?;
+        let attr = self.attr(caller, &node)?;
+        self.tell(&node);
+        Ok(attr)
+    }
+
+    /// What a name in a directory stands for, for this caller.
+    pub(super) fn child(&self, caller: Caller, parent: &Node, name: &str) -> Result<Node> {
+        if let Some(answer) = self.staged_child(caller, parent, name) {
+            return answer;
+        }
+        self.real_child(parent, name)
+    }
+
+    fn real_child(&self, parent: &Node, name: &str) -> Result<Node> {
+        let node = match parent {
+            Node::Root if name == HIDDEN => Node::Hidden,
+            Node::Root => {
+                let names = self.names()?;
+                Node::Box(names.id_of(name).ok_or_else(not_there)?.to_owned())
+            }
+            Node::Hidden if name == LOG => Node::Log,
+            Node::Box(id) => self.child_of_box(id, name)?,
+            Node::Snapshots(id) => {
+                let names = self.names()?;
+                let snapshot = names.catalog().snapshot_by_name(id, name);
+                Node::Snapshot(id.clone(), snapshot.ok_or_else(not_there)?.id.clone())
+            }
+            Node::Snapshot(id, snapshot) => {
+                let source = Source::Snapshot {
+                    box_id: id.clone(),
+                    snapshot_id: snapshot.clone(),
+                };
+                match name {
+                    SNAPSHOT_JSON => Node::SnapshotJson(id.clone(), snapshot.clone()),
+                    EXPORT if self.store.has_disk(&source) => Node::Export(source),
+                    _ => return Err(not_there()),
+                }
+            }
+            _ => return Err(not_there()),
+        };
+        Ok(node)
+    }
+
+    fn child_of_box(&self, id: &str, name: &str) -> Result<Node> {
+        let source = Source::Live {
+            box_id: id.to_owned(),
+        };
+        match name {
+            BOX_JSON => Ok(Node::BoxJson(id.to_owned())),
+            SNAPSHOTS => Ok(Node::Snapshots(id.to_owned())),
+            // A box that never started has nothing to export yet.
+            EXPORT if self.store.has_disk(&source) => Ok(Node::Export(source)),
+            _ => Err(not_there()),
+        }
+    }
+
+    /// Attributes of an inode; those of the open file where there is one.
+    ///
+    /// # Errors
+    /// ESTALE or ENOENT when it is gone.
+    pub fn getattr(&self, caller: Caller, ino: u64, handle: Option<u64>) -> Result<Attr> {
+        let node = self.node(ino)?;
+        let mut attr = self.attr(caller, &node)?;
+        if let Some(size) = handle.and_then(|handle| self.size_at_open(handle)) {
+            attr.size = size;
+        }
+        Ok(attr)
+    }
+
+    pub(super) fn attr(&self, caller: Caller, node: &Node) -> Result<Attr> {
+        if let Some(attr) = self.staged_attr(caller, node) {
+            return Ok(attr);
+        }
+        let mut attr = self.real_attr(node)?;
+        // The kernel keeps one answer for all processes: none while a box has two faces.
+        attr.lasting &= !self.has_two_faces(node);
+        Ok(attr)
+    }
+
+    fn real_attr(&self, node: &Node) -> Result<Attr> {
+        match node {
+            Node::Root => self.root_attr(),
+            Node::Hidden => Ok(self.directory(node, 0, self.store.journal().changed_at())),
+            Node::Log => {
+                let journal = self.store.journal();
+                Ok(self.file(node, journal.len(), journal.changed_at()))
+            }
+            Node::Made(_) => Err(not_there()),
+            Node::Box(id) => {
+                let record = self.record(id)?;
+                let mut attr = self.directory(node, 1, self.disk_time(&live(id), &record));
+                attr.created = at(record.created_at);
+                Ok(attr)
+            }
+            Node::BoxJson(id) => {
+                let record = self.record(id)?;
+                let size = describe::box_json(&record)?.len() as u64;
+                let mut attr = self.file(node, size, updated(&record));
+                attr.created = at(record.created_at);
+                Ok(attr)
+            }
+            Node::Snapshots(id) => {
+                let record = self.record(id)?;
+                let names = self.names()?;
+                let count = names.catalog().snapshots_of(id).len();
+                let changed = fs::metadata(self.store.home().snapshots_dir(id))
+                    .and_then(|meta| meta.modified())
+                    .unwrap_or_else(|_| at(record.created_at));
+                Ok(self.directory(node, count, changed))
+            }
+            Node::Snapshot(id, snapshot) => {
+                let made = at(self.snapshot(id, snapshot)?.created_at);
+                Ok(self.directory(node, 0, made))
+            }
+            Node::SnapshotJson(id, snapshot) => {
+                let row = self.snapshot(id, snapshot)?;
+                let size = describe::snapshot_json(&row)?.len() as u64;
+                Ok(self.file(node, size, at(row.created_at)))
+            }
+            Node::Export(source) => {
+                let record = self.record(source.box_id())?;
+                let size = self.store.export_size(source)?.ok_or_else(not_there)?;
+                Ok(self.file(node, size, self.disk_time(source, &record)))
+            }
+        }
+    }
+
+    fn root_attr(&self) -> Result<Attr> {
+        let boxes = self.names()?.all().len() + self.staged_directories();
+        let changed = fs::metadata(self.store.home().boxes_dir())
+            .and_then(|meta| meta.modified())
+            .unwrap_or(UNIX_EPOCH);
+        Ok(self.directory(&Node::Root, boxes, changed))
+    }
+
+    /// When the disk state changed last; a box without a disk has only when it was made.
+    fn disk_time(&self, source: &Source, record: &BoxRecord) -> SystemTime {
+        self.store
+            .changed_at(source)
+            .unwrap_or_else(|| at(record.created_at))
+    }
+
+    pub(super) fn record(&self, id: &str) -> Result<BoxRecord> {
+        self.names()?
+            .catalog()
+            .box_by_id(id)
+            .cloned()
+            .ok_or_else(not_there)
+    }
+
+    pub(super) fn snapshot(&self, id: &str, snapshot: &str) -> Result<SnapshotRecord> {
+        self.names()?
+            .catalog()
+            .snapshot_by_id(id, snapshot)
+            .cloned()
+            .ok_or_else(not_there)
+    }
+
+    /// A directory with this many subdirectories.
+    pub(super) fn directory(
+        &self,
+        node: &Node,
+        subdirectories: usize,
+        changed: SystemTime,
+    ) -> Attr {
+        let owner = self.store.home().owner();
+        Attr {
+            ino: node.ino(),
+            kind: Kind::Directory,
+            size: 0,
+            // As open as the home is, never more.
+            perm: 0o755 & mode_of_directories(owner.mode),
+            nlink: u32::try_from(subdirectories + 2).unwrap_or(u32::MAX),
+            uid: owner.uid,
+            gid: owner.gid,
+            mtime: changed,
+            created: changed,
+            lasting: true,
+        }
+    }
+
+    /// A regular file of this many bytes.
+    pub(super) fn file(&self, node: &Node, size: u64, changed: SystemTime) -> Attr {
+        let owner = self.store.home().owner();
+        Attr {
+            ino: node.ino(),
+            kind: Kind::File,
+            size,
+            perm: 0o644 & mode_of_directories(owner.mode),
+            nlink: 1,
+            uid: owner.uid,
+            gid: owner.gid,
+            mtime: changed,
+            created: changed,
+            lasting: false,
+        }
+    }
+
+    /// Every name in a directory, in the order it is listed: `snapshots` last, so that `cp -r` has
+    /// made the box when it comes to its snapshots.
+    pub(super) fn list(&self, caller: Caller, node: &Node) -> Result<Vec<DirEntry>> {
+        if let Some(entries) = self.staged_list(caller, node) {
+            return Ok(entries);
+        }
+        let names = self.names()?;
+        let children: Vec<(String, Node, Kind)> = match node {
+            Node::Root => names
+                .all()
+                .iter()
+                .map(|(name, id)| (name.clone(), Node::Box(id.clone()), Kind::Directory))
+                .collect(),
+            Node::Hidden => vec![(LOG.to_owned(), Node::Log, Kind::File)],
+            Node::Box(id) => {
+                self.record(id)?;
+                let mut children =
+                    vec![(BOX_JSON.to_owned(), Node::BoxJson(id.clone()), Kind::File)];
+                if self.store.has_disk(&live(id)) {
+                    children.push((EXPORT.to_owned(), Node::Export(live(id)), Kind::File));
+                }
+                let snapshots = Node::Snapshots(id.clone());
+                children.push((SNAPSHOTS.to_owned(), snapshots, Kind::Directory));
+                children
+            }
+            Node::Snapshots(id) => {
+                self.record(id)?;
+                names
+                    .catalog()
+                    .snapshots_of(id)
+                    .iter()
+                    .map(|row| {
+                        let node = Node::Snapshot(id.clone(), row.id.clone());
+                        (row.name.clone(), node, Kind::Directory)
+                    })
+                    .collect()
+            }
+            Node::Snapshot(id, snapshot) => {
+                self.snapshot(id, snapshot)?;
+                let json = Node::SnapshotJson(id.clone(), snapshot.clone());
+                let mut children = vec![(SNAPSHOT_JSON.to_owned(), json, Kind::File)];
+                let source = Source::Snapshot {
+                    box_id: id.clone(),
+                    snapshot_id: snapshot.clone(),
+                };
+                if self.store.has_disk(&source) {
+                    children.push((EXPORT.to_owned(), Node::Export(source), Kind::File));
+                }
+                children
+            }
+            _ => return Err(Error::new(libc::ENOTDIR, "that is not a directory")),
+        };
+        let mut entries: Vec<DirEntry> = children
+            .into_iter()
+            .map(|(name, node, kind)| DirEntry {
+                name,
+                kind,
+                ino: node.ino(),
+            })
+            .collect();
+        if *node == Node::Root {
+            entries.extend(self.staged_in_root());
+        }
+        Ok(entries)
+    }
+
+    /// Attributes for a listed name of which nothing but its kind is known; to be asked for again.
+    pub fn listed_attr(&self, entry: &DirEntry) -> Attr {
+        let mut attr = self.file(&Node::Root, 0, SystemTime::UNIX_EPOCH);
+        attr.ino = entry.ino;
+        attr.kind = entry.kind;
+        attr
+    }
+
+    /// Space on the home's file system.
+    ///
+    /// # Errors
+    /// What statvfs says.
+    pub fn space(&self) -> Result<Space> {
+        let root: PathBuf = self.store.home().root().into();
+        let path = std::ffi::CString::new(root.as_os_str().as_bytes())
+            .map_err(|_| Error::damaged("the home's path has a NUL"))?;
+        let found = statvfs(&path).context(|| format!("cannot look at {}", root.display()))?;
+        Ok(Space {
+            block_size: u32::try_from(found.f_frsize).unwrap_or(4096),
+            blocks: found.f_blocks,
+            free: found.f_bfree,
+            available: found.f_bavail,
+            files: found.f_files,
+            files_free: found.f_ffree,
+        })
+    }
+}
+
+fn live(id: &str) -> Source {
+    Source::Live {
+        box_id: id.to_owned(),
+    }
+}
+
+fn mode_of_directories(home: u32) -> u16 {
+    u16::try_from(home & 0o777).unwrap_or(0o700)
+}
+
+/// A time of BoxLite's rows.
+pub(super) fn at(seconds: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+/// When the row changed last, as far as BoxLite says.
+fn updated(record: &BoxRecord) -> SystemTime {
+    record
+        .state()
+        .ok()
+        .and_then(|state| {
+            let time = state["last_updated"].as_str()?;
+            time.parse::<jiff::Timestamp>().ok()
+        })
+        .map_or_else(
+            || at(record.created_at),
+            |time| {
+                let nanoseconds = u32::try_from(time.subsec_nanosecond()).unwrap_or(0);
+                at(time.as_second()) + Duration::from_nanos(nanoseconds.into())
+            },
+        )
+}
+
+fn statvfs(path: &std::ffi::CStr) -> std::io::Result<libc::statvfs> {
+    let mut found = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `path` ends with a NUL and `found` has room for what is written; it is read only
+    // after success.
+    unsafe {
+        match libc::statvfs(path.as_ptr(), found.as_mut_ptr()) {
+            0 => Ok(found.assume_init()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+}

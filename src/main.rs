@@ -1,1 +1,154 @@
-fn main() {}
+//! The command line: mount, unmount, check.
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use boxlitefs::mount::{self, Mount, Options};
+use boxlitefs::store::check;
+use boxlitefs::{Error, Result};
+use clap::{Args, Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  boxlitefs mount /mnt/boxlite                        show ~/.boxlite at /mnt/boxlite
+  mkdir /mnt/boxlite/web/snapshots/before-upgrade     take a snapshot
+  cp /mnt/boxlite/web/export.boxlite /backup/         back a box up
+  cp -r /mnt/boxlite/web /mnt/boxlite/web2            clone a box
+  boxlitefs unmount /mnt/boxlite
+
+Why something failed is in /mnt/boxlite/.boxlite/log.";
+
+const MOUNT_EXAMPLES: &str = "\
+Examples:
+  boxlitefs mount /mnt/boxlite
+  boxlitefs mount -o ro /srv/boxlite-home /mnt/boxlite
+  boxlitefs mount -f -o allow_other /srv/boxlite-home /mnt/boxlite
+
+In /etc/fstab (with mount.boxlite installed):
+  /srv/boxlite-home  /mnt/boxlite  boxlite  nofail,allow_other  0  0
+
+In the foreground, RUST_LOG=debug says more.";
+
+const UNMOUNT_EXAMPLES: &str = "\
+Examples:
+  boxlitefs unmount /mnt/boxlite";
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  boxlitefs check                     look at ~/.boxlite
+  boxlitefs check /srv/boxlite-home
+
+Exit status: 0 clean, 1 something was found, 2 the check could not be made.";
+
+/// Mounts a BoxLite home as files: snapshot with mkdir, back up and clone with cp.
+#[derive(Parser)]
+#[command(name = "boxlitefs", version, about, after_help = EXAMPLES)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Mount a BoxLite home on a directory
+    #[command(allow_missing_positional = true, after_help = MOUNT_EXAMPLES)]
+    Mount(MountArguments),
+    /// Unmount what `boxlitefs mount` mounted
+    #[command(after_help = UNMOUNT_EXAMPLES)]
+    Unmount {
+        /// Where it is mounted
+        mountpoint: PathBuf,
+    },
+    /// Look for damage and leftovers in a home, without changing it
+    #[command(after_help = CHECK_EXAMPLES)]
+    Check {
+        /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
+        home: Option<PathBuf>,
+    },
+}
+
+#[derive(Args)]
+struct MountArguments {
+    /// Stay in the foreground and log to standard error
+    #[arg(short, long)]
+    foreground: bool,
+    /// Mount options, separated by commas: ro, noexec, noatime, allow_other, allow_root,
+    /// and those every mount takes
+    #[arg(short = 'o', value_name = "OPT[,OPT…]")]
+    options: Vec<String>,
+    /// Ignore options that are not known, as `mount -s` asks
+    #[arg(long, hide = true)]
+    sloppy: bool,
+    /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
+    home: Option<PathBuf>,
+    /// The directory to mount on
+    mountpoint: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match CommandLine::parse().command {
+        Command::Mount(arguments) => done(run_mount(arguments)),
+        Command::Unmount { mountpoint } => done(mount::unmount(&mountpoint)),
+        Command::Check { home } => match run_check(home) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::from(1),
+            Err(error) => failed(error, 2),
+        },
+    }
+}
+
+fn run_mount(arguments: MountArguments) -> Result<()> {
+    let options = Options::parse(&arguments.options, arguments.sloppy)?;
+    if arguments.foreground {
+        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    }
+    mount::run(Mount {
+        home: home_or_default(arguments.home)?,
+        mountpoint: arguments.mountpoint,
+        options,
+        foreground: arguments.foreground,
+    })
+}
+
+fn run_check(home: Option<PathBuf>) -> Result<bool> {
+    check::run(&home_or_default(home)?, &mut io::stdout().lock())
+}
+
+/// The home asked for, or the one BoxLite itself would use: $BOXLITE_HOME, else ~/.boxlite.
+fn home_or_default(asked: Option<PathBuf>) -> Result<PathBuf> {
+    let from_environment = || std::env::var_os("BOXLITE_HOME").filter(|path| !path.is_empty());
+    let below_user_home = || Some(std::env::home_dir()?.join(".boxlite").into_os_string());
+    asked
+        .map(OsString::from)
+        .or_else(from_environment)
+        .or_else(below_user_home)
+        .map(PathBuf::from)
+        .ok_or_else(|| {
+            Error::new(
+                libc::ENOENT,
+                "it is not known where the BoxLite home is: name it, or set BOXLITE_HOME",
+            )
+        })
+}
+
+fn done(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(error, 1),
+    }
+}
+
+/// Prints what failed as one line, whatever line breaks a cause brought along.
+fn failed(error: impl Display, status: u8) -> ExitCode {
+    let text = error.to_string();
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    eprintln!("boxlitefs: {}", lines.join("; "));
+    ExitCode::from(status)
+}

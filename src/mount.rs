@@ -1,1 +1,139 @@
-//! placeholder
+//! Mounting and unmounting: options, checks that say what to do, daemonizing, signals, readiness.
+//!
+//! Knows processes and the mount table; nothing of boxes, and nothing of FUSE beyond its device
+//! and its file system type.
+
+mod background;
+mod mountinfo;
+mod options;
+mod places;
+mod signals;
+mod takedown;
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use crate::fuse::{self, ServeConfig};
+use crate::tree::{self, Tree};
+use crate::{Error, Result};
+
+pub use options::Options;
+pub use takedown::unmount;
+
+use places::Places;
+use signals::Phase;
+
+/// A mount that is asked for.
+#[derive(Clone, Debug)]
+pub struct Mount {
+    /// The BoxLite home; may be relative.
+    pub home: PathBuf,
+    /// The directory to mount on; may be relative.
+    pub mountpoint: PathBuf,
+    /// What `-o` asked for.
+    pub options: Options,
+    /// Serve from this process and return after unmount, instead of returning once it serves.
+    pub foreground: bool,
+}
+
+/// Mounts a home. In the foreground it returns after unmount (by anyone, or by SIGTERM, SIGINT or
+/// SIGHUP); else it forks a process that serves and returns once that really serves. To be called
+/// before the process has started a thread.
+///
+/// # Errors
+/// ENOENT or ENOTDIR for a home or mountpoint that is not there; EBUSY when something is mounted
+/// on the mountpoint; EINVAL when one lies inside the other or the home is none; ENODEV without
+/// FUSE; EPERM when the user may not mount so; else what serving failed with.
+pub fn run(request: Mount) -> Result<()> {
+    let places = Places::check(&request.home, &request.mountpoint)?;
+    places::check_permission(&request.options)?;
+    if request.foreground {
+        return serve(&places, &request.options, || {
+            log::info!(
+                "{} is mounted on {}",
+                places.home.display(),
+                places.mountpoint.display()
+            );
+        });
+    }
+    background::start(&places.mountpoint, |word| {
+        serve(&places, &request.options, || word.serving())
+    })
+}
+
+/// Opens the home and serves it until it is unmounted; calls `announce` once it serves.
+fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> Result<()> {
+    // First of all: the signals must be blocked before anything starts a thread.
+    let phase = signals::watch(&places.mountpoint)?;
+    let tree = Tree::open(
+        &places.home,
+        tree::Options {
+            read_only: options.read_only,
+        },
+    )?;
+    phase.enter(Phase::Mounting);
+    let config = ServeConfig {
+        source: source_name(places.home.as_os_str(), places::is_root()),
+        read_only: options.read_only,
+        allow_other: options.allow_other,
+        allow_root: options.allow_root,
+        noexec: options.noexec,
+        noatime: options.noatime,
+    };
+    fuse::serve(tree, &places.mountpoint, config, || {
+        phase.enter(Phase::Serving);
+        announce();
+    })
+    .map_err(explain)
+}
+
+/// The home as the mount table's source. Who is not root mounts through fusermount3, which takes
+/// options as one string: commas would end the name, and it undoes these backslashes.
+fn source_name(home: &OsStr, root: bool) -> String {
+    let name = home.to_string_lossy();
+    if root {
+        return name.into_owned();
+    }
+    name.replace('\\', "\\\\").replace(',', "\\,")
+}
+
+/// Says what to do about an errno of mount(2) that does not tell by itself.
+fn explain(error: Error) -> Error {
+    if error.errno() != libc::EPERM {
+        return error;
+    }
+    Error::new(
+        libc::EPERM,
+        format!(
+            "{error}; mounting is not permitted here: in a container it needs the capability SYS_ADMIN and the device /dev/fuse"
+        ),
+    )
+}
+
+/// The path to compare with the mount table: canonical, or where even that needs an answer from
+/// a file system that has none, its canonical directory and its name.
+fn resolve(path: &Path) -> std::io::Result<PathBuf> {
+    path.canonicalize().or_else(|error| {
+        let absolute = std::path::absolute(path)?;
+        match (absolute.parent(), absolute.file_name()) {
+            (Some(parent), Some(name)) if error.kind() != std::io::ErrorKind::NotFound => {
+                Ok(parent.canonicalize()?.join(name))
+            }
+            _ => Err(error),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comma_in_the_home_does_not_end_the_source_name_for_fusermount() {
+        assert_eq!(
+            source_name(OsStr::new(r"/a,allow_other\b"), false),
+            r"/a\,allow_other\\b"
+        );
+        assert_eq!(source_name(OsStr::new("/a,b"), true), "/a,b");
+    }
+}

@@ -1,0 +1,162 @@
+//! A mount in the background: one process serves, the one that was called waits until it does.
+//!
+//! The child says one thing through a pipe: `ok`, or the errno and sentence of what failed. When
+//! it dies without a word the pipe ends, and the parent says so.
+
+use std::fs::File;
+use std::io::{self, PipeWriter, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+
+use parking_lot::Mutex;
+
+use super::signals;
+use crate::{Context, Error, Result};
+
+/// What the child says when it serves.
+const SERVING: &str = "ok";
+
+/// The child's one word to its parent; what is said after it goes nowhere.
+pub(super) struct Word(Mutex<Option<PipeWriter>>);
+
+impl Word {
+    /// Leaves the terminal and the working directory of the caller, and tells the parent that
+    /// the mount serves.
+    pub fn serving(&self) {
+        if let Err(error) = leave_the_terminal() {
+            log::warn!("the process stays at its terminal: {error}");
+        }
+        if self.say(SERVING).is_err() {
+            // Whoever asked for the mount gave up before it was there: nobody expects it.
+            signals::end_this_process();
+        }
+    }
+
+    fn failed(&self, error: &Error) {
+        // The parent may be gone; there is nobody else to tell.
+        let _ = self.say(&format!("{} {error}", error.errno()));
+    }
+
+    fn say(&self, what: &str) -> io::Result<()> {
+        match self.0.lock().take() {
+            Some(mut pipe) => pipe.write_all(what.as_bytes()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Runs `serve` in a process of its own and returns once it said that it serves. To be called
+/// before any thread or database connection exists: neither survives a fork.
+///
+/// # Errors
+/// What `serve` failed with before it served; EIO when it died without a word.
+pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&Word) -> Result<()>) -> Result<()> {
+    let (mut reader, writer) = io::pipe().context(|| "cannot make a pipe")?;
+    let child = fork().context(|| "cannot start the process that serves the mount")?;
+    if child == 0 {
+        drop(reader);
+        std::process::exit(run_child(writer, serve));
+    }
+    drop(writer);
+    let mut word = Vec::new();
+    reader
+        .read_to_end(&mut word)
+        .context(|| "cannot hear from the process that serves the mount")?;
+    let word = String::from_utf8_lossy(&word);
+    if word == SERVING {
+        return Ok(());
+    }
+    let status = wait_for(child);
+    Err(refusal(&word).unwrap_or_else(|| {
+        Error::new(
+            libc::EIO,
+            format!(
+                "the process that was to serve {} ended without a word ({status}): try again with --foreground to see why",
+                mountpoint.display()
+            ),
+        )
+    }))
+}
+
+/// The child's life; returns its exit status.
+fn run_child(writer: PipeWriter, serve: impl FnOnce(&Word) -> Result<()>) -> i32 {
+    close_inherited(writer.as_raw_fd());
+    // SAFETY: setsid takes nothing; it can't fail in a child that leads no process group.
+    unsafe { libc::setsid() };
+    let word = Word(Mutex::new(Some(writer)));
+    match serve(&word) {
+        Ok(()) => 0,
+        Err(error) => {
+            word.failed(&error);
+            1
+        }
+    }
+}
+
+/// What the child's `ERRNO SENTENCE` means; None when it said nothing of the kind.
+fn refusal(word: &str) -> Option<Error> {
+    let (errno, sentence) = word.split_once(' ')?;
+    Some(Error::new(errno.parse().ok()?, sentence))
+}
+
+fn fork() -> io::Result<libc::pid_t> {
+    // SAFETY: the process has a single thread yet, so the child may do anything its parent may.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        child => Ok(child),
+    }
+}
+
+fn wait_for(child: libc::pid_t) -> std::process::ExitStatus {
+    let mut status = 0;
+    // SAFETY: `status` is ours and outlives the call.
+    while unsafe { libc::waitpid(child, &mut status, 0) } == -1
+        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+    {}
+    std::os::unix::process::ExitStatusExt::from_raw(status)
+}
+
+/// A descriptor the caller had open (a lock, a pipe) must not stay open as long as the mount.
+fn close_inherited(keep: RawFd) {
+    const FIRST: u32 = 3;
+    let Ok(keep) = u32::try_from(keep) else {
+        return;
+    };
+    for (first, last) in [
+        (FIRST, keep.wrapping_sub(1)),
+        (keep.wrapping_add(1), u32::MAX),
+    ] {
+        if keep < FIRST || first > last {
+            continue;
+        }
+        // SAFETY: nothing in this process owns these descriptors: it has opened only `keep`.
+        // Kernels before 5.9 don't know the call; then they stay open, which does no harm.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    }
+}
+
+fn leave_the_terminal() -> io::Result<()> {
+    std::env::set_current_dir("/")?;
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    for standard in 0..=2 {
+        // SAFETY: replaces the three standard descriptors, which nobody owns, by a valid one.
+        if unsafe { libc::dup2(null.as_raw_fd(), standard) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_told_through_the_pipe_keeps_errno_and_sentence() {
+        let error = refusal("16 the home is busy: close it").unwrap();
+        assert_eq!(error.errno(), libc::EBUSY);
+        assert_eq!(error.sentence(), "the home is busy: close it");
+        assert!(refusal("").is_none());
+        assert!(refusal("killed").is_none());
+    }
+}

@@ -1,0 +1,191 @@
+//! What `-o` may ask for.
+
+use std::fmt::Write as _;
+
+use crate::{Error, Result};
+
+/// Options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Refuse every change.
+    pub read_only: bool,
+    /// Other users may look too; the permission bits decide.
+    pub allow_other: bool,
+    /// root may look too.
+    pub allow_root: bool,
+    /// Programs in guest views can't be run from there.
+    pub noexec: bool,
+    /// Access times are not kept.
+    pub noatime: bool,
+}
+
+/// What an option changes.
+#[derive(Clone, Copy)]
+enum Effect {
+    ReadOnly(bool),
+    AllowOther,
+    AllowRoot,
+    NoExec(bool),
+    NoAtime(bool),
+    /// Accepted because mount(8) and fstab pass it; nothing to do here.
+    Nothing,
+}
+
+/// Every option without a value; in the order a refusal lists them.
+const FLAGS: &[(&str, Effect)] = &[
+    ("ro", Effect::ReadOnly(true)),
+    ("rw", Effect::ReadOnly(false)),
+    ("allow_other", Effect::AllowOther),
+    ("allow_root", Effect::AllowRoot),
+    ("noexec", Effect::NoExec(true)),
+    ("exec", Effect::NoExec(false)),
+    ("noatime", Effect::NoAtime(true)),
+    ("atime", Effect::NoAtime(false)),
+    ("relatime", Effect::NoAtime(false)),
+    ("norelatime", Effect::NoAtime(false)),
+    ("strictatime", Effect::NoAtime(false)),
+    ("diratime", Effect::Nothing),
+    ("nodiratime", Effect::Nothing),
+    ("lazytime", Effect::Nothing),
+    ("nolazytime", Effect::Nothing),
+    ("nosuid", Effect::Nothing),
+    ("suid", Effect::Nothing),
+    ("nodev", Effect::Nothing),
+    ("dev", Effect::Nothing),
+    ("sync", Effect::Nothing),
+    ("async", Effect::Nothing),
+    ("dirsync", Effect::Nothing),
+    ("auto", Effect::Nothing),
+    ("noauto", Effect::Nothing),
+    ("user", Effect::Nothing),
+    ("users", Effect::Nothing),
+    ("nouser", Effect::Nothing),
+    ("owner", Effect::Nothing),
+    ("group", Effect::Nothing),
+    ("_netdev", Effect::Nothing),
+    ("_rnetdev", Effect::Nothing),
+    ("nofail", Effect::Nothing),
+    ("defaults", Effect::Nothing),
+    ("default_permissions", Effect::Nothing),
+];
+
+/// Options with a value, and the name spaces mount(8) keeps for other programs: told by how they
+/// begin, ignored whatever they say.
+const IGNORED_PREFIXES: &[&str] = &["fsname=", "subtype=", "comment=", "user=", "x-", "X-"];
+
+impl Options {
+    /// Takes comma-separated lists, the later option winning. With `sloppy`, what is not known is
+    /// ignored, as mount(8) asks with `-s`.
+    ///
+    /// # Errors
+    /// EINVAL for an option that is not known, and for allow_other together with allow_root.
+    pub fn parse<S: AsRef<str>>(lists: &[S], sloppy: bool) -> Result<Options> {
+        let mut options = Options::default();
+        let all = lists.iter().flat_map(|list| list.as_ref().split(','));
+        for option in all.filter(|option| !option.is_empty()) {
+            match effect(option) {
+                Some(effect) => options.apply(effect),
+                None if sloppy => log::info!("the option {option} is not known and ignored"),
+                None => return Err(unknown(option)),
+            }
+        }
+        if options.allow_other && options.allow_root {
+            return Err(Error::new(
+                libc::EINVAL,
+                "the options allow_other and allow_root exclude each other: allow_other lets root in too",
+            ));
+        }
+        Ok(options)
+    }
+
+    fn apply(&mut self, effect: Effect) {
+        match effect {
+            Effect::ReadOnly(on) => self.read_only = on,
+            Effect::AllowOther => self.allow_other = true,
+            Effect::AllowRoot => self.allow_root = true,
+            Effect::NoExec(on) => self.noexec = on,
+            Effect::NoAtime(on) => self.noatime = on,
+            Effect::Nothing => {}
+        }
+    }
+}
+
+fn effect(option: &str) -> Option<Effect> {
+    if IGNORED_PREFIXES
+        .iter()
+        .any(|prefix| option.starts_with(prefix))
+    {
+        return Some(Effect::Nothing);
+    }
+    FLAGS
+        .iter()
+        .find(|(name, _)| *name == option)
+        .map(|(_, effect)| *effect)
+}
+
+fn unknown(option: &str) -> Error {
+    let mut known = String::new();
+    for (name, _) in FLAGS {
+        let _ = write!(known, "{name}, ");
+    }
+    Error::new(
+        libc::EINVAL,
+        format!(
+            "the mount option {option:?} is not known; known are {known}fsname=…, subtype=…, comment=… and x-…"
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(list: &str) -> Result<Options> {
+        Options::parse(&[list], false)
+    }
+
+    #[test]
+    fn the_later_of_two_options_that_contradict_wins() {
+        assert!(parse("rw,ro").unwrap().read_only);
+        assert!(!parse("ro,rw").unwrap().read_only);
+        assert!(!Options::parse(&["ro", "rw"], false).unwrap().read_only);
+        assert!(parse("exec,noexec,noatime").unwrap().noexec);
+        assert!(!parse("noatime,relatime").unwrap().noatime);
+    }
+
+    #[test]
+    fn what_mount_and_fstab_pass_along_is_accepted_and_changes_nothing() {
+        let passed = "defaults,rw,nosuid,suid,nodev,dev,exec,atime,relatime,norelatime,strictatime,\
+                      nodiratime,diratime,lazytime,nolazytime,sync,async,dirsync,auto,noauto,user,\
+                      users,nouser,owner,group,_netdev,_rnetdev,nofail,default_permissions,\
+                      fsname=/x,subtype=boxlite,comment=y,x-systemd.automount,X-mount.mkdir,,";
+        assert_eq!(parse(passed).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn an_unknown_option_is_named_and_the_known_ones_are_listed() {
+        let error = parse("ro,uid=1000").unwrap_err();
+        assert_eq!(error.errno(), libc::EINVAL);
+        assert!(error.sentence().contains("\"uid=1000\""));
+        assert!(error.sentence().contains("allow_other"));
+        assert!(parse("gid=5").is_err());
+        assert!(parse("ro ").is_err());
+        assert!(parse("allow_other=1").is_err());
+    }
+
+    #[test]
+    fn a_sloppy_mount_ignores_unknown_options_and_keeps_the_rest() {
+        let options = Options::parse(&["uid=1000,ro,bogus"], true).unwrap();
+        assert!(options.read_only);
+    }
+
+    #[test]
+    fn allow_other_and_allow_root_together_are_refused() {
+        assert!(parse("allow_other").unwrap().allow_other);
+        assert!(parse("allow_root").unwrap().allow_root);
+        assert_eq!(
+            parse("allow_other,allow_root").unwrap_err().errno(),
+            libc::EINVAL
+        );
+    }
+}

@@ -13,8 +13,8 @@ use fuser::{
     BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
     FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags,
     RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request, Session, SessionACL, TimeOrNow,
-    WriteFlags,
+    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL,
+    TimeOrNow, WriteFlags,
 };
 
 use crate::tree::{Attr, Caller, DirEntry, Kind, RenameMode, SetAttr, Tree};
@@ -23,7 +23,11 @@ use crate::{Error, Result};
 /// Threads that take requests from the kernel and answer what needs no disk.
 const REQUEST_THREADS: usize = 4;
 
-/// Threads for what may take long: planning, reading, writing, changes.
+/// Threads for looking at exports: their size needs a plan, made once per disk state.
+const LOOK_THREADS: usize = 8;
+
+/// Threads for what may take long: reading, writing, changes. Apart from the former, so that
+/// however much is copied, `ls` is answered.
 const WORK_THREADS: usize = 16;
 
 /// Largest write and readahead in bytes.
@@ -60,14 +64,10 @@ pub fn serve(
     config: ServeConfig,
     ready: impl FnOnce(),
 ) -> Result<()> {
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(WORK_THREADS)
-        .thread_name(|index| format!("work-{index}"))
-        .build()
-        .map_err(|e| Error::new(libc::EAGAIN, "cannot start threads").caused_by(e))?;
     let filesystem = Mounted {
         tree: Arc::new(tree),
-        pool,
+        looking: threads("look", LOOK_THREADS)?,
+        working: threads("work", WORK_THREADS)?,
     };
     let session = Session::new(filesystem, mountpoint, &session_config(&config))
         .map_err(|e| Error::io(format!("cannot mount at {}", mountpoint.display()), e))?;
@@ -75,6 +75,14 @@ pub fn serve(
     session
         .run()
         .map_err(|e| Error::io("serving the mount ended", e))
+}
+
+fn threads(name: &'static str, count: usize) -> Result<rayon::ThreadPool> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(count)
+        .thread_name(move |index| format!("{name}-{index}"))
+        .build()
+        .map_err(|e| Error::new(libc::EAGAIN, "cannot start threads").caused_by(e))
 }
 
 fn session_config(config: &ServeConfig) -> Config {
@@ -109,14 +117,21 @@ fn session_config(config: &ServeConfig) -> Config {
 
 struct Mounted {
     tree: Arc<Tree>,
-    pool: rayon::ThreadPool,
+    looking: rayon::ThreadPool,
+    working: rayon::ThreadPool,
 }
 
 impl Mounted {
     /// Does work that may take long away from the thread that takes requests.
     fn later(&self, work: impl FnOnce(&Tree) + Send + 'static) {
         let tree = self.tree.clone();
-        self.pool.spawn_fifo(move || work(&tree));
+        self.working.spawn_fifo(move || work(&tree));
+    }
+
+    /// Looks at what may need an export's plan, likewise.
+    fn look(&self, work: impl FnOnce(&Tree) + Send + 'static) {
+        let tree = self.tree.clone();
+        self.looking.spawn_fifo(move || work(&tree));
     }
 }
 
@@ -182,6 +197,16 @@ fn reply_empty(reply: ReplyEmpty, result: Result<()>) {
     }
 }
 
+/// A size of 0 asks how long the answer is.
+fn reply_xattr(reply: ReplyXattr, size: u32, result: Result<Vec<u8>>) {
+    match result {
+        Ok(bytes) if size == 0 => reply.size(u32::try_from(bytes.len()).unwrap_or(u32::MAX)),
+        Ok(bytes) if bytes.len() <= size as usize => reply.data(&bytes),
+        Ok(_) => reply.error(Errno::ERANGE),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
 fn reply_written(reply: ReplyWrite, result: Result<u32>) {
     match result {
         Ok(written) => reply.written(written),
@@ -221,7 +246,7 @@ impl Filesystem for Mounted {
             return reply_entry(reply, self.tree.lookup(caller, parent.0, name));
         }
         let name = name.to_owned();
-        self.later(move |tree| reply_entry(reply, tree.lookup(caller, parent.0, &name)));
+        self.look(move |tree| reply_entry(reply, tree.lookup(caller, parent.0, &name)));
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, times: u64) {
@@ -240,7 +265,7 @@ impl Filesystem for Mounted {
         if !self.tree.is_slow(ino.0) {
             return reply_attr(reply, self.tree.getattr(caller, ino.0, handle));
         }
-        self.later(move |tree| reply_attr(reply, tree.getattr(caller, ino.0, handle)));
+        self.look(move |tree| reply_attr(reply, tree.getattr(caller, ino.0, handle)));
     }
 
     fn setattr(
@@ -519,7 +544,7 @@ impl Filesystem for Mounted {
         mut reply: ReplyDirectoryPlus,
     ) {
         let caller = caller(request);
-        self.later(move |tree| {
+        self.look(move |tree| {
             let entries = match tree.listing(handle.0) {
                 Ok(entries) => entries,
                 Err(error) => return reply.error(errno(&error)),
@@ -583,5 +608,43 @@ impl Filesystem for Mounted {
             ),
             Err(error) => reply.error(errno(&error)),
         }
+    }
+
+    fn getxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
+        let value = self.tree.xattr(caller(request), ino.0, name);
+        reply_xattr(reply, size, value);
+    }
+
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let names = self.tree.xattr_names(caller(request), ino.0);
+        reply_xattr(reply, size, names);
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        let caller = caller(request);
+        self.later(move |tree| {
+            let set = tree.setattr(caller, ino.0, None, SetAttr::default());
+            reply_empty(reply, set.map(|_| ()));
+        });
+    }
+
+    fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.setxattr(request, ino, name, &[], 0, 0, reply);
     }
 }

@@ -43,6 +43,10 @@ Examples:
 
 Exit status: 0 clean, 1 something was found, 2 the check could not be made.";
 
+/// What is logged in the foreground unless RUST_LOG says otherwise. fuser calls it a failed unmount
+/// when somebody else unmounted, which is how a mount normally ends.
+const LOGGED: &str = "info,fuser=warn,fuser::mnt=error";
+
 /// Mounts a BoxLite home as files: snapshot with mkdir, back up and clone with cp.
 #[derive(Parser)]
 #[command(name = "boxlitefs", version, about, after_help = EXAMPLES)]
@@ -54,7 +58,10 @@ struct CommandLine {
 #[derive(Subcommand)]
 enum Command {
     /// Mount a BoxLite home on a directory
-    #[command(allow_missing_positional = true, after_help = MOUNT_EXAMPLES)]
+    #[command(
+        override_usage = "boxlitefs mount [OPTIONS] [HOME] MOUNTPOINT",
+        after_help = MOUNT_EXAMPLES
+    )]
     Mount(MountArguments),
     /// Unmount what `boxlitefs mount` mounted
     #[command(after_help = UNMOUNT_EXAMPLES)]
@@ -82,10 +89,9 @@ struct MountArguments {
     /// Ignore options that are not known, as `mount -s` asks
     #[arg(long, hide = true)]
     sloppy: bool,
-    /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
-    home: Option<PathBuf>,
-    /// The directory to mount on
-    mountpoint: PathBuf,
+    /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite], and the directory to mount on
+    #[arg(required = true, num_args = 1..=2, value_names = ["HOME", "MOUNTPOINT"])]
+    places: Vec<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -100,14 +106,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn run_mount(arguments: MountArguments) -> Result<()> {
+fn run_mount(mut arguments: MountArguments) -> Result<()> {
     let options = Options::parse(&arguments.options, arguments.sloppy)?;
     if arguments.foreground {
-        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(LOGGED)).init();
     }
+    // One place is the mountpoint; two are the home and the mountpoint.
+    let mountpoint = arguments.places.pop().unwrap_or_default();
     mount::run(Mount {
-        home: home_or_default(arguments.home)?,
-        mountpoint: arguments.mountpoint,
+        home: home_or_default(arguments.places.pop())?,
+        mountpoint,
         options,
         foreground: arguments.foreground,
     })

@@ -84,7 +84,13 @@ fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> 
         phase.enter(Phase::Serving);
         announce();
     })
-    .map_err(explain)
+    .map_err(|error| {
+        if phase.is(Phase::Serving) {
+            error
+        } else {
+            explain(error)
+        }
+    })
 }
 
 /// The home as the mount table's source. Who is not root mounts through fusermount3, which takes
@@ -97,15 +103,18 @@ fn source_name(home: &OsStr, root: bool) -> String {
     name.replace('\\', "\\\\").replace(',', "\\,")
 }
 
-/// Says what to do about an errno of mount(2) that does not tell by itself.
+/// Says what to do when mount(2) itself is not permitted. Through fusermount3 there is no errno,
+/// only what it printed.
 fn explain(error: Error) -> Error {
-    if error.errno() != libc::EPERM {
+    let text = error.to_string();
+    if error.errno() != libc::EPERM && !text.contains("Operation not permitted") {
         return error;
     }
     Error::new(
         libc::EPERM,
         format!(
-            "{error}; mounting is not permitted here: in a container it needs the capability SYS_ADMIN and the device /dev/fuse"
+            "{}; mounting is not permitted here: a container needs the capability SYS_ADMIN and the device /dev/fuse for it",
+            text.trim_end()
         ),
     )
 }

@@ -48,8 +48,7 @@ fn topmost(table: &[u8], path: &Path) -> Option<Entry> {
     table
         .split(|&byte| byte == b'\n')
         .filter_map(entry)
-        .filter(|entry| entry.mountpoint == path)
-        .last()
+        .rfind(|entry| entry.mountpoint == path)
 }
 
 /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`: id, parent, device, root,

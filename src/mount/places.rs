@@ -179,11 +179,11 @@ fn check_device() -> Result<()> {
     })
 }
 
-/// Where fusermount3 is looked for when mounting: PATH, then /sbin and /bin.
+/// Where fusermount3 is looked for when mounting: PATH (mount(8) unsets it), then the usual places.
 fn has_fusermount() -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
-        .chain([PathBuf::from("/sbin"), PathBuf::from("/bin")])
+        .chain(["/sbin", "/bin", "/usr/bin"].map(PathBuf::from))
         .any(|directory| directory.join("fusermount3").is_file())
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
@@ -33,7 +33,8 @@ impl SharedPhase {
         self.0.store(phase as u8, Ordering::SeqCst);
     }
 
-    fn is(&self, phase: Phase) -> bool {
+    /// Whether the mount is in this phase now.
+    pub fn is(&self, phase: Phase) -> bool {
         self.0.load(Ordering::SeqCst) == phase as u8
     }
 }
@@ -63,7 +64,7 @@ pub(super) fn end_this_process() {
 }
 
 /// The first signal unmounts; a second one, when that did not end the process, ends it at once.
-fn obey(signals: &libc::sigset_t, mountpoint: &PathBuf, phase: &SharedPhase) {
+fn obey(signals: &libc::sigset_t, mountpoint: &Path, phase: &SharedPhase) {
     let signal = wait(signals);
     if phase.is(Phase::Opening) {
         exit(signal);

@@ -86,9 +86,8 @@ impl Arrival {
 
     /// The checks that need to know BoxLite's options, in the same write as the other verdicts.
     fn check_manifest(&mut self) -> Result<()> {
-        let Some(arrived) = self.incoming.arrived() else {
-            return Ok(());
-        };
+        // Says that the disk is ours from now on.
+        let arrived = self.incoming.finish()?;
         let manifest = &arrived.manifest;
         let options = match &manifest.options {
             Some(options) => options.clone(),
@@ -145,10 +144,7 @@ impl Arrival {
         let result = self.fill_holes();
         self.remember(result)?;
         if self.options.is_none() {
-            return Err(Error::bad_archive(format!(
-                "the archive is incomplete, it ends after {} bytes",
-                self.fed
-            )));
+            self.incoming.finish()?;
         }
         Ok(())
     }

@@ -59,24 +59,16 @@ impl Store {
     /// the transaction leaves a directory without a row, which is removed (BoxLite's own start
     /// removes it too). The row first would leave a box without a disk.
     fn make_clone(&self, source: &Source, new: &NewClone) -> Result<()> {
-        let draft = self.draft_for(source)?;
+        let draft = self.draft_clone(source)?;
         let mut prepared = self.prepare(source.box_id())?;
         refuse_taken_name(&prepared.change, &new.name)?;
-        let frozen = prepared.frozen(source, draft.as_ref())?;
+        let frozen = prepared.frozen(source, &draft)?;
         crash_point("clone.frozen");
         let dir = prepared.build(&frozen)?;
         crash_point("clone.built");
         let record = prepared.record.clone();
         let bases = prepared.bases_reached(&dir.join("disks/disk.qcow2"))?;
         self.install(&mut prepared.change, &dir, new, Some(&record), None, &bases)
-    }
-
-    /// A draft where the live disk is going to be frozen.
-    pub(super) fn draft_for(&self, source: &Source) -> Result<Option<Draft>> {
-        match source {
-            Source::Live { box_id } => self.draft_freeze(box_id).map(Some),
-            Source::Snapshot { .. } => Ok(None),
-        }
     }
 
     /// Moves a finished directory into `boxes/` and records the box.
@@ -164,9 +156,9 @@ impl Store {
         created_at: Option<i64>,
     ) -> Result<()> {
         refuse_bad_name(name)?;
-        let draft = self.draft_for(source)?;
+        let draft = self.draft_share(source)?;
         let mut prepared = self.prepare(source.box_id())?;
-        let frozen = prepared.frozen(source, draft.as_ref())?;
+        let frozen = prepared.frozen(source, &draft)?;
         prepared.record = prepared.change.box_by_id(box_id)?;
         prepared.refuse_taken(name)?;
         let bases = prepared.bases_reached(frozen.backing().0)?;
@@ -194,19 +186,23 @@ pub(super) fn refuse_taken_name(change: &Change<'_>, name: &str) -> Result<()> {
 
 impl Prepared<'_> {
     /// The source as something an overlay can start from.
-    pub(super) fn frozen(&mut self, source: &Source, draft: Option<&Draft>) -> Result<FrozenDisk> {
-        match (source, draft) {
-            (Source::Live { .. }, Some(draft)) => self.freeze(draft),
-            (Source::Live { .. }, None) => Err(Error::new(libc::EINVAL, "no draft was made")),
-            (Source::Snapshot { snapshot_id, .. }, _) => {
-                let snapshot = self
-                    .snapshots()?
-                    .into_iter()
-                    .find(|snapshot| snapshot.id == *snapshot_id)
-                    .ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))?;
-                let layer = self.store.snapshot_layer(&snapshot);
-                self.frozen_snapshot(&layer)
+    pub(super) fn frozen(&mut self, source: &Source, draft: &Draft) -> Result<FrozenDisk> {
+        let layer = match source {
+            Source::Live { box_id } => self.store.home.live_disk(box_id),
+            Source::Snapshot { snapshot_id, .. } => {
+                let snapshots = self.snapshots()?;
+                let snapshot = snapshots.iter().find(|row| row.id == *snapshot_id);
+                let snapshot =
+                    snapshot.ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))?;
+                self.store.snapshot_layer(snapshot)
             }
+        };
+        if let Some(flat) = self.frozen_flat(draft, &layer)? {
+            return Ok(flat);
+        }
+        match source {
+            Source::Live { .. } => self.freeze(draft),
+            Source::Snapshot { .. } => self.frozen_snapshot(&layer),
         }
     }
 

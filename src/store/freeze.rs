@@ -1,15 +1,24 @@
 //! Freezing the live disk: it becomes a base, and an empty overlay takes the writes.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::crash::crash_point;
 use super::durable;
 use super::prepare::{Prepared, now};
-use super::{Store, called};
-use crate::disk::{self, Format, Header, Layer};
+use super::{Source, Store, called};
+use crate::disk::{self, FileId, Flattened, Format, Header, Layer};
 use crate::home::{NewBase, base_id};
 use crate::{Context, Error, Result};
+
+/// Most backing files a live disk may have: with one more libkrun can't start the box.
+const MOST_BACKING: usize = 8;
+
+/// Bytes written at once.
+const PIECE: usize = 1024 * 1024;
 
 /// What the live disk was when it was frozen.
 #[derive(Clone, Debug)]
@@ -41,38 +50,129 @@ impl FrozenDisk {
     }
 }
 
-/// The overlay that will replace the live disk, made before the lock is taken.
+/// What a change needs that takes long to make: made before the lock is taken. What it assumed is
+/// looked at again under the lock.
 pub(super) struct Draft {
+    /// Where the frozen layer will be.
     base: PathBuf,
-    overlay: PathBuf,
+    /// The overlay that will replace the live disk, where that will be frozen.
+    overlay: Option<PathBuf>,
     virtual_size: u64,
+    /// The disk as one standalone image, where its chain is too long to be stacked upon.
+    flat: Option<Flat>,
+}
+
+/// A chain written out as one image, and the state of its top it was written from.
+struct Flat {
+    file: PathBuf,
+    id: FileId,
+    changed: SystemTime,
 }
 
 impl Store {
-    /// Makes the overlay for a freeze that may follow. Slow work, so without the lock; what it
-    /// assumed is looked at again under the lock.
+    /// For freezing the live disk of a box.
     pub(super) fn draft_freeze(&self, box_id: &str) -> Result<Draft> {
         self.refuse_read_only()?;
         let live = self.home.live_disk(box_id);
         let header = live_header(&live)?;
-        let base = self.home.base_disk(&base_id()?);
+        let mut draft = Draft {
+            base: self.home.base_disk(&base_id()?),
+            overlay: None,
+            virtual_size: header.virtual_size,
+            flat: None,
+        };
+        let holds_data = Layer::open(&live, Format::Qcow2)?.holds_data()?;
+        if holds_data && disk::chain_paths(&live)?.len() > MOST_BACKING {
+            self.refuse_active_box(box_id)?;
+            draft.flat = Some(self.flatten(&live)?);
+        }
         let overlay = self.fresh_path("overlay")?;
-        disk::create_overlay(&overlay, &base, Format::Qcow2, header.virtual_size)?;
+        disk::create_overlay(&overlay, &draft.base, Format::Qcow2, header.virtual_size)?;
+        draft.overlay = Some(overlay.clone());
         self.home.give_to_owner(&overlay)?;
         // Most of what is dirty is written back here, so that the flush under the lock is short.
         durable::sync_file(&live)?;
+        Ok(draft)
+    }
+
+    /// For a new box that starts from a disk state. One whose chain is too long is written out as
+    /// one image instead, and the source left alone.
+    pub(super) fn draft_clone(&self, source: &Source) -> Result<Draft> {
+        self.refuse_read_only()?;
+        let top = self.top_of(source)?;
+        let header = live_header(&top)?;
+        let holds_data = Layer::open(&top, Format::Qcow2)?.holds_data()?;
+        let below = disk::chain_paths(&top)?.len() - usize::from(!holds_data);
+        if below <= MOST_BACKING {
+            return self.draft_share(source);
+        }
+        self.refuse_active_box(source.box_id())?;
         Ok(Draft {
-            base,
-            overlay,
+            base: self.home.base_disk(&base_id()?),
+            overlay: None,
             virtual_size: header.virtual_size,
+            flat: Some(self.flatten(&top)?),
         })
+    }
+
+    /// For a snapshot that shares the layer of a disk state, however long its chain.
+    pub(super) fn draft_share(&self, source: &Source) -> Result<Draft> {
+        match source {
+            Source::Live { box_id } => self.draft_freeze(box_id),
+            Source::Snapshot { .. } => Ok(Draft {
+                base: self.home.base_disk(&base_id()?),
+                overlay: None,
+                virtual_size: 0,
+                flat: None,
+            }),
+        }
+    }
+
+    fn refuse_active_box(&self, box_id: &str) -> Result<()> {
+        match self.home.catalog()?.box_by_id(box_id) {
+            Some(record) => self.refuse_active(record),
+            None => Err(Error::new(libc::ENOENT, "the box is gone")),
+        }
+    }
+
+    /// Writes the chain out as one standalone image in the workspace.
+    fn flatten(&self, top: &Path) -> Result<Flat> {
+        let chain = Arc::new(self.open_chain(top)?);
+        let changed = chain.changed_at();
+        let id = FileId::at(top)?;
+        let flattened = Flattened::plan(chain.clone())?;
+        let file = self.fresh_path("flat")?;
+        let flat = Flat { file, id, changed };
+        let sentence = || format!("cannot write {}", flat.file.display());
+        let mut out = File::create_new(&flat.file).context(sentence)?;
+        let mut buffer = vec![0; PIECE];
+        let mut offset = 0;
+        while offset < flattened.len() {
+            let length = PIECE.min(usize::try_from(flattened.len() - offset).unwrap_or(PIECE));
+            flattened.read_at(offset, &mut buffer[..length])?;
+            out.write_all(&buffer[..length]).context(sentence)?;
+            offset += length as u64;
+        }
+        chain.unchanged()?;
+        self.home.give_to_owner(&flat.file)?;
+        durable::copy_times(top, &flat.file)?;
+        out.sync_all().context(sentence)?;
+        Ok(flat)
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        // Renamed into place, or not needed: then it goes with the workspace at the latest.
-        let _ = fs::remove_file(&self.overlay);
+        // Moved into place, or not needed.
+        if let Some(overlay) = &self.overlay {
+            let _ = fs::remove_file(overlay);
+        }
+    }
+}
+
+impl Drop for Flat {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.file);
     }
 }
 
@@ -110,20 +210,28 @@ impl Prepared<'_> {
                 top: live,
             });
         }
-        if virtual_size != draft.virtual_size {
-            return Err(Error::busy(format!(
-                "the disk of box {} was replaced just now; try again",
-                called(&self.record)
-            )));
+        let overlay = match &draft.overlay {
+            Some(overlay) if draft.virtual_size == virtual_size => overlay,
+            _ => return Err(self.replaced_just_now()),
+        };
+        durable::copy_times(&live, overlay)?;
+        durable::sync_file(overlay)?;
+        if draft.flat.is_some() {
+            let box_id = self.record.id.clone();
+            self.install_flat(draft, &live, Some(&box_id))?;
+        } else {
+            durable::sync_file(&live)?;
+            durable::link(&live, &draft.base)?;
+            crash_point("freeze.linked");
+            self.record_frozen(
+                &draft.base,
+                &live,
+                virtual_size,
+                Some(&self.record.id.clone()),
+            )?;
+            crash_point("freeze.recorded");
         }
-        durable::copy_times(&live, &draft.overlay)?;
-        durable::sync_file(&draft.overlay)?;
-        durable::sync_file(&live)?;
-        durable::link(&live, &draft.base)?;
-        crash_point("freeze.linked");
-        self.record_frozen(&draft.base, &live, virtual_size)?;
-        crash_point("freeze.recorded");
-        durable::rename(&draft.overlay, &live)?;
+        durable::rename(overlay, &live)?;
         crash_point("freeze.replaced");
         Ok(FrozenDisk {
             layer: Frozen::Base {
@@ -132,6 +240,46 @@ impl Prepared<'_> {
             virtual_size,
             top: live,
         })
+    }
+
+    fn replaced_just_now(&self) -> Error {
+        Error::busy(format!(
+            "the disk of box {} was changed just now; try again",
+            called(&self.record)
+        ))
+    }
+
+    /// Puts a chain that was written out into `bases/`. The row comes first: with a row of ours and
+    /// no file, or a file that nothing reads from, recovery knows what to free.
+    fn install_flat(&mut self, draft: &Draft, top: &Path, reader: Option<&str>) -> Result<()> {
+        let Some(flat) = &draft.flat else {
+            return Ok(());
+        };
+        let sentence = || format!("cannot look at {}", top.display());
+        let meta = fs::symlink_metadata(top).context(sentence)?;
+        if FileId::of(&meta) != flat.id || meta.modified().context(sentence)? != flat.changed {
+            return Err(self.replaced_just_now());
+        }
+        self.record_frozen(&draft.base, &flat.file, draft.virtual_size, reader)?;
+        crash_point("flat.recorded");
+        durable::rename(&flat.file, &draft.base)?;
+        crash_point("flat.installed");
+        Ok(())
+    }
+
+    /// A disk state whose chain was too long, as the one image it was written out as.
+    pub(super) fn frozen_flat(&mut self, draft: &Draft, top: &Path) -> Result<Option<FrozenDisk>> {
+        if draft.flat.is_none() || draft.overlay.is_some() {
+            return Ok(None);
+        }
+        self.install_flat(draft, top, None)?;
+        Ok(Some(FrozenDisk {
+            layer: Frozen::Base {
+                path: draft.base.clone(),
+            },
+            virtual_size: draft.virtual_size,
+            top: top.to_path_buf(),
+        }))
     }
 
     /// A snapshot's layer as something to start from: a base, adopted if it is not one yet, or
@@ -180,13 +328,20 @@ impl Prepared<'_> {
         }))
     }
 
-    fn record_frozen(&mut self, base: &Path, live: &Path, virtual_size: u64) -> Result<()> {
+    /// The row of a base that is about to be there, with the contents of `file`.
+    fn record_frozen(
+        &mut self,
+        base: &Path,
+        file: &Path,
+        virtual_size: u64,
+        reader: Option<&str>,
+    ) -> Result<()> {
         let id = base
             .file_stem()
             .and_then(|stem| stem.to_str())
             .unwrap_or_default()
             .to_owned();
-        let meta = fs::metadata(live).context(|| format!("cannot look at {}", live.display()))?;
+        let meta = fs::metadata(file).context(|| format!("cannot look at {}", file.display()))?;
         let row = NewBase {
             id: id.clone(),
             path: base.display().to_string(),
@@ -194,10 +349,12 @@ impl Prepared<'_> {
             file_size: meta.len(),
             created_at: now(),
         };
-        let box_id = self.record.id.clone();
         self.change.transaction(|rows| {
             rows.insert_base(&row)?;
-            rows.insert_ref(&id, &box_id)
+            match reader {
+                Some(box_id) => rows.insert_ref(&id, box_id),
+                None => Ok(()),
+            }
         })
     }
 }

@@ -14,6 +14,7 @@ mod node;
 mod staged_file;
 mod staging;
 mod view;
+mod xattr;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;

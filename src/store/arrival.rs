@@ -20,6 +20,8 @@ const PIECE: usize = 1024 * 1024;
 pub struct Arrival {
     incoming: Incoming,
     disk: PathBuf,
+    /// The disk is complete: no longer removed by `incoming`, but by us unless it was moved away.
+    disk_is_ours: bool,
     /// Bytes from the start that the decoder has seen.
     fed: u64,
     spool: Option<Spool>,
@@ -41,6 +43,7 @@ impl Store {
             incoming: Incoming::begin(&disk)?,
             spool: None,
             disk,
+            disk_is_ours: false,
             fed: 0,
             length: 0,
             options: None,
@@ -86,8 +89,8 @@ impl Arrival {
 
     /// The checks that need to know BoxLite's options, in the same write as the other verdicts.
     fn check_manifest(&mut self) -> Result<()> {
-        // Says that the disk is ours from now on.
         let arrived = self.incoming.finish()?;
+        self.disk_is_ours = true;
         let manifest = &arrived.manifest;
         let options = match &manifest.options {
             Some(options) => options.clone(),
@@ -213,8 +216,10 @@ impl Arrival {
 
 impl Drop for Arrival {
     fn drop(&mut self) {
-        // Moved away when it became a box's; otherwise nothing of it stays.
-        let _ = fs::remove_file(&self.disk);
+        if self.disk_is_ours {
+            // Not there when it became a box's.
+            let _ = fs::remove_file(&self.disk);
+        }
     }
 }
 

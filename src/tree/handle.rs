@@ -532,8 +532,9 @@ impl Tree {
             // Its name is still to come, or its box.
             return;
         }
-        if state.refused.is_none() && !matches!(state.content, Content::Nothing) {
-            let error = Error::bad_archive("the archive is incomplete");
+        if state.refused.is_none()
+            && let Err(error) = is_complete(&mut state)
+        {
             self.note_refusal(&mut state, &error);
         }
         state.content = Content::Nothing;

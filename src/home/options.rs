@@ -283,7 +283,8 @@ pub fn normalize_imported(mut options: Value, version: Option<u64>) -> Value {
     options["auto_remove"] = json!(false);
     options["auto_delete"] = Value::Null;
     if version.is_some_and(|version| version < PUBLISHED_PORTS)
-        && let Some(ports) = options["ports"].as_array_mut()
+        // Not by index, which would put a null in: BoxLite can't read that, nor then any box.
+        && let Some(ports) = options.get_mut("ports").and_then(Value::as_array_mut)
     {
         for port in ports.iter_mut().filter(|port| port.is_object()) {
             if port["host_port"].is_null() {

@@ -1,0 +1,49 @@
+# make help says what there is.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+# mount(8) looks for mount.boxlite nowhere else. Cargo builds it as mount-boxlite: it allows no dot.
+SBINDIR ?= /sbin
+
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+VENV := $(abspath target/venv)
+
+.PHONY: help setup build test demo install clean fmt
+
+help:
+	@echo 'make build                 boxlitefs and mount-boxlite, in $(TARGET)/release'
+	@echo 'make test                  formatting, lints and all tests'
+	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
+	@echo 'make install [PREFIX=$(PREFIX)] [SBINDIR=$(SBINDIR)] [DESTDIR=]'
+	@echo 'make setup                 what the tests need: programs (apt-get) and BoxLite (pip)'
+	@echo 'make fmt, make clean'
+
+setup:
+	@tests/setup.sh $(VENV)
+
+build:
+	cargo build --release --workspace
+
+test: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --features crash-points -- -D warnings
+	cargo build --workspace --features crash-points
+	BOXLITE_PYTHON=$(VENV)/bin/python cargo test --workspace --features crash-points
+
+demo:
+	@tests/setup.sh $(VENV) --boxlite-optional
+	@$(MAKE) --no-print-directory build
+	@PATH="$(TARGET)/release:$$PATH" BOXLITE_PYTHON=$(VENV)/bin/python KEEP=$(KEEP) tests/demo.sh
+
+# Does not build, so that `sudo make install` runs no compiler as root.
+install:
+	@test -x $(TARGET)/release/boxlitefs || { echo 'run `make build` first' >&2; exit 1; }
+	install -D -m 0755 $(TARGET)/release/boxlitefs $(DESTDIR)$(PREFIX)/bin/boxlitefs
+	install -D -m 0755 $(TARGET)/release/mount-boxlite $(DESTDIR)$(SBINDIR)/mount.boxlite
+
+fmt:
+	cargo fmt --all
+
+clean:
+	cargo clean
+	rm -rf target

@@ -1,0 +1,654 @@
+//! What the tests that mount share: a throwaway home made by BoxLite itself, a mount of it that
+//! never outlives its test, and the judges (BoxLite's wheel, qemu-img, tar) that say what is right.
+//!
+//! ```ignore
+//! let home = TestHome::new();                      // BoxLite imported an ext4 disk as the box "web"
+//! let mount = home.mount();                        // `boxlitefs mount -f`, gone with the guard
+//! std::fs::create_dir(mount.at("web/snapshots/a")).unwrap();
+//! home.wheel(&["snapshot-restore", "web", "a"]);   // BoxLite does something, beside us
+//! home.guest_write("web", 0x10000, b"changed");    // what a guest would do to a stopped box's disk
+//! assert_eq!(digest(&home.snapshot_disk("web", "a")), before);
+//! home.assert_whole();                             // images, rows and leftovers are as they must be
+//! ```
+//!
+//! Everything here is required: a wheel, a `qemu-img` or a FUSE device that is missing fails the
+//! test and says what to install. The python with the wheel is `$BOXLITE_PYTHON`, else
+//! `target/venv/bin/python`.
+
+// Every test file uses a part of it.
+#![allow(dead_code)]
+
+use std::ffi::OsStr;
+use std::fmt::Debug;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Bytes of the guest disk that [`TestHome::new`] makes.
+pub const DISK_SIZE: &str = "8M";
+
+/// Where the tests write as a guest would: past what mke2fs put into the first half of the disk.
+pub const FREE_AREA: u64 = 5 << 20;
+
+/// How long BoxLite's changes may take to show, and a mount to serve. The machine may be busy with
+/// other tests; a promise that is a time is asserted by its own test.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+// ---- the home ---------------------------------------------------------------------------------
+
+/// A BoxLite home in a directory of its own, with the box `web` in it. Made by BoxLite.
+pub struct TestHome {
+    place: TempDir,
+    root: PathBuf,
+}
+
+impl TestHome {
+    /// A home in which BoxLite has imported an ext4 disk as the box `web`.
+    pub fn new() -> TestHome {
+        let home = TestHome::empty();
+        home.wheel(&["import", text(&archive()), "web"]);
+        home
+    }
+
+    /// A home that BoxLite made and that has no box.
+    pub fn empty() -> TestHome {
+        let place = tempfile::tempdir().expect("a temporary directory");
+        // The rows name canonical paths.
+        let place_path = place.path().canonicalize().expect("its canonical path");
+        let root = place_path.join("home");
+        fs::create_dir(&root).expect("the home's directory");
+        fs::create_dir(place_path.join("mnt")).expect("the mountpoint");
+        let home = TestHome { place, root };
+        home.wheel(&["list"]);
+        home
+    }
+
+    /// A copy of a home, as `cp -a` makes it: its rows still name the original's directories.
+    pub fn copy_of(original: &TestHome) -> TestHome {
+        let place = tempfile::tempdir().expect("a temporary directory");
+        let place_path = place.path().canonicalize().expect("its canonical path");
+        let root = place_path.join("home");
+        fs::create_dir(place_path.join("mnt")).expect("the mountpoint");
+        succeed(&["cp", "-a", text(original.root()), text(&root)]);
+        TestHome { place, root }
+    }
+
+    /// Puts the home's files aside; [`TestHome::put_back`] makes them those of this moment again.
+    pub fn put_aside(&self, name: &str) {
+        succeed(&["cp", "-a", text(&self.root), text(&self.beside(name))]);
+    }
+
+    /// Makes the home what it was when it was put aside under this name.
+    pub fn put_back(&self, name: &str) {
+        fs::remove_dir_all(&self.root).expect("the home goes");
+        succeed(&["cp", "-a", text(&self.beside(name)), text(&self.root)]);
+    }
+
+    /// A digest of every file of the home but what SQLite and BoxLite write when they only look.
+    pub fn fingerprint(&self) -> String {
+        let script = "cd \"$1\" && find . -type f ! -path './logs/*' ! -name '*-shm' \
+             -exec sha256sum {} + | sort -k2";
+        succeed(&["sh", "-c", script, "sh", text(&self.root)])
+    }
+
+    /// The home's directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// A path beside the home, for what a test puts aside.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.place.path().join(name)
+    }
+
+    /// Has BoxLite do something (`tests/wheel.py`) and returns what it printed.
+    ///
+    /// Judged by what it prints, not by its exit status: the wheel aborts now and then at exit,
+    /// after its work is done.
+    pub fn wheel(&self, command: &[&str]) -> Value {
+        match self.try_wheel(command) {
+            Ok(value) => value,
+            Err(refusal) => panic!("BoxLite: {command:?}: {refusal}"),
+        }
+    }
+
+    /// As [`TestHome::wheel`], for what BoxLite may refuse: the error is its sentence.
+    pub fn try_wheel(&self, command: &[&str]) -> Result<Value, String> {
+        let output = spawn_piped(&mut self.wheel_command(command))
+            .wait_with_output()
+            .expect("its output");
+        let answer = answers(&output).pop().unwrap_or_else(|| {
+            panic!(
+                "BoxLite said nothing to {command:?}: {output:?}; is the wheel in {}?",
+                python().display()
+            )
+        });
+        match answer.get("error") {
+            Some(error) => Err(error.to_string()),
+            None => Ok(answer),
+        }
+    }
+
+    /// Has BoxLite do several things in one process; fails the test if it refuses one.
+    pub fn wheel_batch(&self, commands: &[&[&str]]) -> Vec<Value> {
+        let answers = self.try_wheel_batch(commands);
+        for (command, answer) in commands.iter().zip(&answers) {
+            assert!(
+                answer.get("error").is_none(),
+                "BoxLite: {command:?}: {answer}"
+            );
+        }
+        answers
+    }
+
+    /// As [`TestHome::wheel_batch`]; what was refused has an `error`.
+    pub fn try_wheel_batch(&self, commands: &[&[&str]]) -> Vec<Value> {
+        let mut lines = String::new();
+        for command in commands {
+            lines += &serde_json::to_string(command).expect("JSON");
+            lines.push('\n');
+        }
+        let mut wheel = self.wheel_command(&["batch"]);
+        let mut child = spawn_piped(&mut wheel);
+        let mut input = child.stdin.take().expect("its input");
+        input.write_all(lines.as_bytes()).expect("the commands");
+        drop(input);
+        let output = child.wait_with_output().expect("its output");
+        let answers = answers(&output);
+        assert_eq!(
+            answers.len(),
+            commands.len(),
+            "BoxLite: {commands:?}: {output:?}"
+        );
+        answers
+    }
+
+    fn wheel_command(&self, command: &[&str]) -> Command {
+        let mut wheel = Command::new(python());
+        wheel
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py"))
+            .arg(&self.root)
+            .args(command);
+        wheel
+    }
+
+    /// A BoxLite runtime that holds the home until the value is dropped.
+    pub fn hold(&self) -> Holder {
+        let mut child = spawn_piped(&mut self.wheel_command(&["hold", "300"]));
+        let out = child.stdout.take().expect("its output");
+        let mut line = String::new();
+        BufReader::new(out).read_line(&mut line).expect("a line");
+        assert!(line.contains("held"), "the runtime did not start: {line}");
+        Holder { child }
+    }
+
+    /// Mounts the home; the mount ends with the value.
+    pub fn mount(&self) -> Mounted {
+        self.mount_with(&[], &[])
+    }
+
+    /// Mounts the home read-only.
+    pub fn mount_read_only(&self) -> Mounted {
+        self.mount_with(&["-o", "ro"], &[])
+    }
+
+    /// Mounts the home in a process that kills itself at a named crash point.
+    pub fn mount_crashing_at(&self, point: &str) -> Mounted {
+        self.mount_with(&[], &[("BOXLITEFS_CRASH_AT", point)])
+    }
+
+    /// Mounts the home with more arguments and environment. One mount at a time.
+    pub fn mount_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Mounted {
+        Mounted::start(
+            &self.root,
+            &self.place.path().join("mnt").canonicalize().expect("mnt"),
+            arguments,
+            environment,
+        )
+    }
+
+    /// The id of a box by its name.
+    pub fn id(&self, name: &str) -> String {
+        self.database()
+            .query_row("SELECT id FROM box_config WHERE name = ?1", [name], |row| {
+                row.get(0)
+            })
+            .unwrap_or_else(|e| panic!("box {name}: {e}"))
+    }
+
+    /// `boxes/ID` of a box.
+    pub fn box_dir(&self, name: &str) -> PathBuf {
+        self.root.join("boxes").join(self.id(name))
+    }
+
+    /// The live disk of a box.
+    pub fn live_disk(&self, name: &str) -> PathBuf {
+        self.box_dir(name).join("disks/disk.qcow2")
+    }
+
+    /// The layer of a snapshot.
+    pub fn snapshot_disk(&self, name: &str, snapshot: &str) -> PathBuf {
+        self.box_dir(name)
+            .join("snapshots")
+            .join(snapshot)
+            .join("disk.qcow2")
+    }
+
+    /// The database, opened by SQLite, to look at rows and to make ones that BoxLite would not.
+    pub fn database(&self) -> rusqlite::Connection {
+        let database = rusqlite::Connection::open(self.root.join("db/boxlite.db")).expect("rows");
+        database
+            .busy_timeout(Duration::from_secs(10))
+            .expect("a timeout");
+        database
+    }
+
+    /// Writes to the disk of a stopped box as its guest would, through qemu-io.
+    pub fn guest_write(&self, name: &str, offset: u64, bytes: &[u8]) {
+        guest_write(&self.live_disk(name), offset, bytes);
+    }
+
+    /// `boxlitefs check`: its exit status and what it printed.
+    pub fn check(&self) -> (i32, String) {
+        let output = Command::new(binary())
+            .arg("check")
+            .arg(&self.root)
+            .output()
+            .expect("boxlitefs");
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.code().unwrap_or(-1),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    }
+
+    /// Every qcow2 file below `boxes/` and `bases/`.
+    pub fn images(&self) -> Vec<PathBuf> {
+        let mut images = Vec::new();
+        for directory in ["boxes", "bases"] {
+            images_below(&self.root.join(directory), &mut images);
+        }
+        images
+    }
+
+    /// Fails unless `qemu-img check` finds nothing in any image and `boxlitefs check` nothing in
+    /// the home.
+    pub fn assert_whole(&self) {
+        self.assert_images_clean();
+        let (status, said) = self.check();
+        assert_eq!(status, 0, "boxlitefs check: {said}");
+    }
+
+    /// Fails unless `qemu-img check` finds no error and no leak in any image of the home.
+    pub fn assert_images_clean(&self) {
+        for image in self.images() {
+            let check = run(&["qemu-img", "check", "-U", "-q", text(&image)]);
+            assert!(check.status.success(), "{}: {check:?}", image.display());
+        }
+    }
+}
+
+fn spawn_piped(command: &mut Command) -> Child {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| {
+            panic!("cannot run {}: {e}; set BOXLITE_PYTHON to a python with the wheel, or make target/venv", python().display())
+        })
+}
+
+/// The lines of JSON that the wheel printed.
+fn answers(output: &Output) -> Vec<Value> {
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect()
+}
+
+fn images_below(directory: &Path, images: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            images_below(&path, images);
+        } else if path.extension() == Some(OsStr::new("qcow2")) {
+            images.push(path);
+        }
+    }
+}
+
+/// A runtime that holds a home.
+pub struct Holder {
+    child: Child,
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // The end of its input tells it to go; a wheel that aborts meanwhile is gone as well.
+        drop(self.child.stdin.take());
+        end(&mut self.child);
+    }
+}
+
+/// The archive that homes are made from: an ext4 disk with a file in it. Made once a process.
+pub fn archive() -> PathBuf {
+    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
+    ARCHIVE
+        .get_or_init(|| make_archive("web.boxlite", &[]))
+        .clone()
+}
+
+/// Makes an archive of a new ext4 disk with more arguments for the wheel; returns its path.
+pub fn make_archive(file_name: &str, arguments: &[&str]) -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let place = tempfile::tempdir_in(directory).expect("a temporary directory");
+    let made = place.path().join(file_name);
+    let unused_home = TestHome {
+        root: place.path().join("home"),
+        place,
+    };
+    let mut command = vec!["make-archive", text(&made), "web", "--size", DISK_SIZE];
+    command.extend(arguments);
+    unused_home.wheel(&command);
+    let target = directory.join(file_name);
+    fs::rename(&made, &target).expect("the archive");
+    target
+}
+
+// ---- the mount --------------------------------------------------------------------------------
+
+/// A mount served by a child process. Dropping it unmounts and ends the process, whatever happened.
+pub struct Mounted {
+    child: Child,
+    mountpoint: PathBuf,
+}
+
+impl Mounted {
+    fn start(home: &Path, mountpoint: &Path, arguments: &[&str], env: &[(&str, &str)]) -> Mounted {
+        let child = Command::new(binary())
+            .args(["mount", "-f"])
+            .args(arguments)
+            .args([home, mountpoint])
+            // What goes wrong is in the mount's log; the terminal is the tests'.
+            .env("RUST_LOG", "error")
+            .envs(env.iter().copied())
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("boxlitefs");
+        let mut mounted = Mounted {
+            child,
+            mountpoint: mountpoint.to_owned(),
+        };
+        mounted.wait_until_it_serves();
+        mounted
+    }
+
+    fn wait_until_it_serves(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        // Looked up only once it is mounted; then the process answers.
+        while !is_mounted(&self.mountpoint) || fs::metadata(self.at(".boxlite/log")).is_err() {
+            if let Some(status) = self.child.try_wait().expect("its status") {
+                panic!("boxlitefs mount ended: {status}");
+            }
+            assert!(Instant::now() < deadline, "boxlitefs does not serve");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Where it is mounted.
+    pub fn root(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// A path in the mount.
+    pub fn at(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.mountpoint.join(path)
+    }
+
+    /// The log that a user reads in the mount.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.at(".boxlite/log")).expect("the log")
+    }
+
+    /// The names in a directory of the mount, sorted.
+    pub fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
+        names_in(&self.at(path))
+    }
+
+    /// `mkdir box/snapshots/name`.
+    pub fn snapshot(&self, name: &str, snapshot: &str) -> io::Result<()> {
+        fs::create_dir(self.at(name).join("snapshots").join(snapshot))
+    }
+
+    /// `rmdir box/snapshots/name`.
+    pub fn remove_snapshot(&self, name: &str, snapshot: &str) -> io::Result<()> {
+        fs::remove_dir(self.at(name).join("snapshots").join(snapshot))
+    }
+
+    /// `cp -r from to`, both in the mount; fails the test if cp does.
+    pub fn copy(&self, from: &str, to: &str) {
+        let (from, to) = (self.at(from), self.at(to));
+        succeed(&["cp", "-r", text(&from), text(&to)]);
+    }
+
+    /// The guest's bytes in an export of the mount, such as `web/export.boxlite`.
+    pub fn export_digest(&self, path: &str) -> String {
+        archive_digest(&self.at(path))
+    }
+
+    /// Unmounts in the ordinary way and fails unless the process then ends well.
+    pub fn unmount(mut self) {
+        succeed(&[binary(), "unmount", text(&self.mountpoint)]);
+        let ended = wait(&mut self.child, PATIENCE).expect("boxlitefs ends after unmount");
+        assert!(ended.success(), "{ended}");
+    }
+
+    /// Whether the process was killed (by a crash point), waited for.
+    pub fn has_crashed(&mut self) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        wait(&mut self.child, Duration::from_secs(5))
+            .is_some_and(|status| status.signal() == Some(libc::SIGKILL))
+    }
+
+    /// Whether the process still serves.
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let mountpoint = self.mountpoint.clone();
+        for way in [
+            &["fusermount3", "-u", "-q", "--"][..],
+            &["fusermount3", "-u", "-z", "-q", "--"],
+            &["umount", "-l"],
+        ] {
+            if !is_mounted(&mountpoint) {
+                break;
+            }
+            let _ = Command::new(way[0])
+                .args(&way[1..])
+                .arg(&mountpoint)
+                .stderr(Stdio::null())
+                .status();
+        }
+        end(&mut self.child);
+    }
+}
+
+/// Whether a FUSE file system is mounted there.
+pub fn is_mounted(mountpoint: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").expect("the mount table");
+    table
+        .lines()
+        .filter(|line| line.contains(" - fuse"))
+        .any(|line| line.split(' ').nth(4) == mountpoint.to_str())
+}
+
+/// Waits for a process to end by itself, then makes it.
+fn end(child: &mut Child) {
+    if wait(child, Duration::from_secs(5)).is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+fn wait(child: &mut Child, limit: Duration) -> Option<std::process::ExitStatus> {
+    let deadline = Instant::now() + limit;
+    while Instant::now() < deadline {
+        if let Ok(Some(status)) = child.try_wait() {
+            return Some(status);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    None
+}
+
+// ---- the judges -------------------------------------------------------------------------------
+
+/// The program under test.
+pub fn binary() -> &'static str {
+    env!("CARGO_BIN_EXE_boxlitefs")
+}
+
+/// The python that has the wheel.
+fn python() -> PathBuf {
+    std::env::var_os("BOXLITE_PYTHON").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python"),
+        PathBuf::from,
+    )
+}
+
+/// Runs a program and returns how it ended and what it said.
+pub fn run(command: &[&str]) -> Output {
+    Command::new(command[0])
+        .args(&command[1..])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|e| panic!("cannot run {}: {e}; install it", command[0]))
+}
+
+/// Runs a program that must succeed; returns what it printed.
+pub fn succeed(command: &[&str]) -> String {
+    let output = run(command);
+    assert!(
+        output.status.success(),
+        "{command:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a program that must fail; returns what it complained of.
+pub fn fail(command: &[&str]) -> String {
+    let output = run(command);
+    assert!(!output.status.success(), "{command:?} succeeded");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// The errno a call failed with.
+pub fn errno<T: Debug>(result: io::Result<T>) -> i32 {
+    result
+        .expect_err("an error")
+        .raw_os_error()
+        .expect("an errno")
+}
+
+/// Waits until something is so.
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A path as text; the tests' paths are.
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}
+
+/// The names in a directory, sorted.
+pub fn names_in(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(directory)
+        .unwrap_or_else(|e| panic!("{}: {e}", directory.display()))
+        .map(|entry| entry.expect("an entry").file_name())
+        .map(|name| name.into_string().expect("a name in UTF-8"))
+        .collect();
+    names.sort();
+    names
+}
+
+/// Writes to an image as a guest would, through qemu-io.
+pub fn guest_write(disk: &Path, offset: u64, bytes: &[u8]) {
+    let source = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs::write(source.path(), bytes).expect("the pattern");
+    let write = format!(
+        "write -q -s {} {offset} {}",
+        source.path().display(),
+        bytes.len()
+    );
+    // qemu-io tells of a failed write on its output and exits well.
+    let said = succeed(&["qemu-io", "-f", "qcow2", "-c", &write, text(disk)]);
+    assert_eq!(said, "", "{write}");
+}
+
+/// SHA-256 of the bytes that the guest sees of a qcow2 image and its chain, read by qemu-img.
+pub fn digest(image: &Path) -> String {
+    let raw = tempfile::NamedTempFile::new().expect("a temporary file");
+    succeed(&[
+        "qemu-img",
+        "convert",
+        "-U",
+        "-f",
+        "qcow2",
+        "-O",
+        "raw",
+        text(image),
+        text(raw.path()),
+    ]);
+    let sum = succeed(&["sha256sum", "--", text(raw.path())]);
+    sum.split(' ').next().expect("a digest").to_owned()
+}
+
+/// [`digest`] of the disk in an archive, compressed or not, unpacked by tar.
+pub fn archive_digest(archive: &Path) -> String {
+    let place = tempfile::tempdir().expect("a temporary directory");
+    succeed(&[
+        "tar",
+        "-C",
+        text(place.path()),
+        "-xf",
+        text(archive),
+        "disk.qcow2",
+    ]);
+    digest(&place.path().join("disk.qcow2"))
+}
+
+/// The file names of an image's chain, top first, as qemu-img resolves it.
+pub fn chain(image: &Path) -> Vec<PathBuf> {
+    let said = succeed(&[
+        "qemu-img",
+        "info",
+        "-U",
+        "--backing-chain",
+        "--output=json",
+        text(image),
+    ]);
+    let layers: Value = serde_json::from_str(&said).expect("JSON");
+    layers
+        .as_array()
+        .expect("layers")
+        .iter()
+        .map(|layer| PathBuf::from(layer["filename"].as_str().expect("a file name")))
+        .collect()
+}

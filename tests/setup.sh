@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# What the tests and the demo need: programs, and BoxLite in a Python environment of its own.
+#
+#     setup.sh VENV [--boxlite-optional]
+#
+# Installs only what is missing; says what could not be had, and fails.
+set -euo pipefail
+
+venv=$1
+optional=${2:-}
+boxlite=boxlite==0.10.8
+
+# Programs, each with the Debian package that has it. setup does not touch what is there: another
+# qemu-utils than the machine's would remove its qemu-system-common.
+programs='
+cp coreutils
+fusermount3 fuse3
+mke2fs e2fsprogs
+qemu-img qemu-utils
+zstd zstd
+rsync rsync
+strace strace
+busybox busybox
+sqlite3 sqlite3
+getfattr attr
+gio libglib2.0-bin
+getfacl acl
+python3 python3-venv
+'
+# Users' PATH often lacks what mke2fs is in.
+export PATH=$PATH:/usr/sbin:/sbin
+
+missing() {
+    local program package
+    while read -r program package; do
+        if [ -n "$program" ] && ! command -v "$program" >/dev/null; then
+            echo "$package"
+        fi
+    done <<<"$programs"
+    # Debian ships python3 without the part that venv needs.
+    if command -v python3 >/dev/null && ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+        echo python3-venv
+    fi
+}
+
+install_programs() {
+    local packages=$* root=
+    if ! command -v apt-get >/dev/null; then
+        echo "setup: install what these Debian packages have: $packages" >&2
+        return 1
+    fi
+    [ "$(id -u)" = 0 ] || root=sudo
+    echo "setup: installing $packages"
+    $root apt-get update -q
+    # shellcheck disable=SC2086 # one word a package
+    $root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -q -y --no-install-recommends $packages
+}
+
+have_boxlite() {
+    "$venv/bin/python" - "$boxlite" 2>/dev/null <<'PYTHON'
+import importlib.metadata, sys
+name, version = sys.argv[1].split("==")
+sys.exit(importlib.metadata.version(name) != version)
+PYTHON
+}
+
+install_boxlite() {
+    echo "setup: installing $boxlite into $venv"
+    python3 -m venv --clear "$venv" && "$venv/bin/python" -m pip install --quiet "$boxlite"
+}
+
+lacking=$(missing | sort -u | tr '\n' ' ')
+if [ -n "$lacking" ]; then
+    # shellcheck disable=SC2086 # one word a package
+    install_programs $lacking || true
+    lacking=$(missing | sort -u | tr '\n' ' ')
+    if [ -n "$lacking" ]; then
+        echo "setup: could not install: $lacking" >&2
+        exit 1
+    fi
+fi
+if ! have_boxlite && ! { install_boxlite && have_boxlite; }; then
+    echo "setup: could not install $boxlite with pip" >&2
+    [ "$optional" = --boxlite-optional ] || exit 1
+fi

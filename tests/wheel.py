@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""BoxLite itself, on the command line: a judge for tests and the demo.
+
+    wheel.py HOME COMMAND ARGUMENT...
+
+Each command prints one line of JSON: what BoxLite answered, or {"error": "..."} with exit status 1.
+`batch` reads commands from standard input, a JSON array of strings a line, and runs them all in one
+runtime; it prints a line for each and goes on after an error.
+
+A runtime holds HOME/.lock for as long as this process lives.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+
+def make_archive(arguments):
+    """Makes the archive of a box from a directory tree; needs no BoxLite."""
+    with tempfile.TemporaryDirectory() as place:
+        raw, disk = os.path.join(place, "raw"), os.path.join(place, "disk.qcow2")
+        tree = arguments.tree
+        if tree is None:
+            tree = os.path.join(place, "tree")
+            os.makedirs(os.path.join(tree, "etc"))
+            with open(os.path.join(tree, "etc", "hostname"), "w") as file:
+                file.write(arguments.name + "\n")
+        run("mke2fs", "-q", "-t", "ext4", "-d", tree, raw, arguments.size)
+        run("qemu-img", "convert", "-O", "qcow2", raw, disk)
+        manifest = json.dumps(manifest_of(arguments, disk)).encode()
+        with tarfile.open(arguments.path, "w") as archive:
+            member = tarfile.TarInfo("manifest.json")
+            member.size = len(manifest)
+            archive.addfile(member, io.BytesIO(manifest))
+            archive.add(disk, "disk.qcow2")
+    return {"path": arguments.path, "bytes": os.path.getsize(arguments.path)}
+
+
+def manifest_of(arguments, disk):
+    with open(disk, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    options = {"rootfs": {"Image": "alpine:latest"}, "auto_remove": False}
+    options.update(json.loads(arguments.options))
+    return {
+        "version": 3,
+        "box_name": arguments.name,
+        "image": "alpine:latest",
+        "box_options": options,
+        "guest_disk_checksum": "",
+        "container_disk_checksum": "sha256:" + digest,
+        "exported_at": "2026-01-01T00:00:00Z",
+    }
+
+
+def run(*command):
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+class Judge:
+    """The commands that need BoxLite; its runtime starts with the first of them."""
+
+    def __init__(self, home):
+        self.home = os.path.abspath(home)  # BoxLite takes no other
+        self.runtime = None
+
+    def start(self):
+        if self.runtime is None:
+            import boxlite
+
+            self.runtime = boxlite.Boxlite(boxlite.Options(home_dir=self.home))
+        return self.runtime
+
+    async def box(self, name):
+        box = await self.start().get(name)
+        if box is None:
+            raise LookupError(f"no box is named {name}")
+        return box
+
+    async def answer(self, arguments):
+        if arguments.command == "make-archive":
+            return make_archive(arguments)
+        return await getattr(self, "do_" + arguments.command.replace("-", "_"))(arguments)
+
+    async def do_import(self, arguments):
+        box = await self.start().import_box(arguments.path, name=arguments.name)
+        return {"id": box.id, "name": box.name}
+
+    async def do_list(self, _):
+        return [box_fields(info) for info in await self.start().list_info()]
+
+    async def do_info(self, arguments):
+        info = await self.start().get_info(arguments.box)
+        if info is None:
+            raise LookupError(f"no box is named {arguments.box}")
+        return box_fields(info)
+
+    async def do_remove(self, arguments):
+        await self.start().remove(arguments.box, force=arguments.force)
+        return {"removed": arguments.box}
+
+    async def do_clone(self, arguments):
+        box = await self.box(arguments.box)
+        clone = await box.clone_box(name=arguments.new)
+        return {"id": clone.id, "name": clone.name}
+
+    async def do_export(self, arguments):
+        box = await self.box(arguments.box)
+        return {"path": str(await box.export(dest=arguments.directory))}
+
+    async def do_snapshot_create(self, arguments):
+        box = await self.box(arguments.box)
+        return snapshot_fields(await box.snapshot.create(name=arguments.name))
+
+    async def do_snapshot_list(self, arguments):
+        box = await self.box(arguments.box)
+        return [snapshot_fields(snapshot) for snapshot in await box.snapshot.list()]
+
+    async def do_snapshot_restore(self, arguments):
+        box = await self.box(arguments.box)
+        await box.snapshot.restore(arguments.name)
+        return {"restored": arguments.name}
+
+    async def do_snapshot_remove(self, arguments):
+        box = await self.box(arguments.box)
+        await box.snapshot.remove(arguments.name)
+        return {"removed": arguments.name}
+
+    async def do_hold(self, arguments):
+        """Keeps the runtime, and so the lock, until standard input ends or the time is up.
+
+        Its one line comes as soon as it has the lock.
+        """
+        self.start()
+        say({"held": True})
+        reading = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+        await asyncio.wait([reading], timeout=arguments.seconds)
+        return None
+
+
+def box_fields(info):
+    fields = ("id", "name", "created_at", "image", "cpus", "memory_mib")
+    return {field: getattr(info, field) for field in fields} | {"status": info.state.status}
+
+
+def snapshot_fields(info):
+    fields = ("id", "box_id", "name", "created_at", "container_disk_bytes", "size_bytes")
+    return {field: getattr(info, field) for field in fields}
+
+
+class Refusing(argparse.ArgumentParser):
+    """A parser whose complaint is an error like any other, so that a batch goes on."""
+
+    def error(self, message):
+        raise ValueError(f"{self.prog}: {message}")
+
+
+def parser():
+    top = Refusing(prog="wheel.py", description=__doc__.splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, *places, help):
+        sub = commands.add_parser(name, help=help)
+        for place in places:
+            sub.add_argument(place)
+        return sub
+
+    make = command("make-archive", "path", "name", help="make a .boxlite archive with an ext4 disk")
+    make.add_argument("--size", default="64M", help="size of the disk, as mke2fs takes it")
+    make.add_argument("--tree", help="what the disk contains; default: a hostname")
+    make.add_argument("--options", default="{}", help="further box options, a JSON object")
+    command("import", "path", "name", help="import an archive as a box")
+    command("list", help="list the boxes")
+    command("info", "box", help="one box")
+    command("remove", "box", help="remove a box").add_argument("--force", action="store_true")
+    command("clone", "box", "new", help="clone a box")
+    command("export", "box", "directory", help="export a box into a directory")
+    command("snapshot-create", "box", "name", help="take a snapshot")
+    command("snapshot-list", "box", help="list a box's snapshots")
+    command("snapshot-restore", "box", "name", help="restore a snapshot")
+    command("snapshot-remove", "box", "name", help="remove a snapshot")
+    hold = command("hold", help="hold the home's lock until standard input ends")
+    hold.add_argument("seconds", type=float, help="but no longer than this")
+    command("batch", help="run the commands on standard input in one runtime")
+    return top
+
+
+def say(answer):
+    print(json.dumps(answer), flush=True)
+
+
+async def one(judge, words):
+    """Runs one command and prints its answer; true if it succeeded."""
+    try:
+        answer = await judge.answer(parser().parse_args(words))
+        if answer is not None:
+            say(answer)
+        return True
+    except Exception as error:  # whatever BoxLite raises is the answer
+        say({"error": str(error) or type(error).__name__})
+        return False
+
+
+async def batch(judge):
+    succeeded = True
+    for line in sys.stdin:
+        if line.strip():
+            succeeded &= await one(judge, json.loads(line))
+    return succeeded
+
+
+async def main(home, words):
+    judge = Judge(home)
+    return await (batch(judge) if words == ["batch"] else one(judge, words))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        print(__doc__)
+        parser().print_help()
+        sys.exit(2)
+    status = 0 if asyncio.run(main(sys.argv[1], sys.argv[2:])) else 1
+    # BoxLite's threads make one exit in five an abort, after all is done: leave without them.
+    sys.stdout.flush()
+    os._exit(status)

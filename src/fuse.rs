@@ -88,7 +88,8 @@ fn threads(name: &'static str, count: usize) -> Result<rayon::ThreadPool> {
 fn session_config(config: &ServeConfig) -> Config {
     let mut options = vec![
         MountOption::FSName(config.source.clone()),
-        MountOption::Subtype("boxlite".into()),
+        // fuser drops its own Subtype when it mounts by itself, as root.
+        MountOption::CUSTOM("subtype=boxlite".into()),
         MountOption::DefaultPermissions,
         // Whatever is asked for: guests and archives come from anywhere.
         MountOption::NoSuid,

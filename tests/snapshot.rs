@@ -76,10 +76,6 @@ fn a_snapshot_has_the_contents_of_its_moment_and_the_disk_goes_on() {
         let name = format!("s{round}");
         mount.snapshot("web", &name).unwrap();
         wanted.insert(name.clone(), digest(&home.live_disk("web")));
-        assert_eq!(
-            inode(&mount.at("web/snapshots").join(&name)),
-            inode(&mount.at("web/snapshots").join(&name))
-        );
     }
     for (name, wanted) in &wanted {
         assert_eq!(&digest(&home.snapshot_disk("web", name)), wanted, "{name}");
@@ -165,7 +161,7 @@ fn names_boxlite_would_refuse_are_invalid_and_taken_ones_exist() {
         assert_eq!(errno(mount.snapshot("web", bad)), libc::EINVAL, "{bad}");
     }
     let too_long = "x".repeat(256);
-    assert_eq!(errno(mount.snapshot("web", &too_long)), libc::ENAMETOOLONG);
+    assert_eq!(errno(mount.snapshot("web", &too_long)), libc::EINVAL);
     for taken in ["ours", "theirs"] {
         assert_eq!(errno(mount.snapshot("web", taken)), libc::EEXIST);
     }
@@ -309,7 +305,8 @@ fn layers_that_boxlite_froze_inside_the_box_are_adopted() {
     assert_eq!(digest(&home.live_disk("copy2")), copy);
     assert_eq!(digest(&home.snapshot_disk("web", "b")), before["b"]);
     mount.snapshot("web", "d").unwrap();
-    home.assert_whole();
+    drop(mount);
+    home.assert_whole_once_mounted();
 }
 
 // ---- rmdir ----------------------------------------------------------------------------------------
@@ -364,7 +361,8 @@ fn deleting_any_snapshot_leaves_every_other_state_as_it_is() {
             }
             // The name can be used again.
             mount.snapshot("web", victim).unwrap();
-            home.assert_whole();
+            drop(mount);
+            home.assert_whole_once_mounted();
         }
     }
 }
@@ -399,7 +397,8 @@ fn a_clone_outlives_the_snapshot_it_was_made_from() {
         assert_eq!(digest(&home.live_disk("copy")), wanted);
         mount.snapshot("copy", "x").unwrap();
         assert_eq!(mount.export_digest("copy/export.boxlite"), wanted);
-        home.assert_whole();
+        drop(mount);
+        home.assert_whole_once_mounted();
     }
 }
 

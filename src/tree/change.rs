@@ -114,6 +114,7 @@ impl Tree {
                 format!("{name}: another process is making that box"),
             ));
         }
+        staged.touch();
         let id = staged.id.clone();
         let node = self.node_for_made(parent, &id, name, &what)?;
         let directory = staged

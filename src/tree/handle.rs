@@ -239,7 +239,7 @@ impl Tree {
         let mut state = file.state.lock();
         state.refused()?;
         if let Err(error) = self.put(&mut state, offset, bytes) {
-            self.note_refusal(&mut state, &error);
+            self.note_refusal(file, &mut state, &error);
             return Err(error);
         }
         file.reaches(offset.saturating_add(bytes.len() as u64));
@@ -505,9 +505,14 @@ impl Tree {
         }
     }
 
-    fn note_refusal(&self, state: &mut FileState, error: &Error) {
+    fn note_refusal(&self, file: &StagedFile, state: &mut FileState, error: &Error) {
         if state.refused.is_none() {
-            let sentence = format!("import of {} failed: {error}", state.place.name);
+            let name = &state.place.name;
+            let path = match self.staged_name(&file.box_id) {
+                Ok(of_box) => format!("{of_box}/{name}"),
+                Err(_) => name.clone(),
+            };
+            let sentence = format!("import of {path} failed: {error}");
             self.store.journal().note(&sentence);
         }
         state.refuse(error);
@@ -521,6 +526,7 @@ impl Tree {
         let Handle::Writing(file) = &*handle else {
             return;
         };
+        self.staging.lock().touch(file);
         let mut state = file.state.lock();
         state.open = state.open.saturating_sub(1);
         if state.open > 0 || state.committed || matches!(state.role(), Role::Dropped | Role::Json) {
@@ -535,7 +541,7 @@ impl Tree {
         if state.refused.is_none()
             && let Err(error) = is_complete(&mut state)
         {
-            self.note_refusal(&mut state, &error);
+            self.note_refusal(file, &mut state, &error);
         }
         state.content = Content::Nothing;
         drop(state);

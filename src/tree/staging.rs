@@ -17,7 +17,8 @@ use super::node::Node;
 use super::staged_file::StagedFile;
 use crate::{Error, Result};
 
-/// How long a maker that lives on (a file manager) is shown its staging after its last use of it.
+/// How long a maker that lives on (a file manager) is shown its staging after the last file of it
+/// was closed.
 const LINGER: Duration = Duration::from_secs(2);
 
 /// What is in a directory being made.
@@ -69,6 +70,11 @@ impl StagedBox {
 
     pub fn child(&self, parent: &Node, name: &str) -> Option<&Child> {
         self.children.get(&parent.ino())?.get(name)
+    }
+
+    /// Something was made in it, or a file of it closed.
+    pub fn touch(&mut self) {
+        self.used = Instant::now();
     }
 
     /// Where a node is: its directory's inode and its name there.
@@ -161,21 +167,29 @@ impl Staging {
         self.sweep();
         let id = self.box_of(node)?;
         let staged = self.boxes.get_mut(&id)?;
-        if staged.makers.includes(caller) {
-            staged.used = Instant::now();
-        } else if staged.committed {
+        if !staged.makers.includes(caller) && staged.committed {
             return None;
         }
         Some(staged)
+    }
+
+    /// A file being made was closed for the last time.
+    pub fn touch(&mut self, file: &Arc<StagedFile>) {
+        if let Some(staged) = self.boxes.get_mut(&file.box_id) {
+            staged.touch();
+        }
+        for root_file in self.files.values_mut() {
+            if Arc::ptr_eq(&root_file.file, file) {
+                root_file.used = Instant::now();
+            }
+        }
     }
 
     /// The file in the root that this caller sees by this name.
     pub fn root_file(&mut self, caller: Caller, name: &str) -> Option<&mut RootFile> {
         self.sweep();
         let file = self.files.get_mut(name)?;
-        if file.makers.includes(caller) {
-            file.used = Instant::now();
-        } else if file.committed {
+        if !file.makers.includes(caller) && file.committed {
             return None;
         }
         Some(file)

@@ -285,6 +285,13 @@ impl TestHome {
         assert_eq!(status, 0, "boxlitefs check: {said}");
     }
 
+    /// As [`TestHome::assert_whole`], after a mount has seen the home: what nothing needs any more
+    /// since BoxLite took its reader away is freed then.
+    pub fn assert_whole_once_mounted(&self) {
+        drop(self.mount());
+        self.assert_whole();
+    }
+
     /// Fails unless `qemu-img check` finds no error and no leak in any image of the home.
     pub fn assert_images_clean(&self) {
         for image in self.images() {
@@ -400,6 +407,11 @@ impl Mounted {
             assert!(Instant::now() < deadline, "boxlitefs does not serve");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// The pid of the process that serves it.
+    pub fn process(&self) -> u32 {
+        self.child.id()
     }
 
     /// Where it is mounted.
@@ -520,7 +532,7 @@ pub fn binary() -> &'static str {
 }
 
 /// The python that has the wheel.
-fn python() -> PathBuf {
+pub fn python() -> PathBuf {
     std::env::var_os("BOXLITE_PYTHON").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python"),
         PathBuf::from,

@@ -1,0 +1,613 @@
+//! Crashes: the process that serves the mount is killed at every named point of every change, and
+//! then the home is mounted again, or BoxLite is started first and uses the box. Whatever happens
+//! next, the box is there with its contents, and what was under way is whole or gone.
+
+mod common;
+
+#[cfg(not(feature = "crash-points"))]
+#[test]
+fn the_crash_tests_need_the_crash_points() {
+    panic!("no crash point is built in: run `cargo test --features crash-points`, or `make test`");
+}
+
+#[cfg(feature = "crash-points")]
+mod with_crash_points {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::fs;
+    use std::path::Path;
+
+    use super::common::*;
+
+    // ---- what a home holds ------------------------------------------------------------------------
+
+    /// The guest's bytes of a box: its disk and its snapshots by name.
+    #[derive(Clone, Debug, PartialEq)]
+    struct Contents {
+        live: String,
+        snapshots: BTreeMap<String, String>,
+    }
+
+    /// Every box by name.
+    type Boxes = BTreeMap<String, Contents>;
+
+    /// What the rows name, read by qemu-img.
+    fn contents(home: &TestHome) -> Boxes {
+        let rows = |statement: &str, parameter: &str| -> Vec<String> {
+            let database = home.database();
+            let mut statement = database.prepare(statement).unwrap();
+            statement
+                .query_map([parameter], |row| row.get(0))
+                .unwrap()
+                .map(Result::unwrap)
+                .collect()
+        };
+        rows("SELECT name FROM box_config WHERE ?1 = ''", "")
+            .into_iter()
+            .map(|name| {
+                let snapshots = rows(
+                    "SELECT name FROM snapshot WHERE box_id = ?1",
+                    &home.id(&name),
+                )
+                .into_iter()
+                .map(|snapshot| {
+                    let layer = home.snapshot_disk(&name, &snapshot);
+                    (snapshot, digest(&layer))
+                })
+                .collect();
+                let live = digest(&home.live_disk(&name));
+                (name, Contents { live, snapshots })
+            })
+            .collect()
+    }
+
+    // ---- what is under way ------------------------------------------------------------------------
+
+    /// A change, the points it passes, and what the home may hold when it was cut off.
+    struct Change {
+        name: &'static str,
+        /// Makes a home that the change passes all of its points in.
+        prepare: fn() -> TestHome,
+        act: fn(&Mounted),
+        points: &'static [&'static str],
+        /// What the home holds once the change is whole, from what it held before.
+        whole: fn(&mut Boxes),
+    }
+
+    /// A box with a state of its own.
+    fn plain() -> TestHome {
+        let home = TestHome::new();
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        home
+    }
+
+    /// A box with a snapshot `old` by the mount: its layers are bases already.
+    fn with_our_snapshot() -> TestHome {
+        let home = TestHome::new();
+        home.mount().snapshot("web", "old").unwrap();
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        home
+    }
+
+    /// A box with a snapshot `old` by BoxLite: its layer lies inside the box.
+    fn with_boxlites_snapshot() -> TestHome {
+        let home = TestHome::new();
+        home.wheel(&["snapshot-create", "web", "old"]);
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        home
+    }
+
+    /// A box that went on from an older state, so that the layer of `old` is read by nobody.
+    fn with_an_unread_snapshot() -> TestHome {
+        let home = TestHome::new();
+        let mount = home.mount();
+        mount.snapshot("web", "start").unwrap();
+        home.guest_write("web", FREE_AREA, b"a state that ended");
+        mount.snapshot("web", "old").unwrap();
+        drop(mount);
+        home.wheel(&["snapshot-restore", "web", "start"]);
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        home
+    }
+
+    /// A box whose chain is too long to be stacked upon, with the snapshots of it.
+    fn with_a_long_chain() -> TestHome {
+        let home = TestHome::new();
+        for round in 0u8..4 {
+            home.guest_write("web", FREE_AREA + u64::from(round) * 512, &[round; 512]);
+            let clone = format!("c{round}");
+            let snapshot = if round == 0 {
+                "old".to_owned()
+            } else {
+                format!("s{round}")
+            };
+            home.wheel_batch(&[
+                &["snapshot-create", "web", &snapshot],
+                &["clone", "web", &clone],
+                &["remove", &clone],
+            ]);
+        }
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        assert!(chain(&home.live_disk("web")).len() > 8);
+        home
+    }
+
+    /// Beside the box, the backup of it that `cp -r` makes.
+    fn with_a_backup() -> TestHome {
+        let home = with_our_snapshot();
+        let mount = home.mount();
+        succeed(&[
+            "cp",
+            "-r",
+            text(&mount.at("web")),
+            text(&home.beside("backup")),
+        ]);
+        drop(mount);
+        home
+    }
+
+    /// `cp` that the crash cuts off: how it fails is not the point.
+    fn copy(from: &Path, to: &Path) {
+        run(&["cp", "-r", text(from), text(to)]);
+    }
+
+    fn snapshot_taken(boxes: &mut Boxes) {
+        let web = boxes.get_mut("web").unwrap();
+        web.snapshots.insert("a".to_owned(), web.live.clone());
+    }
+
+    fn box_cloned(boxes: &mut Boxes) {
+        boxes.insert("copy".to_owned(), boxes["web"].clone());
+    }
+
+    fn snapshot_cloned(boxes: &mut Boxes) {
+        let live = boxes["web"].snapshots["old"].clone();
+        let snapshots = BTreeMap::new();
+        boxes.insert("copy".to_owned(), Contents { live, snapshots });
+    }
+
+    const SNAPSHOT: Change = Change {
+        name: "snapshot",
+        prepare: with_our_snapshot,
+        act: |mount| drop(mount.snapshot("web", "a")),
+        points: &[
+            "freeze.linked",
+            "freeze.recorded",
+            "freeze.replaced",
+            "snapshot.directory",
+            "snapshot.linked",
+            "snapshot.recorded",
+        ],
+        whole: snapshot_taken,
+    };
+
+    const ADOPT: Change = Change {
+        name: "snapshot that adopts",
+        prepare: with_boxlites_snapshot,
+        act: |mount| drop(mount.snapshot("web", "a")),
+        points: &[
+            "adopt.linked",
+            "adopt.recorded",
+            "adopt.rebased",
+            "freeze.linked",
+        ],
+        whole: snapshot_taken,
+    };
+
+    const LONG: Change = Change {
+        name: "snapshot of a long chain",
+        prepare: with_a_long_chain,
+        act: |mount| drop(mount.snapshot("web", "a")),
+        points: &[
+            "flat.recorded",
+            "flat.installed",
+            "freeze.replaced",
+            "snapshot.linked",
+        ],
+        whole: snapshot_taken,
+    };
+
+    const REMOVE: Change = Change {
+        name: "rmdir",
+        prepare: with_an_unread_snapshot,
+        act: |mount| drop(mount.remove_snapshot("web", "old")),
+        points: &[
+            "remove.adopted",
+            "remove.unrecorded",
+            "remove.unlinked",
+            "free.unlinked",
+        ],
+        whole: |boxes| drop(boxes.get_mut("web").unwrap().snapshots.remove("old")),
+    };
+
+    const REMOVE_ADOPTING: Change = Change {
+        name: "rmdir that adopts",
+        prepare: with_boxlites_snapshot,
+        act: |mount| drop(mount.remove_snapshot("web", "old")),
+        points: &[
+            "adopt.linked",
+            "adopt.recorded",
+            "adopt.rebased",
+            "remove.adopted",
+            "remove.unrecorded",
+            "remove.unlinked",
+        ],
+        whole: |boxes| drop(boxes.get_mut("web").unwrap().snapshots.remove("old")),
+    };
+
+    const CLONE: Change = Change {
+        name: "clone",
+        prepare: plain,
+        act: |mount| copy(&mount.at("web"), &mount.at("copy")),
+        points: &[
+            "freeze.linked",
+            "freeze.recorded",
+            "freeze.replaced",
+            "clone.frozen",
+            "clone.built",
+            "install.renamed",
+            "install.recorded",
+        ],
+        whole: box_cloned,
+    };
+
+    const CLONE_WITH_SNAPSHOTS: Change = Change {
+        name: "clone with snapshots",
+        prepare: with_boxlites_snapshot,
+        act: |mount| copy(&mount.at("web"), &mount.at("copy")),
+        points: &[
+            "adopt.linked",
+            "adopt.rebased",
+            "clone.built",
+            "install.recorded",
+            "share.referred",
+            "snapshot.directory",
+            "snapshot.linked",
+            "snapshot.recorded",
+        ],
+        whole: box_cloned,
+    };
+
+    const CLONE_OF_SNAPSHOT: Change = Change {
+        name: "clone of a snapshot",
+        prepare: with_boxlites_snapshot,
+        act: |mount| copy(&mount.at("web/snapshots/old"), &mount.at("copy")),
+        points: &[
+            "adopt.recorded",
+            "clone.frozen",
+            "clone.built",
+            "install.renamed",
+            "install.recorded",
+        ],
+        whole: snapshot_cloned,
+    };
+
+    const CLONE_OF_LONG: Change = Change {
+        name: "clone of a long chain",
+        prepare: with_a_long_chain,
+        act: |mount| copy(&mount.at("web/export.boxlite"), &mount.at("copy.boxlite")),
+        points: &[
+            "flat.recorded",
+            "flat.installed",
+            "clone.built",
+            "install.renamed",
+        ],
+        whole: |boxes| {
+            let live = boxes["web"].live.clone();
+            let snapshots = BTreeMap::new();
+            boxes.insert("copy".to_owned(), Contents { live, snapshots });
+        },
+    };
+
+    const IMPORT: Change = Change {
+        name: "import",
+        prepare: with_a_backup,
+        act: |mount| {
+            let backup = mount.root().with_file_name("backup");
+            copy(&backup, &mount.at("copy"));
+        },
+        points: &[
+            "import.built",
+            "install.renamed",
+            "install.recorded",
+            "import.snapshot",
+            "snapshot.recorded",
+        ],
+        whole: box_cloned,
+    };
+
+    const CHANGES: [&Change; 10] = [
+        &SNAPSHOT,
+        &ADOPT,
+        &LONG,
+        &REMOVE,
+        &REMOVE_ADOPTING,
+        &CLONE,
+        &CLONE_WITH_SNAPSHOTS,
+        &CLONE_OF_SNAPSHOT,
+        &CLONE_OF_LONG,
+        &IMPORT,
+    ];
+
+    // ---- what happens next ------------------------------------------------------------------------
+
+    /// What is done to the home before it is mounted again.
+    struct Next {
+        name: &'static str,
+        by_boxlite: &'static [&'static [&'static str]],
+        /// What a guest writes into web's disk after that.
+        by_guest: Option<&'static [u8]>,
+    }
+
+    const NEXT: [Next; 8] = [
+        Next {
+            name: "the home is mounted again",
+            by_boxlite: &[],
+            by_guest: None,
+        },
+        Next {
+            name: "BoxLite starts and the guest writes",
+            by_boxlite: &[&["list"]],
+            by_guest: Some(b"written after the crash"),
+        },
+        Next {
+            name: "BoxLite takes the same snapshot and the guest writes",
+            by_boxlite: &[&["snapshot-create", "web", "a"]],
+            by_guest: Some(b"written after the crash"),
+        },
+        Next {
+            name: "BoxLite takes the same snapshot and restores it",
+            by_boxlite: &[
+                &["snapshot-create", "web", "a"],
+                &["snapshot-restore", "web", "a"],
+            ],
+            by_guest: Some(b"written after the crash"),
+        },
+        Next {
+            name: "BoxLite restores a snapshot",
+            by_boxlite: &[&["snapshot-restore", "web", "old"]],
+            by_guest: Some(b"written after the crash"),
+        },
+        Next {
+            name: "BoxLite removes snapshots",
+            by_boxlite: &[
+                &["snapshot-remove", "web", "a"],
+                &["snapshot-remove", "web", "old"],
+            ],
+            by_guest: None,
+        },
+        Next {
+            name: "BoxLite clones the box and the guest writes",
+            by_boxlite: &[&["clone", "web", "theirs"]],
+            by_guest: Some(b"written after the crash"),
+        },
+        Next {
+            name: "BoxLite removes the box",
+            by_boxlite: &[&["clone", "web", "theirs"], &["remove", "web", "--force"]],
+            by_guest: None,
+        },
+    ];
+
+    impl Next {
+        /// Does it, and follows in `boxes` what it does to each box. What BoxLite refuses, it did
+        /// not do.
+        fn happen(&self, home: &TestHome, boxes: &mut Boxes) {
+            if !self.by_boxlite.is_empty() {
+                let answers = home.try_wheel_batch(self.by_boxlite);
+                for (command, answer) in self.by_boxlite.iter().zip(answers) {
+                    if answer.get("error").is_none() {
+                        follow(command, boxes);
+                    }
+                }
+            }
+            if let (Some(bytes), Some(web)) = (self.by_guest, boxes.get_mut("web")) {
+                let before = digest(&home.live_disk("web"));
+                assert_eq!(before, web.live, "the disk was another one");
+                home.guest_write("web", FREE_AREA + 3, bytes);
+                web.live = digest(&home.live_disk("web"));
+                assert_ne!(before, web.live);
+            }
+        }
+    }
+
+    fn follow(command: &[&str], boxes: &mut Boxes) {
+        match *command {
+            ["snapshot-create", name, snapshot] => {
+                let contents = boxes.get_mut(name).unwrap();
+                let live = contents.live.clone();
+                contents.snapshots.insert(snapshot.to_owned(), live);
+            }
+            ["snapshot-restore", name, snapshot] => {
+                let contents = boxes.get_mut(name).unwrap();
+                contents.live = contents.snapshots[snapshot].clone();
+            }
+            ["snapshot-remove", name, snapshot] => {
+                boxes.get_mut(name).unwrap().snapshots.remove(snapshot);
+            }
+            ["clone", name, clone] => {
+                let live = boxes[name].live.clone();
+                let snapshots = BTreeMap::new();
+                boxes.insert(clone.to_owned(), Contents { live, snapshots });
+            }
+            ["remove", name, ..] => {
+                boxes.remove(name);
+            }
+            _ => {}
+        }
+    }
+
+    // ---- the table --------------------------------------------------------------------------------
+
+    /// Kills the change at each of its points, and has each of the things happen after each.
+    fn survives(change: &Change) {
+        let home = (change.prepare)();
+        let before = contents(&home);
+        let mut whole = before.clone();
+        (change.whole)(&mut whole);
+        home.put_aside("before");
+        let mut wrong = Vec::new();
+        for point in change.points {
+            home.put_back("before");
+            let mut mount = home.mount_crashing_at(point);
+            (change.act)(&mount);
+            assert!(mount.has_crashed(), "{} never came to {point}", change.name);
+            drop(mount);
+            let crashed = format!("crashed at {point}");
+            home.put_aside(&crashed);
+            for next in &NEXT {
+                home.put_back(&crashed);
+                let case = std::panic::catch_unwind(|| {
+                    assert_survived(&home, &before, &whole, next);
+                });
+                if case.is_err() {
+                    wrong.push(format!(
+                        "{} killed at {point}, then {}",
+                        change.name, next.name
+                    ));
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+
+    fn assert_survived(home: &TestHome, before: &Boxes, whole: &Boxes, next: &Next) {
+        // What the rows say after a crash is between before and whole.
+        let mut boxes = contents(home);
+        assert_between(&boxes, before, whole);
+        next.happen(home, &mut boxes);
+        let mount = home.mount();
+        let recovered = contents(home);
+        assert_eq!(recovered, boxes, "{}", mount.log());
+        let names: Vec<&String> = recovered.keys().collect();
+        assert_eq!(mount.names("").iter().collect::<Vec<_>>(), names);
+        for (name, contents) in &recovered {
+            assert_eq!(
+                mount.export_digest(&format!("{name}/export.boxlite")),
+                contents.live
+            );
+            let snapshots: Vec<&String> = contents.snapshots.keys().collect();
+            let shown = mount.names(format!("{name}/snapshots"));
+            assert_eq!(shown.iter().collect::<Vec<_>>(), snapshots);
+        }
+        assert_goes_on(home, &mount, recovered);
+        drop(mount);
+        home.assert_whole_once_mounted();
+    }
+
+    /// Everything from before that the change does not take away, nothing but what it adds.
+    fn assert_between(boxes: &Boxes, before: &Boxes, whole: &Boxes) {
+        for (name, contents) in before {
+            assert_eq!(boxes[name].live, contents.live, "the disk of {name}");
+        }
+        for (name, contents) in boxes {
+            let possible = [before.get(name), whole.get(name)];
+            let possible: Vec<&Contents> = possible.into_iter().flatten().collect();
+            assert!(!possible.is_empty(), "box {name} is from nowhere");
+            assert_eq!(contents.live, possible[0].live, "the disk of {name}");
+            for (snapshot, digest) in &contents.snapshots {
+                let right = possible
+                    .iter()
+                    .any(|contents| contents.snapshots.get(snapshot) == Some(digest));
+                assert!(right, "snapshot {snapshot} of {name} has other contents");
+            }
+        }
+        for (name, contents) in before {
+            let stays = whole.get(name).map(|whole| &whole.snapshots);
+            for snapshot in contents.snapshots.keys() {
+                if stays.is_some_and(|stays| stays.contains_key(snapshot)) {
+                    assert!(boxes[name].snapshots.contains_key(snapshot), "{snapshot}");
+                }
+            }
+        }
+    }
+
+    /// The home can be used as before: the mount takes a snapshot of each box, BoxLite lists it and
+    /// exports the box.
+    fn assert_goes_on(home: &TestHome, mount: &Mounted, mut boxes: Boxes) {
+        let place = tempfile::tempdir().unwrap();
+        let mut commands = vec![vec!["list"]];
+        for (name, contents) in &mut boxes {
+            mount.snapshot(name, "afterwards").unwrap();
+            let live = contents.live.clone();
+            contents.snapshots.insert("afterwards".to_owned(), live);
+            commands.push(vec!["export", name, text(place.path())]);
+        }
+        let commands: Vec<&[&str]> = commands.iter().map(Vec::as_slice).collect();
+        let answers = home.wheel_batch(&commands);
+        assert_eq!(answers[0].as_array().unwrap().len(), boxes.len());
+        for (answer, contents) in answers[1..].iter().zip(boxes.values()) {
+            let archive = answer["path"].as_str().unwrap();
+            assert_eq!(archive_digest(archive.as_ref()), contents.live);
+        }
+        assert_eq!(contents(home), boxes);
+    }
+
+    #[test]
+    fn a_snapshot_that_is_cut_off_is_whole_or_gone() {
+        survives(&SNAPSHOT);
+    }
+
+    #[test]
+    fn an_adoption_that_is_cut_off_changes_no_contents() {
+        survives(&ADOPT);
+    }
+
+    #[test]
+    fn a_snapshot_of_a_long_chain_that_is_cut_off_is_whole_or_gone() {
+        survives(&LONG);
+    }
+
+    #[test]
+    fn a_deletion_that_is_cut_off_is_whole_or_undone() {
+        survives(&REMOVE);
+    }
+
+    #[test]
+    fn a_deletion_that_adopts_and_is_cut_off_is_whole_or_undone() {
+        survives(&REMOVE_ADOPTING);
+    }
+
+    #[test]
+    fn a_clone_that_is_cut_off_is_whole_or_gone() {
+        survives(&CLONE);
+    }
+
+    #[test]
+    fn a_clone_with_snapshots_that_is_cut_off_has_those_that_came_along() {
+        survives(&CLONE_WITH_SNAPSHOTS);
+    }
+
+    #[test]
+    fn a_clone_of_a_snapshot_that_is_cut_off_is_whole_or_gone() {
+        survives(&CLONE_OF_SNAPSHOT);
+    }
+
+    #[test]
+    fn a_clone_of_a_long_chain_that_is_cut_off_is_whole_or_gone() {
+        survives(&CLONE_OF_LONG);
+    }
+
+    #[test]
+    fn an_import_that_is_cut_off_is_whole_or_gone() {
+        survives(&IMPORT);
+    }
+
+    #[test]
+    fn every_crash_point_in_the_store_is_tried() {
+        let tried: BTreeSet<&str> = CHANGES
+            .iter()
+            .flat_map(|change| change.points)
+            .copied()
+            .collect();
+        let store = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store");
+        let mut named = BTreeSet::new();
+        for file in names_in(&store) {
+            let source = fs::read_to_string(store.join(file)).unwrap();
+            for call in source.split("crash_point(\"").skip(1) {
+                named.insert(call.split('"').next().unwrap().to_owned());
+            }
+        }
+        assert!(!named.is_empty());
+        let tried: BTreeSet<String> = tried.into_iter().map(str::to_owned).collect();
+        assert_eq!(tried, named);
+    }
+}

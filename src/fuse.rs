@@ -26,8 +26,11 @@ const REQUEST_THREADS: usize = 4;
 /// Threads for looking at exports: their size needs a plan, made once per disk state.
 const LOOK_THREADS: usize = 8;
 
-/// Threads for what may take long: reading, writing, changes. Apart from the former, so that
-/// however much is copied, `ls` is answered.
+/// Threads for reading: a read of an export's end has to hash all that comes before it.
+const READ_THREADS: usize = 16;
+
+/// Threads for writing and changes. Each kind has its own, so that however much is copied, `ls` and
+/// `mkdir` are answered.
 const WORK_THREADS: usize = 16;
 
 /// Largest write and readahead in bytes.
@@ -67,6 +70,7 @@ pub fn serve(
     let filesystem = Mounted {
         tree: Arc::new(tree),
         looking: threads("look", LOOK_THREADS)?,
+        reading: threads("read", READ_THREADS)?,
         working: threads("work", WORK_THREADS)?,
     };
     let session = Session::new(filesystem, mountpoint, &session_config(&config))
@@ -81,6 +85,8 @@ fn threads(name: &'static str, count: usize) -> Result<rayon::ThreadPool> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(count)
         .thread_name(move |index| format!("{name}-{index}"))
+        // A fault of ours costs the one request, which fuser answers with EIO, and not the mount.
+        .panic_handler(|_| log::error!("a request failed; this is a fault of boxlitefs"))
         .build()
         .map_err(|e| Error::new(libc::EAGAIN, "cannot start threads").caused_by(e))
 }
@@ -119,6 +125,7 @@ fn session_config(config: &ServeConfig) -> Config {
 struct Mounted {
     tree: Arc<Tree>,
     looking: rayon::ThreadPool,
+    reading: rayon::ThreadPool,
     working: rayon::ThreadPool,
 }
 
@@ -127,6 +134,19 @@ impl Mounted {
     fn later(&self, work: impl FnOnce(&Tree) + Send + 'static) {
         let tree = self.tree.clone();
         self.working.spawn_fifo(move || work(&tree));
+    }
+
+    /// Reads, likewise.
+    fn read_later(&self, work: impl FnOnce(&Tree) + Send + 'static) {
+        let tree = self.tree.clone();
+        self.reading.spawn_fifo(move || work(&tree));
+    }
+
+    /// Answers at once; a fault of ours is an EIO.
+    fn at_once<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> Result<T> {
+        let tree: &Tree = &self.tree;
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(tree)))
+            .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
     }
 
     /// Looks at what may need an export's plan, likewise.
@@ -179,7 +199,7 @@ fn ttl(attr: &Attr) -> Duration {
 
 fn reply_entry(reply: ReplyEntry, result: Result<Attr>) {
     match result {
-        Ok(attr) => reply.entry(&ttl(&attr), &file_attr(&attr), Generation(0)),
+        Ok(attr) => reply.entry(&ttl(&attr), &file_attr(&attr), Generation(attr.generation)),
         Err(error) => reply.error(errno(&error)),
     }
 }
@@ -244,7 +264,8 @@ impl Filesystem for Mounted {
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let caller = caller(request);
         if !self.tree.is_slow(parent.0) {
-            return reply_entry(reply, self.tree.lookup(caller, parent.0, name));
+            let found = self.at_once(|tree| tree.lookup(caller, parent.0, name));
+            return reply_entry(reply, found);
         }
         let name = name.to_owned();
         self.look(move |tree| reply_entry(reply, tree.lookup(caller, parent.0, &name)));
@@ -264,7 +285,8 @@ impl Filesystem for Mounted {
         let caller = caller(request);
         let handle = handle.map(|handle| handle.0);
         if !self.tree.is_slow(ino.0) {
-            return reply_attr(reply, self.tree.getattr(caller, ino.0, handle));
+            let found = self.at_once(|tree| tree.getattr(caller, ino.0, handle));
+            return reply_attr(reply, found);
         }
         self.look(move |tree| reply_attr(reply, tree.getattr(caller, ino.0, handle)));
     }
@@ -294,7 +316,7 @@ impl Filesystem for Mounted {
     }
 
     fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
-        match self.tree.readlink(caller(request), ino.0) {
+        match self.at_once(|tree| tree.readlink(caller(request), ino.0)) {
             Ok(target) => reply.data(target.as_os_str().as_bytes()),
             Err(error) => reply.error(errno(&error)),
         }
@@ -311,6 +333,19 @@ impl Filesystem for Mounted {
     ) {
         let (caller, name) = (caller(request), name.to_owned());
         self.later(move |tree| reply_entry(reply, tree.mkdir(caller, parent.0, &name)));
+    }
+
+    fn mknod(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply_entry(reply, self.at_once(|tree| tree.mknod(name)));
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -409,7 +444,7 @@ impl Filesystem for Mounted {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.later(
+        self.read_later(
             move |tree| match tree.read(handle.0, offset, size as usize) {
                 Ok(bytes) => reply.data(&bytes),
                 Err(error) => reply.error(errno(&error)),
@@ -506,7 +541,7 @@ impl Filesystem for Mounted {
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.tree.open_list(caller(request), ino.0) {
+        match self.at_once(|tree| tree.open_list(caller(request), ino.0)) {
             Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
             Err(error) => reply.error(errno(&error)),
         }
@@ -570,7 +605,7 @@ impl Filesystem for Mounted {
                     name,
                     &ttl(&attr),
                     &file_attr(&attr),
-                    Generation(0),
+                    Generation(attr.generation),
                 );
                 if full {
                     if told {
@@ -633,12 +668,12 @@ impl Filesystem for Mounted {
         size: u32,
         reply: ReplyXattr,
     ) {
-        let value = self.tree.xattr(caller(request), ino.0, name);
+        let value = self.at_once(|tree| tree.xattr(caller(request), ino.0, name));
         reply_xattr(reply, size, value);
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        let names = self.tree.xattr_names(caller(request), ino.0);
+        let names = self.at_once(|tree| tree.xattr_names(caller(request), ino.0));
         reply_xattr(reply, size, names);
     }
 

@@ -187,18 +187,14 @@ impl Change<'_> {
     /// # Errors
     /// What SQLite or the file system says.
     pub fn new_lock_id(&self) -> Result<u32> {
-        let highest = self
+        let taken: std::collections::HashSet<u64> = self
             .boxes()?
             .iter()
             .filter_map(|record| record.state().ok()?["lock_id"].as_u64())
-            .max()
-            .unwrap_or(0);
-        let mut id = u32::try_from(highest + 1)
-            .unwrap_or(FIRST_LOCK_ID)
-            .max(FIRST_LOCK_ID);
-        while self.home.box_lock(id).exists() {
-            id += 1;
-        }
+            .collect();
+        let id = (FIRST_LOCK_ID..u32::MAX)
+            .find(|id| !taken.contains(&u64::from(*id)) && !self.home.box_lock(*id).exists())
+            .ok_or_else(|| Error::new(libc::ENOSPC, "every lock number is taken"))?;
         let path = self.home.box_lock(id);
         if let Some(dir) = path.parent()
             && !dir.is_dir()
@@ -324,6 +320,19 @@ impl Transaction<'_> {
             ],
         )
         .map_err(|e| taken(e, "the box has a snapshot of that name"))?;
+        Ok(())
+    }
+
+    /// Gives a snapshot another creation time, in the column and in the JSON.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn date_snapshot(&self, box_id: &str, id: &str, created_at: i64) -> Result<()> {
+        self.run(
+            "UPDATE snapshot SET created_at = ?3, json = json_set(json, '$.created_at', ?3)
+             WHERE box_id = ?1 AND id = ?2",
+            params![box_id, id, created_at],
+        )?;
         Ok(())
     }
 

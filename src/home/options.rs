@@ -29,8 +29,12 @@ enum Type {
     Pair,
     /// An enum: a bare word, or an object with the one variant as its key.
     OneOf(&'static [&'static str], &'static [(&'static str, Type)]),
-    /// An object of an optional kind, or anything that is one: fields vary between versions.
-    AnyObject,
+    /// All of these at once.
+    All(&'static [&'static Type]),
+    /// A list that must be empty, for its elements differ between versions of BoxLite.
+    EmptyList,
+    /// Null, for the same reason.
+    Nothing,
 }
 
 use Type::*;
@@ -58,23 +62,23 @@ const OPTIONS: Type = Object(&[
     ),
     (
         "volumes",
-        List(&Object(&[
-            ("managed_volume", Optional(&Text)),
-            ("host_path", Text),
-            ("guest_path", Text),
-            ("read_only", Bool),
+        List(&All(&[
+            &Object(&[("managed_volume", Optional(&Text)), ("host_path", Text)]),
+            &Complete(&[("guest_path", Text), ("read_only", Bool)]),
         ])),
     ),
-    ("mounts", List(&AnyObject)),
+    ("mounts", EmptyList),
     ("network", NETWORK),
     ("inbound_network", NETWORK),
     (
         "ports",
-        List(&Object(&[
-            ("host_port", Optional(&U16)),
-            ("guest_port", U16),
-            ("protocol", OneOf(&["Tcp", "Udp", "tcp", "udp"], &[])),
-            ("host_ip", Optional(&Text)),
+        List(&All(&[
+            &Object(&[
+                ("host_port", Optional(&U16)),
+                ("protocol", OneOf(&["tcp", "udp", "Tcp", "Udp"], &[])),
+                ("host_ip", Optional(&Text)),
+            ]),
+            &Complete(&[("guest_port", U16)]),
         ])),
     ),
     ("auto_remove", Bool),
@@ -140,7 +144,7 @@ const OPTIONS: Type = Object(&[
                     ("start_period", DURATION),
                 ])),
             ),
-            ("kernel", Optional(&AnyObject)),
+            ("kernel", Nothing),
             ("nested_virtualization", Bool),
             ("privileged", Bool),
         ]),
@@ -165,7 +169,9 @@ impl Type {
             Bool if value.is_boolean() => Ok(()),
             Text if value.is_string() => Ok(()),
             Unsigned(most) if value.as_u64().is_some_and(|number| number <= *most) => Ok(()),
-            AnyObject if value.is_object() => Ok(()),
+            EmptyList if value.as_array().is_some_and(Vec::is_empty) => Ok(()),
+            Nothing if value.is_null() => Ok(()),
+            All(types) => types.iter().try_for_each(|one| one.check(value, at)),
             Optional(_) if value.is_null() => Ok(()),
             Optional(inner) => inner.check(value, at),
             List(inner) => check_list(value, inner, at),
@@ -173,6 +179,9 @@ impl Type {
             Object(fields) => check_fields(value, fields, false, at),
             Complete(fields) => check_fields(value, fields, true, at),
             OneOf(words, variants) => check_variant(value, words, variants, at),
+            EmptyList | Nothing => Err(Error::bad_archive(format!(
+                "{at} is set, and versions of BoxLite differ in its fields; import this archive with BoxLite itself"
+            ))),
             other => Err(mismatch(at, &other.name())),
         }
     }
@@ -185,7 +194,9 @@ impl Type {
             Pair => "a pair of strings".into(),
             List(_) => "a list".into(),
             Optional(inner) => format!("null or {}", inner.name()),
-            Object(_) | Complete(_) | AnyObject => "an object".into(),
+            Object(_) | Complete(_) | All(_) => "an object".into(),
+            EmptyList => "an empty list".into(),
+            Nothing => "null".into(),
             OneOf(words, variants) => one_of(words, variants),
         }
     }
@@ -290,7 +301,7 @@ pub fn normalize_imported(mut options: Value, version: Option<u64>) -> Value {
             if port["host_port"].is_null() {
                 port["host_port"] = port["guest_port"].clone();
             }
-            port["protocol"] = json!("Tcp");
+            port["protocol"] = json!("tcp");
             port["host_ip"] = Value::Null;
         }
     }
@@ -387,7 +398,7 @@ mod tests {
         let old = normalize_imported(options.clone(), Some(4));
         assert_eq!(
             old["ports"][0],
-            json!({"host_port": 80, "guest_port": 80, "protocol": "Tcp", "host_ip": null})
+            json!({"host_port": 80, "guest_port": 80, "protocol": "tcp", "host_ip": null})
         );
         let new = normalize_imported(options.clone(), Some(5));
         assert_eq!(new["ports"], options["ports"]);

@@ -32,7 +32,7 @@ impl BoxRecord {
     /// `box_config.json` as a value tree.
     ///
     /// # Errors
-    /// EIO when the column is not JSON.
+    /// EIO when the column is no JSON object.
     pub fn config(&self) -> Result<Value> {
         parse(&self.config, "configuration", &self.id)
     }
@@ -58,13 +58,18 @@ impl BoxRecord {
     }
 }
 
+/// A JSON column, which is an object in all that BoxLite writes.
 fn parse(text: &str, what: &str, id: &str) -> Result<Value> {
-    serde_json::from_str(text).map_err(|e| {
+    let damaged = || {
         Error::damaged(format!(
-            "the {what} of box {id} in db/boxlite.db is not JSON; BoxLite cannot read it either"
+            "the {what} of box {id} in db/boxlite.db is no JSON object; BoxLite cannot read it either"
         ))
-        .caused_by(e)
-    })
+    };
+    match serde_json::from_str(text) {
+        Ok(value @ Value::Object(_)) => Ok(value),
+        Ok(_) => Err(damaged()),
+        Err(e) => Err(damaged().caused_by(e)),
+    }
 }
 
 /// A row of `snapshot`.

@@ -3,6 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use super::crash::crash_point;
@@ -49,6 +51,19 @@ impl Prepared<'_> {
         let layers = self.layers()?;
         self.refuse_active_readers(&layers, path)?;
         let id = FileId::at(path)?;
+        if let Some(live) = layers
+            .names_of(id)
+            .find(|name| matches!(name.role, Role::Live { .. }))
+        {
+            return Err(Error::new(
+                libc::EPERM,
+                format!(
+                    "{} is a box's live disk, which its guest writes to; box {} must not read from it. Export what still reads right and import it again",
+                    live.path.display(),
+                    self.record.id
+                ),
+            ));
+        }
         let known = layers
             .names_of(id)
             .find(|name| matches!(name.role, Role::Base { .. }));
@@ -150,7 +165,7 @@ fn boxes_above(layers: &Layers, path: &Path) -> BTreeSet<String> {
         .collect()
 }
 
-/// Copies a file, sharing its blocks where the file system can.
+/// Copies a file, holes and all, sharing its blocks where the file system can.
 fn copy_file(from: &Path, to: &Path) -> Result<()> {
     let sentence = || format!("cannot copy {}", from.display());
     let mut source = File::open(from).context(sentence)?;
@@ -159,7 +174,33 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
         .create_new(true)
         .open(to)
         .context(sentence)?;
-    // std uses copy_file_range here, which shares blocks on btrfs and xfs.
-    std::io::copy(&mut source, &mut target).context(sentence)?;
+    let length = source.metadata().context(sentence)?.len();
+    target.set_len(length).context(sentence)?;
+    let mut offset = 0;
+    while let Some((start, end)) = next_data(&source, offset).context(sentence)? {
+        source.seek(SeekFrom::Start(start)).context(sentence)?;
+        target.seek(SeekFrom::Start(start)).context(sentence)?;
+        // std uses copy_file_range here, which shares blocks on btrfs and xfs.
+        std::io::copy(&mut (&source).take(end - start), &mut target).context(sentence)?;
+        offset = end;
+    }
     Ok(())
+}
+
+/// Start and end of the next run of data at or after `offset`; None when only a hole is left.
+fn next_data(file: &File, offset: u64) -> std::io::Result<Option<(u64, u64)>> {
+    let seek = |offset: u64, whence: i32| {
+        let offset = libc::off_t::try_from(offset).unwrap_or(libc::off_t::MAX);
+        // SAFETY: lseek takes a descriptor, which `file` keeps open, and integers; std has no call
+        // for these two kinds of seeking.
+        match unsafe { libc::lseek(file.as_raw_fd(), offset, whence) } {
+            -1 => Err(std::io::Error::last_os_error()),
+            found => Ok(u64::try_from(found).unwrap_or(0)),
+        }
+    };
+    match seek(offset, libc::SEEK_DATA) {
+        Ok(start) => Ok(Some((start, seek(start, libc::SEEK_HOLE)?))),
+        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(e) => Err(e),
+    }
 }

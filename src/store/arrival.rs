@@ -15,6 +15,9 @@ use crate::{Context, Error, Result};
 /// Bytes fed at once from the spool or for a gap.
 const PIECE: usize = 1024 * 1024;
 
+/// Most bytes of holes in an archive that are read as zeros: it takes minutes to hash as many.
+const MOST_HOLES: u64 = 256 << 30;
+
 /// An archive as it arrives: what comes in order is decoded, hashed and unpacked at once; what
 /// comes early waits in a spool. Its disk is removed with it unless it was taken.
 pub struct Arrival {
@@ -153,7 +156,14 @@ impl Arrival {
     }
 
     fn fill_holes(&mut self) -> Result<()> {
+        let mut filled = 0;
         while self.options.is_none() {
+            if filled > MOST_HOLES {
+                return Err(Error::bad_archive(format!(
+                    "the archive has a hole of more than {MOST_HOLES} bytes after byte {}",
+                    self.fed - filled
+                )));
+            }
             let spooled = self.spool.as_ref().and_then(Spool::next_offset);
             let gap = spooled.unwrap_or(self.length).saturating_sub(self.fed);
             if gap == 0 && spooled.is_none() {
@@ -161,6 +171,7 @@ impl Arrival {
             }
             let zeros = vec![0; PIECE.min(usize::try_from(gap).unwrap_or(PIECE))];
             self.feed(&zeros)?;
+            filled += zeros.len() as u64;
             self.feed_spooled()?;
         }
         // What comes after the end has to be zeros too, and is looked at.

@@ -115,8 +115,15 @@ impl Store {
                 .try_for_each(|base| rows.insert_ref(base, &new.id))
         });
         if let Err(error) = recorded {
-            let _ = std::fs::remove_dir_all(&target);
-            let _ = std::fs::remove_file(self.home.box_lock(row.lock_id));
+            // A commit that reports an error can be durable all the same. Where the row is there, or
+            // can't be looked for, the directory stays, and its mark for recovery.
+            if change
+                .box_by_id(&new.id)
+                .is_err_and(|e| e.errno() == libc::ENOENT)
+            {
+                let _ = std::fs::remove_dir_all(&target);
+                let _ = std::fs::remove_file(self.home.box_lock(row.lock_id));
+            }
             return Err(error);
         }
         crash_point("install.recorded");

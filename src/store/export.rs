@@ -6,7 +6,7 @@ use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Source, Store, called};
 use crate::archive::{About, Export};
@@ -28,8 +28,20 @@ pub(super) struct ExportCache {
 
 struct Known {
     state: State,
-    size: u64,
+    contents: Contents,
     plan: Option<Arc<Export>>,
+}
+
+/// What the bytes of an export are of. A snapshot, a clone or a rebase changes the files of a chain
+/// and none of this; whatever changes the disk's contents changes its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// Length of the archive in bytes.
+    pub size: u64,
+    /// When the disk changed last.
+    pub changed: SystemTime,
+    /// Hash of what the manifest says of the box.
+    about: u64,
 }
 
 /// What an export is made of: as long as this is the same, so are its bytes.
@@ -67,7 +79,7 @@ impl Store {
     ///
     /// # Errors
     /// ENODATA when the box has no disk yet, EBUSY while it runs, ENOENT, EIO.
-    pub fn open_export(&self, source: &Source) -> Result<Arc<Export>> {
+    pub fn open_export(&self, source: &Source) -> Result<(Arc<Export>, Contents)> {
         let record = self.record_of(source)?;
         if let Source::Live { .. } = source {
             self.refuse_active(&record)?;
@@ -75,24 +87,41 @@ impl Store {
         self.planned(source, &record)
     }
 
-    /// Exact length of the archive in bytes; None when the box has no disk yet. Costs a few stats
-    /// unless the state changed.
+    /// What the archive's bytes are of; None when the box has no disk yet. Costs a few stats unless
+    /// the state changed.
     ///
     /// # Errors
     /// ENOENT, EIO.
-    pub fn export_size(&self, source: &Source) -> Result<Option<u64>> {
+    pub fn export_contents(&self, source: &Source) -> Result<Option<Contents>> {
         let record = self.record_of(source)?;
         let top = self.top_of(source)?;
         if !top.is_file() {
             return Ok(None);
         }
-        if let Some(known) = self.exports.lock().known.get(source)
-            && known.state.holds(&record, &top)
+        let known = {
+            let exports = self.exports.lock();
+            let known = exports.known.get(source);
+            known.map(|known| (known.state.clone(), known.contents))
+        };
+        if let Some((state, contents)) = &known
+            && state.holds(&record, &top)
         {
-            return Ok(Some(known.size));
+            return Ok(Some(*contents));
+        }
+        if let Source::Live { .. } = source
+            && self.refuse_active(&record).is_err()
+        {
+            // Nobody can open it while its disk changes under the plan: any size does for `ls`.
+            let sentence = || format!("cannot look at {}", top.display());
+            let meta = fs::metadata(&top).context(sentence)?;
+            return Ok(Some(Contents {
+                size: known.map_or(meta.len(), |(_, contents)| contents.size),
+                changed: meta.modified().context(sentence)?,
+                about: hash_of(&record),
+            }));
         }
         self.planned(source, &record)
-            .map(|export| Some(export.len()))
+            .map(|(_, contents)| Some(contents))
     }
 
     /// Whether there is a disk to export.
@@ -114,7 +143,7 @@ impl Store {
             .ok_or_else(|| Error::new(libc::ENOENT, "the box is gone"))
     }
 
-    fn planned(&self, source: &Source, record: &BoxRecord) -> Result<Arc<Export>> {
+    fn planned(&self, source: &Source, record: &BoxRecord) -> Result<(Arc<Export>, Contents)> {
         let top = self.top_of(source)?;
         if !top.is_file() {
             return Err(Error::new(
@@ -131,24 +160,30 @@ impl Store {
                 && known.state.holds(record, &top)
                 && let Some(plan) = known.plan.clone()
             {
+                let contents = known.contents;
                 exports.used(source);
-                return Ok(plan);
+                return Ok((plan, contents));
             }
         }
         // Planning reads metadata of the whole chain: not under a lock that `ls` needs.
         let (state, export) = self.plan(record, &top)?;
         let export = Arc::new(export);
+        let contents = Contents {
+            size: export.len(),
+            changed: state.layers.first().map_or(UNIX_EPOCH, |layer| layer.3),
+            about: state.about,
+        };
         let mut exports = self.exports.lock();
         exports.known.insert(
             source.clone(),
             Known {
                 state,
-                size: export.len(),
+                contents,
                 plan: Some(export.clone()),
             },
         );
         exports.used(source);
-        Ok(export)
+        Ok((export, contents))
     }
 
     fn plan(&self, record: &BoxRecord, top: &std::path::Path) -> Result<(State, Export)> {

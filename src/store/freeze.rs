@@ -216,6 +216,10 @@ impl Prepared<'_> {
         };
         durable::copy_times(&live, overlay)?;
         durable::sync_file(overlay)?;
+        if draft.flat.is_none() && disk::chain_paths(&live)?.len() > MOST_BACKING {
+            // It held nothing when the draft was made.
+            return Err(self.replaced_just_now());
+        }
         if draft.flat.is_some() {
             let box_id = self.record.id.clone();
             self.install_flat(draft, &live, Some(&box_id))?;

@@ -41,6 +41,17 @@ impl Store {
         installed
     }
 
+    /// Gives a snapshot that came back from a backup the time it was taken at.
+    ///
+    /// # Errors
+    /// EBUSY, or what the database says.
+    pub fn date_snapshot(&self, box_id: &str, id: &str, created_at: i64) -> Result<()> {
+        self.refuse_read_only()?;
+        self.home
+            .change()?
+            .transaction(|rows| rows.date_snapshot(box_id, id, created_at))
+    }
+
     /// Makes a snapshot of a box of a complete archive: how the snapshots of a
     /// whole box's backup come back.
     ///

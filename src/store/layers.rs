@@ -35,6 +35,18 @@ pub(super) struct ImageFile {
 }
 
 impl ImageFile {
+    /// A name whose file can't be looked at: it may read from anything.
+    fn unreadable(path: PathBuf, role: Role, why: String) -> ImageFile {
+        ImageFile {
+            damaged: Some(format!("{}: {why}", path.display())),
+            path,
+            id: FileId { dev: 0, ino: 0 },
+            names: 0,
+            role,
+            backing: None,
+        }
+    }
+
     /// The box whose directory it is in.
     pub fn box_id(&self) -> Option<&str> {
         match &self.role {
@@ -122,6 +134,22 @@ fn stamp(meta: &fs::Metadata) -> Stamp {
     )
 }
 
+/// Whether a change time (ns) is old enough that a further change is bound to differ from it.
+fn is_settled(changed: i128) -> bool {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |age| i128::try_from(age.as_nanos()).unwrap_or(0));
+    now - changed > 2_000_000_000
+}
+
+/// Nothing has that name. Any other error says nothing of what is there.
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+    )
+}
+
 /// The path with its directory's symlinks resolved: two spellings of a name become one. The last
 /// component stays, for hard links are told apart by it.
 ///
@@ -171,11 +199,14 @@ impl Store {
     }
 
     fn look_at(&self, path: PathBuf, role: Role, files: &mut Vec<ImageFile>) {
-        let Ok(meta) = fs::symlink_metadata(&path) else {
-            return;
+        let meta = match fs::symlink_metadata(&path) {
+            Ok(meta) => meta,
+            Err(e) if is_absent(&e) => return,
+            Err(e) => return files.push(ImageFile::unreadable(path, role, e.to_string())),
         };
         if !meta.is_file() {
-            return;
+            let why = "is no regular file".to_owned();
+            return files.push(ImageFile::unreadable(path, role, why));
         }
         let id = FileId::of(&meta);
         let (backing, damaged) = match self.backing_of(&path, id, stamp(&meta)) {
@@ -211,13 +242,17 @@ impl Store {
         }
         let backing = match Header::open(path) {
             Ok(Some(header)) => Ok(header.backing.map(|backing| backing.path)),
-            Ok(None) => Ok(None),
+            // Cut short or overwritten: what it read from can't be told.
+            Ok(None) => Err(format!("{} is not a qcow2 image", path.display())),
             Err(error) => Err(error.to_string()),
         };
-        self.headers
-            .lock()
-            .known
-            .insert(id, (stamp, backing.clone()));
+        // Times have ticks: a header that changed a moment ago may change once more without a mark.
+        if is_settled(stamp.2) {
+            self.headers
+                .lock()
+                .known
+                .insert(id, (stamp, backing.clone()));
+        }
         backing
     }
 }
@@ -226,7 +261,7 @@ impl Store {
 pub(super) fn names_in(dir: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if is_absent(&e) => return Ok(Vec::new()),
         Err(e) => return Err(Error::io(format!("cannot list {}", dir.display()), e)),
     };
     let mut names = Vec::new();

@@ -27,6 +27,7 @@ use parking_lot::Mutex;
 
 pub use arrival::Arrival;
 pub use clone::NewClone;
+pub use export::Contents;
 pub use journal::Journal;
 
 use crate::home::{BoxRecord, Home, SnapshotRecord};
@@ -128,16 +129,22 @@ impl Store {
         result
     }
 
-    /// Where the layer of a snapshot is: what BoxLite's row says, unless that leaves the home (a
-    /// copied home), then where it must be in this home.
+    /// Where the layer of a snapshot is: what BoxLite's row says, if that is among the snapshots of
+    /// its box or in `bases/`; else (a copied home) where it must be in this home.
     pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
-        if let Some(path) = snapshot.base_path().map(PathBuf::from)
-            && let Ok(resolved) = layers::resolve(&path)
-            && resolved.starts_with(self.home.root())
-        {
-            return resolved;
+        let snapshots = self.home.snapshots_dir(&snapshot.box_id);
+        let recorded = snapshot
+            .base_path()
+            .and_then(|path| layers::resolve(Path::new(&path)).ok());
+        match recorded {
+            Some(path)
+                if path.starts_with(&snapshots)
+                    || path.parent() == Some(self.home.bases_dir().as_path()) =>
+            {
+                path
+            }
+            _ => self.home.snapshot_disk(&snapshot.box_id, &snapshot.name),
         }
-        self.home.snapshot_disk(&snapshot.box_id, &snapshot.name)
     }
 
     /// The file on top of the chain of a disk state.

@@ -28,14 +28,13 @@ impl Store {
         let change = self.home.change()?;
         let record = change.box_by_id(box_id)?;
         self.refuse_active(&record)?;
-        self.refuse_copied(&record)?;
         let mut prepared = Prepared {
             store: self,
             change,
             record,
         };
+        prepared.refuse_strangers()?;
         prepared.recover()?;
-        prepared.refuse_foreign_layers()?;
         prepared.adopt_own_chains()?;
         prepared.complete_refs()?;
         Ok(prepared)
@@ -110,6 +109,12 @@ impl<'s> Prepared<'s> {
                     .collect()
             })
             .collect()
+    }
+
+    /// EPERM when rows or headers of the box speak of another home.
+    pub(super) fn refuse_strangers(&self) -> Result<()> {
+        self.store.refuse_copied(&self.record)?;
+        self.refuse_foreign_layers()
     }
 
     /// EPERM when a chain leaves the home.

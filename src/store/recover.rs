@@ -50,16 +50,26 @@ impl Store {
             change,
             record: first,
         };
+        let mut all_are_at_home = true;
         for record in boxes {
-            if self.home.activity(&record) != Activity::Idle {
+            prepared.record = record;
+            if let Err(error) = prepared.refuse_strangers() {
+                all_are_at_home = false;
+                self.journal.note(&error.to_string());
                 continue;
             }
-            prepared.record = record;
+            if self.home.activity(&prepared.record) != Activity::Idle {
+                continue;
+            }
             if let Err(error) = prepared.recover() {
                 let name = called(&prepared.record).to_owned();
                 self.journal
                     .note(&format!("recovery of box {name} failed: {error}"));
             }
+        }
+        if !all_are_at_home {
+            // Paths in rows and headers may be those of another home.
+            return Ok(());
         }
         prepared.drop_rows_without_files()?;
         prepared.free_unreached()
@@ -107,6 +117,13 @@ impl Prepared<'_> {
             return Ok(());
         };
         let value: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
+        if value["copy"] == Value::Bool(true) {
+            // Its half-made copy is BoxLite's to remove: only it knows whether the copy is whole.
+            return Err(Error::busy(format!(
+                "BoxLite was copying a snapshot of box {} when it ended; start BoxLite once, it cleans up",
+                called(&self.record)
+            )));
+        }
         let live = home.live_disk(&self.record.id);
         if !live.exists() {
             let taken = self.pending_layer(&value).ok_or_else(|| {
@@ -125,13 +142,6 @@ impl Prepared<'_> {
                 "box {}: brought back the disk from a snapshot that BoxLite had not finished",
                 called(&self.record)
             ));
-        }
-        if value["copy"] == Value::Bool(true) {
-            // Its half-made copy is BoxLite's to remove: only it knows whether the copy is whole.
-            return Err(Error::busy(format!(
-                "BoxLite was copying a snapshot of box {} when it ended; start BoxLite once, it cleans up",
-                called(&self.record)
-            )));
         }
         durable::unlink(&marker)
     }
@@ -189,8 +199,14 @@ impl Prepared<'_> {
     /// Directories under `snapshots/` that have no row.
     fn settle_snapshot_directories(&mut self) -> Result<()> {
         let rows = self.snapshots()?;
-        for name in names_in(&self.store.home.snapshots_dir(&self.record.id))? {
-            if rows.iter().any(|row| row.name == name) || !is_snapshot_name(&name) {
+        let snapshots = self.store.home.snapshots_dir(&self.record.id);
+        for name in names_in(&snapshots)? {
+            let has_row = rows.iter().any(|row| {
+                let recorded = row.base_path().unwrap_or_default();
+                let resolved = resolve(Path::new(&recorded));
+                row.name == name || resolved.is_ok_and(|p| p.starts_with(snapshots.join(&name)))
+            });
+            if has_row || !is_snapshot_name(&name) {
                 continue;
             }
             self.settle_snapshot_directory(&name)?;
@@ -233,8 +249,16 @@ impl Prepared<'_> {
             .bases()?
             .into_iter()
             .filter(|row| {
-                let path = PathBuf::from(&row.base_path);
-                row.is_ours() && !path.exists() && layers.readers_of(&path).next().is_none()
+                let Ok(path) = resolve(Path::new(&row.base_path)) else {
+                    return false;
+                };
+                let absent = fs::symlink_metadata(&path)
+                    .is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+                row.is_ours()
+                    && absent
+                    && path.parent() == Some(self.store.home.bases_dir().as_path())
+                    && layers.damaged().is_none()
+                    && layers.readers_of(&path).next().is_none()
             })
             .map(|row| row.id)
             .collect();

@@ -1,12 +1,12 @@
 //! `rmdir web/snapshots/NAME`.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Store;
 use super::crash::crash_point;
 use super::durable;
-use super::layers::{Role, resolve};
+use super::layers::{Layers, Role, resolve};
 use super::prepare::Prepared;
 use crate::{Error, Result};
 
@@ -35,7 +35,12 @@ impl Store {
             .into_iter()
             .find(|snapshot| snapshot.id == snapshot_id)
             .ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))?;
-        let layer = self.home.snapshot_disk(box_id, &snapshot.name);
+        // The directory BoxLite would remove: that of the row's path, where it is one of this box's.
+        let recorded = self.snapshot_layer(&snapshot);
+        let own = self.home.snapshot_disk(box_id, &snapshot.name);
+        let in_own_directory = recorded.parent().and_then(Path::parent)
+            == Some(self.home.snapshots_dir(box_id).as_path());
+        let layer = if in_own_directory { recorded } else { own };
         if prepared.layers()?.readers_of(&layer).next().is_some() {
             prepared.adopt(&layer)?;
         }
@@ -46,13 +51,18 @@ impl Store {
         crash_point("remove.unrecorded");
         durable::unlink(&layer)?;
         crash_point("remove.unlinked");
-        let dir = self.home.snapshots_dir(box_id).join(&snapshot.name);
-        if let Err(error) = durable::remove_dir(&dir) {
-            // Something of somebody else's is in it; the snapshot itself is gone.
+        // The snapshot is gone; what follows does not bring it back.
+        if let Some(dir) = layer.parent()
+            && let Err(error) = durable::remove_dir(dir)
+        {
             self.journal
                 .note(&format!("{error}; the rest is left there"));
         }
-        prepared.free_unreached()
+        if let Err(error) = prepared.free_unreached() {
+            self.journal
+                .note(&format!("{error}; its space is not freed"));
+        }
+        Ok(())
     }
 }
 
@@ -60,26 +70,20 @@ impl Prepared<'_> {
     /// Frees the bases we made that no header names any more and that are no snapshot's layer.
     /// The file goes first: a row of ours without a file is recognised as a leftover by the next
     /// recovery, while a file without a row could be BoxLite's (a crash inside its clone leaves such,
-    /// and it can be a box's only disk). Nothing at all is freed while any header in the home can't
-    /// be read.
+    /// and it can be a box's only disk).
     pub(super) fn free_unreached(&mut self) -> Result<()> {
         loop {
             let layers = self.layers()?;
-            if layers.damaged().is_some() {
+            let Some(needed) = self.needed(&layers)? else {
                 return Ok(());
-            }
-            let named: BTreeSet<&Path> = layers
-                .files()
-                .iter()
-                .filter_map(|file| file.backing.as_deref())
-                .collect();
+            };
             let rows = self.change.bases()?;
             let free = layers.files().iter().find_map(|file| {
                 let Role::Base { .. } = file.role else {
                     return None;
                 };
                 // One name known and one name in all: no snapshot, no live disk, no backup.
-                if named.contains(file.path.as_path()) || file.names != 1 {
+                if needed.contains(file.path.as_path()) || file.names != 1 {
                     return None;
                 }
                 rows.iter()
@@ -96,5 +100,37 @@ impl Prepared<'_> {
             crash_point("free.unlinked");
             self.change.transaction(|rows| rows.delete_base(&id))?;
         }
+    }
+
+    /// Every path that a header or a snapshot's row names. None while that can't be told: a header
+    /// that can't be read may name anything, and a box whose rows say it has a disk that is not
+    /// where it belongs may have it put aside.
+    fn needed(&self, layers: &Layers) -> Result<Option<BTreeSet<PathBuf>>> {
+        if layers.damaged().is_some() {
+            return Ok(None);
+        }
+        let headers = layers
+            .files()
+            .iter()
+            .filter_map(|file| file.backing.clone());
+        let mut needed: BTreeSet<PathBuf> = headers.collect();
+        for record in self.change.boxes()? {
+            let snapshots = self.change.snapshots_of(&record.id)?;
+            let started = !snapshots.is_empty() || !self.change.refs_of(&record.id)?.is_empty();
+            if started && layers.at(&self.store.home.live_disk(&record.id)).is_none() {
+                return Ok(None);
+            }
+            for snapshot in &snapshots {
+                let layer = self.store.snapshot_layer(snapshot);
+                if layers.at(&layer).is_none() {
+                    return Ok(None);
+                }
+                needed.insert(layer);
+                // As it is spelled, wherever that is.
+                let recorded = snapshot.base_path().unwrap_or_default();
+                needed.extend(resolve(Path::new(&recorded)));
+            }
+        }
+        Ok(Some(needed))
     }
 }

@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Store;
 use crate::home::{Home, base_id};
@@ -11,6 +12,12 @@ use crate::{Context, Result};
 
 /// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
 const PREFIX: &str = "work-";
+
+/// Prefix of one that is not locked yet.
+const UNLOCKED: &str = "new-";
+
+/// How long that may take; a directory of that kind that is older was left by a crash.
+const LOCKING: Duration = Duration::from_secs(3600);
 
 /// Held locked by the process that owns the workspace.
 const LOCK: &str = "lock";
@@ -23,13 +30,16 @@ pub(super) struct Workspace {
 
 impl Workspace {
     fn create(home: &Home) -> Result<Workspace> {
-        let dir = home
-            .make_staging_dir()?
-            .join(format!("{PREFIX}{}", base_id()?));
-        home.make_dir(&dir)?;
-        let path = dir.join(LOCK);
+        let place = home.make_staging_dir()?;
+        let id = base_id()?;
+        // Locked before it has the name that another mount would remove it by.
+        let unlocked = place.join(format!("{UNLOCKED}{id}"));
+        home.make_dir(&unlocked)?;
+        let path = unlocked.join(LOCK);
         let lock = File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
         lock_exclusive(&lock).context(|| format!("cannot lock {}", path.display()))?;
+        let dir = place.join(format!("{PREFIX}{id}"));
+        fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
         Ok(Workspace { dir, _lock: lock })
     }
 }
@@ -57,10 +67,20 @@ pub(super) fn abandoned(home: &Home) -> Vec<PathBuf> {
     };
     entries
         .filter_map(|entry| entry.ok())
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX))
+        .filter(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let old = || entry.metadata().is_ok_and(|meta| is_old(&meta));
+            (name.starts_with(PREFIX) && !is_owned(&entry.path()))
+                || (name.starts_with(UNLOCKED) && old())
+        })
         .map(|entry| entry.path())
-        .filter(|dir| !is_owned(dir))
         .collect()
+}
+
+fn is_old(meta: &fs::Metadata) -> bool {
+    let age = meta.modified().ok().and_then(|time| time.elapsed().ok());
+    age.is_some_and(|age| age > LOCKING)
 }
 
 fn is_owned(dir: &Path) -> bool {

@@ -18,6 +18,9 @@ pub enum Kind {
 pub struct Attr {
     /// Inode number, which is also FUSE's node id.
     pub ino: u64,
+    /// FUSE's generation: raised when an export's contents change, so that the kernel makes a new
+    /// inode with pages and a size of its own, and whoever reads the old one gets EIO.
+    pub generation: u64,
     /// Directory, file or link.
     pub kind: Kind,
     /// Bytes.

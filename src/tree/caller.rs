@@ -41,6 +41,13 @@ impl Makers {
         makers
     }
 
+    /// The caller takes part.
+    pub fn join(&mut self, caller: Caller) {
+        if !self.includes(caller) {
+            self.add(caller);
+        }
+    }
+
     fn add(&mut self, caller: Caller) {
         match caller.process() {
             Some(process) => {

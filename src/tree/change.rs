@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::attr::Attr;
-use super::caller::Caller;
+use super::caller::{Caller, Makers};
 use super::handle::Opened;
 use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOTS, decode};
 use super::node::Node;
@@ -57,7 +57,7 @@ impl Tree {
             Node::Root => self.begin_box(caller, name)?,
             _ => match self.make_staged(caller, &parent, name, What::Directory)? {
                 Some(node) => node,
-                None => self.make_snapshot(&parent, name)?,
+                None => self.make_snapshot(caller, &parent, name)?,
             },
         };
         let attr = self.attr(caller, &node)?;
@@ -75,6 +75,7 @@ impl Tree {
         decode(name).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
         let names = self.names()?;
         let mut staging = self.staging.lock();
+        staging.sweep();
         if names.id_of(name).is_some() || staging.names.contains_key(name) {
             return Err(exists(name));
         }
@@ -85,7 +86,7 @@ impl Tree {
         Ok(Node::Box(id))
     }
 
-    fn make_snapshot(&self, parent: &Node, name: &str) -> Result<Node> {
+    fn make_snapshot(&self, caller: Caller, parent: &Node, name: &str) -> Result<Node> {
         let Node::Snapshots(id) = parent else {
             return Err(self.refuse(
                 libc::EPERM,
@@ -93,7 +94,44 @@ impl Tree {
             ));
         };
         let snapshot = self.store.snapshot(id, name)?;
+        self.remember_fresh(&snapshot, caller);
         Ok(Node::Snapshot(id.clone(), snapshot))
+    }
+
+    /// Remembers who took a snapshot, for as long as that process lives.
+    fn remember_fresh(&self, snapshot: &str, caller: Caller) {
+        let mut fresh = self.fresh.lock();
+        fresh.retain(|_, makers| makers.any_alive());
+        fresh.insert(snapshot.to_owned(), Makers::begin(caller));
+    }
+
+    /// Refuses to put something into a box that exists. Where a copy tool has just made the
+    /// snapshot it wants to put it into, that snapshot is of today's disk, and not of what is being
+    /// copied: it is taken back.
+    fn refuse_put(&self, caller: Caller, parent: &Node, name: &str) -> Error {
+        if let Node::Snapshot(id, snapshot) = parent {
+            let mine = self
+                .fresh
+                .lock()
+                .get_mut(snapshot)
+                .is_some_and(|makers| makers.includes(caller));
+            if mine {
+                let taken_back = self.store.remove_snapshot(id, snapshot);
+                self.fresh.lock().remove(snapshot);
+                let end = match taken_back {
+                    Ok(()) => "it was taken back",
+                    Err(_) => "it stays",
+                };
+                return self.refuse(
+                    libc::EPERM,
+                    format!("{name}: snapshots can't be copied into a box that exists; the mkdir had taken one of the disk as it is now, {end}"),
+                );
+            }
+        }
+        self.refuse(
+            libc::EPERM,
+            format!("{name}: nothing can be put into a box that exists; copy to a new name to make another"),
+        )
     }
 
     /// Makes a name in a box being made. None when the caller sees a real box there.
@@ -214,6 +252,13 @@ impl Tree {
 
     fn create_staged(&self, caller: Caller, parent: &Node, name: &str) -> Result<Arc<StagedFile>> {
         let id = self.staging.lock().box_of(parent).unwrap_or_default();
+        if matches!(parent, Node::Made(_)) && name.ends_with(ARCHIVE_SUFFIX) {
+            // In a directory that means nothing it would be dropped, and look as if it was kept.
+            return Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: an archive means nothing here; copy it to the name of a new box"),
+            ));
+        }
         let node = match parent {
             Node::Box(_) if name == EXPORT => Node::Export(Source::Live { box_id: id.clone() }),
             Node::Snapshot(_, snapshot) if name == EXPORT => Node::Export(Source::Snapshot {
@@ -229,10 +274,7 @@ impl Tree {
         let file = StagedFile::new(node, id, place);
         match self.make_staged(caller, parent, name, What::File(file.clone()))? {
             Some(_) => Ok(file),
-            None => Err(self.refuse(
-                libc::EPERM,
-                format!("{name}: nothing can be put into a box that exists; copy to a new name to make another"),
-            )),
+            None => Err(self.refuse_put(caller, parent, name)),
         }
     }
 
@@ -271,6 +313,10 @@ impl Tree {
             return Ok(());
         }
         match self.child(caller, &parent, name)? {
+            Node::Snapshot(id, _) if self.was_refused_deletion(caller, &id) => Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"),
+            )),
             Node::Snapshot(id, snapshot) => self.store.remove_snapshot(&id, &snapshot),
             Node::Box(_) => Err(Error::new(
                 libc::ENOTEMPTY,
@@ -339,13 +385,49 @@ impl Tree {
             }
             Some(_) => Ok(()),
             None => {
-                self.child(caller, &parent, name)?;
+                let node = self.child(caller, &parent, name)?;
+                self.remember_deleter(caller, &node);
                 Err(self.refuse(
                     libc::EPERM,
                     format!("{name}: the files of a box that exists can't be removed"),
                 ))
             }
         }
+    }
+
+    /// Whether the process tried to unlink files of the box before: it is deleting all of it, was
+    /// refused, and went on.
+    fn was_refused_deletion(&self, caller: Caller, box_id: &str) -> bool {
+        let mut deleters = self.deleters.lock();
+        deleters
+            .get_mut(box_id)
+            .is_some_and(|makers| makers.includes(caller))
+    }
+
+    fn remember_deleter(&self, caller: Caller, node: &Node) {
+        let Some(id) = node.box_id() else { return };
+        let mut deleters = self.deleters.lock();
+        deleters.retain(|_, makers| makers.any_alive());
+        match deleters.get_mut(id) {
+            Some(makers) => makers.join(caller),
+            None => {
+                deleters.insert(id.to_owned(), Makers::begin(caller));
+            }
+        }
+    }
+
+    /// mknod(2) of anything but a regular file.
+    ///
+    /// # Errors
+    /// Always EPERM.
+    pub fn mknod(&self, name: &OsStr) -> Result<Attr> {
+        Err(self.refuse(
+            libc::EPERM,
+            format!(
+                "{}: pipes, sockets and devices have no place here",
+                name.display()
+            ),
+        ))
     }
 
     /// A written file that became nothing loses its name.
@@ -355,6 +437,7 @@ impl Tree {
             .files
             .retain(|_, root_file| !Arc::ptr_eq(&root_file.file, file));
         if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+            staged.failed = true;
             for names in staged.children.values_mut() {
                 names.retain(|_, child| child.node != file.node);
             }

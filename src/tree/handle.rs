@@ -7,12 +7,12 @@ use super::Tree;
 use super::attr::{Attr, DirEntry};
 use super::caller::Caller;
 use super::describe;
-use super::names::{SNAPSHOT_JSON, decode};
+use super::names::{ARCHIVE_SUFFIX, SNAPSHOT_JSON, decode};
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile};
 use super::staging::What;
 use crate::archive::Export;
-use crate::store::{NewClone, Source};
+use crate::store::{Contents, NewClone, Source};
 use crate::{Error, Result};
 
 /// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
@@ -24,7 +24,11 @@ const PIECE: usize = 1024 * 1024;
 /// An open file.
 pub(super) enum Handle {
     /// An export; its layers are open, so nothing that happens to names can change it.
-    Export { source: Source, export: Arc<Export> },
+    Export {
+        source: Source,
+        export: Arc<Export>,
+        contents: Contents,
+    },
     /// A description as it was when opened.
     Bytes { node: Node, bytes: Vec<u8> },
     /// The log.
@@ -114,15 +118,24 @@ impl Tree {
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::Export(source) => {
-                let export = self.store.open_export(source).inspect_err(|error| {
+                let (export, contents) = self.store.open_export(source).inspect_err(|error| {
                     self.store.journal().note(&format!(
                         "export of {} failed: {error}",
                         self.store.describe(source)
                     ));
                 })?;
-                let keep = self.keeps_pages(ino, &export);
+                if self.told(&node).is_some_and(|told| told != contents) {
+                    // The kernel looks the name up again, gets a new inode, and opens that.
+                    return Err(Error::new(libc::ESTALE, "the disk changed just now"));
+                }
                 let source = source.clone();
-                (Handle::Export { source, export }, keep)
+                let handle = Handle::Export {
+                    source,
+                    export,
+                    contents,
+                };
+                // The inode and its pages are of these contents and no others.
+                (handle, true)
             }
             _ => return Err(Error::new(libc::EISDIR, "that is a directory")),
         };
@@ -144,16 +157,60 @@ impl Tree {
         self.refuse(libc::EPERM, sentence)
     }
 
-    /// Whether the kernel's pages of this inode are of the same export.
-    fn keeps_pages(&self, ino: u64, export: &Arc<Export>) -> bool {
-        let mut paged = self.paged.lock();
-        let same = paged
-            .get(&ino)
-            .and_then(std::sync::Weak::upgrade)
-            .is_some_and(|known| Arc::ptr_eq(&known, export));
-        paged.retain(|_, known| known.strong_count() > 0);
-        paged.insert(ino, Arc::downgrade(export));
-        same
+    /// EIO for whoever reads an export of a disk that is not as it was.
+    pub(super) fn changed_under_reader(&self, source: &Source) -> Error {
+        let sentence = format!(
+            "the disk of {} changed while it was read (was the box started?); read it again",
+            self.store.describe(source)
+        );
+        self.store.journal().note(&sentence);
+        Error::new(libc::EIO, sentence)
+    }
+
+    /// The contents of an open export: of the given handle, or of one that has the node open, best
+    /// of one that reads what the kernel was told last.
+    pub(super) fn open_export_of(&self, node: &Node, handle: Option<u64>) -> Option<Contents> {
+        let told = self.told(node);
+        let of = |handle: &Handle| match handle {
+            Handle::Export {
+                source, contents, ..
+            } if Node::Export(source.clone()) == *node => Some(*contents),
+            _ => None,
+        };
+        let handles = self.handles.lock();
+        match handle.and_then(|number| handles.get(&number)) {
+            Some(handle) => of(handle),
+            None => {
+                let mut open: Vec<Contents> = handles.values().filter_map(|h| of(h)).collect();
+                open.sort_by_key(|contents| Some(*contents) != told);
+                open.first().copied()
+            }
+        }
+    }
+
+    /// The contents the kernel was last told that an export's inode has.
+    pub(super) fn told(&self, node: &Node) -> Option<Contents> {
+        self.told
+            .lock()
+            .get(&node.ino())
+            .map(|(contents, _)| *contents)
+    }
+
+    /// The generation of an export's inode, raised when its contents are not what the kernel was
+    /// told last. Without contents (it is being written) it stays.
+    pub(super) fn generation(&self, node: &Node, contents: Option<Contents>) -> u64 {
+        let mut told = self.told.lock();
+        let Some(contents) = contents else {
+            return told
+                .get(&node.ino())
+                .map_or(0, |(_, generation)| *generation);
+        };
+        let (known, generation) = told.entry(node.ino()).or_insert((contents, 0));
+        if *known != contents {
+            *known = contents;
+            *generation += 1;
+        }
+        *generation
     }
 
     /// The file being written that this caller sees at a node.
@@ -202,7 +259,15 @@ impl Tree {
     /// EIO when the disk changes while it is read.
     pub fn read(&self, handle: u64, offset: u64, length: usize) -> Result<Vec<u8>> {
         match &*self.handle(handle)? {
-            Handle::Export { source, export } => {
+            Handle::Export {
+                source,
+                export,
+                contents,
+            } => {
+                let node = Node::Export(source.clone());
+                if self.told(&node).is_some_and(|told| told != *contents) {
+                    return Err(self.changed_under_reader(source));
+                }
                 let mut bytes = vec![0; length];
                 let read = export.read_at(offset, &mut bytes).inspect_err(|error| {
                     self.store.journal().note(&format!(
@@ -321,7 +386,7 @@ impl Tree {
         }
         let length = length.min(MOST_COPIED);
         let copied = match &*from {
-            Handle::Export { source, export } => {
+            Handle::Export { source, export, .. } => {
                 share(&mut state, source, export, from_offset, length).ok_or_else(unfit)?
             }
             Handle::Bytes { node, bytes } if state.role() == Role::Json => {
@@ -355,7 +420,12 @@ impl Tree {
         }
         state.refused()?;
         let role = state.role();
-        if matches!(role, Role::Dropped | Role::Json) || !is_complete(&mut state)? {
+        if role == Role::Json {
+            drop(state);
+            self.date_snapshot(file);
+            return Ok(());
+        }
+        if role == Role::Dropped || !is_complete(&mut state)? {
             return Ok(());
         }
         let result = match role {
@@ -369,6 +439,9 @@ impl Tree {
             Err(error) => {
                 // Not noted again: the store's log has it.
                 state.refuse(&error);
+                if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
+                    staged.failed = true;
+                }
                 return Err(error);
             }
         }
@@ -381,7 +454,10 @@ impl Tree {
 
     fn commit_box(&self, file: &StagedFile, state: &FileState) -> Result<()> {
         let shown = match &state.place.parent {
-            Node::Root => state.place.name.trim_end_matches(".boxlite").to_owned(),
+            Node::Root => {
+                let name = &state.place.name;
+                name.strip_suffix(ARCHIVE_SUFFIX).unwrap_or(name).to_owned()
+            }
             _ => self.staged_name(&file.box_id)?,
         };
         let new = NewClone {
@@ -452,6 +528,29 @@ impl Tree {
                 _ => None,
             });
         Ok((name.to_owned(), json))
+    }
+
+    /// A snapshot.json that came after its export (rsync goes by names) dates the snapshot.
+    fn date_snapshot(&self, json: &StagedFile) {
+        let parent = {
+            let state = json.state.lock();
+            let is_final = state.place.name == SNAPSHOT_JSON;
+            is_final.then(|| state.place.parent.clone())
+        };
+        let Some(Node::Snapshot(box_id, snapshot_id)) = parent else {
+            return;
+        };
+        let Ok(row) = self.snapshot(&box_id, &snapshot_id) else {
+            // Not made yet: its own commit will look here.
+            return;
+        };
+        if let Some(created_at) = self.created_at_of(json)
+            && created_at != row.created_at
+            && let Err(error) = self.store.date_snapshot(&box_id, &snapshot_id, created_at)
+        {
+            let sentence = format!("snapshot {} keeps the time of its copy: {error}", row.name);
+            self.store.journal().note(&sentence);
+        }
     }
 
     fn created_at_of(&self, json: &StagedFile) -> Option<i64> {

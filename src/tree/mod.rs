@@ -33,6 +33,7 @@ pub use view::Space;
 
 use crate::store::Store;
 use crate::{Error, Result};
+use caller::Makers;
 use names::Names;
 
 /// How a home is shown.
@@ -52,8 +53,13 @@ pub struct Tree {
     handles: Mutex<HashMap<u64, Arc<handle::Handle>>>,
     next_handle: AtomicU64,
     next_made: AtomicU64,
-    /// The export each inode's pages in the kernel are of.
-    paged: Mutex<HashMap<u64, std::sync::Weak<crate::archive::Export>>>,
+    /// What the kernel was last told an export's inode has, and its generation.
+    told: Mutex<HashMap<u64, (crate::store::Contents, u64)>>,
+    /// Processes whose unlink in a box was refused: they are deleting it, and must not get on to its
+    /// snapshots.
+    deleters: Mutex<HashMap<String, Makers>>,
+    /// Snapshots just taken, by id, with who took them: a copy into one takes it back.
+    fresh: Mutex<HashMap<String, Makers>>,
 }
 
 impl Tree {
@@ -70,7 +76,9 @@ impl Tree {
             handles: Mutex::default(),
             next_handle: AtomicU64::new(1),
             next_made: AtomicU64::new(1),
-            paged: Mutex::default(),
+            told: Mutex::default(),
+            deleters: Mutex::default(),
+            fresh: Mutex::default(),
         })
     }
 
@@ -116,6 +124,7 @@ impl Tree {
             *told = told.saturating_sub(times);
             if *told == 0 {
                 known.remove(&ino);
+                self.told.lock().remove(&ino);
             }
         }
     }

@@ -49,6 +49,8 @@ pub(super) struct StagedBox {
     pub id: String,
     pub makers: Makers,
     pub committed: bool,
+    /// Something that was to become a part of it was refused.
+    pub failed: bool,
     pub created: SystemTime,
     used: Instant,
     /// Children by the inode of their directory; a directory has an entry from its making on.
@@ -62,6 +64,7 @@ impl StagedBox {
             id,
             makers: Makers::begin(caller),
             committed: false,
+            failed: false,
             created: SystemTime::now(),
             used: Instant::now(),
             children,
@@ -87,8 +90,12 @@ impl StagedBox {
     }
 
     /// Whether what was made is done with: nobody who would see it is left, or whoever lives on
-    /// has not come back for a while.
+    /// has not come back for a while. What failed goes with its makers, so that the next try starts
+    /// anew; a directory that only was made waits for what will be put into it.
     fn is_over(&self) -> bool {
+        if !self.committed {
+            return self.failed && !self.makers.any_alive();
+        }
         let writing = || {
             self.children
                 .values()
@@ -140,7 +147,7 @@ pub(super) struct Staging {
 
 impl Staging {
     /// Lets go of what is done with.
-    fn sweep(&mut self) {
+    pub fn sweep(&mut self) {
         let over: Vec<String> = self
             .boxes
             .values()
@@ -149,6 +156,7 @@ impl Staging {
             .collect();
         for id in over {
             self.boxes.remove(&id);
+            self.names.retain(|_, box_id| *box_id != id);
             self.made_in.retain(|_, box_id| *box_id != id);
         }
         self.files.retain(|_, file| !file.is_over());
@@ -226,6 +234,7 @@ impl Tree {
         name: &str,
     ) -> Option<Result<Node>> {
         let mut staging = self.staging.lock();
+        staging.sweep();
         if *parent == Node::Root {
             if let Some(file) = staging.root_file(caller, name) {
                 return Some(Ok(file.file.node.clone()));

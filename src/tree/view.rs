@@ -14,7 +14,7 @@ use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS};
 use super::node::Node;
 use super::{Tree, text};
 use crate::home::{BoxRecord, SnapshotRecord};
-use crate::store::Source;
+use crate::store::{Contents, Source};
 use crate::{Context, Error, Result};
 
 /// Space on the file system the home is on.
@@ -47,7 +47,19 @@ impl Tree {
         let parent = self.node(parent)?;
         let name = text(name).map_err(|_| not_there())?;
         let node = self.child(caller, &parent, name)?;
-        let attr = self.attr(caller, &node)?;
+        let staged = self.staged_attr(caller, &node);
+        let is_staged = staged.is_some();
+        let mut attr = match staged {
+            Some(attr) => attr,
+            None => self.attr(caller, &node)?,
+        };
+        if let Node::Export(source) = &node {
+            let contents = match is_staged {
+                true => None,
+                false => self.contents(source)?,
+            };
+            attr.generation = self.generation(&node, contents);
+        }
         self.tell(&node);
         Ok(attr)
     }
@@ -109,11 +121,46 @@ impl Tree {
     /// ESTALE or ENOENT when it is gone.
     pub fn getattr(&self, caller: Caller, ino: u64, handle: Option<u64>) -> Result<Attr> {
         let node = self.node(ino)?;
-        let mut attr = self.attr(caller, &node)?;
         if let Some(size) = handle.and_then(|handle| self.size_at_open(handle)) {
+            let mut attr = self.attr(caller, &node)?;
             attr.size = size;
+            return Ok(attr);
         }
-        Ok(attr)
+        if let Node::Export(source) = &node
+            && let Some(attr) = self.attr_of_open_export(&node, source, handle)?
+        {
+            return Ok(attr);
+        }
+        self.attr(caller, &node)
+    }
+
+    /// Attributes of an export that is open: those of what is being read, also when its name is
+    /// gone. EIO when its contents changed since the kernel was told of it, and not a size that does
+    /// not belong to the pages it has: that would cut a reader off, or give it zeros. None when the
+    /// kernel was told of the new contents, for then it asks for their new inode.
+    fn attr_of_open_export(
+        &self,
+        node: &Node,
+        source: &Source,
+        handle: Option<u64>,
+    ) -> Result<Option<Attr>> {
+        let Some(open) = self.open_export_of(node, handle) else {
+            return Ok(None);
+        };
+        if handle.is_none() && self.told(node).is_some_and(|told| told != open) {
+            return Ok(None);
+        }
+        let now = self.contents(source);
+        let gone = now.as_ref().is_err_and(|e| e.errno() == libc::ENOENT);
+        if !gone && now? != Some(open) {
+            return Err(self.changed_under_reader(source));
+        }
+        Ok(Some(self.file(node, open.size, open.changed)))
+    }
+
+    /// What an export's bytes are of. None when there is no disk.
+    pub(super) fn contents(&self, source: &Source) -> Result<Option<Contents>> {
+        self.store.export_contents(source)
     }
 
     pub(super) fn attr(&self, caller: Caller, node: &Node) -> Result<Attr> {
@@ -168,8 +215,10 @@ impl Tree {
             }
             Node::Export(source) => {
                 let record = self.record(source.box_id())?;
-                let size = self.store.export_size(source)?.ok_or_else(not_there)?;
-                Ok(self.file(node, size, self.disk_time(source, &record)))
+                let contents = self.contents(source)?.ok_or_else(not_there)?;
+                let mut attr = self.file(node, contents.size, contents.changed);
+                attr.created = at(record.created_at);
+                Ok(attr)
             }
         }
     }
@@ -215,6 +264,7 @@ impl Tree {
         let owner = self.store.home().owner();
         Attr {
             ino: node.ino(),
+            generation: 0,
             kind: Kind::Directory,
             size: 0,
             // As open as the home is, never more.
@@ -233,6 +283,7 @@ impl Tree {
         let owner = self.store.home().owner();
         Attr {
             ino: node.ino(),
+            generation: 0,
             kind: Kind::File,
             size,
             perm: 0o644 & mode_of_directories(owner.mode),

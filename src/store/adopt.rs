@@ -44,9 +44,11 @@ impl Prepared<'_> {
     }
 
     /// Makes `path`, a layer inside a box, a base, and has every header that names it name the
-    /// base. Order: the name in `bases/`, then the row with the references of all readers, then the
-    /// headers. A crash leaves a further name, or a row, for an inode that is still read by its old
-    /// path; both are found and used the next time, and a rebase can be repeated.
+    /// base. Order: the row with the references of all readers, then the name in `bases/`, then the
+    /// headers. A crash leaves a row without a file, which the next mount drops, or a further name
+    /// with a row, which is found and used the next time; a rebase can be repeated. The row comes
+    /// first because a name without one can't be told from what a crash in BoxLite's clone leaves,
+    /// and would stay for ever.
     pub(super) fn adopt(&mut self, path: &Path) -> Result<PathBuf> {
         let layers = self.layers()?;
         self.refuse_active_readers(&layers, path)?;
@@ -69,15 +71,14 @@ impl Prepared<'_> {
             .find(|name| matches!(name.role, Role::Base { .. }));
         let base = match known {
             Some(name) => name.path.clone(),
-            None => {
-                let base = self.store.home.base_disk(&base_id()?);
-                durable::link(path, &base)?;
-                crash_point("adopt.linked");
-                base
-            }
+            None => self.store.home.base_disk(&base_id()?),
         };
-        self.record_base(&base, &boxes_above(&layers, path))?;
+        self.record_base(&base, path, &boxes_above(&layers, path))?;
         crash_point("adopt.recorded");
+        if known.is_none() {
+            durable::link(path, &base)?;
+            crash_point("adopt.linked");
+        }
         let mut done = BTreeSet::new();
         for reader in layers.readers_of(path) {
             if done.insert(reader.id) {
@@ -102,14 +103,14 @@ impl Prepared<'_> {
     }
 
     /// The row of a base, if it has none yet, and references of these boxes.
-    fn record_base(&mut self, base: &Path, boxes: &BTreeSet<String>) -> Result<()> {
+    fn record_base(&mut self, base: &Path, file: &Path, boxes: &BTreeSet<String>) -> Result<()> {
         let row =
             self.change.bases()?.into_iter().find(|row| {
                 super::layers::resolve(Path::new(&row.base_path)).is_ok_and(|p| p == base)
             });
         let new = match &row {
             Some(_) => None,
-            None => Some(self.store.new_base(base)?),
+            None => Some(self.store.new_base(base, file)?),
         };
         let id = match (&row, &new) {
             (Some(row), _) => row.id.clone(),

@@ -196,9 +196,10 @@ impl Prepared<'_> {
     /// Freezes the live disk. Not stacked upon when it holds no data: then what is below has its
     /// contents already, and several snapshots of an unchanged box are names of one layer.
     ///
-    /// Order: overlay in the workspace, flush the live disk, its second name in `bases/`, the row,
-    /// the overlay over the live name. A crash before the last step leaves a name and perhaps a row
-    /// for the inode that is still the live disk: recovery drops both (undo, never finish).
+    /// Order: overlay in the workspace, flush the live disk, the row of the base, the live disk's
+    /// second name in `bases/`, the overlay over the live name. A crash before the last step leaves a
+    /// row and perhaps a name for the inode that is still the live disk: recovery drops both (undo,
+    /// never finish). The row comes first for the reason that [`Prepared::adopt`] gives.
     pub(super) fn freeze(&mut self, draft: &Draft) -> Result<FrozenDisk> {
         let live = self.store.home.live_disk(&self.record.id);
         let header = live_header(&live)?;
@@ -225,8 +226,6 @@ impl Prepared<'_> {
             self.install_flat(draft, &live, Some(&box_id))?;
         } else {
             durable::sync_file(&live)?;
-            durable::link(&live, &draft.base)?;
-            crash_point("freeze.linked");
             self.record_frozen(
                 &draft.base,
                 &live,
@@ -234,6 +233,8 @@ impl Prepared<'_> {
                 Some(&self.record.id.clone()),
             )?;
             crash_point("freeze.recorded");
+            durable::link(&live, &draft.base)?;
+            crash_point("freeze.linked");
         }
         durable::rename(overlay, &live)?;
         crash_point("freeze.replaced");

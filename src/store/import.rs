@@ -1,6 +1,6 @@
 //! `cp b.boxlite MNT/NEW.boxlite`: a box, or a snapshot of one, from an archive that arrived.
 
-use super::clone::refuse_taken_name;
+use super::clone::{UNRECORDED, refuse_taken_name};
 use super::crash::crash_point;
 use super::prepare::now;
 use super::snapshot::refuse_bad_name;
@@ -72,8 +72,9 @@ impl Store {
         )
     }
 
-    /// Order: the directory, the layer moved into it, the row. A crash before the row leaves a
-    /// directory without one whose layer has no other name: it is reported, not removed.
+    /// Order: the directory is built in the workspace with a mark in it and moved into place, then
+    /// the row, then the mark goes. A crash before the row leaves a marked directory without one:
+    /// recovery removes it.
     fn make_imported_snapshot(
         &self,
         arrival: &Arrival,
@@ -89,8 +90,14 @@ impl Store {
         self.home.give_to_owner(arrival.disk())?;
         let mut prepared = self.prepare(box_id)?;
         prepared.refuse_taken(name)?;
-        let path = prepared.snapshot_place(name)?;
-        durable::rename(arrival.disk(), &path)?;
+        let dir = self.fresh_path("snapshot")?;
+        self.home.make_dir(&dir)?;
+        let mark = dir.join(UNRECORDED);
+        std::fs::File::create_new(&mark)
+            .and_then(|file| file.sync_all())
+            .context(|| format!("cannot make {}", mark.display()))?;
+        durable::rename(arrival.disk(), &dir.join("disk.qcow2"))?;
+        let path = prepared.snapshot_place(name, Some(&dir))?;
         crash_point("import.snapshot");
         prepared.record_snapshot(
             id,
@@ -99,6 +106,6 @@ impl Store {
             arrival.virtual_size(),
             created_at.unwrap_or_else(now),
         )?;
-        Ok(())
+        durable::unlink(&path.with_file_name(UNRECORDED))
     }
 }

@@ -157,7 +157,7 @@ impl<'s> Prepared<'s> {
             let id = match row {
                 Some(row) => row.id.clone(),
                 None => {
-                    let base = self.store.new_base(&path)?;
+                    let base = self.store.new_base(&path, &path)?;
                     let id = base.id.clone();
                     new_bases.push(base);
                     id
@@ -204,11 +204,11 @@ impl<'s> Prepared<'s> {
 
 impl Store {
     /// A row of ours for a file in `bases/`.
-    pub(super) fn new_base(&self, path: &Path) -> Result<NewBase> {
+    pub(super) fn new_base(&self, path: &Path, file: &Path) -> Result<NewBase> {
         use crate::Context;
-        let header = crate::disk::Header::open(path)?;
+        let header = crate::disk::Header::open(file)?;
         let meta =
-            std::fs::metadata(path).context(|| format!("cannot look at {}", path.display()))?;
+            std::fs::metadata(file).context(|| format!("cannot look at {}", path.display()))?;
         // The stem is the id, as BoxLite has it, unless it could not be one.
         let id = match path.file_stem().and_then(|stem| stem.to_str()) {
             Some(stem) if crate::home::is_safe_component(stem) => stem.to_owned(),

@@ -38,11 +38,12 @@ impl Store {
         }
     }
 
-    fn recover_home(&self, change: Change<'_>) -> Result<()> {
+    fn recover_home(&self, mut change: Change<'_>) -> Result<()> {
         self.remove_unrecorded(&change)?;
         let mut boxes = change.boxes()?;
         let Some(first) = boxes.pop() else {
-            return Ok(());
+            self.drop_rows_without_files(&mut change)?;
+            return self.free_unreached(&mut change);
         };
         boxes.push(first.clone());
         let mut prepared = Prepared {
@@ -71,8 +72,8 @@ impl Store {
             // Paths in rows and headers may be those of another home.
             return Ok(());
         }
-        prepared.drop_rows_without_files()?;
-        prepared.free_unreached()
+        self.drop_rows_without_files(&mut prepared.change)?;
+        self.free_unreached(&mut prepared.change)
     }
 
     /// Directories of boxes that were being made: without a row they go, with one the mark goes.
@@ -206,7 +207,11 @@ impl Prepared<'_> {
                 let resolved = resolve(Path::new(&recorded));
                 row.name == name || resolved.is_ok_and(|p| p.starts_with(snapshots.join(&name)))
             });
-            if has_row || !is_snapshot_name(&name) {
+            if has_row {
+                durable::unlink(&snapshots.join(&name).join(UNRECORDED))?;
+                continue;
+            }
+            if !is_snapshot_name(&name) {
                 continue;
             }
             self.settle_snapshot_directory(&name)?;
@@ -215,7 +220,8 @@ impl Prepared<'_> {
     }
 
     /// Read by path: a snapshot BoxLite finished on disk, it gets its row. Its layer named
-    /// elsewhere too: ours, being made or being deleted, it goes. Neither: left where it is.
+    /// elsewhere too: ours, being made or being deleted, it goes. Marked: an import of ours that did
+    /// not come to its end, likewise. None of these: left where it is.
     fn settle_snapshot_directory(&mut self, name: &str) -> Result<()> {
         let home = &self.store.home;
         let path = home.snapshot_disk(&self.record.id, name);
@@ -225,6 +231,7 @@ impl Prepared<'_> {
             let _ = durable::remove_dir(&dir);
             return Ok(());
         }
+        let mark = dir.join(UNRECORDED);
         let layers = self.layers()?;
         if layers.readers_of(&path).next().is_some() {
             let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);
@@ -234,18 +241,20 @@ impl Prepared<'_> {
                 "box {}: recorded snapshot {name}, which BoxLite had made but not recorded",
                 called(&self.record)
             ));
-        } else if has_another_name(&layers, &path)? {
+        } else if mark.exists() || has_another_name(&layers, &path)? {
             durable::unlink(&path)?;
+            durable::unlink(&mark)?;
             durable::remove_dir(&dir)?;
         }
         Ok(())
     }
+}
 
+impl Store {
     /// Rows of bases of ours whose file is gone and that no header names.
-    fn drop_rows_without_files(&mut self) -> Result<()> {
-        let layers = self.layers()?;
-        let gone: Vec<String> = self
-            .change
+    fn drop_rows_without_files(&self, change: &mut Change<'_>) -> Result<()> {
+        let layers = self.scan_layers()?;
+        let gone: Vec<String> = change
             .bases()?
             .into_iter()
             .filter(|row| {
@@ -256,7 +265,7 @@ impl Prepared<'_> {
                     .is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
                 row.is_ours()
                     && absent
-                    && path.parent() == Some(self.store.home.bases_dir().as_path())
+                    && path.parent() == Some(self.home.bases_dir().as_path())
                     && layers.damaged().is_none()
                     && layers.readers_of(&path).next().is_none()
             })
@@ -265,8 +274,7 @@ impl Prepared<'_> {
         if gone.is_empty() {
             return Ok(());
         }
-        self.change
-            .transaction(|rows| gone.iter().try_for_each(|id| rows.delete_base(id)))
+        change.transaction(|rows| gone.iter().try_for_each(|id| rows.delete_base(id)))
     }
 }
 

@@ -7,7 +7,7 @@ use super::Store;
 use super::crash::crash_point;
 use super::durable;
 use super::layers::{Layers, Role, resolve};
-use super::prepare::Prepared;
+use crate::home::Change;
 use crate::{Error, Result};
 
 impl Store {
@@ -58,7 +58,7 @@ impl Store {
             self.journal
                 .note(&format!("{error}; the rest is left there"));
         }
-        if let Err(error) = prepared.free_unreached() {
+        if let Err(error) = self.free_unreached(&mut prepared.change) {
             self.journal
                 .note(&format!("{error}; its space is not freed"));
         }
@@ -66,18 +66,18 @@ impl Store {
     }
 }
 
-impl Prepared<'_> {
+impl Store {
     /// Frees the bases we made that no header names any more and that are no snapshot's layer.
     /// The file goes first: a row of ours without a file is recognised as a leftover by the next
     /// recovery, while a file without a row could be BoxLite's (a crash inside its clone leaves such,
     /// and it can be a box's only disk).
-    pub(super) fn free_unreached(&mut self) -> Result<()> {
+    pub(super) fn free_unreached(&self, change: &mut Change<'_>) -> Result<()> {
         loop {
-            let layers = self.layers()?;
-            let Some(needed) = self.needed(&layers)? else {
+            let layers = self.scan_layers()?;
+            let Some(needed) = self.needed(change, &layers)? else {
                 return Ok(());
             };
-            let rows = self.change.bases()?;
+            let rows = change.bases()?;
             let free = layers.files().iter().find_map(|file| {
                 let Role::Base { .. } = file.role else {
                     return None;
@@ -98,14 +98,14 @@ impl Prepared<'_> {
             };
             durable::unlink(&path)?;
             crash_point("free.unlinked");
-            self.change.transaction(|rows| rows.delete_base(&id))?;
+            change.transaction(|rows| rows.delete_base(&id))?;
         }
     }
 
     /// Every path that a header or a snapshot's row names. None while that can't be told: a header
     /// that can't be read may name anything, and a box whose rows say it has a disk that is not
     /// where it belongs may have it put aside.
-    fn needed(&self, layers: &Layers) -> Result<Option<BTreeSet<PathBuf>>> {
+    fn needed(&self, change: &Change<'_>, layers: &Layers) -> Result<Option<BTreeSet<PathBuf>>> {
         if layers.damaged().is_some() {
             return Ok(None);
         }
@@ -114,14 +114,14 @@ impl Prepared<'_> {
             .iter()
             .filter_map(|file| file.backing.clone());
         let mut needed: BTreeSet<PathBuf> = headers.collect();
-        for record in self.change.boxes()? {
-            let snapshots = self.change.snapshots_of(&record.id)?;
-            let started = !snapshots.is_empty() || !self.change.refs_of(&record.id)?.is_empty();
-            if started && layers.at(&self.store.home.live_disk(&record.id)).is_none() {
+        for record in change.boxes()? {
+            let snapshots = change.snapshots_of(&record.id)?;
+            let started = !snapshots.is_empty() || !change.refs_of(&record.id)?.is_empty();
+            if started && layers.at(&self.home.live_disk(&record.id)).is_none() {
                 return Ok(None);
             }
             for snapshot in &snapshots {
-                let layer = self.store.snapshot_layer(snapshot);
+                let layer = self.snapshot_layer(snapshot);
                 if layers.at(&layer).is_none() {
                     return Ok(None);
                 }

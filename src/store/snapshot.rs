@@ -97,7 +97,7 @@ impl Prepared<'_> {
         name: &str,
         created_at: i64,
     ) -> Result<String> {
-        let path = self.snapshot_place(name)?;
+        let path = self.snapshot_place(name, None)?;
         crash_point("snapshot.directory");
         match &frozen.layer {
             Frozen::Base { path: base } => durable::link(base, &path)?,
@@ -108,16 +108,26 @@ impl Prepared<'_> {
         self.record_snapshot(id, name, &path, frozen.virtual_size, created_at)
     }
 
-    /// `snapshots/NAME/disk.qcow2`, its directories made.
-    pub(super) fn snapshot_place(&self, name: &str) -> Result<std::path::PathBuf> {
+    /// `snapshots/NAME/disk.qcow2`, its directories made; `ready` is a directory to be moved there.
+    pub(super) fn snapshot_place(
+        &self,
+        name: &str,
+        ready: Option<&Path>,
+    ) -> Result<std::path::PathBuf> {
         let home = &self.store.home;
         let snapshots = home.snapshots_dir(&self.record.id);
         if !snapshots.is_dir() {
             home.make_dir(&snapshots)?;
             durable::sync_dir(&home.box_dir(&self.record.id))?;
         }
-        home.make_dir(&snapshots.join(name))?;
-        durable::sync_dir(&snapshots)?;
+        let dir = snapshots.join(name);
+        match ready {
+            Some(ready) => durable::rename(ready, &dir)?,
+            None => {
+                home.make_dir(&dir)?;
+                durable::sync_dir(&snapshots)?;
+            }
+        }
         Ok(home.snapshot_disk(&self.record.id, name))
     }
 

@@ -36,8 +36,9 @@ const WORK_THREADS: usize = 16;
 /// Largest write and readahead in bytes.
 const TRANSFER: u32 = 1024 * 1024;
 
-/// How long the kernel may keep a name or attributes that can change behind its back.
-const MOMENT: Duration = Duration::from_secs(1);
+/// How long the kernel may keep a name or attributes that can change behind its back: what BoxLite
+/// does is to show within a second.
+const MOMENT: Duration = Duration::from_millis(500);
 
 /// How to mount.
 #[derive(Clone, Debug)]

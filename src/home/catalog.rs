@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::identity::is_safe_component;
-use super::paths::Home;
+use super::identity::{is_safe_component, is_snapshot_name};
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
 use crate::{Context, Error, Result};
 
@@ -68,31 +67,6 @@ impl Catalog {
     }
 }
 
-impl Home {
-    /// The rows as they are now. Costs one stat and one pragma while nothing changed.
-    ///
-    /// # Errors
-    /// EIO when the database is gone, damaged or has no boxes table.
-    pub fn catalog(&self) -> Result<Arc<Catalog>> {
-        self.catalog.lock().current()
-    }
-}
-
-impl Home {
-    /// Every base disk as it is now, without the lock.
-    ///
-    /// # Errors
-    /// EIO when the database is damaged.
-    pub fn bases(&self) -> Result<Vec<BaseRecord>> {
-        let database = self.database();
-        let connection = connect(&database)?;
-        if !has_table(&connection, "base_disk") {
-            return Ok(Vec::new());
-        }
-        read_bases(&connection).map_err(|e| damaged(&database, e))
-    }
-}
-
 /// A connection kept for reading, with what was read last.
 pub(super) struct CatalogReader {
     database: PathBuf,
@@ -116,7 +90,7 @@ impl CatalogReader {
         }
     }
 
-    fn current(&mut self) -> Result<Arc<Catalog>> {
+    pub(super) fn current(&mut self) -> Result<Arc<Catalog>> {
         let meta = fs::metadata(&self.database).context(|| {
             format!(
                 "the database {} is gone; put it back or unmount",
@@ -265,7 +239,7 @@ pub(super) fn read_snapshots(
         })
     })?;
     let mut snapshots = rows.collect::<rusqlite::Result<Vec<_>>>()?;
-    snapshots.retain(|snapshot| super::paths::is_snapshot_name(&snapshot.name));
+    snapshots.retain(|snapshot| is_snapshot_name(&snapshot.name));
     Ok(snapshots)
 }
 
@@ -285,7 +259,7 @@ pub(super) fn read_bases(connection: &Connection) -> rusqlite::Result<Vec<BaseRe
         .collect()
 }
 
-fn has_table(connection: &Connection, table: &str) -> bool {
+pub(super) fn has_table(connection: &Connection, table: &str) -> bool {
     connection.table_exists(None, table).unwrap_or(false)
 }
 

@@ -62,6 +62,15 @@ pub fn is_safe_component(id: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
 }
 
+/// BoxLite's rule for snapshot names (snapshot_mgr.rs, validate_snapshot_name): not empty, at most
+/// 255 bytes, no leading dot, no `/`, `\` or NUL.
+pub fn is_snapshot_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && !name.starts_with('.')
+        && !name.contains(['/', '\\', '\0'])
+}
+
 /// A time in seconds since 1970 as RFC 3339 in UTC, the way BoxLite's JSON has it.
 pub fn rfc3339(seconds: i64) -> String {
     jiff::Timestamp::from_second(seconds)
@@ -94,5 +103,15 @@ mod tests {
     #[test]
     fn times_are_rfc_3339() {
         assert_eq!(rfc3339(1_795_570_251), "2026-11-25T01:30:51Z");
+    }
+
+    #[test]
+    fn snapshot_names_follow_boxlites_rule() {
+        for good in ["a", "before upgrade", "ü", "a.b", &"x".repeat(255)] {
+            assert!(is_snapshot_name(good), "{good}");
+        }
+        for bad in ["", ".a", "..", "a/b", "a\\b", "a\0", &"x".repeat(256)] {
+            assert!(!is_snapshot_name(bad), "{bad}");
+        }
     }
 }

@@ -15,9 +15,11 @@ mod records;
 pub use activity::Activity;
 pub use catalog::{Catalog, Schema};
 pub use change::{Change, Transaction};
-pub use identity::{base_id, box_id, container_id, is_safe_component, rfc3339, snapshot_id};
+pub use identity::{
+    base_id, box_id, container_id, is_safe_component, is_snapshot_name, rfc3339, snapshot_id,
+};
 pub use options::{check_options, normalize_imported, redact_secrets};
-pub use paths::{Home, Owner, is_snapshot_name};
+pub use paths::{Home, Owner};
 pub use records::{
     BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
 };

@@ -3,10 +3,12 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::catalog::CatalogReader;
+use super::catalog::{Catalog, CatalogReader, connect, damaged, has_table, read_bases};
+use super::records::BaseRecord;
 use crate::{Context, Error, Result};
 
 /// The directory of our own files in a home: same file system, and BoxLite leaves it alone (it
@@ -77,6 +79,27 @@ impl Home {
         };
         home.catalog()?;
         Ok(home)
+    }
+
+    /// The rows as they are now. Costs one stat and one pragma while nothing changed.
+    ///
+    /// # Errors
+    /// EIO when the database is gone, damaged or has no boxes table.
+    pub fn catalog(&self) -> Result<Arc<Catalog>> {
+        self.catalog.lock().current()
+    }
+
+    /// Every base disk as it is now, without the lock.
+    ///
+    /// # Errors
+    /// EIO when the database is damaged.
+    pub fn bases(&self) -> Result<Vec<BaseRecord>> {
+        let database = self.database();
+        let connection = connect(&database)?;
+        if !has_table(&connection, "base_disk") {
+            return Ok(Vec::new());
+        }
+        read_bases(&connection).map_err(|e| damaged(&database, e))
     }
 
     /// The canonical path of the home.
@@ -195,15 +218,6 @@ fn rights_of_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// BoxLite's rule for snapshot names (snapshot_mgr.rs, validate_snapshot_name): not empty, at most
-/// 255 bytes, no leading dot, no `/`, `\` or NUL.
-pub fn is_snapshot_name(name: &str) -> bool {
-    !name.is_empty()
-        && name.len() <= 255
-        && !name.starts_with('.')
-        && !name.contains(['/', '\\', '\0'])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,15 +230,5 @@ mod tests {
         assert!(error.to_string().contains("is not a BoxLite home"));
         let error = Home::open(&dir.path().join("absent")).err().unwrap();
         assert_eq!(error.errno(), libc::ENOENT);
-    }
-
-    #[test]
-    fn snapshot_names_follow_boxlites_rule() {
-        for good in ["a", "before upgrade", "ü", "a.b", &"x".repeat(255)] {
-            assert!(is_snapshot_name(good), "{good}");
-        }
-        for bad in ["", ".a", "..", "a/b", "a\\b", "a\0", &"x".repeat(256)] {
-            assert!(!is_snapshot_name(bad), "{bad}");
-        }
     }
 }

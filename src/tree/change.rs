@@ -1,4 +1,4 @@
-//! What alters names: mkdir, rmdir, create, unlink, rename, symlink, and setattr.
+//! What makes names: mkdir, create, symlink; and setattr on what is being made.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -12,7 +12,7 @@ use super::handle::Opened;
 use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOTS, decode};
 use super::node::Node;
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
-use super::staging::{Child, RootFile, StagedBox, Staging, What};
+use super::staging::{Child, RootFile, StagedBox, What};
 use super::{Tree, text};
 use crate::home::{box_id, is_snapshot_name, snapshot_id};
 use crate::store::Source;
@@ -25,22 +25,11 @@ pub struct SetAttr {
     pub size: Option<u64>,
 }
 
-/// renameat2's flags.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RenameMode {
-    /// Over whatever has the name.
-    Replace,
-    /// RENAME_NOREPLACE.
-    Keep,
-    /// RENAME_EXCHANGE, RENAME_WHITEOUT and others.
-    Unsupported,
-}
-
-fn exists(name: &str) -> Error {
+pub(super) fn exists(name: &str) -> Error {
     Error::new(libc::EEXIST, format!("{name} is there already"))
 }
 
-fn not_there() -> Error {
+pub(super) fn not_there() -> Error {
     Error::new(libc::ENOENT, "there is no such file")
 }
 
@@ -237,7 +226,7 @@ impl Tree {
     }
 
     /// EEXIST when the box that `NAME.boxlite` would make is there or is being made.
-    fn refuse_taken_box(&self, name: &str) -> Result<()> {
+    pub(super) fn refuse_taken_box(&self, name: &str) -> Result<()> {
         let shown = name.strip_suffix(ARCHIVE_SUFFIX).unwrap_or(name);
         decode(shown).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
         let names = self.names()?;
@@ -301,121 +290,6 @@ impl Tree {
         Ok(attr)
     }
 
-    /// `rmdir`: under `snapshots` it deletes a snapshot; a box is never deleted by it.
-    ///
-    /// # Errors
-    /// ENOTEMPTY for a box, EBUSY, ENOENT, EPERM, EROFS.
-    pub fn rmdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
-        self.refuse_read_only()?;
-        let parent = self.node(parent)?;
-        let name = text(name).map_err(|_| not_there())?;
-        if self.remove_staged_dir(caller, &parent, name)? {
-            return Ok(());
-        }
-        match self.child(caller, &parent, name)? {
-            Node::Snapshot(id, _) if self.was_refused_deletion(caller, &id) => Err(self.refuse(
-                libc::EPERM,
-                format!("{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"),
-            )),
-            Node::Snapshot(id, snapshot) => self.store.remove_snapshot(&id, &snapshot),
-            Node::Box(_) => Err(Error::new(
-                libc::ENOTEMPTY,
-                format!("{name} is a box; rmdir deletes none"),
-            )),
-            Node::Snapshots(id) => {
-                let full = !self.names()?.catalog().snapshots_of(&id).is_empty();
-                let errno = if full { libc::ENOTEMPTY } else { libc::EPERM };
-                Err(Error::new(errno, "every box has a snapshots directory"))
-            }
-            Node::Hidden => Err(Error::new(libc::EPERM, ".boxlite stays")),
-            _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
-        }
-    }
-
-    /// Removes an empty directory that was being made; false when it is not one.
-    fn remove_staged_dir(&self, caller: Caller, parent: &Node, name: &str) -> Result<bool> {
-        let mut staging = self.staging.lock();
-        if *parent == Node::Root {
-            let Some(id) = staging.names.get(name).cloned() else {
-                return Ok(false);
-            };
-            let ino = Node::Box(id.clone()).ino();
-            refuse_full(staging.boxes.get(&id), ino, name)?;
-            staging.names.remove(name);
-            staging.boxes.remove(&id);
-            return Ok(true);
-        }
-        let Some(staged) = staging.face(caller, parent) else {
-            return Ok(false);
-        };
-        let child = staged.child(parent, name).ok_or_else(not_there)?;
-        if !matches!(child.what, What::Directory) {
-            return Err(Error::new(libc::ENOTDIR, "that is not a directory"));
-        }
-        let ino = child.node.ino();
-        refuse_full(Some(staged), ino, name)?;
-        staged.children.remove(&ino);
-        if let Some(names) = staged.children.get_mut(&parent.ino()) {
-            names.remove(name);
-        }
-        Ok(true)
-    }
-
-    /// unlink(2): takes back what is being made. What exists is not deleted file by file.
-    ///
-    /// # Errors
-    /// EPERM for files of boxes that exist, ENOENT, EROFS.
-    pub fn unlink(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
-        self.refuse_read_only()?;
-        let parent = self.node(parent)?;
-        let name = text(name).map_err(|_| not_there())?;
-        let taken = {
-            let mut staging = self.staging.lock();
-            take_staged(&mut staging, caller, &parent, name)?
-        };
-        match taken {
-            Some(What::File(file)) => {
-                let mut state = file.state.lock();
-                if !state.committed {
-                    state.content = Content::Nothing;
-                    let error = Error::new(libc::ENOENT, format!("{name} was removed"));
-                    state.refuse(&error);
-                }
-                Ok(())
-            }
-            Some(_) => Ok(()),
-            None => {
-                let node = self.child(caller, &parent, name)?;
-                self.remember_deleter(caller, &node);
-                Err(self.refuse(
-                    libc::EPERM,
-                    format!("{name}: the files of a box that exists can't be removed"),
-                ))
-            }
-        }
-    }
-
-    /// Whether the process tried to unlink files of the box before: it is deleting all of it, was
-    /// refused, and went on.
-    fn was_refused_deletion(&self, caller: Caller, box_id: &str) -> bool {
-        let mut deleters = self.deleters.lock();
-        deleters
-            .get_mut(box_id)
-            .is_some_and(|makers| makers.includes(caller))
-    }
-
-    fn remember_deleter(&self, caller: Caller, node: &Node) {
-        let Some(id) = node.box_id() else { return };
-        let mut deleters = self.deleters.lock();
-        deleters.retain(|_, makers| makers.any_alive());
-        match deleters.get_mut(id) {
-            Some(makers) => makers.join(caller),
-            None => {
-                deleters.insert(id.to_owned(), Makers::begin(caller));
-            }
-        }
-    }
-
     /// mknod(2) of anything but a regular file.
     ///
     /// # Errors
@@ -428,145 +302,6 @@ impl Tree {
                 name.display()
             ),
         ))
-    }
-
-    /// A written file that became nothing loses its name.
-    pub(super) fn drop_staged_file(&self, file: &Arc<StagedFile>) {
-        let mut staging = self.staging.lock();
-        staging
-            .files
-            .retain(|_, root_file| !Arc::ptr_eq(&root_file.file, file));
-        if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
-            staged.failed = true;
-            for names in staged.children.values_mut() {
-                names.retain(|_, child| child.node != file.node);
-            }
-        }
-    }
-
-    /// rename(2): gives a file being made its final name, which commits it when its data is
-    /// complete.
-    ///
-    /// # Errors
-    /// EXDEV between boxes (mv then copies), EEXIST, EPERM, EINVAL.
-    pub fn rename(
-        &self,
-        caller: Caller,
-        from: (u64, &OsStr),
-        to: (u64, &OsStr),
-        mode: RenameMode,
-    ) -> Result<()> {
-        self.refuse_read_only()?;
-        if mode == RenameMode::Unsupported {
-            return Err(Error::new(
-                libc::EINVAL,
-                "that kind of rename is not possible here",
-            ));
-        }
-        let (from_parent, to_parent) = (self.node(from.0)?, self.node(to.0)?);
-        let (from_name, to_name) = (text(from.1)?, text(to.1)?);
-        if from_parent == to_parent && from_name == to_name {
-            return Ok(());
-        }
-        let moved = match (&from_parent, &to_parent) {
-            (Node::Root, Node::Root) => self.rename_in_root(caller, from_name, to_name)?,
-            _ => self.rename_staged(
-                caller,
-                (&from_parent, from_name),
-                (&to_parent, to_name),
-                mode,
-            )?,
-        };
-        match moved {
-            Moved::File(file) => self.settle(&file),
-            Moved::Other => Ok(()),
-            Moved::Nothing => {
-                self.child(caller, &from_parent, from_name)?;
-                Err(self.refuse(
-                    libc::EPERM,
-                    format!("{from_name}: boxes and snapshots that exist can't be renamed yet"),
-                ))
-            }
-        }
-    }
-
-    fn rename_in_root(&self, caller: Caller, from: &str, to: &str) -> Result<Moved> {
-        let is_file = self.staging.lock().root_file(caller, from).is_some();
-        if is_file && role_of(&Node::Root, to) == Some(Role::NewBox) {
-            self.refuse_taken_box(to)?;
-        }
-        let names = self.names()?;
-        let mut staging = self.staging.lock();
-        if is_file {
-            if role_of(&Node::Root, to).is_none() || staging.files.contains_key(to) {
-                return Err(Error::new(
-                    libc::EPERM,
-                    format!("{to} can't be an archive's name"),
-                ));
-            }
-            let Some(root_file) = staging.files.remove(from) else {
-                return Err(not_there());
-            };
-            let file = root_file.file.clone();
-            staging.files.insert(to.to_owned(), root_file);
-            drop(staging);
-            file.state.lock().place.name = to.to_owned();
-            return Ok(Moved::File(file));
-        }
-        let Some(id) = staging.names.get(from).cloned() else {
-            return Ok(Moved::Nothing);
-        };
-        decode(to)?;
-        if names.id_of(to).is_some() || staging.names.contains_key(to) {
-            return Err(exists(to));
-        }
-        staging.names.remove(from);
-        staging.names.insert(to.to_owned(), id);
-        Ok(Moved::Other)
-    }
-
-    fn rename_staged(
-        &self,
-        caller: Caller,
-        (from_parent, from): (&Node, &str),
-        (to_parent, to): (&Node, &str),
-        mode: RenameMode,
-    ) -> Result<Moved> {
-        let mut staging = self.staging.lock();
-        if staging.box_of(from_parent) != staging.box_of(to_parent) {
-            return Err(Error::new(libc::EXDEV, "that is another box; copy it"));
-        }
-        let Some(staged) = staging.face(caller, from_parent) else {
-            return Ok(Moved::Nothing);
-        };
-        let taken = staged.child(to_parent, to).is_some();
-        if taken && mode == RenameMode::Keep {
-            return Err(exists(to));
-        }
-        if !staged.children.contains_key(&to_parent.ino()) {
-            return Err(not_there());
-        }
-        let child = staged
-            .children
-            .get_mut(&from_parent.ino())
-            .and_then(|names| names.remove(from))
-            .ok_or_else(not_there)?;
-        let file = match &child.what {
-            What::File(file) => Some(file.clone()),
-            _ => None,
-        };
-        if let Some(names) = staged.children.get_mut(&to_parent.ino()) {
-            names.insert(to.to_owned(), child);
-        }
-        drop(staging);
-        let Some(file) = file else {
-            return Ok(Moved::Other);
-        };
-        file.state.lock().place = Place {
-            parent: to_parent.clone(),
-            name: to.to_owned(),
-        };
-        Ok(Moved::File(file))
     }
 
     /// setattr: what copy tools set on what they make is accepted and dropped; the attributes of
@@ -599,51 +334,6 @@ impl Tree {
             resize(&file, size)?;
         }
         self.attr(caller, &node)
-    }
-}
-
-/// What a rename moved.
-enum Moved {
-    File(Arc<StagedFile>),
-    Other,
-    Nothing,
-}
-
-fn refuse_full(staged: Option<&StagedBox>, ino: u64, name: &str) -> Result<()> {
-    let full = staged
-        .and_then(|staged| staged.children.get(&ino))
-        .is_some_and(|names| !names.is_empty());
-    if full {
-        return Err(Error::new(libc::ENOTEMPTY, format!("{name} is not empty")));
-    }
-    Ok(())
-}
-
-/// Takes a name that is being made out of its directory.
-fn take_staged(
-    staging: &mut Staging,
-    caller: Caller,
-    parent: &Node,
-    name: &str,
-) -> Result<Option<What>> {
-    if *parent == Node::Root {
-        if staging.root_file(caller, name).is_none() {
-            return Ok(None);
-        }
-        let file = staging.files.remove(name);
-        return Ok(file.map(|root_file| What::File(root_file.file)));
-    }
-    let Some(staged) = staging.face(caller, parent) else {
-        return Ok(None);
-    };
-    let names = staged
-        .children
-        .get_mut(&parent.ino())
-        .ok_or_else(not_there)?;
-    match names.get(name).map(|child| &child.what) {
-        None => Err(not_there()),
-        Some(What::Directory) => Err(Error::new(libc::EISDIR, "that is a directory")),
-        Some(_) => Ok(names.remove(name).map(|child| child.what)),
     }
 }
 

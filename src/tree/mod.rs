@@ -2,15 +2,19 @@
 //!
 //! Plain Rust that returns [`Result`]; `fuse.rs` only translates. What a node is follows from what
 //! it stands for (`node`), boxes and snapshots that exist are shown by `view`, those being made by
-//! `staging`, open files are `handle`s, and `change` has what alters names.
+//! `staging`, open files are `handle`s, what was written becomes a box in `commit`, and `change`,
+//! `rename` and `remove` have what alters names.
 
 mod attr;
 mod caller;
 mod change;
+mod commit;
 mod describe;
 mod handle;
 mod names;
 mod node;
+mod remove;
+mod rename;
 mod staged_file;
 mod staging;
 mod view;
@@ -26,9 +30,10 @@ use parking_lot::Mutex;
 
 pub use attr::{Attr, DirEntry, Kind};
 pub use caller::Caller;
-pub use change::{RenameMode, SetAttr};
+pub use change::SetAttr;
 pub use handle::Opened;
 pub use node::{Node, ROOT_INO};
+pub use rename::RenameMode;
 pub use view::Space;
 
 use crate::store::Store;

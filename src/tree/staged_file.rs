@@ -182,6 +182,69 @@ impl FileState {
     }
 }
 
+/// Notes that a range of an export was copied; the bytes taken, or None when it is not the next
+/// part of one and the same export.
+pub(super) fn share(
+    state: &mut FileState,
+    source: &Source,
+    export: &Arc<Export>,
+    offset: u64,
+    length: u64,
+) -> Option<u64> {
+    let end = export.len();
+    let next = offset.saturating_add(length).min(end);
+    match (state.role(), &mut state.content) {
+        (Role::Dropped, _) => Some(next.saturating_sub(offset)),
+        (Role::Json, _) => None,
+        (_, Content::Nothing) if offset == 0 => {
+            state.content = Content::Shared {
+                source: source.clone(),
+                export: export.clone(),
+                covered: next,
+            };
+            Some(next)
+        }
+        (
+            _,
+            Content::Shared {
+                source: known,
+                export: same,
+                covered,
+            },
+        ) if known == source && Arc::ptr_eq(same, export) && *covered == offset => {
+            *covered = next;
+            Some(next.saturating_sub(offset))
+        }
+        _ => None,
+    }
+}
+
+/// Whether the data is complete. Nothing yet is no error, a part of an archive is.
+pub(super) fn is_complete(state: &mut FileState) -> Result<bool> {
+    match &mut state.content {
+        Content::Nothing | Content::Text(_) | Content::SharedJson(_) => Ok(false),
+        Content::Archive(arrival) if arrival.is_untouched() => Ok(false),
+        Content::Archive(arrival) => arrival.finish().map(|()| true),
+        Content::Shared {
+            export, covered, ..
+        } if *covered < export.len() => {
+            Err(Error::bad_archive("only a part of the archive was copied"))
+        }
+        Content::Shared { .. } => Ok(true),
+    }
+}
+
+/// Whether the data was complete already, without bringing it to an end.
+pub(super) fn is_whole(content: &Content) -> bool {
+    match content {
+        Content::Archive(arrival) => arrival.is_complete(),
+        Content::Shared {
+            export, covered, ..
+        } => *covered == export.len(),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

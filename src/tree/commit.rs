@@ -1,0 +1,208 @@
+//! What was written becomes what its name says: a box, or a snapshot of one. Called when a descriptor
+//! is closed and when a file gets another name, whichever is last.
+
+use std::sync::Arc;
+
+use super::Tree;
+use super::describe;
+use super::names::{ARCHIVE_SUFFIX, SNAPSHOT_JSON, decode};
+use super::node::Node;
+use super::staged_file::{Content, FileState, Role, StagedFile, is_complete};
+use super::staging::What;
+use crate::store::{NewClone, Source};
+use crate::{Error, Result};
+
+impl Tree {
+    /// Makes a file what its name says, if its data is complete. Called when a descriptor is
+    /// closed and when it gets another name, whichever is last.
+    pub(super) fn settle(&self, file: &Arc<StagedFile>) -> Result<()> {
+        let mut state = file.state.lock();
+        if state.committed {
+            return Ok(());
+        }
+        state.refused()?;
+        let role = state.role();
+        if role == Role::Json {
+            drop(state);
+            self.date_snapshot(file);
+            return Ok(());
+        }
+        if role == Role::Dropped || !is_complete(&mut state)? {
+            return Ok(());
+        }
+        let result = match role {
+            Role::NewBox | Role::BoxDisk => self.commit_box(file, &state),
+            Role::SnapshotDisk if self.waits_for_box(file) => return Ok(()),
+            Role::SnapshotDisk => self.commit_snapshot(file, &state),
+            Role::TemporaryArchive | Role::Json | Role::Dropped => return Ok(()),
+        };
+        match result {
+            Ok(()) => state.committed = true,
+            Err(error) => {
+                // Not noted again: the store's log has it.
+                state.refuse(&error);
+                if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
+                    staged.failed = true;
+                }
+                return Err(error);
+            }
+        }
+        // Its data is used up; the disk was moved into the box.
+        state.content = Content::Nothing;
+        drop(state);
+        self.after_commit(file, &role);
+        Ok(())
+    }
+
+    fn commit_box(&self, file: &StagedFile, state: &FileState) -> Result<()> {
+        let shown = match &state.place.parent {
+            Node::Root => {
+                let name = &state.place.name;
+                name.strip_suffix(ARCHIVE_SUFFIX).unwrap_or(name).to_owned()
+            }
+            _ => self.staged_name(&file.box_id)?,
+        };
+        let new = NewClone {
+            id: file.box_id.clone(),
+            name: decode(&shown)?,
+        };
+        match &state.content {
+            Content::Archive(arrival) => self.store.import_box(arrival, &new),
+            Content::Shared { source, .. } => self.store.clone_box(source, &new),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn staged_name(&self, box_id: &str) -> Result<String> {
+        let staging = self.staging.lock();
+        staging
+            .names
+            .iter()
+            .find(|(_, id)| *id == box_id)
+            .map(|(name, _)| name.clone())
+            .ok_or_else(|| Error::new(libc::ENOENT, "its directory is gone"))
+    }
+
+    /// Whether the box of a snapshot that came is not made yet.
+    pub(super) fn waits_for_box(&self, file: &StagedFile) -> bool {
+        let staging = self.staging.lock();
+        staging
+            .boxes
+            .get(&file.box_id)
+            .is_some_and(|staged| !staged.committed)
+    }
+
+    fn commit_snapshot(&self, file: &StagedFile, state: &FileState) -> Result<()> {
+        let Node::Snapshot(box_id, snapshot_id) = &state.place.parent else {
+            return Err(Error::new(libc::EINVAL, "that is no snapshot's directory"));
+        };
+        let (name, json) = self.snapshot_being_made(&file.box_id, &state.place.parent)?;
+        let created_at = json.and_then(|json| self.created_at_of(&json));
+        match &state.content {
+            Content::Archive(arrival) => {
+                self.store
+                    .import_snapshot(arrival, box_id, snapshot_id, &name, created_at)
+            }
+            Content::Shared { source, .. } => {
+                let created_at = created_at.or_else(|| self.created_at_of_source(source));
+                self.store
+                    .share_snapshot(source, box_id, snapshot_id, &name, created_at)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The name of a snapshot's directory being made, and the snapshot.json in it.
+    fn snapshot_being_made(
+        &self,
+        box_id: &str,
+        directory: &Node,
+    ) -> Result<(String, Option<Arc<StagedFile>>)> {
+        let staging = self.staging.lock();
+        let staged = staging.boxes.get(box_id);
+        let (name, _) = staged
+            .and_then(|staged| staged.find(directory))
+            .ok_or_else(|| Error::new(libc::ENOENT, "its directory is gone"))?;
+        let json = staged
+            .and_then(|staged| staged.child(directory, SNAPSHOT_JSON))
+            .and_then(|child| match &child.what {
+                What::File(file) => Some(file.clone()),
+                _ => None,
+            });
+        Ok((name.to_owned(), json))
+    }
+
+    /// A snapshot.json that came after its export (rsync goes by names) dates the snapshot.
+    fn date_snapshot(&self, json: &StagedFile) {
+        let parent = {
+            let state = json.state.lock();
+            let is_final = state.place.name == SNAPSHOT_JSON;
+            is_final.then(|| state.place.parent.clone())
+        };
+        let Some(Node::Snapshot(box_id, snapshot_id)) = parent else {
+            return;
+        };
+        let Ok(row) = self.snapshot(&box_id, &snapshot_id) else {
+            // Not made yet: its own commit will look here.
+            return;
+        };
+        if let Some(created_at) = self.created_at_of(json)
+            && created_at != row.created_at
+            && let Err(error) = self.store.date_snapshot(&box_id, &snapshot_id, created_at)
+        {
+            let sentence = format!("snapshot {} keeps the time of its copy: {error}", row.name);
+            self.store.journal().note(&sentence);
+        }
+    }
+
+    fn created_at_of(&self, json: &StagedFile) -> Option<i64> {
+        match &json.state.lock().content {
+            Content::Text(text) => describe::created_at(text),
+            Content::SharedJson(source) => self.created_at_of_source(source),
+            _ => None,
+        }
+    }
+
+    fn created_at_of_source(&self, source: &Source) -> Option<i64> {
+        match source {
+            Source::Live { .. } => None,
+            Source::Snapshot {
+                box_id,
+                snapshot_id,
+            } => self
+                .snapshot(box_id, snapshot_id)
+                .ok()
+                .map(|row| row.created_at),
+        }
+    }
+
+    /// A box that was made is shown; snapshots that waited for it follow.
+    fn after_commit(&self, file: &Arc<StagedFile>, role: &Role) {
+        let mut waiting = Vec::new();
+        {
+            let mut staging = self.staging.lock();
+            if *role == Role::NewBox {
+                for root_file in staging.files.values_mut() {
+                    if Arc::ptr_eq(&root_file.file, file) {
+                        root_file.committed = true;
+                    }
+                }
+            }
+            if *role == Role::BoxDisk {
+                staging.names.retain(|_, id| *id != file.box_id);
+                if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+                    staged.committed = true;
+                    let children = staged.children.values().flat_map(|names| names.values());
+                    waiting.extend(children.filter_map(|child| match &child.what {
+                        What::File(other) if !Arc::ptr_eq(other, file) => Some(other.clone()),
+                        _ => None,
+                    }));
+                }
+            }
+        }
+        for other in waiting {
+            // A failure is in the log; the box itself is whole.
+            let _ = self.settle(&other);
+        }
+    }
+}

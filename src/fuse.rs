@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
@@ -32,6 +32,9 @@ const READ_THREADS: usize = 16;
 /// Threads for writing and changes. Each kind has its own, so that however much is copied, `ls` and
 /// `mkdir` are answered.
 const WORK_THREADS: usize = 16;
+
+/// How long the work that an unmount found under way may take before the process ends over it.
+const LAST_WORK: Duration = Duration::from_secs(10);
 
 /// Largest write and readahead in bytes.
 const TRANSFER: u32 = 1024 * 1024;
@@ -68,8 +71,9 @@ pub fn serve(
     config: ServeConfig,
     ready: impl FnOnce(),
 ) -> Result<()> {
+    let tree = Arc::new(tree);
     let filesystem = Mounted {
-        tree: Arc::new(tree),
+        tree: tree.clone(),
         looking: threads("look", LOOK_THREADS)?,
         reading: threads("read", READ_THREADS)?,
         working: threads("work", WORK_THREADS)?,
@@ -77,9 +81,16 @@ pub fn serve(
     let session = Session::new(filesystem, mountpoint, &session_config(&config))
         .map_err(|e| Error::io(format!("cannot mount at {}", mountpoint.display()), e))?;
     ready();
-    session
+    let served = session
         .run()
-        .map_err(|e| Error::io("serving the mount ended", e))
+        .map_err(|e| Error::io("serving the mount ended", e));
+    // What was under way comes to its end, and the workspace goes with the tree.
+    let deadline = Instant::now() + LAST_WORK;
+    while Arc::strong_count(&tree) > 1 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(tree);
+    served
 }
 
 fn threads(name: &'static str, count: usize) -> Result<rayon::ThreadPool> {

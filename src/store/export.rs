@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::{Source, Store, called};
 use crate::archive::{About, Export};
 use crate::disk::{Chain, FileId};
-use crate::home::BoxRecord;
+use crate::home::{BoxRecord, Catalog};
 use crate::{Context, Error, Result};
 
 /// Plans kept although nobody reads them: their layers stay open. More than a file manager looks
@@ -221,6 +221,23 @@ impl Store {
             Err(error) if error.errno() == libc::ENOENT => open(),
             result => result,
         }
+    }
+}
+
+impl Store {
+    /// Lets go of the plans, and with them of the open layers, of states that are gone: their space
+    /// comes back.
+    pub fn forget_gone_exports(&self, catalog: &Catalog) {
+        let exists = |source: &Source| match source {
+            Source::Live { box_id } => catalog.box_by_id(box_id).is_some(),
+            Source::Snapshot {
+                box_id,
+                snapshot_id,
+            } => catalog.snapshot_by_id(box_id, snapshot_id).is_some(),
+        };
+        let mut exports = self.exports.lock();
+        exports.known.retain(|source, _| exists(source));
+        exports.kept.retain(exists);
     }
 }
 

@@ -1,5 +1,7 @@
 //! `cp b.boxlite MNT/NEW.boxlite`: a box, or a snapshot of one, from an archive that arrived.
 
+use std::path::Path;
+
 use super::clone::{UNRECORDED, refuse_taken_name};
 use super::crash::crash_point;
 use super::prepare::now;
@@ -25,7 +27,16 @@ impl Store {
             return Err(Error::bad_archive("the archive is incomplete"));
         }
         let dir = self.fresh_path("box")?;
-        self.home.make_dir(&dir)?;
+        let installed = self.install_imported(arrival, new, &dir);
+        if installed.is_err() {
+            // Not there when it was moved.
+            let _ = std::fs::remove_dir_all(&dir);
+        }
+        installed
+    }
+
+    fn install_imported(&self, arrival: &Arrival, new: &NewClone, dir: &Path) -> Result<()> {
+        self.home.make_dir(dir)?;
         self.home.make_dir(&dir.join("disks"))?;
         self.home.give_to_owner(arrival.disk())?;
         let mut change = self.home.change()?;
@@ -34,11 +45,7 @@ impl Store {
         std::fs::rename(arrival.disk(), &disk)
             .context(|| format!("cannot move the disk to {}", disk.display()))?;
         crash_point("import.built");
-        let installed = self.install(&mut change, &dir, new, None, arrival.options(), &[]);
-        if installed.is_err() {
-            let _ = std::fs::remove_dir_all(&dir);
-        }
-        installed
+        self.install(&mut change, dir, new, None, arrival.options(), &[])
     }
 
     /// Gives a snapshot that came back from a backup the time it was taken at.

@@ -1,6 +1,6 @@
 //! Who depends on whom: every image file of the home and the backing path its header names.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -195,6 +195,8 @@ impl Store {
                 self.look_at(path, role, &mut files);
             }
         }
+        let ids: HashSet<FileId> = files.iter().map(|file| file.id).collect();
+        self.headers.lock().known.retain(|id, _| ids.contains(id));
         Ok(Layers::new(files))
     }
 

@@ -49,6 +49,7 @@ impl Makers {
     }
 
     fn add(&mut self, caller: Caller) {
+        self.members.retain(|_, process| is_alive(process));
         match caller.process() {
             Some(process) => {
                 if let Some(fd) = pidfd_open(process) {

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::attr::Attr;
 use super::caller::{Caller, Makers};
@@ -17,6 +18,10 @@ use super::{Tree, text};
 use crate::home::{box_id, is_snapshot_name, snapshot_id};
 use crate::store::Source;
 use crate::{Error, Result};
+
+/// How long a copy into a snapshot that the same process has just taken takes it back: cp and rsync
+/// put files into a directory right after they made it.
+const FRESH: Duration = Duration::from_secs(60);
 
 /// What setattr is asked to change.
 #[derive(Clone, Copy, Debug, Default)]
@@ -87,11 +92,11 @@ impl Tree {
         Ok(Node::Snapshot(id.clone(), snapshot))
     }
 
-    /// Remembers who took a snapshot, for as long as that process lives.
+    /// Remembers for a while who took a snapshot.
     fn remember_fresh(&self, snapshot: &str, caller: Caller) {
         let mut fresh = self.fresh.lock();
-        fresh.retain(|_, makers| makers.any_alive());
-        fresh.insert(snapshot.to_owned(), Makers::begin(caller));
+        fresh.retain(|_, (makers, taken)| taken.elapsed() < FRESH && makers.any_alive());
+        fresh.insert(snapshot.to_owned(), (Makers::begin(caller), Instant::now()));
     }
 
     /// Refuses to put something into a box that exists. Where a copy tool has just made the
@@ -103,7 +108,7 @@ impl Tree {
                 .fresh
                 .lock()
                 .get_mut(snapshot)
-                .is_some_and(|makers| makers.includes(caller));
+                .is_some_and(|(makers, taken)| taken.elapsed() < FRESH && makers.includes(caller));
             if mine {
                 let taken_back = self.store.remove_snapshot(id, snapshot);
                 self.fresh.lock().remove(snapshot);

@@ -44,6 +44,12 @@ impl Tree {
                 if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
                     staged.failed = true;
                 }
+                if state.open == 0 {
+                    // Refused at its rename: no closing will come to let go of it.
+                    state.content = Content::Nothing;
+                    drop(state);
+                    self.drop_staged_file(file, true);
+                }
                 return Err(error);
             }
         }

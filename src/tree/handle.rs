@@ -158,7 +158,7 @@ impl Tree {
     /// EIO for whoever reads an export of a disk that is not as it was.
     pub(super) fn changed_under_reader(&self, source: &Source) -> Error {
         let sentence = format!(
-            "the disk of {} changed while it was read (was the box started?); read it again",
+            "the disk, name or configuration of {} changed while it was read (was the box started?); read it again",
             self.store.describe(source)
         );
         self.store.journal().note(&sentence);
@@ -448,8 +448,9 @@ impl Tree {
             self.note_refusal(file, &mut state, &error);
         }
         state.content = Content::Nothing;
+        let refused = state.refused.is_some();
         drop(state);
-        self.drop_staged_file(file);
+        self.drop_staged_file(file, refused);
     }
 
     /// Attributes right after making a file.

@@ -25,6 +25,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
@@ -62,9 +63,9 @@ pub struct Tree {
     told: Mutex<HashMap<u64, (crate::store::Contents, u64)>>,
     /// Processes whose unlink in a box was refused: they are deleting it, and must not get on to its
     /// snapshots.
-    deleters: Mutex<HashMap<String, Makers>>,
+    deleters: Mutex<HashMap<String, (Makers, Instant)>>,
     /// Snapshots just taken, by id, with who took them: a copy into one takes it back.
-    fresh: Mutex<HashMap<String, Makers>>,
+    fresh: Mutex<HashMap<String, (Makers, Instant)>>,
 }
 
 impl Tree {
@@ -94,6 +95,7 @@ impl Tree {
         match &*names {
             Some(known) if Arc::ptr_eq(known.catalog(), &catalog) => Ok(known.clone()),
             _ => {
+                self.store.forget_gone_exports(&catalog);
                 let fresh = Arc::new(Names::of(catalog));
                 *names = Some(fresh.clone());
                 Ok(fresh)

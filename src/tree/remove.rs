@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::caller::{Caller, Makers};
 use super::change::not_there;
@@ -11,6 +12,9 @@ use super::staged_file::{Content, StagedFile};
 use super::staging::{StagedBox, Staging, What};
 use super::{Tree, text};
 use crate::{Error, Result};
+
+/// How long after a refused unlink the same process is taken to be deleting the box still.
+const DELETING: Duration = Duration::from_secs(10);
 
 impl Tree {
     /// `rmdir`: under `snapshots` it deletes a snapshot; a box is never deleted by it.
@@ -29,7 +33,10 @@ impl Tree {
                 libc::EPERM,
                 format!("{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"),
             )),
-            Node::Snapshot(id, snapshot) => self.store.remove_snapshot(&id, &snapshot),
+            Node::Snapshot(id, snapshot) => {
+                self.fresh.lock().remove(&snapshot);
+                self.store.remove_snapshot(&id, &snapshot)
+            }
             Node::Box(_) => Err(Error::new(
                 libc::ENOTEMPTY,
                 format!("{name} is a box; rmdir deletes none"),
@@ -55,6 +62,7 @@ impl Tree {
             refuse_full(staging.boxes.get(&id), ino, name)?;
             staging.names.remove(name);
             staging.boxes.remove(&id);
+            staging.made_in.retain(|_, box_id| *box_id != id);
             return Ok(true);
         }
         let Some(staged) = staging.face(caller, parent) else {
@@ -70,6 +78,7 @@ impl Tree {
         if let Some(names) = staged.children.get_mut(&parent.ino()) {
             names.remove(name);
         }
+        staging.made_in.remove(&ino);
         Ok(true)
     }
 
@@ -113,29 +122,32 @@ impl Tree {
         let mut deleters = self.deleters.lock();
         deleters
             .get_mut(box_id)
-            .is_some_and(|makers| makers.includes(caller))
+            .is_some_and(|(makers, tried)| tried.elapsed() < DELETING && makers.includes(caller))
     }
 
     fn remember_deleter(&self, caller: Caller, node: &Node) {
         let Some(id) = node.box_id() else { return };
         let mut deleters = self.deleters.lock();
-        deleters.retain(|_, makers| makers.any_alive());
+        deleters.retain(|_, (makers, tried)| tried.elapsed() < DELETING && makers.any_alive());
         match deleters.get_mut(id) {
-            Some(makers) => makers.join(caller),
+            Some((makers, tried)) => {
+                makers.join(caller);
+                *tried = Instant::now();
+            }
             None => {
-                deleters.insert(id.to_owned(), Makers::begin(caller));
+                deleters.insert(id.to_owned(), (Makers::begin(caller), Instant::now()));
             }
         }
     }
 
     /// A written file that became nothing loses its name.
-    pub(super) fn drop_staged_file(&self, file: &Arc<StagedFile>) {
+    pub(super) fn drop_staged_file(&self, file: &Arc<StagedFile>, refused: bool) {
         let mut staging = self.staging.lock();
         staging
             .files
             .retain(|_, root_file| !Arc::ptr_eq(&root_file.file, file));
         if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
-            staged.failed = true;
+            staged.failed |= refused;
             for names in staged.children.values_mut() {
                 names.retain(|_, child| child.node != file.node);
             }
@@ -177,6 +189,12 @@ fn take_staged(
     match names.get(name).map(|child| &child.what) {
         None => Err(not_there()),
         Some(What::Directory) => Err(Error::new(libc::EISDIR, "that is a directory")),
-        Some(_) => Ok(names.remove(name).map(|child| child.what)),
+        Some(_) => {
+            let child = names.remove(name);
+            if let Some(child) = &child {
+                staging.made_in.remove(&child.node.ino());
+            }
+            Ok(child.map(|child| child.what))
+        }
     }
 }

@@ -124,10 +124,13 @@ impl RootFile {
         }
     }
 
+    /// Likewise; a temporary file whose writer was killed before it gave it a name goes too.
     fn is_over(&self) -> bool {
-        self.committed
-            && (!self.makers.any_alive()
-                || (self.used.elapsed() > LINGER && Arc::strong_count(&self.file) == 1))
+        let is_open = Arc::strong_count(&self.file) > 1;
+        match self.makers.any_alive() {
+            false => self.committed || !is_open,
+            true => self.committed && !is_open && self.used.elapsed() > LINGER,
+        }
     }
 }
 

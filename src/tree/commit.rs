@@ -20,7 +20,12 @@ impl Tree {
         if state.committed {
             return Ok(());
         }
-        state.refused()?;
+        if let Err(error) = state.refused() {
+            // Its name goes with this close, and not with the kernel's later word of the last one.
+            drop(state);
+            self.drop_staged_file(file, true);
+            return Err(error);
+        }
         let role = state.role();
         if role == Role::Json {
             drop(state);

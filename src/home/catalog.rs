@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
 use super::identity::{is_safe_component, is_snapshot_name};
@@ -110,7 +111,7 @@ impl CatalogReader {
             }
             return Ok(open.catalog.clone());
         }
-        let connection = connect(&self.database)?;
+        let connection = connect_to_look(&self.database)?;
         // Version first: a commit that comes between is seen the next time.
         let data_version = data_version(&connection).map_err(|e| damaged(&self.database, e))?;
         let catalog = Arc::new(read_all(&connection, &self.database)?);
@@ -134,6 +135,16 @@ pub(super) fn connect(database: &std::path::Path) -> Result<Connection> {
         .busy_timeout(Duration::from_secs(10))
         .and_then(|()| connection.pragma_update(None, "foreign_keys", true))
         .and_then(|()| connection.pragma_update(None, "synchronous", "FULL"))
+        .map_err(|e| damaged(database, e))?;
+    Ok(connection)
+}
+
+/// As [`connect`], for looking only: the last connection to close moves the WAL into the database,
+/// and who only looks writes nothing.
+pub(super) fn connect_to_look(database: &std::path::Path) -> Result<Connection> {
+    let connection = connect(database)?;
+    connection
+        .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
         .map_err(|e| damaged(database, e))?;
     Ok(connection)
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::catalog::{Catalog, CatalogReader, connect, damaged, has_table, read_bases};
+use super::catalog::{Catalog, CatalogReader, connect_to_look, damaged, has_table, read_bases};
 use super::records::BaseRecord;
 use crate::{Context, Error, Result};
 
@@ -95,7 +95,7 @@ impl Home {
     /// EIO when the database is damaged.
     pub fn bases(&self) -> Result<Vec<BaseRecord>> {
         let database = self.database();
-        let connection = connect(&database)?;
+        let connection = connect_to_look(&database)?;
         if !has_table(&connection, "base_disk") {
             return Ok(Vec::new());
         }

@@ -140,11 +140,15 @@ pub(super) fn connect(database: &std::path::Path) -> Result<Connection> {
 }
 
 /// As [`connect`], for looking only: the last connection to close moves the WAL into the database,
-/// and who only looks writes nothing.
+/// and who only looks writes nothing. Where there was no WAL, closing removes the empty one that
+/// opening makes.
 pub(super) fn connect_to_look(database: &std::path::Path) -> Result<Connection> {
+    let mut wal = database.as_os_str().to_owned();
+    wal.push("-wal");
+    let has_wal = fs::metadata(wal).is_ok_and(|meta| meta.len() > 0);
     let connection = connect(database)?;
     connection
-        .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+        .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, has_wal)
         .map_err(|e| damaged(database, e))?;
     Ok(connection)
 }

@@ -60,8 +60,13 @@ impl Tree {
         }
         // Its data is used up; the disk was moved into the box.
         state.content = Content::Nothing;
+        // Before another close of the same file can answer: by then it is the box that is seen.
+        let waiting = self.show_committed(file, &role);
         drop(state);
-        self.after_commit(file, &role);
+        for other in waiting {
+            // A failure is in the log; the box itself is whole.
+            let _ = self.settle(&other);
+        }
         Ok(())
     }
 
@@ -188,7 +193,7 @@ impl Tree {
     }
 
     /// A box that was made is shown; snapshots that waited for it follow.
-    fn after_commit(&self, file: &Arc<StagedFile>, role: &Role) {
+    fn show_committed(&self, file: &Arc<StagedFile>, role: &Role) -> Vec<Arc<StagedFile>> {
         let mut waiting = Vec::new();
         {
             let mut staging = self.staging.lock();
@@ -211,9 +216,6 @@ impl Tree {
                 }
             }
         }
-        for other in waiting {
-            // A failure is in the log; the box itself is whole.
-            let _ = self.settle(&other);
-        }
+        waiting
     }
 }

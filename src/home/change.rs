@@ -103,7 +103,11 @@ fn take_lock(home: &Home) -> Result<File> {
     }
 }
 
-fn flock_exclusive(file: &File) -> std::io::Result<()> {
+/// Takes a file's flock if nobody has it; the kernel gives it back when the process dies, however.
+///
+/// # Errors
+/// EWOULDBLOCK when somebody has it.
+pub fn flock_exclusive(file: &File) -> std::io::Result<()> {
     // SAFETY: flock takes a descriptor, which `file` keeps open, and no memory. std's try_lock is
     // not promised to be flock, and BoxLite uses flock.
     match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {

@@ -14,7 +14,7 @@ mod records;
 
 pub use activity::Activity;
 pub use catalog::{Catalog, Schema};
-pub use change::{Change, Transaction};
+pub use change::{Change, Transaction, flock_exclusive};
 pub use identity::{
     base_id, box_id, container_id, is_safe_component, is_snapshot_name, rfc3339, snapshot_id,
 };

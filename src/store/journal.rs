@@ -23,8 +23,6 @@ pub struct Journal {
 
 struct Inner {
     shown: VecDeque<u8>,
-    /// Bytes that have been dropped from the front of `shown`.
-    dropped: u64,
     changed: SystemTime,
     path: Option<PathBuf>,
     file: Option<File>,
@@ -36,7 +34,6 @@ impl Journal {
         let path = home.staging_dir().join("log");
         let mut inner = Inner {
             shown: VecDeque::new(),
-            dropped: 0,
             changed: SystemTime::now(),
             path: None,
             file: None,
@@ -121,7 +118,6 @@ impl Inner {
         while self.shown.len() > SHOWN {
             // Whole lines go, so that the first one shown can be read.
             while let Some(byte) = self.shown.pop_front() {
-                self.dropped += 1;
                 if byte == b'\n' {
                     break;
                 }

@@ -2,12 +2,11 @@
 //! of those that dead processes left.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Store;
-use crate::home::{Home, base_id};
+use crate::home::{Home, base_id, flock_exclusive};
 use crate::{Context, Result};
 
 /// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
@@ -37,7 +36,7 @@ impl Workspace {
         home.make_dir(&unlocked)?;
         let path = unlocked.join(LOCK);
         let lock = File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
-        lock_exclusive(&lock).context(|| format!("cannot lock {}", path.display()))?;
+        flock_exclusive(&lock).context(|| format!("cannot lock {}", path.display()))?;
         let dir = place.join(format!("{PREFIX}{id}"));
         fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
         Ok(Workspace { dir, _lock: lock })
@@ -48,15 +47,6 @@ impl Drop for Workspace {
     fn drop(&mut self) {
         // What can't be removed now is removed by the next mount.
         let _ = fs::remove_dir_all(&self.dir);
-    }
-}
-
-/// Takes the lock if nobody has it; the kernel gives it back when the process dies, however.
-fn lock_exclusive(file: &File) -> std::io::Result<()> {
-    // SAFETY: flock takes a descriptor, which `file` keeps open, and no memory.
-    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
     }
 }
 
@@ -85,7 +75,7 @@ fn is_old(meta: &fs::Metadata) -> bool {
 
 fn is_owned(dir: &Path) -> bool {
     let open = OpenOptions::new().read(true).open(dir.join(LOCK));
-    open.is_ok_and(|file| lock_exclusive(&file).is_err())
+    open.is_ok_and(|file| flock_exclusive(&file).is_err())
 }
 
 impl Store {

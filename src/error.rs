@@ -47,6 +47,11 @@ impl Error {
         self
     }
 
+    /// The same error, for one more who waits for what failed; without the cause's own type.
+    pub fn again(&self) -> Self {
+        Error::new(self.errno, self.to_string())
+    }
+
     /// The positive errno value.
     pub fn errno(&self) -> i32 {
         self.errno

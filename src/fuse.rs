@@ -2,23 +2,27 @@
 //! arguments and errors, and sends replies from where the work ends, so that a long job never
 //! holds a thread that `ls` needs.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, MountOption,
-    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    Session, SessionACL, TimeOrNow, WriteFlags,
+    BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
+    MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 
-use crate::tree::{Attr, Caller, DirEntry, Kind, RenameMode, SetAttr, Tree};
+use crate::store::Spool;
+use crate::tree::{Attr, Caller, DirEntry, Kind, Opened, RenameMode, SetAttr, Tree};
 use crate::{Error, Result};
+use parking_lot::Mutex;
 
 /// Threads that take requests from the kernel and answer what needs no disk.
 const REQUEST_THREADS: usize = 4;
@@ -74,6 +78,7 @@ pub fn serve(
     let tree = Arc::new(tree);
     let filesystem = Mounted {
         tree: tree.clone(),
+        backings: Arc::default(),
         looking: threads("look", LOOK_THREADS)?,
         reading: threads("read", READ_THREADS)?,
         working: threads("work", WORK_THREADS)?,
@@ -84,6 +89,7 @@ pub fn serve(
     let served = session
         .run()
         .map_err(|e| Error::io("serving the mount ended", e));
+    tree.close();
     // What was under way comes to its end, and the workspace goes with the tree.
     let deadline = Instant::now() + LAST_WORK;
     while Arc::strong_count(&tree) > 1 && Instant::now() < deadline {
@@ -134,8 +140,59 @@ fn session_config(config: &ServeConfig) -> Config {
     session
 }
 
+thread_local! {
+    /// What a reading thread reads into.
+    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Files the kernel reads by itself for us (FUSE passthrough), where it can.
+#[derive(Default)]
+struct Backings {
+    /// By spool: an inode must be opened with the same backing each time.
+    known: Mutex<HashMap<u64, Weak<BackingId>>>,
+    /// By handle: kept as long as it is open.
+    open: Mutex<HashMap<u64, Arc<BackingId>>>,
+}
+
+impl Backings {
+    fn reply(&self, opened: Opened, reply: ReplyOpen) {
+        if let Some(spool) = &opened.spool
+            && let Some(backing) = self.of(spool, &reply)
+        {
+            self.open.lock().insert(opened.handle, backing.clone());
+            let handle = FileHandle(opened.handle);
+            return reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
+        }
+        let mut how = FopenFlags::empty();
+        how.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct);
+        how.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_pages);
+        reply.opened(FileHandle(opened.handle), how);
+    }
+
+    /// The backing of a spool. None where the kernel has no passthrough, or not for us (it is root's).
+    fn of(&self, spool: &Spool, reply: &ReplyOpen) -> Option<Arc<BackingId>> {
+        let mut known = self.known.lock();
+        known.retain(|_, backing| backing.strong_count() > 0);
+        if let Some(backing) = known.get(&spool.number()).and_then(Weak::upgrade) {
+            return Some(backing);
+        }
+        let backing = reply
+            .open_backing(spool.file())
+            .inspect_err(|error| log::debug!("no passthrough: {error}"))
+            .ok()?;
+        let backing = Arc::new(backing);
+        known.insert(spool.number(), Arc::downgrade(&backing));
+        Some(backing)
+    }
+
+    fn release(&self, handle: u64) {
+        self.open.lock().remove(&handle);
+    }
+}
+
 struct Mounted {
     tree: Arc<Tree>,
+    backings: Arc<Backings>,
     looking: rayon::ThreadPool,
     reading: rayon::ThreadPool,
     working: rayon::ThreadPool,
@@ -143,7 +200,7 @@ struct Mounted {
 
 impl Mounted {
     /// Does work that may take long away from the thread that takes requests.
-    fn later(&self, work: impl FnOnce(&Tree) + Send + 'static) {
+    fn later(&self, work: impl FnOnce(&Arc<Tree>) + Send + 'static) {
         let tree = self.tree.clone();
         self.working.spawn_fifo(move || work(&tree));
     }
@@ -200,7 +257,8 @@ fn file_attr(attr: &Attr) -> FileAttr {
         uid: attr.uid,
         gid: attr.gid,
         rdev: 0,
-        blksize: 128 * 1024,
+        // Larger, and tools that go by it read in pieces no better and mmap in worse ones.
+        blksize: 4096,
         flags: 0,
     }
 }
@@ -263,6 +321,9 @@ impl Filesystem for Mounted {
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_PARALLEL_DIROPS,
+            // What is not read through the kernel's pages can be mapped all the same.
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            InitFlags::FUSE_PASSTHROUGH,
         ] {
             // A kernel without one of these is slower and nothing else.
             let _ = config.add_capabilities(wanted);
@@ -270,6 +331,8 @@ impl Filesystem for Mounted {
         let _ = config.set_max_write(TRANSFER);
         let _ = config.set_max_readahead(TRANSFER);
         let _ = config.set_max_background(64);
+        // For passthrough to files of the home, which is on no stacked file system.
+        let _ = config.set_max_stack_depth(1);
         Ok(())
     }
 
@@ -411,14 +474,13 @@ impl Filesystem for Mounted {
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let caller = caller(request);
-        self.later(move |tree| match tree.open_file(caller, ino.0, flags.0) {
-            Ok(opened) => {
-                let mut how = FopenFlags::empty();
-                how.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct);
-                how.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_pages);
-                reply.opened(FileHandle(opened.handle), how);
-            }
-            Err(error) => reply.error(errno(&error)),
+        let backings = self.backings.clone();
+        self.later(move |tree| {
+            let answer = move |opened: Result<Opened>| match opened {
+                Ok(opened) => backings.reply(opened, reply),
+                Err(error) => reply.error(errno(&error)),
+            };
+            tree.open_and_answer(caller, ino.0, flags.0, Box::new(answer));
         });
     }
 
@@ -456,12 +518,24 @@ impl Filesystem for Mounted {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.read_later(
-            move |tree| match tree.read(handle.0, offset, size as usize) {
-                Ok(bytes) => reply.data(&bytes),
-                Err(error) => reply.error(errno(&error)),
-            },
-        );
+        self.read_later(move |tree| {
+            READ_BUFFER.with_borrow_mut(|buffer| {
+                // Only grown, never cleared: a new one would be faulted in page by page.
+                let length = size as usize;
+                if buffer.len() < length {
+                    buffer.resize(length, 0);
+                }
+                let buffer = buffer.get_mut(..length).unwrap_or_default();
+                match tree.read(handle.0, offset, buffer) {
+                    Ok(read) => {
+                        let bytes = buffer.get(..read).unwrap_or_default();
+                        reply.data(bytes);
+                        tree.have_read(handle.0, offset, bytes);
+                    }
+                    Err(error) => reply.error(errno(&error)),
+                }
+            });
+        });
     }
 
     fn write(
@@ -523,7 +597,9 @@ impl Filesystem for Mounted {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        let backings = self.backings.clone();
         self.later(move |tree| {
+            backings.release(handle.0);
             tree.release(handle.0);
             reply.ok();
         });

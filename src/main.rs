@@ -83,7 +83,8 @@ struct MountArguments {
     #[arg(short, long)]
     foreground: bool,
     /// Mount options, separated by commas: ro, noexec, noatime, allow_other, allow_root,
-    /// and those every mount takes
+    /// compress=LEVEL (of export.boxlite.zst, 1 to 19; 3 unless said), cache=SIZE (most disk space
+    /// for finished ones; 4G unless said), and those every mount takes
     #[arg(short = 'o', value_name = "OPT[,OPT…]")]
     options: Vec<String>,
     /// Ignore options that are not known, as `mount -s` asks

@@ -69,6 +69,7 @@ fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> 
         &places.home,
         tree::Options {
             read_only: options.read_only,
+            compression: options.compression,
         },
     )?;
     phase.enter(Phase::Mounting);

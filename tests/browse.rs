@@ -35,15 +35,17 @@ fn the_tree_is_that_of_the_documents() {
             "web",
             "web/box.json",
             "web/export.boxlite",
+            "web/export.boxlite.zst",
             "web/snapshots",
             "web/snapshots/s",
             "web/snapshots/s/export.boxlite",
+            "web/snapshots/s/export.boxlite.zst",
             "web/snapshots/s/snapshot.json",
         ]
     );
     // Hidden: reachable by name, never listed.
     assert!(mount.at(".boxlite").is_dir());
-    assert_eq!(mount.names(".boxlite"), ["log"]);
+    assert_eq!(mount.names(".boxlite"), ["log", "view"]);
     assert!(!succeed(&["ls", "-A", text(mount.root())]).contains(".boxlite"));
     // Recursive tools come to the snapshots last.
     let listing = succeed(&["ls", "-U", text(&mount.at("web"))]);

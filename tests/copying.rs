@@ -272,7 +272,12 @@ fn every_recursive_tool_clones_a_box_with_its_snapshots() {
         shell_succeeds(&mount, &home, nothing, &tool.replace("NEW", &name));
         assert_eq!(
             mount.names(&name),
-            ["box.json", "export.boxlite", "snapshots"],
+            [
+                "box.json",
+                "export.boxlite",
+                "export.boxlite.zst",
+                "snapshots"
+            ],
             "{tool}"
         );
         assert_eq!(
@@ -501,7 +506,12 @@ fn the_maker_goes_on_seeing_what_it_made_and_everyone_else_sees_the_box() {
     let listing = outsider(&format!("ls {}", text(&mount.at("new"))));
     assert_eq!(
         listing.split_whitespace().collect::<Vec<_>>(),
-        ["box.json", "export.boxlite", "snapshots"]
+        [
+            "box.json",
+            "export.boxlite",
+            "export.boxlite.zst",
+            "snapshots"
+        ]
     );
     fs::create_dir(mount.at("new/snapshots")).unwrap();
     fs::create_dir(mount.at("new/snapshots/later")).unwrap();
@@ -515,7 +525,13 @@ fn the_maker_goes_on_seeing_what_it_made_and_everyone_else_sees_the_box() {
     let seen = outsider(&format!("stat -c %i {}", text(&mount.at("new"))));
     assert_eq!(seen.trim(), inode.to_string(), "one inode for both faces");
     eventually("the maker sees the box, two seconds later", || {
-        mount.names("new") == ["box.json", "export.boxlite", "snapshots"]
+        mount.names("new")
+            == [
+                "box.json",
+                "export.boxlite",
+                "export.boxlite.zst",
+                "snapshots",
+            ]
     });
 }
 
@@ -550,7 +566,12 @@ fn a_copy_is_a_box_when_cp_ends() {
         let listing = succeed(&["sh", "-c", &script]);
         assert_eq!(
             listing.split_whitespace().collect::<Vec<_>>(),
-            ["box.json", "export.boxlite", "snapshots"]
+            [
+                "box.json",
+                "export.boxlite",
+                "export.boxlite.zst",
+                "snapshots"
+            ]
         );
     }
 }

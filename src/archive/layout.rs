@@ -2,12 +2,10 @@
 //! `manifest.json`, whose length does not depend on the checksum in it. So every size and offset is
 //! known before a byte of the disk is read.
 
+use super::digest::Digest;
 use super::manifest::{About, manifest_bytes, unix_seconds};
 use crate::disk::{Chain, Flattened};
 use crate::{Error, Result};
-use parking_lot::Mutex;
-use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -15,11 +13,8 @@ use std::sync::Arc;
 const BLOCK: u64 = 512;
 /// Two blocks of zeros end a tar.
 const TRAILER: u64 = 2 * BLOCK;
-/// Bytes read at a time when the checksum has to catch up.
-const CATCH_UP: u64 = 1 << 20;
-/// Most bytes that are kept because they were read ahead of the checksum (the kernel's read-ahead
-/// comes in several requests at once, in any order).
-const MOST_AHEAD: u64 = 8 << 20;
+/// Says which layout keys are of; to be raised when the same layers make other bytes.
+const LAYOUT_CONTEXT: &str = "boxlitefs 2026-11-25 plain archive of flattened layers, layout 1";
 
 /// An archive of one state of a box.
 pub struct Export {
@@ -29,9 +24,7 @@ pub struct Export {
     disk_header: [u8; BLOCK as usize],
     manifest_header: [u8; BLOCK as usize],
     parts: Parts,
-    digest: Mutex<Progress>,
-    /// Held by whoever reads the disk only to catch up, so that two do not read the same.
-    catching_up: Mutex<()>,
+    digest: Digest,
 }
 
 /// Where the parts lie, as byte ranges of the archive.
@@ -43,23 +36,13 @@ struct Parts {
     len: u64,
 }
 
-/// How far the disk's checksum is.
-struct Progress {
-    hasher: Sha256,
-    /// Bytes of the disk in `hasher`.
-    hashed: u64,
-    /// Pieces that were read ahead, by their offset.
-    ahead: BTreeMap<u64, Vec<u8>>,
-    ahead_bytes: u64,
-    finished: Option<[u8; 32]>,
-}
-
 impl Export {
     /// Works out the layout; no data is read. Errors: those of [`Flattened::plan`].
     pub fn plan(chain: Arc<Chain>, about: About) -> Result<Export> {
         let disk = Flattened::plan(Arc::clone(&chain))?;
         let manifest_len = manifest_bytes(&about, &[0; 32]).len() as u64;
-        let parts = Parts::of(disk.len(), manifest_len);
+        let disk_len = disk.len();
+        let parts = Parts::of(disk_len, manifest_len);
         let modified = unix_seconds(about.changed_at);
         Ok(Export {
             disk_header: member_header("disk.qcow2", disk.len(), modified)?,
@@ -68,8 +51,7 @@ impl Export {
             about,
             disk,
             parts,
-            digest: Mutex::new(Progress::new()),
-            catching_up: Mutex::new(()),
+            digest: Digest::new(disk_len),
         })
     }
 
@@ -88,7 +70,14 @@ impl Export {
         let buf = buf.get_mut(..len).unwrap_or_default();
         let all = offset..offset.saturating_add(len as u64);
         let parts = &self.parts;
-        buf.fill(0); // Padding and trailer.
+        for padding in [
+            parts.disk.end..parts.manifest_header.start,
+            parts.manifest.end..parts.len,
+        ] {
+            if let Some((_, part)) = overlap(&all, &padding, buf) {
+                part.fill(0);
+            }
+        }
         if let Some((at, part)) = overlap(&all, &parts.disk_header, buf) {
             copy_from(&self.disk_header, at, part);
         }
@@ -99,40 +88,79 @@ impl Export {
             copy_from(&self.manifest_header, at, part);
         }
         if let Some((at, part)) = overlap(&all, &parts.manifest, buf) {
-            let digest = self.disk_digest()?;
+            let digest = self.complete_digest()?;
             copy_from(&manifest_bytes(&self.about, &digest), at, part);
         }
         Ok(len)
     }
 
-    /// Bytes of `disk.qcow2`, checked to be of the planned state, and taken along into the checksum.
-    fn read_disk(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        self.disk.read_at(at, buf)?;
-        self.chain.unchanged()?;
-        self.digest.lock().take(at, buf, self.disk.len());
-        Ok(())
+    /// Takes bytes that [`read_at`](Export::read_at) gave from `offset` on along into the disk's
+    /// checksum. Not part of reading: whoever waits for the bytes need not wait for this.
+    pub fn take_along(&self, offset: u64, bytes: &[u8]) {
+        let disk = &self.parts.disk;
+        let skipped = usize::try_from(disk.start.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let at = offset.max(disk.start);
+        let left = usize::try_from(disk.end.saturating_sub(at)).unwrap_or(usize::MAX);
+        let bytes = bytes.get(skipped..).unwrap_or_default();
+        let bytes = bytes.get(..left.min(bytes.len())).unwrap_or_default();
+        self.digest.take(at - disk.start, bytes);
     }
 
-    /// The sha256 of `disk.qcow2`: what was read already is in it, the rest is read now.
-    fn disk_digest(&self) -> Result<[u8; 32]> {
-        if let Some(digest) = self.digest.lock().finished {
-            return Ok(digest);
+    /// The sha256 of `disk.qcow2`, if it is known.
+    pub fn digest(&self) -> Option<[u8; 32]> {
+        self.digest.finished()
+    }
+
+    /// The sha256 of `disk.qcow2` is known from before.
+    pub fn set_digest(&self, digest: [u8; 32]) {
+        self.digest.set(digest);
+    }
+
+    /// Whether the checksum is behind what is taken along by more than this many bytes.
+    pub(super) fn digest_lags(&self, bytes: usize) -> bool {
+        self.digest.lags(bytes)
+    }
+
+    /// The flattened disk in it.
+    pub(super) fn disk(&self) -> &Flattened {
+        &self.disk
+    }
+
+    /// Where `disk.qcow2` lies in the archive.
+    pub(super) fn disk_range(&self) -> Range<u64> {
+        self.parts.disk.clone()
+    }
+
+    /// Hash of all that the archive's bytes follow from: the state of each layer, and what the manifest
+    /// says. The same in another process.
+    pub fn state_key(&self) -> [u8; 32] {
+        let mut hasher = self.disk_hasher();
+        hasher.update(&manifest_bytes(&self.about, &[0; 32]));
+        hasher.finalize().into()
+    }
+
+    /// Hash of all that the bytes of `disk.qcow2` follow from.
+    pub fn disk_key(&self) -> [u8; 32] {
+        self.disk_hasher().finalize().into()
+    }
+
+    fn disk_hasher(&self) -> blake3::Hasher {
+        let mut hasher = blake3::Hasher::new_derive_key(LAYOUT_CONTEXT);
+        for state in self.chain.states() {
+            hasher.update(&state.bytes());
         }
-        let _alone = self.catching_up.lock();
-        let mut piece = vec![0u8; CATCH_UP as usize];
-        loop {
-            // The lock is not held while reading: others go on, and what they read counts.
-            let (finished, hashed) = {
-                let progress = self.digest.lock();
-                (progress.finished, progress.hashed)
-            };
-            if let Some(digest) = finished {
-                return Ok(digest);
-            }
-            let len = (self.disk.len() - hashed).min(CATCH_UP) as usize;
-            let piece = piece.get_mut(..len).unwrap_or_default();
-            self.read_disk(hashed, piece)?;
-        }
+        hasher
+    }
+
+    /// Bytes of `disk.qcow2`, checked to be of the planned state.
+    fn read_disk(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.disk.read_at(at, buf)?;
+        self.chain.unchanged()
+    }
+
+    /// The sha256 of `disk.qcow2`: what was taken along is in it, the rest is read now.
+    pub(super) fn complete_digest(&self) -> Result<[u8; 32]> {
+        self.digest.complete(|at, buf| self.read_disk(at, buf))
     }
 }
 
@@ -149,58 +177,6 @@ impl Parts {
             disk,
             manifest_header,
             manifest,
-        }
-    }
-}
-
-impl Progress {
-    fn new() -> Progress {
-        Progress {
-            hasher: Sha256::new(),
-            hashed: 0,
-            ahead: BTreeMap::new(),
-            ahead_bytes: 0,
-            finished: None,
-        }
-    }
-
-    /// Takes `bytes` of the disk, `at` bytes into it, into the checksum of `disk_len` bytes, now or
-    /// when the gap before them is filled. What is too far ahead is read again when needed.
-    fn take(&mut self, at: u64, bytes: &[u8], disk_len: u64) {
-        if self.finished.is_some() {
-            return;
-        }
-        let end = at.saturating_add(bytes.len() as u64);
-        if at > self.hashed {
-            let near = end - self.hashed <= MOST_AHEAD;
-            let room = self.ahead_bytes + bytes.len() as u64 <= MOST_AHEAD;
-            if near && room && !self.ahead.contains_key(&at) {
-                self.ahead_bytes += bytes.len() as u64;
-                self.ahead.insert(at, bytes.to_vec());
-            }
-            return;
-        }
-        self.hash(at, bytes);
-        while let Some(first) = self.ahead.first_entry() {
-            if *first.key() > self.hashed {
-                break;
-            }
-            let (at, bytes) = first.remove_entry();
-            self.ahead_bytes -= bytes.len() as u64;
-            self.hash(at, &bytes);
-        }
-        if self.hashed == disk_len {
-            self.finished = Some(self.hasher.finalize_reset().into());
-        }
-    }
-
-    /// Hashes what of `bytes`, `at` or more bytes into the disk, is not hashed yet; `at` is not beyond
-    /// what is hashed.
-    fn hash(&mut self, at: u64, bytes: &[u8]) {
-        let known = usize::try_from(self.hashed - at).unwrap_or(usize::MAX);
-        if let Some(new) = bytes.get(known..) {
-            self.hasher.update(new);
-            self.hashed += new.len() as u64;
         }
     }
 }
@@ -375,41 +351,12 @@ mod tests {
                         let mut bytes = vec![0u8; piece];
                         let len = again.read_at(at as u64, &mut bytes).unwrap();
                         assert!(bytes[..len] == expected[at..at + len]);
+                        again.take_along(at as u64, &bytes[..len]);
                     }
                 });
             }
         });
-        let progress = again.digest.lock();
-        assert_eq!(progress.ahead_bytes, 0);
-        assert!(progress.finished.is_some());
-    }
-
-    #[test]
-    fn pieces_in_a_jumble_are_hashed_once_each_and_in_order() {
-        let data: Vec<u8> = (0..1_000_000u32).map(|i| (i % 251) as u8).collect();
-        let digest: [u8; 32] = Sha256::digest(&data).into();
-        let mut numbers = Numbers(5);
-        for _ in 0..20 {
-            let mut progress = Progress::new();
-            while progress.finished.is_none() {
-                let near = progress.hashed + numbers.below(100_000);
-                let at = near.saturating_sub(numbers.below(100_000)).min(999_999) as usize;
-                let end = (at + 1 + numbers.below(50_000) as usize).min(data.len());
-                progress.take(at as u64, &data[at..end], data.len() as u64);
-            }
-            assert_eq!(progress.finished, Some(digest));
-            assert_eq!(progress.ahead_bytes, 0);
-        }
-    }
-
-    #[test]
-    fn what_is_read_far_ahead_is_not_kept() {
-        let mut progress = Progress::new();
-        let piece = vec![0u8; 1 << 20];
-        for at in 1..1000u64 {
-            progress.take(at << 20, &piece, 2000 << 20);
-        }
-        assert!(progress.ahead_bytes <= MOST_AHEAD);
+        assert!(again.digest().is_some());
     }
 
     #[test]

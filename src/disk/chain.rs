@@ -2,7 +2,7 @@
 
 use super::header::open_image;
 use super::layer::Run;
-use super::{FileId, Format, Header, Layer};
+use super::{FileId, FileState, Format, Header, Layer};
 use crate::{Context, Error, Result};
 use std::collections::HashSet;
 use std::fs::{File, Metadata};
@@ -104,6 +104,11 @@ impl Chain {
     /// The layers, top first; at least one.
     pub fn layers(&self) -> &[Layer] {
         &self.layers
+    }
+
+    /// The state each layer's file was in when it was opened, top first.
+    pub fn states(&self) -> impl Iterator<Item = FileState> + '_ {
+        self.opened.iter().map(FileState::of)
     }
 
     /// Size of the disk in bytes: that of the top layer.

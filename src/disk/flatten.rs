@@ -20,6 +20,8 @@ const BLOCK_ENTRIES: u64 = CLUSTER / 2;
 const TABLE_ENTRIES: u64 = CLUSTER / 8;
 /// Flag of an L1 or L2 entry: the refcount is exactly 1, so a writer need not copy (qcow2.rst).
 const COPIED: u64 = 1 << 63;
+/// Guest bytes of a window: what one L2 table maps.
+pub const WINDOW: u64 = L2_COVERS;
 /// Windows whose allocation is remembered, 1 KiB each: enough for some readers at a time.
 const REMEMBERED_WINDOWS: usize = 32;
 
@@ -93,6 +95,41 @@ impl Flattened {
     #[allow(clippy::len_without_is_empty)] // There always is a header.
     pub fn len(&self) -> u64 {
         self.layout.data.end * CLUSTER
+    }
+
+    /// Length in bytes of what lies before the data: header, refcounts, L1 and L2 tables.
+    pub fn metadata_len(&self) -> u64 {
+        self.layout.data.start * CLUSTER
+    }
+
+    /// Where in the image the allocated clusters of the guest bytes `guest` lie: one run of bytes,
+    /// empty if none is allocated. Both ends of `guest` are multiples of 64 KiB (or the end of the
+    /// disk), within one [`WINDOW`]. Errors: those of reading tables.
+    pub fn data_of(&self, guest: Range<u64>) -> Result<Range<u64>> {
+        let index = guest.start / L2_COVERS;
+        let window = self.window(index)?;
+        let first = self.layout.data.start + self.before(index as usize);
+        let place = |at: u64| {
+            let cluster = (at - index * L2_COVERS).div_ceil(CLUSTER);
+            (first + window.rank(cluster)) * CLUSTER
+        };
+        Ok(place(guest.start)..place(guest.end))
+    }
+
+    /// Allocated clusters in window number `index`.
+    pub fn clusters_in(&self, index: u64) -> u64 {
+        let (from, to) = (index as usize, index as usize + 1);
+        self.before(to).saturating_sub(self.before(from))
+    }
+
+    /// How many [`WINDOW`]s the disk has.
+    pub fn windows(&self) -> u64 {
+        self.clusters_before.len() as u64 - 1
+    }
+
+    /// The chain it is computed from.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
     }
 
     /// Fills `buf` with the image's bytes from `offset` on; zeros past its end. EIO when a layer is
@@ -311,6 +348,20 @@ impl Window {
     fn has(&self, cluster: u64) -> bool {
         let word = self.allocated.get((cluster / 64) as usize);
         word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+    }
+
+    /// How many clusters are allocated before `cluster`, which may be one past the last.
+    fn rank(&self, cluster: u64) -> u64 {
+        let (word, bit) = ((cluster / 64) as usize, cluster % 64);
+        let whole = self.allocated.iter().take(word);
+        let part = self
+            .allocated
+            .get(word)
+            .map_or(0, |word| word & ((1 << bit) - 1));
+        whole
+            .chain([&part])
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
     }
 
     /// The allocated cluster that has `rank` others before it, and how many follow one another from

@@ -11,6 +11,8 @@ mod identity;
 mod options;
 mod paths;
 mod records;
+mod remembered;
+mod space;
 
 pub use activity::Activity;
 pub use catalog::{Catalog, Schema};
@@ -23,3 +25,5 @@ pub use paths::{Home, Owner};
 pub use records::{
     BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
 };
+pub use remembered::Remembered;
+pub use space::Space;

@@ -167,6 +167,11 @@ impl Home {
         self.root.join("db/boxlite.db")
     }
 
+    /// `db/boxlitefs.db`: what we worked out before; may be deleted at any time.
+    pub fn remembered(&self) -> PathBuf {
+        self.root.join("db/boxlitefs.db")
+    }
+
     /// `.boxlitefs`: where changes are prepared.
     pub fn staging_dir(&self) -> PathBuf {
         self.root.join(STAGING)

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use crate::store::Compression;
 use crate::{Error, Result};
 
 /// Options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
@@ -17,6 +18,8 @@ pub struct Options {
     pub noexec: bool,
     /// Access times are not kept.
     pub noatime: bool,
+    /// `compress=LEVEL` and `cache=SIZE`.
+    pub compression: Compression,
 }
 
 /// What an option changes.
@@ -83,6 +86,9 @@ impl Options {
         let mut options = Options::default();
         let all = lists.iter().flat_map(|list| list.as_ref().split(','));
         for option in all.filter(|option| !option.is_empty()) {
+            if options.set(option)? {
+                continue;
+            }
             match effect(option) {
                 Some(effect) => options.apply(effect),
                 None if sloppy => log::info!("the option {option} is not known and ignored"),
@@ -98,6 +104,25 @@ impl Options {
         Ok(options)
     }
 
+    /// Takes an option with a value of ours; false for any other.
+    fn set(&mut self, option: &str) -> Result<bool> {
+        match option.split_once('=') {
+            Some(("compress", level)) => {
+                let known = level.parse().ok().filter(|level| (1..=19).contains(level));
+                self.compression.level = known.ok_or_else(|| {
+                    wrong_value(option, "a level of zstd, from 1 (fast) to 19 (small)")
+                })?;
+            }
+            Some(("cache", size)) => {
+                self.compression.cache = bytes(size).ok_or_else(|| {
+                    wrong_value(option, "a size in bytes, or with K, M, G or T; 0 for none")
+                })?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
     fn apply(&mut self, effect: Effect) {
         match effect {
             Effect::ReadOnly(on) => self.read_only = on,
@@ -108,6 +133,27 @@ impl Options {
             Effect::Nothing => {}
         }
     }
+}
+
+/// A size as people write it: bytes, or 1024 of the unit before with K, M, G, T.
+fn bytes(size: &str) -> Option<u64> {
+    let digits = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match size.get(digits.len()..)?.to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" | "KIB" => 10,
+        "M" | "MIB" => 20,
+        "G" | "GIB" => 30,
+        "T" | "TIB" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+fn wrong_value(option: &str, wanted: &str) -> Error {
+    Error::new(
+        libc::EINVAL,
+        format!("the mount option {option:?} needs {wanted}"),
+    )
 }
 
 fn effect(option: &str) -> Option<Effect> {
@@ -131,7 +177,7 @@ fn unknown(option: &str) -> Error {
     Error::new(
         libc::EINVAL,
         format!(
-            "the mount option {option:?} is not known; known are {known}fsname=…, subtype=…, comment=… and x-…"
+            "the mount option {option:?} is not known; known are {known}compress=LEVEL, cache=SIZE, fsname=…, subtype=…, comment=… and x-…"
         ),
     )
 }
@@ -160,6 +206,30 @@ mod tests {
                       users,nouser,owner,group,_netdev,_rnetdev,nofail,default_permissions,\
                       fsname=/x,subtype=boxlite,comment=y,x-systemd.automount,X-mount.mkdir,,";
         assert_eq!(parse(passed).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn level_and_cache_of_compressed_archives_are_checked() {
+        let options = parse("compress=19,cache=512M").unwrap();
+        assert_eq!(options.compression.level, 19);
+        assert_eq!(options.compression.cache, 512 << 20);
+        assert_eq!(parse("cache=0").unwrap().compression.cache, 0);
+        assert_eq!(parse("cache=3g").unwrap().compression.cache, 3 << 30);
+        for wrong in [
+            "compress=0",
+            "compress=20",
+            "compress=",
+            "compress=x",
+            "cache=",
+            "cache=-1",
+            "cache=5X",
+            "cache=99999999T",
+            "cache=G",
+        ] {
+            let error = parse(wrong).unwrap_err();
+            assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
+            assert!(error.sentence().contains(wrong), "{error}");
+        }
     }
 
     #[test]

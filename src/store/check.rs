@@ -20,14 +20,7 @@ use crate::{Context, Result};
 pub fn run(home: &Path, out: &mut dyn Write) -> Result<bool> {
     let home = Home::open(home)?;
     let journal = Journal::open(&home, true);
-    let store = Store {
-        home,
-        journal,
-        headers: Default::default(),
-        exports: Default::default(),
-        workspace: Default::default(),
-        read_only: true,
-    };
+    let store = Store::to_look(home, journal);
     let mut check = Check {
         catalog: store.home.catalog()?,
         layers: store.scan_layers()?,

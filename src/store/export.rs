@@ -44,6 +44,13 @@ pub struct Contents {
     about: u64,
 }
 
+impl Contents {
+    /// The same in another form, of another length.
+    pub(super) fn with_size(self, size: u64) -> Contents {
+        Contents { size, ..self }
+    }
+}
+
 /// What an export is made of: as long as this is the same, so are its bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
@@ -167,6 +174,9 @@ impl Store {
         }
         // Planning reads metadata of the whole chain: not under a lock that `ls` needs.
         let (state, export) = self.plan(record, &top)?;
+        if let Some(digest) = self.remembered.digest(&export.disk_key()) {
+            export.set_digest(digest);
+        }
         let export = Arc::new(export);
         let contents = Contents {
             size: export.len(),
@@ -228,16 +238,11 @@ impl Store {
     /// Lets go of the plans, and with them of the open layers, of states that are gone: their space
     /// comes back.
     pub fn forget_gone_exports(&self, catalog: &Catalog) {
-        let exists = |source: &Source| match source {
-            Source::Live { box_id } => catalog.box_by_id(box_id).is_some(),
-            Source::Snapshot {
-                box_id,
-                snapshot_id,
-            } => catalog.snapshot_by_id(box_id, snapshot_id).is_some(),
-        };
         let mut exports = self.exports.lock();
-        exports.known.retain(|source, _| exists(source));
-        exports.kept.retain(exists);
+        exports.known.retain(|source, _| source.is_in(catalog));
+        exports.kept.retain(|source| source.is_in(catalog));
+        drop(exports);
+        self.forget_gone_compressed(catalog);
     }
 }
 

@@ -8,6 +8,7 @@ mod adopt;
 mod arrival;
 pub mod check;
 mod clone;
+mod compressed;
 mod crash;
 mod durable;
 mod export;
@@ -27,10 +28,11 @@ use parking_lot::Mutex;
 
 pub use arrival::Arrival;
 pub use clone::NewClone;
+pub use compressed::{Compression, OpenedCompressed, Packed, Spool, Waiter};
 pub use export::Contents;
 pub use journal::Journal;
 
-use crate::home::{BoxRecord, Home, SnapshotRecord};
+use crate::home::{BoxRecord, Catalog, Home, Remembered, SnapshotRecord};
 use crate::{Error, Result};
 
 /// A disk state that can be read, cloned and exported.
@@ -57,6 +59,17 @@ impl Source {
             Source::Live { box_id } | Source::Snapshot { box_id, .. } => box_id,
         }
     }
+
+    /// Whether it is there.
+    fn is_in(&self, catalog: &Catalog) -> bool {
+        match self {
+            Source::Live { box_id } => catalog.box_by_id(box_id).is_some(),
+            Source::Snapshot {
+                box_id,
+                snapshot_id,
+            } => catalog.snapshot_by_id(box_id, snapshot_id).is_some(),
+        }
+    }
 }
 
 /// A home and all that is needed to change it.
@@ -66,6 +79,10 @@ pub struct Store {
     headers: Mutex<layers::HeaderCache>,
     exports: Mutex<export::ExportCache>,
     workspace: Mutex<Option<workspace::Workspace>>,
+    remembered: Remembered,
+    compression: Compression,
+    compressed: Mutex<compressed::CompressedCache>,
+    turns: compressed::Turns,
     read_only: bool,
 }
 
@@ -75,23 +92,36 @@ impl Store {
     ///
     /// # Errors
     /// Those of [`Home::open`].
-    pub fn open(path: &Path, read_only: bool) -> Result<Store> {
+    pub fn open(path: &Path, read_only: bool, compression: Compression) -> Result<Store> {
         let home = Home::open(path)?;
         let journal = Journal::open(&home, read_only);
-        let store = Store {
-            home,
-            journal,
-            headers: Mutex::default(),
-            exports: Mutex::default(),
-            workspace: Mutex::new(None),
-            read_only,
-        };
+        let store = Store::of(home, journal, read_only, compression);
         if let Some(why) = store.home.catalog()?.schema().read_only.clone() {
             store.journal.note(&format!("read only: {why}"));
         } else if !read_only {
             store.recover_at_mount();
         }
         Ok(store)
+    }
+
+    /// A home that is only looked at.
+    fn to_look(home: Home, journal: Journal) -> Store {
+        Store::of(home, journal, true, Compression::default())
+    }
+
+    fn of(home: Home, journal: Journal, read_only: bool, compression: Compression) -> Store {
+        Store {
+            remembered: Remembered::open(&home, read_only),
+            home,
+            journal,
+            headers: Mutex::default(),
+            exports: Mutex::default(),
+            workspace: Mutex::new(None),
+            compression,
+            compressed: Mutex::default(),
+            turns: compressed::Turns::default(),
+            read_only,
+        }
     }
 
     /// The home.

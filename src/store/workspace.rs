@@ -79,6 +79,23 @@ fn is_owned(dir: &Path) -> bool {
 }
 
 impl Store {
+    /// A new file in the workspace that has no name any more: it goes with the last who has it open.
+    ///
+    /// # Errors
+    /// Those of making it.
+    pub(super) fn unnamed_file(&self, what: &str) -> Result<File> {
+        let path = self.fresh_path(what)?;
+        let sentence = || format!("cannot make the spool {}", path.display());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .context(sentence)?;
+        fs::remove_file(&path).context(sentence)?;
+        Ok(file)
+    }
+
     /// A path in the workspace that nobody has used, for a file or directory about to be made.
     ///
     /// # Errors

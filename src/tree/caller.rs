@@ -22,6 +22,31 @@ impl Caller {
             tid => status_field(tid, "Tgid:"),
         }
     }
+
+    /// Whether it is gone, or about to be ended or interrupted by a signal: KILL, or one of HUP, INT,
+    /// QUIT and TERM that it neither blocks nor ignores. The kernel lets nobody be interrupted while
+    /// he waits for our answer, so he has to get one.
+    pub fn is_dying(self) -> bool {
+        if self.tid == 0 {
+            return false;
+        }
+        let Ok(status) = fs::read_to_string(format!("/proc/{}/status", self.tid)) else {
+            return true;
+        };
+        let mask = |field: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(field));
+            line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+                .unwrap_or(0)
+        };
+        let bit = |signal: i32| 1u64 << (signal - 1);
+        let pending = mask("SigPnd:") | mask("ShdPnd:");
+        let kept_away = mask("SigBlk:") | mask("SigIgn:");
+        let ends = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM]
+            .map(bit)
+            .iter()
+            .sum::<u64>();
+        pending & (bit(libc::SIGKILL) | (ends & !kept_away)) != 0
+    }
 }
 
 /// The processes that make one thing together: the one that began, its descendants, and whoever

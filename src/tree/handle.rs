@@ -10,7 +10,7 @@ use super::describe;
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete, is_whole, share};
 use crate::archive::Export;
-use crate::store::{Contents, Source};
+use crate::store::{Contents, Packed, Source, Spool};
 use crate::{Error, Result};
 
 /// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
@@ -27,6 +27,12 @@ pub(super) enum Handle {
         export: Arc<Export>,
         contents: Contents,
     },
+    /// A compressed archive, likewise.
+    Compressed {
+        source: Source,
+        packed: Packed,
+        contents: Contents,
+    },
     /// A description as it was when opened.
     Bytes { node: Node, bytes: Vec<u8> },
     /// The log.
@@ -38,7 +44,6 @@ pub(super) enum Handle {
 }
 
 /// An opened file and what the kernel may do with it.
-#[derive(Clone, Copy, Debug)]
 pub struct Opened {
     /// The handle for later calls.
     pub handle: u64,
@@ -46,10 +51,12 @@ pub struct Opened {
     pub direct: bool,
     /// The pages the kernel has of this inode are still right.
     pub keep_pages: bool,
+    /// The file that has the same bytes, which the kernel may read by itself.
+    pub spool: Option<Arc<Spool>>,
 }
 
 impl Tree {
-    fn add_handle(&self, handle: Handle) -> u64 {
+    pub(super) fn add_handle(&self, handle: Handle) -> u64 {
         let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
         self.handles.lock().insert(number, Arc::new(handle));
         number
@@ -141,6 +148,7 @@ impl Tree {
             direct: !matches!(handle, Handle::Export { .. }),
             handle: self.add_handle(handle),
             keep_pages,
+            spool: None,
         })
     }
 
@@ -173,6 +181,9 @@ impl Tree {
             Handle::Export {
                 source, contents, ..
             } if Node::Export(source.clone()) == *node => Some(*contents),
+            Handle::Compressed {
+                source, contents, ..
+            } if Node::Compressed(source.clone()) == *node => Some(*contents),
             _ => None,
         };
         let handles = self.handles.lock();
@@ -183,6 +194,19 @@ impl Tree {
                 open.sort_by_key(|contents| Some(*contents) != told);
                 open.first().copied()
             }
+        }
+    }
+
+    /// Whether a compressed archive is open that is there as a whole, in a file.
+    pub(super) fn is_open_as_whole(&self, node: &Node, handle: Option<u64>) -> bool {
+        let handles = self.handles.lock();
+        let is_whole = |handle: &Handle| {
+            matches!(handle, Handle::Compressed { source, packed: Packed::Spooled(_), .. }
+                if Node::Compressed(source.clone()) == *node)
+        };
+        match handle.and_then(|number| handles.get(&number)) {
+            Some(handle) => is_whole(handle),
+            None => handles.values().any(|handle| is_whole(handle)),
         }
     }
 
@@ -248,46 +272,71 @@ impl Tree {
             // Writes reach us as they are made, and each gets its own answer.
             direct: true,
             keep_pages: false,
+            spool: None,
         }
     }
 
-    /// Reads up to `length` bytes; fewer only at the end of the file.
+    /// Fills `buf` with a file's bytes from `offset` on, completely unless it ends; returns how many
+    /// bytes that are. [`have_read`](Tree::have_read) is to follow.
     ///
     /// # Errors
     /// EIO when the disk changes while it is read.
-    pub fn read(&self, handle: u64, offset: u64, length: usize) -> Result<Vec<u8>> {
+    pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> Result<usize> {
         match &*self.handle(handle)? {
             Handle::Export {
                 source,
                 export,
                 contents,
             } => {
-                let node = Node::Export(source.clone());
-                if self.told(&node).is_some_and(|told| told != *contents) {
-                    return Err(self.changed_under_reader(source));
+                self.refuse_mixture(&Node::Export(source.clone()), source, contents)?;
+                self.noted_read(source, export.read_at(offset, buf))
+            }
+            Handle::Compressed {
+                source,
+                packed,
+                contents,
+            } => {
+                if let Packed::Streamed(_) = packed {
+                    self.refuse_mixture(&Node::Compressed(source.clone()), source, contents)?;
                 }
-                let mut bytes = vec![0; length];
-                let read = export.read_at(offset, &mut bytes).inspect_err(|error| {
-                    self.store.journal().note(&format!(
-                        "reading the export of {} failed: {error}",
-                        self.store.describe(source)
-                    ));
-                })?;
-                bytes.truncate(read);
-                Ok(bytes)
+                self.noted_read(source, packed.read_at(offset, buf))
             }
-            Handle::Bytes { bytes, .. } => {
-                let start = usize::try_from(offset)
-                    .unwrap_or(usize::MAX)
-                    .min(bytes.len());
-                let end = start.saturating_add(length).min(bytes.len());
-                Ok(bytes[start..end].to_vec())
+            Handle::Bytes { bytes, .. } => Ok(copy_out(bytes, offset, buf)),
+            Handle::Log => {
+                let bytes = self.store.journal().read_at(offset, buf.len());
+                Ok(copy_out(&bytes, 0, buf))
             }
-            Handle::Log => Ok(self.store.journal().read_at(offset, length)),
             Handle::List(_) | Handle::Writing(_) => {
                 Err(Error::new(libc::EBADF, "that is not open for reading"))
             }
         }
+    }
+
+    /// Bytes that were read go into the checksum of an export's disk: after they were handed to the
+    /// reader, who need not wait for that.
+    pub fn have_read(&self, handle: u64, offset: u64, bytes: &[u8]) {
+        if let Ok(handle) = self.handle(handle)
+            && let Handle::Export { export, .. } = &*handle
+        {
+            export.take_along(offset, bytes);
+        }
+    }
+
+    /// EIO when the kernel was told of other contents since: the pages and the size it has are of those.
+    fn refuse_mixture(&self, node: &Node, source: &Source, contents: &Contents) -> Result<()> {
+        match self.told(node) {
+            Some(told) if told != *contents => Err(self.changed_under_reader(source)),
+            _ => Ok(()),
+        }
+    }
+
+    fn noted_read(&self, source: &Source, read: Result<usize>) -> Result<usize> {
+        read.inspect_err(|error| {
+            self.store.journal().note(&format!(
+                "reading the export of {} failed: {error}",
+                self.store.describe(source)
+            ));
+        })
     }
 
     /// Writes bytes of a file being made.
@@ -427,6 +476,9 @@ impl Tree {
         let Some(handle) = self.handles.lock().remove(&handle) else {
             return;
         };
+        if let Handle::Export { export, .. } = &*handle {
+            self.store.note_digest(export);
+        }
         let Handle::Writing(file) = &*handle else {
             return;
         };
@@ -457,4 +509,15 @@ impl Tree {
     pub(super) fn attr_of_made(&self, file: &StagedFile) -> Attr {
         self.file(&file.node, file.size(), file.created)
     }
+}
+
+/// Copies what of `bytes` lies from `offset` on into `buf`; returns how much that is.
+fn copy_out(bytes: &[u8], offset: u64, buf: &mut [u8]) -> usize {
+    let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+    let from = bytes.get(offset..).unwrap_or_default();
+    let len = from.len().min(buf.len());
+    if let (Some(to), Some(from)) = (buf.get_mut(..len), from.get(..len)) {
+        to.copy_from_slice(from);
+    }
+    len
 }

@@ -9,6 +9,7 @@ mod attr;
 mod caller;
 mod change;
 mod commit;
+mod compressed;
 mod describe;
 mod handle;
 mod names;
@@ -29,15 +30,16 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
+pub use crate::home::Space;
 pub use attr::{Attr, DirEntry, Kind};
 pub use caller::Caller;
 pub use change::SetAttr;
+pub use compressed::OpenAnswer;
 pub use handle::Opened;
 pub use node::{Node, ROOT_INO};
 pub use rename::RenameMode;
-pub use view::Space;
 
-use crate::store::Store;
+use crate::store::{Compression, Store};
 use crate::{Error, Result};
 use caller::Makers;
 use names::Names;
@@ -47,11 +49,13 @@ use names::Names;
 pub struct Options {
     /// Refuse changes, and write nothing into the home at all.
     pub read_only: bool,
+    /// How compressed archives are made and kept.
+    pub compression: Compression,
 }
 
 /// A home as a tree of files.
 pub struct Tree {
-    store: Store,
+    store: Arc<Store>,
     names: Mutex<Option<Arc<Names>>>,
     /// Nodes the kernel knows, by inode number, each with how often it was told of it.
     known: Mutex<HashMap<u64, (Node, u64)>>,
@@ -75,7 +79,7 @@ impl Tree {
     /// Those of [`Store::open`]: no such home, a foreign directory, a damaged database.
     pub fn open(home: &Path, options: Options) -> Result<Tree> {
         Ok(Tree {
-            store: Store::open(home, options.read_only)?,
+            store: Arc::new(Store::open(home, options.read_only, options.compression)?),
             names: Mutex::new(None),
             known: Mutex::default(),
             staging: Mutex::default(),
@@ -141,7 +145,11 @@ impl Tree {
     pub fn is_slow(&self, ino: u64) -> bool {
         matches!(
             self.node(ino),
-            Ok(Node::Export(_) | Node::Box(_) | Node::Snapshot(..))
+            Ok(Node::Export(_)
+                | Node::Compressed(_)
+                | Node::Box(_)
+                | Node::Snapshot(..)
+                | Node::ViewOf(_))
         )
     }
 
@@ -150,6 +158,19 @@ impl Tree {
         let sentence = sentence.into();
         self.store.journal().note(&format!("refused: {sentence}"));
         Error::new(errno, sentence)
+    }
+
+    /// Space on the home's file system.
+    ///
+    /// # Errors
+    /// What statvfs says.
+    pub fn space(&self) -> Result<Space> {
+        self.store.home().space()
+    }
+
+    /// Nobody reads any more: whoever still waits for an archive is told so.
+    pub fn close(&self) {
+        self.store.stop_compressing();
     }
 
     /// EROFS when mounted read-only.

@@ -14,6 +14,10 @@ pub const LOG: &str = "log";
 pub const BOX_JSON: &str = "box.json";
 /// A disk state as an archive.
 pub const EXPORT: &str = "export.boxlite";
+/// The same, compressed: a link into the view.
+pub const COMPRESSED: &str = "export.boxlite.zst";
+/// The directory in the hidden one that such links point into.
+pub const VIEW: &str = "view";
 /// The directory of a box's snapshots.
 pub const SNAPSHOTS: &str = "snapshots";
 /// A snapshot's row.

@@ -20,6 +20,16 @@ pub enum Node {
     BoxJson(String),
     /// `export.boxlite` of a box or a snapshot.
     Export(Source),
+    /// The link `export.boxlite.zst` in the directory of a box or a snapshot.
+    CompressedLink(Source),
+    /// What it points to, in the view.
+    Compressed(Source),
+    /// `.boxlite/view`.
+    View,
+    /// `.boxlite/view/BOX`, and `.boxlite/view/BOX/snapshots/NAME`.
+    ViewOf(Source),
+    /// `.boxlite/view/BOX/snapshots`.
+    ViewSnapshots(String),
     /// `snapshots` of a box.
     Snapshots(String),
     /// The directory of a snapshot: box id, snapshot id.
@@ -43,11 +53,12 @@ impl Node {
             Node::Log => "log".to_owned(),
             Node::Box(id) => format!("box/{id}"),
             Node::BoxJson(id) => format!("box/{id}/json"),
-            Node::Export(Source::Live { box_id }) => format!("box/{box_id}/export"),
-            Node::Export(Source::Snapshot {
-                box_id,
-                snapshot_id,
-            }) => format!("box/{box_id}/snapshot/{snapshot_id}/export"),
+            Node::Export(source) => format!("{}/export", key_of(source)),
+            Node::CompressedLink(source) => format!("{}/export.zst/link", key_of(source)),
+            Node::Compressed(source) => format!("{}/export.zst", key_of(source)),
+            Node::View => "view".to_owned(),
+            Node::ViewOf(source) => format!("view/{}", key_of(source)),
+            Node::ViewSnapshots(id) => format!("view/box/{id}/snapshots"),
             Node::Snapshots(id) => format!("box/{id}/snapshots"),
             Node::Snapshot(id, snapshot) => format!("box/{id}/snapshot/{snapshot}"),
             Node::SnapshotJson(id, snapshot) => format!("box/{id}/snapshot/{snapshot}/json"),
@@ -68,7 +79,9 @@ impl Node {
             | Node::Snapshots(id)
             | Node::Snapshot(id, _)
             | Node::SnapshotJson(id, _) => Some(id),
-            Node::Export(source) => Some(source.box_id()),
+            Node::Export(source) | Node::CompressedLink(source) => Some(source.box_id()),
+            // The view is apart: what is in it is never staged.
+            Node::Compressed(_) | Node::View | Node::ViewOf(_) | Node::ViewSnapshots(_) => None,
             Node::Root | Node::Hidden | Node::Log | Node::Made(_) => None,
         }
     }
@@ -84,6 +97,17 @@ impl Node {
             }),
             _ => None,
         }
+    }
+}
+
+/// What a disk state's nodes are numbered by.
+fn key_of(source: &Source) -> String {
+    match source {
+        Source::Live { box_id } => format!("box/{box_id}"),
+        Source::Snapshot {
+            box_id,
+            snapshot_id,
+        } => format!("box/{box_id}/snapshot/{snapshot_id}"),
     }
 }
 

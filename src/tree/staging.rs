@@ -344,6 +344,9 @@ impl Tree {
     /// EINVAL for what is no link.
     pub fn readlink(&self, caller: Caller, ino: u64) -> Result<PathBuf> {
         let node = self.node(ino)?;
+        if let Node::CompressedLink(source) = &node {
+            return self.link_target(source);
+        }
         let mut staging = self.staging.lock();
         match staging
             .face(caller, &node)

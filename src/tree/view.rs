@@ -2,37 +2,17 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::mem::MaybeUninit;
-use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::attr::{Attr, DirEntry, Kind};
 use super::caller::Caller;
 use super::describe;
-use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS};
+use super::names::{BOX_JSON, COMPRESSED, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, VIEW};
 use super::node::Node;
 use super::{Tree, text};
 use crate::home::{BoxRecord, SnapshotRecord};
 use crate::store::{Contents, Source};
-use crate::{Context, Error, Result};
-
-/// Space on the file system the home is on.
-#[derive(Clone, Copy, Debug)]
-pub struct Space {
-    /// Bytes in a block.
-    pub block_size: u32,
-    /// All blocks.
-    pub blocks: u64,
-    /// Free blocks.
-    pub free: u64,
-    /// Free blocks for users that are not root.
-    pub available: u64,
-    /// All inodes.
-    pub files: u64,
-    /// Free inodes.
-    pub files_free: u64,
-}
+use crate::{Error, Result};
 
 fn not_there() -> Error {
     Error::new(libc::ENOENT, "there is no such file")
@@ -53,11 +33,15 @@ impl Tree {
             Some(attr) => attr,
             None => self.attr(caller, &node)?,
         };
-        if let Node::Export(source) = &node {
+        if let Node::Export(_) | Node::Compressed(_) = &node {
             let contents = match is_staged {
                 true => None,
-                false => self.contents(source)?,
+                false => self.contents(&node)?,
             };
+            if let Some(contents) = contents {
+                // One moment's size and generation: a size may become known between two looks.
+                attr.size = contents.size;
+            }
             attr.generation = self.generation(&node, contents);
         }
         self.tell(&node);
@@ -80,6 +64,26 @@ impl Tree {
                 Node::Box(names.id_of(name).ok_or_else(not_there)?.to_owned())
             }
             Node::Hidden if name == LOG => Node::Log,
+            Node::Hidden if name == VIEW => Node::View,
+            Node::View => match self.real_child(&Node::Root, name)? {
+                Node::Box(box_id) => Node::ViewOf(Source::Live { box_id }),
+                _ => return Err(not_there()),
+            },
+            Node::ViewOf(source) if name == COMPRESSED && self.store.has_disk(source) => {
+                Node::Compressed(source.clone())
+            }
+            Node::ViewOf(Source::Live { box_id }) if name == SNAPSHOTS => {
+                Node::ViewSnapshots(box_id.clone())
+            }
+            Node::ViewSnapshots(id) => {
+                match self.real_child(&Node::Snapshots(id.clone()), name)? {
+                    Node::Snapshot(box_id, snapshot_id) => Node::ViewOf(Source::Snapshot {
+                        box_id,
+                        snapshot_id,
+                    }),
+                    _ => return Err(not_there()),
+                }
+            }
             Node::Box(id) => self.child_of_box(id, name)?,
             Node::Snapshots(id) => {
                 let names = self.names()?;
@@ -94,6 +98,7 @@ impl Tree {
                 match name {
                     SNAPSHOT_JSON => Node::SnapshotJson(id.clone(), snapshot.clone()),
                     EXPORT if self.store.has_disk(&source) => Node::Export(source),
+                    COMPRESSED if self.store.has_disk(&source) => Node::CompressedLink(source),
                     _ => return Err(not_there()),
                 }
             }
@@ -111,6 +116,7 @@ impl Tree {
             SNAPSHOTS => Ok(Node::Snapshots(id.to_owned())),
             // A box that never started has nothing to export yet.
             EXPORT if self.store.has_disk(&source) => Ok(Node::Export(source)),
+            COMPRESSED if self.store.has_disk(&source) => Ok(Node::CompressedLink(source)),
             _ => Err(not_there()),
         }
     }
@@ -126,7 +132,7 @@ impl Tree {
             attr.size = size;
             return Ok(attr);
         }
-        if let Node::Export(source) = &node
+        if let Node::Export(source) | Node::Compressed(source) = &node
             && let Some(attr) = self.attr_of_open_export(&node, source, handle)?
         {
             return Ok(attr);
@@ -150,17 +156,22 @@ impl Tree {
         if handle.is_none() && self.told(node).is_some_and(|told| told != open) {
             return Ok(None);
         }
-        let now = self.contents(source);
+        let now = self.contents(node);
         let gone = now.as_ref().is_err_and(|e| e.errno() == libc::ENOENT);
-        if !gone && now? != Some(open) {
+        // A compressed archive that is there as a whole goes on being what it is.
+        if !gone && now? != Some(open) && !self.is_open_as_whole(node, handle) {
             return Err(self.changed_under_reader(source));
         }
         Ok(Some(self.file(node, open.size, open.changed)))
     }
 
-    /// What an export's bytes are of. None when there is no disk.
-    pub(super) fn contents(&self, source: &Source) -> Result<Option<Contents>> {
-        self.store.export_contents(source)
+    /// What an export's bytes are of, plain or compressed. None when there is no disk.
+    pub(super) fn contents(&self, node: &Node) -> Result<Option<Contents>> {
+        match node {
+            Node::Export(source) => self.store.export_contents(source),
+            Node::Compressed(source) => self.store.compressed_contents(source),
+            _ => Ok(None),
+        }
     }
 
     pub(super) fn attr(&self, caller: Caller, node: &Node) -> Result<Attr> {
@@ -213,9 +224,29 @@ impl Tree {
                 let size = describe::snapshot_json(&row)?.len() as u64;
                 Ok(self.file(node, size, at(row.created_at)))
             }
-            Node::Export(source) => {
+            Node::View => Ok(self.directory(node, self.names()?.all().len(), UNIX_EPOCH)),
+            Node::ViewOf(source) => {
                 let record = self.record(source.box_id())?;
-                let contents = self.contents(source)?.ok_or_else(not_there)?;
+                let below = usize::from(matches!(source, Source::Live { .. }));
+                Ok(self.directory(node, below, self.disk_time(source, &record)))
+            }
+            Node::ViewSnapshots(id) => {
+                let mut attr = self.real_attr(&Node::Snapshots(id.clone()))?;
+                attr.ino = node.ino();
+                Ok(attr)
+            }
+            Node::CompressedLink(source) => {
+                let record = self.record(source.box_id())?;
+                let target = self.link_target(source)?;
+                let size = target.as_os_str().len() as u64;
+                let mut attr = self.file(node, size, at(record.created_at));
+                attr.kind = Kind::Symlink;
+                attr.perm = 0o777;
+                Ok(attr)
+            }
+            Node::Export(source) | Node::Compressed(source) => {
+                let record = self.record(source.box_id())?;
+                let contents = self.contents(node)?.ok_or_else(not_there)?;
                 let mut attr = self.file(node, contents.size, contents.changed);
                 attr.created = at(record.created_at);
                 Ok(attr)
@@ -309,13 +340,34 @@ impl Tree {
                 .iter()
                 .map(|(name, id)| (name.clone(), Node::Box(id.clone()), Kind::Directory))
                 .collect(),
-            Node::Hidden => vec![(LOG.to_owned(), Node::Log, Kind::File)],
+            Node::Hidden => vec![
+                (LOG.to_owned(), Node::Log, Kind::File),
+                (VIEW.to_owned(), Node::View, Kind::Directory),
+            ],
+            Node::View => names
+                .all()
+                .iter()
+                .map(|(name, id)| (name.clone(), Node::ViewOf(live(id)), Kind::Directory))
+                .collect(),
+            Node::ViewOf(source) => self.view_of(source)?,
+            Node::ViewSnapshots(id) => {
+                self.record(id)?;
+                let rows = names.catalog().snapshots_of(id).iter();
+                rows.map(|row| {
+                    let source = Source::Snapshot {
+                        box_id: id.clone(),
+                        snapshot_id: row.id.clone(),
+                    };
+                    (row.name.clone(), Node::ViewOf(source), Kind::Directory)
+                })
+                .collect()
+            }
             Node::Box(id) => {
                 self.record(id)?;
                 let mut children =
                     vec![(BOX_JSON.to_owned(), Node::BoxJson(id.clone()), Kind::File)];
                 if self.store.has_disk(&live(id)) {
-                    children.push((EXPORT.to_owned(), Node::Export(live(id)), Kind::File));
+                    children.extend(exports(live(id)));
                 }
                 let snapshots = Node::Snapshots(id.clone());
                 children.push((SNAPSHOTS.to_owned(), snapshots, Kind::Directory));
@@ -342,7 +394,7 @@ impl Tree {
                     snapshot_id: snapshot.clone(),
                 };
                 if self.store.has_disk(&source) {
-                    children.push((EXPORT.to_owned(), Node::Export(source), Kind::File));
+                    children.extend(exports(source));
                 }
                 children
             }
@@ -362,6 +414,21 @@ impl Tree {
         Ok(entries)
     }
 
+    /// What the view has of a disk state.
+    fn view_of(&self, source: &Source) -> Result<Vec<(String, Node, Kind)>> {
+        self.record(source.box_id())?;
+        let mut children = Vec::new();
+        if self.store.has_disk(source) {
+            let node = Node::Compressed(source.clone());
+            children.push((COMPRESSED.to_owned(), node, Kind::File));
+        }
+        if let Source::Live { box_id } = source {
+            let node = Node::ViewSnapshots(box_id.clone());
+            children.push((SNAPSHOTS.to_owned(), node, Kind::Directory));
+        }
+        Ok(children)
+    }
+
     /// Attributes for a listed name of which nothing but its kind is known; to be asked for again.
     pub fn listed_attr(&self, entry: &DirEntry) -> Attr {
         let mut attr = self.file(&Node::Root, 0, SystemTime::UNIX_EPOCH);
@@ -369,25 +436,15 @@ impl Tree {
         attr.kind = entry.kind;
         attr
     }
+}
 
-    /// Space on the home's file system.
-    ///
-    /// # Errors
-    /// What statvfs says.
-    pub fn space(&self) -> Result<Space> {
-        let root: PathBuf = self.store.home().root().into();
-        let path = std::ffi::CString::new(root.as_os_str().as_bytes())
-            .map_err(|_| Error::damaged("the home's path has a NUL"))?;
-        let found = statvfs(&path).context(|| format!("cannot look at {}", root.display()))?;
-        Ok(Space {
-            block_size: u32::try_from(found.f_frsize).unwrap_or(4096),
-            blocks: found.f_blocks,
-            free: found.f_bfree,
-            available: found.f_bavail,
-            files: found.f_files,
-            files_free: found.f_ffree,
-        })
-    }
+/// The archives in the directory of a box or a snapshot.
+fn exports(source: Source) -> [(String, Node, Kind); 2] {
+    let link = Node::CompressedLink(source.clone());
+    [
+        (EXPORT.to_owned(), Node::Export(source), Kind::File),
+        (COMPRESSED.to_owned(), link, Kind::Symlink),
+    ]
 }
 
 fn live(id: &str) -> Source {
@@ -421,16 +478,4 @@ fn updated(record: &BoxRecord) -> SystemTime {
                 at(time.as_second()) + Duration::from_nanos(nanoseconds.into())
             },
         )
-}
-
-fn statvfs(path: &std::ffi::CStr) -> std::io::Result<libc::statvfs> {
-    let mut found = MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: `path` ends with a NUL and `found` has room for what is written; it is read only
-    // after success.
-    unsafe {
-        match libc::statvfs(path.as_ptr(), found.as_mut_ptr()) {
-            0 => Ok(found.assume_init()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
-    }
 }

@@ -1,0 +1,620 @@
+//! A disk state as a compressed archive: whose size is known, those being made, and those kept.
+//!
+//! The size of a compressed archive is known only after compressing. So whoever opens one waits until
+//! it is: remembered, worked out from frames seen before, or made as a whole. What is made as a whole
+//! is kept in a spool, a file without a name in the workspace, as long as the state lasts and the
+//! cache has room; what is not is made again where it is read.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::{Contents, Source, Store};
+use crate::archive::{Compressed, FrameKey, FrameSizes, KnownSizes, Stream};
+use crate::home::{Catalog, Remembered};
+use crate::{Context, Error, Result};
+
+/// Archives made at a time: each takes all cores and its share of memory.
+const MOST_AT_A_TIME: usize = 2;
+/// How often those who wait are looked at: a killed one must not wait on.
+const LOOKED_AT: Duration = Duration::from_millis(10);
+/// Bytes between two looks at the room for a spool.
+const ROOM_STEP: u64 = 32 << 20;
+/// A spool leaves this part of the file system free (1 / 20).
+const LEFT_FREE: u64 = 20;
+/// Sizes of frames that are kept although nobody reads, for as many archives.
+const KEPT_SIZES: usize = 8;
+/// Sizes learnt that are written down together.
+const LEARNT_TOGETHER: usize = 4096;
+
+/// What a compressed archive opened for reading is read from.
+#[derive(Clone)]
+pub enum Packed {
+    /// The whole of it, in a file.
+    Spooled(Arc<Spool>),
+    /// Frames made as they are read.
+    Streamed(Arc<Stream>),
+}
+
+/// A finished archive in a file without a name.
+pub struct Spool {
+    file: File,
+    len: u64,
+    number: u64,
+}
+
+impl Spool {
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// A number no other spool of this process has.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+impl Packed {
+    /// Length of the archive in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Packed::Spooled(spool) => spool.len,
+            Packed::Streamed(stream) => stream.len(),
+        }
+    }
+
+    /// Fills `buf` with the archive's bytes from `offset` on, completely unless it ends; returns how
+    /// many bytes that are.
+    ///
+    /// # Errors
+    /// EIO when the disk changed meanwhile.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        match self {
+            Packed::Streamed(stream) => stream.read_at(offset, buf),
+            Packed::Spooled(spool) => {
+                let left = usize::try_from(spool.len.saturating_sub(offset)).unwrap_or(usize::MAX);
+                let len = left.min(buf.len());
+                let buf = buf.get_mut(..len).unwrap_or_default();
+                spool
+                    .file
+                    .read_exact_at(buf, offset)
+                    .context(|| "cannot read the compressed archive back")?;
+                Ok(len)
+            }
+        }
+    }
+}
+
+/// A compressed archive that was opened, and what it is of.
+pub struct OpenedCompressed {
+    /// What to read from.
+    pub packed: Packed,
+    /// With the exact size of the compressed archive.
+    pub contents: Contents,
+}
+
+/// Somebody who waits for a compressed archive.
+pub struct Waiter {
+    /// Whether it is about to die, and must not wait on.
+    pub is_dying: Box<dyn Fn() -> bool + Send>,
+    /// Takes the answer.
+    pub answer: Box<dyn FnOnce(Result<OpenedCompressed>) + Send>,
+}
+
+/// How compressed archives are made and kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compression {
+    /// zstd's level, 1 to 19.
+    pub level: i32,
+    /// Most bytes of finished archives that are kept on disk.
+    pub cache: u64,
+}
+
+impl Default for Compression {
+    /// Level 3, as BoxLite's own exports; 4 GiB.
+    fn default() -> Self {
+        Compression {
+            level: 3,
+            cache: 4 << 30,
+        }
+    }
+}
+
+/// Compressed archives that were looked at.
+#[derive(Default)]
+pub(super) struct CompressedCache {
+    known: HashMap<Source, Known>,
+    /// Sources that were opened, the one opened last at the end.
+    used: Vec<Source>,
+}
+
+struct Known {
+    /// The plain archive it is of.
+    plain: Contents,
+    /// Exact length of the compressed archive, once known; before, the last known one.
+    size: Option<u64>,
+    sizes: Option<Arc<FrameSizes>>,
+    spool: Option<Arc<Spool>>,
+    stream: Weak<Stream>,
+    production: Option<Arc<Production>>,
+}
+
+impl Known {
+    fn of(plain: Contents) -> Known {
+        Known {
+            plain,
+            size: None,
+            sizes: None,
+            spool: None,
+            stream: Weak::new(),
+            production: None,
+        }
+    }
+
+    /// Nothing but the last known size is of use for other contents.
+    fn become_of(&mut self, plain: Contents) {
+        if self.plain != plain {
+            let size = self.size;
+            *self = Known::of(plain);
+            self.size = size;
+        }
+    }
+}
+
+/// An archive being made, and who waits for it. None: it is done, or nobody did.
+#[derive(Default)]
+struct Production {
+    waiters: Mutex<Option<Vec<Waiter>>>,
+    closing: AtomicBool,
+}
+
+impl Production {
+    /// Answers those who are about to die; false if nobody is left.
+    fn goes_on(&self) -> bool {
+        let mut waiters = self.waiters.lock();
+        let Some(all) = waiters.as_mut() else {
+            return false;
+        };
+        let closing = self.closing.load(Ordering::Relaxed);
+        for gone in all.extract_if(.., |waiter| closing || (waiter.is_dying)()) {
+            (gone.answer)(Err(Error::new(libc::EINTR, "interrupted while waiting")));
+        }
+        if all.is_empty() {
+            *waiters = None;
+        }
+        waiters.is_some()
+    }
+
+    /// Waits along; gives the waiter back when it is over already.
+    fn join(&self, waiter: Waiter) -> std::result::Result<(), Waiter> {
+        match self.waiters.lock().as_mut() {
+            Some(waiters) => {
+                waiters.push(waiter);
+                Ok(())
+            }
+            None => Err(waiter),
+        }
+    }
+}
+
+/// At most so many at a time.
+#[derive(Default)]
+pub(super) struct Turns {
+    taken: Mutex<usize>,
+    free: Condvar,
+}
+
+impl Turns {
+    /// Waits for a turn; None once `go_on` says no.
+    fn take(&self, go_on: &dyn Fn() -> bool) -> Option<Turn<'_>> {
+        let mut taken = self.taken.lock();
+        while *taken >= MOST_AT_A_TIME {
+            let waited = self.free.wait_for(&mut taken, LOOKED_AT);
+            if waited.timed_out() && !go_on() {
+                return None;
+            }
+        }
+        *taken += 1;
+        Some(Turn(self))
+    }
+}
+
+struct Turn<'a>(&'a Turns);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.taken.lock() -= 1;
+        self.0.free.notify_one();
+    }
+}
+
+/// Sizes remembered on disk, and those learnt meanwhile.
+struct Sizes<'a> {
+    remembered: &'a Remembered,
+    learnt: Mutex<HashMap<FrameKey, u32>>,
+}
+
+impl Sizes<'_> {
+    fn write_down(&self, learnt: &mut HashMap<FrameKey, u32>) {
+        let frames: Vec<_> = learnt.drain().collect();
+        self.remembered.learn_frames(&frames);
+    }
+}
+
+impl KnownSizes for Sizes<'_> {
+    fn size(&self, key: &FrameKey) -> Option<u32> {
+        let learnt = self.learnt.lock().get(key).copied();
+        learnt.or_else(|| self.remembered.frame(key))
+    }
+
+    fn learn(&self, key: FrameKey, size: u32) {
+        let mut learnt = self.learnt.lock();
+        learnt.insert(key, size);
+        if learnt.len() >= LEARNT_TOGETHER {
+            self.write_down(&mut learnt);
+        }
+    }
+}
+
+impl Drop for Sizes<'_> {
+    fn drop(&mut self) {
+        let mut learnt = std::mem::take(&mut *self.learnt.lock());
+        if !learnt.is_empty() {
+            self.write_down(&mut learnt);
+        }
+    }
+}
+
+impl Store {
+    /// What a compressed archive's bytes are of; None when the box has no disk yet. The size is exact
+    /// once it is known, else the last known one, else that of the plain archive. Never waits.
+    ///
+    /// # Errors
+    /// As [`Store::export_contents`].
+    pub fn compressed_contents(&self, source: &Source) -> Result<Option<Contents>> {
+        let Some(plain) = self.export_contents(source)? else {
+            return Ok(None);
+        };
+        let mut cache = self.compressed.lock();
+        let known = cache
+            .known
+            .entry(source.clone())
+            .or_insert(Known::of(plain));
+        known.become_of(plain);
+        Ok(Some(plain.with_size(known.size.unwrap_or(plain.size))))
+    }
+
+    /// Opens a compressed archive and answers `waiter`, at once or when its exact size is known.
+    pub fn open_compressed(self: &Arc<Self>, source: &Source, waiter: Waiter) {
+        let opened = self.open_export(source).map(|(export, plain)| {
+            let live = matches!(source, Source::Live { .. });
+            let level = self.compression.level;
+            (Arc::new(Compressed::new(export, level, live)), plain)
+        });
+        match opened {
+            Ok((compressed, plain)) => self.pack(source, compressed, plain, waiter),
+            Err(error) => (waiter.answer)(Err(error)),
+        }
+    }
+
+    fn pack(
+        self: &Arc<Self>,
+        source: &Source,
+        compressed: Arc<Compressed>,
+        plain: Contents,
+        mut waiter: Waiter,
+    ) {
+        loop {
+            let mut cache = self.compressed.lock();
+            if let Some(opened) = self.opened(&mut cache, source, &compressed, plain) {
+                cache.was_used(source);
+                drop(cache);
+                return (waiter.answer)(Ok(opened));
+            }
+            let known = cache
+                .known
+                .entry(source.clone())
+                .or_insert(Known::of(plain));
+            if let Some(production) = known.production.clone() {
+                match production.join(waiter) {
+                    Ok(()) => return,
+                    Err(given_back) => waiter = given_back,
+                }
+                known.production = None;
+                continue;
+            }
+            let production = Arc::new(Production {
+                waiters: Mutex::new(Some(vec![waiter])),
+                closing: AtomicBool::new(false),
+            });
+            known.production = Some(production.clone());
+            drop(cache);
+            return self.start(source.clone(), compressed, plain, production);
+        }
+    }
+
+    /// The archive, if its size is known: kept, being read, or remembered.
+    fn opened(
+        &self,
+        cache: &mut CompressedCache,
+        source: &Source,
+        compressed: &Arc<Compressed>,
+        plain: Contents,
+    ) -> Option<OpenedCompressed> {
+        let known = cache
+            .known
+            .entry(source.clone())
+            .or_insert(Known::of(plain));
+        known.become_of(plain);
+        if known
+            .stream
+            .upgrade()
+            .is_some_and(|stream| stream.is_wrong())
+        {
+            self.remembered.forget_archive(&compressed.state_key());
+            *known = Known::of(plain);
+        }
+        let packed = match (&known.spool, known.stream.upgrade()) {
+            (Some(spool), _) => Packed::Spooled(spool.clone()),
+            (None, Some(stream)) => Packed::Streamed(stream),
+            (None, None) => {
+                let sizes = known.sizes.clone().or_else(|| {
+                    let bytes = self.remembered.archive(&compressed.state_key())?;
+                    FrameSizes::from_bytes(compressed, &bytes).map(Arc::new)
+                })?;
+                let stream = Arc::new(Stream::new(compressed.clone(), sizes.clone()));
+                known.stream = Arc::downgrade(&stream);
+                known.sizes = Some(sizes);
+                Packed::Streamed(stream)
+            }
+        };
+        known.size = Some(packed.size());
+        Some(OpenedCompressed {
+            contents: plain.with_size(packed.size()),
+            packed,
+        })
+    }
+
+    fn start(
+        self: &Arc<Self>,
+        source: Source,
+        compressed: Arc<Compressed>,
+        plain: Contents,
+        production: Arc<Production>,
+    ) {
+        let store = self.clone();
+        let over = production.clone();
+        let started = std::thread::Builder::new()
+            .name("compress".into())
+            .spawn(move || store.run(&source, &compressed, plain, &production));
+        if let Err(error) = started {
+            let waiters = over.waiters.lock().take();
+            let error = Error::io("cannot start a thread to compress", error);
+            for waiter in waiters.unwrap_or_default() {
+                (waiter.answer)(Err(error.again()));
+            }
+        }
+    }
+
+    /// Finds out how large the archive is, and answers those who wait.
+    fn run(
+        &self,
+        source: &Source,
+        compressed: &Arc<Compressed>,
+        plain: Contents,
+        production: &Production,
+    ) {
+        let sizes = Sizes {
+            remembered: &self.remembered,
+            learnt: Mutex::default(),
+        };
+        let made = self.make(source, compressed, &sizes, &|| production.goes_on());
+        let (waiters, opened) = {
+            let mut cache = self.compressed.lock();
+            let waiters = production.waiters.lock().take().unwrap_or_default();
+            let opened = made.and_then(|(frames, spool)| {
+                let known = cache
+                    .known
+                    .entry(source.clone())
+                    .or_insert(Known::of(plain));
+                known.become_of(plain);
+                known.production = None;
+                known.sizes = Some(frames.clone());
+                known.spool = spool;
+                let gone = || Error::damaged("the compressed archive is gone");
+                let open = |_: &Waiter| {
+                    self.opened(&mut cache, source, compressed, plain)
+                        .ok_or_else(gone)
+                };
+                let opened: Result<Vec<OpenedCompressed>> = waiters.iter().map(open).collect();
+                cache.was_used(source);
+                Ok((frames, opened?))
+            });
+            (waiters, opened)
+        };
+        match opened {
+            Ok((frames, opened)) => {
+                for (waiter, opened) in waiters.into_iter().zip(opened) {
+                    (waiter.answer)(Ok(opened));
+                }
+                // Nobody waits for this.
+                self.remembered
+                    .learn_archive(&compressed.state_key(), &frames.bytes());
+                self.note_digest(compressed.export());
+            }
+            Err(error) => {
+                for waiter in waiters {
+                    (waiter.answer)(Err(error.again()));
+                }
+            }
+        }
+    }
+
+    fn make(
+        &self,
+        source: &Source,
+        compressed: &Compressed,
+        sizes: &Sizes<'_>,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<(Arc<FrameSizes>, Option<Arc<Spool>>)> {
+        let gone = || Error::new(libc::EINTR, "interrupted while waiting");
+        let _turn = self.turns.take(go_on).ok_or_else(gone)?;
+        if let Some(frames) = compressed.measure(sizes, go_on)? {
+            return Ok((Arc::new(frames), None));
+        }
+        let mut spooling = Spooling::begin(self, source);
+        let frames = compressed.produce(sizes, go_on, &mut |bytes| {
+            spooling.put(bytes);
+            Ok(())
+        })?;
+        Ok((Arc::new(frames), spooling.finish()))
+    }
+
+    /// Remembers the checksum of an export's disk, if it is known.
+    pub fn note_digest(&self, export: &crate::archive::Export) {
+        let Some(digest) = export.digest() else {
+            return;
+        };
+        let key = export.disk_key();
+        if self.remembered.digest(&key) != Some(digest) {
+            self.remembered.learn_digest(&key, &digest);
+        }
+    }
+
+    /// Lets go of compressed archives of states that are gone.
+    pub(super) fn forget_gone_compressed(&self, catalog: &Catalog) {
+        let mut cache = self.compressed.lock();
+        cache
+            .known
+            .retain(|source, known| known.production.is_some() || source.is_in(catalog));
+        cache.used.retain(|source| source.is_in(catalog));
+    }
+
+    /// Answers all who wait for a compressed archive, and makes none any more.
+    pub fn stop_compressing(&self) {
+        for known in self.compressed.lock().known.values() {
+            if let Some(production) = &known.production {
+                production.closing.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Makes room for `more` bytes in the cache by letting go of archives nobody reads, those used
+    /// least lately first. False if that is not enough.
+    fn make_room(&self, source: &Source, spooled: u64, more: u64) -> bool {
+        let mut cache = self.compressed.lock();
+        loop {
+            let kept: u64 = cache
+                .known
+                .values()
+                .filter_map(|known| known.spool.as_ref())
+                .map(|spool| spool.len)
+                .sum();
+            if kept + spooled + more <= self.compression.cache {
+                break;
+            }
+            if !cache.drop_oldest_spool(source) {
+                return false;
+            }
+        }
+        drop(cache);
+        let space = self.home.space();
+        space.is_ok_and(|space| space.available_bytes() >= more + space.bytes() / LEFT_FREE)
+    }
+}
+
+impl CompressedCache {
+    fn was_used(&mut self, source: &Source) {
+        self.used.retain(|used| used != source);
+        self.used.push(source.clone());
+        let old = self.used.len().saturating_sub(KEPT_SIZES);
+        for source in self.used.iter().take(old) {
+            if let Some(known) = self.known.get_mut(source) {
+                known.sizes = None;
+            }
+        }
+    }
+
+    /// Lets go of the spool that was used least lately and that nobody reads.
+    fn drop_oldest_spool(&mut self, but: &Source) -> bool {
+        for source in self.used.iter().filter(|source| *source != but) {
+            if let Some(known) = self.known.get_mut(source)
+                && known
+                    .spool
+                    .as_ref()
+                    .is_some_and(|spool| Arc::strong_count(spool) == 1)
+            {
+                known.spool = None;
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// A spool being written; none any more once there is no room for it.
+struct Spooling<'a> {
+    store: &'a Store,
+    source: &'a Source,
+    file: Option<File>,
+    len: u64,
+    /// Bytes there is room for.
+    room: u64,
+}
+
+impl<'a> Spooling<'a> {
+    fn begin(store: &'a Store, source: &'a Source) -> Spooling<'a> {
+        let file = match store.read_only || store.compression.cache == 0 {
+            true => None,
+            false => store
+                .unnamed_file("compressed")
+                .inspect_err(|error| log::info!("compressed archives are not kept: {error}"))
+                .ok(),
+        };
+        Spooling {
+            store,
+            source,
+            file,
+            len: 0,
+            room: 0,
+        }
+    }
+
+    /// Adds bytes. What does not fit is no error: the archive is made again where it is read.
+    fn put(&mut self, bytes: &[u8]) {
+        let more = bytes.len() as u64;
+        if self.file.is_some() && self.len + more > self.room {
+            match self
+                .store
+                .make_room(self.source, self.len, more.max(ROOM_STEP))
+            {
+                true => self.room = self.len + more.max(ROOM_STEP),
+                false => self.file = None,
+            }
+        }
+        let written = self
+            .file
+            .as_ref()
+            .map(|file| file.write_all_at(bytes, self.len));
+        if let Some(Err(error)) = written {
+            log::info!("a compressed archive is not kept: {error}");
+            self.file = None;
+        }
+        self.len += more;
+    }
+
+    fn finish(self) -> Option<Arc<Spool>> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Some(Arc::new(Spool {
+            file: self.file?,
+            len: self.len,
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+        }))
+    }
+}

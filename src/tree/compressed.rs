@@ -1,0 +1,108 @@
+//! `export.boxlite.zst`, and the hidden view its names point into.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::Tree;
+use super::caller::Caller;
+use super::handle::{Handle, Opened};
+use super::names::{COMPRESSED, HIDDEN, SNAPSHOTS, VIEW};
+use super::node::Node;
+use crate::store::{OpenedCompressed, Packed, Source, Waiter};
+use crate::{Error, Result};
+
+/// Takes the answer to an open that may have to wait.
+pub type OpenAnswer = Box<dyn FnOnce(Result<Opened>) + Send>;
+
+impl Tree {
+    /// Opens a file and gives the result to `answer`, for a compressed archive when its exact size is
+    /// known: nobody's thread waits for that. `flags` are open(2)'s.
+    pub fn open_and_answer(
+        self: &Arc<Self>,
+        caller: Caller,
+        ino: u64,
+        flags: i32,
+        answer: OpenAnswer,
+    ) {
+        let reads = flags & libc::O_ACCMODE == libc::O_RDONLY;
+        match self.node(ino) {
+            Ok(Node::Compressed(source)) if reads => self.open_compressed(caller, source, answer),
+            _ => answer(self.open_file(caller, ino, flags)),
+        }
+    }
+
+    fn open_compressed(self: &Arc<Self>, caller: Caller, source: Source, answer: OpenAnswer) {
+        let tree = self.clone();
+        let node = Node::Compressed(source.clone());
+        // What the kernel was told before, not what others were told while this one waited: the size
+        // in the caller's inode is that.
+        let told = self.told(&node);
+        let opened_by = source.clone();
+        let done = move |opened: Result<OpenedCompressed>| {
+            let opened = opened.and_then(|opened| {
+                if told.is_some_and(|told| told != opened.contents) {
+                    // The kernel looks the name up again, gets a new inode, and opens that.
+                    return Err(Error::new(libc::ESTALE, "the size is known just now"));
+                }
+                Ok(tree.opened_compressed(opened_by.clone(), opened))
+            });
+            if let Err(error) = &opened
+                && !matches!(error.errno(), libc::ESTALE | libc::EINTR)
+            {
+                let what = tree.store.describe(&opened_by);
+                tree.store
+                    .journal()
+                    .note(&format!("compressed export of {what} failed: {error}"));
+            }
+            answer(opened);
+        };
+        let waiter = Waiter {
+            is_dying: Box::new(move || caller.is_dying()),
+            answer: Box::new(done),
+        };
+        self.store.open_compressed(&source, waiter);
+    }
+
+    fn opened_compressed(&self, source: Source, opened: OpenedCompressed) -> Opened {
+        let OpenedCompressed { packed, contents } = opened;
+        let spool = match &packed {
+            Packed::Spooled(spool) => Some(spool.clone()),
+            Packed::Streamed(_) => None,
+        };
+        let handle = Handle::Compressed {
+            source,
+            packed,
+            contents,
+        };
+        Opened {
+            handle: self.add_handle(handle),
+            direct: true,
+            keep_pages: false,
+            spool,
+        }
+    }
+
+    /// Where the link in the directory of a box or a snapshot points: into the hidden view.
+    pub(super) fn link_target(&self, source: &Source) -> Result<PathBuf> {
+        let shown = self.shown_name(source.box_id())?;
+        Ok(match source {
+            Source::Live { .. } => format!("../{HIDDEN}/{VIEW}/{shown}/{COMPRESSED}").into(),
+            Source::Snapshot {
+                box_id,
+                snapshot_id,
+            } => {
+                let name = self.snapshot(box_id, snapshot_id)?.name;
+                format!("../../../{HIDDEN}/{VIEW}/{shown}/{SNAPSHOTS}/{name}/{COMPRESSED}").into()
+            }
+        })
+    }
+
+    /// The name a box is shown by.
+    fn shown_name(&self, id: &str) -> Result<String> {
+        let names = self.names()?;
+        let shown = names.all().iter().find(|(_, shown)| shown == id);
+        shown
+            .map(|(name, _)| name.clone())
+            .ok_or_else(|| Error::new(libc::ENOENT, "the box is gone"))
+    }
+}

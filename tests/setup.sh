@@ -25,6 +25,13 @@ sqlite3 sqlite3
 getfattr attr
 gio libglib2.0-bin
 getfacl acl
+zip zip
+unzip unzip
+curl curl
+scp openssh-client
+sshd openssh-server
+javac default-jdk-headless
+restic restic
 python3 python3-venv
 '
 # Users' PATH often lacks what mke2fs is in.

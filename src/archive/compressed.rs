@@ -62,15 +62,12 @@ impl Compressed {
     /// `export`, compressed at `level` (1 to 19). `live` says that its top layer is a box's live disk.
     pub fn new(export: Arc<Export>, level: i32, live: bool) -> Compressed {
         let head_len = export.disk_range().start + export.disk().metadata_len();
-        let mut keys = blake3::Hasher::new_derive_key(KEY_CONTEXT);
-        keys.update(&level.to_le_bytes());
-        keys.update(&zstd_safe::version_number().to_le_bytes());
         Compressed {
             level,
             head: head_len.div_ceil(SPAN),
             data: export.disk().windows() * FRAMES,
             live,
-            keys,
+            keys: keys_at(level),
             export,
         }
     }
@@ -87,9 +84,7 @@ impl Compressed {
 
     /// Hash of all that the compressed bytes follow from. The same in another process.
     pub fn state_key(&self) -> [u8; 32] {
-        let mut hasher = self.keys.clone();
-        hasher.update(&self.export.state_key());
-        hasher.finalize().into()
+        compressed_key(self.level, &self.export.state_key())
     }
 
     /// The number of the last frame: the manifest's.
@@ -220,6 +215,19 @@ impl Compressed {
             .map_err(failed)?;
         Ok(Encoder { compressor })
     }
+}
+
+/// What every key of a frame begins with.
+fn keys_at(level: i32) -> blake3::Hasher {
+    let mut keys = blake3::Hasher::new_derive_key(KEY_CONTEXT);
+    keys.update(&level.to_le_bytes());
+    keys.update(&zstd_safe::version_number().to_le_bytes());
+    keys
+}
+
+/// [`Compressed::state_key`] of the archive whose [`Export::state_key`] is `plain`, compressed at `level`.
+pub fn compressed_key(level: i32, plain: &[u8; 32]) -> [u8; 32] {
+    keys_at(level).update(plain).finalize().into()
 }
 
 fn short(hasher: &blake3::Hasher) -> FrameKey {

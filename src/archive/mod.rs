@@ -19,7 +19,7 @@ mod manifest;
 mod producer;
 mod stream;
 
-pub use compressed::{Compressed, FrameKey, FrameSizes};
+pub use compressed::{Compressed, FrameKey, FrameSizes, compressed_key};
 pub use incoming::{Arrived, Incoming, Progress};
 pub use layout::Export;
 pub use manifest::{About, Manifest, manifest_bytes};

@@ -22,7 +22,8 @@ const BUSY: Duration = Duration::from_millis(500);
 const TABLES: &str = "
     CREATE TABLE frame (key BLOB PRIMARY KEY, size INTEGER NOT NULL, used INTEGER NOT NULL)
         WITHOUT ROWID;
-    CREATE TABLE archive (key BLOB PRIMARY KEY, sizes BLOB NOT NULL, used INTEGER NOT NULL);
+    CREATE TABLE archive (key BLOB PRIMARY KEY, size INTEGER NOT NULL, sizes BLOB NOT NULL,
+        used INTEGER NOT NULL);
     CREATE TABLE disk (key BLOB PRIMARY KEY, sha256 BLOB NOT NULL, used INTEGER NOT NULL);";
 
 /// What was worked out before.
@@ -79,12 +80,18 @@ impl Remembered {
         self.get("SELECT sizes FROM archive WHERE key = ?1", key)
     }
 
-    /// Remembers the sizes of all frames of a compressed archive.
-    pub fn learn_archive(&self, key: &[u8; 32], sizes: &[u8]) {
+    /// Length of a compressed archive in bytes.
+    pub fn archive_size(&self, key: &[u8; 32]) -> Option<u64> {
+        self.get("SELECT size FROM archive WHERE key = ?1", key)
+            .and_then(|size: i64| u64::try_from(size).ok())
+    }
+
+    /// Remembers the length of a compressed archive and the sizes of all its frames.
+    pub fn learn_archive(&self, key: &[u8; 32], size: u64, sizes: &[u8]) {
         self.change(|transaction, now| {
             transaction.execute(
-                "INSERT OR REPLACE INTO archive VALUES (?1, ?2, ?3)",
-                params![key, sizes, now],
+                "INSERT OR REPLACE INTO archive VALUES (?1, ?2, ?3, ?4)",
+                params![key, i64::try_from(size).unwrap_or(i64::MAX), sizes, now],
             )?;
             prune(transaction, "archive", MOST_ARCHIVES)
         });
@@ -248,13 +255,14 @@ mod tests {
         let remembered = Remembered::open(&home, false);
         assert_eq!(remembered.frame(&[1; 16]), None);
         remembered.learn_frames(&[([1; 16], 7), ([2; 16], 8)]);
-        remembered.learn_archive(&[3; 32], b"sizes");
+        remembered.learn_archive(&[3; 32], 1 << 40, b"sizes");
         remembered.learn_digest(&[4; 32], &[5; 32]);
         drop(remembered);
         for read_only in [true, false] {
             let remembered = Remembered::open(&home, read_only);
             assert_eq!(remembered.frame(&[2; 16]), Some(8));
             assert_eq!(remembered.archive(&[3; 32]).as_deref(), Some(&b"sizes"[..]));
+            assert_eq!(remembered.archive_size(&[3; 32]), Some(1 << 40));
             assert_eq!(remembered.digest(&[4; 32]), Some([5; 32]));
         }
         let remembered = Remembered::open(&home, false);

@@ -15,7 +15,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::{Contents, Source, Store};
-use crate::archive::{Compressed, FrameKey, FrameSizes, KnownSizes, Stream};
+use crate::archive::{Compressed, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key};
 use crate::home::{Catalog, Remembered};
 use crate::{Context, Error, Result};
 
@@ -139,6 +139,8 @@ struct Known {
     plain: Contents,
     /// Exact length of the compressed archive, once known; before, the last known one.
     size: Option<u64>,
+    /// Whether it was looked up what is remembered of it.
+    is_looked_up: bool,
     sizes: Option<Arc<FrameSizes>>,
     spool: Option<Arc<Spool>>,
     stream: Weak<Stream>,
@@ -150,6 +152,7 @@ impl Known {
         Known {
             plain,
             size: None,
+            is_looked_up: false,
             sizes: None,
             spool: None,
             stream: Weak::new(),
@@ -287,6 +290,15 @@ impl Store {
             .entry(source.clone())
             .or_insert(Known::of(plain));
         known.become_of(plain);
+        if !known.is_looked_up {
+            known.is_looked_up = true;
+            let key = self.planned_key(source, &plain);
+            let size = key.and_then(|key| {
+                let key = compressed_key(self.compression.level, &key);
+                self.remembered.archive_size(&key)
+            });
+            known.size = size.or(known.size);
+        }
         Ok(Some(plain.with_size(known.size.unwrap_or(plain.size))))
     }
 
@@ -444,8 +456,11 @@ impl Store {
                     (waiter.answer)(Ok(opened));
                 }
                 // Nobody waits for this.
-                self.remembered
-                    .learn_archive(&compressed.state_key(), &frames.bytes());
+                self.remembered.learn_archive(
+                    &compressed.state_key(),
+                    frames.total(),
+                    &frames.bytes(),
+                );
                 self.note_digest(compressed.export());
             }
             Err(error) => {

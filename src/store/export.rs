@@ -29,6 +29,8 @@ pub(super) struct ExportCache {
 struct Known {
     state: State,
     contents: Contents,
+    /// [`Export::state_key`].
+    key: [u8; 32],
     plan: Option<Arc<Export>>,
 }
 
@@ -131,6 +133,13 @@ impl Store {
             .map(|(_, contents)| Some(contents))
     }
 
+    /// [`Export::state_key`] of the state that was planned last and has these contents.
+    pub(super) fn planned_key(&self, source: &Source, contents: &Contents) -> Option<[u8; 32]> {
+        let exports = self.exports.lock();
+        let known = exports.known.get(source)?;
+        (known.contents == *contents).then_some(known.key)
+    }
+
     /// Whether there is a disk to export.
     pub fn has_disk(&self, source: &Source) -> bool {
         self.top_of(source).is_ok_and(|top| top.is_file())
@@ -189,6 +198,7 @@ impl Store {
             Known {
                 state,
                 contents,
+                key: export.state_key(),
                 plan: Some(export.clone()),
             },
         );

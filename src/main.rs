@@ -44,8 +44,9 @@ Examples:
 Exit status: 0 clean, 1 something was found, 2 the check could not be made.";
 
 /// What is logged in the foreground unless RUST_LOG says otherwise. fuser calls it a failed unmount
-/// when somebody else unmounted, which is how a mount normally ends.
-const LOGGED: &str = "info,fuser=warn,fuser::mnt=error";
+/// when somebody else unmounted, which is how a mount normally ends, and an error when somebody was
+/// killed while he waited for a reply.
+const LOGGED: &str = "info,fuser=warn,fuser::mnt=error,fuser::reply=off";
 
 /// Mounts a BoxLite home as files: snapshot with mkdir, back up and clone with cp.
 #[derive(Parser)]

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use crossbeam_channel::Sender;
 use fuser::{
     BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
     Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
@@ -79,9 +80,9 @@ pub fn serve(
     let filesystem = Mounted {
         tree: tree.clone(),
         backings: Arc::default(),
-        looking: threads("look", LOOK_THREADS)?,
-        reading: threads("read", READ_THREADS)?,
-        working: threads("work", WORK_THREADS)?,
+        looking: Threads::start("look", LOOK_THREADS)?,
+        reading: Threads::start("read", READ_THREADS)?,
+        working: Threads::start("work", WORK_THREADS)?,
     };
     let session = Session::new(filesystem, mountpoint, &session_config(&config))
         .map_err(|e| Error::io(format!("cannot mount at {}", mountpoint.display()), e))?;
@@ -99,14 +100,41 @@ pub fn serve(
     served
 }
 
-fn threads(name: &'static str, count: usize) -> Result<rayon::ThreadPool> {
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(count)
-        .thread_name(move |index| format!("{name}-{index}"))
-        // A fault of ours costs the one request, which fuser answers with EIO, and not the mount.
-        .panic_handler(|_| log::error!("a request failed; this is a fault of boxlitefs"))
-        .build()
-        .map_err(|e| Error::new(libc::EAGAIN, "cannot start threads").caused_by(e))
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads that do one job after another and sleep in between. (A work-stealing pool looks for work
+/// while there is none, which on two cores is a tenth of the time of a copy.) They end with the pool,
+/// after what is under way.
+struct Threads {
+    jobs: Sender<Job>,
+}
+
+impl Threads {
+    fn start(name: &'static str, count: usize) -> Result<Threads> {
+        let (jobs, waiting) = crossbeam_channel::unbounded::<Job>();
+        for index in 0..count {
+            let waiting = waiting.clone();
+            std::thread::Builder::new()
+                .name(format!("{name}-{index}"))
+                .spawn(move || {
+                    for job in waiting {
+                        // A fault of ours costs the one request, which fuser answers with EIO, and
+                        // not the mount.
+                        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+                        if done.is_err() {
+                            log::error!("a request failed; this is a fault of boxlitefs");
+                        }
+                    }
+                })
+                .map_err(|e| Error::io("cannot start threads", e))?;
+        }
+        Ok(Threads { jobs })
+    }
+
+    fn run(&self, job: impl FnOnce() + Send + 'static) {
+        // The threads go on as long as this sender is there.
+        let _ = self.jobs.send(Box::new(job));
+    }
 }
 
 fn session_config(config: &ServeConfig) -> Config {
@@ -193,22 +221,22 @@ impl Backings {
 struct Mounted {
     tree: Arc<Tree>,
     backings: Arc<Backings>,
-    looking: rayon::ThreadPool,
-    reading: rayon::ThreadPool,
-    working: rayon::ThreadPool,
+    looking: Threads,
+    reading: Threads,
+    working: Threads,
 }
 
 impl Mounted {
     /// Does work that may take long away from the thread that takes requests.
     fn later(&self, work: impl FnOnce(&Arc<Tree>) + Send + 'static) {
         let tree = self.tree.clone();
-        self.working.spawn_fifo(move || work(&tree));
+        self.working.run(move || work(&tree));
     }
 
     /// Reads, likewise.
     fn read_later(&self, work: impl FnOnce(&Tree) + Send + 'static) {
         let tree = self.tree.clone();
-        self.reading.spawn_fifo(move || work(&tree));
+        self.reading.run(move || work(&tree));
     }
 
     /// Answers at once; a fault of ours is an EIO.
@@ -221,7 +249,7 @@ impl Mounted {
     /// Looks at what may need an export's plan, likewise.
     fn look(&self, work: impl FnOnce(&Tree) + Send + 'static) {
         let tree = self.tree.clone();
-        self.looking.spawn_fifo(move || work(&tree));
+        self.looking.run(move || work(&tree));
     }
 }
 

@@ -83,6 +83,7 @@ fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> 
     };
     fuse::serve(tree, &places.mountpoint, config, || {
         phase.enter(Phase::Serving);
+        read_further_ahead(&places.mountpoint);
         announce();
     })
     .map_err(|error| {
@@ -92,6 +93,26 @@ fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> 
             explain(error)
         }
     })
+}
+
+/// Kibibytes the kernel reads ahead in this mount: enough that a copy is read, hashed and written at the
+/// same time, each by another core.
+const READ_AHEAD_KIB: &str = "2048";
+
+/// Has the kernel read further ahead than its 128 KiB, beyond which FUSE itself can't ask it to. Only
+/// root may; for others a copy takes somewhat longer.
+fn read_further_ahead(mountpoint: &Path) {
+    if !places::is_root() {
+        return;
+    }
+    let Ok(Some(mount)) = mountinfo::at(mountpoint) else {
+        return;
+    };
+    // FUSE's devices have no driver: their major number is 0.
+    let file = format!("/sys/class/bdi/0:{}/read_ahead_kb", mount.minor);
+    if let Err(error) = std::fs::write(&file, READ_AHEAD_KIB) {
+        log::debug!("{file}: {error}");
+    }
 }
 
 /// The home as the mount table's source. Who is not root mounts through fusermount3, which takes

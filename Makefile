@@ -8,12 +8,14 @@ SBINDIR ?= /sbin
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 VENV := $(abspath target/venv)
 
-.PHONY: help setup build test demo install clean fmt
+.PHONY: help setup build test demo bench install clean fmt
 
 help:
 	@echo 'make build                 boxlitefs and mount-boxlite, in $(TARGET)/release'
 	@echo 'make test                  formatting, lints and all tests'
 	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
+	@echo 'make bench                 what it costs, beside BoxLite, qemu-img and cp; docs/performance.md'
+	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
 	@echo 'make install [PREFIX=$(PREFIX)] [SBINDIR=$(SBINDIR)] [DESTDIR=]'
 	@echo 'make setup                 what the tests need: programs (apt-get) and BoxLite (pip)'
 	@echo 'make fmt, make clean'
@@ -34,6 +36,13 @@ demo:
 	@tests/setup.sh $(VENV) --boxlite-optional
 	@$(MAKE) --no-print-directory build
 	@PATH="$(TARGET)/release:$$PATH" BOXLITE_PYTHON=$(VENV)/bin/python KEEP=$(KEEP) tests/demo.sh
+
+bench: export BENCH_SIZE := $(BENCH_SIZE)
+bench: export BENCH_ROUNDS := $(BENCH_ROUNDS)
+bench: setup build
+	cargo bench --no-run --bench floor
+	$(VENV)/bin/python tests/bench/bench.py --boxlitefs $(TARGET)/release/boxlitefs \
+		--out $(TARGET)/bench $(if $(UPDATE_DOCS),--update-docs)
 
 # Does not build, so that `sudo make install` runs no compiler as root.
 install:

@@ -1,0 +1,89 @@
+//! What an export can't be faster than: compressing and hashing alone, with the crates boxlitefs uses.
+//!
+//!     cargo bench --bench floor -- DISK [LEVEL]
+//!
+//! Reads DISK (the flattened disk of an export) in windows as an export compresses them, once for
+//! sha256 and once for zstd, on one thread, and prints the processor time each took in user mode, as
+//! one JSON object. Reading itself is not counted: it is system time, and the copy beside it has it
+//! as well.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+
+/// Bytes of one window, each an independent zstd frame, so that a change stays local.
+const WINDOW: usize = 2 << 20;
+
+/// The level an export is compressed with, unless another is asked for.
+const LEVEL: i32 = 3;
+
+fn main() -> io::Result<()> {
+    // `cargo bench` adds a `--bench` of its own.
+    let mut arguments = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with("--"));
+    let Some(disk) = arguments.next() else {
+        return Err(io::Error::other("usage: floor DISK [LEVEL]"));
+    };
+    let level = match arguments.next() {
+        Some(word) => word.parse().map_err(io::Error::other)?,
+        None => LEVEL,
+    };
+
+    let begun = Instant::now();
+    let mut hash = Sha256::new();
+    let mut bytes = 0u64;
+    let sha = user_time_of(&disk, |window| {
+        hash.update(window);
+        bytes += window.len() as u64;
+        Ok(())
+    })?;
+    let sha_wall = begun.elapsed();
+    std::hint::black_box(hash.finalize());
+
+    let mut context = zstd::bulk::Compressor::new(level)?;
+    let mut frame = vec![0; zstd::zstd_safe::compress_bound(WINDOW)];
+    let mut compressed = 0u64;
+    let zstd = user_time_of(&disk, |window| {
+        compressed += context.compress_to_buffer(window, &mut frame)? as u64;
+        Ok(())
+    })?;
+
+    println!(
+        r#"{{"bytes": {bytes}, "compressed": {compressed}, "sha_user": {:.6}, "sha_wall": {:.6}, "zstd_user": {:.6}}}"#,
+        sha.as_secs_f64(),
+        sha_wall.as_secs_f64(),
+        zstd.as_secs_f64(),
+    );
+    Ok(())
+}
+
+/// The user time of `work` on every window of the file at `path`, and of next to nothing else.
+fn user_time_of(path: &str, mut work: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<Duration> {
+    let mut file = File::open(path)?;
+    let mut window = Vec::with_capacity(WINDOW);
+    let begun = user_time()?;
+    loop {
+        window.clear();
+        if file.by_ref().take(WINDOW as u64).read_to_end(&mut window)? == 0 {
+            return Ok(user_time()?.saturating_sub(begun));
+        }
+        work(&window)?;
+    }
+}
+
+/// Time this thread has spent in user mode.
+fn user_time() -> io::Result<Duration> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the pointer is to an rusage of our own, which the call fills.
+    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: all zeros is a valid rusage, and so is what the call wrote.
+    let time = unsafe { usage.assume_init() }.ru_utime;
+    let seconds = u64::try_from(time.tv_sec).map_err(io::Error::other)?;
+    let micros = u64::try_from(time.tv_usec).map_err(io::Error::other)?;
+    Ok(Duration::from_secs(seconds) + Duration::from_micros(micros))
+}

@@ -44,6 +44,12 @@ pub(super) fn threads(level: i32) -> usize {
     cores.min(most)
 }
 
+/// What `work` returns; a fault of ours is an error, for somebody waits for what this thread makes.
+pub(super) fn not_panicking<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
+}
+
 /// ECANCELED: whoever wanted it is gone.
 fn given_up() -> Error {
     Error::new(libc::ECANCELED, "nobody waits for the archive any more")
@@ -184,7 +190,8 @@ impl Compressed {
             for _ in 0..threads(self.level()) {
                 scope.spawn(|| {
                     let mut raw = Vec::new();
-                    let done = self.encoder().and_then(|mut encoder| {
+                    let done = not_panicking(|| {
+                        let mut encoder = self.encoder()?;
                         while !stop.load(Ordering::Relaxed)
                             && let Some(frame) = { frames.lock().next() }
                         {
@@ -284,7 +291,8 @@ impl<'a> Line<'a> {
 
     /// Makes frames until there are none left.
     fn work(&self, of: &Compressed, known: &dyn KnownSizes) {
-        let made = of.encoder().and_then(|mut encoder| {
+        let made = not_panicking(|| {
+            let mut encoder = of.encoder()?;
             let mut raw = Vec::new();
             while let Some((place, frame, mut bytes)) = self.take(of) {
                 of.read(frame, &mut raw)?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::compressed::{Compressed, Encoder, FrameSizes, Placed};
-use super::producer::threads;
+use super::producer::{not_panicking, threads};
 use crate::{Error, Result};
 
 /// Frames made and kept, at most.
@@ -218,7 +218,7 @@ impl Shared {
             state.busy.push(placed.frame);
             drop(state);
             let bytes = match &mut encoder {
-                Ok(encoder) => self.make(placed, encoder, &mut raw),
+                Ok(encoder) => not_panicking(|| self.make(placed, encoder, &mut raw)),
                 Err(error) => Err(Error::new(error.errno(), error.to_string())),
             };
             let is_made = bytes.is_ok();

@@ -6,27 +6,22 @@
 //! cache has room; what is not is made again where it is read.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::spool::{Spool, Spooling};
 use super::{Contents, Source, Store};
 use crate::archive::{Compressed, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key};
 use crate::home::{Catalog, Remembered};
-use crate::{Context, Error, Result};
+use crate::{Error, Result};
 
 /// Archives made at a time: each takes all cores and its share of memory.
 const MOST_AT_A_TIME: usize = 2;
 /// How often those who wait are looked at: a killed one must not wait on.
 const LOOKED_AT: Duration = Duration::from_millis(10);
-/// Bytes between two looks at the room for a spool.
-const ROOM_STEP: u64 = 32 << 20;
-/// A spool leaves this part of the file system free (1 / 20).
-const LEFT_FREE: u64 = 20;
 /// Sizes of frames that are kept although nobody reads, for as many archives.
 const KEPT_SIZES: usize = 8;
 /// Sizes learnt that are written down together.
@@ -41,30 +36,11 @@ pub enum Packed {
     Streamed(Arc<Stream>),
 }
 
-/// A finished archive in a file without a name.
-pub struct Spool {
-    file: File,
-    len: u64,
-    number: u64,
-}
-
-impl Spool {
-    /// The file.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// A number no other spool of this process has.
-    pub fn number(&self) -> u64 {
-        self.number
-    }
-}
-
 impl Packed {
     /// Length of the archive in bytes.
     pub fn size(&self) -> u64 {
         match self {
-            Packed::Spooled(spool) => spool.len,
+            Packed::Spooled(spool) => spool.size(),
             Packed::Streamed(stream) => stream.len(),
         }
     }
@@ -77,16 +53,7 @@ impl Packed {
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         match self {
             Packed::Streamed(stream) => stream.read_at(offset, buf),
-            Packed::Spooled(spool) => {
-                let left = usize::try_from(spool.len.saturating_sub(offset)).unwrap_or(usize::MAX);
-                let len = left.min(buf.len());
-                let buf = buf.get_mut(..len).unwrap_or_default();
-                spool
-                    .file
-                    .read_exact_at(buf, offset)
-                    .context(|| "cannot read the compressed archive back")?;
-                Ok(len)
-            }
+            Packed::Spooled(spool) => spool.read_at(offset, buf),
         }
     }
 }
@@ -132,6 +99,8 @@ pub(super) struct CompressedCache {
     known: HashMap<Source, Known>,
     /// Sources that were opened, the one opened last at the end.
     used: Vec<Source>,
+    /// Bytes that spools being written have room for.
+    pub(super) growing: u64,
 }
 
 struct Known {
@@ -430,13 +399,13 @@ impl Store {
         let (waiters, opened) = {
             let mut cache = self.compressed.lock();
             let waiters = production.waiters.lock().take().unwrap_or_default();
+            cache.is_over(source, production);
             let opened = made.and_then(|(frames, spool)| {
                 let known = cache
                     .known
                     .entry(source.clone())
                     .or_insert(Known::of(plain));
                 known.become_of(plain);
-                known.production = None;
                 known.sizes = Some(frames.clone());
                 known.spool = spool;
                 let gone = || Error::damaged("the compressed archive is gone");
@@ -519,32 +488,22 @@ impl Store {
             }
         }
     }
-
-    /// Makes room for `more` bytes in the cache by letting go of archives nobody reads, those used
-    /// least lately first. False if that is not enough.
-    fn make_room(&self, source: &Source, spooled: u64, more: u64) -> bool {
-        let mut cache = self.compressed.lock();
-        loop {
-            let kept: u64 = cache
-                .known
-                .values()
-                .filter_map(|known| known.spool.as_ref())
-                .map(|spool| spool.len)
-                .sum();
-            if kept + spooled + more <= self.compression.cache {
-                break;
-            }
-            if !cache.drop_oldest_spool(source) {
-                return false;
-            }
-        }
-        drop(cache);
-        let space = self.home.space();
-        space.is_ok_and(|space| space.available_bytes() >= more + space.bytes() / LEFT_FREE)
-    }
 }
 
 impl CompressedCache {
+    pub(super) fn kept_bytes(&self) -> u64 {
+        let spools = self.known.values().filter_map(|known| known.spool.as_ref());
+        spools.map(|spool| spool.size()).sum()
+    }
+
+    /// A production ended, whatever came of it.
+    fn is_over(&mut self, source: &Source, production: &Production) {
+        if let Some(known) = self.known.get_mut(source) {
+            let this = |other: &Arc<Production>| std::ptr::eq(&**other, production);
+            known.production.take_if(|other| this(other));
+        }
+    }
+
     fn was_used(&mut self, source: &Source) {
         self.used.retain(|used| used != source);
         self.used.push(source.clone());
@@ -557,7 +516,7 @@ impl CompressedCache {
     }
 
     /// Lets go of the spool that was used least lately and that nobody reads.
-    fn drop_oldest_spool(&mut self, but: &Source) -> bool {
+    pub(super) fn drop_oldest_spool(&mut self, but: &Source) -> bool {
         for source in self.used.iter().filter(|source| *source != but) {
             if let Some(known) = self.known.get_mut(source)
                 && known
@@ -570,66 +529,5 @@ impl CompressedCache {
             }
         }
         false
-    }
-}
-
-/// A spool being written; none any more once there is no room for it.
-struct Spooling<'a> {
-    store: &'a Store,
-    source: &'a Source,
-    file: Option<File>,
-    len: u64,
-    /// Bytes there is room for.
-    room: u64,
-}
-
-impl<'a> Spooling<'a> {
-    fn begin(store: &'a Store, source: &'a Source) -> Spooling<'a> {
-        let file = match store.read_only || store.compression.cache == 0 {
-            true => None,
-            false => store
-                .unnamed_file("compressed")
-                .inspect_err(|error| log::info!("compressed archives are not kept: {error}"))
-                .ok(),
-        };
-        Spooling {
-            store,
-            source,
-            file,
-            len: 0,
-            room: 0,
-        }
-    }
-
-    /// Adds bytes. What does not fit is no error: the archive is made again where it is read.
-    fn put(&mut self, bytes: &[u8]) {
-        let more = bytes.len() as u64;
-        if self.file.is_some() && self.len + more > self.room {
-            match self
-                .store
-                .make_room(self.source, self.len, more.max(ROOM_STEP))
-            {
-                true => self.room = self.len + more.max(ROOM_STEP),
-                false => self.file = None,
-            }
-        }
-        let written = self
-            .file
-            .as_ref()
-            .map(|file| file.write_all_at(bytes, self.len));
-        if let Some(Err(error)) = written {
-            log::info!("a compressed archive is not kept: {error}");
-            self.file = None;
-        }
-        self.len += more;
-    }
-
-    fn finish(self) -> Option<Arc<Spool>> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Some(Arc::new(Spool {
-            file: self.file?,
-            len: self.len,
-            number: NEXT.fetch_add(1, Ordering::Relaxed),
-        }))
     }
 }

@@ -20,6 +20,7 @@ mod prepare;
 mod recover;
 mod remove_snapshot;
 mod snapshot;
+mod spool;
 mod workspace;
 
 use std::path::{Path, PathBuf};
@@ -28,9 +29,10 @@ use parking_lot::Mutex;
 
 pub use arrival::Arrival;
 pub use clone::NewClone;
-pub use compressed::{Compression, OpenedCompressed, Packed, Spool, Waiter};
+pub use compressed::{Compression, OpenedCompressed, Packed, Waiter};
 pub use export::Contents;
 pub use journal::Journal;
+pub use spool::Spool;
 
 use crate::home::{BoxRecord, Catalog, Home, Remembered, SnapshotRecord};
 use crate::{Error, Result};

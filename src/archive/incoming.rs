@@ -1,20 +1,26 @@
 //! An archive as it arrives: decoded, hashed, unpacked and checked write by write.
 //!
-//! Everything happens inside the call that brings the bytes, so that the verdict reaches whoever
-//! wrote them: many tools ignore what `close` says. Three layers, each fed by the one before:
+//! The verdict falls inside the call that brings the last byte needed for it, so that it reaches
+//! whoever wrote that: many tools ignore what `close` says. Three layers, each fed by the one before:
 //! [`frames`] undoes zstd, [`members`] reads tar blocks, [`disk_file`] keeps the disk. None of them
-//! looks ahead or holds back a verdict, and none keeps more than a bounded amount in memory.
+//! looks ahead, and none keeps more than a bounded amount in memory. Where that takes long, threads do
+//! it while the next bytes are brought: one decodes ([`decoding`]), one hashes the disk and one writes
+//! it ([`stages`]). A call that may bring the end waits for them.
 
+mod blocks;
+mod decoding;
 mod disk_file;
+mod disk_writer;
 mod frames;
 mod members;
+mod stages;
 #[cfg(test)]
 mod tests;
 
 use std::path::{Path, PathBuf};
 
+use self::decoding::Decoding;
 use self::disk_file::DiskFile;
-use self::frames::Frames;
 use self::members::Members;
 use super::Manifest;
 use crate::disk::Header;
@@ -44,18 +50,9 @@ pub struct Arrived {
 /// BoxLite wrote it, which is not kept; in any order.
 pub struct Incoming {
     disk: PathBuf,
-    packing: Packing,
-    unpacking: Unpacking,
+    decoding: Decoding,
     refusal: Option<Refusal>,
     finished: bool,
-}
-
-/// How the tar is packed.
-enum Packing {
-    /// Fewer bytes than zstd's magic have come, and those there are begin it.
-    Unknown(Vec<u8>),
-    Plain,
-    Zstd(Box<Frames>),
 }
 
 impl Incoming {
@@ -68,37 +65,35 @@ impl Incoming {
     pub fn begin(disk: &Path) -> Result<Incoming> {
         Ok(Incoming {
             disk: disk.to_owned(),
-            packing: Packing::Unknown(Vec::new()),
-            unpacking: Unpacking {
-                members: Members::new(DiskFile::create(disk)?),
-                arrived: None,
-            },
+            decoding: Decoding::new(Members::new(DiskFile::create(disk)?)),
             refusal: None,
             finished: false,
         })
     }
 
-    /// Takes the next bytes, in order. When this returns they are decoded, hashed and written, but for
-    /// less than 4 KiB of the disk that wait for the rest of their block.
+    /// Takes the next bytes, in order. When this returns they are decoded and all that can be told of
+    /// them by that was told; some MiB of the disk may still be on their way to the file.
     ///
     /// [`Progress::Complete`] comes from the call that brings the last byte the archive needs: the
-    /// second of tar's two zero blocks and, if compressed, the end of that frame. Later calls may
+    /// second of tar's two zero blocks and, if compressed, the end of that frame. By then all of the
+    /// disk is checked, and in the file to stay even if the power goes. Later calls may
     /// bring padding and say `Complete` again: zero bytes, frames of zeros, skippable frames.
     ///
     /// # Errors
     ///
     /// EBADMSG for an archive that can't become a good one, ENOSPC when the disk does not fit, or what
-    /// writing it said. An error is final: every later call returns it again.
+    /// writing it said, in this call or a later one, but never after the one that would complete the
+    /// archive. An error is final: every later call returns it again.
     pub fn write(&mut self, bytes: &[u8]) -> Result<Progress> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.error());
         }
-        match self.decode(bytes) {
-            Ok(()) => Ok(match self.unpacking.arrived {
+        match self.decoding.take(bytes) {
+            Ok(()) => Ok(match self.decoding.arrived() {
                 Some(_) => Progress::Complete,
                 None => Progress::More,
             }),
-            Err(error) => Err(self.refusal.insert(Refusal::of(&error)).error()),
+            Err(error) => Err(self.refuse(&error)),
         }
     }
 
@@ -114,14 +109,18 @@ impl Incoming {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.error());
         }
-        match &self.unpacking.arrived {
+        // That the disk can't be written is to be known before that the archive is too short.
+        let place = match self.decoding.settle() {
+            Ok(decoder) => decoder.place(),
+            Err(error) => return Err(self.refuse(&error)),
+        };
+        match self.decoding.arrived() {
             Some(arrived) => {
                 self.finished = true;
                 Ok(arrived)
             }
             None => Err(Error::bad_archive(format!(
-                "the archive ends in the middle of {}; copy it again",
-                self.place()
+                "the archive ends in the middle of {place}; copy it again"
             ))),
         }
     }
@@ -129,49 +128,13 @@ impl Incoming {
     /// What came, once a write returned [`Progress::Complete`] and none was refused since.
     pub fn arrived(&self) -> Option<&Arrived> {
         match self.refusal {
-            None => self.unpacking.arrived.as_ref(),
+            None => self.decoding.arrived(),
             Some(_) => None,
         }
     }
 
-    fn decode(&mut self, bytes: &[u8]) -> Result<()> {
-        if let Packing::Unknown(magic) = &mut self.packing {
-            magic.extend_from_slice(bytes);
-            let start = std::mem::take(magic);
-            match frames::begins_frame(&start) {
-                None => self.packing = Packing::Unknown(start),
-                Some(compressed) => {
-                    self.packing = match compressed {
-                        true => Packing::Zstd(Box::new(Frames::new()?)),
-                        false => Packing::Plain,
-                    };
-                    self.unpack(&start)?;
-                }
-            }
-            return Ok(());
-        }
-        self.unpack(bytes)
-    }
-
-    fn unpack(&mut self, bytes: &[u8]) -> Result<()> {
-        match &mut self.packing {
-            Packing::Unknown(_) => Ok(()),
-            Packing::Plain => {
-                self.unpacking.tar(bytes)?;
-                self.unpacking.boundary()
-            }
-            Packing::Zstd(frames) => frames.push(bytes, &mut self.unpacking),
-        }
-    }
-
-    /// What the next byte would belong to.
-    fn place(&self) -> String {
-        let members = &self.unpacking.members;
-        match &self.packing {
-            Packing::Unknown(_) => "its first header".into(),
-            Packing::Zstd(_) if members.ended() => "its last zstd frame".into(),
-            _ => members.place(),
-        }
+    fn refuse(&mut self, error: &Error) -> Error {
+        self.refusal.insert(Refusal::of(error)).error()
     }
 }
 
@@ -182,38 +145,6 @@ impl Drop for Incoming {
         }
         if let Err(error) = std::fs::remove_file(&self.disk) {
             log::warn!("cannot remove {}: {error}", self.disk.display());
-        }
-    }
-}
-
-/// The decoded side: what [`Frames`] and plain tars feed.
-struct Unpacking {
-    members: Members,
-    arrived: Option<Arrived>,
-}
-
-impl Unpacking {
-    /// Takes bytes of the tar; past its end, only zeros.
-    fn tar(&mut self, bytes: &[u8]) -> Result<()> {
-        self.members.push(bytes)
-    }
-
-    /// The packing could end here: after every byte of a plain tar, at the end of a zstd frame.
-    fn boundary(&mut self) -> Result<()> {
-        if self.arrived.is_none() && self.members.ended() {
-            self.arrived = Some(self.members.complete()?);
-        }
-        Ok(())
-    }
-
-    /// Zero bytes outside any zstd frame: padding, which only a complete archive may have.
-    fn padding(&mut self) -> Result<()> {
-        match self.arrived {
-            Some(_) => Ok(()),
-            None => Err(Error::bad_archive(format!(
-                "the archive is damaged in {}: there are zeros where a zstd frame must begin",
-                self.members.place()
-            ))),
         }
     }
 }

@@ -2,20 +2,13 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
-
+use super::disk_writer::{DiskWriter, PIECE, Piece, zeros};
+use super::stages::Stages;
 use crate::{Context, Error, Result};
 
-/// Zeros are left out in aligned blocks of this many bytes: a page, the block of most file systems.
-const BLOCK: usize = 4096;
-/// Zeros to hash and to compare with.
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-/// Written bytes after which the kernel is asked to begin writing back: it then works while more
-/// arrives, and the flush in the write that completes the archive finds little left.
-const WRITE_BACK: u64 = 8 << 20;
 /// No disk is larger: 64 TiB, as for the virtual size.
 const MAX_LENGTH: u64 = 64 << 40;
 /// A sparse disk may expand to this many times the free space: hashing its zeros takes time.
@@ -23,17 +16,13 @@ const MAX_EXPANSION: u64 = 1024;
 /// … but at least to that many times 1 GiB.
 const MIN_EXPANSION_BASE: u64 = 1 << 30;
 
-/// The file, its digest so far, and the block that is not whole yet.
+/// The file, the piece that is not whole yet, and the stages that whole ones go through.
 pub(super) struct DiskFile {
     path: PathBuf,
-    file: File,
-    sha256: Sha256,
-    /// Bytes of the block at `at` that have come; fewer than [`BLOCK`].
-    partial: Vec<u8>,
-    /// Bytes of whole blocks so far.
-    at: u64,
-    /// Where writing back was last begun.
-    written_back: u64,
+    /// To ask its file system.
+    file: Arc<File>,
+    piece: Piece,
+    stages: Stages,
 }
 
 impl DiskFile {
@@ -44,13 +33,13 @@ impl DiskFile {
             .create_new(true)
             .open(path)
             .context(|| format!("cannot create {} for the disk", path.display()))?;
+        let file = Arc::new(file);
+        let writer = DiskWriter::new(path, file.clone());
         Ok(DiskFile {
             path: path.to_owned(),
             file,
-            sha256: Sha256::new(),
-            partial: Vec::with_capacity(BLOCK),
-            at: 0,
-            written_back: 0,
+            piece: Piece::new(),
+            stages: Stages::new(writer),
         })
     }
 
@@ -87,127 +76,51 @@ impl DiskFile {
         Ok(())
     }
 
-    /// Appends data.
-    pub(super) fn data(&mut self, bytes: &[u8]) -> Result<()> {
-        self.sha256.update(bytes);
-        self.store(bytes)
-    }
-
-    /// Appends `count` zeros.
-    pub(super) fn zeros(&mut self, mut count: u64) -> Result<()> {
-        while count > 0 {
-            let some = zeros(count);
-            self.data(some)?;
-            count = count.saturating_sub(some.len() as u64);
+    /// Appends data. An error may be that of data that came earlier.
+    pub(super) fn data(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            bytes = self.piece.fill(bytes);
+            if self.piece.room() == 0 {
+                self.stages.data(&mut self.piece)?;
+            }
         }
         Ok(())
     }
 
-    /// Stores the last block, sets the length and returns the digest of the whole disk.
-    pub(super) fn end(&mut self) -> Result<[u8; 32]> {
-        let last = std::mem::take(&mut self.partial);
-        if !is_zero(&last) {
-            self.put(&last, self.at)?;
+    /// Appends `count` zeros; likewise.
+    pub(super) fn zeros(&mut self, mut count: u64) -> Result<()> {
+        while count > 0 {
+            let whole = count - count % PIECE as u64;
+            count = match self.piece.is_empty() && whole > 0 {
+                true => {
+                    self.stages.zeros(whole)?;
+                    count.saturating_sub(whole)
+                }
+                false => {
+                    let some = zeros(count.min(self.piece.room() as u64));
+                    self.data(some)?;
+                    count.saturating_sub(some.len() as u64)
+                }
+            };
         }
-        let length = self.at.saturating_add(last.len() as u64);
-        self.file
-            .set_len(length)
-            .map_err(|e| unwritable(&self.path, e))?;
-        Ok(self.sha256.finalize_reset().into())
+        Ok(())
+    }
+
+    /// Waits until all that came is hashed and written, but for the piece that is not whole.
+    pub(super) fn settle(&mut self) -> Result<()> {
+        self.stages.settle()
+    }
+
+    /// Waits for the whole disk to be hashed and written, and returns the digest.
+    pub(super) fn end(&mut self) -> Result<[u8; 32]> {
+        self.stages.data(&mut self.piece)?;
+        self.stages.end()
     }
 
     /// Makes the disk survive a power cut. Its directory entry is the caller's to keep.
     pub(super) fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(|e| unwritable(&self.path, e))
+        self.stages.sync()
     }
-
-    fn store(&mut self, mut bytes: &[u8]) -> Result<()> {
-        if !self.partial.is_empty() {
-            let (head, rest) = bytes.split_at(bytes.len().min(BLOCK - self.partial.len()));
-            self.partial.extend_from_slice(head);
-            bytes = rest;
-            if self.partial.len() < BLOCK {
-                return Ok(());
-            }
-            let block = std::mem::take(&mut self.partial);
-            self.store_blocks(&block)?;
-            self.partial = block;
-            self.partial.clear();
-        }
-        let (blocks, rest) = bytes.split_at(bytes.len() - bytes.len() % BLOCK);
-        self.store_blocks(blocks)?;
-        self.partial.extend_from_slice(rest);
-        Ok(())
-    }
-
-    /// Writes whole blocks, those next to each other at once, and leaves zeros out.
-    fn store_blocks(&mut self, blocks: &[u8]) -> Result<()> {
-        let mut at = self.at;
-        for run in blocks
-            .as_chunks::<BLOCK>()
-            .0
-            .chunk_by(|a, b| is_zero(a) == is_zero(b))
-        {
-            let run = run.as_flattened();
-            if !run
-                .first_chunk::<BLOCK>()
-                .is_some_and(|block| is_zero(block))
-            {
-                self.put(run, at)?;
-            }
-            at = at.saturating_add(run.len() as u64);
-        }
-        self.at = at;
-        if at.saturating_sub(self.written_back) >= WRITE_BACK {
-            begin_write_back(&self.file, self.written_back, at);
-            self.written_back = at;
-        }
-        Ok(())
-    }
-
-    fn put(&self, bytes: &[u8], at: u64) -> Result<()> {
-        self.file
-            .write_all_at(bytes, at)
-            .map_err(|e| unwritable(&self.path, e))
-    }
-}
-
-/// Asks the kernel to begin writing a range back. Only speed depends on it: what fails here is found
-/// by the flush.
-fn begin_write_back(file: &File, start: u64, end: u64) {
-    let (Ok(start), Ok(length)) = (
-        i64::try_from(start),
-        i64::try_from(end.saturating_sub(start)),
-    ) else {
-        return;
-    };
-    // SAFETY: sync_file_range takes a descriptor, which `file` keeps open, and integers; std has no
-    // call for it.
-    unsafe {
-        libc::sync_file_range(file.as_raw_fd(), start, length, libc::SYNC_FILE_RANGE_WRITE);
-    }
-}
-
-fn unwritable(path: &Path, cause: std::io::Error) -> Error {
-    Error::io(
-        format!("cannot write the archive's disk to {}", path.display()),
-        cause,
-    )
-}
-
-/// At most `count` zeros.
-fn zeros(count: u64) -> &'static [u8] {
-    let len = usize::try_from(count).unwrap_or(usize::MAX);
-    ZEROS.get(..len).unwrap_or(&ZEROS)
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    ZEROS.get(..bytes.len()) == Some(bytes)
-}
-
-/// Whether all of `bytes` are zeros, however many.
-pub(super) fn all_zero(bytes: &[u8]) -> bool {
-    bytes.chunks(ZEROS.len()).all(is_zero)
 }
 
 /// Bytes a user without privileges may still write to the file system of `file`.

@@ -2,11 +2,11 @@
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
-use super::Unpacking;
+use super::decoding::Unpacking;
 use crate::{Context, Error, Result};
 
 /// First bytes of a zstd frame.
-const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+pub(super) const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Bytes 1–3 of a skippable frame; byte 0 is 0x50 to 0x5f.
 const SKIPPABLE: [u8; 3] = [0x2a, 0x4d, 0x18];
 /// Largest window accepted: 128 MiB, what `zstd` itself decodes without `--long` or `--memory`.

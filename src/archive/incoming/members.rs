@@ -7,7 +7,8 @@
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
 use super::Arrived;
-use super::disk_file::{DiskFile, all_zero};
+use super::disk_file::DiskFile;
+use super::disk_writer::all_zero;
 use crate::archive::Manifest;
 use crate::{Error, Result, disk};
 
@@ -147,6 +148,23 @@ impl Members {
         match (self.manifest.take(), self.header.take()) {
             (Some(manifest), Some(header)) => Ok(Arrived { manifest, header }),
             _ => Err(refused("it is not complete")),
+        }
+    }
+
+    /// Waits until what came of the disk is hashed and written, but for less than 1 MiB; says what
+    /// failed there.
+    pub(super) fn settle(&mut self) -> Result<()> {
+        self.disk.settle()
+    }
+
+    /// At least so many bytes of the tar are still to come. Precise only inside a member.
+    pub(super) fn missing(&self) -> u64 {
+        match &self.expect {
+            Expect::Body(member) => {
+                let left = member.stored.saturating_sub(member.came);
+                left.saturating_add(2 * BLOCK_BYTES)
+            }
+            _ => 0,
         }
     }
 

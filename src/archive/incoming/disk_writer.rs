@@ -1,0 +1,295 @@
+//! Writes a disk from front to back, in pieces fit for direct I/O, with holes for zeros.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::{Error, Result};
+
+/// Bytes of a piece. Writes of this size keep a disk busy, and a few of them are little memory.
+pub(super) const PIECE: usize = 1 << 20;
+/// Offsets, lengths and memory that O_DIRECT takes are multiples of this on every common file system
+/// (statx's `stx_dio_offset_align` is at most a page); where they are not, writing goes on without it.
+pub(super) const BLOCK: usize = 4096;
+/// Zeros to hash and to compare with.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+/// Zeros inside a piece that are left out at least: with direct I/O, each hole costs a write more,
+/// and writing 8 KiB takes as long as that (tried). A cluster of qcow2 is 64 KiB.
+const HOLE: usize = 16 << 10;
+/// Without direct I/O: written bytes after which the kernel is asked to begin writing back. It then
+/// works while more arrives, and the flush in the write that completes the archive finds little left.
+const WRITE_BACK: u64 = 8 << 20;
+
+/// The file, and how far it was written.
+pub(super) struct DiskWriter {
+    path: PathBuf,
+    file: Arc<File>,
+    /// The same file opened with O_DIRECT, where the file system has that: a disk is not read again
+    /// soon, and through the page cache its bytes would be copied once more and push others out.
+    direct: Option<File>,
+    /// Bytes so far; a multiple of [`BLOCK`] until the last piece.
+    at: u64,
+    /// Where writing back was last begun.
+    written_back: u64,
+}
+
+impl DiskWriter {
+    /// `file` is what was just created at `path`.
+    pub(super) fn new(path: &Path, file: Arc<File>) -> DiskWriter {
+        let direct = File::options()
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(path)
+            .ok();
+        DiskWriter {
+            path: path.to_owned(),
+            file,
+            direct,
+            at: 0,
+            written_back: 0,
+        }
+    }
+
+    /// Appends bytes. All calls but the last bring whole blocks.
+    pub(super) fn data(&mut self, bytes: &[u8]) -> Result<()> {
+        let (blocks, tail) = bytes.split_at(bytes.len() - bytes.len() % BLOCK);
+        for run in data_runs(blocks) {
+            let at = self.at.saturating_add(run.start as u64);
+            self.put(blocks.get(run).unwrap_or_default(), at)?;
+        }
+        if !all_zero(tail) {
+            let at = self.at.saturating_add(blocks.len() as u64);
+            self.file
+                .write_all_at(tail, at)
+                .map_err(|e| self.unwritable(e))?;
+        }
+        self.at = self.at.saturating_add(bytes.len() as u64);
+        if self.direct.is_none() && self.at.saturating_sub(self.written_back) >= WRITE_BACK {
+            begin_write_back(&self.file, self.written_back, self.at);
+            self.written_back = self.at;
+        }
+        Ok(())
+    }
+
+    /// Leaves out `count` zeros, whole blocks of them.
+    pub(super) fn hole(&mut self, count: u64) {
+        self.at = self.at.saturating_add(count);
+    }
+
+    /// Gives the file its length: zeros at the end were left out too.
+    pub(super) fn end(&self) -> Result<()> {
+        self.file.set_len(self.at).map_err(|e| self.unwritable(e))
+    }
+
+    /// Makes the bytes and the length survive a power cut: direct writes too may still be in the
+    /// drive's cache, and where they lie in the file system's. The directory entry is the caller's.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| self.unwritable(e))
+    }
+
+    fn put(&mut self, bytes: &[u8], at: u64) -> Result<()> {
+        if let Some(direct) = &self.direct {
+            match direct.write_all_at(bytes, at) {
+                // Another alignment than ours is wanted here.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => self.direct = None,
+                other => return other.map_err(|e| self.unwritable(e)),
+            }
+        }
+        self.file
+            .write_all_at(bytes, at)
+            .map_err(|e| self.unwritable(e))
+    }
+
+    fn unwritable(&self, cause: std::io::Error) -> Error {
+        let path = self.path.display();
+        Error::io(format!("cannot write the archive's disk to {path}"), cause)
+    }
+}
+
+/// What is to be written of `blocks`: all but zeros at their ends and runs of [`HOLE`] zeros.
+fn data_runs(blocks: &[u8]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (n, block) in blocks.as_chunks::<BLOCK>().0.iter().enumerate() {
+        if all_zero(block) {
+            continue;
+        }
+        let start = n.saturating_mul(BLOCK);
+        let end = start.saturating_add(BLOCK);
+        match runs.last_mut() {
+            Some(last) if start.saturating_sub(last.end) < HOLE => last.end = end,
+            _ => runs.push(start..end),
+        }
+    }
+    runs
+}
+
+/// Asks the kernel to begin writing a range back. Only speed depends on it: what fails here is found
+/// by the flush.
+fn begin_write_back(file: &File, start: u64, end: u64) {
+    let (Ok(start), Ok(length)) = (
+        i64::try_from(start),
+        i64::try_from(end.saturating_sub(start)),
+    ) else {
+        return;
+    };
+    // SAFETY: sync_file_range takes a descriptor, which `file` keeps open, and integers; std has no
+    // call for it.
+    unsafe {
+        libc::sync_file_range(file.as_raw_fd(), start, length, libc::SYNC_FILE_RANGE_WRITE);
+    }
+}
+
+/// Up to [`PIECE`] bytes that begin at an address O_DIRECT takes.
+pub(super) struct Piece {
+    /// Never grown beyond its capacity, so that it stays where it is.
+    memory: Vec<u8>,
+    /// Where in `memory` the aligned part begins.
+    start: usize,
+}
+
+impl Piece {
+    pub(super) fn new() -> Piece {
+        let mut memory: Vec<u8> = Vec::with_capacity(PIECE.saturating_add(BLOCK));
+        // Where no aligned place were found, O_DIRECT would refuse and be done without.
+        let start = memory.as_ptr().align_offset(BLOCK).min(BLOCK);
+        memory.resize(start, 0);
+        Piece { memory, start }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.memory.get(self.start..).unwrap_or_default()
+    }
+
+    /// Bytes that still fit.
+    pub(super) fn room(&self) -> usize {
+        PIECE.saturating_sub(self.bytes().len())
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes().is_empty()
+    }
+
+    /// Appends as much of `bytes` as fits and returns the rest.
+    pub(super) fn fill<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
+        let (some, rest) = bytes.split_at(bytes.len().min(self.room()));
+        self.memory.extend_from_slice(some);
+        rest
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.memory.truncate(self.start);
+    }
+}
+
+/// At most `count` zeros.
+pub(super) fn zeros(count: u64) -> &'static [u8] {
+    let len = usize::try_from(count).unwrap_or(usize::MAX);
+    ZEROS.get(..len).unwrap_or(&ZEROS)
+}
+
+/// Whether all of `bytes` are zeros, however many.
+pub(super) fn all_zero(bytes: &[u8]) -> bool {
+    bytes
+        .chunks(ZEROS.len())
+        .all(|some| ZEROS.get(..some.len()) == Some(some))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    fn writer(path: &Path) -> DiskWriter {
+        let file = File::create_new(path).unwrap();
+        DiskWriter::new(path, Arc::new(file))
+    }
+
+    /// Pieces with runs of zeros of many lengths, and a tail.
+    fn disk() -> Vec<u8> {
+        let mut disk = Vec::new();
+        for n in 0..60usize {
+            disk.resize(disk.len() + (n * 13 % 40) * BLOCK, 0);
+            disk.resize(disk.len() + (n * 7 % 20) * BLOCK, n as u8 + 1);
+        }
+        disk.resize(disk.len() + 1234, 9);
+        disk
+    }
+
+    /// Writes the disk in pieces that begin `shift` bytes after where O_DIRECT wants them.
+    fn write(writer: &mut DiskWriter, disk: &[u8], shift: usize) {
+        let mut piece = Piece::new();
+        for bytes in disk.chunks(PIECE - BLOCK) {
+            piece.clear();
+            piece.fill(&vec![0; shift]);
+            piece.fill(bytes);
+            writer.data(&piece.bytes()[shift..]).unwrap();
+        }
+        writer.end().unwrap();
+        writer.sync().unwrap();
+    }
+
+    #[test]
+    fn the_same_bytes_are_written_with_and_without_direct_io() {
+        let disk = disk();
+        for place in [std::env::temp_dir(), "/dev/shm".into()] {
+            let dir = tempfile::tempdir_in(place).unwrap();
+            let path = |name: &str| dir.path().join(name);
+
+            write(&mut writer(&path("direct")), &disk, 0);
+            let mut buffered = writer(&path("buffered"));
+            buffered.direct = None;
+            write(&mut buffered, &disk, 0);
+            // Where direct I/O is real, this is refused with EINVAL.
+            write(&mut writer(&path("unaligned")), &disk, 1);
+
+            for name in ["direct", "buffered", "unaligned"] {
+                assert!(std::fs::read(path(name)).unwrap() == disk, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_worth_a_hole_are_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let disk = disk();
+        write(&mut writer(&path), &disk, 0);
+        let blocks: Vec<bool> = disk.chunks(BLOCK).map(all_zero).collect();
+        let kept: usize = blocks
+            .chunk_by(|a, b| a == b)
+            .filter(|run| !run[0] || run.len() * BLOCK < HOLE)
+            .map(|run| run.len() * BLOCK)
+            .sum();
+        let stored = std::fs::metadata(&path).unwrap().blocks() * 512;
+        assert!(stored <= (kept + HOLE) as u64, "{stored}, wanted {kept}");
+        assert!(kept < disk.len() / 2);
+    }
+
+    #[test]
+    fn few_writes_are_made_of_scattered_zeros() {
+        let mut piece = vec![1; PIECE];
+        for block in piece.chunks_mut(BLOCK).step_by(2) {
+            block.fill(0);
+        }
+        let runs = |piece: &[u8]| -> Vec<(usize, usize)> {
+            data_runs(piece)
+                .iter()
+                .map(|run| (run.start, run.end))
+                .collect()
+        };
+        // But for the zeros at its start, all at once.
+        assert_eq!(runs(&piece), [(BLOCK, PIECE)]);
+        assert_eq!(runs(&[]), []);
+        assert_eq!(runs(&vec![0; PIECE]), []);
+        let middle = PIECE / 2;
+        piece[middle..middle + HOLE].fill(0);
+        assert_eq!(
+            runs(&piece),
+            [(BLOCK, middle), (middle + HOLE + BLOCK, PIECE)]
+        );
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::store::Compression;
+use crate::tree::Compression;
 use crate::{Error, Result};
 
 /// Options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.

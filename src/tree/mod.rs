@@ -31,6 +31,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 pub use crate::home::Space;
+pub use crate::store::Compression;
 pub use attr::{Attr, DirEntry, Kind};
 pub use caller::Caller;
 pub use change::SetAttr;
@@ -39,7 +40,7 @@ pub use handle::Opened;
 pub use node::{Node, ROOT_INO};
 pub use rename::RenameMode;
 
-use crate::store::{Compression, Store};
+use crate::store::Store;
 use crate::{Error, Result};
 use caller::Makers;
 use names::Names;

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import Failed, resident, run
+from measure import Failed, Memory, run
 
 MIB = 1 << 20
 CLUSTER = 64 << 10
@@ -28,7 +28,7 @@ class Home:
 
     def __init__(self, path, pristine):
         self.path, self.pristine = path, pristine
-        self.ids, self.bases, self.changes = {}, {}, 0
+        self.ids, self.places, self.changes = {}, {}, 0
         path.mkdir()
 
     def disk(self, name):
@@ -48,7 +48,8 @@ class Home:
             real_files(tree, data * MIB)
             base = self.path / "images" / "disk-images" / f"{name}.ext4"
             run(["mke2fs", "-q", "-t", "ext4", "-m", "0", "-d", tree, base, f"{virtual}M"])
-        self.bases[name] = base
+        # Now: what of the image is data depends on what was read of it, on ext4.
+        self.places[name] = data_clusters(base)
         disk = self.disk(name)
         disk.unlink()
         run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", disk])
@@ -62,12 +63,11 @@ class Home:
         dice = random.Random(self.changes)
         self.changes += 1
         piece = min(piece, size)
-        places = data_clusters(self.bases[name], piece)
         with tempfile.TemporaryDirectory(dir=self.path.parent) as place:
             orders = []
             for number in range(size // piece):
                 Path(place, str(number)).write_bytes(dice.randbytes(piece))
-                orders.append(f"write -q -s {number} {dice.choice(places)} {piece}\n")
+                orders.append(f"write -q -s {number} {dice.choice(self.places[name])} {piece}\n")
             # The directory is the working directory, for qemu-io knows no quotes.
             run(["qemu-io", "-f", "qcow2", self.disk(name)], input="".join(orders), cwd=place)
 
@@ -92,35 +92,35 @@ class Home:
             file.unlink()
         shutil.rmtree(self.path / ".boxlitefs", ignore_errors=True)
 
+    def last_words(self):
+        """The end of what boxlitefs logged."""
+        log = self.path / ".boxlitefs" / "log"
+        return "".join(log.read_text().splitlines(keepends=True)[-3:]) if log.exists() else ""
+
     def multiply(self, name, number):
         """Adds boxes until there are `number`, each a row like that of `name` and an overlay.
 
         BoxLite itself would need an hour for it.
         """
         database = sqlite3.connect(self.path / "db" / "boxlite.db")
-        source = self.ids[name]
-        created, config = database.execute(
-            "SELECT created_at, json FROM box_config WHERE id = ?", (source,)
-        ).fetchone()
-        status, state = database.execute(
-            "SELECT status, json FROM box_state WHERE id = ?", (source,)
-        ).fetchone()
+        query = (
+            "SELECT created_at, config.json, status, state.json FROM box_config config "
+            "JOIN box_state state USING (id) WHERE id = ?"
+        )
+        created, config, status, state = database.execute(query, (self.ids[name],)).fetchone()
         config, state = json.loads(config), json.loads(state)
-        pieces = nonzero_pieces(self.disk(name))
+        disk = self.disk(name).read_bytes()
         with database:
             for n in range(1, number):
-                box_id = f"bench{n:07}"
-                config |= {"id": box_id, "name": f"box{n:05}", "box_home": str(self.path / "boxes" / box_id)}
+                box_id, config["name"] = f"bench{n:07}", f"box{n:05}"
+                config |= {"id": box_id, "box_home": str(self.path / "boxes" / box_id)}
                 config["container"] = {"id": f"{n:064x}"}
                 state["lock_id"] = 1_000_000 + n
-                database.execute(
-                    "INSERT INTO box_config VALUES (?, ?, ?, ?)",
-                    (box_id, config["name"], created, json.dumps(config)),
-                )
-                database.execute(
-                    "INSERT INTO box_state VALUES (?, ?, NULL, ?)", (box_id, status, json.dumps(state))
-                )
-                write_sparse(self.disk_of(box_id), pieces)
+                row = (box_id, config["name"], created, json.dumps(config))
+                database.execute("INSERT INTO box_config VALUES (?, ?, ?, ?)", row)
+                row = (box_id, status, json.dumps(state))
+                database.execute("INSERT INTO box_state VALUES (?, ?, NULL, ?)", row)
+                write_sparse(self.disk_of(box_id), disk)
                 (self.path / "locks" / str(state["lock_id"])).touch()
         database.close()
 
@@ -151,7 +151,7 @@ class Mount:
                 raise Failed(f"boxlitefs mount ended with status {self.process.returncode}")
             time.sleep(0.002)
         os.stat(self.point / ".boxlite")  # it answers
-        self.idle = resident(self.pid)
+        self.idle = Memory(self.pid).idle
 
     def stop(self):
         """Unmounts; harmless when nothing is mounted."""
@@ -160,14 +160,18 @@ class Mount:
         done = subprocess.run([self.program, "unmount", self.point], capture_output=True)
         if done.returncode != 0:
             self.process.terminate()  # unmounts also while files are open
-        self.process.wait(timeout=30)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            run(["fusermount3", "-uz", self.point])
+            raise
         self.process = None
 
 
 def wheel(home, *words):
     """A command of tests/wheel.py, BoxLite itself; its answer."""
-    said = run([sys.executable, WHEEL, home, *map(str, words)])
-    return json.loads(said)
+    return json.loads(run([sys.executable, WHEEL, home, *map(str, words)]))
 
 
 def real_files(tree, size):
@@ -191,30 +195,24 @@ def real_files(tree, size):
     raise Failed(f"/usr has only {found // MIB} MiB of files: take a smaller BENCH_SIZE")
 
 
-def data_clusters(image, room):
-    """Offsets of the clusters of a raw image that hold data and have `room` bytes up to its end."""
-    places, at, end = [], 0, os.path.getsize(image) - room
+def data_clusters(image):
+    """Offsets of the clusters of a raw image that hold data, but for those in its last MiB."""
+    places, at = [], 0
     with open(image, "rb") as file:
         while True:
             try:
                 begin = os.lseek(file.fileno(), at, os.SEEK_DATA)
             except OSError:  # ENXIO: only a hole follows
-                return [place for place in places if place <= end]
+                return [place for place in places if place <= os.path.getsize(image) - MIB]
             at = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
             places += range(begin // CLUSTER * CLUSTER, at - CLUSTER + 1, CLUSTER)
 
 
-def nonzero_pieces(path, size=4096):
-    """Length of a file, and its pieces that are not all zeros, by offset."""
-    data = path.read_bytes()
-    pieces = {at: data[at : at + size] for at in range(0, len(data), size)}
-    return len(data), {at: piece for at, piece in pieces.items() if any(piece)}
-
-
-def write_sparse(path, pieces):
-    length, pieces = pieces
+def write_sparse(path, data, piece=4096):
+    """Makes a file of `data` and the directory it is in; pieces of zeros take no space."""
     path.parent.mkdir(parents=True)
     with open(path, "wb") as file:
-        file.truncate(length)
-        for at, piece in pieces.items():
-            os.pwrite(file.fileno(), piece, at)
+        file.truncate(len(data))
+        for at in range(0, len(data), piece):
+            if (part := data[at : at + piece]).strip(b"\0"):
+                os.pwrite(file.fileno(), part, at)

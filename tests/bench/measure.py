@@ -24,21 +24,15 @@ class Failed(Exception):
     """A command that did not do what it was for; the text is what it said."""
 
 
-def median(costs, what="wall"):
+def median(costs, what="wall", of=statistics.median):
     """The median of one figure over `costs`, or None if it was never looked at."""
-    values = figures(costs, what)
-    return statistics.median(values) if values else None
+    values = [value for cost in costs if (value := getattr(cost, what)) is not None]
+    return of(values) if values else None
 
 
 def mean(costs, what):
     """The mean: what is counted in ticks longer than a call shows only over many calls."""
-    values = figures(costs, what)
-    return statistics.mean(values) if values else None
-
-
-def figures(costs, what):
-    values = [getattr(cost, what) for cost in costs]
-    return [value for value in values if value is not None]
+    return median(costs, what, statistics.mean)
 
 
 def settle(cold=False):
@@ -55,7 +49,7 @@ def can_drop_caches():
 
 
 class Memory:
-    """The most memory a process has had at once since this was made, above what it had idle."""
+    """The most memory a process has had at once since this was made, above what it had `idle`."""
 
     def __init__(self, pid, idle=None):
         self.pid = pid
@@ -68,15 +62,7 @@ class Memory:
 
     def _field(self, name):
         with open(f"/proc/{self.pid}/status") as file:
-            for line in file:
-                if line.startswith(name):
-                    return int(line.split()[1]) << 10
-        return 0
-
-
-def resident(pid):
-    """Memory process `pid` has now."""
-    return Memory(pid).idle
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
 
 
 def processor_time(pid):
@@ -94,14 +80,12 @@ class Space:
     other programs write meanwhile counts as well: the median over the rounds is what to look at.
     """
 
-    INTERVAL = 0.02
-
     def __init__(self, place, outputs):
         self.place, self.outputs = place, outputs
         self.most, self.done = 0, threading.Event()
 
     def __enter__(self):
-        self.before = self._free() + self._output()
+        self.before = self._left()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -111,15 +95,13 @@ class Space:
         self.thread.join()
 
     def _watch(self):
-        while not self.done.wait(self.INTERVAL):
-            self.most = max(self.most, self.before - self._free() - self._output())
+        while not self.done.wait(0.02):
+            self.most = max(self.most, self.before - self._left())
 
-    def _free(self):
+    def _left(self):
+        """Bytes that are free or in the outputs."""
         there = os.statvfs(self.place)
-        return there.f_bfree * there.f_frsize
-
-    def _output(self):
-        total = 0
+        total = there.f_bfree * there.f_frsize
         for path in self.outputs:
             try:
                 files = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [path]
@@ -143,20 +125,27 @@ def cost_of(argv, mount=None, place=None, outputs=()):
     served = mount and processor_time(mount.pid)
     with Space(place or "/", outputs) as space:
         begun = time.perf_counter()
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             said = process.stdout.read().decode(errors="replace").strip()
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:  # interrupted: it may keep the mount busy
             process.kill()
+            process.wait()
             raise
         wall = time.perf_counter() - begun
-        process.returncode = os.waitstatus_to_exitcode(status)
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise Failed(said or f"{argv[0]}: status {process.returncode}")
     cpu = usage.ru_utime + usage.ru_stime
     if mount:
         cpu += processor_time(mount.pid) - served
     return Cost(wall, cpu, memory and memory.peak(), space.most if place else None)
+
+
+def cost_of_call(work, mount):
+    """Calls `work()` and says what it cost, in the process of `mount`."""
+    served, begun = processor_time(mount.pid), time.perf_counter()
+    work()
+    wall = time.perf_counter() - begun
+    return Cost(wall, processor_time(mount.pid) - served)

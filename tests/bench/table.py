@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +31,12 @@ class Row:
     ours_cpu: float | None = None
     that_cpu: float | None = None
     unit: str = "s"
-    absent: str = "not there"
-
-    @property
-    def ratio(self):
-        if self.ours is None or not self.that:
-            return None
-        return self.ours / self.that
+    absent: str = ""
 
     def line(self):
         shown = bytes_text if self.unit == "bytes" else seconds_text
+        ratio = None if self.ours is None or not self.that else round(self.ours / self.that, 2)
+        reached = "" if None in (self.goal, ratio) else "yes" if ratio <= self.goal else "**no**"
         cells = [
             self.label,
             self.absent if self.ours is None else shown(self.ours),
@@ -49,16 +44,11 @@ class Row:
             self.against,
             shown(self.that),
             seconds_text(self.that_cpu),
-            "" if self.ratio is None else f"{self.ratio:.2f}",
+            "" if ratio is None else f"{ratio:.2f}",
             "" if self.goal is None else f"≤ {self.goal:.2f}",
-            self.reached(),
+            reached,
         ]
         return "| " + " | ".join(cells) + " |"
-
-    def reached(self):
-        if self.goal is None or self.ratio is None:
-            return ""
-        return "yes" if self.ratio <= self.goal else "**no**"
 
 
 def seconds_text(value):
@@ -73,42 +63,31 @@ def bytes_text(value):
 
 def text_of(rows, notes):
     """The machine, the notes and the rows, as Markdown."""
-    head = "\n".join(f"- {note}" for note in machine() + notes)
+    head = "\n".join(f"- {note}" for note in [machine(), *notes])
     return "\n".join([head, "", HEAD, *(row.line() for row in rows), ""])
 
 
 def machine():
-    """What the figures were measured on."""
-    cpu = next(
-        (line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.machine(),
-    )
-    sha = "with" if " sha_ni" in Path("/proc/cpuinfo").read_text() else "without"
+    """What the figures were measured on, in a sentence."""
+    info = Path("/proc/cpuinfo").read_text()
+    models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    sha = "with" if " sha_ni" in info else "without"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
-    return [
-        f"Machine: {cpu} ({sha} SHA-NI), {os.cpu_count()} cores, {memory:.0f} GiB of memory, "
-        f"Linux {platform.release()}"
-    ]
+    return (
+        f"Machine: {(models or [platform.machine()])[0]} ({sha} SHA-NI), {os.cpu_count()} cores, "
+        f"{memory:.0f} GiB of memory, Linux {platform.release().partition('-')[0]}"
+    )
 
 
-def disk_of(place):
-    """The disk that `place` is on, in a sentence."""
-    source, kind = run(["findmnt", "-n", "-o", "SOURCE,FSTYPE", "-T", place]).split()[:2]
-    # A partition has its disk for a parent; a disk has none.
-    done = subprocess.run(["lsblk", "-ndo", "PKNAME", source], capture_output=True, text=True)
-    block = Path("/sys/block", done.stdout.strip() or os.path.basename(source))
-    try:
-        turns = (block / "queue" / "rotational").read_text().strip() == "1"
-    except OSError:
-        return f"Disk: {kind} on {source}"
-    what = "a virtual disk" if block.name.startswith(("vd", "xvd")) else "a disk" if turns else "an SSD"
-    return f"Disk: {kind} on {what} ({block.name})"
+def place_of(directory):
+    """The file system that a directory is on."""
+    source, kind = run(["findmnt", "-n", "-o", "SOURCE,FSTYPE", "-T", directory]).split()[:2]
+    return f"{kind} on {source}"
 
 
 def write_into(document, text):
     """Puts the table between the two markers of a document."""
-    old = document.read_text()
-    before, begun, rest = old.partition(BEGIN)
+    before, begun, rest = document.read_text().partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not (begun and ended):
         raise SystemExit(f"{document} has no {BEGIN} … {END} to put the table in")

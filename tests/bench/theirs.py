@@ -16,13 +16,12 @@ mount needs that lock in its turn.
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import time
 
 import boxlite
 
-from measure import Memory
+from measure import Memory, run, settle
 
 
 async def timed(call):
@@ -30,41 +29,30 @@ async def timed(call):
     memory = Memory(os.getpid())
     wall, cpu = time.perf_counter(), time.process_time()
     await call()
-    return {
-        "wall": time.perf_counter() - wall,
-        "cpu": time.process_time() - cpu,
-        "memory": memory.peak(),
-    }
-
-
-async def repeated(times, command, call):
-    """`call(number)` so many times, each after `command` and with nothing left to write back."""
-    costs = []
-    for number in range(times):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        os.sync()
-        costs.append(await timed(lambda: call(number)))
-    return costs
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "memory": memory.peak()}
 
 
 async def measure(runtime, kind, words):
     if kind == "list":
         return [await timed(runtime.list_info) for _ in range(2)]
     if kind == "import":
-        archive, name = words
-        return [await timed(lambda: runtime.import_box(archive, name=name))]
+        return [await timed(lambda: runtime.import_box(words[0], name=words[1]))]
     box = await runtime.get(words[0])
     if kind == "export":
         return [await timed(lambda: box.export(dest=words[1]))]
-    times, command = int(words[1]), words[2:]
-    if kind == "snapshot":
-        return await repeated(times, command, lambda n: box.snapshot.create(name=f"theirs-{n}"))
-    if kind == "clone":
-        return await repeated(times, command, lambda n: box.clone_box(name=f"theirs-{n}"))
     if kind == "restore":
         await box.snapshot.create(name="before")
-        return await repeated(times, command, lambda _: box.snapshot.restore("before"))
-    raise SystemExit(__doc__)
+    call = {
+        "snapshot": lambda number: box.snapshot.create(name=f"theirs-{number}"),
+        "clone": lambda number: box.clone_box(name=f"theirs-{number}"),
+        "restore": lambda _: box.snapshot.restore("before"),
+    }[kind]
+    costs = []
+    for number in range(int(words[1])):
+        run(words[2:])
+        settle()
+        costs.append(await timed(lambda: call(number)))
+    return costs
 
 
 async def main(home, kind, *words):

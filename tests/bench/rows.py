@@ -1,0 +1,115 @@
+"""Which rows the table has: what is compared with what, and the goals."""
+
+import os
+
+from measure import can_drop_caches, mean, median
+from table import MIB, Row, bytes_text, place_of, seconds_text
+
+
+class Rows:
+    """The rows and notes of one run of the bench; `load` is that of the machine before it."""
+
+    def __init__(self, bench, load):
+        self.bench, self.load, self.costs, self.sizes = bench, load, bench.costs, bench.sizes
+
+    def all(self):
+        for state in ("warm", "cold") if can_drop_caches() else ("warm",):
+            yield from self.exports(state)
+        yield from self.changed_and_small()
+        yield from self.imports()
+        yield from self.copy_on_write()
+        yield from self.space()
+
+    def notes(self):
+        """What the figures were taken from."""
+        bench = self.bench
+        zstd, sha, floor = (seconds_text(self.seconds(key)) for key in ("zstd", "sha", "floor"))
+        disk, zst, theirs = (bytes_text(bench.size_of_kept(name)) for name in ("disk.qcow2", "zst", "theirs"))
+        yield f"Worked on {place_of(bench.work)}; load before: {self.load:.1f}"
+        yield f"Box: {bench.size} MiB of files, {disk} flattened; rounds: {bench.rounds} and one discarded"
+        yield f"The archive: {zst} as our .zst, {theirs} as BoxLite's"
+        yield (
+            f"User time on one core: zstd level 3 {zstd}, sha256 {sha}; floor on {os.cpu_count()} cores {floor}"
+        )
+
+    def seconds(self, key):
+        return median(self.costs[key])
+
+    def times(self, label, key, against, that, goal=None):
+        """A row of times; `that` is the key of what it is compared with, or a number of seconds."""
+        named = self.costs[that] if isinstance(that, str) else []
+        bound = median(named) if isinstance(that, str) else that
+        cpu, that_cpu = mean(self.costs[key], "cpu"), mean(named, "cpu")
+        absent = self.bench.absent.get(key, "failed")
+        return Row(label, self.seconds(key), against, bound, goal, cpu, that_cpu, absent=absent)
+
+    def bytes(self, label, key, what, against, that, goal=None):
+        """A row of memory or disk, as `what` says; `that` is a key or a number of bytes."""
+        bound = median(self.costs[that], what) if isinstance(that, str) else that
+        return Row(label, median(self.costs[key], what), against, bound, goal, unit="bytes")
+
+    def exports(self, state):
+        warm, boxlite = state == "warm", ("BoxLite export", f"boxlite export {state}")
+        label, key = f".zst, first contact, {state}", f"zst first {state}"
+        # The floor is the processor's: cold, the disk may be slower, so no goal.
+        bound = ("floor + `cp` of such a file", plus(self.seconds("floor"), self.seconds(f"cp zst {state}")))
+        yield self.times(label, key, *bound, 1.25 if warm else None)
+        yield self.times(label, key, *boxlite, 1 / 2.5 if warm else 1 / 3)
+        yield self.times(label, key, "qemu-img, tar, zstd", f"qemu {state}")
+        yield self.times(f".zst, size known, {state}", f"zst known {state}", *bound, 1.1 if warm else None)
+        label = f".zst, again unchanged, {state}"
+        yield self.times(label, f"zst again {state}", "`cp` of such a file", f"cp zst {state}", 1.3)
+        label, key = f"plain, first contact, {state}", f"plain first {state}"
+        slower = max(filter(None, (self.seconds(f"cp plain {state}"), self.seconds("sha"))), default=None)
+        yield self.times(label, key, "the slower of `cp` and sha256", slower, 1.5)
+        yield self.times(label, key, *boxlite)
+        label = f"plain, again unchanged, {state}"
+        yield self.times(label, f"plain again {state}", "`cp` of such a file", f"cp plain {state}")
+
+    def changed_and_small(self):
+        for kind, name in (("plain", "plain"), ("zst", ".zst")):
+            yield self.times(f"{name}, after 1 % changed", f"{kind} changed", "BoxLite export", "boxlite changed")
+        yield self.times("exact size of .zst, after 1 % changed", "exact size", "0.3 s", 0.3, 1)
+        yield self.times("the same, in pieces of 64 KiB", "exact size scattered", "0.3 s", 0.3)
+        yield self.times(".zst of the 3 MB box", "zst small", "BoxLite export", "boxlite small", 1 / 5)
+        yield self.times("plain of the 3 MB box", "plain small", "BoxLite export", "boxlite small")
+
+    def imports(self):
+        for kind, name in (("theirs", "BoxLite's"), ("zst", "our .zst"), ("plain", "our plain")):
+            program, goal = ("`cp`", None) if kind == "plain" else ("`zstd -d`", 1.3)
+            label, key = f"import of {name} archive", f"import {kind}"
+            yield self.times(label, key, program, f"unpack {kind}", goal)
+            yield self.times(label, key, f"{program} and `sync`", f"unpack and flush {kind}")
+            yield self.times(label, key, "BoxLite import", f"boxlite import {kind}")
+
+    def copy_on_write(self):
+        for box, name in (("web", "large"), ("small", "3 MB")):
+            theirs = ("BoxLite snapshot.create", f"boxlite snapshot {box}")
+            yield self.times(f"snapshot (`mkdir`), {name} box", f"mkdir {box}", *theirs, 1.5)
+            yield self.times("the same, unchanged since the last", f"mkdir unchanged {box}", *theirs)
+            label, key = f"clone (`cp -r`), {name} box", f"clone {box}"
+            yield self.times(label, key, "`mkdir` + 25 ms", plus(self.seconds(f"mkdir {box}"), 0.025), 1)
+            yield self.times(label, key, "BoxLite clone_box", f"boxlite clone {box}")
+        yield self.times("restore of a snapshot", "restore", "BoxLite snapshot.restore", "boxlite restore")
+        label, theirs = "`ls -l` of 10,000 boxes", ("BoxLite list_info", "boxlite list")
+        yield self.times(f"{label}, just mounted", "ls first", *theirs)
+        yield self.times(f"{label}, again", "ls again", *theirs)
+        both = plus(self.seconds("start list"), self.seconds("boxlite list"))
+        yield self.times(f"{label}, again", "ls again", "list_info and the runtime's start", both)
+
+    def space(self):
+        for label, key, theirs, archive in (
+            (".zst, first contact", "zst first warm", "boxlite export warm", self.sizes.get("zst first warm")),
+            (".zst, after 1 % changed", "zst changed", "boxlite changed", self.sizes.get("zst changed")),
+            ("plain, first contact", "plain first warm", "boxlite export warm", self.sizes.get("plain first warm")),
+            ("import", "import theirs", "boxlite import theirs", self.bench.size_of_kept("theirs")),
+        ):
+            yield self.bytes(f"peak memory, {label}", key, "memory", "64 MiB", 64 * MIB, 1)
+            yield self.bytes(f"peak memory, {label}", key, "memory", "BoxLite", theirs)
+            yield self.bytes(f"temporary disk, {label}", key, "disk", "the archive", archive, 1)
+        label, theirs = "temporary disk, .zst, first contact", "boxlite export warm"
+        yield self.bytes(label, "zst first warm", "disk", "BoxLite", theirs)
+
+
+def plus(*values):
+    return None if None in values else sum(values)

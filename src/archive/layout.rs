@@ -14,7 +14,7 @@ const BLOCK: u64 = 512;
 /// Two blocks of zeros end a tar.
 const TRAILER: u64 = 2 * BLOCK;
 /// Says which layout keys are of; to be raised when the same layers make other bytes.
-const LAYOUT_CONTEXT: &str = "boxlitefs 2026-11-25 plain archive of flattened layers, layout 1";
+const LAYOUT_CONTEXT: &str = "boxlitefs 2026-11-25 plain archive of flattened layers, layout 2";
 
 /// An archive of one state of a box.
 pub struct Export {
@@ -149,6 +149,10 @@ impl Export {
         for state in self.chain.states() {
             hasher.update(&state.bytes());
         }
+        // Where a raw layer has holes does not follow from its state on every file system.
+        for window in 0..self.disk.windows() {
+            hasher.update(&self.disk.clusters_in(window).to_le_bytes());
+        }
         hasher
     }
 
@@ -228,6 +232,7 @@ mod tests {
     use crate::disk::judges::{Numbers, check_clean, create, qemu_io, succeed, text};
     use crate::disk::{Format, create_overlay};
     use std::fs::File;
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::{FileExt, MetadataExt};
     use std::path::{Path, PathBuf};
 
@@ -264,6 +269,33 @@ mod tests {
         assert_eq!(len as u64, export.len());
         bytes.truncate(len);
         bytes
+    }
+
+    /// mke2fs leaves unwritten extents, and what of them is in the page cache counts as data for
+    /// SEEK_DATA.
+    #[test]
+    fn what_was_read_of_a_raw_base_changes_no_byte_of_the_archive() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base.raw");
+        let file = File::create_new(&base).unwrap();
+        file.set_len(256 << 20).unwrap();
+        succeed("mke2fs", &["-q", "-F", "-t", "ext4", text(&base)]);
+        file.sync_all().unwrap();
+        // SAFETY: the descriptor is open; the rest are numbers.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        let top = dir.path().join("top.qcow2");
+        create_overlay(&top, &base, Format::Raw, 256 << 20).unwrap();
+        let before = export(&top);
+        std::fs::read(&base).unwrap();
+        let after = export(&top);
+        assert_eq!(before.disk_key(), after.disk_key());
+        assert_eq!(before.len(), after.len());
+        assert!(whole(&before) == whole(&after));
+        let disk = dir.path().join("disk.qcow2");
+        let bytes = whole(&after);
+        std::fs::write(&disk, &bytes[after.disk_range().start as usize..]).unwrap();
+        let said = succeed("qemu-img", &["compare", text(&base), text(&disk)]);
+        assert!(said.contains("identical"), "{said}");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! descriptor, at the host offsets that imago names.
 
 use super::header::{be64, open_image};
-use super::{FileId, Format, Header, read_zero_padded};
+use super::{FileId, Format, Header, holes, read_zero_padded};
 use crate::{Context, Error, Result};
 use imago::qcow2::Qcow2;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
@@ -146,8 +146,19 @@ impl Layer {
         Ok((run, len.min(max)))
     }
 
-    /// Data or a hole of the file. A filesystem without SEEK_DATA shows all as data.
+    /// Data or a hole of the file.
     fn raw_run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
+        match holes::run_at(&self.file, at, max) {
+            Ok((true, len)) => Ok((Run::Data { host: at }, len)),
+            Ok((false, len)) => Ok((Run::Zero, len)),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EIO | libc::EINTR)) => Err(e),
+            // A file system without such a map.
+            Err(_) => self.sought_run_at(at, max),
+        }
+    }
+
+    /// The same by SEEK_DATA. A file system without that shows all as data.
+    fn sought_run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
         let end = at + max;
         let data = match seek(&self.file, at, libc::SEEK_DATA) {
             Ok(data) => data,

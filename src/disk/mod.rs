@@ -2,6 +2,7 @@
 //!
 //! * `header`: what the first cluster of an image says, and the one way it is ever changed (rebase).
 //! * `overlay`: a new, empty layer on top of another.
+//! * `holes`: where a raw image has data.
 //! * `layer`: one open image file, looked at without what lies below it.
 //! * `chain`: layers above one another, top first, as the guest sees them.
 //! * `flatten`: a chain as one standalone image, computed and never stored.
@@ -13,6 +14,7 @@
 mod chain;
 mod flatten;
 mod header;
+mod holes;
 mod inspect;
 mod layer;
 mod overlay;

@@ -207,6 +207,8 @@ fn open(path: &Path, read_only: bool) -> Result<Connection, Unusable> {
         true => OpenFlags::SQLITE_OPEN_READ_ONLY,
         false => OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE,
     };
+    // A mount may be root's and the home a user's: a link of his would have root write elsewhere.
+    let access = access | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let mut connection =
         Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     connection.busy_timeout(BUSY)?;
@@ -298,6 +300,17 @@ mod tests {
         remembered.learn_digest(&[6; 32], &[5; 32]);
         assert_eq!(remembered.digest(&[4; 32]), None);
         assert_eq!(std::fs::read(home.remembered()).unwrap(), before);
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = home(dir.path());
+        let elsewhere = dir.path().join("elsewhere");
+        std::os::unix::fs::symlink(&elsewhere, home.remembered()).unwrap();
+        let remembered = Remembered::open(&home, false);
+        remembered.learn_digest(&[4; 32], &[5; 32]);
+        assert!(!elsewhere.exists());
     }
 
     #[test]

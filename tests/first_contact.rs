@@ -236,6 +236,27 @@ fn the_size_is_remembered_over_a_remount_and_the_bytes_are_the_same_without_the_
 }
 
 #[test]
+fn what_was_remembered_wrongly_is_forgotten_when_it_shows() {
+    let home = home();
+    let mount = home.mount();
+    let before = fs::read(mount.at("web/export.boxlite.zst")).unwrap();
+    mount.unmount();
+    let remembered = rusqlite::Connection::open(home.root().join("db/boxlitefs.db")).unwrap();
+    let mut sizes: Vec<u8> = remembered
+        .query_row("SELECT sizes FROM archive", [], |row| row.get(0))
+        .unwrap();
+    sizes[0] ^= 1;
+    remembered
+        .execute("UPDATE archive SET sizes = ?1", [sizes])
+        .unwrap();
+    drop(remembered);
+    let mount = home.mount();
+    let path = mount.at("web/export.boxlite.zst");
+    assert_eq!(errno(fs::read(&path)), libc::EIO);
+    assert!(fs::read(&path).unwrap() == before);
+}
+
+#[test]
 fn stat_never_waits_and_shows_the_exact_size_once_it_is_known() {
     let home = home();
     let mount = home.mount();

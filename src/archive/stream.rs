@@ -36,7 +36,7 @@ struct Shared {
     /// A frame is wanted.
     wanted: Condvar,
     /// A frame did not have the size it was known to have.
-    wrong: AtomicBool,
+    wrong: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -70,7 +70,7 @@ impl Stream {
                 state: Mutex::default(),
                 made: Condvar::new(),
                 wanted: Condvar::new(),
-                wrong: AtomicBool::new(false),
+                wrong: Arc::default(),
             }),
         }
     }
@@ -81,9 +81,10 @@ impl Stream {
         self.shared.sizes.total()
     }
 
-    /// Whether a frame had another size than it was known to have: what is known is to be forgotten.
-    pub fn is_wrong(&self) -> bool {
-        self.shared.wrong.load(Ordering::Relaxed)
+    /// Whether a frame had another size than it was known to have: what is known is to be forgotten,
+    /// also by whoever comes when this stream is gone.
+    pub fn is_wrong(&self) -> Arc<AtomicBool> {
+        self.shared.wrong.clone()
     }
 
     /// Fills `buf` with the compressed archive's bytes from `offset` on, completely unless it ends;

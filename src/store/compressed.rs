@@ -113,6 +113,8 @@ struct Known {
     sizes: Option<Arc<FrameSizes>>,
     spool: Option<Arc<Spool>>,
     stream: Weak<Stream>,
+    /// Whether `sizes` showed to be wrong: known longer than the stream, which goes with its readers.
+    wrong: Arc<AtomicBool>,
     production: Option<Arc<Production>>,
 }
 
@@ -125,6 +127,7 @@ impl Known {
             sizes: None,
             spool: None,
             stream: Weak::new(),
+            wrong: Arc::default(),
             production: None,
         }
     }
@@ -333,11 +336,7 @@ impl Store {
             .entry(source.clone())
             .or_insert(Known::of(plain));
         known.become_of(plain);
-        if known
-            .stream
-            .upgrade()
-            .is_some_and(|stream| stream.is_wrong())
-        {
+        if known.wrong.load(Ordering::Relaxed) {
             self.remembered.forget_archive(&compressed.state_key());
             *known = Known::of(plain);
         }
@@ -351,6 +350,7 @@ impl Store {
                 })?;
                 let stream = Arc::new(Stream::new(compressed.clone(), sizes.clone()));
                 known.stream = Arc::downgrade(&stream);
+                known.wrong = stream.is_wrong();
                 known.sizes = Some(sizes);
                 Packed::Streamed(stream)
             }

@@ -94,6 +94,12 @@ impl std::error::Error for Error {
     }
 }
 
+/// What `work` returns; a fault of ours is an error, where somebody waits for what this thread makes.
+pub(crate) fn not_panicking<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
+}
+
 /// Says what was being done when an `io::Error` came.
 pub trait Context<T> {
     /// Wraps the error with a sentence, keeping its errno.

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{Builder, Scope};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
 use super::compressed::{Compressed, Encoder, FrameKey, FrameSizes, Origin, SPAN};
+use crate::error::not_panicking;
 use crate::{Error, Result};
 
 /// Most threads that compress one archive.
@@ -44,10 +46,28 @@ pub(super) fn threads(level: i32) -> usize {
     cores.min(most)
 }
 
-/// What `work` returns; a fault of ours is an error, for somebody waits for what this thread makes.
-pub(super) fn not_panicking<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
-        .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
+/// Has `work` done by so many threads, or by fewer where the system gives no more; returns how many.
+/// ([`Scope::spawn`] panics there.)
+///
+/// # Errors
+/// What starting the first one said.
+fn start_threads<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    most: usize,
+    work: impl Fn() + Copy + Send + 'scope,
+) -> Result<usize> {
+    for started in 0..most {
+        match Builder::new()
+            .name("frames".into())
+            .spawn_scoped(scope, work)
+        {
+            Ok(_) => {}
+            // One is enough to go on.
+            Err(_) if started > 0 => return Ok(started),
+            Err(e) => return Err(Error::io("cannot start a thread to compress", e)),
+        }
+    }
+    Ok(most)
 }
 
 /// ECANCELED: whoever wanted it is gone.
@@ -69,13 +89,15 @@ impl Compressed {
     ) -> Result<FrameSizes> {
         let mut sizes = FrameSizes::empty(self);
         let line = Line::new(self);
+        let work = || line.work(self, known);
         std::thread::scope(|scope| {
-            for _ in 0..threads(self.level()) {
-                scope.spawn(|| line.work(self, known));
-            }
-            let handed = line.hand_over(go_on, &mut |frame, bytes| {
-                sizes.set(frame, bytes.len());
-                sink(bytes)
+            let handed = start_threads(scope, threads(self.level()), work).and_then(|_| {
+                not_panicking(|| {
+                    line.hand_over(go_on, &mut |frame, bytes| {
+                        sizes.set(frame, bytes.len());
+                        sink(bytes)
+                    })
+                })
             });
             // Whoever still works would wait for room for ever.
             line.stop(handed)
@@ -185,32 +207,34 @@ impl Compressed {
         let frames = Mutex::new(frames);
         let failed = Mutex::new(None);
         let stop = AtomicBool::new(false);
-        let left = (Mutex::new(threads(self.level())), Condvar::new());
-        std::thread::scope(|scope| {
-            for _ in 0..threads(self.level()) {
-                scope.spawn(|| {
-                    let mut raw = Vec::new();
-                    let done = not_panicking(|| {
-                        let mut encoder = self.encoder()?;
-                        while !stop.load(Ordering::Relaxed)
-                            && let Some(frame) = { frames.lock().next() }
-                        {
-                            work(frame, &mut raw, &mut encoder)?;
-                        }
-                        Ok(())
-                    });
-                    if let Err(error) = done {
-                        stop.store(true, Ordering::Relaxed);
-                        failed.lock().get_or_insert(error);
-                    }
-                    *left.0.lock() -= 1;
-                    left.1.notify_all();
-                });
+        // Threads that have ended.
+        let ended = (Mutex::new(0), Condvar::new());
+        let work = || {
+            let mut raw = Vec::new();
+            let done = not_panicking(|| {
+                let mut encoder = self.encoder()?;
+                while !stop.load(Ordering::Relaxed)
+                    && let Some(frame) = { frames.lock().next() }
+                {
+                    work(frame, &mut raw, &mut encoder)?;
+                }
+                Ok(())
+            });
+            if let Err(error) = done {
+                stop.store(true, Ordering::Relaxed);
+                failed.lock().get_or_insert(error);
             }
-            let mut working = left.0.lock();
-            while *working > 0 {
-                left.1.wait_for(&mut working, ASKED);
-                if *working > 0 && !go_on() {
+            *ended.0.lock() += 1;
+            ended.1.notify_all();
+        };
+        std::thread::scope(|scope| {
+            let started = start_threads(scope, threads(self.level()), work)
+                .inspect_err(|error| *failed.lock() = Some(error.again()))
+                .unwrap_or(0);
+            let mut ended_now = ended.0.lock();
+            while *ended_now < started {
+                ended.1.wait_for(&mut ended_now, ASKED);
+                if *ended_now < started && !go_on() {
                     stop.store(true, Ordering::Relaxed);
                     failed.lock().get_or_insert_with(given_up);
                 }

@@ -9,7 +9,8 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::compressed::{Compressed, Encoder, FrameSizes, Placed};
-use super::producer::{not_panicking, threads};
+use super::producer::threads;
+use crate::error::not_panicking;
 use crate::{Error, Result};
 
 /// Frames made and kept, at most.

@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use super::spool::{Spool, Spooling};
 use super::{Contents, Source, Store};
 use crate::archive::{Compressed, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key};
+use crate::error::not_panicking;
 use crate::home::{Catalog, Remembered};
 use crate::{Error, Result};
 
@@ -395,7 +396,8 @@ impl Store {
             remembered: &self.remembered,
             learnt: Mutex::default(),
         };
-        let made = self.make(source, compressed, &sizes, &|| production.goes_on());
+        let made =
+            not_panicking(|| self.make(source, compressed, &sizes, &|| production.goes_on()));
         let (waiters, opened) = {
             let mut cache = self.compressed.lock();
             let waiters = production.waiters.lock().take().unwrap_or_default();

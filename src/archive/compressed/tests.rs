@@ -185,15 +185,20 @@ fn nobody_who_wants_it_any_more_ends_it_and_an_error_of_the_sink_too() {
         .produce(&Sizes::default(), &|| true, &mut { full })
         .unwrap_err();
     assert_eq!(error.errno(), libc::ENOSPC);
-    let slow = |_: &[u8]| {
-        std::thread::sleep(std::time::Duration::from_millis(2));
-        Ok(())
-    };
-    // Said no while the first frames are made.
-    let error = of.produce(&Sizes::default(), &|| false, &mut { slow });
-    if let Err(error) = error {
-        assert_eq!(error.errno(), libc::ECANCELED);
-    }
+}
+
+#[test]
+fn a_fault_while_frames_are_handed_over_is_an_error_and_no_hang() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = compressed(&disk(dir.path()), true);
+    let mut sink = |_: &[u8]| -> Result<()> { panic!("a fault of the sink") };
+    let error = of
+        .produce(&Sizes::default(), &|| true, &mut sink)
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("a fault of boxlitefs"),
+        "{error}"
+    );
 }
 
 #[test]

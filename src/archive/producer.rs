@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{Builder, Scope};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -378,10 +378,18 @@ impl<'a> Line<'a> {
         go_on: &dyn Fn() -> bool,
         sink: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
     ) -> Result<()> {
+        let mut asked = Instant::now();
         let mut queue = self.queue.lock();
         loop {
             if let Some(error) = queue.failed.take() {
                 return Err(error);
+            }
+            // Also when frames come so fast that nothing is waited for.
+            if asked.elapsed() >= ASKED {
+                if !go_on() {
+                    return Err(given_up());
+                }
+                asked = Instant::now();
             }
             let place = queue.handed;
             if let Some((frame, bytes)) = queue.made.remove(&place) {
@@ -396,10 +404,7 @@ impl<'a> Line<'a> {
             if queue.all_taken && queue.handed == queue.taken {
                 return Ok(());
             }
-            let waited = self.moved.wait_for(&mut queue, ASKED);
-            if waited.timed_out() && !go_on() {
-                return Err(given_up());
-            }
+            self.moved.wait_for(&mut queue, ASKED);
         }
     }
 

@@ -188,6 +188,40 @@ fn nobody_who_wants_it_any_more_ends_it_and_an_error_of_the_sink_too() {
 }
 
 #[test]
+fn who_is_gone_ends_it_however_fast_frames_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let top = dir.path().join("top.qcow2");
+    qemu_img_create(&top);
+    // Frames that are made in no time.
+    let writes: Vec<String> = (0..500)
+        .map(|n| format!("write -P 3 {}M 64k", 2 * n))
+        .collect();
+    let writes: Vec<&str> = writes.iter().map(String::as_str).collect();
+    qemu_io(&top, &writes);
+    let of = compressed(&top, true);
+    // So that nothing waits for hashing.
+    of.export().set_digest([0; 32]);
+    let taken = AtomicUsize::new(0);
+    let mut sink = |bytes: &[u8]| {
+        taken.fetch_add(usize::from(!bytes.is_empty()), Ordering::Relaxed);
+        Ok(())
+    };
+    let go_on = || taken.load(Ordering::Relaxed) < 10;
+    let error = of
+        .produce(&Sizes::default(), &go_on, &mut sink)
+        .unwrap_err();
+    assert_eq!(error.errno(), libc::ECANCELED);
+    assert!(taken.load(Ordering::Relaxed) < 400);
+}
+
+fn qemu_img_create(top: &Path) {
+    succeed(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(top), "1G"],
+    );
+}
+
+#[test]
 fn a_fault_while_frames_are_handed_over_is_an_error_and_no_hang() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);

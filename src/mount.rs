@@ -4,6 +4,7 @@
 //! and its file system type.
 
 mod background;
+mod memory;
 mod mountinfo;
 mod options;
 mod places;
@@ -63,6 +64,7 @@ pub fn run(request: Mount) -> Result<()> {
 
 /// Opens the home and serves it until it is unmounted; calls `announce` once it serves.
 fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> Result<()> {
+    memory::bound();
     // First of all: the signals must be blocked before anything starts a thread.
     let phase = signals::watch(&places.mountpoint)?;
     let tree = Tree::open(

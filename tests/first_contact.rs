@@ -311,6 +311,21 @@ fn threads(process: u32) -> usize {
         .count()
 }
 
+/// Threads of a process that has nothing to do, once it has started all it will.
+fn idle_threads(process: u32) -> usize {
+    let mut counts = vec![threads(process)];
+    eventually("the number of threads is steady", || {
+        counts.push(threads(process));
+        counts.len() > 10
+            && counts
+                .iter()
+                .rev()
+                .take(10)
+                .all(|n| Some(n) == counts.last())
+    });
+    threads(process)
+}
+
 /// Bytes free on the file system of a path.
 fn free(path: &Path) -> u64 {
     let free = succeed(&["stat", "-f", "-c", "%a %S", text(path)]);
@@ -328,7 +343,7 @@ fn a_reader_killed_while_it_waits_or_stopped_half_way_leaves_nothing() {
     // Slow enough that there is a while to be killed in.
     let mount = home.mount_with(&["-o", "compress=19"], &[]);
     let path = mount.at("web/export.boxlite.zst");
-    let idle = threads(mount.process());
+    let idle = idle_threads(mount.process());
     for signal in ["KILL", "TERM", "INT"] {
         let mut reader = Command::new("cat")
             .arg(&path)
@@ -347,7 +362,7 @@ fn a_reader_killed_while_it_waits_or_stopped_half_way_leaves_nothing() {
     mount.unmount();
     let mount = home.mount();
     let path = mount.at("web/export.boxlite.zst");
-    let idle = threads(mount.process());
+    let idle = idle_threads(mount.process());
     let before = free(home.root());
     let mut half = vec![0; 1 << 20];
     File::open(&path)
@@ -358,6 +373,7 @@ fn a_reader_killed_while_it_waits_or_stopped_half_way_leaves_nothing() {
     drop(mount);
     let mount = home.mount();
     let path = mount.at("web/export.boxlite.zst");
+    let idle = idle_threads(mount.process()).max(idle);
     // Streamed: read in part and closed.
     File::open(&path)
         .unwrap()

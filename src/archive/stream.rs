@@ -15,7 +15,7 @@ use crate::{Error, Result};
 
 /// Frames made and kept, at most.
 const KEPT: usize = 12;
-/// Frames made before they are asked for, at most.
+/// Frames made before a reader asks for them, at most.
 const AHEAD: usize = 6;
 /// Readers in order that are told from others: how many places reading was at last.
 const PLACES: usize = 16;
@@ -168,17 +168,24 @@ impl Shared {
                 state.read.pop_front();
             }
         }
-        let mut next = placed.start + placed.len;
-        while in_order && state.on_the_way() < AHEAD {
-            let Some(placed) = self.sizes.at(&self.of, next) else {
+        if !in_order {
+            return;
+        }
+        let mut end = placed.start + placed.len;
+        for ahead in 0..AHEAD {
+            let Some(next) = self.sizes.at(&self.of, end) else {
                 break;
             };
-            if !state.has(placed.frame) {
-                state.queue.push_back(placed);
-            } else if next > placed.start + AHEAD as u64 * placed.len {
+            end = next.start + next.len;
+            if state.has(next.frame) {
+                continue;
+            }
+            // What was made for a reader that went away fills the room until newer frames take it, so
+            // the very next one is asked for in any case.
+            if ahead > 0 && state.on_the_way() >= KEPT {
                 break;
             }
-            next = placed.start + placed.len;
+            state.queue.push_back(next);
         }
     }
 

@@ -100,6 +100,8 @@ pub(super) struct CompressedCache {
     known: HashMap<Source, Known>,
     /// Sources that were opened, the one opened last at the end.
     used: Vec<Source>,
+    /// All archives being made, also those of states that are over.
+    productions: Vec<Weak<Production>>,
     /// Bytes that spools being written have room for.
     pub(super) growing: u64,
 }
@@ -297,15 +299,16 @@ impl Store {
     ) {
         loop {
             let mut cache = self.compressed.lock();
-            if let Some(opened) = self.opened(&mut cache, source, &compressed, plain) {
-                cache.was_used(source);
-                drop(cache);
-                return (waiter.answer)(Ok(opened));
-            }
             let known = cache
                 .known
                 .entry(source.clone())
                 .or_insert(Known::of(plain));
+            known.become_of(plain);
+            if let Some(opened) = self.opened(known, &compressed, plain) {
+                cache.was_used(source);
+                drop(cache);
+                return (waiter.answer)(Ok(opened));
+            }
             if let Some(production) = known.production.clone() {
                 match production.join(waiter) {
                     Ok(()) => return,
@@ -319,6 +322,8 @@ impl Store {
                 closing: AtomicBool::new(false),
             });
             known.production = Some(production.clone());
+            cache.productions.retain(|other| other.strong_count() > 0);
+            cache.productions.push(Arc::downgrade(&production));
             drop(cache);
             return self.start(source.clone(), compressed, plain, production);
         }
@@ -327,16 +332,10 @@ impl Store {
     /// The archive, if its size is known: kept, being read, or remembered.
     fn opened(
         &self,
-        cache: &mut CompressedCache,
-        source: &Source,
+        known: &mut Known,
         compressed: &Arc<Compressed>,
         plain: Contents,
     ) -> Option<OpenedCompressed> {
-        let known = cache
-            .known
-            .entry(source.clone())
-            .or_insert(Known::of(plain));
-        known.become_of(plain);
         if known.wrong.load(Ordering::Relaxed) {
             self.remembered.forget_archive(&compressed.state_key());
             *known = Known::of(plain);
@@ -407,16 +406,18 @@ impl Store {
                     .known
                     .entry(source.clone())
                     .or_insert(Known::of(plain));
-                known.become_of(plain);
+                let is_current = known.plain == plain;
+                // Of a state that is over by now, they are for those who waited, and kept no longer.
+                let mut old = Known::of(plain);
+                let known = if is_current { known } else { &mut old };
                 known.sizes = Some(frames.clone());
                 known.spool = spool;
                 let gone = || Error::damaged("the compressed archive is gone");
-                let open = |_: &Waiter| {
-                    self.opened(&mut cache, source, compressed, plain)
-                        .ok_or_else(gone)
-                };
+                let open = |_: &Waiter| self.opened(known, compressed, plain).ok_or_else(gone);
                 let opened: Result<Vec<OpenedCompressed>> = waiters.iter().map(open).collect();
-                cache.was_used(source);
+                if is_current {
+                    cache.was_used(source);
+                }
                 Ok((frames, opened?))
             });
             (waiters, opened)
@@ -484,8 +485,8 @@ impl Store {
 
     /// Answers all who wait for a compressed archive, and makes none any more.
     pub fn stop_compressing(&self) {
-        for known in self.compressed.lock().known.values() {
-            if let Some(production) = &known.production {
+        for production in &self.compressed.lock().productions {
+            if let Some(production) = production.upgrade() {
                 production.closing.store(true, Ordering::Relaxed);
             }
         }

@@ -16,6 +16,7 @@
 //! * [`tree`]: the names and files a user sees, without FUSE.
 //! * [`fuse`]: fuser's callbacks on the tree.
 //! * [`mount`]: options, daemonizing, signals, readiness.
+//! * `mountinfo`: what is mounted where, for all who have to know.
 
 pub mod archive;
 pub mod disk;
@@ -23,6 +24,7 @@ pub mod error;
 pub mod fuse;
 pub mod home;
 pub mod mount;
+mod mountinfo;
 pub mod store;
 pub mod tree;
 

@@ -5,7 +5,6 @@
 
 mod background;
 mod memory;
-mod mountinfo;
 mod options;
 mod places;
 mod signals;
@@ -15,6 +14,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use crate::fuse::{self, ServeConfig};
+use crate::mountinfo;
 use crate::tree::{self, Tree};
 use crate::{Error, Result};
 

@@ -186,6 +186,20 @@ impl Change<'_> {
         self.sql(rows())
     }
 
+    /// The ids of the bases that any box refers to.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn referred_bases(&self) -> Result<std::collections::HashSet<String>> {
+        let rows = || -> rusqlite::Result<_> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT DISTINCT base_disk_id FROM base_disk_ref")?;
+            statement.query_map([], |row| row.get(0))?.collect()
+        };
+        self.sql(rows())
+    }
+
     /// A lock number nobody has, from 1,000,000 up; its file is made.
     ///
     /// # Errors
@@ -299,6 +313,47 @@ impl Transaction<'_> {
         Ok(())
     }
 
+    /// Records that no chain of the box reaches the base any more.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn delete_ref(&self, base_id: &str, box_id: &str) -> Result<()> {
+        self.run(
+            "DELETE FROM base_disk_ref WHERE base_disk_id = ?1 AND box_id = ?2",
+            [base_id, box_id],
+        )?;
+        Ok(())
+    }
+
+    /// Gives a box another name, in the column and in the JSON.
+    ///
+    /// # Errors
+    /// EEXIST when a box has that name, ENOENT when the box is gone.
+    pub fn rename_box(&self, id: &str, name: &str) -> Result<()> {
+        let renamed = self.run(
+            "UPDATE box_config SET name = ?2, json = json_set(json, '$.name', ?2) WHERE id = ?1",
+            [id, name],
+        );
+        match renamed.map_err(|e| taken(e, "a box has that name"))? {
+            0 => Err(Error::new(libc::ENOENT, "the box is gone")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes every row of a box: its snapshots, its references, its state, its configuration.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone, or what SQLite says.
+    pub fn delete_box(&self, id: &str) -> Result<()> {
+        self.run("DELETE FROM snapshot WHERE box_id = ?1", [id])?;
+        self.run("DELETE FROM base_disk_ref WHERE box_id = ?1", [id])?;
+        self.run("DELETE FROM box_state WHERE id = ?1", [id])?;
+        match self.run("DELETE FROM box_config WHERE id = ?1", [id])? {
+            0 => Err(Error::new(libc::ENOENT, "the box is gone")),
+            _ => Ok(()),
+        }
+    }
+
     /// Records a snapshot, as BoxLite's snapshot_mgr does.
     ///
     /// # Errors
@@ -338,6 +393,23 @@ impl Transaction<'_> {
             params![box_id, id, created_at],
         )?;
         Ok(())
+    }
+
+    /// Gives a snapshot another name and its layer another path, in the columns and in the JSON.
+    ///
+    /// # Errors
+    /// EEXIST when the box has one of that name, ENOENT when it is gone.
+    pub fn rename_snapshot(&self, box_id: &str, id: &str, name: &str, path: &str) -> Result<()> {
+        let renamed = self.run(
+            "UPDATE snapshot
+             SET name = ?3, json = json_set(json, '$.name', ?3, '$.base_path', ?4)
+             WHERE box_id = ?1 AND id = ?2",
+            [box_id, id, name, path],
+        );
+        match renamed.map_err(|e| taken(e, "the box has a snapshot of that name"))? {
+            0 => Err(Error::new(libc::ENOENT, "the snapshot is gone")),
+            _ => Ok(()),
+        }
     }
 
     /// Removes a snapshot's row; ENOENT when it is gone.

@@ -137,6 +137,12 @@ impl Home {
         self.snapshots_dir(id).join(name).join("disk.qcow2")
     }
 
+    /// `boxes/ID/disks/guest-rootfs.qcow2`: of older versions of BoxLite, which makes it anew where it is
+    /// missing.
+    pub fn guest_rootfs(&self, id: &str) -> PathBuf {
+        self.box_dir(id).join("disks/guest-rootfs.qcow2")
+    }
+
     /// `boxes/ID/.snapshot_pending`: BoxLite's own crash marker.
     pub fn pending_marker(&self, id: &str) -> PathBuf {
         self.box_dir(id).join(".snapshot_pending")

@@ -30,8 +30,19 @@ pub struct Arrival {
     spool: Option<Spool>,
     /// Length the writer gave the file, where it said so (ftruncate after a hole at the end).
     length: u64,
+    wanted: Wanted,
+    /// Those of the box; there once the archive is complete and right.
     options: Option<Value>,
     refused: Option<(i32, String)>,
+}
+
+/// What an archive is received for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// A box: what it says of its configuration is checked and taken.
+    Box,
+    /// Only its disk, for a box that has its configuration.
+    Disk,
 }
 
 impl Store {
@@ -39,7 +50,7 @@ impl Store {
     ///
     /// # Errors
     /// EROFS, or those of making a file in the workspace.
-    pub fn receive(&self) -> Result<Arrival> {
+    pub fn receive(&self, wanted: Wanted) -> Result<Arrival> {
         self.refuse_read_only()?;
         let disk = self.fresh_path("disk")?;
         Ok(Arrival {
@@ -49,6 +60,7 @@ impl Store {
             disk_is_ours: false,
             fed: 0,
             length: 0,
+            wanted,
             options: None,
             refused: None,
         })
@@ -95,6 +107,10 @@ impl Arrival {
         let arrived = self.incoming.finish()?;
         self.disk_is_ours = true;
         let manifest = &arrived.manifest;
+        if self.wanted == Wanted::Disk {
+            self.options = Some(Value::Null);
+            return Ok(());
+        }
         let options = match &manifest.options {
             Some(options) => options.clone(),
             None => json!({"rootfs": {"Image": manifest.image}}),

@@ -6,7 +6,7 @@ use super::crash::crash_point;
 use super::freeze::{Draft, FrozenDisk};
 use super::prepare::{Prepared, now};
 use super::snapshot::refuse_bad_name;
-use super::{Source, Store, durable};
+use super::{Contents, Source, Store, durable};
 use crate::disk;
 use crate::home::{BoxRecord, Change, NewBox, container_id, normalize_imported};
 use crate::{Context, Error, Result};
@@ -20,18 +20,30 @@ pub struct NewClone {
     pub name: String,
 }
 
+/// A snapshot about to be made of something that was copied.
+#[derive(Clone, Debug)]
+pub struct NewSnapshotName {
+    /// The id it gets, chosen by the caller ([`crate::home::snapshot_id`]).
+    pub id: String,
+    /// The name it gets.
+    pub name: String,
+    /// Seconds since 1970; None for now.
+    pub created_at: Option<i64>,
+}
+
 /// Left in a box's directory until its row is recorded: without a row, a directory with this file
 /// is ours to remove, and any other is not.
 pub(super) const UNRECORDED: &str = ".boxlitefs-unrecorded";
 
 impl Store {
-    /// Makes a box that starts from `source`: no data moves, whatever its size.
+    /// Makes a box that starts from `source`: no data moves, whatever its size. `read` is what was read
+    /// of the source.
     ///
     /// # Errors
-    /// EEXIST when the name is taken, EBUSY, ENODATA, ENOENT.
-    pub fn clone_box(&self, source: &Source, new: &NewClone) -> Result<()> {
+    /// EEXIST when the name is taken, EBUSY, ENODATA, ENOENT, EIO when the source is not as it was read.
+    pub fn clone_box(&self, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
         let what = format!("clone {} of {}", new.name, self.describe(source));
-        let result = self.make_clone(source, new);
+        let result = self.make_clone(source, read, new);
         self.noted(&what, result)
     }
 
@@ -58,9 +70,10 @@ impl Store {
     /// move its directory into `boxes/`, then everything of it in one transaction. A crash before
     /// the transaction leaves a directory without a row, which is removed (BoxLite's own start
     /// removes it too). The row first would leave a box without a disk.
-    fn make_clone(&self, source: &Source, new: &NewClone) -> Result<()> {
+    fn make_clone(&self, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
         let draft = self.draft_clone(source)?;
         let mut prepared = self.prepare(source.box_id())?;
+        self.refuse_changed(source, read)?;
         refuse_taken_name(&prepared.change, &new.name)?;
         let frozen = prepared.frozen(source, &draft)?;
         crash_point("clone.frozen");
@@ -131,24 +144,24 @@ impl Store {
     }
 
     /// Makes a state of one box a snapshot of another, which shares its layer: how the snapshots of
-    /// a cloned box come along. `id` is the one it gets.
+    /// a cloned box come along. `read` is what was read of the source.
     ///
     /// # Errors
-    /// EINVAL, EEXIST, EBUSY, ENOENT.
+    /// EINVAL, EEXIST, EBUSY, ENOENT, EIO when the source is not as it was read.
     pub fn share_snapshot(
         &self,
         source: &Source,
+        read: &Contents,
         box_id: &str,
-        id: &str,
-        name: &str,
-        created_at: Option<i64>,
+        new: &NewSnapshotName,
     ) -> Result<()> {
+        let name = &new.name;
         let what = format!(
             "snapshot {name} of box {} from {}",
             self.name_of(box_id),
             self.describe(source)
         );
-        let result = self.make_shared(source, box_id, id, name, created_at);
+        let result = self.make_shared(source, read, box_id, new);
         self.noted(&what, result)
     }
 
@@ -157,14 +170,15 @@ impl Store {
     fn make_shared(
         &self,
         source: &Source,
+        read: &Contents,
         box_id: &str,
-        id: &str,
-        name: &str,
-        created_at: Option<i64>,
+        new: &NewSnapshotName,
     ) -> Result<()> {
+        let name = &new.name;
         refuse_bad_name(name)?;
         let draft = self.draft_share(source)?;
         let mut prepared = self.prepare(source.box_id())?;
+        self.refuse_changed(source, read)?;
         let frozen = prepared.frozen(source, &draft)?;
         prepared.record = prepared.change.box_by_id(box_id)?;
         prepared.refuse_taken(name)?;
@@ -175,7 +189,8 @@ impl Store {
                 .try_for_each(|base| rows.insert_ref(base, box_id))
         })?;
         crash_point("share.referred");
-        prepared.name_layer(&frozen, id, name, created_at.unwrap_or_else(now))?;
+        let created_at = new.created_at.unwrap_or_else(now);
+        prepared.name_layer(&frozen, &new.id, name, created_at)?;
         Ok(())
     }
 }
@@ -197,11 +212,7 @@ impl Prepared<'_> {
         let layer = match source {
             Source::Live { box_id } => self.store.home.live_disk(box_id),
             Source::Snapshot { snapshot_id, .. } => {
-                let snapshots = self.snapshots()?;
-                let snapshot = snapshots.iter().find(|row| row.id == *snapshot_id);
-                let snapshot =
-                    snapshot.ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))?;
-                self.store.snapshot_layer(snapshot)
+                self.store.snapshot_layer(&self.snapshot(snapshot_id)?)
             }
         };
         if let Some(flat) = self.frozen_flat(draft, &layer)? {
@@ -220,11 +231,16 @@ impl Prepared<'_> {
         home.make_dir(&dir)?;
         home.make_dir(&dir.join("disks"))?;
         let overlay = dir.join("disks/disk.qcow2");
-        let (backing, format) = frozen.backing();
-        disk::create_overlay(&overlay, backing, format, frozen.virtual_size)?;
-        home.give_to_owner(&overlay)?;
-        durable::copy_times(&frozen.top, &overlay)?;
-        durable::sync_file(&overlay)?;
+        self.make_overlay(frozen, &overlay)?;
         Ok(dir)
+    }
+
+    /// An empty overlay on the frozen state, with the time of that.
+    pub(super) fn make_overlay(&self, frozen: &FrozenDisk, overlay: &Path) -> Result<()> {
+        let (backing, format) = frozen.backing();
+        disk::create_overlay(overlay, backing, format, frozen.virtual_size)?;
+        self.store.home.give_to_owner(overlay)?;
+        durable::copy_times(&frozen.top, overlay)?;
+        durable::sync_file(overlay)
     }
 }

@@ -1,12 +1,12 @@
 //! `cp b.boxlite MNT/NEW.boxlite`: a box, or a snapshot of one, from an archive that arrived.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::clone::{UNRECORDED, refuse_taken_name};
 use super::crash::crash_point;
 use super::prepare::now;
 use super::snapshot::refuse_bad_name;
-use super::{Arrival, NewClone, Store, durable};
+use super::{Arrival, NewClone, NewSnapshotName, Store, durable};
 use crate::{Context, Error, Result};
 
 impl Store {
@@ -68,11 +68,10 @@ impl Store {
         &self,
         arrival: &Arrival,
         box_id: &str,
-        id: &str,
-        name: &str,
-        created_at: Option<i64>,
+        new: &NewSnapshotName,
     ) -> Result<()> {
-        let result = self.make_imported_snapshot(arrival, box_id, id, name, created_at);
+        let name = &new.name;
+        let result = self.make_imported_snapshot(arrival, box_id, new);
         self.noted(
             &format!("import of snapshot {name} of box {}", self.name_of(box_id)),
             result,
@@ -86,10 +85,9 @@ impl Store {
         &self,
         arrival: &Arrival,
         box_id: &str,
-        id: &str,
-        name: &str,
-        created_at: Option<i64>,
+        new: &NewSnapshotName,
     ) -> Result<()> {
+        let name = &new.name;
         refuse_bad_name(name)?;
         if !arrival.is_complete() {
             return Err(Error::bad_archive("the archive is incomplete"));
@@ -97,22 +95,28 @@ impl Store {
         self.home.give_to_owner(arrival.disk())?;
         let mut prepared = self.prepare(box_id)?;
         prepared.refuse_taken(name)?;
+        let dir = self.marked_dir()?;
+        durable::rename(arrival.disk(), &dir.join("disk.qcow2"))?;
+        let path = prepared.snapshot_place(name, Some(&dir))?;
+        crash_point("import.snapshot");
+        prepared.record_snapshot(
+            &new.id,
+            name,
+            &path,
+            arrival.virtual_size(),
+            new.created_at.unwrap_or_else(now),
+        )?;
+        durable::unlink(&path.with_file_name(UNRECORDED))
+    }
+
+    /// A directory in the workspace for a snapshot whose row is still to come.
+    pub(super) fn marked_dir(&self) -> Result<PathBuf> {
         let dir = self.fresh_path("snapshot")?;
         self.home.make_dir(&dir)?;
         let mark = dir.join(UNRECORDED);
         std::fs::File::create_new(&mark)
             .and_then(|file| file.sync_all())
             .context(|| format!("cannot make {}", mark.display()))?;
-        durable::rename(arrival.disk(), &dir.join("disk.qcow2"))?;
-        let path = prepared.snapshot_place(name, Some(&dir))?;
-        crash_point("import.snapshot");
-        prepared.record_snapshot(
-            id,
-            name,
-            &path,
-            arrival.virtual_size(),
-            created_at.unwrap_or_else(now),
-        )?;
-        durable::unlink(&path.with_file_name(UNRECORDED))
+        Ok(dir)
     }
 }

@@ -18,7 +18,10 @@ mod journal;
 mod layers;
 mod prepare;
 mod recover;
+mod remove_box;
 mod remove_snapshot;
+mod rename;
+mod restore;
 mod snapshot;
 mod spool;
 mod workspace;
@@ -27,8 +30,8 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
-pub use arrival::Arrival;
-pub use clone::NewClone;
+pub use arrival::{Arrival, Wanted};
+pub use clone::{NewClone, NewSnapshotName};
 pub use compressed::{Compression, OpenedCompressed, Packed, Waiter};
 pub use export::Contents;
 pub use journal::Journal;

@@ -24,19 +24,27 @@ impl Store {
     /// EBUSY when a runtime holds the lock or the box is active, EROFS on a read-only mount, EPERM
     /// in a copied home or when a chain leaves the home.
     pub(super) fn prepare(&self, box_id: &str) -> Result<Prepared<'_>> {
+        let mut prepared = self.look_at_box(box_id)?;
+        prepared.make_ready()?;
+        Ok(prepared)
+    }
+
+    /// Takes the lock and makes sure that the box may be changed, without making it ready: enough for
+    /// what touches no layer.
+    ///
+    /// # Errors
+    /// As [`Store::prepare`].
+    pub(super) fn look_at_box(&self, box_id: &str) -> Result<Prepared<'_>> {
         self.refuse_read_only()?;
         let change = self.home.change()?;
         let record = change.box_by_id(box_id)?;
-        self.refuse_active(&record)?;
-        let mut prepared = Prepared {
+        let prepared = Prepared {
             store: self,
             change,
             record,
         };
+        self.refuse_active(&prepared.record)?;
         prepared.refuse_strangers()?;
-        prepared.recover()?;
-        prepared.adopt_own_chains()?;
-        prepared.complete_refs()?;
         Ok(prepared)
     }
 
@@ -74,7 +82,35 @@ impl Store {
     }
 }
 
-impl<'s> Prepared<'s> {
+impl Prepared<'_> {
+    fn make_ready(&mut self) -> Result<()> {
+        self.recover()?;
+        self.adopt_own_chains()?;
+        self.complete_refs()
+    }
+
+    /// Goes on with another box, which is made ready too, under the same lock.
+    ///
+    /// # Errors
+    /// As [`Store::prepare`].
+    pub fn turn_to(&mut self, box_id: &str) -> Result<()> {
+        self.record = self.change.box_by_id(box_id)?;
+        self.store.refuse_active(&self.record)?;
+        self.refuse_strangers()?;
+        self.make_ready()
+    }
+
+    /// The snapshot with this id as it is now.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone.
+    pub fn snapshot(&self, id: &str) -> Result<SnapshotRecord> {
+        let mut snapshots = self.snapshots()?.into_iter();
+        snapshots
+            .find(|snapshot| snapshot.id == id)
+            .ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))
+    }
+
     /// The snapshots as they are now.
     pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>> {
         self.change.snapshots_of(&self.record.id)

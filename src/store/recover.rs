@@ -62,7 +62,8 @@ impl Store {
             if self.home.activity(&prepared.record) != Activity::Idle {
                 continue;
             }
-            if let Err(error) = prepared.recover() {
+            let recovered = prepared.recover();
+            if let Err(error) = recovered.and_then(|()| prepared.drop_surplus_refs()) {
                 let name = called(&prepared.record).to_owned();
                 self.journal
                     .note(&format!("recovery of box {name} failed: {error}"));

@@ -7,8 +7,9 @@ use super::Store;
 use super::crash::crash_point;
 use super::durable;
 use super::layers::{Layers, Role, resolve};
-use crate::home::Change;
-use crate::{Error, Result};
+use super::prepare::Prepared;
+use crate::Result;
+use crate::home::{BaseRecord, Change, SnapshotRecord};
 
 impl Store {
     /// Deletes a snapshot. Its layer stays in `bases/` while any chain reads from it.
@@ -16,34 +17,30 @@ impl Store {
     /// # Errors
     /// ENOENT when it is gone, EBUSY.
     pub fn remove_snapshot(&self, box_id: &str, snapshot_id: &str) -> Result<()> {
-        let name = self
+        let what = format!(
+            "removal of snapshot {} of box {}",
+            self.snapshot_name(box_id, snapshot_id)?,
+            self.name_of(box_id)
+        );
+        let result = self.delete_snapshot(box_id, snapshot_id);
+        self.noted(&what, result)
+    }
+
+    /// How a snapshot is called in the log.
+    pub(super) fn snapshot_name(&self, box_id: &str, snapshot_id: &str) -> Result<String> {
+        Ok(self
             .home
             .catalog()?
             .snapshot_by_id(box_id, snapshot_id)
-            .map_or_else(|| snapshot_id.to_owned(), |snapshot| snapshot.name.clone());
-        let what = format!("removal of snapshot {name} of box {}", self.name_of(box_id));
-        let result = self.delete_snapshot(box_id, snapshot_id);
-        self.noted(&what, result)
+            .map_or_else(|| snapshot_id.to_owned(), |snapshot| snapshot.name.clone()))
     }
 
     /// Order: adopt if any chain names its path, delete the row, unlink the layer's name. A crash
     /// after the row leaves a directory without one: recovery unlinks it.
     fn delete_snapshot(&self, box_id: &str, snapshot_id: &str) -> Result<()> {
         let mut prepared = self.prepare(box_id)?;
-        let snapshot = prepared
-            .snapshots()?
-            .into_iter()
-            .find(|snapshot| snapshot.id == snapshot_id)
-            .ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))?;
-        // The directory BoxLite would remove: that of the row's path, where it is one of this box's.
-        let recorded = self.snapshot_layer(&snapshot);
-        let own = self.home.snapshot_disk(box_id, &snapshot.name);
-        let in_own_directory = recorded.parent().and_then(Path::parent)
-            == Some(self.home.snapshots_dir(box_id).as_path());
-        let layer = if in_own_directory { recorded } else { own };
-        if prepared.layers()?.readers_of(&layer).next().is_some() {
-            prepared.adopt(&layer)?;
-        }
+        let snapshot = prepared.snapshot(snapshot_id)?;
+        let layer = prepared.unread_layer(&snapshot)?;
         crash_point("remove.adopted");
         prepared
             .change
@@ -52,17 +49,32 @@ impl Store {
         durable::unlink(&layer)?;
         crash_point("remove.unlinked");
         // The snapshot is gone; what follows does not bring it back.
-        if let Some(dir) = layer.parent()
-            && let Err(error) = durable::remove_dir(dir)
-        {
-            self.journal
-                .note(&format!("{error}; the rest is left there"));
-        }
-        if let Err(error) = self.free_unreached(&mut prepared.change) {
+        self.remove_snapshot_dir(layer.parent());
+        let freed = prepared
+            .drop_surplus_refs()
+            .and_then(|()| self.free_unreached(&mut prepared.change));
+        if let Err(error) = freed {
             self.journal
                 .note(&format!("{error}; its space is not freed"));
         }
         Ok(())
+    }
+}
+
+impl Prepared<'_> {
+    /// The name of a snapshot's layer that may go: in the directory BoxLite would remove, that of the
+    /// row's path, where it is one of this box's. Adopted first if any chain names it.
+    pub(super) fn unread_layer(&mut self, snapshot: &SnapshotRecord) -> Result<PathBuf> {
+        let home = &self.store.home;
+        let recorded = self.store.snapshot_layer(snapshot);
+        let own = home.snapshot_disk(&self.record.id, &snapshot.name);
+        let in_own_directory = recorded.parent().and_then(Path::parent)
+            == Some(home.snapshots_dir(&self.record.id).as_path());
+        let layer = if in_own_directory { recorded } else { own };
+        if self.layers()?.readers_of(&layer).next().is_some() {
+            self.adopt(&layer)?;
+        }
+        Ok(layer)
     }
 }
 
@@ -72,12 +84,24 @@ impl Store {
     /// recovery, while a file without a row could be BoxLite's (a crash inside its clone leaves such,
     /// and it can be a box's only disk).
     pub(super) fn free_unreached(&self, change: &mut Change<'_>) -> Result<()> {
+        self.free_bases(change, &BaseRecord::is_ours)
+    }
+
+    /// Likewise, of those that `may_go` says; one of BoxLite's only when no box refers to it any more.
+    pub(super) fn free_bases(
+        &self,
+        change: &mut Change<'_>,
+        may_go: &dyn Fn(&BaseRecord) -> bool,
+    ) -> Result<()> {
         loop {
             let layers = self.scan_layers()?;
             let Some(needed) = self.needed(change, &layers)? else {
                 return Ok(());
             };
-            let rows = change.bases()?;
+            let mut rows = change.bases()?;
+            rows.retain(may_go);
+            let referred = change.referred_bases()?;
+            rows.retain(|row| row.is_ours() || !referred.contains(&row.id));
             let free = layers.files().iter().find_map(|file| {
                 let Role::Base { .. } = file.role else {
                     return None;
@@ -87,10 +111,7 @@ impl Store {
                     return None;
                 }
                 rows.iter()
-                    .find(|row| {
-                        row.is_ours()
-                            && resolve(Path::new(&row.base_path)).is_ok_and(|p| p == file.path)
-                    })
+                    .find(|row| resolve(Path::new(&row.base_path)).is_ok_and(|p| p == file.path))
                     .map(|row| (row.id.clone(), file.path.clone()))
             });
             let Some((id, path)) = free else {

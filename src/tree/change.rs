@@ -13,7 +13,7 @@ use super::handle::Opened;
 use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOTS, decode};
 use super::node::Node;
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
-use super::staging::{Child, RootFile, StagedBox, What};
+use super::staging::{Child, LooseFile, StagedBox, What};
 use super::{Tree, text};
 use crate::home::{box_id, is_snapshot_name, snapshot_id};
 use crate::store::Source;
@@ -60,12 +60,7 @@ impl Tree {
     }
 
     fn begin_box(&self, caller: Caller, name: &str) -> Result<Node> {
-        if name.starts_with('.') {
-            return Err(self.refuse(
-                libc::EPERM,
-                format!("{name}: directories with a leading dot have no place among boxes"),
-            ));
-        }
+        self.refuse_dotted(name)?;
         decode(name).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
         let names = self.names()?;
         let mut staging = self.staging.lock();
@@ -80,6 +75,17 @@ impl Tree {
         Ok(Node::Box(id))
     }
 
+    /// EPERM for `.Trash-0` and its like.
+    pub(super) fn refuse_dotted(&self, name: &str) -> Result<()> {
+        if !name.starts_with('.') {
+            return Ok(());
+        }
+        Err(self.refuse(
+            libc::EPERM,
+            format!("{name}: directories with a leading dot have no place among boxes"),
+        ))
+    }
+
     fn make_snapshot(&self, caller: Caller, parent: &Node, name: &str) -> Result<Node> {
         let Node::Snapshots(id) = parent else {
             return Err(self.refuse(
@@ -87,6 +93,7 @@ impl Tree {
                 format!("{name}: a directory means something in the root (a box) and in snapshots (a snapshot) only"),
             ));
         };
+        self.refuse_copying_over(caller, id, name)?;
         let snapshot = self.store.snapshot(id, name)?;
         self.remember_fresh(&snapshot, caller);
         Ok(Node::Snapshot(id.clone(), snapshot))
@@ -97,6 +104,21 @@ impl Tree {
         let mut fresh = self.fresh.lock();
         fresh.retain(|_, (makers, taken)| taken.elapsed() < FRESH && makers.any_alive());
         fresh.insert(snapshot.to_owned(), (Makers::begin(caller), Instant::now()));
+    }
+
+    /// EPERM for a process that copies a whole box over one that exists: it would put parts of the one
+    /// into the other, or take a snapshot of today under the name of an old one.
+    pub(super) fn refuse_copying_over(&self, caller: Caller, id: &str, name: &str) -> Result<()> {
+        let mut dealings = self.dealings.lock();
+        let Some(dealing) = dealings.of(caller, id).filter(|d| d.goes_on_copying()) else {
+            return Ok(());
+        };
+        // It may have more to copy.
+        dealing.box_json_was_refused();
+        Err(self.refuse(
+            libc::EPERM,
+            format!("{name}: the same process tried to write box.json, so it copies a whole box over one that exists; copy it to a new name, or export.boxlite alone to restore"),
+        ))
     }
 
     /// Refuses to put something into a box that exists. Where a copy tool has just made the
@@ -122,10 +144,98 @@ impl Tree {
                 );
             }
         }
+        if let Node::Box(id) = parent
+            && role_of(parent, name) == Some(Role::Json)
+        {
+            self.dealings
+                .lock()
+                .begin(caller, id)
+                .box_json_was_refused();
+        }
         self.refuse(
             libc::EPERM,
             format!("{name}: nothing can be put into a box that exists; copy to a new name to make another"),
         )
+    }
+
+    /// A file that is to become a box's disk, under the name of its export (which the caller has
+    /// removed before) or under a temporary one.
+    fn create_over(&self, caller: Caller, parent: &Node, name: &str) -> Result<Arc<StagedFile>> {
+        let Node::Box(id) = parent else {
+            return Err(self.refuse_put(caller, parent, name));
+        };
+        if !matches!(
+            role_of(parent, name),
+            Some(Role::BoxDisk | Role::TemporaryArchive)
+        ) {
+            return Err(self.refuse_put(caller, parent, name));
+        }
+        self.refuse_restore(caller, id)?;
+        let place = Place {
+            parent: parent.clone(),
+            name: name.to_owned(),
+        };
+        self.remember_writer(caller, id);
+        let file = StagedFile::restoring(self.fresh_made(), id.clone(), place);
+        let mut staging = self.staging.lock();
+        if staging.has_loose_file(parent, name) {
+            let is_over = |staging: &mut super::staging::Staging| {
+                staging.loose_file(caller, parent, name).is_none()
+            };
+            if !is_over(&mut staging) {
+                return Err(exists(name));
+            }
+            staging.take_loose_file(parent, name);
+        }
+        let loose = LooseFile::new(parent.clone(), name, file.clone(), caller);
+        staging.files.push(loose);
+        Ok(file)
+    }
+
+    /// Somebody is about to write over a box's export.
+    pub(super) fn remember_writer(&self, caller: Caller, id: &str) {
+        let export = Node::Export(Source::Live {
+            box_id: id.to_owned(),
+        });
+        let mut writers = self.writers.lock();
+        writers.retain(|_, (makers, last)| last.elapsed() < FRESH && makers.any_alive());
+        match writers.get_mut(&export.ino()) {
+            Some((makers, last)) => {
+                makers.join(caller);
+                *last = Instant::now();
+            }
+            None => {
+                writers.insert(export.ino(), (Makers::begin(caller), Instant::now()));
+            }
+        }
+    }
+
+    fn is_writer(&self, caller: Caller, node: &Node) -> bool {
+        let mut writers = self.writers.lock();
+        writers
+            .get_mut(&node.ino())
+            .is_some_and(|(makers, last)| last.elapsed() < FRESH && makers.includes(caller))
+    }
+
+    /// Refuses at the first byte what would be refused at the last.
+    pub(super) fn refuse_restore(&self, caller: Caller, id: &str) -> Result<()> {
+        self.refuse_copying_over(caller, id, EXPORT)?;
+        let source = Source::Live {
+            box_id: id.to_owned(),
+        };
+        if !self.store.has_disk(&source) {
+            return Err(self.refuse(
+                libc::ENODATA,
+                format!(
+                    "{} has no disk yet; start it once with BoxLite, or import under a new name",
+                    self.store.describe(&source)
+                ),
+            ));
+        }
+        self.store.refuse_unready(id).map_err(|error| {
+            let sentence = format!("restore of {}: {error}", self.store.describe(&source));
+            self.refuse(error.errno(), sentence)
+        })
     }
 
     /// Makes a name in a box being made. None when the caller sees a real box there.
@@ -220,13 +330,12 @@ impl Tree {
         };
         let file = StagedFile::new(self.fresh_made(), box_id()?, place);
         let mut staging = self.staging.lock();
-        if staging.files.contains_key(name) {
+        if staging.has_loose_file(&Node::Root, name) {
             // Another maker's file: this caller does not see it, or cp would have found it.
             return Err(exists(name));
         }
-        staging
-            .files
-            .insert(name.to_owned(), RootFile::new(file.clone(), caller));
+        let loose = LooseFile::new(Node::Root, name, file.clone(), caller);
+        staging.files.push(loose);
         Ok(file)
     }
 
@@ -268,7 +377,7 @@ impl Tree {
         let file = StagedFile::new(node, id, place);
         match self.make_staged(caller, parent, name, What::File(file.clone()))? {
             Some(_) => Ok(file),
-            None => Err(self.refuse_put(caller, parent, name)),
+            None => self.create_over(caller, parent, name),
         }
     }
 
@@ -318,18 +427,22 @@ impl Tree {
         &self,
         caller: Caller,
         ino: u64,
-        _handle: Option<u64>,
+        handle: Option<u64>,
         set: SetAttr,
     ) -> Result<Attr> {
         self.refuse_read_only()?;
         let node = self.node(ino)?;
         let (made, file) = {
             let mut staging = self.staging.lock();
-            let in_root = staging.files.values().any(|file| file.file.node == node);
-            let made = in_root || staging.face(caller, &node).is_some();
+            let made =
+                staging.loose_file_at(&node).is_some() || staging.face(caller, &node).is_some();
             (made, made.then(|| staging.file_at(&node)).flatten())
         };
-        if !made {
+        let file = file.or_else(|| self.written_over(&node, handle));
+        // O_TRUNC comes without a handle and says nothing: an archive counts once it is complete.
+        let says_nothing = handle.is_none() && matches!(set.size, None | Some(0));
+        let is_writer = says_nothing && self.is_writer(caller, &node);
+        if !made && file.is_none() && !is_writer {
             return Err(Error::new(
                 libc::EPERM,
                 "modes, owners, times and sizes follow from the home; they can't be set here",

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use super::Tree;
 use super::describe;
-use super::names::{ARCHIVE_SUFFIX, SNAPSHOT_JSON, decode};
+use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOT_JSON, decode};
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete};
 use super::staging::What;
-use crate::store::{NewClone, Source};
+use crate::store::{NewClone, NewSnapshotName, Source};
 use crate::{Error, Result};
 
 impl Tree {
@@ -36,6 +36,7 @@ impl Tree {
             return Ok(());
         }
         let result = match role {
+            Role::BoxDisk if file.restores => self.commit_restore(file, &state),
             Role::NewBox | Role::BoxDisk => self.commit_box(file, &state),
             Role::SnapshotDisk if self.waits_for_box(file) => return Ok(()),
             Role::SnapshotDisk => self.commit_snapshot(file, &state),
@@ -84,7 +85,20 @@ impl Tree {
         };
         match &state.content {
             Content::Archive(arrival) => self.store.import_box(arrival, &new),
-            Content::Shared { source, .. } => self.store.clone_box(source, &new),
+            Content::Shared {
+                source, contents, ..
+            } => self.store.clone_box(source, contents, &new),
+            _ => Ok(()),
+        }
+    }
+
+    /// What was written over a box's export becomes its disk.
+    fn commit_restore(&self, file: &StagedFile, state: &FileState) -> Result<()> {
+        match &state.content {
+            Content::Archive(arrival) => self.store.restore_archive(&file.box_id, arrival),
+            Content::Shared {
+                source, contents, ..
+            } => self.store.restore(&file.box_id, source, contents),
             _ => Ok(()),
         }
     }
@@ -113,16 +127,18 @@ impl Tree {
             return Err(Error::new(libc::EINVAL, "that is no snapshot's directory"));
         };
         let (name, json) = self.snapshot_being_made(&file.box_id, &state.place.parent)?;
-        let created_at = json.and_then(|json| self.created_at_of(&json));
+        let mut new = NewSnapshotName {
+            id: snapshot_id.clone(),
+            name,
+            created_at: json.and_then(|json| self.created_at_of(&json)),
+        };
         match &state.content {
-            Content::Archive(arrival) => {
-                self.store
-                    .import_snapshot(arrival, box_id, snapshot_id, &name, created_at)
-            }
-            Content::Shared { source, .. } => {
-                let created_at = created_at.or_else(|| self.created_at_of_source(source));
-                self.store
-                    .share_snapshot(source, box_id, snapshot_id, &name, created_at)
+            Content::Archive(arrival) => self.store.import_snapshot(arrival, box_id, &new),
+            Content::Shared {
+                source, contents, ..
+            } => {
+                new.created_at = new.created_at.or_else(|| self.created_at_of_source(source));
+                self.store.share_snapshot(source, contents, box_id, &new)
             }
             _ => Ok(()),
         }
@@ -197,14 +213,14 @@ impl Tree {
         let mut waiting = Vec::new();
         {
             let mut staging = self.staging.lock();
-            if *role == Role::NewBox {
-                for root_file in staging.files.values_mut() {
-                    if Arc::ptr_eq(&root_file.file, file) {
-                        root_file.committed = true;
-                    }
-                }
+            for loose in &mut staging.files {
+                loose.committed |= Arc::ptr_eq(&loose.file, file);
             }
-            if *role == Role::BoxDisk {
+            if file.restores {
+                let directory = Node::Box(file.box_id.clone());
+                let mut dealings = self.dealings.lock();
+                dealings.bring_back(&file.box_id, &directory, EXPORT);
+            } else if *role == Role::BoxDisk {
                 staging.names.retain(|_, id| *id != file.box_id);
                 if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
                     staged.committed = true;

@@ -7,10 +7,13 @@ use super::Tree;
 use super::attr::{Attr, DirEntry};
 use super::caller::Caller;
 use super::describe;
+use super::names::EXPORT;
 use super::node::Node;
-use super::staged_file::{Content, FileState, Role, StagedFile, is_complete, is_whole, share};
+use super::staged_file::{
+    Content, FileState, Place, Role, StagedFile, is_complete, is_whole, share,
+};
 use crate::archive::Export;
-use crate::store::{Contents, Packed, Source, Spool};
+use crate::store::{Contents, Packed, Source, Spool, Wanted};
 use crate::{Error, Result};
 
 /// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
@@ -110,7 +113,7 @@ impl Tree {
             return self.open_staged(file, writes, flags);
         }
         if writes {
-            return Err(self.refuse_write(&node));
+            return self.open_for_restore(caller, &node, flags);
         }
         let (handle, keep_pages) = match &node {
             Node::Log => (Handle::Log, false),
@@ -152,15 +155,43 @@ impl Tree {
         })
     }
 
-    fn refuse_write(&self, node: &Node) -> Error {
+    /// Opens a box's export to write over it. Nothing comes of it before an archive is complete.
+    fn open_for_restore(&self, caller: Caller, node: &Node, flags: i32) -> Result<Opened> {
         let sentence = match node {
+            Node::Export(Source::Live { box_id }) if flags & libc::O_APPEND == 0 => {
+                self.refuse_restore(caller, box_id)?;
+                self.remember_writer(caller, box_id);
+                let place = Place {
+                    parent: Node::Box(box_id.clone()),
+                    name: EXPORT.to_owned(),
+                };
+                let file = StagedFile::restoring(node.clone(), box_id.clone(), place);
+                file.state.lock().open = 1;
+                return Ok(self.opened_for_writing(file));
+            }
+            Node::Export(Source::Live { .. }) => {
+                "nothing can be added to an export; write a whole archive over it to restore".into()
+            }
             Node::Export(source) => format!(
-                "{} exists, and this version does not restore over it yet; import under a new name",
+                "{} stays as it is; to restore it, copy its export over that of its box",
                 self.store.describe(source)
             ),
-            _ => "box.json, snapshot.json and the log are only for reading".into(),
+            Node::BoxJson(id) => {
+                let mut dealings = self.dealings.lock();
+                dealings.begin(caller, id).box_json_was_refused();
+                "box.json is only for reading".into()
+            }
+            _ => "snapshot.json, what is compressed and the log are only for reading".into(),
         };
-        self.refuse(libc::EPERM, sentence)
+        Err(self.refuse(libc::EPERM, sentence))
+    }
+
+    /// The file that is being written over an export by this handle.
+    pub(super) fn written_over(&self, node: &Node, handle: Option<u64>) -> Option<Arc<StagedFile>> {
+        match &*self.handle(handle?).ok()? {
+            Handle::Writing(file) if file.node == *node => Some(file.clone()),
+            _ => None,
+        }
     }
 
     /// EIO for whoever reads an export of a disk that is not as it was.
@@ -238,8 +269,7 @@ impl Tree {
     /// The file being written that this caller sees at a node.
     fn staged_file(&self, caller: Caller, node: &Node) -> Option<Arc<StagedFile>> {
         let mut staging = self.staging.lock();
-        let in_root = staging.files.values().any(|file| file.file.node == *node);
-        if !in_root {
+        if staging.loose_file_at(node).is_none() {
             staging.face(caller, node)?;
         }
         staging.file_at(node)
@@ -350,7 +380,7 @@ impl Tree {
         };
         let mut state = file.state.lock();
         state.refused()?;
-        if let Err(error) = self.put(&mut state, offset, bytes) {
+        if let Err(error) = self.put(file, &mut state, offset, bytes) {
             self.note_refusal(file, &mut state, &error);
             return Err(error);
         }
@@ -358,7 +388,13 @@ impl Tree {
         u32::try_from(bytes.len()).map_err(|_| Error::new(libc::EINVAL, "too many bytes at once"))
     }
 
-    fn put(&self, state: &mut FileState, offset: u64, bytes: &[u8]) -> Result<()> {
+    fn put(
+        &self,
+        file: &StagedFile,
+        state: &mut FileState,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
         if state.committed {
             return Err(Error::new(libc::EPERM, "it is a box already"));
         }
@@ -366,7 +402,7 @@ impl Tree {
             Role::Dropped => Ok(()),
             Role::Json => state.put_text(offset, bytes),
             Role::NewBox | Role::BoxDisk | Role::SnapshotDisk | Role::TemporaryArchive => {
-                self.receive(state, bytes.is_empty())?;
+                self.receive(file, state, bytes.is_empty())?;
                 match &mut state.content {
                     Content::Archive(arrival) => arrival.write_at(offset, bytes),
                     _ => Ok(()),
@@ -377,7 +413,7 @@ impl Tree {
 
     /// Makes the content an archive that takes bytes. What was shared so far becomes bytes: the
     /// tool has gone over from copy_file_range to writing.
-    fn receive(&self, state: &mut FileState, nothing: bool) -> Result<()> {
+    fn receive(&self, file: &StagedFile, state: &mut FileState, nothing: bool) -> Result<()> {
         let start = match std::mem::replace(&mut state.content, Content::Nothing) {
             Content::Nothing if nothing => return Ok(()),
             Content::Archive(arrival) => {
@@ -389,7 +425,9 @@ impl Tree {
             } => Some((export, covered)),
             _ => None,
         };
-        let mut arrival = self.store.receive()?;
+        let is_box = !file.restores && !matches!(state.place.parent, Node::Snapshot(..));
+        let wanted = if is_box { Wanted::Box } else { Wanted::Disk };
+        let mut arrival = self.store.receive(wanted)?;
         if let Some((export, covered)) = start {
             let mut buffer = vec![0; PIECE];
             let mut offset = 0;
@@ -433,9 +471,12 @@ impl Tree {
         }
         let length = length.min(MOST_COPIED);
         let copied = match &*from {
-            Handle::Export { source, export, .. } => {
-                share(&mut state, source, export, from_offset, length).ok_or_else(unfit)?
-            }
+            Handle::Export {
+                source,
+                export,
+                contents,
+            } => share(&mut state, (source, export, contents), from_offset, length)
+                .ok_or_else(unfit)?,
             Handle::Bytes { node, bytes } if state.role() == Role::Json => {
                 let source = node.source().ok_or_else(unfit)?;
                 state.content = Content::SharedJson(source);
@@ -461,11 +502,15 @@ impl Tree {
     fn note_refusal(&self, file: &StagedFile, state: &mut FileState, error: &Error) {
         if state.refused.is_none() {
             let name = &state.place.name;
-            let path = match self.staged_name(&file.box_id) {
-                Ok(of_box) => format!("{of_box}/{name}"),
-                Err(_) => name.clone(),
+            let source = Source::Live {
+                box_id: file.box_id.clone(),
             };
-            let sentence = format!("import of {path} failed: {error}");
+            let what = match self.staged_name(&file.box_id) {
+                _ if file.restores => format!("restore of {}", self.store.describe(&source)),
+                Ok(of_box) => format!("import of {of_box}/{name}"),
+                Err(_) => format!("import of {name}"),
+            };
+            let sentence = format!("{what} failed: {error}");
             self.store.journal().note(&sentence);
         }
         state.refuse(error);

@@ -3,13 +3,14 @@
 //! Plain Rust that returns [`Result`]; `fuse.rs` only translates. What a node is follows from what
 //! it stands for (`node`), boxes and snapshots that exist are shown by `view`, those being made by
 //! `staging`, open files are `handle`s, what was written becomes a box in `commit`, and `change`,
-//! `rename` and `remove` have what alters names.
+//! `rename` and `remove` have what alters names; `dealing` remembers who removed which of them.
 
 mod attr;
 mod caller;
 mod change;
 mod commit;
 mod compressed;
+mod dealing;
 mod describe;
 mod handle;
 mod names;
@@ -66,9 +67,13 @@ pub struct Tree {
     next_made: AtomicU64,
     /// What the kernel was last told an export's inode has, and its generation.
     told: Mutex<HashMap<u64, (crate::store::Contents, u64)>>,
-    /// Processes whose unlink in a box was refused: they are deleting it, and must not get on to its
-    /// snapshots.
-    deleters: Mutex<HashMap<String, (Makers, Instant)>>,
+    /// Generations of inodes whose directory the kernel was told is gone, and is there again.
+    raised: Mutex<HashMap<u64, u64>>,
+    /// What processes did to boxes that exist, name by name. Locked after `staging` where both are.
+    dealings: Mutex<dealing::Dealings>,
+    /// Who opened a box's export for writing, by its inode number: copy tools set its size, times and
+    /// mode.
+    writers: Mutex<HashMap<u64, (Makers, Instant)>>,
     /// Snapshots just taken, by id, with who took them: a copy into one takes it back.
     fresh: Mutex<HashMap<String, (Makers, Instant)>>,
 }
@@ -88,7 +93,9 @@ impl Tree {
             next_handle: AtomicU64::new(1),
             next_made: AtomicU64::new(1),
             told: Mutex::default(),
-            deleters: Mutex::default(),
+            raised: Mutex::default(),
+            dealings: Mutex::default(),
+            writers: Mutex::default(),
             fresh: Mutex::default(),
         })
     }
@@ -137,8 +144,15 @@ impl Tree {
             if *told == 0 {
                 known.remove(&ino);
                 self.told.lock().remove(&ino);
+                self.raised.lock().remove(&ino);
             }
         }
+    }
+
+    /// The kernel was told that a directory is gone, which it marks as dead; when it comes back it has
+    /// to be another inode to it.
+    fn raise_generation(&self, node: &Node) {
+        *self.raised.lock().entry(node.ino()).or_default() += 1;
     }
 
     /// Whether attributes of this inode may take longer than a look into memory: they need an

@@ -45,30 +45,33 @@ pub enum Node {
 pub const ROOT_INO: u64 = 1;
 
 impl Node {
-    /// The inode number: 1 for the root, else 63 bits of a hash of what the node stands for.
+    /// The inode number: 1 for the root, else 59 bits of a hash of the box or snapshot, and the place
+    /// of the file in its directory. cp goes by inode numbers: so box.json, which says that a whole box
+    /// is being copied, always comes first, and the snapshots come when the box is there.
     pub fn ino(&self) -> u64 {
-        let key = match self {
+        let (key, place) = match self {
             Node::Root => return ROOT_INO,
-            Node::Hidden => "hidden".to_owned(),
-            Node::Log => "log".to_owned(),
-            Node::Box(id) => format!("box/{id}"),
-            Node::BoxJson(id) => format!("box/{id}/json"),
-            Node::Export(source) => format!("{}/export", key_of(source)),
-            Node::CompressedLink(source) => format!("{}/export.zst/link", key_of(source)),
-            Node::Compressed(source) => format!("{}/export.zst", key_of(source)),
-            Node::View => "view".to_owned(),
-            Node::ViewOf(source) => format!("view/{}", key_of(source)),
-            Node::ViewSnapshots(id) => format!("view/box/{id}/snapshots"),
-            Node::Snapshots(id) => format!("box/{id}/snapshots"),
-            Node::Snapshot(id, snapshot) => format!("box/{id}/snapshot/{snapshot}"),
-            Node::SnapshotJson(id, snapshot) => format!("box/{id}/snapshot/{snapshot}/json"),
-            Node::Made(number) => format!("made/{number}"),
+            Node::Hidden => ("hidden".to_owned(), 0),
+            Node::Log => ("hidden".to_owned(), 1),
+            Node::View => ("hidden".to_owned(), 2),
+            Node::Box(id) => (format!("box/{id}"), 0),
+            Node::BoxJson(id) => (format!("box/{id}"), 1),
+            Node::Snapshot(id, snapshot) => (format!("box/{id}/snapshot/{snapshot}"), 0),
+            Node::SnapshotJson(id, snapshot) => (format!("box/{id}/snapshot/{snapshot}"), 1),
+            Node::Export(source) => (key_of(source), 2),
+            Node::CompressedLink(source) => (key_of(source), 3),
+            Node::Snapshots(id) => (format!("box/{id}"), 15),
+            Node::ViewOf(source) => (format!("view/{}", key_of(source)), 0),
+            Node::Compressed(source) => (format!("view/{}", key_of(source)), 3),
+            Node::ViewSnapshots(id) => (format!("view/box/{id}"), 15),
+            Node::Made(number) => (format!("made/{number}"), 0),
         };
         let digest = Sha256::digest(key.as_bytes());
         let mut first = [0; 8];
         first.copy_from_slice(&digest[..8]);
-        // Never 0 (no inode) or 1 (the root).
-        (u64::from_le_bytes(first) >> 1).max(2)
+        // 63 bits, the lowest four for the place; never 0 (no inode) or 1 (the root).
+        let group = (u64::from_le_bytes(first) >> 1) & !0xf;
+        group.max(0x10) | place
     }
 
     /// The box it is in, if any.
@@ -133,5 +136,17 @@ mod tests {
         assert_eq!(numbers.len(), nodes.len());
         assert_eq!(Node::Box("a".into()).ino(), Node::Box("a".into()).ino());
         assert_eq!(Node::Root.ino(), ROOT_INO);
+    }
+
+    #[test]
+    fn in_the_order_of_numbers_box_json_comes_first_and_snapshots_last() {
+        let live = Source::Live { box_id: "a".into() };
+        let files = [
+            Node::BoxJson("a".into()),
+            Node::Export(live.clone()),
+            Node::CompressedLink(live),
+            Node::Snapshots("a".into()),
+        ];
+        assert!(files.iter().map(Node::ino).is_sorted());
     }
 }

@@ -1,23 +1,21 @@
-//! rmdir and unlink: a snapshot is deleted by its directory, what is being made is taken back, and
-//! nothing else goes.
+//! rmdir and unlink: a snapshot is deleted by its directory, a box by removing all of its files and
+//! then its directory, and what is being made is taken back.
 
 use std::ffi::OsStr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use super::caller::{Caller, Makers};
+use super::caller::Caller;
 use super::change::not_there;
+use super::names::{BOX_JSON, SNAPSHOTS};
 use super::node::Node;
 use super::staged_file::{Content, StagedFile};
 use super::staging::{StagedBox, Staging, What};
 use super::{Tree, text};
 use crate::{Error, Result};
 
-/// How long after a refused unlink the same process is taken to be deleting the box still.
-const DELETING: Duration = Duration::from_secs(10);
-
 impl Tree {
-    /// `rmdir`: under `snapshots` it deletes a snapshot; a box is never deleted by it.
+    /// `rmdir`: under `snapshots` it deletes a snapshot; a box only for who has removed all that is in
+    /// it before.
     ///
     /// # Errors
     /// ENOTEMPTY for a box, EBUSY, ENOENT, EPERM, EROFS.
@@ -29,26 +27,104 @@ impl Tree {
             return Ok(());
         }
         match self.child(caller, &parent, name)? {
-            Node::Snapshot(id, _) if self.was_refused_deletion(caller, &id) => Err(self.refuse(
-                libc::EPERM,
-                format!("{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"),
-            )),
-            Node::Snapshot(id, snapshot) => {
-                self.fresh.lock().remove(&snapshot);
-                self.store.remove_snapshot(&id, &snapshot)
-            }
-            Node::Box(_) => Err(Error::new(
-                libc::ENOTEMPTY,
-                format!("{name} is a box; rmdir deletes none"),
-            )),
-            Node::Snapshots(id) => {
-                let full = !self.names()?.catalog().snapshots_of(&id).is_empty();
-                let errno = if full { libc::ENOTEMPTY } else { libc::EPERM };
-                Err(Error::new(errno, "every box has a snapshots directory"))
-            }
+            Node::Snapshot(id, snapshot) => self.remove_snapshot(caller, &id, &snapshot, name),
+            Node::Snapshots(id) => self.remove_snapshots_dir(caller, &id),
+            Node::Box(id) => self.remove_box(caller, &id, name),
             Node::Hidden => Err(Error::new(libc::EPERM, ".boxlite stays")),
+            Node::View | Node::ViewOf(_) | Node::ViewSnapshots(_) => Err(Error::new(
+                libc::EPERM,
+                "the view goes with what it is a view of",
+            )),
             _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
         }
+    }
+
+    /// Deletes a snapshot at once, unless the whole box is being removed: then when that is.
+    fn remove_snapshot(&self, caller: Caller, id: &str, snapshot: &str, name: &str) -> Result<()> {
+        let a_box = Node::Box(id.to_owned());
+        {
+            let mut dealings = self.dealings.lock();
+            let dealing = dealings.of(caller, id);
+            if dealing.as_ref().is_some_and(|d| d.goes_on_removing()) {
+                return Err(self.refuse(
+                    libc::EPERM,
+                    format!("{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"),
+                ));
+            }
+            if let Some(dealing) = dealing.filter(|d| d.has_removed(&a_box, BOX_JSON)) {
+                dealing.remove(&Node::Snapshots(id.to_owned()), name);
+                dealing.deferred.insert(snapshot.to_owned());
+                drop(dealings);
+                self.raise_generation(&Node::Snapshot(id.to_owned(), snapshot.to_owned()));
+                return Ok(());
+            }
+        }
+        self.fresh.lock().remove(snapshot);
+        self.store.remove_snapshot(id, snapshot)
+    }
+
+    /// `snapshots` seems to go for who removes what is in the box; everybody else goes on seeing it.
+    fn remove_snapshots_dir(&self, caller: Caller, id: &str) -> Result<()> {
+        let names = self.names()?;
+        let mut dealings = self.dealings.lock();
+        let dealing = dealings.of(caller, id);
+        let deferred = |snapshot: &str| {
+            dealing
+                .as_ref()
+                .is_some_and(|dealing| dealing.deferred.contains(snapshot))
+        };
+        let mut snapshots = names.catalog().snapshots_of(id).iter();
+        if snapshots.any(|snapshot| !deferred(&snapshot.id)) {
+            return Err(Error::new(libc::ENOTEMPTY, "there are snapshots in it"));
+        }
+        match dealing.filter(|dealing| dealing.is_removing()) {
+            Some(dealing) => {
+                dealing.remove(&Node::Box(id.to_owned()), SNAPSHOTS);
+                drop(dealings);
+                self.raise_generation(&Node::Snapshots(id.to_owned()));
+                Ok(())
+            }
+            None => Err(Error::new(
+                libc::EPERM,
+                "every box has a snapshots directory",
+            )),
+        }
+    }
+
+    /// Removes a box for who has removed all that is in it.
+    fn remove_box(&self, caller: Caller, id: &str, name: &str) -> Result<()> {
+        let node = Node::Box(id.to_owned());
+        let full = || {
+            Error::new(
+                libc::ENOTEMPTY,
+                format!("{name} is a box; rm -r deletes it"),
+            )
+        };
+        let is_removing = {
+            let mut dealings = self.dealings.lock();
+            let dealing = dealings.of(caller, id);
+            dealing
+                .filter(|dealing| dealing.has_removed(&node, BOX_JSON))
+                .map(|dealing| dealing.deferred.clone())
+        };
+        let gone = is_removing.ok_or_else(full)?;
+        if !self.list(caller, &node)?.is_empty() {
+            return Err(full());
+        }
+        self.store.remove_box(id, &gone)?;
+        self.dealings.lock().forget(id);
+        Ok(())
+    }
+
+    /// Whether the caller removed a name, which everybody else goes on seeing.
+    pub(super) fn has_removed(&self, caller: Caller, parent: &Node, name: &str) -> bool {
+        let Some(id) = parent.box_id() else {
+            return false;
+        };
+        let mut dealings = self.dealings.lock();
+        dealings
+            .of(caller, id)
+            .is_some_and(|dealing| dealing.has_removed(parent, name))
     }
 
     /// Removes an empty directory that was being made; false when it is not one.
@@ -82,10 +158,11 @@ impl Tree {
         Ok(true)
     }
 
-    /// unlink(2): takes back what is being made. What exists is not deleted file by file.
+    /// unlink(2): takes back what is being made. A file of a box that exists is gone for the caller
+    /// alone: a step of removing the box, and nothing if the rest never comes.
     ///
     /// # Errors
-    /// EPERM for files of boxes that exist, ENOENT, EROFS.
+    /// EBUSY when the box can't be removed now, EPERM for what stays, ENOENT, EROFS.
     pub fn unlink(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
         self.refuse_read_only()?;
         let parent = self.node(parent)?;
@@ -105,39 +182,34 @@ impl Tree {
                 Ok(())
             }
             Some(_) => Ok(()),
-            None => {
-                let node = self.child(caller, &parent, name)?;
-                self.remember_deleter(caller, &node);
-                Err(self.refuse(
+            None => self.remove_real(caller, &parent, name),
+        }
+    }
+
+    /// Refuses at the first file what would be refused at the directory, when it is too late.
+    fn remove_real(&self, caller: Caller, parent: &Node, name: &str) -> Result<()> {
+        let node = self.child(caller, parent, name)?;
+        let id = match (&node, parent) {
+            (Node::BoxJson(id) | Node::SnapshotJson(id, _), Node::Box(_) | Node::Snapshot(..)) => {
+                id.clone()
+            }
+            (Node::Export(source) | Node::CompressedLink(source), _) => source.box_id().to_owned(),
+            _ => {
+                return Err(self.refuse(
                     libc::EPERM,
-                    format!("{name}: the files of a box that exists can't be removed"),
-                ))
+                    format!("{name} stays; what is in .boxlite goes with what it belongs to"),
+                ));
             }
+        };
+        if let Err(error) = self.store.refuse_unready(&id) {
+            self.dealings
+                .lock()
+                .begin(caller, &id)
+                .removal_was_refused();
+            return Err(self.refuse(error.errno(), format!("removal of {name}: {error}")));
         }
-    }
-
-    /// Whether the process tried to unlink files of the box before: it is deleting all of it, was
-    /// refused, and went on.
-    fn was_refused_deletion(&self, caller: Caller, box_id: &str) -> bool {
-        let mut deleters = self.deleters.lock();
-        deleters
-            .get_mut(box_id)
-            .is_some_and(|(makers, tried)| tried.elapsed() < DELETING && makers.includes(caller))
-    }
-
-    fn remember_deleter(&self, caller: Caller, node: &Node) {
-        let Some(id) = node.box_id() else { return };
-        let mut deleters = self.deleters.lock();
-        deleters.retain(|_, (makers, tried)| tried.elapsed() < DELETING && makers.any_alive());
-        match deleters.get_mut(id) {
-            Some((makers, tried)) => {
-                makers.join(caller);
-                *tried = Instant::now();
-            }
-            None => {
-                deleters.insert(id.to_owned(), (Makers::begin(caller), Instant::now()));
-            }
-        }
+        self.dealings.lock().begin(caller, &id).remove(parent, name);
+        Ok(())
     }
 
     /// A written file that became nothing loses its name.
@@ -145,7 +217,7 @@ impl Tree {
         let mut staging = self.staging.lock();
         staging
             .files
-            .retain(|_, root_file| !Arc::ptr_eq(&root_file.file, file));
+            .retain(|loose| !Arc::ptr_eq(&loose.file, file));
         if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
             staged.failed |= refused;
             for names in staged.children.values_mut() {
@@ -172,12 +244,9 @@ fn take_staged(
     parent: &Node,
     name: &str,
 ) -> Result<Option<What>> {
-    if *parent == Node::Root {
-        if staging.root_file(caller, name).is_none() {
-            return Ok(None);
-        }
-        let file = staging.files.remove(name);
-        return Ok(file.map(|root_file| What::File(root_file.file)));
+    if staging.loose_file(caller, parent, name).is_some() {
+        let loose = staging.take_loose_file(parent, name);
+        return Ok(loose.map(|loose| What::File(loose.file)));
     }
     let Some(staged) = staging.face(caller, parent) else {
         return Ok(None);

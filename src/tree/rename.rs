@@ -1,15 +1,16 @@
-//! rename: gives what is being made its final name.
+//! rename: gives boxes and snapshots another name, and what is being made its final one.
 
 use std::ffi::OsStr;
 use std::sync::Arc;
 
 use super::caller::Caller;
 use super::change::{exists, not_there};
-use super::names::decode;
+use super::names::{EXPORT, decode};
 use super::node::Node;
 use super::staged_file::{Place, Role, StagedFile, role_of};
 use super::staging::What;
 use super::{Tree, text};
+use crate::store::Source;
 use crate::{Error, Result};
 
 /// renameat2's flags.
@@ -24,11 +25,12 @@ pub enum RenameMode {
 }
 
 impl Tree {
-    /// rename(2): gives a file being made its final name, which commits it when its data is
-    /// complete.
+    /// rename(2): gives a box or a snapshot another name, or a file being made its final one, which
+    /// commits it when its data is complete.
     ///
     /// # Errors
-    /// EXDEV between boxes (mv then copies), EEXIST, EPERM, EINVAL.
+    /// EXDEV where a copy means something (mv then makes one), EEXIST and ENOTEMPTY for a name that is
+    /// taken, EBUSY, EPERM, EINVAL.
     pub fn rename(
         &self,
         caller: Caller,
@@ -40,59 +42,88 @@ impl Tree {
         if mode == RenameMode::Unsupported {
             return Err(Error::new(
                 libc::EINVAL,
-                "that kind of rename is not possible here",
+                "names can't be exchanged here; rename one after the other",
             ));
         }
         let (from_parent, to_parent) = (self.node(from.0)?, self.node(to.0)?);
-        let (from_name, to_name) = (text(from.1)?, text(to.1)?);
+        let (from_name, to_name) = (text(from.1).map_err(|_| not_there())?, text(to.1)?);
         if from_parent == to_parent && from_name == to_name {
             return Ok(());
         }
-        let moved = match (&from_parent, &to_parent) {
-            (Node::Root, Node::Root) => self.rename_in_root(caller, from_name, to_name)?,
-            _ => self.rename_staged(
-                caller,
-                (&from_parent, from_name),
-                (&to_parent, to_name),
-                mode,
-            )?,
+        let from = (&from_parent, from_name);
+        let to = (&to_parent, to_name);
+        let is_loose = {
+            let mut staging = self.staging.lock();
+            staging.loose_file(caller, from.0, from.1).is_some()
+        };
+        let moved = if is_loose {
+            self.rename_loose(caller, from, to, mode)?
+        } else if from_parent == Node::Root && to_parent == Node::Root {
+            self.rename_in_root(from_name, to_name)?
+        } else {
+            self.rename_staged(caller, from, to, mode)?
         };
         match moved {
             Moved::File(file) => self.settle(&file),
             Moved::Other => Ok(()),
-            Moved::Nothing => {
-                self.child(caller, &from_parent, from_name)?;
-                Err(self.refuse(
-                    libc::EPERM,
-                    format!("{from_name}: boxes and snapshots that exist can't be renamed yet"),
-                ))
-            }
+            Moved::Nothing => self.rename_real(caller, from, to, mode),
         }
     }
 
-    fn rename_in_root(&self, caller: Caller, from: &str, to: &str) -> Result<Moved> {
-        let is_file = self.staging.lock().root_file(caller, from).is_some();
-        if is_file && role_of(&Node::Root, to) == Some(Role::NewBox) {
-            self.refuse_taken_box(to)?;
+    /// A file that is written outside of a box being made.
+    fn rename_loose(
+        &self,
+        caller: Caller,
+        (from_dir, from): (&Node, &str),
+        (to_dir, to): (&Node, &str),
+        mode: RenameMode,
+    ) -> Result<Moved> {
+        if from_dir != to_dir {
+            return Err(Error::new(libc::EXDEV, "that is another place; copy it"));
         }
-        let names = self.names()?;
-        let mut staging = self.staging.lock();
-        if is_file {
-            if role_of(&Node::Root, to).is_none() || staging.files.contains_key(to) {
+        let role = role_of(to_dir, to);
+        match (to_dir, &role) {
+            (Node::Root, Some(Role::NewBox)) => self.refuse_taken_box(to)?,
+            (Node::Root, None) | (_, Some(Role::Dropped | Role::Json)) => {
                 return Err(Error::new(
                     libc::EPERM,
                     format!("{to} can't be an archive's name"),
                 ));
             }
-            let Some(root_file) = staging.files.remove(from) else {
-                return Err(not_there());
-            };
-            let file = root_file.file.clone();
-            staging.files.insert(to.to_owned(), root_file);
-            drop(staging);
-            file.state.lock().place.name = to.to_owned();
-            return Ok(Moved::File(file));
+            (Node::Box(_), Some(Role::BoxDisk)) if mode == RenameMode::Keep => {
+                self.child(caller, to_dir, to)
+                    .map_or(Ok(()), |_| Err(exists(to)))?;
+            }
+            _ => {}
         }
+        let mut staging = self.staging.lock();
+        if staging.has_loose_file(to_dir, to) {
+            let committed = |staging: &mut super::staging::Staging| {
+                staging
+                    .loose_file(caller, to_dir, to)
+                    .is_none_or(|loose| loose.committed)
+            };
+            if *to_dir == Node::Root || !committed(&mut staging) {
+                return Err(exists(to));
+            }
+            // What was restored before; it is the box's disk by now.
+            staging.take_loose_file(to_dir, to);
+        }
+        let mut loose = staging
+            .take_loose_file(from_dir, from)
+            .ok_or_else(not_there)?;
+        let file = loose.file.clone();
+        loose.name = to.to_owned();
+        staging.files.push(loose);
+        drop(staging);
+        file.state.lock().place.name = to.to_owned();
+        Ok(Moved::File(file))
+    }
+
+    /// A directory being made.
+    fn rename_in_root(&self, from: &str, to: &str) -> Result<Moved> {
+        let names = self.names()?;
+        let mut staging = self.staging.lock();
         let Some(id) = staging.names.get(from).cloned() else {
             return Ok(Moved::Nothing);
         };
@@ -113,12 +144,14 @@ impl Tree {
         mode: RenameMode,
     ) -> Result<Moved> {
         let mut staging = self.staging.lock();
-        if staging.box_of(from_parent) != staging.box_of(to_parent) {
-            return Err(Error::new(libc::EXDEV, "that is another box; copy it"));
-        }
+        let to_box = staging.box_of(to_parent);
+        let same_box = staging.box_of(from_parent) == to_box;
         let Some(staged) = staging.face(caller, from_parent) else {
             return Ok(Moved::Nothing);
         };
+        if !same_box {
+            return Err(Error::new(libc::EXDEV, "that is another box; copy it"));
+        }
         let taken = staged.child(to_parent, to).is_some();
         if taken && mode == RenameMode::Keep {
             return Err(exists(to));
@@ -147,6 +180,80 @@ impl Tree {
             name: to.to_owned(),
         };
         Ok(Moved::File(file))
+    }
+
+    /// What exists. mv copies and removes after EXDEV, so that is only said where the copy makes what
+    /// is meant.
+    fn rename_real(
+        &self,
+        caller: Caller,
+        (from_parent, from): (&Node, &str),
+        (to_parent, to): (&Node, &str),
+        mode: RenameMode,
+    ) -> Result<()> {
+        let node = self.child(caller, from_parent, from)?;
+        let copied = || Err(Error::new(libc::EXDEV, "that is another place; copy it"));
+        let into_staging = self.staging.lock().face(caller, to_parent).is_some();
+        match (&node, to_parent) {
+            (Node::Box(id), Node::Root) => {
+                self.refuse_taken(caller, to_parent, to, mode)?;
+                self.refuse_dotted(to)?;
+                let name = decode(to)
+                    .map_err(|error| self.refuse(error.errno(), error.to_string()))?;
+                self.store.rename_box(id, &name)
+            }
+            (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
+                self.refuse_taken(caller, to_parent, to, mode)?;
+                self.store.rename_snapshot(id, snapshot, to)
+            }
+            (Node::Snapshot(..), Node::Root) => copied(),
+            (Node::Export(_), Node::Root) if role_of(to_parent, to) == Some(Role::NewBox) => {
+                copied()
+            }
+            (Node::Export(_), Node::Box(_)) if to == EXPORT => copied(),
+            (
+                Node::Export(_)
+                | Node::BoxJson(_)
+                | Node::SnapshotJson(..)
+                | Node::CompressedLink(_)
+                | Node::Snapshot(..),
+                _,
+            ) if into_staging => copied(),
+            (Node::Snapshots(_), _) if into_staging => copied(),
+            (Node::Export(Source::Live { .. } | Source::Snapshot { .. }), _) => {
+                Err(self.refuse(
+                    libc::EPERM,
+                    format!("{from} stays; copy it to NEW.boxlite for a new box, or over another box's {EXPORT}"),
+                ))
+            }
+            (Node::Snapshot(..) | Node::Box(_), _) => Err(self.refuse(
+                libc::EPERM,
+                format!("{from} can't go there: a snapshot stays with its box, and a box in the root; to make a new box of it, copy it into the root"),
+            )),
+            _ => Err(self.refuse(libc::EPERM, format!("{from} stays where it is"))),
+        }
+    }
+
+    /// The errno of rename(2) for a name that is taken.
+    fn refuse_taken(
+        &self,
+        caller: Caller,
+        parent: &Node,
+        name: &str,
+        mode: RenameMode,
+    ) -> Result<()> {
+        let Ok(node) = self.child(caller, parent, name) else {
+            return Ok(());
+        };
+        let is_directory = matches!(node, Node::Box(_) | Node::Snapshot(..) | Node::Hidden);
+        match (mode, is_directory) {
+            (RenameMode::Keep, _) => Err(exists(name)),
+            (_, true) => Err(Error::new(
+                libc::ENOTEMPTY,
+                format!("{name} is there already, and stays"),
+            )),
+            (_, false) => Err(Error::new(libc::ENOTDIR, format!("{name} is a file"))),
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use super::names::{ARCHIVE_SUFFIX, BOX_JSON, EXPORT, SNAPSHOT_JSON};
 use super::node::Node;
 use crate::archive::Export;
-use crate::store::{Arrival, Source};
+use crate::store::{Arrival, Contents, Source};
 use crate::{Error, Result};
 
 /// Bytes of a small text (snapshot.json) that are kept.
@@ -37,10 +37,13 @@ pub(super) enum Role {
 pub(super) fn role_of(parent: &Node, name: &str) -> Option<Role> {
     let temporary = temporary_for(name);
     match parent {
-        Node::Root if name.starts_with('.') => {
-            let archive = temporary.is_some_and(|inner| inner.ends_with(ARCHIVE_SUFFIX));
-            (archive || is_gio_temporary(name)).then_some(Role::TemporaryArchive)
+        Node::Root
+            if is_gio_temporary(name)
+                || temporary.is_some_and(|inner| inner.ends_with(ARCHIVE_SUFFIX)) =>
+        {
+            Some(Role::TemporaryArchive)
         }
+        Node::Root if name.starts_with('.') => None,
         Node::Root => name
             .strip_suffix(ARCHIVE_SUFFIX)
             .filter(|stem| !stem.is_empty())
@@ -57,11 +60,25 @@ pub(super) fn role_of(parent: &Node, name: &str) -> Option<Role> {
     }
 }
 
-/// The final name in rsync's temporary one: `.NAME.XXXXXX`, six letters or digits.
+/// The final name in a temporary one: rsync's `.NAME.XXXXXX`, rclone's `NAME.XXXXXXXX.partial`, the
+/// `NAME.part` of browsers and of KDE.
 fn temporary_for(name: &str) -> Option<&str> {
-    let (inner, random) = name.strip_prefix('.')?.rsplit_once('.')?;
-    let is_random = random.len() == 6 && random.bytes().all(|b| b.is_ascii_alphanumeric());
-    (is_random && !inner.is_empty()).then_some(inner)
+    let random = |text: &str, length: usize| {
+        text.len() == length && text.bytes().all(|b| b.is_ascii_alphanumeric())
+    };
+    let inner = if let Some(inner) = name.strip_suffix(".part") {
+        inner
+    } else if let Some(inner) = name.strip_suffix(".partial") {
+        let (inner, _) = inner.rsplit_once('.').filter(|(_, end)| random(end, 8))?;
+        inner
+    } else {
+        let (inner, _) = name
+            .strip_prefix('.')?
+            .rsplit_once('.')
+            .filter(|(_, end)| random(end, 6))?;
+        inner
+    };
+    (!inner.is_empty()).then_some(inner)
 }
 
 fn is_gio_temporary(name: &str) -> bool {
@@ -85,6 +102,8 @@ pub(super) enum Content {
     Shared {
         source: Source,
         export: Arc<Export>,
+        /// What the export's bytes are of.
+        contents: Contents,
         covered: u64,
     },
     /// box.json or snapshot.json of a box or snapshot, likewise.
@@ -96,8 +115,11 @@ pub(super) enum Content {
 /// A file being written.
 pub(super) struct StagedFile {
     pub node: Node,
-    /// The box it will be, or be part of: an id nobody has yet, or that of the box being made.
+    /// The box it will be, or be part of: an id nobody has yet, or that of the box being made; of the
+    /// box whose disk it will be, where it `restores` one.
     pub box_id: String,
+    /// Written over the export of a box that exists.
+    pub restores: bool,
     pub created: SystemTime,
     /// Bytes written so far, as stat shows them.
     pub size: AtomicU64,
@@ -117,9 +139,19 @@ pub(super) struct FileState {
 
 impl StagedFile {
     pub fn new(node: Node, box_id: String, place: Place) -> Arc<StagedFile> {
+        StagedFile::begin(node, box_id, false, place)
+    }
+
+    /// A file that is written over the export of a box that exists, or will be.
+    pub fn restoring(node: Node, box_id: String, place: Place) -> Arc<StagedFile> {
+        StagedFile::begin(node, box_id, true, place)
+    }
+
+    fn begin(node: Node, box_id: String, restores: bool, place: Place) -> Arc<StagedFile> {
         Arc::new(StagedFile {
             node,
             box_id,
+            restores,
             created: SystemTime::now(),
             size: AtomicU64::new(0),
             state: Mutex::new(FileState {
@@ -186,8 +218,7 @@ impl FileState {
 /// part of one and the same export.
 pub(super) fn share(
     state: &mut FileState,
-    source: &Source,
-    export: &Arc<Export>,
+    (source, export, contents): (&Source, &Arc<Export>, &Contents),
     offset: u64,
     length: u64,
 ) -> Option<u64> {
@@ -200,6 +231,7 @@ pub(super) fn share(
             state.content = Content::Shared {
                 source: source.clone(),
                 export: export.clone(),
+                contents: *contents,
                 covered: next,
             };
             Some(next)
@@ -210,6 +242,7 @@ pub(super) fn share(
                 source: known,
                 export: same,
                 covered,
+                ..
             },
         ) if known == source && Arc::ptr_eq(same, export) && *covered == offset => {
             *covered = next;
@@ -263,6 +296,17 @@ mod tests {
                 Some(Role::TemporaryArchive),
             ),
             (&Node::Root, ".web.txt.Ab12Cd", None),
+            (
+                &Node::Root,
+                "web.boxlite.0a1b2c3d.partial",
+                Some(Role::TemporaryArchive),
+            ),
+            (
+                &Node::Root,
+                "web.boxlite.part",
+                Some(Role::TemporaryArchive),
+            ),
+            (&Node::Root, "web.part", None),
             (&a_box, "export.boxlite", Some(Role::BoxDisk)),
             (
                 &a_box,

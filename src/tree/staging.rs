@@ -106,22 +106,32 @@ impl StagedBox {
     }
 }
 
-/// An archive dropped into the root, or a temporary file there.
-pub(super) struct RootFile {
+/// A file that is written where no box is being made: an archive dropped into the root, one that comes
+/// in place of a box's export, or a temporary file for either.
+pub(super) struct LooseFile {
+    /// The root or the directory of a box, and its name there.
+    pub dir: Node,
+    pub name: String,
     pub file: Arc<StagedFile>,
     pub makers: Makers,
     pub committed: bool,
     used: Instant,
 }
 
-impl RootFile {
-    pub fn new(file: Arc<StagedFile>, caller: Caller) -> RootFile {
-        RootFile {
+impl LooseFile {
+    pub fn new(dir: Node, name: &str, file: Arc<StagedFile>, caller: Caller) -> LooseFile {
+        LooseFile {
+            dir,
+            name: name.to_owned(),
             file,
             makers: Makers::begin(caller),
             committed: false,
             used: Instant::now(),
         }
+    }
+
+    fn is_at(&self, dir: &Node, name: &str) -> bool {
+        self.dir == *dir && self.name == name
     }
 
     /// Likewise; a temporary file whose writer was killed before it gave it a name goes too.
@@ -142,8 +152,8 @@ pub(super) struct Staging {
     /// Boxes being made, by the name they are shown by: name → id. A committed one is among the
     /// real boxes and not here.
     pub names: HashMap<String, String>,
-    /// Files in the root, by name.
-    pub files: BTreeMap<String, RootFile>,
+    /// Files written outside of those.
+    pub files: Vec<LooseFile>,
     /// The box each made node is in.
     pub made_in: HashMap<u64, String>,
 }
@@ -162,7 +172,7 @@ impl Staging {
             self.names.retain(|_, box_id| *box_id != id);
             self.made_in.retain(|_, box_id| *box_id != id);
         }
-        self.files.retain(|_, file| !file.is_over());
+        self.files.retain(|file| !file.is_over());
     }
 
     /// The box being made that a node is in.
@@ -189,32 +199,44 @@ impl Staging {
         if let Some(staged) = self.boxes.get_mut(&file.box_id) {
             staged.touch();
         }
-        for root_file in self.files.values_mut() {
-            if Arc::ptr_eq(&root_file.file, file) {
-                root_file.used = Instant::now();
+        for loose in &mut self.files {
+            if Arc::ptr_eq(&loose.file, file) {
+                loose.used = Instant::now();
             }
         }
     }
 
-    /// The file in the root that this caller sees by this name.
-    pub fn root_file(&mut self, caller: Caller, name: &str) -> Option<&mut RootFile> {
+    /// The loose file that this caller sees by this name. One that has become a box's disk is the box's
+    /// export, also for who wrote it.
+    pub fn loose_file(&mut self, caller: Caller, dir: &Node, name: &str) -> Option<&mut LooseFile> {
         self.sweep();
-        let file = self.files.get_mut(name)?;
-        if !file.makers.includes(caller) && file.committed {
+        let loose = self.files.iter_mut().find(|file| file.is_at(dir, name))?;
+        if loose.committed && (loose.file.restores || !loose.makers.includes(caller)) {
             return None;
         }
-        Some(file)
+        Some(loose)
     }
 
-    /// The root file that is this node, whoever asks.
-    fn root_file_at(&self, node: &Node) -> Option<&RootFile> {
-        self.files.values().find(|file| file.file.node == *node)
+    /// Whether there is a loose file of this name, whoever wrote it.
+    pub fn has_loose_file(&self, dir: &Node, name: &str) -> bool {
+        self.files.iter().any(|file| file.is_at(dir, name))
+    }
+
+    /// Takes a loose file out.
+    pub fn take_loose_file(&mut self, dir: &Node, name: &str) -> Option<LooseFile> {
+        let index = self.files.iter().position(|file| file.is_at(dir, name))?;
+        Some(self.files.swap_remove(index))
+    }
+
+    /// The loose file that is this node, whoever asks.
+    pub fn loose_file_at(&self, node: &Node) -> Option<&LooseFile> {
+        self.files.iter().find(|file| file.file.node == *node)
     }
 
     /// The file being written that is this node.
     pub fn file_at(&self, node: &Node) -> Option<Arc<StagedFile>> {
-        if let Some(file) = self.root_file_at(node) {
-            return Some(file.file.clone());
+        if let Some(loose) = self.loose_file_at(node) {
+            return Some(loose.file.clone());
         }
         let staged = self.boxes.get(&self.box_of(node)?)?;
         match &staged.find(node)?.1.what {
@@ -238,10 +260,10 @@ impl Tree {
     ) -> Option<Result<Node>> {
         let mut staging = self.staging.lock();
         staging.sweep();
+        if let Some(loose) = staging.loose_file(caller, parent, name) {
+            return Some(Ok(loose.file.node.clone()));
+        }
         if *parent == Node::Root {
-            if let Some(file) = staging.root_file(caller, name) {
-                return Some(Ok(file.file.node.clone()));
-            }
             let id = staging.names.get(name)?;
             return Some(Ok(Node::Box(id.clone())));
         }
@@ -257,8 +279,8 @@ impl Tree {
     /// Attributes as staging has them.
     pub(super) fn staged_attr(&self, caller: Caller, node: &Node) -> Option<Attr> {
         let mut staging = self.staging.lock();
-        if let Some(file) = staging.root_file_at(node) {
-            return Some(self.file(node, file.file.size(), file.file.created));
+        if let Some(loose) = staging.loose_file_at(node) {
+            return Some(self.file(node, loose.file.size(), loose.file.created));
         }
         let staged = staging.face(caller, node)?;
         if let Node::Box(_) = node {
@@ -318,19 +340,23 @@ impl Tree {
             kind: Kind::Directory,
             ino: Node::Box(id.clone()).ino(),
         });
-        let files = staging.files.iter().filter(|(_, file)| !file.committed);
-        let files = files.map(|(name, file)| DirEntry {
-            name: name.clone(),
+        let files = staging.files.iter();
+        let files = files.filter(|loose| loose.dir == Node::Root && !loose.committed);
+        let files = files.map(|loose| DirEntry {
+            name: loose.name.clone(),
             kind: Kind::File,
-            ino: file.file.node.ino(),
+            ino: loose.file.node.ino(),
         });
         directories.chain(files).collect()
     }
 
-    /// Whether the makers of a box see something else than everyone else does.
+    /// Whether the makers of a box, or those who are removing it, see something else than everyone else
+    /// does.
     pub(super) fn has_two_faces(&self, node: &Node) -> bool {
-        node.box_id()
-            .is_some_and(|id| self.staging.lock().boxes.contains_key(id))
+        node.box_id().is_some_and(|id| {
+            let is_made = self.staging.lock().boxes.contains_key(id);
+            is_made || self.dealings.lock().concern(id)
+        })
     }
 
     /// How many directories staging adds to the root.

@@ -43,6 +43,8 @@ impl Tree {
                 attr.size = contents.size;
             }
             attr.generation = self.generation(&node, contents);
+        } else {
+            attr.generation = self.raised.lock().get(&node.ino()).copied().unwrap_or(0);
         }
         self.tell(&node);
         Ok(attr)
@@ -52,6 +54,9 @@ impl Tree {
     pub(super) fn child(&self, caller: Caller, parent: &Node, name: &str) -> Result<Node> {
         if let Some(answer) = self.staged_child(caller, parent, name) {
             return answer;
+        }
+        if self.has_removed(caller, parent, name) {
+            return Err(not_there());
         }
         self.real_child(parent, name)
     }

@@ -12,7 +12,7 @@ const OUR_TYPE: &str = "fuse.boxlite";
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     /// Minor number of the mounted file system's device; for FUSE the number of its connection.
     pub minor: u32,
     /// Where it is mounted, an absolute path.
@@ -37,10 +37,30 @@ impl Entry {
 ///
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
-pub(super) fn at(path: &Path) -> Result<Option<Entry>> {
-    let table = fs::read("/proc/self/mountinfo")
-        .context(|| "cannot read the mount table /proc/self/mountinfo; is /proc mounted?")?;
-    Ok(topmost(&table, path))
+pub(crate) fn at(path: &Path) -> Result<Option<Entry>> {
+    Ok(topmost(&table()?, path))
+}
+
+/// A mountpoint in this directory (absolute, canonical), however deep; the directory itself does not
+/// count.
+///
+/// # Errors
+/// Those of reading /proc/self/mountinfo.
+pub(crate) fn below(dir: &Path) -> Result<Option<PathBuf>> {
+    Ok(entry_below(&table()?, dir))
+}
+
+fn table() -> Result<Vec<u8>> {
+    fs::read("/proc/self/mountinfo")
+        .context(|| "cannot read the mount table /proc/self/mountinfo; is /proc mounted?")
+}
+
+fn entry_below(table: &[u8], dir: &Path) -> Option<PathBuf> {
+    table
+        .split(|&byte| byte == b'\n')
+        .filter_map(entry)
+        .map(|entry| entry.mountpoint)
+        .find(|mountpoint| mountpoint.starts_with(dir) && mountpoint != dir)
 }
 
 /// The table lists a mount after the one it covers.
@@ -110,6 +130,14 @@ not a line of the table
         let entry = topmost(TABLE, Path::new("/mnt/a")).unwrap();
         assert_eq!(entry.fstype, "fuse.sshfs");
         assert!(entry.is_fuse() && !entry.is_ours());
+    }
+
+    #[test]
+    fn a_mount_in_a_directory_is_found_and_the_directory_itself_is_none() {
+        let below = |dir: &str| entry_below(TABLE, Path::new(dir));
+        assert_eq!(below("/mnt/my boxes\\x"), None);
+        assert_eq!(below("/mn"), None);
+        assert_eq!(below("/mnt"), Some(PathBuf::from("/mnt/a")));
     }
 
     #[test]

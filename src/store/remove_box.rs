@@ -1,0 +1,205 @@
+//! `rm -r web`: a box goes, and with it every snapshot of it. Layers that others read from stay.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::clone::UNRECORDED;
+use super::crash::crash_point;
+use super::layers::resolve;
+use super::prepare::Prepared;
+use super::{Store, called, durable};
+use crate::home::BaseRecord;
+use crate::mountinfo;
+use crate::{Context, Error, Result};
+
+impl Store {
+    /// Whether a change of the box would be refused as things are: before something is begun that ends
+    /// in one.
+    ///
+    /// # Errors
+    /// EROFS, EBUSY while the box runs or a runtime has the home, EPERM in a copied home, ENOENT.
+    pub fn refuse_unready(&self, box_id: &str) -> Result<()> {
+        self.refuse_read_only()?;
+        self.look_at_box(box_id).map(drop)
+    }
+
+    /// Removes a box with all its snapshots; `gone` has the ids of those that are known to go.
+    ///
+    /// # Errors
+    /// ENOTEMPTY when it has a snapshot beside `gone`, EBUSY, EPERM when another box reads from its
+    /// live disk, ENOENT.
+    pub fn remove_box(&self, box_id: &str, gone: &BTreeSet<String>) -> Result<()> {
+        let what = format!("removal of box {}", self.name_of(box_id));
+        let result = self.delete_box(box_id, gone);
+        self.noted(&what, result)
+    }
+
+    /// Order: adopt the layers that others read from, complete the references of all; a mark in the
+    /// directory; one transaction for all rows of the box; the directory; then bases that nothing reads
+    /// from any more. A crash before the transaction leaves the box as it was, with a mark that
+    /// recovery takes away; after it a marked directory without a row, which recovery removes, as
+    /// BoxLite's own start does.
+    fn delete_box(&self, box_id: &str, gone: &BTreeSet<String>) -> Result<()> {
+        let mut prepared = self.prepare(box_id)?;
+        prepared.refuse_other_snapshots(gone)?;
+        let dir = self.home.box_dir(box_id);
+        if let Some(mountpoint) = mountinfo::below(&dir)? {
+            return Err(Error::busy(format!(
+                "something is mounted on {}; unmount it first, or its contents would be deleted",
+                mountpoint.display()
+            )));
+        }
+        prepared.adopt_for_others()?;
+        prepared.complete_refs_of_others()?;
+        let bases = prepared.bases_of_box()?;
+        let lock = prepared.record.state().ok();
+        let lock = lock.and_then(|state| u32::try_from(state["lock_id"].as_u64()?).ok());
+        crash_point("remove-box.adopted");
+        let mark = dir.join(UNRECORDED);
+        File::create(&mark)
+            .and_then(|file| file.sync_all())
+            .context(|| format!("cannot make {}", mark.display()))?;
+        durable::sync_dir(&dir)?;
+        crash_point("remove-box.marked");
+        let unrecorded = prepared.change.transaction(|rows| rows.delete_box(box_id));
+        if let Err(error) = unrecorded {
+            // A commit that reports an error can be durable all the same: where the row is gone, or
+            // can't be looked for, the mark stays for recovery.
+            if prepared.change.box_by_id(box_id).is_ok() {
+                let _ = durable::unlink(&mark);
+            }
+            return Err(error);
+        }
+        crash_point("remove-box.unrecorded");
+        // The box is gone; what follows does not bring it back.
+        let tidied = self.put_aside(&dir).and_then(|aside| {
+            crash_point("remove-box.moved");
+            if let Some(lock) = lock {
+                durable::unlink(&self.home.box_lock(lock))?;
+            }
+            self.free_bases(&mut prepared.change, &|row| {
+                row.is_ours() || bases.contains(&row.id)
+            })?;
+            Ok(aside)
+        });
+        drop(prepared);
+        match tidied {
+            Ok(aside) => self.remove_aside(aside),
+            Err(error) => self.journal.note(&format!(
+                "{error}; what is left of the box goes when the home is mounted next"
+            )),
+        }
+        Ok(())
+    }
+
+    /// Moves a directory into the workspace, where a crash leaves it to be removed.
+    fn put_aside(&self, dir: &Path) -> Result<PathBuf> {
+        let aside = self.fresh_path("removed")?;
+        durable::rename(dir, &aside)?;
+        durable::sync_dir(&self.home.boxes_dir())?;
+        Ok(aside)
+    }
+
+    /// Removes what was put aside, in a thread of its own: large files take long to remove, and whoever
+    /// removed a name keeps all others out of its directory until he is answered.
+    fn remove_aside(&self, aside: PathBuf) {
+        let remove = {
+            let aside = aside.clone();
+            move || {
+                if let Err(error) = fs::remove_dir_all(&aside) {
+                    // It goes with the workspace.
+                    log::warn!("cannot remove {}: {error}", aside.display());
+                }
+            }
+        };
+        let started = std::thread::Builder::new().name("remove".into());
+        if started.spawn(remove).is_err() {
+            let _ = fs::remove_dir_all(&aside);
+        }
+    }
+}
+
+impl Prepared<'_> {
+    fn refuse_other_snapshots(&self, gone: &BTreeSet<String>) -> Result<()> {
+        let snapshots = self.snapshots()?;
+        match snapshots.iter().find(|row| !gone.contains(&row.id)) {
+            None => Ok(()),
+            Some(row) => Err(Error::new(
+                libc::ENOTEMPTY,
+                format!(
+                    "box {} has a snapshot {} that was not there when its removal began; remove it again",
+                    called(&self.record),
+                    row.name
+                ),
+            )),
+        }
+    }
+
+    /// Adopts every layer in the box's directory that something outside reads from.
+    fn adopt_for_others(&mut self) -> Result<()> {
+        loop {
+            let layers = self.layers()?;
+            let own = layers.files().iter();
+            let own = own.filter(|file| file.box_id() == Some(&self.record.id));
+            let read = own
+                .filter(|file| {
+                    layers
+                        .readers_of(&file.path)
+                        .any(|reader| reader.box_id() != Some(&self.record.id))
+                })
+                .map(|file| file.path.clone())
+                .next();
+            match read {
+                Some(path) => self.adopt(&path)?,
+                None => return Ok(()),
+            };
+        }
+    }
+
+    /// Makes every other box refer to the bases that it reads from, as far as they have rows: once this
+    /// box's references are gone, BoxLite goes by the others'.
+    fn complete_refs_of_others(&mut self) -> Result<()> {
+        let layers = self.layers()?;
+        let mut ids = Vec::new();
+        for row in self.change.bases()? {
+            if let Ok(path) = resolve(Path::new(&row.base_path)) {
+                ids.push((path, row.id));
+            }
+        }
+        let mut missing = BTreeSet::new();
+        for record in self.change.boxes()? {
+            if record.id == self.record.id {
+                continue;
+            }
+            let referred = self.change.refs_of(&record.id)?;
+            let files = layers.files().iter();
+            for file in files.filter(|file| file.box_id() == Some(&record.id)) {
+                for path in layers.chain(&file.path) {
+                    let base = ids.iter().filter(|(known, _)| known == path);
+                    for (_, id) in base.filter(|(_, id)| !referred.contains(id)) {
+                        missing.insert((id.clone(), record.id.clone()));
+                    }
+                }
+            }
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        self.change.transaction(|rows| {
+            missing
+                .iter()
+                .try_for_each(|(base, box_id)| rows.insert_ref(base, box_id))
+        })
+    }
+
+    /// The ids of the bases that the box refers to or that were made from it, images' caches aside.
+    fn bases_of_box(&self) -> Result<BTreeSet<String>> {
+        let referred = self.change.refs_of(&self.record.id)?;
+        let is_of_box =
+            |row: &BaseRecord| row.source_box_id == self.record.id || referred.contains(&row.id);
+        let rows = self.change.bases()?.into_iter();
+        let rows = rows.filter(|row| row.kind != "rootfs" && is_of_box(row));
+        Ok(rows.map(|row| row.id).collect())
+    }
+}

@@ -1,0 +1,175 @@
+//! `cp web/snapshots/NAME/export.boxlite web/export.boxlite`: the live disk becomes another state, one
+//! that is kept in the home or one that arrived as an archive.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use super::crash::crash_point;
+use super::layers::resolve;
+use super::prepare::Prepared;
+use super::{Arrival, Contents, Source, Store, called, durable};
+use crate::{Error, Result};
+
+impl Store {
+    /// Makes the live disk of a box a copy-on-write copy of `source`: no data moves, whatever its size,
+    /// and snapshots stay, also later ones. `read` is what was read of the source.
+    ///
+    /// # Errors
+    /// EBUSY, ENODATA for a box that has no disk, EIO when the source is not as it was read.
+    pub fn restore(&self, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
+        let what = format!(
+            "restore of box {} from {}",
+            self.name_of(box_id),
+            self.describe(source)
+        );
+        let result = self.restore_state(box_id, source, read);
+        self.noted(&what, result)
+    }
+
+    /// Order: freeze the source (or adopt the snapshot's layer), an overlay on it in the workspace, the
+    /// references, the overlay over the live name. A crash before the last step leaves surplus
+    /// references, which recovery drops.
+    fn restore_state(&self, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
+        let is_itself = matches!(source, Source::Live { box_id: other } if other == box_id);
+        if is_itself {
+            return self.refuse_changed(source, read);
+        }
+        let draft = self.draft_clone(source)?;
+        let mut prepared = self.prepare(box_id)?;
+        let live = prepared.replaceable()?;
+        let target = prepared.record.clone();
+        if source.box_id() != box_id {
+            prepared.turn_to(source.box_id())?;
+        }
+        self.refuse_changed(source, read)?;
+        let frozen = prepared.frozen(source, &draft)?;
+        crash_point("restore.frozen");
+        prepared.record = target;
+        let overlay = self.fresh_path("overlay")?;
+        prepared.make_overlay(&frozen, &overlay)?;
+        let bases = prepared.bases_reached(&overlay)?;
+        prepared.change.transaction(|rows| {
+            bases
+                .iter()
+                .try_for_each(|base| rows.insert_ref(base, box_id))
+        })?;
+        crash_point("restore.referred");
+        durable::rename(&overlay, &live)?;
+        crash_point("restore.replaced");
+        prepared.live_was_replaced();
+        Ok(())
+    }
+
+    /// Makes the disk of a complete archive the live disk of a box; the box's identity, name and
+    /// configuration stay.
+    ///
+    /// # Errors
+    /// EBADMSG when it is not complete, EBUSY, ENODATA for a box that has no disk.
+    pub fn restore_archive(&self, box_id: &str, arrival: &Arrival) -> Result<()> {
+        let result = self.restore_arrived(box_id, arrival);
+        self.noted(
+            &format!("restore of box {} from an archive", self.name_of(box_id)),
+            result,
+        )
+    }
+
+    /// Order: the disk was unpacked and checked in the workspace; it is moved over the live name. A
+    /// crash leaves the one or the other, and surplus references, which recovery drops.
+    fn restore_arrived(&self, box_id: &str, arrival: &Arrival) -> Result<()> {
+        if !arrival.is_complete() {
+            return Err(Error::bad_archive("the archive is incomplete"));
+        }
+        self.home.give_to_owner(arrival.disk())?;
+        durable::sync_file(arrival.disk())?;
+        let mut prepared = self.prepare(box_id)?;
+        let live = prepared.replaceable()?;
+        crash_point("restore.arrived");
+        durable::rename(arrival.disk(), &live)?;
+        crash_point("restore.replaced");
+        prepared.live_was_replaced();
+        Ok(())
+    }
+
+    /// EIO when a disk state is not what was read of it: what was copied would not be what is made.
+    pub(super) fn refuse_changed(&self, source: &Source, read: &Contents) -> Result<()> {
+        if self.export_contents(source)? == Some(*read) {
+            return Ok(());
+        }
+        Err(Error::new(
+            libc::EIO,
+            format!(
+                "{} changed while it was copied; copy it again",
+                self.describe(source)
+            ),
+        ))
+    }
+}
+
+impl Prepared<'_> {
+    /// The live disk that another is to take the place of.
+    fn replaceable(&self) -> Result<PathBuf> {
+        self.live().ok_or_else(|| {
+            Error::new(
+                libc::ENODATA,
+                format!(
+                    "box {} has no disk yet; start it once with BoxLite, or import under a new name",
+                    called(&self.record)
+                ),
+            )
+        })
+    }
+
+    /// What is to be tidied up after the live disk became another; none of it takes that back.
+    fn live_was_replaced(&mut self) {
+        let rootfs = self.store.home.guest_rootfs(&self.record.id);
+        let tidied = durable::unlink(&rootfs)
+            .and_then(|()| self.drop_surplus_refs())
+            .and_then(|()| self.store.free_unreached(&mut self.change));
+        if let Err(error) = tidied {
+            let name = called(&self.record);
+            let sentence = format!("box {name} was restored, but {error}");
+            self.store.journal.note(&sentence);
+        }
+    }
+
+    /// Drops references of the box to bases that none of its files reads from any more: they would keep
+    /// BoxLite from removing the box those were made from. All stay while what the box reads from
+    /// can't be told for certain.
+    pub(super) fn drop_surplus_refs(&mut self) -> Result<()> {
+        let referred = self.change.refs_of(&self.record.id)?;
+        if referred.is_empty() || self.live().is_none() {
+            return Ok(());
+        }
+        let layers = self.layers()?;
+        let mut tops: Vec<PathBuf> = Vec::new();
+        for snapshot in self.snapshots()? {
+            tops.push(self.store.snapshot_layer(&snapshot));
+        }
+        if layers.damaged().is_some() || tops.iter().any(|top| layers.at(top).is_none()) {
+            return Ok(());
+        }
+        let own = layers.files().iter();
+        let own = own.filter(|file| file.box_id() == Some(&self.record.id));
+        tops.extend(own.map(|file| file.path.clone()));
+        let reached: BTreeSet<&Path> = tops.iter().flat_map(|top| layers.chain(top)).collect();
+        let surplus: Vec<String> = self
+            .change
+            .bases()?
+            .into_iter()
+            .filter(|row| referred.contains(&row.id))
+            .filter(|row| {
+                resolve(Path::new(&row.base_path)).is_ok_and(|path| !reached.contains(&*path))
+            })
+            .map(|row| row.id)
+            .collect();
+        if surplus.is_empty() {
+            return Ok(());
+        }
+        let box_id = self.record.id.clone();
+        self.change.transaction(|rows| {
+            surplus
+                .iter()
+                .try_for_each(|base| rows.delete_ref(base, &box_id))
+        })
+    }
+}

@@ -1,0 +1,152 @@
+//! What processes did to boxes that exist, name by name: a box is removed file by file, and only the
+//! last step shows that all of it is meant.
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use super::caller::{Caller, Makers};
+use super::node::Node;
+
+/// How long a process that does nothing more to a box is remembered. Whoever asks before each file
+/// (`rm -i`) may take his time; a file manager, which lives on, sees the box whole again after it.
+const REMEMBERED: Duration = Duration::from_secs(60);
+
+/// How long after a refusal the same process is taken to be going on with what was refused.
+const GOING_ON: Duration = Duration::from_secs(10);
+
+/// What one process and its descendants did to one box.
+pub(super) struct Dealing {
+    makers: Makers,
+    last: Instant,
+    /// Names it removed, by the inode of their directory: gone for it alone.
+    removed: HashMap<u64, BTreeSet<String>>,
+    /// Ids of the snapshots it removed after box.json: they go with the box or not at all.
+    pub deferred: BTreeSet<String>,
+    refused_removal: Option<Instant>,
+    refused_box_json: Option<Instant>,
+}
+
+impl Dealing {
+    fn begin(caller: Caller) -> Dealing {
+        Dealing {
+            makers: Makers::begin(caller),
+            last: Instant::now(),
+            removed: HashMap::new(),
+            deferred: BTreeSet::new(),
+            refused_removal: None,
+            refused_box_json: None,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.last.elapsed() > REMEMBERED || !self.makers.any_alive()
+    }
+
+    /// It removed a name.
+    pub fn remove(&mut self, dir: &Node, name: &str) {
+        self.last = Instant::now();
+        self.removed
+            .entry(dir.ino())
+            .or_default()
+            .insert(name.to_owned());
+    }
+
+    /// Whether it removed a name.
+    pub fn has_removed(&self, dir: &Node, name: &str) -> bool {
+        let names = self.removed.get(&dir.ino());
+        names.is_some_and(|names| names.contains(name))
+    }
+
+    /// Whether it removed anything.
+    pub fn is_removing(&self) -> bool {
+        self.removed.values().any(|names| !names.is_empty())
+    }
+
+    /// It was not allowed to remove a file: it is not to get on to the snapshots.
+    pub fn removal_was_refused(&mut self) {
+        self.last = Instant::now();
+        self.refused_removal = Some(self.last);
+    }
+
+    /// Whether that was a moment ago.
+    pub fn goes_on_removing(&self) -> bool {
+        self.refused_removal
+            .is_some_and(|at| at.elapsed() < GOING_ON)
+    }
+
+    /// It tried to write box.json: it is copying a whole box over this one.
+    pub fn box_json_was_refused(&mut self) {
+        self.last = Instant::now();
+        self.refused_box_json = Some(self.last);
+    }
+
+    /// Whether that was a moment ago.
+    pub fn goes_on_copying(&self) -> bool {
+        self.refused_box_json
+            .is_some_and(|at| at.elapsed() < GOING_ON)
+    }
+}
+
+/// What all processes did to all boxes.
+#[derive(Default)]
+pub(super) struct Dealings {
+    of_box: HashMap<String, Vec<Dealing>>,
+}
+
+impl Dealings {
+    fn sweep(&mut self) {
+        self.of_box.retain(|_, dealings| {
+            dealings.retain(|dealing| !dealing.is_over());
+            !dealings.is_empty()
+        });
+    }
+
+    /// Whether anybody did anything to a box.
+    pub fn concern(&mut self, box_id: &str) -> bool {
+        if self.of_box.is_empty() {
+            return false;
+        }
+        self.sweep();
+        self.of_box.contains_key(box_id)
+    }
+
+    /// What the caller did to a box, if he did anything.
+    pub fn of(&mut self, caller: Caller, box_id: &str) -> Option<&mut Dealing> {
+        if self.of_box.is_empty() {
+            return None;
+        }
+        self.sweep();
+        let dealings = self.of_box.get_mut(box_id)?;
+        dealings
+            .iter_mut()
+            .find_map(|dealing| dealing.makers.includes(caller).then_some(dealing))
+    }
+
+    /// Likewise; from now on he did something.
+    pub fn begin(&mut self, caller: Caller, box_id: &str) -> &mut Dealing {
+        self.sweep();
+        let dealings = self.of_box.entry(box_id.to_owned()).or_default();
+        let index = dealings
+            .iter_mut()
+            .position(|dealing| dealing.makers.includes(caller));
+        let index = index.unwrap_or_else(|| {
+            dealings.push(Dealing::begin(caller));
+            dealings.len() - 1
+        });
+        &mut dealings[index]
+    }
+
+    /// A name is there again, for all.
+    pub fn bring_back(&mut self, box_id: &str, dir: &Node, name: &str) {
+        for dealing in self.of_box.get_mut(box_id).into_iter().flatten() {
+            if let Some(names) = dealing.removed.get_mut(&dir.ino()) {
+                names.remove(name);
+            }
+        }
+    }
+
+    /// The box is gone.
+    pub fn forget(&mut self, box_id: &str) {
+        self.of_box.remove(box_id);
+    }
+}

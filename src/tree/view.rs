@@ -407,6 +407,7 @@ impl Tree {
         };
         let mut entries: Vec<DirEntry> = children
             .into_iter()
+            .filter(|(name, ..)| !self.has_removed(caller, node, name))
             .map(|(name, node, kind)| DirEntry {
                 name,
                 kind,

@@ -603,14 +603,11 @@ fn what_means_nothing_is_refused_and_changes_nothing() {
         ("mkdir $MNT/.Trash-0", "Operation not permitted"),
         ("mkdir $MNT/web/other", "Operation not permitted"),
         ("touch $MNT/web/file", "Operation not permitted"),
-        ("cp $B $MNT/web/export.boxlite", "Operation not permitted"),
         (
             "echo x >> $MNT/web/export.boxlite",
             "Operation not permitted",
         ),
         ("echo x > $MNT/web/box.json", "Operation not permitted"),
-        ("rm $MNT/web/box.json", "Operation not permitted"),
-        ("rm -r $MNT/web", "Operation not permitted"),
         ("rmdir $MNT/web", "Directory not empty"),
         ("chmod 600 $MNT/web/box.json", "Operation not permitted"),
         (
@@ -619,10 +616,6 @@ fn what_means_nothing_is_refused_and_changes_nothing() {
         ),
         ("ln -s x $MNT/web/link", "Operation not permitted"),
         ("mkdir $MNT/50%", "Invalid argument"),
-        (
-            "truncate -s 0 $MNT/web/export.boxlite",
-            "Operation not permitted",
-        ),
     ] {
         let archive = archive();
         let output = shell(&mount, &home, &archive, script);

@@ -145,6 +145,29 @@ mod with_crash_points {
         home
     }
 
+    /// Beside the box, a backup of the state that its snapshot `kept` has, too.
+    fn with_an_older_backup() -> TestHome {
+        let home = with_a_backup();
+        home.mount().snapshot("web", "kept").unwrap();
+        home.guest_write("web", FREE_AREA + 512, b"since the backup");
+        home
+    }
+
+    /// A box `other` that BoxLite cloned from `web`: it reads a layer in the directory of that, which
+    /// has a layer of its own besides.
+    fn with_another_box() -> TestHome {
+        let home = TestHome::in_memory();
+        home.wheel_batch(&[
+            &["snapshot-create", "web", "old"],
+            &["clone", "web", "other"],
+        ]);
+        home.guest_write("other", FREE_AREA, b"the other's own");
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        home.mount().snapshot("web", "mine").unwrap();
+        home.guest_write("web", FREE_AREA + 512, b"the box's own, later");
+        home
+    }
+
     /// `cp` that the crash cuts off: how it fails is not the point.
     fn copy(from: &Path, to: &Path) {
         run(&["cp", "-r", text(from), text(to)]);
@@ -315,7 +338,96 @@ mod with_crash_points {
         whole: box_cloned,
     };
 
-    const CHANGES: [&Change; 10] = [
+    const RESTORE: Change = Change {
+        name: "restore",
+        prepare: with_boxlites_snapshot,
+        act: |mount| {
+            let snapshot = mount.at("web/snapshots/old/export.boxlite");
+            copy(&snapshot, &mount.at("web/export.boxlite"));
+        },
+        points: &[
+            "adopt.linked",
+            "adopt.rebased",
+            "restore.frozen",
+            "restore.referred",
+            "restore.replaced",
+        ],
+        whole: |boxes| {
+            let web = boxes.get_mut("web").unwrap();
+            web.live = web.snapshots["old"].clone();
+        },
+    };
+
+    const RESTORE_FROM_ANOTHER: Change = Change {
+        name: "restore from another box",
+        prepare: with_another_box,
+        act: |mount| {
+            let other = mount.at("other/export.boxlite");
+            copy(&other, &mount.at("web/export.boxlite"));
+        },
+        points: &[
+            "freeze.linked",
+            "freeze.replaced",
+            "restore.frozen",
+            "restore.referred",
+            "restore.replaced",
+        ],
+        whole: |boxes| boxes.get_mut("web").unwrap().live = boxes["other"].live.clone(),
+    };
+
+    const RESTORE_BACKUP: Change = Change {
+        name: "restore of a backup",
+        prepare: with_an_older_backup,
+        act: |mount| {
+            let backup = mount.root().with_file_name("backup");
+            let export = mount.at("web/export.boxlite");
+            copy(&backup.join("export.boxlite"), &export);
+        },
+        points: &["restore.arrived", "restore.replaced"],
+        whole: |boxes| {
+            let web = boxes.get_mut("web").unwrap();
+            web.live = web.snapshots["kept"].clone();
+        },
+    };
+
+    const RENAME: Change = Change {
+        name: "rename of a snapshot",
+        prepare: with_boxlites_snapshot,
+        act: |mount| {
+            let snapshots = mount.at("web/snapshots");
+            drop(fs::rename(snapshots.join("old"), snapshots.join("new")));
+        },
+        points: &[
+            "adopt.linked",
+            "rename.adopted",
+            "rename.linked",
+            "rename.recorded",
+            "rename.unlinked",
+        ],
+        whole: |boxes| {
+            let snapshots = &mut boxes.get_mut("web").unwrap().snapshots;
+            let renamed = snapshots.remove("old").unwrap();
+            snapshots.insert("new".to_owned(), renamed);
+        },
+    };
+
+    const REMOVE_BOX: Change = Change {
+        name: "rm -r",
+        prepare: with_another_box,
+        act: |mount| drop(run(&["rm", "-r", text(&mount.at("web"))])),
+        points: &[
+            "adopt.linked",
+            "adopt.rebased",
+            "remove-box.adopted",
+            "remove-box.marked",
+            "remove-box.unrecorded",
+            "remove-box.moved",
+            "free.unlinked",
+        ],
+        whole: |boxes| drop(boxes.remove("web")),
+    };
+
+    const CHANGES: [&Change; 15] = [
         &SNAPSHOT,
         &ADOPT,
         &LONG,
@@ -326,6 +438,11 @@ mod with_crash_points {
         &CLONE_OF_SNAPSHOT,
         &CLONE_OF_LONG,
         &IMPORT,
+        &RESTORE,
+        &RESTORE_FROM_ANOTHER,
+        &RESTORE_BACKUP,
+        &RENAME,
+        &REMOVE_BOX,
     ];
 
     // ---- what happens next ------------------------------------------------------------------------
@@ -516,16 +633,20 @@ mod with_crash_points {
         }
     }
 
-    /// Everything from before that the change does not take away, nothing but what it adds.
+    /// Everything from before that the change does not take away, nothing but what it adds; what it
+    /// takes away is there or, where all it adds is there, gone.
     fn assert_between(boxes: &Boxes, before: &Boxes, whole: &Boxes) {
-        for (name, contents) in before {
-            assert_eq!(boxes[name].live, contents.live, "the disk of {name}");
+        for name in before.keys() {
+            let stays = boxes.contains_key(name);
+            let is_done = !whole.contains_key(name) && whole.keys().all(|n| boxes.contains_key(n));
+            assert!(stays || is_done, "box {name} is gone");
         }
         for (name, contents) in boxes {
             let possible = [before.get(name), whole.get(name)];
             let possible: Vec<&Contents> = possible.into_iter().flatten().collect();
             assert!(!possible.is_empty(), "box {name} is from nowhere");
-            assert_eq!(contents.live, possible[0].live, "the disk of {name}");
+            let live = possible.iter().any(|known| known.live == contents.live);
+            assert!(live, "the disk of {name}");
             for (snapshot, digest) in &contents.snapshots {
                 let right = possible
                     .iter()
@@ -534,11 +655,17 @@ mod with_crash_points {
             }
         }
         for (name, contents) in before {
-            let stays = whole.get(name).map(|whole| &whole.snapshots);
+            let (Some(now), Some(whole)) = (boxes.get(name), whole.get(name)) else {
+                continue;
+            };
             for snapshot in contents.snapshots.keys() {
-                if stays.is_some_and(|stays| stays.contains_key(snapshot)) {
-                    assert!(boxes[name].snapshots.contains_key(snapshot), "{snapshot}");
-                }
+                let stays = now.snapshots.contains_key(snapshot);
+                let is_done = !whole.snapshots.contains_key(snapshot)
+                    && whole
+                        .snapshots
+                        .keys()
+                        .all(|n| now.snapshots.contains_key(n));
+                assert!(stays || is_done, "snapshot {snapshot} of {name} is gone");
             }
         }
     }
@@ -591,6 +718,31 @@ mod with_crash_points {
     #[test]
     fn an_import_that_is_cut_off_is_whole_or_gone() {
         survives(&IMPORT);
+    }
+
+    #[test]
+    fn a_restore_that_is_cut_off_leaves_the_old_disk_or_the_new() {
+        survives(&RESTORE);
+    }
+
+    #[test]
+    fn a_restore_from_another_box_that_is_cut_off_leaves_the_old_disk_or_the_new() {
+        survives(&RESTORE_FROM_ANOTHER);
+    }
+
+    #[test]
+    fn a_restore_of_a_backup_that_is_cut_off_leaves_the_old_disk_or_the_new() {
+        survives(&RESTORE_BACKUP);
+    }
+
+    #[test]
+    fn a_snapshots_rename_that_is_cut_off_leaves_one_of_its_names() {
+        survives(&RENAME);
+    }
+
+    #[test]
+    fn a_boxs_removal_that_is_cut_off_is_whole_or_undone() {
+        survives(&REMOVE_BOX);
     }
 
     #[test]

@@ -109,6 +109,15 @@ run cp out/web.boxlite mnt/restored.boxlite
 run ls -l mnt
 run ls -d mnt/web mnt/web/snapshots/before-upgrade mnt/web2/snapshots/before-upgrade mnt/restored
 
+say 'Go back to the snapshot; no data is copied either.'
+run cp mnt/web/snapshots/before-upgrade/export.boxlite mnt/web/export.boxlite
+run cmp mnt/web/snapshots/before-upgrade/export.boxlite mnt/web/export.boxlite
+
+say 'Give the clone another name, and delete what was restored.'
+run mv mnt/web2 mnt/try
+run rm -r mnt/restored
+run ls mnt
+
 say 'Delete the snapshot; the data that the clone needs stays.'
 run rmdir mnt/web/snapshots/before-upgrade
 run ls -l mnt/web/snapshots
@@ -121,7 +130,7 @@ if have_boxlite; then
     step='listing the boxes with BoxLite'
     listed=$(boxlite_list)
     echo "$listed"
-    [ "$(sort <<<"$listed" | tr '\n' ' ')" = 'restored web web2 ' ]
+    [ "$(sort <<<"$listed" | tr '\n' ' ')" = 'try web ' ]
 fi
 
 say 'What was done.'

@@ -40,8 +40,8 @@ demo:
 bench: export BENCH_SIZE := $(BENCH_SIZE)
 bench: export BENCH_ROUNDS := $(BENCH_ROUNDS)
 bench: setup build
-	cargo bench --no-run --bench floor
-	$(VENV)/bin/python tests/bench/bench.py --boxlitefs $(TARGET)/release/boxlitefs \
+	floor=$$(cargo bench --no-run --bench floor --message-format json | sed -n 's/.*"name":"floor".*"executable":"\([^"]*\)".*/\1/p') && \
+	$(VENV)/bin/python tests/bench/bench.py --boxlitefs $(TARGET)/release/boxlitefs --floor "$$floor" \
 		--out $(TARGET)/bench $(if $(UPDATE_DOCS),--update-docs)
 
 # Does not build, so that `sudo make install` runs no compiler as root.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures boxlitefs beside BoxLite, qemu-img and cp, and prints a table.
 
-    bench.py --boxlitefs PROGRAM --out DIRECTORY [--update-docs]
+    bench.py --boxlitefs PROGRAM --floor PROGRAM --out DIRECTORY [--update-docs]
 
 In the environment: BENCH_SIZE, the MiB of real files in the large box (2150); BENCH_ROUNDS, the
 rounds that count (3), after one that does not; BENCH_WORK, an existing directory to work in.
@@ -50,10 +50,13 @@ class Bench:
         self.out, self.kept = work / "out", work / "kept"
         self.out.mkdir(), self.kept.mkdir()
         self.copy = self.out / "copy"
+        # Copies: a build meanwhile must not change what is measured.
+        self.floor_program = shutil.copy(options.floor, work / "floor")
+        self.program = shutil.copy(options.boxlitefs, work / "boxlitefs")
         self.home = Home(work / "home", work / "pristine")
         self.crowd = Home(work / "crowd", work / "crowd-pristine")
-        self.mount = Mount(options.boxlitefs, self.home, work / "mnt")
-        self.crowd_mount = Mount(options.boxlitefs, self.crowd, work / "crowd-mnt")
+        self.mount = Mount(self.program, self.home, work / "mnt")
+        self.crowd_mount = Mount(self.program, self.crowd, work / "crowd-mnt")
         self.web = self.mount.point / "web"
         self.plain, self.zst = self.web / "export.boxlite", self.web / "export.boxlite.zst"
 
@@ -268,14 +271,17 @@ class Bench:
         return ["qemu-io", "-f", "qcow2", "-c", "write -q -P 7 5M 64k", self.home.disk(box)]
 
     def floor(self):
-        """What the processor needs at least, with the same crates on the same bytes."""
+        """What the processor needs at least, with the same crates on the same bytes: one core alone, and
+        all at once, each with all the bytes, for cores that share a cache slow each other."""
         settle()
-        said = run(["cargo", "bench", "-q", "--bench", "floor", "--", self.kept / "disk.qcow2"], cwd=ROOT)
-        found = json.loads(said.strip().splitlines()[-1])
-        bound = max(found["sha_user"], (found["zstd_user"] + found["sha_user"]) / CORES)
-        self.costs["floor"].append(Cost(bound))
-        self.costs["sha"].append(Cost(found["sha_user"]))
-        self.costs["zstd"].append(Cost(found["zstd_user"]))
+        argv = [self.floor_program, self.kept / "disk.qcow2"]
+        for key, number in (("", 1), (" busy", CORES)):
+            started = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(number)]
+            found = [json.loads(process.communicate()[0]) for process in started]
+            sha, zstd = (sum(each[name] for each in found) / number for name in ("sha_user", "zstd_user"))
+            self.costs[f"floor{key}"].append(Cost(max(sha, (zstd + sha) / CORES)))
+            self.costs[f"sha{key}"].append(Cost(sha))
+            self.costs[f"zstd{key}"].append(Cost(zstd))
 
     # The run.
 
@@ -352,6 +358,7 @@ def say(sentence):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--boxlitefs", required=True, type=Path, help="the program to measure")
+    parser.add_argument("--floor", required=True, help="the program of tests/bench/floor.rs")
     parser.add_argument("--out", required=True, type=Path, help="directory for table.md")
     parser.add_argument("--update-docs", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args()

@@ -24,6 +24,7 @@ class Rows:
         """What the figures were taken from."""
         bench = self.bench
         zstd, sha, floor = (seconds_text(self.seconds(key)) for key in ("zstd", "sha", "floor"))
+        busy = tuple(seconds_text(self.seconds(f"{key} busy")) for key in ("zstd", "sha", "floor"))
         disk, zst, theirs = (bytes_text(bench.size_of_kept(name)) for name in ("disk.qcow2", "zst", "theirs"))
         yield f"Worked on {place_of(bench.work)}; load before: {self.load:.1f}"
         yield f"Box: {bench.size} MiB of files, {disk} flattened; rounds: {bench.rounds} and one discarded"
@@ -31,6 +32,7 @@ class Rows:
         yield (
             f"User time on one core: zstd level 3 {zstd}, sha256 {sha}; floor on {os.cpu_count()} cores {floor}"
         )
+        yield "The same while all cores do so: zstd level 3 {}, sha256 {}; floor {}".format(*busy)
 
     def seconds(self, key):
         return median(self.costs[key])
@@ -53,10 +55,15 @@ class Rows:
         label, key = f".zst, first contact, {state}", f"zst first {state}"
         # The floor is the processor's: cold, the disk may be slower, so no goal.
         bound = ("floor + `cp` of such a file", plus(self.seconds("floor"), self.seconds(f"cp zst {state}")))
+        busy = plus(self.seconds("floor busy"), self.seconds(f"cp zst {state}"))
+        busy = ("the same, all cores busy", busy)
         yield self.times(label, key, *bound, 1.25 if warm else None)
+        yield self.times(label, key, *busy)
         yield self.times(label, key, *boxlite, 1 / 2.5 if warm else 1 / 3)
         yield self.times(label, key, "qemu-img, tar, zstd", f"qemu {state}")
-        yield self.times(f".zst, size known, {state}", f"zst known {state}", *bound, 1.1 if warm else None)
+        label, key = f".zst, size known, {state}", f"zst known {state}"
+        yield self.times(label, key, *bound, 1.1 if warm else None)
+        yield self.times(label, key, *busy)
         label = f".zst, again unchanged, {state}"
         yield self.times(label, f"zst again {state}", "`cp` of such a file", f"cp zst {state}", 1.3)
         label, key = f"plain, first contact, {state}", f"plain first {state}"

@@ -153,9 +153,8 @@ mod with_crash_points {
         home
     }
 
-    /// A box `other` that BoxLite cloned from `web`: it reads a layer in the directory of that, which
-    /// has a layer of its own besides.
-    fn with_another_box() -> TestHome {
+    /// A box `other` that BoxLite cloned from `web`: it reads a layer in the directory of that.
+    fn with_boxlites_clone() -> TestHome {
         let home = TestHome::in_memory();
         home.wheel_batch(&[
             &["snapshot-create", "web", "old"],
@@ -163,6 +162,12 @@ mod with_crash_points {
         ]);
         home.guest_write("other", FREE_AREA, b"the other's own");
         home.guest_write("web", FREE_AREA, b"the box's own");
+        home
+    }
+
+    /// The same with a layer that only `web` reads.
+    fn with_another_box() -> TestHome {
+        let home = with_boxlites_clone();
         home.mount().snapshot("web", "mine").unwrap();
         home.guest_write("web", FREE_AREA + 512, b"the box's own, later");
         home
@@ -416,8 +421,6 @@ mod with_crash_points {
         prepare: with_another_box,
         act: |mount| drop(run(&["rm", "-r", text(&mount.at("web"))])),
         points: &[
-            "adopt.linked",
-            "adopt.rebased",
             "remove-box.adopted",
             "remove-box.marked",
             "remove-box.unrecorded",
@@ -427,7 +430,20 @@ mod with_crash_points {
         whole: |boxes| drop(boxes.remove("web")),
     };
 
-    const CHANGES: [&Change; 15] = [
+    const REMOVE_BOX_ADOPTING: Change = Change {
+        name: "rm -r that adopts",
+        prepare: with_boxlites_clone,
+        act: |mount| drop(run(&["rm", "-r", text(&mount.at("web"))])),
+        points: &[
+            "adopt.linked",
+            "adopt.rebased",
+            "remove-box.adopted",
+            "remove-box.unrecorded",
+        ],
+        whole: |boxes| drop(boxes.remove("web")),
+    };
+
+    const CHANGES: [&Change; 16] = [
         &SNAPSHOT,
         &ADOPT,
         &LONG,
@@ -443,6 +459,7 @@ mod with_crash_points {
         &RESTORE_BACKUP,
         &RENAME,
         &REMOVE_BOX,
+        &REMOVE_BOX_ADOPTING,
     ];
 
     // ---- what happens next ------------------------------------------------------------------------
@@ -743,6 +760,11 @@ mod with_crash_points {
     #[test]
     fn a_boxs_removal_that_is_cut_off_is_whole_or_undone() {
         survives(&REMOVE_BOX);
+    }
+
+    #[test]
+    fn a_boxs_removal_that_adopts_and_is_cut_off_is_whole_or_undone() {
+        survives(&REMOVE_BOX_ADOPTING);
     }
 
     #[test]

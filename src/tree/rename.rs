@@ -10,6 +10,7 @@ use super::node::Node;
 use super::staged_file::{Place, Role, StagedFile, role_of};
 use super::staging::What;
 use super::{Tree, text};
+use crate::home::is_snapshot_name;
 use crate::store::Source;
 use crate::{Error, Result};
 
@@ -198,12 +199,16 @@ impl Tree {
             (Node::Box(id), Node::Root) => {
                 self.refuse_taken(caller, to_parent, to, mode)?;
                 self.refuse_dotted(to)?;
-                let name = decode(to)
-                    .map_err(|error| self.refuse(error.errno(), error.to_string()))?;
+                // Not EINVAL: that is a directory moved into itself, and mv says so.
+                let name = decode(to).map_err(|error| self.refuse(libc::EPERM, error.to_string()))?;
                 self.store.rename_box(id, &name)
             }
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken(caller, to_parent, to, mode)?;
+                if !is_snapshot_name(to) {
+                    let sentence = format!("{to:?} can't be a snapshot's name");
+                    return Err(self.refuse(libc::EPERM, sentence));
+                }
                 self.store.rename_snapshot(id, snapshot, to)
             }
             (Node::Snapshot(..), Node::Root) => copied(),

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::clone::UNRECORDED;
 use super::crash::crash_point;
-use super::layers::resolve;
+use super::layers::{names_in, resolve};
 use super::prepare::Prepared;
 use super::{Store, called, durable};
 use crate::home::BaseRecord;
@@ -93,11 +94,19 @@ impl Store {
         Ok(())
     }
 
-    /// Moves a directory into the workspace, where a crash leaves it to be removed.
+    /// Moves a box's directory into the workspace, where a crash leaves it to be removed. Further names
+    /// of bases go at once: whether a base may be freed is told by its having no other.
     fn put_aside(&self, dir: &Path) -> Result<PathBuf> {
         let aside = self.fresh_path("removed")?;
         durable::rename(dir, &aside)?;
         durable::sync_dir(&self.home.boxes_dir())?;
+        let snapshots = aside.join("snapshots");
+        for name in names_in(&snapshots)? {
+            let layer = snapshots.join(name).join("disk.qcow2");
+            if fs::symlink_metadata(&layer).is_ok_and(|meta| meta.nlink() > 1) {
+                fs::remove_file(&layer).context(|| format!("cannot remove {}", layer.display()))?;
+            }
+        }
         Ok(aside)
     }
 

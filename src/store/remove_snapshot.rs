@@ -9,7 +9,7 @@ use super::durable;
 use super::layers::{Layers, Role, resolve};
 use super::prepare::Prepared;
 use crate::Result;
-use crate::home::{BaseRecord, Change, SnapshotRecord};
+use crate::home::{BaseRecord, Change, Home, SnapshotRecord};
 
 impl Store {
     /// Deletes a snapshot. Its layer stays in `bases/` while any chain reads from it.
@@ -124,8 +124,8 @@ impl Store {
     }
 
     /// Every path that a header or a snapshot's row names. None while that can't be told: a header
-    /// that can't be read may name anything, and a box whose rows say it has a disk that is not
-    /// where it belongs may have it put aside.
+    /// that can't be read may name anything, a layer that is named and not there may have another name,
+    /// and a box whose rows say it has a disk that is not where it belongs may have it put aside.
     fn needed(&self, change: &Change<'_>, layers: &Layers) -> Result<Option<BTreeSet<PathBuf>>> {
         if layers.damaged().is_some() {
             return Ok(None);
@@ -135,6 +135,9 @@ impl Store {
             .iter()
             .filter_map(|file| file.backing.clone());
         let mut needed: BTreeSet<PathBuf> = headers.collect();
+        if needed.iter().any(|path| is_gone_from(path, &self.home)) {
+            return Ok(None);
+        }
         for record in change.boxes()? {
             let snapshots = change.snapshots_of(&record.id)?;
             let started = !snapshots.is_empty() || !change.refs_of(&record.id)?.is_empty();
@@ -154,4 +157,10 @@ impl Store {
         }
         Ok(Some(needed))
     }
+}
+
+/// Whether a path of the home that something names has nothing there.
+fn is_gone_from(path: &Path, home: &Home) -> bool {
+    path.starts_with(home.root())
+        && std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
 }

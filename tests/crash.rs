@@ -109,6 +109,19 @@ mod with_crash_points {
         home
     }
 
+    /// Likewise by BoxLite: the layer of `old` has no other name.
+    fn with_an_unread_snapshot_by_boxlite() -> TestHome {
+        let home = TestHome::in_memory();
+        home.wheel(&["snapshot-create", "web", "start"]);
+        home.guest_write("web", FREE_AREA, b"a state that ended");
+        home.wheel_batch(&[
+            &["snapshot-create", "web", "old"],
+            &["snapshot-restore", "web", "start"],
+        ]);
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        home
+    }
+
     /// A box whose chain is too long to be stacked upon, with the snapshots of it.
     fn with_a_long_chain() -> TestHome {
         let home = TestHome::in_memory();
@@ -240,10 +253,19 @@ mod with_crash_points {
         act: |mount| drop(mount.remove_snapshot("web", "old")),
         points: &[
             "remove.adopted",
+            "remove.marked",
             "remove.unrecorded",
             "remove.unlinked",
             "free.unlinked",
         ],
+        whole: |boxes| drop(boxes.get_mut("web").unwrap().snapshots.remove("old")),
+    };
+
+    const REMOVE_ONLY_NAME: Change = Change {
+        name: "rmdir of a layer that has no other name",
+        prepare: with_an_unread_snapshot_by_boxlite,
+        act: |mount| drop(mount.remove_snapshot("web", "old")),
+        points: &["remove.marked", "remove.unrecorded", "remove.unlinked"],
         whole: |boxes| drop(boxes.get_mut("web").unwrap().snapshots.remove("old")),
     };
 
@@ -443,11 +465,12 @@ mod with_crash_points {
         whole: |boxes| drop(boxes.remove("web")),
     };
 
-    const CHANGES: [&Change; 16] = [
+    const CHANGES: [&Change; 17] = [
         &SNAPSHOT,
         &ADOPT,
         &LONG,
         &REMOVE,
+        &REMOVE_ONLY_NAME,
         &REMOVE_ADOPTING,
         &CLONE,
         &CLONE_WITH_SNAPSHOTS,
@@ -506,6 +529,7 @@ mod with_crash_points {
             by_boxlite: &[
                 &["snapshot-remove", "web", "a"],
                 &["snapshot-remove", "web", "old"],
+                &["snapshot-remove", "web", "new"],
             ],
             by_guest: None,
         },
@@ -724,6 +748,11 @@ mod with_crash_points {
     #[test]
     fn a_deletion_that_is_cut_off_is_whole_or_undone() {
         survives(&REMOVE);
+    }
+
+    #[test]
+    fn a_deletion_of_a_layers_only_name_that_is_cut_off_is_whole_or_undone() {
+        survives(&REMOVE_ONLY_NAME);
     }
 
     #[test]

@@ -31,9 +31,18 @@ pub struct NewSnapshotName {
     pub created_at: Option<i64>,
 }
 
-/// Left in a box's directory until its row is recorded: without a row, a directory with this file
-/// is ours to remove, and any other is not.
+/// Left in the directory of a box or a snapshot until its row is recorded, and before its row goes:
+/// without a row, a directory with this file is ours to remove, and any other is not.
 pub(super) const UNRECORDED: &str = ".boxlitefs-unrecorded";
+
+/// Leaves that mark in a directory whose row goes in the next step; on disk when this returns.
+pub(super) fn mark_unrecorded(dir: &Path) -> Result<()> {
+    let mark = dir.join(UNRECORDED);
+    std::fs::File::create(&mark)
+        .and_then(|file| file.sync_all())
+        .context(|| format!("cannot make {}", mark.display()))?;
+    durable::sync_dir(dir)
+}
 
 impl Store {
     /// Makes a box that starts from `source`: no data moves, whatever its size. `read` is what was read

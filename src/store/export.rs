@@ -238,7 +238,13 @@ impl Store {
     pub(super) fn open_chain(&self, top: &std::path::Path) -> Result<Chain> {
         let open = || Chain::open(top, self.home.root(), self.home.owner().uid);
         match open() {
-            Err(error) if error.errno() == libc::ENOENT => open(),
+            Err(error) if error.errno() == libc::ENOENT => open().map_err(|error| {
+                // Its name is there: that it can't be read is no ENOENT, which is taken for gone.
+                match error.errno() == libc::ENOENT && top.exists() {
+                    true => Error::damaged(error.to_string()),
+                    false => error,
+                }
+            }),
             result => result,
         }
     }

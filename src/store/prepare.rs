@@ -29,6 +29,18 @@ impl Store {
         Ok(prepared)
     }
 
+    /// As [`Store::prepare`], also for a box that reads from a layer which is missing or can't be read:
+    /// enough for taking it away.
+    pub(super) fn prepare_to_remove(&self, box_id: &str) -> Result<Prepared<'_>> {
+        let mut prepared = self.look_at_box(box_id)?;
+        prepared.recover()?;
+        if prepared.chains().is_ok() {
+            prepared.adopt_own_chains()?;
+            prepared.complete_refs()?;
+        }
+        Ok(prepared)
+    }
+
     /// Takes the lock and makes sure that the box may be changed, without making it ready: enough for
     /// what touches no layer.
     ///
@@ -65,9 +77,11 @@ impl Store {
         let config = record.config()?;
         let box_home = config["box_home"].as_str().unwrap_or_default();
         let here = self.home.box_dir(&record.id);
-        let same = FileId::at(Path::new(box_home))
-            .and_then(|there| Ok(there == FileId::at(&here)?))
-            .unwrap_or(false);
+        // A box that never started may have no directory at all.
+        let same = Path::new(box_home) == here
+            || FileId::at(Path::new(box_home))
+                .and_then(|there| Ok(there == FileId::at(&here)?))
+                .unwrap_or(false);
         if same {
             return Ok(());
         }
@@ -139,7 +153,8 @@ impl Prepared<'_> {
         self.tops()?
             .iter()
             .map(|top| {
-                crate::disk::chain_paths(top)?
+                crate::disk::chain_paths(top)
+                    .map_err(broken)?
                     .iter()
                     .map(|path| resolve(path))
                     .collect()
@@ -155,7 +170,15 @@ impl Prepared<'_> {
 
     /// EPERM when a chain leaves the home.
     fn refuse_foreign_layers(&self) -> Result<()> {
-        for chain in self.chains()? {
+        for top in self.tops()? {
+            // One that is broken is refused where it is needed: its box can go all the same.
+            let Ok(chain) = crate::disk::chain_paths(&top) else {
+                continue;
+            };
+            let chain: Vec<PathBuf> = chain
+                .iter()
+                .map(|path| resolve(path))
+                .collect::<Result<_>>()?;
             if let Some(outside) = chain
                 .iter()
                 .find(|path| !path.starts_with(self.store.home.root()))
@@ -257,6 +280,14 @@ impl Store {
             file_size: meta.len(),
             created_at: now(),
         })
+    }
+}
+
+/// That a layer is missing is no ENOENT: `rm -f` takes that for done.
+fn broken(error: Error) -> Error {
+    match error.errno() {
+        libc::ENOENT => Error::damaged(error.to_string()),
+        _ => error,
     }
 }
 

@@ -52,6 +52,7 @@ impl Store {
             record: first,
         };
         let mut all_are_at_home = true;
+        let mut recovered = Vec::new();
         for record in boxes {
             prepared.record = record;
             if let Err(error) = prepared.refuse_strangers() {
@@ -62,16 +63,24 @@ impl Store {
             if self.home.activity(&prepared.record) != Activity::Idle {
                 continue;
             }
-            let recovered = prepared.recover();
-            if let Err(error) = recovered.and_then(|()| prepared.drop_surplus_refs()) {
-                let name = called(&prepared.record).to_owned();
-                self.journal
-                    .note(&format!("recovery of box {name} failed: {error}"));
+            match prepared.recover() {
+                Ok(()) => recovered.push(prepared.record.clone()),
+                Err(error) => {
+                    let name = called(&prepared.record);
+                    self.journal
+                        .note(&format!("recovery of box {name} failed: {error}"));
+                }
             }
         }
         if !all_are_at_home {
             // Paths in rows and headers may be those of another home.
             return Ok(());
+        }
+        // One look at all layers for all boxes: the lock is held.
+        let layers = self.scan_layers()?;
+        for record in recovered {
+            prepared.record = record;
+            prepared.drop_leftover_refs(&layers)?;
         }
         self.drop_rows_without_files(&mut prepared.change)?;
         self.free_unreached(&mut prepared.change)
@@ -104,6 +113,8 @@ impl Store {
 impl Prepared<'_> {
     /// Brings the box into a state that a change may start from.
     pub(super) fn recover(&mut self) -> Result<()> {
+        // It has a row.
+        durable::unlink(&self.store.home.box_dir(&self.record.id).join(UNRECORDED))?;
         self.honour_pending()?;
         self.undo_freeze()?;
         self.settle_snapshot_directories()
@@ -221,18 +232,21 @@ impl Prepared<'_> {
     }
 
     /// Read by path: a snapshot BoxLite finished on disk, it gets its row. Its layer named
-    /// elsewhere too: ours, being made or being deleted, it goes. Marked: an import of ours that did
-    /// not come to its end, likewise. None of these: left where it is.
+    /// elsewhere too: ours, being made or being deleted, it goes. Marked: an import, a rename or a
+    /// deletion of ours that did not come to its end, likewise. None of these: left where it is.
     fn settle_snapshot_directory(&mut self, name: &str) -> Result<()> {
         let home = &self.store.home;
         let path = home.snapshot_disk(&self.record.id, name);
         let dir = home.snapshots_dir(&self.record.id).join(name);
+        let mark = dir.join(UNRECORDED);
         if !path.exists() {
+            if mark.exists() {
+                durable::unlink(&mark)?;
+            }
             // Only an empty directory goes.
             let _ = durable::remove_dir(&dir);
             return Ok(());
         }
-        let mark = dir.join(UNRECORDED);
         let layers = self.layers()?;
         if layers.readers_of(&path).next().is_some() {
             let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);

@@ -1,11 +1,11 @@
 //! `rm -r web`: a box goes, and with it every snapshot of it. Layers that others read from stay.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::clone::UNRECORDED;
+use super::clone::{UNRECORDED, mark_unrecorded};
 use super::crash::crash_point;
 use super::layers::{names_in, resolve};
 use super::prepare::Prepared;
@@ -42,7 +42,7 @@ impl Store {
     /// recovery takes away; after it a marked directory without a row, which recovery removes, as
     /// BoxLite's own start does.
     fn delete_box(&self, box_id: &str, gone: &BTreeSet<String>) -> Result<()> {
-        let mut prepared = self.prepare(box_id)?;
+        let mut prepared = self.prepare_to_remove(box_id)?;
         prepared.refuse_other_snapshots(gone)?;
         let dir = self.home.box_dir(box_id);
         if let Some(mountpoint) = mountinfo::below(&dir)? {
@@ -57,24 +57,27 @@ impl Store {
         let lock = prepared.record.state().ok();
         let lock = lock.and_then(|state| u32::try_from(state["lock_id"].as_u64()?).ok());
         crash_point("remove-box.adopted");
-        let mark = dir.join(UNRECORDED);
-        File::create(&mark)
-            .and_then(|file| file.sync_all())
-            .context(|| format!("cannot make {}", mark.display()))?;
-        durable::sync_dir(&dir)?;
+        let has_directory = dir.is_dir();
+        if has_directory {
+            mark_unrecorded(&dir)?;
+        }
         crash_point("remove-box.marked");
         let unrecorded = prepared.change.transaction(|rows| rows.delete_box(box_id));
         if let Err(error) = unrecorded {
             // A commit that reports an error can be durable all the same: where the row is gone, or
             // can't be looked for, the mark stays for recovery.
             if prepared.change.box_by_id(box_id).is_ok() {
-                let _ = durable::unlink(&mark);
+                let _ = durable::unlink(&dir.join(UNRECORDED));
             }
             return Err(error);
         }
         crash_point("remove-box.unrecorded");
         // The box is gone; what follows does not bring it back.
-        let tidied = self.put_aside(&dir).and_then(|aside| {
+        let aside = match has_directory {
+            true => self.put_aside(&dir).map(Some),
+            false => Ok(None),
+        };
+        let tidied = aside.and_then(|aside| {
             crash_point("remove-box.moved");
             if let Some(lock) = lock {
                 durable::unlink(&self.home.box_lock(lock))?;
@@ -86,7 +89,8 @@ impl Store {
         });
         drop(prepared);
         match tidied {
-            Ok(aside) => self.remove_aside(aside),
+            Ok(Some(aside)) => self.remove_aside(aside),
+            Ok(None) => {}
             Err(error) => self.journal.note(&format!(
                 "{error}; what is left of the box goes when the home is mounted next"
             )),

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::Store;
+use super::clone::mark_unrecorded;
 use super::crash::crash_point;
 use super::durable;
 use super::layers::{Layers, Role, resolve};
@@ -35,25 +36,30 @@ impl Store {
             .map_or_else(|| snapshot_id.to_owned(), |snapshot| snapshot.name.clone()))
     }
 
-    /// Order: adopt if any chain names its path, delete the row, unlink the layer's name. A crash
-    /// after the row leaves a directory without one: recovery unlinks it.
+    /// Order: adopt if any chain names its path, mark the directory, delete the row, unlink the layer's
+    /// name. A crash after the row leaves a marked directory without one: recovery removes it, also
+    /// where the layer had no other name.
     fn delete_snapshot(&self, box_id: &str, snapshot_id: &str) -> Result<()> {
         let mut prepared = self.prepare(box_id)?;
         let snapshot = prepared.snapshot(snapshot_id)?;
         let layer = prepared.unread_layer(&snapshot)?;
         crash_point("remove.adopted");
-        prepared
+        prepared.mark_unrecorded_snapshot(&layer)?;
+        crash_point("remove.marked");
+        let unrecorded = prepared
             .change
-            .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id))?;
+            .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id));
+        if let Err(error) = unrecorded {
+            // Recovery sees whether the row is there.
+            let _ = prepared.recover();
+            return Err(error);
+        }
         crash_point("remove.unrecorded");
         durable::unlink(&layer)?;
         crash_point("remove.unlinked");
         // The snapshot is gone; what follows does not bring it back.
         self.remove_snapshot_dir(layer.parent());
-        let freed = prepared
-            .drop_surplus_refs()
-            .and_then(|()| self.free_unreached(&mut prepared.change));
-        if let Err(error) = freed {
+        if let Err(error) = prepared.free_surplus() {
             self.journal
                 .note(&format!("{error}; its space is not freed"));
         }
@@ -75,6 +81,14 @@ impl Prepared<'_> {
             self.adopt(&layer)?;
         }
         Ok(layer)
+    }
+
+    /// Marks the directory of a snapshot's layer, whose row is about to go or to name another.
+    pub(super) fn mark_unrecorded_snapshot(&self, layer: &Path) -> Result<()> {
+        match layer.parent() {
+            Some(dir) if dir.is_dir() => mark_unrecorded(dir),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -46,9 +46,9 @@ impl Store {
     }
 
     /// Order: adopt the layer if any chain names its path; a marked directory with a further name of
-    /// it, moved into place; the row; the old name. A crash before the row leaves a marked directory
-    /// without one, and after it the old directory without one: recovery removes either, for the
-    /// layer has its other name.
+    /// it, moved into place; the old directory is marked, too; the row; the old name. A crash before
+    /// the row leaves a marked directory without one, and after it the old directory likewise:
+    /// recovery removes either, also if BoxLite removed the other meanwhile.
     fn move_snapshot(&self, box_id: &str, snapshot_id: &str, name: &str) -> Result<()> {
         refuse_bad_name(name)?;
         let mut prepared = self.prepare(box_id)?;
@@ -60,9 +60,11 @@ impl Store {
         let layer = prepared.unread_layer(&snapshot)?;
         crash_point("rename.adopted");
         let dir = self.marked_dir()?;
-        durable::link(&layer, &dir.join("disk.qcow2"))?;
+        // Its row may name another place than the one that is its own.
+        durable::link(&self.snapshot_layer(&snapshot), &dir.join("disk.qcow2"))?;
         let path = prepared.snapshot_place(name, Some(&dir))?;
         crash_point("rename.linked");
+        prepared.mark_unrecorded_snapshot(&layer)?;
         let recorded = prepared.change.transaction(|rows| {
             rows.rename_snapshot(box_id, snapshot_id, name, &path.display().to_string())
         });
@@ -79,10 +81,12 @@ impl Store {
         Ok(())
     }
 
-    /// Removes the directory a snapshot was in. That something else lies in it takes nothing back.
+    /// Removes the marked directory a snapshot was in. That something else lies in it takes nothing
+    /// back.
     pub(super) fn remove_snapshot_dir(&self, dir: Option<&Path>) {
         if let Some(dir) = dir
-            && let Err(error) = durable::remove_dir(dir)
+            && let Err(error) =
+                durable::unlink(&dir.join(UNRECORDED)).and_then(|()| durable::remove_dir(dir))
         {
             self.journal
                 .note(&format!("{error}; the rest is left there"));

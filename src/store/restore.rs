@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::crash::crash_point;
-use super::layers::resolve;
+use super::layers::{Layers, resolve};
 use super::prepare::Prepared;
 use super::{Arrival, Contents, Source, Store, called, durable};
+use crate::home::BaseRecord;
 use crate::{Error, Result};
 
 impl Store {
@@ -106,25 +107,34 @@ impl Store {
 }
 
 impl Prepared<'_> {
-    /// The live disk that another is to take the place of.
+    /// The live disk that another is to take the place of. EPERM where something reads from it: that
+    /// would become another disk, too.
     fn replaceable(&self) -> Result<PathBuf> {
-        self.live().ok_or_else(|| {
+        let name = called(&self.record);
+        let live = self.live().ok_or_else(|| {
             Error::new(
                 libc::ENODATA,
                 format!(
-                    "box {} has no disk yet; start it once with BoxLite, or import under a new name",
-                    called(&self.record)
+                    "box {name} has no disk yet; start it once with BoxLite, or import under a new name"
                 ),
             )
-        })
+        })?;
+        if let Some(reader) = self.layers()?.readers_of(&live).next() {
+            return Err(Error::new(
+                libc::EPERM,
+                format!(
+                    "{} reads from the disk of box {name}, and would change with it; export what still reads right and import it again",
+                    reader.path.display()
+                ),
+            ));
+        }
+        Ok(live)
     }
 
     /// What is to be tidied up after the live disk became another; none of it takes that back.
     fn live_was_replaced(&mut self) {
         let rootfs = self.store.home.guest_rootfs(&self.record.id);
-        let tidied = durable::unlink(&rootfs)
-            .and_then(|()| self.drop_surplus_refs())
-            .and_then(|()| self.store.free_unreached(&mut self.change));
+        let tidied = durable::unlink(&rootfs).and_then(|()| self.free_surplus());
         if let Err(error) = tidied {
             let name = called(&self.record);
             let sentence = format!("box {name} was restored, but {error}");
@@ -132,36 +142,24 @@ impl Prepared<'_> {
         }
     }
 
-    /// Drops references of the box to bases that none of its files reads from any more: they would keep
-    /// BoxLite from removing the box those were made from. All stay while what the box reads from
-    /// can't be told for certain.
-    pub(super) fn drop_surplus_refs(&mut self) -> Result<()> {
-        let referred = self.change.refs_of(&self.record.id)?;
-        if referred.is_empty() || self.live().is_none() {
-            return Ok(());
-        }
-        let layers = self.layers()?;
-        let mut tops: Vec<PathBuf> = Vec::new();
-        for snapshot in self.snapshots()? {
-            tops.push(self.store.snapshot_layer(&snapshot));
-        }
-        if layers.damaged().is_some() || tops.iter().any(|top| layers.at(top).is_none()) {
-            return Ok(());
-        }
-        let own = layers.files().iter();
-        let own = own.filter(|file| file.box_id() == Some(&self.record.id));
-        tops.extend(own.map(|file| file.path.clone()));
-        let reached: BTreeSet<&Path> = tops.iter().flat_map(|top| layers.chain(top)).collect();
-        let surplus: Vec<String> = self
-            .change
-            .bases()?
-            .into_iter()
-            .filter(|row| referred.contains(&row.id))
-            .filter(|row| {
-                resolve(Path::new(&row.base_path)).is_ok_and(|path| !reached.contains(&*path))
-            })
-            .map(|row| row.id)
-            .collect();
+    /// Drops what references of the box nothing in it needs any more, and frees the bases that nobody
+    /// needs now; also BoxLite's, which goes by references and would keep them for ever.
+    pub(super) fn free_surplus(&mut self) -> Result<()> {
+        let surplus = self.surplus_refs(&self.layers()?)?;
+        self.drop_refs(&surplus)?;
+        let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
+        self.store.free_bases(&mut self.change, &may_go)
+    }
+
+    /// Drops surplus references that a crash left, as far as they would keep BoxLite from removing
+    /// another box. Those to what BoxLite made of this one are how it frees that.
+    pub(super) fn drop_leftover_refs(&mut self, layers: &Layers) -> Result<()> {
+        let mut surplus = self.surplus_refs(layers)?;
+        surplus.retain(|row| row.source_box_id != self.record.id);
+        self.drop_refs(&surplus)
+    }
+
+    fn drop_refs(&mut self, surplus: &[BaseRecord]) -> Result<()> {
         if surplus.is_empty() {
             return Ok(());
         }
@@ -169,7 +167,35 @@ impl Prepared<'_> {
         self.change.transaction(|rows| {
             surplus
                 .iter()
-                .try_for_each(|base| rows.delete_ref(base, &box_id))
+                .try_for_each(|row| rows.delete_ref(&row.id, &box_id))
         })
+    }
+
+    /// The bases that the box refers to and that none of its files reads from any more. None while
+    /// what it reads from can't be told for certain.
+    fn surplus_refs(&self, layers: &Layers) -> Result<Vec<BaseRecord>> {
+        let referred = self.change.refs_of(&self.record.id)?;
+        if referred.is_empty() || self.live().is_none() {
+            return Ok(Vec::new());
+        }
+        let mut tops: Vec<PathBuf> = Vec::new();
+        for snapshot in self.snapshots()? {
+            tops.push(self.store.snapshot_layer(&snapshot));
+        }
+        if layers.damaged().is_some() || tops.iter().any(|top| layers.at(top).is_none()) {
+            return Ok(Vec::new());
+        }
+        let own = layers.files().iter();
+        let own = own.filter(|file| file.box_id() == Some(&self.record.id));
+        tops.extend(own.map(|file| file.path.clone()));
+        let reached: BTreeSet<&Path> = tops.iter().flat_map(|top| layers.chain(top)).collect();
+        let mut surplus = self.change.bases()?;
+        // A cache of images is read through files that are none of the layers.
+        surplus.retain(|row| {
+            row.kind != "rootfs"
+                && referred.contains(&row.id)
+                && resolve(Path::new(&row.base_path)).is_ok_and(|path| !reached.contains(&*path))
+        });
+        Ok(surplus)
     }
 }

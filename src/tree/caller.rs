@@ -107,6 +107,12 @@ impl Makers {
         false
     }
 
+    /// Whether a process is among both.
+    pub fn share(&self, others: &Makers) -> bool {
+        let theirs = |(process, fd)| is_alive(fd) && others.members.contains_key(process);
+        self.members.iter().any(theirs)
+    }
+
     /// Whether any of them still runs.
     pub fn any_alive(&self) -> bool {
         self.unseen || self.members.values().any(is_alive)

@@ -115,10 +115,14 @@ impl Tree {
         };
         // It may have more to copy.
         dealing.box_json_was_refused();
-        Err(self.refuse(
+        Err(self.refuse_copied_box(name))
+    }
+
+    pub(super) fn refuse_copied_box(&self, name: &str) -> Error {
+        self.refuse(
             libc::EPERM,
             format!("{name}: the same process tried to write box.json, so it copies a whole box over one that exists; copy it to a new name, or export.boxlite alone to restore"),
-        ))
+        )
     }
 
     /// Refuses to put something into a box that exists. Where a copy tool has just made the
@@ -160,7 +164,12 @@ impl Tree {
 
     /// A file that is to become a box's disk, under the name of its export (which the caller has
     /// removed before) or under a temporary one.
-    fn create_over(&self, caller: Caller, parent: &Node, name: &str) -> Result<Arc<StagedFile>> {
+    pub(super) fn create_over(
+        &self,
+        caller: Caller,
+        parent: &Node,
+        name: &str,
+    ) -> Result<Arc<StagedFile>> {
         let Node::Box(id) = parent else {
             return Err(self.refuse_put(caller, parent, name));
         };
@@ -176,16 +185,10 @@ impl Tree {
             name: name.to_owned(),
         };
         self.remember_writer(caller, id);
-        let file = StagedFile::restoring(self.fresh_made(), id.clone(), place);
+        let file = StagedFile::restoring(self.fresh_made(), id.clone(), place, caller);
         let mut staging = self.staging.lock();
-        if staging.has_loose_file(parent, name) {
-            let is_over = |staging: &mut super::staging::Staging| {
-                staging.loose_file(caller, parent, name).is_none()
-            };
-            if !is_over(&mut staging) {
-                return Err(exists(name));
-            }
-            staging.take_loose_file(parent, name);
+        if staging.is_written(parent, name) {
+            return Err(exists(name));
         }
         let loose = LooseFile::new(parent.clone(), name, file.clone(), caller);
         staging.files.push(loose);

@@ -92,8 +92,16 @@ impl Tree {
         }
     }
 
-    /// What was written over a box's export becomes its disk.
+    /// What was written over a box's export becomes its disk. Not for who tried to write box.json
+    /// meanwhile: tools that copy several files at once (rclone) may begin with the export.
     fn commit_restore(&self, file: &StagedFile, state: &FileState) -> Result<()> {
+        let copies_box = {
+            let dealings = self.dealings.lock();
+            dealings.tried_box_json(&file.box_id, &file.writer, file.begun)
+        };
+        if copies_box {
+            return Err(self.refuse_copied_box(EXPORT));
+        }
         match &state.content {
             Content::Archive(arrival) => self.store.restore_archive(&file.box_id, arrival),
             Content::Shared {

@@ -122,6 +122,14 @@ impl Dealings {
             .find_map(|dealing| dealing.makers.includes(caller).then_some(dealing))
     }
 
+    /// Whether one of these processes tried to write a box's box.json since then.
+    pub fn tried_box_json(&self, box_id: &str, makers: &Makers, since: Instant) -> bool {
+        let dealings = self.of_box.get(box_id).into_iter().flatten();
+        let mut tried =
+            dealings.filter(|dealing| dealing.refused_box_json.is_some_and(|at| at >= since));
+        tried.any(|dealing| dealing.makers.share(makers))
+    }
+
     /// Likewise; from now on he did something.
     pub fn begin(&mut self, caller: Caller, box_id: &str) -> &mut Dealing {
         self.sweep();

@@ -9,9 +9,7 @@ use super::caller::Caller;
 use super::describe;
 use super::names::EXPORT;
 use super::node::Node;
-use super::staged_file::{
-    Content, FileState, Place, Role, StagedFile, is_complete, is_whole, share,
-};
+use super::staged_file::{Content, FileState, Role, StagedFile, is_complete, is_whole, share};
 use crate::archive::Export;
 use crate::store::{Contents, Packed, Source, Spool, Wanted};
 use crate::{Error, Result};
@@ -113,7 +111,7 @@ impl Tree {
             return self.open_staged(file, writes, flags);
         }
         if writes {
-            return self.open_for_restore(caller, &node, flags);
+            return Err(self.open_for_restore(caller, &node, flags));
         }
         let (handle, keep_pages) = match &node {
             Node::Log => (Handle::Log, false),
@@ -156,18 +154,19 @@ impl Tree {
     }
 
     /// Opens a box's export to write over it. Nothing comes of it before an archive is complete.
-    fn open_for_restore(&self, caller: Caller, node: &Node, flags: i32) -> Result<Opened> {
+    ///
+    /// What is written gets an inode of its own, which the kernel finds when it looks the name up again
+    /// after ESTALE: a write makes the inode longer, and whoever reads the export meanwhile would get
+    /// zeros after its end.
+    fn open_for_restore(&self, caller: Caller, node: &Node, flags: i32) -> Error {
         let sentence = match node {
             Node::Export(Source::Live { box_id }) if flags & libc::O_APPEND == 0 => {
-                self.refuse_restore(caller, box_id)?;
-                self.remember_writer(caller, box_id);
-                let place = Place {
-                    parent: Node::Box(box_id.clone()),
-                    name: EXPORT.to_owned(),
-                };
-                let file = StagedFile::restoring(node.clone(), box_id.clone(), place);
-                file.state.lock().open = 1;
-                return Ok(self.opened_for_writing(file));
+                let directory = Node::Box(box_id.clone());
+                let begun = self.create_over(caller, &directory, EXPORT);
+                return begun.map_or_else(
+                    |error| error,
+                    |_| Error::new(libc::ESTALE, "it is written in an inode of its own"),
+                );
             }
             Node::Export(Source::Live { .. }) => {
                 "nothing can be added to an export; write a whole archive over it to restore".into()
@@ -183,7 +182,7 @@ impl Tree {
             }
             _ => "snapshot.json, what is compressed and the log are only for reading".into(),
         };
-        Err(self.refuse(libc::EPERM, sentence))
+        self.refuse(libc::EPERM, sentence)
     }
 
     /// The file that is being written over an export by this handle.

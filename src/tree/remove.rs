@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use super::caller::Caller;
 use super::change::not_there;
-use super::names::{BOX_JSON, SNAPSHOTS};
+use super::names::{BOX_JSON, COMPRESSED, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
 use super::node::Node;
-use super::staged_file::{Content, StagedFile};
+use super::staged_file::StagedFile;
 use super::staging::{StagedBox, Staging, What};
 use super::{Tree, text};
 use crate::{Error, Result};
@@ -44,8 +44,10 @@ impl Tree {
         let a_box = Node::Box(id.to_owned());
         {
             let mut dealings = self.dealings.lock();
-            let dealing = dealings.of(caller, id);
-            if dealing.as_ref().is_some_and(|d| d.goes_on_removing()) {
+            let mut dealing = dealings.of(caller, id);
+            if let Some(dealing) = dealing.as_mut().filter(|d| d.goes_on_removing()) {
+                // It may have more to remove.
+                dealing.removal_was_refused();
                 return Err(self.refuse(
                     libc::EPERM,
                     format!("{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"),
@@ -141,6 +143,7 @@ impl Tree {
             staging.made_in.retain(|_, box_id| *box_id != id);
             return Ok(true);
         }
+        staging.end_face(caller, parent);
         let Some(staged) = staging.face(caller, parent) else {
             return Ok(false);
         };
@@ -169,17 +172,22 @@ impl Tree {
         let name = text(name).map_err(|_| not_there())?;
         let taken = {
             let mut staging = self.staging.lock();
+            if matches!(name, BOX_JSON | EXPORT | COMPRESSED | SNAPSHOT_JSON) {
+                staging.end_face(caller, &parent);
+            }
             take_staged(&mut staging, caller, &parent, name)?
         };
         match taken {
             Some(What::File(file)) => {
-                let mut state = file.state.lock();
-                if !state.committed {
-                    state.content = Content::Nothing;
-                    let error = Error::new(libc::ENOENT, format!("{name} was removed"));
-                    state.refuse(&error);
+                file.was_removed(name);
+                if !file.restores || name != EXPORT {
+                    return Ok(());
                 }
-                Ok(())
+                // The name is that of the box's export, which the same caller may have removed before.
+                match self.remove_real(caller, &parent, name) {
+                    Err(error) if error.errno() == libc::ENOENT => Ok(()),
+                    result => result,
+                }
             }
             Some(_) => Ok(()),
             None => self.remove_real(caller, &parent, name),
@@ -245,7 +253,7 @@ fn take_staged(
     name: &str,
 ) -> Result<Option<What>> {
     if staging.loose_file(caller, parent, name).is_some() {
-        let loose = staging.take_loose_file(parent, name);
+        let loose = staging.take_loose_file(caller, parent, name);
         return Ok(loose.map(|loose| What::File(loose.file)));
     }
     let Some(staged) = staging.face(caller, parent) else {

@@ -98,25 +98,23 @@ impl Tree {
             _ => {}
         }
         let mut staging = self.staging.lock();
-        if staging.has_loose_file(to_dir, to) {
-            let committed = |staging: &mut super::staging::Staging| {
-                staging
-                    .loose_file(caller, to_dir, to)
-                    .is_none_or(|loose| loose.committed)
-            };
-            if *to_dir == Node::Root || !committed(&mut staging) {
-                return Err(exists(to));
-            }
-            // What was restored before; it is the box's disk by now.
-            staging.take_loose_file(to_dir, to);
+        if staging.is_written(to_dir, to)
+            || (*to_dir == Node::Root && staging.has_loose_file(to_dir, to))
+        {
+            return Err(exists(to));
         }
         let mut loose = staging
-            .take_loose_file(from_dir, from)
+            .take_loose_file(caller, from_dir, from)
             .ok_or_else(not_there)?;
         let file = loose.file.clone();
+        // gio opens what it is about to replace.
+        let replaced = staging.take_loose_file(caller, to_dir, to);
         loose.name = to.to_owned();
         staging.files.push(loose);
         drop(staging);
+        if let Some(replaced) = replaced {
+            replaced.file.was_removed(to);
+        }
         file.state.lock().place.name = to.to_owned();
         Ok(Moved::File(file))
     }

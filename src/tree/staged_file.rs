@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use parking_lot::Mutex;
 
+use super::caller::{Caller, Makers};
 use super::names::{ARCHIVE_SUFFIX, BOX_JSON, EXPORT, SNAPSHOT_JSON};
 use super::node::Node;
 use crate::archive::Export;
@@ -120,7 +121,10 @@ pub(super) struct StagedFile {
     pub box_id: String,
     /// Written over the export of a box that exists.
     pub restores: bool,
+    /// Who began to write, where it `restores` a box.
+    pub writer: Makers,
     pub created: SystemTime,
+    pub begun: Instant,
     /// Bytes written so far, as stat shows them.
     pub size: AtomicU64,
     pub state: Mutex<FileState>,
@@ -139,20 +143,22 @@ pub(super) struct FileState {
 
 impl StagedFile {
     pub fn new(node: Node, box_id: String, place: Place) -> Arc<StagedFile> {
-        StagedFile::begin(node, box_id, false, place)
+        StagedFile::begin(node, box_id, None, place)
     }
 
     /// A file that is written over the export of a box that exists, or will be.
-    pub fn restoring(node: Node, box_id: String, place: Place) -> Arc<StagedFile> {
-        StagedFile::begin(node, box_id, true, place)
+    pub fn restoring(node: Node, box_id: String, place: Place, by: Caller) -> Arc<StagedFile> {
+        StagedFile::begin(node, box_id, Some(by), place)
     }
 
-    fn begin(node: Node, box_id: String, restores: bool, place: Place) -> Arc<StagedFile> {
+    fn begin(node: Node, box_id: String, over: Option<Caller>, place: Place) -> Arc<StagedFile> {
         Arc::new(StagedFile {
             node,
             box_id,
-            restores,
+            restores: over.is_some(),
+            writer: over.map_or_else(Makers::default, Makers::begin),
             created: SystemTime::now(),
+            begun: Instant::now(),
             size: AtomicU64::new(0),
             state: Mutex::new(FileState {
                 place,
@@ -166,6 +172,16 @@ impl StagedFile {
 
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
+    }
+
+    /// Its name was removed, or given to another: what comes of it from now on counts for nothing.
+    pub fn was_removed(&self, name: &str) {
+        let mut state = self.state.lock();
+        if !state.committed {
+            state.content = Content::Nothing;
+            let error = Error::new(libc::ENOENT, format!("{name} was removed"));
+            state.refuse(&error);
+        }
     }
 
     /// The file is at least this long.

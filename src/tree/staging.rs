@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::Tree;
 use super::attr::{Attr, DirEntry, Kind};
 use super::caller::{Caller, Makers};
+use super::names::EXPORT;
 use super::node::Node;
 use super::staged_file::StagedFile;
 use crate::{Error, Result};
@@ -96,13 +97,13 @@ impl StagedBox {
         if !self.committed {
             return self.failed && !self.makers.any_alive();
         }
-        let writing = || {
-            self.children
-                .values()
-                .flat_map(BTreeMap::values)
-                .any(|child| matches!(&child.what, What::File(file) if Arc::strong_count(file) > 1))
-        };
-        self.committed && (!self.makers.any_alive() || (self.used.elapsed() > LINGER && !writing()))
+        !self.makers.any_alive() || (self.used.elapsed() > LINGER && !self.is_written())
+    }
+
+    /// Whether a file of it is open.
+    fn is_written(&self) -> bool {
+        let mut children = self.children.values().flat_map(BTreeMap::values);
+        children.any(|child| matches!(&child.what, What::File(file) if Arc::strong_count(file) > 1))
     }
 }
 
@@ -134,12 +135,19 @@ impl LooseFile {
         self.dir == *dir && self.name == name
     }
 
+    /// Whether it is written in place of a box's export, under that name: each writer sees his own, and
+    /// everybody else the export.
+    fn is_over_export(&self) -> bool {
+        self.file.restores && self.name == EXPORT
+    }
+
     /// Likewise; a temporary file whose writer was killed before it gave it a name goes too.
     fn is_over(&self) -> bool {
         let is_open = Arc::strong_count(&self.file) > 1;
+        let waits_for_name = !self.committed && !self.is_over_export();
         match self.makers.any_alive() {
             false => self.committed || !is_open,
-            true => self.committed && !is_open && self.used.elapsed() > LINGER,
+            true => !waits_for_name && !is_open && self.used.elapsed() > LINGER,
         }
     }
 }
@@ -168,9 +176,7 @@ impl Staging {
             .map(|staged| staged.id.clone())
             .collect();
         for id in over {
-            self.boxes.remove(&id);
-            self.names.retain(|_, box_id| *box_id != id);
-            self.made_in.retain(|_, box_id| *box_id != id);
+            self.let_go(&id);
         }
         self.files.retain(|file| !file.is_over());
     }
@@ -194,6 +200,23 @@ impl Staging {
         Some(staged)
     }
 
+    /// The caller is about to remove what has become a box: from now on he sees it as all do.
+    pub fn end_face(&mut self, caller: Caller, node: &Node) {
+        if let Some(staged) = self.face(caller, node)
+            && staged.committed
+            && !staged.is_written()
+        {
+            let id = staged.id.clone();
+            self.let_go(&id);
+        }
+    }
+
+    fn let_go(&mut self, id: &str) {
+        self.boxes.remove(id);
+        self.names.retain(|_, box_id| box_id != id);
+        self.made_in.retain(|_, box_id| box_id != id);
+    }
+
     /// A file being made was closed for the last time.
     pub fn touch(&mut self, file: &Arc<StagedFile>) {
         if let Some(staged) = self.boxes.get_mut(&file.box_id) {
@@ -207,14 +230,24 @@ impl Staging {
     }
 
     /// The loose file that this caller sees by this name. One that has become a box's disk is the box's
-    /// export, also for who wrote it.
+    /// export, also for who wrote it; and while it is written, everybody else goes on seeing that.
     pub fn loose_file(&mut self, caller: Caller, dir: &Node, name: &str) -> Option<&mut LooseFile> {
         self.sweep();
-        let loose = self.files.iter_mut().find(|file| file.is_at(dir, name))?;
-        if loose.committed && (loose.file.restores || !loose.makers.includes(caller)) {
-            return None;
-        }
-        Some(loose)
+        let mut files = self.files.iter_mut().filter(|file| file.is_at(dir, name));
+        files.find_map(|loose| {
+            let is_seen = match loose.committed {
+                true => !loose.file.restores && loose.makers.includes(caller),
+                false => !loose.is_over_export() || loose.makers.includes(caller),
+            };
+            is_seen.then_some(loose)
+        })
+    }
+
+    /// Whether somebody is writing a loose file of this name, which all see.
+    pub fn is_written(&mut self, dir: &Node, name: &str) -> bool {
+        self.sweep();
+        let mut files = self.files.iter().filter(|file| file.is_at(dir, name));
+        files.any(|file| !file.committed && !file.is_over_export())
     }
 
     /// Whether there is a loose file of this name, whoever wrote it.
@@ -222,9 +255,11 @@ impl Staging {
         self.files.iter().any(|file| file.is_at(dir, name))
     }
 
-    /// Takes a loose file out.
-    pub fn take_loose_file(&mut self, dir: &Node, name: &str) -> Option<LooseFile> {
-        let index = self.files.iter().position(|file| file.is_at(dir, name))?;
+    /// Takes out the loose file that this caller sees by this name.
+    pub fn take_loose_file(&mut self, caller: Caller, dir: &Node, name: &str) -> Option<LooseFile> {
+        let file = self.loose_file(caller, dir, name)?.file.clone();
+        let mut files = self.files.iter();
+        let index = files.position(|loose| Arc::ptr_eq(&loose.file, &file))?;
         Some(self.files.swap_remove(index))
     }
 

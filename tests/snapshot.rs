@@ -426,6 +426,27 @@ fn a_layer_that_nothing_needs_any_more_is_freed() {
 }
 
 #[test]
+fn the_layers_of_a_removed_box_go_at_once_but_for_those_that_others_read() {
+    let home = three_snapshots(false);
+    home.wheel(&["clone", "web", "theirs"]);
+    let mount = home.mount();
+    mount.copy("web/snapshots/a", "copy");
+    let first = digest(&home.live_disk("copy"));
+    let live = digest(&home.live_disk("theirs"));
+    for (name, left) in [("web", true), ("theirs", true), ("copy", false)] {
+        succeed(&["rm", "-r", text(&mount.at(name))]);
+        let bases = names_in(&home.root().join("bases"));
+        assert_eq!(!bases.is_empty(), left, "{bases:?} after {name}");
+        match name {
+            "web" => assert_eq!(digest(&home.live_disk("theirs")), live),
+            "theirs" => assert_eq!(digest(&home.live_disk("copy")), first),
+            _ => {}
+        }
+        home.assert_whole();
+    }
+}
+
+#[test]
 fn whoever_reads_a_snapshot_while_it_is_deleted_reads_it_to_the_end() {
     let home = TestHome::new();
     let mount = home.mount();

@@ -138,8 +138,8 @@ impl Store {
     }
 
     /// Every path that a header or a snapshot's row names. None while that can't be told: a header
-    /// that can't be read may name anything, a layer that is named and not there may have another name,
-    /// and a box whose rows say it has a disk that is not where it belongs may have it put aside.
+    /// that can't be read may name anything, a layer that a box reads and that is not there may have
+    /// another name, and a box whose rows say it has a disk that is not where it belongs may have it put aside.
     fn needed(&self, change: &Change<'_>, layers: &Layers) -> Result<Option<BTreeSet<PathBuf>>> {
         if layers.damaged().is_some() {
             return Ok(None);
@@ -149,7 +149,12 @@ impl Store {
             .iter()
             .filter_map(|file| file.backing.clone());
         let mut needed: BTreeSet<PathBuf> = headers.collect();
-        if needed.iter().any(|path| is_gone_from(path, &self.home)) {
+        let mut tops = layers.files().iter().filter(|file| file.box_id().is_some());
+        let is_broken = |top: &Path| {
+            let chain = layers.chain(top);
+            chain.iter().any(|path| is_gone_from(path, &self.home))
+        };
+        if tops.any(|top| is_broken(&top.path)) {
             return Ok(None);
         }
         for record in change.boxes()? {

@@ -47,7 +47,9 @@ impl Tree {
             ));
         }
         let (from_parent, to_parent) = (self.node(from.0)?, self.node(to.0)?);
-        let (from_name, to_name) = (text(from.1).map_err(|_| not_there())?, text(to.1)?);
+        let from_name = text(from.1).map_err(|_| not_there())?;
+        // Not EINVAL: that is a directory moved into itself, and mv says so.
+        let to_name = text(to.1).map_err(|error| self.refuse(libc::EPERM, error.to_string()))?;
         if from_parent == to_parent && from_name == to_name {
             return Ok(());
         }

@@ -447,6 +447,30 @@ fn the_layers_of_a_removed_box_go_at_once_but_for_those_that_others_read() {
 }
 
 #[test]
+fn a_layer_of_boxlites_clone_goes_when_no_snapshot_and_no_disk_needs_it_any_more() {
+    for last in ["rmdir", "rm"] {
+        let home = TestHome::new();
+        home.wheel(&["clone", "web", "copy"]);
+        let mount = home.mount();
+        // A further name of the layer below both.
+        mount.snapshot("copy", "a").unwrap();
+        for name in ["web", "copy"] {
+            let export = mount.at(name).join("export.boxlite");
+            succeed(&["cp", text(&archive()), text(&export)]);
+        }
+        let before = digest(&home.snapshot_disk("copy", "a"));
+        assert_eq!(names_in(&home.root().join("bases")).len(), 1);
+        assert_eq!(before, digest(&home.live_disk("web")));
+        match last {
+            "rmdir" => mount.remove_snapshot("copy", "a").unwrap(),
+            _ => drop(succeed(&["rm", "-r", text(&mount.at("copy"))])),
+        }
+        assert_eq!(names_in(&home.root().join("bases")), [""; 0], "{last}");
+        home.assert_whole();
+    }
+}
+
+#[test]
 fn whoever_reads_a_snapshot_while_it_is_deleted_reads_it_to_the_end() {
     let home = TestHome::new();
     let mount = home.mount();

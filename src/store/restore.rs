@@ -134,7 +134,7 @@ impl Prepared<'_> {
     /// What is to be tidied up after the live disk became another; none of it takes that back.
     fn live_was_replaced(&mut self) {
         let rootfs = self.store.home.guest_rootfs(&self.record.id);
-        let tidied = durable::unlink(&rootfs).and_then(|()| self.free_surplus());
+        let tidied = durable::unlink(&rootfs).and_then(|()| self.free_surplus(&BTreeSet::new()));
         if let Err(error) = tidied {
             let name = called(&self.record);
             let sentence = format!("box {name} was restored, but {error}");
@@ -143,11 +143,14 @@ impl Prepared<'_> {
     }
 
     /// Drops what references of the box nothing in it needs any more, and frees the bases that nobody
-    /// needs now; also BoxLite's, which goes by references and would keep them for ever.
-    pub(super) fn free_surplus(&mut self) -> Result<()> {
+    /// needs now; also BoxLite's, which goes by references and would keep them for ever: those the box
+    /// referred to, and those in `had`.
+    pub(super) fn free_surplus(&mut self, had: &BTreeSet<String>) -> Result<()> {
         let surplus = self.surplus_refs(&self.layers()?)?;
         self.drop_refs(&surplus)?;
-        let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
+        let may_go = |row: &BaseRecord| {
+            row.is_ours() || had.contains(&row.id) || surplus.iter().any(|it| it.id == row.id)
+        };
         self.store.free_bases(&mut self.change, &may_go)
     }
 

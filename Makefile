@@ -8,11 +8,13 @@ SBINDIR ?= /sbin
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 VENV := $(abspath target/venv)
 
-.PHONY: help setup build test demo bench install clean fmt
+.PHONY: help setup build test model demo bench install clean fmt
 
 help:
 	@echo 'make build                 boxlitefs and mount-boxlite, in $(TARGET)/release'
 	@echo 'make test                  formatting, lints and all tests'
+	@echo 'make model                 random sequences of all that can be done, against a model of the disks'
+	@echo '     [MODEL_STEPS=10000]   [MODEL_SEED=...] has a failure again; make test has 2000 steps'
 	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
 	@echo 'make bench                 what it costs, beside BoxLite, qemu-img and cp; docs/performance.md'
 	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
@@ -31,6 +33,10 @@ test: setup
 	cargo clippy --workspace --all-targets --features crash-points -- -D warnings
 	cargo build --workspace --features crash-points
 	BOXLITE_PYTHON=$(VENV)/bin/python cargo test --workspace --features crash-points
+
+model: export MODEL_STEPS := $(or $(MODEL_STEPS),10000)
+model: setup
+	BOXLITE_PYTHON=$(VENV)/bin/python cargo test --features crash-points --test model -- --nocapture
 
 demo:
 	@tests/setup.sh $(VENV) --boxlite-optional

@@ -263,3 +263,75 @@ fn a_snapshot_whose_row_names_a_base_can_be_renamed() {
     drop(mount);
     home.assert_whole_once_mounted();
 }
+
+#[test]
+fn a_box_whose_layer_is_missing_is_restored_or_removed_and_frees_nothing_of_others() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    mount.snapshot("web", "b").unwrap();
+    home.guest_write("web", FREE_AREA + 4096, b"more");
+    let before = digest(&home.live_disk("web"));
+    // Of live → b → a, the one in the middle is elsewhere for a while.
+    let chain = chain(&home.live_disk("web"));
+    fs::remove_dir_all(home.snapshot_disk("web", "a").parent().unwrap()).unwrap();
+    fs::remove_dir_all(home.snapshot_disk("web", "b").parent().unwrap()).unwrap();
+    home.database().execute("DELETE FROM snapshot", []).unwrap();
+    let parked = home.beside("parked");
+    fs::rename(&chain[1], &parked).unwrap();
+    home.wheel(&["import", text(&archive()), "other"]);
+    mount.snapshot("other", "s").unwrap();
+    mount.remove_snapshot("other", "s").unwrap();
+    drop(mount);
+    let mount = home.mount();
+    assert!(chain[2].exists(), "what the missing one reads from");
+    let export = mount.at("web/export.boxlite");
+    assert_eq!(errno(fs::read(&export)), libc::EIO);
+    fs::rename(&parked, &chain[1]).unwrap();
+    assert_eq!(digest(&home.live_disk("web")), before);
+    assert_eq!(mount.export_digest("web/export.boxlite"), before);
+    // For good.
+    fs::rename(&chain[1], &parked).unwrap();
+    succeed(&["cp", text(&archive()), text(&export)]);
+    assert_eq!(
+        mount.export_digest("web/export.boxlite"),
+        archive_digest(&archive())
+    );
+    drop(mount);
+    home.assert_whole_once_mounted();
+}
+
+#[test]
+fn a_box_with_a_missing_layer_or_without_a_directory_can_be_removed() {
+    let home = TestHome::new();
+    home.wheel(&["import", text(&archive()), "other"]);
+    home.wheel_batch(&[
+        &["snapshot-create", "web", "a"],
+        &["snapshot-create", "web", "b"],
+    ]);
+    fs::remove_dir_all(home.box_dir("other")).unwrap();
+    fs::remove_file(home.snapshot_disk("web", "a")).unwrap();
+    let mount = home.mount();
+    succeed(&["rm", "-r", text(&mount.at("web")), text(&mount.at("other"))]);
+    assert_eq!(mount.names(""), Vec::<String>::new());
+    assert!(home.wheel(&["list"]).as_array().unwrap().is_empty());
+    drop(mount);
+    home.assert_whole_once_mounted();
+}
+
+#[test]
+fn who_has_just_made_a_box_can_remove_it() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    let script = "
+import shutil, sys
+shutil.copytree(sys.argv[1] + '/web', sys.argv[1] + '/new', symlinks=True)
+shutil.rmtree(sys.argv[1] + '/new')
+";
+    let python = python();
+    succeed(&[text(&python), "-c", script, text(mount.root())]);
+    assert_eq!(mount.names(""), ["web"]);
+    home.assert_whole();
+}

@@ -121,16 +121,16 @@ impl Store {
             && self.refuse_active(&record).is_err()
         {
             // Nobody can open it while its disk changes under the plan: any size does for `ls`.
-            let sentence = || format!("cannot look at {}", top.display());
-            let meta = fs::metadata(&top).context(sentence)?;
-            return Ok(Some(Contents {
-                size: known.map_or(meta.len(), |(_, contents)| contents.size),
-                changed: meta.modified().context(sentence)?,
-                about: hash_of(&record),
-            }));
+            let length = fs::metadata(&top).map_or(0, |meta| meta.len());
+            let size = known.map_or(length, |(_, contents)| contents.size);
+            return unreadable(&top, &record, size).map(Some);
         }
-        self.planned(source, &record)
-            .map(|(_, contents)| Some(contents))
+        match self.planned(source, &record) {
+            // Likewise, while a layer is missing or damaged; and the name has to be there for who removes
+            // the box, or restores it.
+            Err(error) if error.errno() == libc::EIO => unreadable(&top, &record, 0).map(Some),
+            planned => planned.map(|(_, contents)| Some(contents)),
+        }
     }
 
     /// [`Export::state_key`] of the state that was planned last and has these contents.
@@ -260,6 +260,17 @@ impl Store {
         drop(exports);
         self.forget_gone_compressed(catalog);
     }
+}
+
+/// What is shown of an export that can't be opened.
+fn unreadable(top: &std::path::Path, record: &BoxRecord, size: u64) -> Result<Contents> {
+    let sentence = || format!("cannot look at {}", top.display());
+    let meta = fs::metadata(top).context(sentence)?;
+    Ok(Contents {
+        size,
+        changed: meta.modified().context(sentence)?,
+        about: hash_of(record),
+    })
 }
 
 impl ExportCache {

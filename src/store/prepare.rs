@@ -29,18 +29,6 @@ impl Store {
         Ok(prepared)
     }
 
-    /// As [`Store::prepare`], also for a box that reads from a layer which is missing or can't be read:
-    /// enough for taking it away.
-    pub(super) fn prepare_to_remove(&self, box_id: &str) -> Result<Prepared<'_>> {
-        let mut prepared = self.look_at_box(box_id)?;
-        prepared.recover()?;
-        if prepared.chains().is_ok() {
-            prepared.adopt_own_chains()?;
-            prepared.complete_refs()?;
-        }
-        Ok(prepared)
-    }
-
     /// Takes the lock and makes sure that the box may be changed, without making it ready: enough for
     /// what touches no layer.
     ///
@@ -148,18 +136,16 @@ impl Prepared<'_> {
         Ok(tops)
     }
 
-    /// Every layer of every chain of the box, resolved; tops included.
+    /// Every layer of every chain of the box, resolved; tops included. A chain that can't be followed to
+    /// its end is left out: what would read it fails by itself, and its box can be removed or restored
+    /// all the same.
     pub fn chains(&self) -> Result<Vec<Vec<PathBuf>>> {
-        self.tops()?
-            .iter()
-            .map(|top| {
-                crate::disk::chain_paths(top)
-                    .map_err(broken)?
-                    .iter()
-                    .map(|path| resolve(path))
-                    .collect()
-            })
-            .collect()
+        let chain = |top: &PathBuf| -> Result<Vec<PathBuf>> {
+            let paths = crate::disk::chain_paths(top)?;
+            paths.iter().map(|path| resolve(path)).collect()
+        };
+        let tops = self.tops()?;
+        Ok(tops.iter().filter_map(|top| chain(top).ok()).collect())
     }
 
     /// EPERM when rows or headers of the box speak of another home.
@@ -170,15 +156,7 @@ impl Prepared<'_> {
 
     /// EPERM when a chain leaves the home.
     fn refuse_foreign_layers(&self) -> Result<()> {
-        for top in self.tops()? {
-            // One that is broken is refused where it is needed: its box can go all the same.
-            let Ok(chain) = crate::disk::chain_paths(&top) else {
-                continue;
-            };
-            let chain: Vec<PathBuf> = chain
-                .iter()
-                .map(|path| resolve(path))
-                .collect::<Result<_>>()?;
+        for chain in self.chains()? {
             if let Some(outside) = chain
                 .iter()
                 .find(|path| !path.starts_with(self.store.home.root()))
@@ -280,14 +258,6 @@ impl Store {
             file_size: meta.len(),
             created_at: now(),
         })
-    }
-}
-
-/// That a layer is missing is no ENOENT: `rm -f` takes that for done.
-fn broken(error: Error) -> Error {
-    match error.errno() {
-        libc::ENOENT => Error::damaged(error.to_string()),
-        _ => error,
     }
 }
 

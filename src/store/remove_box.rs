@@ -42,7 +42,7 @@ impl Store {
     /// recovery takes away; after it a marked directory without a row, which recovery removes, as
     /// BoxLite's own start does.
     fn delete_box(&self, box_id: &str, gone: &BTreeSet<String>) -> Result<()> {
-        let mut prepared = self.prepare_to_remove(box_id)?;
+        let mut prepared = self.prepare(box_id)?;
         prepared.refuse_other_snapshots(gone)?;
         let dir = self.home.box_dir(box_id);
         if let Some(mountpoint) = mountinfo::below(&dir)? {

@@ -16,7 +16,9 @@
 //! `target/venv/bin/python`.
 
 // Every test file uses a part of it.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
+
+mod process;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -31,6 +33,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
+
+pub use process::*;
 
 /// Bytes of the guest disk that [`TestHome::new`] makes.
 pub const DISK_SIZE: &str = "8M";

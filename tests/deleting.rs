@@ -87,7 +87,7 @@ fn every_recursive_delete_removes_the_box_and_nothing_else() {
         "rm -rf $MNT/NEW/",
         "rm -rv $MNT/NEW",
         "cd $MNT && rm -r NEW",
-        "yes | rm -ri $MNT/NEW",
+        "printf 'y\\n%.0s' {1..12} | rm -ri $MNT/NEW",
         "busybox rm -rf $MNT/NEW",
         "find $MNT/NEW -delete",
         "find $MNT/NEW -depth -exec rm -d {} +",
@@ -143,7 +143,6 @@ fn who_unlinks_box_json_alone_deletes_nothing_and_nobody_else_notices() {
     let home = home_with_snapshot();
     let mount = home.mount();
     let before = states(&home);
-    let files = home.fingerprint();
     succeed(&["rm", text(&mount.at("web/box.json"))]);
     assert_web_is_back(&home, &mount, &before);
     // Who lives on goes on seeing what he did, and nobody else does.
@@ -160,11 +159,6 @@ fn who_unlinks_box_json_alone_deletes_nothing_and_nobody_else_notices() {
     other.does("os.rmdir(m + 'web/snapshots/other')");
     drop((process, other));
     assert_web_is_back(&home, &mount, &before);
-    assert_eq!(
-        home.fingerprint().lines().count(),
-        files.lines().count() + 1,
-        "a base"
-    );
     mount.unmount();
     home.assert_whole();
 }

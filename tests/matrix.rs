@@ -135,11 +135,14 @@ const TAR: Table = &[
 ];
 
 const PYTHON: Table = &[
-    (BackUp, "p copytree", Works),
     (BackUp, "p copytree symlinks=True", Works),
     (BackUpArchive, "p copyfile", Works),
     (Import, "p copyfile", Works),
     (Import, "p move", Moves),
+    (Return, "p copytree symlinks=True", Works),
+    // It follows the links to what is compressed, which lead nowhere outside of the mount.
+    (Return, "p copytree", Complains("No such file or directory")),
+    (BackUp, "p copytree", Works),
     (Return, "p copytree", Works),
     (Return, "p move", Moves),
     (RestoreSnapshot, "p copyfile", Works),
@@ -185,7 +188,7 @@ const GIO: Table = &[
     (Import, "gio copy $FROM $TO", Works),
     (Import, "gio move $FROM $TO", Moves),
     (Return, "gio copy $FROM $TO", Fails("recursively copy directory")),
-    (Return, "mkdir $TO && gio copy $FROM/*.* $TO && mkdir -p $TO/snapshots/{s,t} && for s in s t; do gio copy $FROM/snapshots/$s/*.* $TO/snapshots/$s || exit; done", Works),
+    (Return, "mkdir $TO && gio copy -P $FROM/*.* $TO && mkdir -p $TO/snapshots/{s,t} && for s in s t; do gio copy -P $FROM/snapshots/$s/*.* $TO/snapshots/$s || exit; done", Works),
     (RestoreSnapshot, "gio copy $FROM $TO", Works),
     (RestoreFile, "gio copy $FROM $TO", Works),
     (RestoreFile, "gio move $FROM $TO", Moves),
@@ -366,7 +369,7 @@ impl Matrix {
         let mount = home.mount();
         fs::create_dir(home.beside("out")).expect("a place outside");
         let kept = home.beside("out/kept");
-        succeed(&["cp", "-r", text(&mount.at(WEB)), text(&kept)]);
+        succeed(&["cp", "-a", text(&mount.at(WEB)), text(&kept)]);
         let boxes = contents(&home);
         Matrix {
             kept: (kept, boxes[WEB].clone()),
@@ -425,10 +428,12 @@ impl Matrix {
         // Of its own, for a row may move it.
         let file = out(&format!("from{number}.boxlite"));
         let directory = out(&format!("from{number}"));
+        // With its time: rsync goes by it.
+        let put = |from: &Path, to: &Path| drop(succeed(&["cp", "-a", text(from), text(to)]));
         match verb {
-            Import => drop(fs::copy(archive(), &file).expect("an archive")),
-            RestoreFile => drop(fs::copy(self.kept.0.join("export.boxlite"), &file).expect("one")),
-            Return => drop(succeed(&["cp", "-a", text(&self.kept.0), text(&directory)])),
+            Import => put(&archive(), &file),
+            RestoreFile => put(&self.kept.0.join("export.boxlite"), &file),
+            Return => put(&self.kept.0, &directory),
             _ => (),
         }
         match verb {

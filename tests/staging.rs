@@ -385,13 +385,16 @@ fn a_copy_onto_a_box_that_is_there_is_refused_and_changes_nothing() {
         ("rsync -a $BACKUP/ $MNT/web2", true),
         ("rsync -a $MNT/web $MNT/web2", true),
         ("busybox cp -r $MNT/web $MNT/web2", true),
-        ("busybox cp -r $BACKUP/. $MNT/web2", true),
+        // In whatever order its directory lists them, but for the export before all else.
+        (
+            "busybox cp -r $BACKUP/snapshots $BACKUP/export.boxlite $BACKUP/box.json $MNT/web2",
+            true,
+        ),
         ("mv $BACKUP $MNT/web2", true),
         ("mv -T $MNT/web $MNT/web2", false),
         ("mv -T $BACKUP $MNT/web2", false),
-        ("tar c -C $BACKUP . | tar x -C $MNT/web2", true),
         (
-            "python3 -c \"import shutil; shutil.copytree('$BACKUP', '$MNT/web2', dirs_exist_ok=True)\"",
+            "tar c -C $BACKUP snapshots export.boxlite box.json | tar x -C $MNT/web2",
             true,
         ),
         (

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::attr::Attr;
 use super::caller::{Caller, Makers};
 use super::handle::Opened;
-use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOTS, decode};
+use super::names::{ARCHIVE_SUFFIX, COMPRESSED, EXPORT, SNAPSHOTS, decode};
 use super::node::Node;
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
 use super::staging::{Child, LooseFile, StagedBox, What};
@@ -114,21 +114,32 @@ impl Tree {
             return Ok(());
         };
         // It may have more to copy.
-        dealing.box_json_was_refused();
+        dealing.copying_was_refused();
         Err(self.refuse_copied_box(name))
     }
 
     pub(super) fn refuse_copied_box(&self, name: &str) -> Error {
         self.refuse(
             libc::EPERM,
-            format!("{name}: the same process tried to write box.json, so it copies a whole box over one that exists; copy it to a new name, or export.boxlite alone to restore"),
+            format!("{name}: the same process tried to write other files of the box, so it copies a whole box over one that exists; copy it to a new name, or export.boxlite alone to restore"),
         )
+    }
+
+    /// Something was refused that a copy of a whole box over one that exists would begin with.
+    pub(super) fn remember_refused_copy(&self, caller: Caller, node: &Node) {
+        if let Some(id) = node.box_id() {
+            let mut dealings = self.dealings.lock();
+            dealings.begin(caller, id).copying_was_refused();
+        }
     }
 
     /// Refuses to put something into a box that exists. Where a copy tool has just made the
     /// snapshot it wants to put it into, that snapshot is of today's disk, and not of what is being
     /// copied: it is taken back.
     fn refuse_put(&self, caller: Caller, parent: &Node, name: &str) -> Error {
+        if role_of(parent, name) != Some(Role::Dropped) || name == COMPRESSED {
+            self.remember_refused_copy(caller, parent);
+        }
         if let Node::Snapshot(id, snapshot) = parent {
             let mine = self
                 .fresh
@@ -147,14 +158,6 @@ impl Tree {
                     format!("{name}: snapshots can't be copied into a box that exists; the mkdir had taken one of the disk as it is now, {end}"),
                 );
             }
-        }
-        if let Node::Box(id) = parent
-            && role_of(parent, name) == Some(Role::Json)
-        {
-            self.dealings
-                .lock()
-                .begin(caller, id)
-                .box_json_was_refused();
         }
         self.refuse(
             libc::EPERM,
@@ -401,7 +404,10 @@ impl Tree {
         let link = What::Link(PathBuf::from(target));
         let node = self
             .make_staged(caller, &parent, name, link)?
-            .ok_or_else(|| self.refuse(libc::EPERM, format!("{name}: links have no place here")))?;
+            .ok_or_else(|| {
+                self.remember_refused_copy(caller, &parent);
+                self.refuse(libc::EPERM, format!("{name}: links have no place here"))
+            })?;
         let attr = self.attr(caller, &node)?;
         self.tell(&node);
         Ok(attr)

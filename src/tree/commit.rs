@@ -97,7 +97,7 @@ impl Tree {
     fn commit_restore(&self, file: &StagedFile, state: &FileState) -> Result<()> {
         let copies_box = {
             let dealings = self.dealings.lock();
-            dealings.tried_box_json(&file.box_id, &file.writer, file.begun)
+            dealings.tried_to_copy(&file.box_id, &file.writer, file.begun)
         };
         if copies_box {
             return Err(self.refuse_copied_box(EXPORT));

@@ -23,7 +23,7 @@ pub(super) struct Dealing {
     /// Ids of the snapshots it removed after box.json: they go with the box or not at all.
     pub deferred: BTreeSet<String>,
     refused_removal: Option<Instant>,
-    refused_box_json: Option<Instant>,
+    refused_copy: Option<Instant>,
 }
 
 impl Dealing {
@@ -34,7 +34,7 @@ impl Dealing {
             removed: HashMap::new(),
             deferred: BTreeSet::new(),
             refused_removal: None,
-            refused_box_json: None,
+            refused_copy: None,
         }
     }
 
@@ -74,16 +74,16 @@ impl Dealing {
             .is_some_and(|at| at.elapsed() < GOING_ON)
     }
 
-    /// It tried to write box.json: it is copying a whole box over this one.
-    pub fn box_json_was_refused(&mut self) {
+    /// It tried to put something into the box that can't be put there: it may be copying a whole box over
+    /// this one, in whatever order.
+    pub fn copying_was_refused(&mut self) {
         self.last = Instant::now();
-        self.refused_box_json = Some(self.last);
+        self.refused_copy = Some(self.last);
     }
 
     /// Whether that was a moment ago.
     pub fn goes_on_copying(&self) -> bool {
-        self.refused_box_json
-            .is_some_and(|at| at.elapsed() < GOING_ON)
+        self.refused_copy.is_some_and(|at| at.elapsed() < GOING_ON)
     }
 }
 
@@ -122,11 +122,11 @@ impl Dealings {
             .find_map(|dealing| dealing.makers.includes(caller).then_some(dealing))
     }
 
-    /// Whether one of these processes tried to write a box's box.json since then.
-    pub fn tried_box_json(&self, box_id: &str, makers: &Makers, since: Instant) -> bool {
+    /// Whether one of these processes tried to copy other files of a box over its own since then.
+    pub fn tried_to_copy(&self, box_id: &str, makers: &Makers, since: Instant) -> bool {
         let dealings = self.of_box.get(box_id).into_iter().flatten();
         let mut tried =
-            dealings.filter(|dealing| dealing.refused_box_json.is_some_and(|at| at >= since));
+            dealings.filter(|dealing| dealing.refused_copy.is_some_and(|at| at >= since));
         tried.any(|dealing| dealing.makers.share(makers))
     }
 

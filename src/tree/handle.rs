@@ -175,13 +175,12 @@ impl Tree {
                 "{} stays as it is; to restore it, copy its export over that of its box",
                 self.store.describe(source)
             ),
-            Node::BoxJson(id) => {
-                let mut dealings = self.dealings.lock();
-                dealings.begin(caller, id).box_json_was_refused();
-                "box.json is only for reading".into()
-            }
+            Node::BoxJson(_) => "box.json is only for reading".into(),
             _ => "snapshot.json, what is compressed and the log are only for reading".into(),
         };
+        if !matches!(node, Node::Export(Source::Live { .. })) {
+            self.remember_refused_copy(caller, node);
+        }
         self.refuse(libc::EPERM, sentence)
     }
 

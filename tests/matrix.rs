@@ -245,6 +245,27 @@ const JAVA: Table = &[
     (DeleteBox, "j delete $FROM", Works),
 ];
 
+const MC: Table = &[
+    (BackUp, "c copy $FROM $TO", Works),
+    (BackUpArchive, "c copy $FROM $TO", Works),
+    (Import, "c copy $FROM $TO", Works),
+    (Return, "c copy $FROM $TO", Works),
+    (RestoreSnapshot, "c copy $FROM $TO", Works),
+    (RestoreFile, "c copy $FROM $TO", Works),
+    (CloneBox, "c copy $FROM $TO", Works),
+    (CloneSnapshot, "c copy $FROM $TO", Works),
+    (RenameSnapshot, "c move $FROM $TO", Works),
+    (RenameBox, "c move $FROM $TO", Works),
+    (BackUp, "c move $FROM $TO", Moves),
+    (DeleteSnapshot, "c delete $FROM", Works),
+    (DeleteBox, "c delete $FROM", Works),
+];
+
+#[test]
+fn midnight_commander_does_every_verb() {
+    assert_every_row(MC);
+}
+
 #[test]
 fn cp_r_does_every_verb() {
     assert_every_row(CP_R);
@@ -300,6 +321,7 @@ fn java_with_many_threads_does_every_verb() {
 /// What rows need of the shell.
 const SHELL: &str = r#"
 p() { python3 -c "import os, shutil; shutil.$1(*os.environ['ENDS'].split(), $2)"; }
+c() { python3 "$TOOLS/mc.py" "$@"; }
 j() { java -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -cp "$CLASSES" Copier "$@"; }
 "#;
 
@@ -467,7 +489,9 @@ impl Matrix {
         let script_of_row = format!("{SHELL}{text_of_row}");
         let ends = PathBuf::from(format!("{} {}", from.display(), to.display()));
         let home = self.home.beside("out");
+        let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tools");
         let environment = [
+            ("TOOLS", &*tools),
             ("FROM", from),
             ("TO", to),
             ("ENDS", &ends),

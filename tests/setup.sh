@@ -32,6 +32,9 @@ scp openssh-client
 sshd openssh-server
 javac default-jdk-headless
 restic restic
+rclone rclone
+mc mc
+perl perl
 python3 python3-venv
 '
 # Users' PATH often lacks what mke2fs is in.

@@ -149,7 +149,12 @@ impl Tree {
                 self.store.share_snapshot(source, contents, box_id, &new)
             }
             _ => Ok(()),
+        }?;
+        // Another thread may have closed its description after the look above and before it was there.
+        if let Ok((_, Some(json))) = self.snapshot_being_made(&file.box_id, &state.place.parent) {
+            self.date_snapshot(&json);
         }
+        Ok(())
     }
 
     /// The name of a snapshot's directory being made, and the snapshot.json in it.

@@ -172,7 +172,9 @@ impl Tree {
         let name = text(name).map_err(|_| not_there())?;
         let taken = {
             let mut staging = self.staging.lock();
-            if matches!(name, BOX_JSON | EXPORT | COMPRESSED | SNAPSHOT_JSON) {
+            if matches!(name, BOX_JSON | EXPORT | COMPRESSED | SNAPSHOT_JSON)
+                && !staging.is_placeholder(caller, &parent, name)
+            {
                 staging.end_face(caller, &parent);
             }
             take_staged(&mut staging, caller, &parent, name)?

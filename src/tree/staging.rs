@@ -211,6 +211,14 @@ impl Staging {
         }
     }
 
+    /// Whether a name is an empty file: tar makes one where a link will be, and removes it at its end.
+    pub fn is_placeholder(&mut self, caller: Caller, parent: &Node, name: &str) -> bool {
+        let child = self
+            .face(caller, parent)
+            .and_then(|staged| staged.child(parent, name));
+        child.is_some_and(|child| matches!(&child.what, What::File(file) if file.size() == 0))
+    }
+
     fn let_go(&mut self, id: &str) {
         self.boxes.remove(id);
         self.names.retain(|_, box_id| box_id != id);

@@ -448,7 +448,7 @@ fn the_layers_of_a_removed_box_go_at_once_but_for_those_that_others_read() {
 
 #[test]
 fn a_layer_of_boxlites_clone_goes_when_no_snapshot_and_no_disk_needs_it_any_more() {
-    for last in ["rmdir", "rm"] {
+    for last in ["rmdir", "rm", "boxlite"] {
         let home = TestHome::new();
         home.wheel(&["clone", "web", "copy"]);
         let mount = home.mount();
@@ -463,11 +463,33 @@ fn a_layer_of_boxlites_clone_goes_when_no_snapshot_and_no_disk_needs_it_any_more
         assert_eq!(before, digest(&home.live_disk("web")));
         match last {
             "rmdir" => mount.remove_snapshot("copy", "a").unwrap(),
+            "boxlite" => drop(home.wheel(&["remove", "copy"])),
             _ => drop(succeed(&["rm", "-r", text(&mount.at("copy"))])),
         }
         assert_eq!(names_in(&home.root().join("bases")), [""; 0], "{last}");
         home.assert_whole();
     }
+}
+
+#[test]
+fn a_layer_of_boxlites_clone_goes_at_a_mount_that_finds_its_last_reference_was_left_over() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"changed");
+    home.wheel(&["clone", "web", "theirs"]);
+    mount.copy("web", "copy");
+    // What was below all three is read by none of them now, and one reference is BoxLite's to drop.
+    home.wheel_batch(&[&["snapshot-restore", "copy", "a"], &["remove", "theirs"]]);
+    let export = mount.at("web/export.boxlite");
+    succeed(&["cp", text(&archive()), text(&export)]);
+    assert_eq!(names_in(&home.root().join("bases")).len(), 2);
+    mount.unmount();
+    let mount = home.mount();
+    assert_eq!(names_in(&home.root().join("bases")).len(), 1);
+    let first = digest(&home.snapshot_disk("web", "a"));
+    assert_eq!(mount.export_digest("copy/export.boxlite"), first);
+    home.assert_whole();
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! finished the way the table in `docs/design.md` says. Always under the lock, and only for a box
 //! that is not running.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -78,12 +79,16 @@ impl Store {
         }
         // One look at all layers for all boxes: the lock is held.
         let layers = self.scan_layers()?;
+        let mut given_up = BTreeSet::new();
         for record in recovered {
             prepared.record = record;
-            prepared.drop_leftover_refs(&layers)?;
+            let dropped = prepared.drop_leftover_refs(&layers)?;
+            given_up.extend(dropped.into_iter().map(|row| row.id));
         }
         self.drop_rows_without_files(&mut prepared.change)?;
-        self.free_unreached(&mut prepared.change)
+        self.free_bases(&mut prepared.change, &|row| {
+            row.is_ours() || given_up.contains(&row.id)
+        })
     }
 
     /// Directories of boxes that were being made: without a row they go, with one the mark goes.

@@ -206,16 +206,11 @@ impl Prepared<'_> {
         })
     }
 
-    /// The ids of the bases that the box refers to, that were made from it, or that its layers are further
-    /// names of; images' caches aside.
+    /// The ids of the bases that the box refers to or that were made from it, images' caches aside.
     fn bases_of_box(&self) -> Result<BTreeSet<String>> {
-        let named = self.bases_named_in_box()?;
         let referred = self.change.refs_of(&self.record.id)?;
-        let is_of_box = |row: &BaseRecord| {
-            row.source_box_id == self.record.id
-                || referred.contains(&row.id)
-                || named.contains(&row.id)
-        };
+        let is_of_box =
+            |row: &BaseRecord| row.source_box_id == self.record.id || referred.contains(&row.id);
         let rows = self.change.bases()?.into_iter();
         let rows = rows.filter(|row| row.kind != "rootfs" && is_of_box(row));
         Ok(rows.map(|row| row.id).collect())

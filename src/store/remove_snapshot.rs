@@ -1,6 +1,6 @@
 //! `rmdir web/snapshots/NAME`.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::Store;
@@ -10,7 +10,6 @@ use super::durable;
 use super::layers::{Layers, Role, resolve};
 use super::prepare::Prepared;
 use crate::Result;
-use crate::disk::FileId;
 use crate::home::{BaseRecord, Change, Home, SnapshotRecord};
 
 impl Store {
@@ -44,7 +43,6 @@ impl Store {
         let mut prepared = self.prepare(box_id)?;
         let snapshot = prepared.snapshot(snapshot_id)?;
         let layer = prepared.unread_layer(&snapshot)?;
-        let named = prepared.bases_named_in_box()?;
         crash_point("remove.adopted");
         prepared.mark_unrecorded_snapshot(&layer)?;
         crash_point("remove.marked");
@@ -61,7 +59,7 @@ impl Store {
         crash_point("remove.unlinked");
         // The snapshot is gone; what follows does not bring it back.
         self.remove_snapshot_dir(layer.parent());
-        if let Err(error) = prepared.free_surplus(&named) {
+        if let Err(error) = prepared.free_surplus() {
             self.journal
                 .note(&format!("{error}; its space is not freed"));
         }
@@ -83,22 +81,6 @@ impl Prepared<'_> {
             self.adopt(&layer)?;
         }
         Ok(layer)
-    }
-
-    /// The ids of the bases that layers of the box are further names of. Those that BoxLite made are not
-    /// freed as ours are, for after a crash inside its clone one can be a box's only disk; but one that
-    /// a box had as a snapshot may go with the last of its names.
-    pub(super) fn bases_named_in_box(&self) -> Result<BTreeSet<String>> {
-        let layers = self.layers()?;
-        let own = layers.files().iter();
-        let own = own.filter(|file| file.box_id() == Some(&self.record.id));
-        let own: HashSet<FileId> = own.map(|file| file.id).collect();
-        let is_named = |row: &BaseRecord| {
-            resolve(Path::new(&row.base_path))
-                .is_ok_and(|path| layers.at(&path).is_some_and(|file| own.contains(&file.id)))
-        };
-        let rows = self.change.bases()?.into_iter();
-        Ok(rows.filter(is_named).map(|row| row.id).collect())
     }
 
     /// Marks the directory of a snapshot's layer, whose row is about to go or to name another.

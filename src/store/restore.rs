@@ -1,13 +1,14 @@
 //! `cp web/snapshots/NAME/export.boxlite web/export.boxlite`: the live disk becomes another state, one
 //! that is kept in the home or one that arrived as an archive.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::crash::crash_point;
-use super::layers::{Layers, resolve};
+use super::layers::{ImageFile, Layers, resolve};
 use super::prepare::Prepared;
 use super::{Arrival, Contents, Source, Store, called, durable};
+use crate::disk::FileId;
 use crate::home::BaseRecord;
 use crate::{Error, Result};
 
@@ -134,7 +135,7 @@ impl Prepared<'_> {
     /// What is to be tidied up after the live disk became another; none of it takes that back.
     fn live_was_replaced(&mut self) {
         let rootfs = self.store.home.guest_rootfs(&self.record.id);
-        let tidied = durable::unlink(&rootfs).and_then(|()| self.free_surplus(&BTreeSet::new()));
+        let tidied = durable::unlink(&rootfs).and_then(|()| self.free_surplus());
         if let Err(error) = tidied {
             let name = called(&self.record);
             let sentence = format!("box {name} was restored, but {error}");
@@ -143,23 +144,21 @@ impl Prepared<'_> {
     }
 
     /// Drops what references of the box nothing in it needs any more, and frees the bases that nobody
-    /// needs now; also BoxLite's, which goes by references and would keep them for ever: those the box
-    /// referred to, and those in `had`.
-    pub(super) fn free_surplus(&mut self, had: &BTreeSet<String>) -> Result<()> {
+    /// needs now; also BoxLite's, which goes by references and would keep them for ever.
+    pub(super) fn free_surplus(&mut self) -> Result<()> {
         let surplus = self.surplus_refs(&self.layers()?)?;
         self.drop_refs(&surplus)?;
-        let may_go = |row: &BaseRecord| {
-            row.is_ours() || had.contains(&row.id) || surplus.iter().any(|it| it.id == row.id)
-        };
+        let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
         self.store.free_bases(&mut self.change, &may_go)
     }
 
     /// Drops surplus references that a crash left, as far as they would keep BoxLite from removing
-    /// another box. Those to what BoxLite made of this one are how it frees that.
-    pub(super) fn drop_leftover_refs(&mut self, layers: &Layers) -> Result<()> {
+    /// another box. Those to what BoxLite made of this one are how it frees that. Returns the bases.
+    pub(super) fn drop_leftover_refs(&mut self, layers: &Layers) -> Result<Vec<BaseRecord>> {
         let mut surplus = self.surplus_refs(layers)?;
         surplus.retain(|row| row.source_box_id != self.record.id);
-        self.drop_refs(&surplus)
+        self.drop_refs(&surplus)?;
+        Ok(surplus)
     }
 
     fn drop_refs(&mut self, surplus: &[BaseRecord]) -> Result<()> {
@@ -174,8 +173,9 @@ impl Prepared<'_> {
         })
     }
 
-    /// The bases that the box refers to and that none of its files reads from any more. None while
-    /// what it reads from can't be told for certain.
+    /// The bases that the box refers to, and that none of its files reads from any more or is another name
+    /// of: a snapshot of a clone that did not change is one of BoxLite's base, which frees that with the
+    /// last reference only. None while what the box reads from can't be told for certain.
     fn surplus_refs(&self, layers: &Layers) -> Result<Vec<BaseRecord>> {
         let referred = self.change.refs_of(&self.record.id)?;
         if referred.is_empty() || self.live().is_none() {
@@ -192,12 +192,18 @@ impl Prepared<'_> {
         let own = own.filter(|file| file.box_id() == Some(&self.record.id));
         tops.extend(own.map(|file| file.path.clone()));
         let reached: BTreeSet<&Path> = tops.iter().flat_map(|top| layers.chain(top)).collect();
+        let named = tops.iter().filter_map(|top| layers.at(top));
+        let named: HashSet<FileId> = named.map(|file| file.id).collect();
+        let is_needed = |path: &Path| {
+            let is_named = |file: &ImageFile| named.contains(&file.id);
+            reached.contains(path) || layers.at(path).is_some_and(is_named)
+        };
         let mut surplus = self.change.bases()?;
         // A cache of images is read through files that are none of the layers.
         surplus.retain(|row| {
             row.kind != "rootfs"
                 && referred.contains(&row.id)
-                && resolve(Path::new(&row.base_path)).is_ok_and(|path| !reached.contains(&*path))
+                && resolve(Path::new(&row.base_path)).is_ok_and(|path| !is_needed(&path))
         });
         Ok(surplus)
     }

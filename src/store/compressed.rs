@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -23,6 +23,8 @@ use crate::{Error, Result};
 const MOST_AT_A_TIME: usize = 2;
 /// How often those who wait are looked at: a killed one must not wait on.
 const LOOKED_AT: Duration = Duration::from_millis(10);
+/// How long an unmount waits for what archives taught to be written down.
+const WRITTEN_DOWN: Duration = Duration::from_secs(2);
 /// Sizes of frames that are kept although nobody reads, for as many archives.
 const KEPT_SIZES: usize = 8;
 /// Sizes learnt that are written down together.
@@ -483,12 +485,17 @@ impl Store {
         cache.used.retain(|source| source.is_in(catalog));
     }
 
-    /// Answers all who wait for a compressed archive, and makes none any more.
+    /// Answers all who wait for a compressed archive, makes none any more, and lets those that are
+    /// made already write down what they learnt; that is over in a moment, and waited for no longer
+    /// than [`WRITTEN_DOWN`].
     pub fn stop_compressing(&self) {
-        for production in &self.compressed.lock().productions {
-            if let Some(production) = production.upgrade() {
-                production.closing.store(true, Ordering::Relaxed);
-            }
+        let productions = std::mem::take(&mut self.compressed.lock().productions);
+        for production in productions.iter().filter_map(Weak::upgrade) {
+            production.closing.store(true, Ordering::Relaxed);
+        }
+        let began = Instant::now();
+        while productions.iter().any(|it| it.strong_count() > 0) && began.elapsed() < WRITTEN_DOWN {
+            std::thread::sleep(LOOKED_AT);
         }
     }
 }

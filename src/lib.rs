@@ -22,6 +22,7 @@ pub mod archive;
 pub mod disk;
 pub mod error;
 pub mod fuse;
+pub mod guest;
 pub mod home;
 pub mod mount;
 mod mountinfo;

@@ -189,25 +189,23 @@ impl FileSystem {
         }
     }
 
-    /// Whether a block of names has the right checksum. Blocks of an index have theirs elsewhere; of
-    /// them nothing is used, and as a block of names they are empty.
+    /// Whether a block of names has the right checksum. Blocks of an index have theirs elsewhere,
+    /// and may still end like the block of names they once were; of them nothing is used, and as a
+    /// block of names they are empty.
     fn checksum_is_right_at(&self, inode: &Inode, number: u64, bytes: &[u8]) -> bool {
         let Some(seed) = inode.seed else {
             return true;
         };
         let fields = Fields(bytes);
-        let at = bytes.len().saturating_sub(TAIL);
-        let has_tail = fields.le32(at) == 0
-            && usize::from(fields.le16(at + 4)) == TAIL
-            && fields.u8(at + 7) == TAIL_KIND;
-        match has_tail {
-            true => crc32c(seed, &[fields.bytes(0, at)]) == fields.le32(at + 8),
-            false => {
-                let is_empty =
-                    fields.le32(0) == 0 && self.entry_len(fields.le16(4)) == bytes.len();
-                inode.is_indexed() && (number == 0 || is_empty)
-            }
+        let is_empty = fields.le32(0) == 0 && self.entry_len(fields.le16(4)) == bytes.len();
+        if inode.is_indexed() && (number == 0 || is_empty) {
+            return true;
         }
+        let at = bytes.len().saturating_sub(TAIL);
+        fields.le32(at) == 0
+            && usize::from(fields.le16(at + 4)) == TAIL
+            && fields.u8(at + 7) == TAIL_KIND
+            && crc32c(seed, &[fields.bytes(0, at)]) == fields.le32(at + 8)
     }
 
     fn damaged_directory(&self, inode: &Inode, what: &str) -> crate::Error {

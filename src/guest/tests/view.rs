@@ -22,7 +22,11 @@ fn another_reader_sees_the_same_files() {
     let mut left = vec![(FileSystem::ROOT, PathBuf::new("/"))];
     while let Some((inode, path)) = left.pop() {
         let said = fs.attributes(inode).unwrap();
-        let meta = view.symlink_metadata(&path).unwrap();
+        let Ok(meta) = view.symlink_metadata(&path) else {
+            // It does not know times before 1970.
+            assert!(said.modified.seconds < 0, "{path:?}");
+            continue;
+        };
         assert_eq!((said.size, said.permissions), (meta.len(), meta.mode()));
         assert_eq!((said.uid, said.gid), (meta.uid(), meta.gid()));
         match said.kind {

@@ -88,7 +88,7 @@ impl FileSystem {
         }
         let block_size = self.layout().block_size;
         let size = inode.size(self.layout());
-        if size > MAX_SIZE || size % block_size != 0 {
+        if size > MAX_SIZE || !size.is_multiple_of(block_size) {
             return Err(self.damaged_directory(inode, "has an impossible size"));
         }
         for number in from / block_size..size / block_size {
@@ -115,7 +115,10 @@ impl FileSystem {
         let first = data.get(PARENT..BLOCK_LEN.min(size)).unwrap_or_default();
         let second = data.get(BLOCK_LEN..size).unwrap_or_default();
         for (region, base) in [(first, PARENT), (second, BLOCK_LEN)] {
-            if self.region(inode, region, base as u64, from, each)?.is_break() {
+            if self
+                .region(inode, region, base as u64, from, each)?
+                .is_break()
+            {
                 break;
             }
         }
@@ -159,7 +162,7 @@ impl FileSystem {
             true => (usize::from(fields.u8(6)), FileKind::of_entry(fields.u8(7))),
             false => (usize::from(fields.le16(6)), None),
         };
-        if len < MIN_ENTRY || len % 4 != 0 || len > bytes.len() {
+        if len < MIN_ENTRY || !len.is_multiple_of(4) || len > bytes.len() {
             return None;
         }
         if inode == 0 {

@@ -117,7 +117,9 @@ impl FileSystem {
         mut buf: &mut [u8],
     ) -> Result<()> {
         let size = self.layout.block_size;
-        let start = block.checked_mul(size).and_then(|start| start.checked_add(at));
+        let start = block
+            .checked_mul(size)
+            .and_then(|start| start.checked_add(at));
         let end = start.and_then(|start| start.checked_add(buf.len() as u64));
         let (Some(mut start), Some(end)) = (start, end) else {
             return Err(self.damaged(format_args!("there is no block {block}")));
@@ -151,13 +153,7 @@ impl FileSystem {
         (next - block).saturating_mul(self.layout.block_size)
     }
 
-    fn read_replaced(
-        &self,
-        what: Use,
-        by: Replacement,
-        within: u64,
-        buf: &mut [u8],
-    ) -> Result<()> {
+    fn read_replaced(&self, what: Use, by: Replacement, within: u64, buf: &mut [u8]) -> Result<()> {
         let at = by.block.saturating_mul(self.layout.block_size) + within;
         self.volume.read(what, at, buf)?;
         if by.escaped {
@@ -179,7 +175,9 @@ impl FileSystem {
         let mut descriptor = vec![0; len];
         self.read_blocks(Use::Metadata, block, at, &mut descriptor)?;
         let table = self.layout.inode_table(group, &descriptor).ok_or_else(|| {
-            self.damaged(format_args!("the descriptor of group {group} has a wrong checksum"))
+            self.damaged(format_args!(
+                "the descriptor of group {group} has a wrong checksum"
+            ))
         })?;
         let size = self.layout.inode_size;
         let mut raw = vec![0; size as usize];
@@ -262,7 +260,10 @@ impl FileSystem {
         match inode.is_encrypted() {
             true => Err(Error::new(
                 libc::ENOKEY,
-                format!("inode {} is encrypted; only the guest has the key", inode.number),
+                format!(
+                    "inode {} is encrypted; only the guest has the key",
+                    inode.number
+                ),
             )),
             false => Ok(()),
         }

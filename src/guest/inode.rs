@@ -140,7 +140,7 @@ impl Inode {
         let kind = FileKind::of_mode(mode).ok_or("is of no known kind")?;
         if raw.len() > OLD_SIZE {
             let extra = extra_size(fields);
-            if OLD_SIZE + extra > raw.len() || extra % 4 != 0 {
+            if OLD_SIZE + extra > raw.len() || !extra.is_multiple_of(4) {
                 return Err("has a wrong length");
             }
         }

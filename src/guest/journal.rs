@@ -181,8 +181,7 @@ impl<'a> Log<'a> {
     fn tail_is_right(&self, bytes: &[u8]) -> bool {
         let at = bytes.len().saturating_sub(4);
         let sum = Fields(bytes).be32(at);
-        !self.has_checksums()
-            || crc32c(self.seed, &[Fields(bytes).bytes(0, at), &[0; 4]]) == sum
+        !self.has_checksums() || crc32c(self.seed, &[Fields(bytes).bytes(0, at), &[0; 4]]) == sum
     }
 
     /// Whether a commit block is right.
@@ -251,7 +250,10 @@ impl<'a> Reading<'a> {
             }
         }
         if self.log.end - self.log.first > MAX_BLOCKS as u32 {
-            return Err(self.log.fs.damaged("the journal is too large to be read here"));
+            return Err(self
+                .log
+                .fs
+                .damaged("the journal is too large to be read here"));
         }
         Ok(self.finish())
     }
@@ -329,10 +331,11 @@ impl<'a> Reading<'a> {
         if self.revoked.len() + self.new_revoked.len() + list.len() / len > MAX_REVOKED {
             return Err(self.log.fs.damaged("the journal gives up too many blocks"));
         }
-        self.new_revoked.extend(list.chunks_exact(len).map(|entry| match len {
-            4 => u64::from(Fields(entry).be32(0)),
-            _ => Fields(entry).be64(0),
-        }));
+        self.new_revoked
+            .extend(list.chunks_exact(len).map(|entry| match len {
+                4 => u64::from(Fields(entry).be32(0)),
+                _ => Fields(entry).be64(0),
+            }));
         Ok(())
     }
 

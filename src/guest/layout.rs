@@ -159,20 +159,28 @@ impl Layout {
         }
         let unknown = self.incompat & !incompat::READ;
         if unknown != 0 {
-            return Err(format!("it has features that are not known here ({unknown:#x})"));
+            return Err(format!(
+                "it has features that are not known here ({unknown:#x})"
+            ));
         }
         if sb.le32(0x18) > 6 {
             return Err("its blocks would be larger than 64 KiB".into());
         }
-        let plausible = |size: u64, min: u64| {
-            size.is_power_of_two() && (min..=self.block_size).contains(&size)
-        };
+        let plausible =
+            |size: u64, min: u64| size.is_power_of_two() && (min..=self.block_size).contains(&size);
         if !plausible(self.inode_size, 128) {
             return Err(format!("its inodes have {} bytes", self.inode_size));
         }
-        let least = if self.incompat & incompat::BITS64 != 0 { 64 } else { 32 };
+        let least = if self.incompat & incompat::BITS64 != 0 {
+            64
+        } else {
+            32
+        };
         if !plausible(self.descriptor_size, least) {
-            return Err(format!("its group descriptors have {} bytes", self.descriptor_size));
+            return Err(format!(
+                "its group descriptors have {} bytes",
+                self.descriptor_size
+            ));
         }
         if self.blocks <= self.first_block || self.blocks_per_group == 0 {
             return Err("it has no blocks".into());
@@ -230,7 +238,11 @@ impl Layout {
             let behind = first == 0 && self.first_block == 0 && superblock == 1;
             at.saturating_add(u64::from(self.has_copy(first)) + u64::from(behind))
         };
-        (block, index * self.descriptor_size, self.descriptor_size as usize)
+        (
+            block,
+            index * self.descriptor_size,
+            self.descriptor_size as usize,
+        )
     }
 
     /// Whether a group begins with a copy of the superblock.

@@ -99,7 +99,11 @@ fn mbr(volume: &Volume, table: &Table) -> Result<Vec<Place>> {
             places.push(entry.place(number, 0));
         }
     }
-    for entry in table.0.iter().filter(|entry| entry.is_used() && entry.is_extended()) {
+    for entry in table
+        .0
+        .iter()
+        .filter(|entry| entry.is_used() && entry.is_extended())
+    {
         logical(volume, entry.first, &mut places)?;
     }
     Ok(places)
@@ -120,7 +124,13 @@ fn logical(volume: &Volume, extended: u64, places: &mut Vec<Place>) -> Result<()
             if entry.is_extended() {
                 next = next.or(Some(entry.first));
             } else if places.len() < MAX_PARTITIONS {
-                let number = places.iter().map(|place| place.number).max().unwrap_or(0).max(4) + 1;
+                let number = places
+                    .iter()
+                    .map(|place| place.number)
+                    .max()
+                    .unwrap_or(0)
+                    .max(4)
+                    + 1;
                 places.push(entry.place(number, at));
             }
         }
@@ -149,7 +159,11 @@ fn gpt_at(volume: &Volume, header: u64) -> Result<Option<Vec<Place>>> {
     volume.peek(header.saturating_mul(SECTOR), &mut sector)?;
     let fields = Fields(&sector);
     let len = fields.le32(12) as usize;
-    let parts = [fields.bytes(0, 16), &[0; 4], fields.bytes(20, len.saturating_sub(20))];
+    let parts = [
+        fields.bytes(0, 16),
+        &[0; 4],
+        fields.bytes(20, len.saturating_sub(20)),
+    ];
     let is_one = fields.bytes(0, 8) == b"EFI PART"
         && (92..=SECTOR as usize).contains(&len)
         && crc32(&parts.concat()) == fields.le32(16)
@@ -164,15 +178,17 @@ fn gpt_at(volume: &Volume, header: u64) -> Result<Option<Vec<Place>>> {
     if crc32(&table) != fields.le32(88) {
         return Ok(None);
     }
-    let places = (1..).zip(table.chunks_exact(size)).filter_map(|(number, entry)| {
-        let entry = Fields(entry);
-        let (first, last) = (entry.le64(32), entry.le64(40));
-        let used = entry.bytes(0, 16) != [0; 16] && first <= last;
-        used.then(|| Place {
-            number,
-            start: first.saturating_mul(SECTOR),
-            len: (last - first).saturating_add(1).saturating_mul(SECTOR),
-        })
-    });
+    let places = (1..)
+        .zip(table.chunks_exact(size))
+        .filter_map(|(number, entry)| {
+            let entry = Fields(entry);
+            let (first, last) = (entry.le64(32), entry.le64(40));
+            let used = entry.bytes(0, 16) != [0; 16] && first <= last;
+            used.then(|| Place {
+                number,
+                start: first.saturating_mul(SECTOR),
+                len: (last - first).saturating_add(1).saturating_mul(SECTOR),
+            })
+        });
     Ok(Some(places.take(MAX_PARTITIONS).collect()))
 }

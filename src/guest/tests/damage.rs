@@ -24,7 +24,11 @@ fn small(options: &str) -> Image {
         holes.write_all_at(&[7; 1024], 2048 * n).unwrap();
     }
     let image = mke2fs("3M", options, Some(dir.path()));
-    let commands = ["mknod device c 1 3", "ea_set fast user.name value", "ea_set holes user.x y"];
+    let commands = [
+        "mknod device c 1 3",
+        "ea_set fast user.name value",
+        "ea_set holes user.x y",
+    ];
     debugfs(&image.path, &commands);
     index_directories(&image.path);
     image
@@ -69,7 +73,12 @@ fn look_at(fs: &FileSystem, inode: u32, buf: &mut [u8]) {
     if attributes.kind != FileKind::Regular {
         return;
     }
-    for at in [0, attributes.size / 2, attributes.size.saturating_sub(5), u64::MAX] {
+    for at in [
+        0,
+        attributes.size / 2,
+        attributes.size.saturating_sub(5),
+        u64::MAX,
+    ] {
         let _ = fs.read_at(inode, at, buf);
     }
     let mut at = 0;
@@ -121,7 +130,10 @@ fn damage(image: &Image, rounds: u64, seed: u64) {
             file.write_all_at(&[good[*at as usize]], *at).unwrap();
         }
         let took = begun.elapsed();
-        assert!(took < Duration::from_secs(20), "round {round} of {seed} took {took:?}");
+        assert!(
+            took < Duration::from_secs(20),
+            "round {round} of {seed} took {took:?}"
+        );
     }
     assert!(opened > rounds / 20, "hardly any could be opened");
 }
@@ -133,7 +145,11 @@ fn damaged_ext2_ends_in_errors() {
 
 #[test]
 fn damaged_ext4_ends_in_errors() {
-    damage(&small("-t ext4 -b 1024 -O ^metadata_csum,^has_journal"), 1000, 2);
+    damage(
+        &small("-t ext4 -b 1024 -O ^metadata_csum,^has_journal"),
+        1000,
+        2,
+    );
 }
 
 #[test]
@@ -144,7 +160,11 @@ fn damaged_inline_data_ends_in_errors() {
 
 #[test]
 fn damage_is_seen_by_checksums() {
-    damage(&small("-t ext4 -b 1024 -O metadata_csum,^has_journal"), 300, 4);
+    damage(
+        &small("-t ext4 -b 1024 -O metadata_csum,^has_journal"),
+        300,
+        4,
+    );
 }
 
 #[test]
@@ -153,15 +173,31 @@ fn a_damaged_journal_ends_in_errors() {
     let block = tempfile::NamedTempFile::new().unwrap();
     fs::write(block.path(), noise(40 * 1024, 7)).unwrap();
     let blocks: Vec<String> = (1000..1040).map(|n| n.to_string()).collect();
-    let write = format!("journal_write -b {} {}", blocks.join(","), text(block.path()));
-    debugfs(&image.path, &["journal_open", &write, "journal_write -r 900,901", "journal_close"]);
+    let write = format!(
+        "journal_write -b {} {}",
+        blocks.join(","),
+        text(block.path())
+    );
+    debugfs(
+        &image.path,
+        &[
+            "journal_open",
+            &write,
+            "journal_write -r 900,901",
+            "journal_close",
+        ],
+    );
     damage(&image, 600, 5);
 }
 
 #[test]
 fn absurd_superblocks_take_neither_memory_nor_time() {
     let image = small("-t ext4 -b 1024 -O ^metadata_csum,64bit,^has_journal");
-    let file = File::options().read(true).write(true).open(&image.path).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(&image.path)
+        .unwrap();
     let mut good = [0; 1024];
     file.read_exact_at(&mut good, 1024).unwrap();
     for at in (0..0x180).step_by(4) {

@@ -36,7 +36,10 @@ pub fn debugfs(image: &Path, commands: &[&str]) {
     let said = String::from_utf8_lossy(&output.stderr);
     // The first line tells the version; what fails is told after it.
     let failed: Vec<_> = said.lines().skip(1).collect();
-    assert!(output.status.success() && failed.is_empty(), "{commands:?}: {said}");
+    assert!(
+        output.status.success() && failed.is_empty(),
+        "{commands:?}: {said}"
+    );
 }
 
 /// Gives directories their indexes.
@@ -64,17 +67,28 @@ pub fn tree(block: usize) -> TempDir {
     let name = std::ffi::OsStr::from_bytes(b"\xff\n\\\x01 not text");
     fs::write(dir.path().join(name), "odd").unwrap();
     fs::write(at(&"n".repeat(255)), "long").unwrap();
-    sparse(&at("sparse"), 20 << 20, [1 << 20, 5 << 20, (5 << 20) + 4096]);
+    sparse(
+        &at("sparse"),
+        20 << 20,
+        [1 << 20, 5 << 20, (5 << 20) + 4096],
+    );
     sparse(&at("hole at the end"), (1 << 20) + 77, [0]);
     // Every other block: as many extents as blocks.
     let holes = File::create(at("holes")).unwrap();
     for n in 0..1500 {
-        holes.write_all_at(&noise(block, n + 5), 2 * n * block as u64).unwrap();
+        holes
+            .write_all_at(&noise(block, n + 5), 2 * n * block as u64)
+            .unwrap();
     }
     for len in [1, 58, 59, 60, 61, 300, 1000] {
         symlink("t".repeat(len), at(&format!("link of {len}"))).unwrap();
     }
-    for (name, mode) in [("suid", 0o4755), ("sgid", 0o2711), ("sticky", 0o1777), ("none", 0)] {
+    for (name, mode) in [
+        ("suid", 0o4755),
+        ("sgid", 0o2711),
+        ("sticky", 0o1777),
+        ("none", 0),
+    ] {
         fs::write(at(name), name).unwrap();
         fs::set_permissions(at(name), Permissions::from_mode(mode)).unwrap();
     }

@@ -68,16 +68,19 @@ fn same_names(fs: &FileSystem, inode: u32, path: &Path) -> Vec<(u32, PathBuf)> {
         .unwrap()
         .map(|entry| entry.unwrap().file_name().as_bytes().to_vec())
         .collect();
-    assert_eq!(names.keys().cloned().collect::<BTreeSet<_>>(), kernel, "{path:?}");
+    assert_eq!(
+        names.keys().cloned().collect::<BTreeSet<_>>(),
+        kernel,
+        "{path:?}"
+    );
     for (name, (inode_of, kind)) in &names {
         assert_eq!(fs.lookup(inode, name).unwrap(), Some(*inode_of));
         let is = fs.attributes(*inode_of).unwrap().kind;
         assert!(kind.is_none_or(|kind| kind == is), "{name:?}");
     }
     assert_eq!(fs.lookup(inode, b"no such name").unwrap(), None);
-    let below = |(name, (inode, _)): (Vec<u8>, _)| {
-        (inode, path.join(std::ffi::OsStr::from_bytes(&name)))
-    };
+    let below =
+        |(name, (inode, _)): (Vec<u8>, _)| (inode, path.join(std::ffi::OsStr::from_bytes(&name)));
     names.into_iter().map(below).collect()
 }
 
@@ -93,16 +96,38 @@ fn assert_attributes(said: &Attributes, meta: &Metadata, path: &Path) {
     };
     let time = |time: super::Time| (time.seconds, i64::from(time.nanoseconds));
     assert_eq!(said.kind, kind, "{path:?}");
-    assert_eq!(u32::from(said.permissions), meta.mode() & 0o7777, "{path:?}");
+    assert_eq!(
+        u32::from(said.permissions),
+        meta.mode() & 0o7777,
+        "{path:?}"
+    );
     assert_eq!(u64::from(said.links), meta.nlink(), "{path:?}");
     assert_eq!((said.uid, said.gid), (meta.uid(), meta.gid()), "{path:?}");
-    assert_eq!((said.size, said.blocks), (meta.size(), meta.blocks()), "{path:?}");
+    assert_eq!(
+        (said.size, said.blocks),
+        (meta.size(), meta.blocks()),
+        "{path:?}"
+    );
     assert_eq!(said.device, meta.rdev(), "{path:?}");
-    assert_eq!(time(said.accessed), (meta.atime(), meta.atime_nsec()), "{path:?}");
-    assert_eq!(time(said.modified), (meta.mtime(), meta.mtime_nsec()), "{path:?}");
-    assert_eq!(time(said.changed), (meta.ctime(), meta.ctime_nsec()), "{path:?}");
+    assert_eq!(
+        time(said.accessed),
+        (meta.atime(), meta.atime_nsec()),
+        "{path:?}"
+    );
+    assert_eq!(
+        time(said.modified),
+        (meta.mtime(), meta.mtime_nsec()),
+        "{path:?}"
+    );
+    assert_eq!(
+        time(said.changed),
+        (meta.ctime(), meta.ctime_nsec()),
+        "{path:?}"
+    );
     let created = meta.created().ok().map(|time| {
-        let since = time.duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        let since = time
+            .duration_since(std::time::SystemTime::UNIX_EPOCH)
+            .unwrap();
         (since.as_secs() as i64, i64::from(since.subsec_nanos()))
     });
     assert_eq!(said.created.map(time), created, "{path:?}");
@@ -124,11 +149,19 @@ fn assert_contents(fs: &FileSystem, inode: u32, path: &Path) {
     }
     let expected = fs::read(path).unwrap();
     assert!(contents(fs, inode) == expected, "{path:?}");
-    for (at, len) in [(0, 1), (4095, 2), (1_000_000, 100_000), (expected.len() - expected.len().min(3), 9)] {
+    for (at, len) in [
+        (0, 1),
+        (4095, 2),
+        (1_000_000, 100_000),
+        (expected.len() - expected.len().min(3), 9),
+    ] {
         let mut buf = vec![0xaa; len];
         let read = fs.read_at(inode, at as u64, &mut buf).unwrap();
         let end = expected.len().min(at + len);
-        assert!(buf[..read] == expected[at.min(end)..end], "{path:?} at {at}");
+        assert!(
+            buf[..read] == expected[at.min(end)..end],
+            "{path:?} at {at}"
+        );
     }
 }
 
@@ -154,7 +187,9 @@ fn kernel_xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
         // SAFETY: the path ends with NUL, and the buffer is as long as is said.
         unsafe { libc::llistxattr(path.as_ptr(), buf.as_mut_ptr().cast(), buf.len()) }
     });
-    let names = names.split(|byte| *byte == 0).filter(|name| !name.is_empty());
+    let names = names
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty());
     let value = |name: &[u8]| {
         let value = strings(|buf| {
             let (path, name) = (c_string(path.as_os_str().as_bytes()), c_string(name));
@@ -223,7 +258,10 @@ fn ext4_with_data_in_inodes_is_as_the_kernel_says() {
 
 #[test]
 fn ext4_with_descriptors_here_and_there_is_as_the_kernel_says() {
-    compare("-t ext4 -b 1024 -g 1024 -O meta_bg,^resize_inode,^flex_bg", 1024);
+    compare(
+        "-t ext4 -b 1024 -g 1024 -O meta_bg,^resize_inode,^flex_bg",
+        1024,
+    );
 }
 
 #[test]

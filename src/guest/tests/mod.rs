@@ -25,12 +25,11 @@ fn open(image: &Path) -> Guest {
     Guest::open(chain(image)).unwrap()
 }
 
-/// The names in a directory, listed in portions of `portion`, with their inodes and kinds.
-fn list(
-    fs: &FileSystem,
-    directory: u32,
-    portion: usize,
-) -> Result<BTreeMap<Vec<u8>, (u32, Option<FileKind>)>> {
+/// Names, with their inodes and kinds.
+type Names = BTreeMap<Vec<u8>, (u32, Option<FileKind>)>;
+
+/// The names in a directory, listed in portions of `portion`.
+fn list(fs: &FileSystem, directory: u32, portion: usize) -> Result<Names> {
     let mut all = BTreeMap::new();
     let mut from = 0;
     loop {

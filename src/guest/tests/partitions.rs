@@ -33,7 +33,8 @@ fn put_file_system(disk: &Path, at: u64, said: &str) {
     fs::write(tree.path().join("who"), said).unwrap();
     let image = mke2fs("4M", "-t ext4 -b 1024", Some(tree.path()));
     let disk = File::options().write(true).open(disk).unwrap();
-    disk.write_all_at(&fs::read(&image.path).unwrap(), at).unwrap();
+    disk.write_all_at(&fs::read(&image.path).unwrap(), at)
+        .unwrap();
 }
 
 fn who(fs: &FileSystem) -> String {
@@ -107,7 +108,10 @@ fn logical_partitions_of_an_mbr_count_from_five() {
     let numbers: Vec<_> = guest.partitions().iter().map(|p| p.number()).collect();
     assert_eq!(numbers, [1, 5, 6]);
     for (number, said) in [(1, "first"), (5, "fifth"), (6, "sixth")] {
-        assert_eq!(who(guest.partition(number).unwrap().file_system().unwrap()), said);
+        assert_eq!(
+            who(guest.partition(number).unwrap().file_system().unwrap()),
+            said
+        );
     }
 }
 

@@ -55,7 +55,10 @@ fn compare(options: &str, mount: &str) {
     assert!(is_dirty(&image.path));
     let guest = open(&image.path);
     let replayed = image.dir.path().join("replayed.raw");
-    succeed("cp", &["--sparse=always", text(&image.path), text(&replayed)]);
+    succeed(
+        "cp",
+        &["--sparse=always", text(&image.path), text(&replayed)],
+    );
     // Read-only, the loop device would not let the kernel replay anything.
     drop(Mounted::at(&replayed, "rw"));
     assert!(!is_dirty(&replayed));
@@ -111,7 +114,11 @@ fn a_transaction_that_is_not_complete_does_not_count() {
 fn a_block_that_was_given_up_is_not_replaced() {
     let tree = tempfile::tempdir().unwrap();
     fs::write(tree.path().join("file"), vec![b'a'; 1024]).unwrap();
-    let image = mke2fs("16M", "-t ext4 -b 1024 -O ^metadata_csum", Some(tree.path()));
+    let image = mke2fs(
+        "16M",
+        "-t ext4 -b 1024 -O ^metadata_csum",
+        Some(tree.path()),
+    );
     let block = succeed("debugfs", &["-R", "bmap file 0", text(&image.path)]);
     let new = tree.path().join("new");
     fs::write(&new, vec![b'b'; 1024]).unwrap();

@@ -5,12 +5,14 @@
 //! ```text
 //! main ─ mount ─ fuse ─→ tree ─→ store ─→ home     rows, paths, the runtime lock (the only room that knows SQL)
 //!                                   ├───→ archive  the .boxlite format ─→ disk
-//!                                   └───→ disk     layers and chains (the only room that knows qcow2)
+//!                     │             └───→ disk     layers and chains (the only room that knows qcow2)
+//!                     └─→ guest ─→ disk            the guest's file systems (the only room that knows ext4)
 //! ```
 //!
 //! * [`error`]: the one error type, errno and sentence.
 //! * [`home`]: what BoxLite keeps on disk.
 //! * [`disk`]: one qcow2 layer, and chains of them.
+//! * [`guest`]: the guest's file systems inside of a disk.
 //! * [`archive`]: the `.boxlite` format, out and in.
 //! * [`store`]: what can be done to boxes, one file per change, each in its crash-safe order.
 //! * [`tree`]: the names and files a user sees, without FUSE.
@@ -22,6 +24,7 @@ pub mod archive;
 pub mod disk;
 pub mod error;
 pub mod fuse;
+pub mod guest;
 pub mod home;
 pub mod mount;
 mod mountinfo;

@@ -16,6 +16,7 @@ programs='
 cp coreutils
 fusermount3 fuse3
 mke2fs e2fsprogs
+sfdisk fdisk
 qemu-img qemu-utils
 zstd zstd
 rsync rsync

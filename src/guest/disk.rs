@@ -1,0 +1,143 @@
+//! The guest's disk as file systems read it: a part of a chain, in pieces that are kept for a while.
+
+use crate::disk::Chain;
+use crate::{Error, Result};
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use std::sync::Arc;
+
+/// What is read at once and kept as one. Large enough that the inodes of a directory's files, which
+/// lie side by side, come with one read; small enough that one inode alone costs little.
+const PIECE: usize = 64 << 10;
+/// Most bytes of structures (inodes, directories, maps of files) kept for one disk.
+const METADATA: u64 = 16 << 20;
+/// Most bytes of files' contents kept for one disk. The kernel keeps contents itself; this is for
+/// small files that lie side by side in one piece.
+const CONTENTS: u64 = 4 << 20;
+
+/// What is read, so that contents that stream by do not push out structures.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    /// Structures of the file system.
+    Metadata,
+    /// Contents of files.
+    Contents,
+}
+
+/// A chain, and what of it was read lately.
+pub(super) struct Disk {
+    chain: Arc<Chain>,
+    metadata: Pieces,
+    contents: Pieces,
+}
+
+type Pieces = Cache<u64, Arc<[u8]>, ByLength>;
+
+#[derive(Clone)]
+struct ByLength;
+
+impl Weighter<u64, Arc<[u8]>> for ByLength {
+    fn weight(&self, _: &u64, piece: &Arc<[u8]>) -> u64 {
+        piece.len() as u64
+    }
+}
+
+impl Disk {
+    /// The disk that `chain` makes.
+    pub fn new(chain: Arc<Chain>) -> Disk {
+        let pieces = |bytes: u64| Pieces::with_weighter(bytes as usize / PIECE, bytes, ByLength);
+        Disk {
+            chain,
+            metadata: pieces(METADATA),
+            contents: pieces(CONTENTS),
+        }
+    }
+
+    /// What the disk is read from.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// Its size in bytes.
+    pub fn len(&self) -> u64 {
+        self.chain.virtual_size()
+    }
+
+    /// Fills `buf` from `at` on. What is long goes straight into it, the rest by way of pieces.
+    fn read(&self, what: Use, mut at: u64, mut buf: &mut [u8]) -> Result<()> {
+        if buf.len() >= PIECE {
+            return self.chain.read_at(at, buf);
+        }
+        while !buf.is_empty() {
+            let piece = self.piece(what, at / PIECE as u64)?;
+            let within = (at % PIECE as u64) as usize;
+            let bytes = piece.get(within..).unwrap_or_default();
+            let (now, later) = buf.split_at_mut(bytes.len().min(buf.len()));
+            now.copy_from_slice(bytes.get(..now.len()).unwrap_or_default());
+            at += now.len() as u64;
+            buf = later;
+        }
+        Ok(())
+    }
+
+    /// A piece, kept or read now; read once, however many ask for it.
+    fn piece(&self, what: Use, number: u64) -> Result<Arc<[u8]>> {
+        let pieces = match what {
+            Use::Metadata => &self.metadata,
+            Use::Contents => &self.contents,
+        };
+        pieces.get_or_insert_with(&number, || {
+            let mut bytes = vec![0; PIECE];
+            self.chain
+                .read_at(number.saturating_mul(PIECE as u64), &mut bytes)?;
+            Ok(bytes.into())
+        })
+    }
+}
+
+/// The part of a disk that a file system is in.
+pub(super) struct Volume {
+    disk: Arc<Disk>,
+    start: u64,
+    len: u64,
+    name: String,
+}
+
+impl Volume {
+    /// `len` bytes from `start` on, as far as the disk reaches; `name` is how sentences call it.
+    pub fn new(disk: Arc<Disk>, start: u64, len: u64, name: String) -> Volume {
+        let len = len.min(disk.len().saturating_sub(start));
+        Volume {
+            disk,
+            start,
+            len,
+            name,
+        }
+    }
+
+    /// How sentences call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Fills `buf` from `at` on. EIO for what reaches past its end.
+    pub fn read(&self, what: Use, at: u64, buf: &mut [u8]) -> Result<()> {
+        match at.checked_add(buf.len() as u64) {
+            Some(end) if end <= self.len => self.disk.read(what, self.start + at, buf),
+            _ => Err(Error::damaged(format!(
+                "{} ends at byte {}, and byte {at} was to be read: is it cut short?",
+                self.name, self.len
+            ))),
+        }
+    }
+
+    /// Fills `buf` from `at` on, with zeros past the end.
+    pub fn peek(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        buf.fill(0);
+        let there = self.len.saturating_sub(at).min(buf.len() as u64) as usize;
+        match buf.get_mut(..there) {
+            Some(there) if !there.is_empty() => self.read(Use::Metadata, at, there),
+            _ => Ok(()),
+        }
+    }
+}

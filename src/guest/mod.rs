@@ -1,0 +1,162 @@
+//! The guest's file systems inside of a disk, read only: the only room that knows ext2, ext3, ext4
+//! and partition tables.
+//!
+//! A [`Guest`] is made of a chain and lasts as long as its disk does not change. It has a
+//! [`FileSystem`], or partitions that have one each; in a file system files go by the guest's inode
+//! numbers. There is nothing to open or close: whoever has a `Guest` may ask for anything, from any
+//! number of threads.
+//!
+//! * `disk`: what is read of the chain, and kept for a while.
+//! * `partitions`: MBR and GPT.
+//! * `layout`: the superblock, and where the rest is.
+//! * `journal`: what was written to the journal and not yet to its place.
+//! * `inode`: what an inode says of its file.
+//! * `map`: which blocks of the disk a file's blocks are.
+//! * `directory`: names.
+//! * `attribute`: extended attributes.
+//! * `file_system`: what all of it comes to: [`FileSystem`].
+//! * `fields`, `checksum`: numbers in structures, and whether they are right.
+//!
+//! **Nothing on the disk is trusted.** Whoever has root in a guest can write what he likes there. So
+//! every number is checked before it is used to count, to index or to allocate; what is damaged is
+//! EIO with a sentence, for the one file or directory that it concerns if possible.
+//!
+//! **Memory** is bounded by constants: per guest 16 MiB of structures and 4 MiB of contents, per file
+//! system 16 MiB of names, and per call a few blocks.
+//!
+//! What is not read: what is encrypted (ENOKEY); fast commits in the journal, so that a guest that
+//! has switched them on and was killed is seen as it was at its last full commit. Names in
+//! directories that ignore case are compared as they are.
+//!
+//! Knows nothing of boxes, nodes or FUSE.
+
+mod attribute;
+mod checksum;
+mod directory;
+mod disk;
+mod fields;
+mod file_system;
+mod inode;
+mod journal;
+mod layout;
+mod map;
+mod partitions;
+
+pub use directory::Entry;
+pub use file_system::FileSystem;
+pub use inode::{Attributes, FileKind, Time};
+
+use crate::disk::Chain;
+use crate::{Error, Result};
+use disk::{Disk, Volume};
+use partitions::Place;
+use std::sync::{Arc, OnceLock};
+
+/// What is on the disk of a box, or of a snapshot.
+pub struct Guest {
+    disk: Arc<Disk>,
+    content: Content,
+}
+
+/// How a disk is laid out.
+pub enum Content {
+    /// One file system takes all of it.
+    FileSystem(FileSystem),
+    /// It is divided into partitions, by number; there may be none.
+    Partitions(Vec<Partition>),
+}
+
+impl Guest {
+    /// Looks at what is on the disk that `chain` makes: a file system all over it, or a table of
+    /// partitions, which are not looked into yet. EIO if there is neither, or the file system is
+    /// damaged or not known here; the sentence says what is there instead.
+    pub fn open(chain: Arc<Chain>) -> Result<Guest> {
+        let disk = Arc::new(Disk::new(chain));
+        let whole = || Volume::new(disk.clone(), 0, disk.len(), "the guest's disk".into());
+        // A file system comes first: where one was made on a disk that had partitions, traces of
+        // their table may be left. The other way round, tables reach to where a superblock is.
+        let content = match FileSystem::open(whole())? {
+            Some(found) => Content::FileSystem(found),
+            None => match partitions::find(&disk)? {
+                Some(places) => Content::Partitions(Partition::all(&disk, &places)),
+                None => Content::FileSystem(FileSystem::open_or_tell(whole())?),
+            },
+        };
+        Ok(Guest { disk, content })
+    }
+
+    /// The chain it is read from: to ask whether it is unchanged.
+    pub fn chain(&self) -> &Arc<Chain> {
+        self.disk.chain()
+    }
+
+    /// What is on the disk.
+    pub fn content(&self) -> &Content {
+        &self.content
+    }
+
+    /// The file system that takes all of the disk, if there is one.
+    pub fn file_system(&self) -> Option<&FileSystem> {
+        match &self.content {
+            Content::FileSystem(found) => Some(found),
+            Content::Partitions(_) => None,
+        }
+    }
+
+    /// The partitions, by number; none if one file system takes all of the disk.
+    pub fn partitions(&self) -> &[Partition] {
+        match &self.content {
+            Content::FileSystem(_) => &[],
+            Content::Partitions(partitions) => partitions,
+        }
+    }
+
+    /// The partition of that number.
+    pub fn partition(&self, number: u32) -> Option<&Partition> {
+        self.partitions()
+            .iter()
+            .find(|partition| partition.number() == number)
+    }
+}
+
+/// A partition.
+pub struct Partition {
+    disk: Arc<Disk>,
+    place: Place,
+    found: OnceLock<Result<FileSystem>>,
+}
+
+impl Partition {
+    fn all(disk: &Arc<Disk>, places: &[Place]) -> Vec<Partition> {
+        let partition = |place: &Place| Partition {
+            disk: disk.clone(),
+            place: *place,
+            found: OnceLock::new(),
+        };
+        places.iter().map(partition).collect()
+    }
+
+    /// Its number, as Linux counts: 1 for `p1`.
+    pub fn number(&self) -> u32 {
+        self.place.number
+    }
+
+    /// Its length in bytes, as the table has it.
+    pub fn size(&self) -> u64 {
+        self.place.len
+    }
+
+    /// The file system in it, looked at when it is first asked for. EIO as [`Guest::open`], the same
+    /// each time.
+    pub fn file_system(&self) -> Result<&FileSystem> {
+        let found = self.found.get_or_init(|| {
+            let Place { number, start, len } = self.place;
+            let name = format!("partition p{number} of the guest's disk");
+            FileSystem::open_or_tell(Volume::new(self.disk.clone(), start, len, name))
+        });
+        found.as_ref().map_err(Error::again)
+    }
+}
+
+#[cfg(test)]
+mod tests;

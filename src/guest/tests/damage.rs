@@ -1,0 +1,213 @@
+//! Images that are damaged at random, or on purpose: nothing panics, nothing goes on for ever.
+
+use super::images::{Image, debugfs, index_directories, mke2fs, noise};
+use super::{FileKind, FileSystem, Guest, chain};
+use crate::disk::judges::{Numbers, text};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::ops::ControlFlow;
+use std::os::unix::fs::{FileExt, symlink};
+use std::time::{Duration, Instant};
+
+/// A small image that is nearly all structures.
+fn small(options: &str) -> Image {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for n in 0..150 {
+        fs::create_dir_all(at(&format!("many/directory {n}"))).unwrap();
+        fs::write(at(&format!("many/a file, number {n}")), noise(40, n + 1)).unwrap();
+    }
+    symlink("target", at("fast")).unwrap();
+    symlink("t".repeat(200), at("slow")).unwrap();
+    let holes = File::create(at("holes")).unwrap();
+    for n in 0..200 {
+        holes.write_all_at(&[7; 1024], 2048 * n).unwrap();
+    }
+    let image = mke2fs("3M", options, Some(dir.path()));
+    let commands = [
+        "mknod device c 1 3",
+        "ea_set fast user.name value",
+        "ea_set holes user.x y",
+    ];
+    debugfs(&image.path, &commands);
+    index_directories(&image.path);
+    image
+}
+
+/// Asks for everything there is, as far as it goes.
+fn walk(guest: &Guest) {
+    let Some(fs) = guest.file_system() else {
+        return;
+    };
+    let mut left = vec![FileSystem::ROOT];
+    let mut seen = BTreeSet::from([FileSystem::ROOT]);
+    let mut buf = vec![0; 80_000];
+    while let Some(inode) = left.pop() {
+        look_at(fs, inode, &mut buf);
+        let mut count = 0;
+        let _ = fs.list(inode, 0, &mut |entry| {
+            assert!(!entry.name.contains(&b'/') && !entry.name.is_empty());
+            if seen.insert(entry.inode) {
+                left.push(entry.inode);
+            }
+            count += 1;
+            match count < 20_000 {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
+        });
+        let _ = fs.lookup(inode, b"no such name");
+    }
+}
+
+fn look_at(fs: &FileSystem, inode: u32, buf: &mut [u8]) {
+    for name in fs.xattr_names(inode).unwrap_or_default() {
+        let _ = fs.xattr(inode, &name);
+    }
+    let Ok(attributes) = fs.attributes(inode) else {
+        return;
+    };
+    if attributes.kind == FileKind::Symlink {
+        let _ = fs.read_link(inode);
+    }
+    if attributes.kind != FileKind::Regular {
+        return;
+    }
+    for at in [
+        0,
+        attributes.size / 2,
+        attributes.size.saturating_sub(5),
+        u64::MAX,
+    ] {
+        let _ = fs.read_at(inode, at, buf);
+    }
+    let mut at = 0;
+    for _ in 0..100 {
+        let Ok(Some(data)) = fs.next_data(inode, at) else {
+            break;
+        };
+        let Ok(Some(hole)) = fs.next_hole(inode, data) else {
+            break;
+        };
+        assert!(at <= data && data < hole);
+        at = hole;
+    }
+}
+
+/// Damages an image in `rounds` ways, a few bytes each, and walks through it.
+fn damage(image: &Image, rounds: u64, seed: u64) {
+    let good = fs::read(&image.path).unwrap();
+    let used: Vec<u64> = (0..good.len() as u64)
+        .filter(|at| good[*at as usize] != 0)
+        .collect();
+    let file = File::options().write(true).open(&image.path).unwrap();
+    let mut numbers = Numbers(seed);
+    let mut opened = 0;
+    for round in 0..rounds {
+        let begun = Instant::now();
+        let bytes: Vec<u64> = (0..1 + numbers.below(8))
+            .map(|_| match numbers.below(4) {
+                // Near to something, for what is zero counts too.
+                0 => (used[numbers.below(used.len() as u64) as usize] + numbers.below(64))
+                    .min(good.len() as u64 - 1),
+                _ => used[numbers.below(used.len() as u64) as usize],
+            })
+            .collect();
+        for at in &bytes {
+            let byte = match numbers.below(4) {
+                0 => 0xff,
+                1 => 0,
+                2 => good[*at as usize] ^ (1 << numbers.below(8)),
+                _ => numbers.below(256) as u8,
+            };
+            file.write_all_at(&[byte], *at).unwrap();
+        }
+        if let Ok(guest) = Guest::open(chain(&image.path)) {
+            opened += 1;
+            walk(&guest);
+        }
+        for at in &bytes {
+            file.write_all_at(&[good[*at as usize]], *at).unwrap();
+        }
+        let took = begun.elapsed();
+        assert!(
+            took < Duration::from_secs(20),
+            "round {round} of {seed} took {took:?}"
+        );
+    }
+    assert!(opened > rounds / 20, "hardly any could be opened");
+}
+
+#[test]
+fn damaged_ext2_ends_in_errors() {
+    damage(&small("-t ext2 -b 1024"), 1000, 1);
+}
+
+#[test]
+fn damaged_ext4_ends_in_errors() {
+    damage(
+        &small("-t ext4 -b 1024 -O ^metadata_csum,^has_journal"),
+        1000,
+        2,
+    );
+}
+
+#[test]
+fn damaged_inline_data_ends_in_errors() {
+    let options = "-t ext4 -b 1024 -O inline_data,^metadata_csum,^has_journal";
+    damage(&small(options), 1000, 3);
+}
+
+#[test]
+fn damage_is_seen_by_checksums() {
+    damage(
+        &small("-t ext4 -b 1024 -O metadata_csum,^has_journal"),
+        300,
+        4,
+    );
+}
+
+#[test]
+fn a_damaged_journal_ends_in_errors() {
+    let image = small("-t ext4 -b 1024 -J size=1 -O ^metadata_csum");
+    let block = tempfile::NamedTempFile::new().unwrap();
+    fs::write(block.path(), noise(40 * 1024, 7)).unwrap();
+    let blocks: Vec<String> = (1000..1040).map(|n| n.to_string()).collect();
+    let write = format!(
+        "journal_write -b {} {}",
+        blocks.join(","),
+        text(block.path())
+    );
+    debugfs(
+        &image.path,
+        &[
+            "journal_open",
+            &write,
+            "journal_write -r 900,901",
+            "journal_close",
+        ],
+    );
+    damage(&image, 600, 5);
+}
+
+#[test]
+fn absurd_superblocks_take_neither_memory_nor_time() {
+    let image = small("-t ext4 -b 1024 -O ^metadata_csum,64bit,^has_journal");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(&image.path)
+        .unwrap();
+    let mut good = [0; 1024];
+    file.read_exact_at(&mut good, 1024).unwrap();
+    for at in (0..0x180).step_by(4) {
+        for value in [0, 1, 6, 0xffff, 0x7fff_ffff, 0xffff_ffff_u32] {
+            let mut bad = good;
+            bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            file.write_all_at(&bad, 1024).unwrap();
+            if let Ok(guest) = Guest::open(chain(&image.path)) {
+                walk(&guest);
+            }
+        }
+    }
+}

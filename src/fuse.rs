@@ -16,12 +16,12 @@ use fuser::{
     BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
     Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
     MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 
 use crate::store::Spool;
-use crate::tree::{Attr, Caller, DirEntry, Kind, Opened, RenameMode, SetAttr, Tree};
+use crate::tree::{Attr, Caller, DirEntry, Kept, Kind, Opened, RenameMode, SetAttr, Tree};
 use crate::{Error, Result};
 use parking_lot::Mutex;
 
@@ -47,6 +47,9 @@ const TRANSFER: u32 = 1024 * 1024;
 /// How long the kernel may keep a name or attributes that can change behind its back: what BoxLite
 /// does is to show within a second.
 const MOMENT: Duration = Duration::from_millis(500);
+
+/// How long it may keep what never changes: a file of a guest in one state of its disk.
+const LONG: Duration = Duration::from_secs(24 * 3600);
 
 /// How to mount.
 #[derive(Clone, Debug)]
@@ -142,11 +145,14 @@ fn session_config(config: &ServeConfig) -> Config {
         MountOption::FSName(config.source.clone()),
         // fuser drops its own Subtype when it mounts by itself, as root.
         MountOption::CUSTOM("subtype=boxlite".into()),
-        MountOption::DefaultPermissions,
         // Whatever is asked for: guests and archives come from anywhere.
         MountOption::NoSuid,
         MountOption::NoDev,
     ];
+    if config.allow_other || config.allow_root {
+        // Else only who mounted gets in, and may read all that guests have.
+        options.push(MountOption::DefaultPermissions);
+    }
     if config.read_only {
         options.push(MountOption::RO);
     }
@@ -267,6 +273,10 @@ fn file_type(kind: Kind) -> FileType {
         Kind::Directory => FileType::Directory,
         Kind::File => FileType::RegularFile,
         Kind::Symlink => FileType::Symlink,
+        Kind::CharDevice => FileType::CharDevice,
+        Kind::BlockDevice => FileType::BlockDevice,
+        Kind::Fifo => FileType::NamedPipe,
+        Kind::Socket => FileType::Socket,
     }
 }
 
@@ -274,17 +284,17 @@ fn file_attr(attr: &Attr) -> FileAttr {
     FileAttr {
         ino: INodeNo(attr.ino),
         size: attr.size,
-        blocks: attr.blocks(),
-        atime: attr.mtime,
+        blocks: attr.blocks,
+        atime: attr.atime,
         mtime: attr.mtime,
-        ctime: attr.mtime,
+        ctime: attr.ctime,
         crtime: attr.created,
         kind: file_type(attr.kind),
         perm: attr.perm,
         nlink: attr.nlink,
         uid: attr.uid,
         gid: attr.gid,
-        rdev: 0,
+        rdev: attr.device,
         // Larger, and tools that go by it read in pieces no better and mmap in worse ones.
         blksize: 4096,
         flags: 0,
@@ -292,7 +302,11 @@ fn file_attr(attr: &Attr) -> FileAttr {
 }
 
 fn ttl(attr: &Attr) -> Duration {
-    if attr.lasting { MOMENT } else { Duration::ZERO }
+    match attr.kept {
+        Kept::Not => Duration::ZERO,
+        Kept::Moment => MOMENT,
+        Kept::Long => LONG,
+    }
 }
 
 fn reply_entry(reply: ReplyEntry, result: Result<Attr>) {
@@ -337,7 +351,7 @@ fn reply_written(reply: ReplyWrite, result: Result<u32>) {
 fn dots(ino: u64) -> [DirEntry; 2] {
     // The kernel goes by its own tree for both; the numbers are for show.
     [".", ".."].map(|name| DirEntry {
-        name: name.to_owned(),
+        name: name.into(),
         kind: Kind::Directory,
         ino,
     })
@@ -657,10 +671,15 @@ impl Filesystem for Mounted {
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.at_once(|tree| tree.open_list(caller(request), ino.0)) {
+        let caller = caller(request);
+        let answer = |listed: Result<u64>, reply: ReplyOpen| match listed {
             Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
             Err(error) => reply.error(errno(&error)),
+        };
+        if !self.tree.is_slow(ino.0) {
+            return answer(self.at_once(|tree| tree.open_list(caller, ino.0)), reply);
         }
+        self.look(move |tree| answer(tree.open_list(caller, ino.0), reply));
     }
 
     fn readdir(
@@ -706,7 +725,7 @@ impl Filesystem for Mounted {
             let start = usize::try_from(offset).unwrap_or(usize::MAX);
             for (index, entry) in all.skip(start) {
                 let next = index as u64 + 1;
-                let name = OsStr::new(&entry.name);
+                let name = entry.name.as_os_str();
                 let found = if index < dots.len() {
                     None
                 } else {
@@ -731,6 +750,30 @@ impl Filesystem for Mounted {
                 }
             }
             reply.ok();
+        });
+    }
+
+    fn lseek(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let data = whence == libc::SEEK_DATA;
+        self.look(move |tree| {
+            let from = u64::try_from(offset).unwrap_or(u64::MAX);
+            let found = match whence {
+                libc::SEEK_DATA | libc::SEEK_HOLE => tree.seek(handle.0, from, data),
+                _ => Err(Error::new(libc::EINVAL, "that is no way to seek")),
+            };
+            match found.map(i64::try_from) {
+                Ok(Ok(at)) => reply.offset(at),
+                Ok(Err(_)) => reply.error(Errno::EOVERFLOW),
+                Err(error) => reply.error(errno(&error)),
+            }
         });
     }
 

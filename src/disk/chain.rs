@@ -179,6 +179,30 @@ impl Chain {
         }
     }
 
+    /// Bytes of the disk that come from a layer; the rest is zeros. EIO when a layer's tables are damaged.
+    pub fn allocated(&self) -> Result<u64> {
+        let mut walk = self.walk(0..self.virtual_size());
+        let mut allocated = 0;
+        while let Some(extent) = walk.next_extent()? {
+            if !matches!(extent.source, Source::Zero) {
+                allocated += extent.len;
+            }
+        }
+        Ok(allocated)
+    }
+
+    /// Where from `at` on the disk's bytes come from a layer (`data`), or are zeros that no layer has;
+    /// None if there is no such place before its end. EIO when a layer's tables are damaged.
+    pub fn next(&self, at: u64, data: bool) -> Result<Option<u64>> {
+        let mut walk = self.walk(at..self.virtual_size());
+        while let Some(extent) = walk.next_extent()? {
+            if matches!(extent.source, Source::Zero) != data {
+                return Ok(Some(extent.guest));
+            }
+        }
+        Ok(None)
+    }
+
     /// EIO if the size or mtime of any layer's open file differ from when it was opened: what was
     /// read may be a mixture. (A rebase changes neither for longer than an instant.)
     pub fn unchanged(&self) -> Result<()> {

@@ -21,7 +21,7 @@ const TAIL_KIND: u8 = 0xde;
 /// Larger directories are refused: tens of millions of names, and a damaged one could go on for ever.
 const MAX_SIZE: u64 = 1 << 30;
 
-/// Most bytes of name indexes kept for one file system.
+/// Most bytes of name indexes kept for all file systems together.
 const INDEXES: u64 = 16 << 20;
 /// A larger directory gets no index; names in it are found by looking at all of them.
 const MAX_INDEX: usize = 4 << 20;
@@ -59,7 +59,7 @@ impl FileSystem {
     /// The inode that a name in a directory stands for; None if there is no such name. `.` and `..`
     /// are no names here. Errors as [`FileSystem::list`].
     pub fn lookup(&self, directory: u32, name: &[u8]) -> Result<Option<u32>> {
-        if let Some(index) = self.names.get(directory) {
+        if let Some(index) = self.volume.caches().names.get((self.number, directory)) {
             return Ok(index.find(name));
         }
         let inode = self.directory(directory)?;
@@ -76,7 +76,8 @@ impl FileSystem {
             }
         })?;
         if !index.is_too_large() {
-            self.names.keep(directory, index.sorted());
+            let names = &self.volume.caches().names;
+            names.keep((self.number, directory), index.sorted());
         }
         Ok(found)
     }
@@ -220,19 +221,21 @@ fn is_dot(name: &[u8]) -> bool {
     name == b"." || name == b".."
 }
 
-/// The names of directories that were looked up in lately.
-pub(super) struct NameIndexes(Cache<u32, Arc<NameIndex>, BySize>);
+/// The names of directories that were looked up in lately, by file system and directory.
+pub(super) struct NameIndexes(Cache<Key, Arc<NameIndex>, BySize>);
+
+type Key = (u64, u32);
 
 impl NameIndexes {
     pub fn new() -> NameIndexes {
         NameIndexes(Cache::with_weighter(1024, INDEXES, BySize))
     }
 
-    fn get(&self, directory: u32) -> Option<Arc<NameIndex>> {
+    fn get(&self, directory: Key) -> Option<Arc<NameIndex>> {
         self.0.get(&directory)
     }
 
-    fn keep(&self, directory: u32, index: NameIndex) {
+    fn keep(&self, directory: Key, index: NameIndex) {
         self.0.insert(directory, Arc::new(index));
     }
 }
@@ -240,8 +243,8 @@ impl NameIndexes {
 #[derive(Clone)]
 struct BySize;
 
-impl Weighter<u32, Arc<NameIndex>> for BySize {
-    fn weight(&self, _: &u32, index: &Arc<NameIndex>) -> u64 {
+impl Weighter<Key, Arc<NameIndex>> for BySize {
+    fn weight(&self, _: &Key, index: &Arc<NameIndex>) -> u64 {
         index.bytes() as u64
     }
 }

@@ -1,18 +1,20 @@
 //! The guest's disk as file systems read it: a part of a chain, in pieces that are kept for a while.
 
+use super::directory::NameIndexes;
 use crate::disk::Chain;
 use crate::{Error, Result};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What is read at once and kept as one. Large enough that the inodes of a directory's files, which
 /// lie side by side, come with one read; small enough that one inode alone costs little.
 const PIECE: usize = 64 << 10;
-/// Most bytes of structures (inodes, directories, maps of files) kept for one disk.
-const METADATA: u64 = 16 << 20;
-/// Most bytes of files' contents kept for one disk. The kernel keeps contents itself; this is for
-/// small files that lie side by side in one piece.
+/// Most bytes of structures (inodes, directories, maps of files) kept for all disks together.
+const METADATA: u64 = 32 << 20;
+/// Most bytes of files' contents kept for all disks together. The kernel keeps contents itself; this
+/// is for small files that lie side by side in one piece.
 const CONTENTS: u64 = 4 << 20;
 
 /// What is read, so that contents that stream by do not push out structures.
@@ -24,33 +26,66 @@ pub(super) enum Use {
     Contents,
 }
 
-/// A chain, and what of it was read lately.
-pub(super) struct Disk {
-    chain: Arc<Chain>,
+/// What was read lately of all guests' disks: one bound for all of them, however many are open.
+pub struct Caches {
+    /// The next disk or file system gets this number.
+    next: AtomicU64,
     metadata: Pieces,
     contents: Pieces,
+    pub(super) names: NameIndexes,
 }
 
-type Pieces = Cache<u64, Arc<[u8]>, ByLength>;
+/// By disk, and place in it.
+type Pieces = Cache<(u64, u64), Arc<[u8]>, ByLength>;
 
 #[derive(Clone)]
 struct ByLength;
 
-impl Weighter<u64, Arc<[u8]>> for ByLength {
-    fn weight(&self, _: &u64, piece: &Arc<[u8]>) -> u64 {
+impl Weighter<(u64, u64), Arc<[u8]>> for ByLength {
+    fn weight(&self, _: &(u64, u64), piece: &Arc<[u8]>) -> u64 {
         piece.len() as u64
     }
 }
 
-impl Disk {
-    /// The disk that `chain` makes.
-    pub fn new(chain: Arc<Chain>) -> Disk {
+impl Default for Caches {
+    fn default() -> Self {
         let pieces = |bytes: u64| Pieces::with_weighter(bytes as usize / PIECE, bytes, ByLength);
-        Disk {
-            chain,
+        Caches {
+            next: AtomicU64::new(0),
             metadata: pieces(METADATA),
             contents: pieces(CONTENTS),
+            names: NameIndexes::new(),
         }
+    }
+}
+
+impl Caches {
+    /// A number that nothing kept has.
+    pub(super) fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// A chain, and what of it was read lately.
+pub(super) struct Disk {
+    chain: Arc<Chain>,
+    number: u64,
+    caches: Arc<Caches>,
+}
+
+impl Disk {
+    /// The disk that `chain` makes.
+    pub fn new(chain: Arc<Chain>, caches: Arc<Caches>) -> Disk {
+        Disk {
+            chain,
+            number: caches.number(),
+            caches,
+        }
+    }
+
+    /// What was read lately.
+    pub fn caches(&self) -> &Arc<Caches> {
+        &self.caches
     }
 
     /// What the disk is read from.
@@ -83,10 +118,10 @@ impl Disk {
     /// A piece, kept or read now; read once, however many ask for it.
     fn piece(&self, what: Use, number: u64) -> Result<Arc<[u8]>> {
         let pieces = match what {
-            Use::Metadata => &self.metadata,
-            Use::Contents => &self.contents,
+            Use::Metadata => &self.caches.metadata,
+            Use::Contents => &self.caches.contents,
         };
-        pieces.get_or_insert_with(&number, || {
+        pieces.get_or_insert_with(&(self.number, number), || {
             let mut bytes = vec![0; PIECE];
             self.chain
                 .read_at(number.saturating_mul(PIECE as u64), &mut bytes)?;
@@ -113,6 +148,11 @@ impl Volume {
             len,
             name,
         }
+    }
+
+    /// What was read lately.
+    pub fn caches(&self) -> &Arc<Caches> {
+        self.disk.caches()
     }
 
     /// How sentences call it.

@@ -1,6 +1,5 @@
 //! An ext2, ext3 or ext4 file system, read only.
 
-use super::directory::NameIndexes;
 use super::disk::{Use, Volume};
 use super::inode::{Attributes, FileKind, Inode};
 use super::journal::{Journal, Replacement};
@@ -24,10 +23,11 @@ const MAX_RUNS: usize = 1 << 16;
 /// sentence says what is wrong. No call asks whether the disk changed meanwhile: that is for the
 /// caller to do, after reading, with [`Chain::unchanged`](crate::disk::Chain::unchanged).
 pub struct FileSystem {
-    volume: Volume,
+    pub(super) volume: Volume,
     layout: Layout,
     journal: Journal,
-    pub(super) names: NameIndexes,
+    /// What the names of this one are kept by.
+    pub(super) number: u64,
 }
 
 impl FileSystem {
@@ -42,11 +42,12 @@ impl FileSystem {
             return Ok(None);
         }
         let layout = Layout::parse(&bytes, &volume)?;
+        let number = volume.caches().number();
         let mut fs = FileSystem {
             volume,
             layout,
             journal: Journal::default(),
-            names: NameIndexes::new(),
+            number,
         };
         fs.take_journal()?;
         // The root is what everything else is found by.

@@ -21,8 +21,8 @@
 //! every number is checked before it is used to count, to index or to allocate; what is damaged is
 //! EIO with a sentence, for the one file or directory that it concerns if possible.
 //!
-//! **Memory** is bounded by constants: per guest 16 MiB of structures and 4 MiB of contents, per file
-//! system 16 MiB of names, and per call a few blocks.
+//! **Memory** is bounded by constants: of what was read, 32 MiB of structures, 4 MiB of contents and
+//! 16 MiB of names for all guests together ([`Caches`]), and per call a few blocks.
 //!
 //! What is not read: what is encrypted (ENOKEY); fast commits in the journal, so that a guest that
 //! has switched them on and was killed is seen as it was at its last full commit. Names in
@@ -43,6 +43,7 @@ mod map;
 mod partitions;
 
 pub use directory::Entry;
+pub use disk::Caches;
 pub use file_system::FileSystem;
 pub use inode::{Attributes, FileKind, Time};
 
@@ -70,8 +71,8 @@ impl Guest {
     /// Looks at what is on the disk that `chain` makes: a file system all over it, or a table of
     /// partitions, which are not looked into yet. EIO if there is neither, or the file system is
     /// damaged or not known here; the sentence says what is there instead.
-    pub fn open(chain: Arc<Chain>) -> Result<Guest> {
-        let disk = Arc::new(Disk::new(chain));
+    pub fn open(chain: Arc<Chain>, caches: &Arc<Caches>) -> Result<Guest> {
+        let disk = Arc::new(Disk::new(chain, caches.clone()));
         let whole = || Volume::new(disk.clone(), 0, disk.len(), "the guest's disk".into());
         // A file system comes first: where one was made on a disk that had partitions, traces of
         // their table may be left. The other way round, tables reach to where a superblock is.

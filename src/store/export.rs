@@ -53,27 +53,57 @@ impl Contents {
     }
 }
 
-/// What an export is made of: as long as this is the same, so are its bytes.
+/// The files of a chain as they were when it was opened: as long as they are the same, so are the disk's
+/// bytes. A rebase changes neither length nor modification time.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct State {
-    /// The files of the chain. A rebase changes neither length nor modification time.
-    layers: Vec<(PathBuf, FileId, u64, SystemTime)>,
-    /// Hash of the box's name and configuration.
-    about: u64,
-}
+pub(super) struct LayerStates(Vec<(PathBuf, FileId, u64, SystemTime)>);
 
-impl State {
-    /// Whether nothing it depends on changed: a stat for each layer, no file opened.
-    fn holds(&self, record: &BoxRecord, top: &std::path::Path) -> bool {
-        self.about == hash_of(record)
-            && self.layers.first().is_some_and(|layer| layer.0 == top)
-            && self.layers.iter().all(|(path, id, size, changed)| {
+impl LayerStates {
+    /// Those of a chain.
+    pub(super) fn of(chain: &Chain) -> Result<LayerStates> {
+        let mut layers = Vec::new();
+        for layer in chain.layers() {
+            let sentence = || format!("cannot look at {}", layer.path().display());
+            let meta = layer.file().metadata().context(sentence)?;
+            layers.push((
+                layer.path().to_path_buf(),
+                layer.id(),
+                meta.len(),
+                meta.modified().context(sentence)?,
+            ));
+        }
+        Ok(LayerStates(layers))
+    }
+
+    /// Whether a chain opened at `top` now would have the same: a stat for each layer, no file opened.
+    pub(super) fn hold(&self, top: &std::path::Path) -> bool {
+        self.0.first().is_some_and(|layer| layer.0 == top)
+            && self.0.iter().all(|(path, id, size, changed)| {
                 fs::metadata(path).is_ok_and(|meta| {
                     FileId::of(&meta) == *id
                         && meta.len() == *size
                         && meta.modified().is_ok_and(|time| time == *changed)
                 })
             })
+    }
+
+    fn changed(&self) -> SystemTime {
+        self.0.first().map_or(UNIX_EPOCH, |layer| layer.3)
+    }
+}
+
+/// What an export is made of: as long as this is the same, so are its bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct State {
+    layers: LayerStates,
+    /// Hash of the box's name and configuration.
+    about: u64,
+}
+
+impl State {
+    /// Whether nothing it depends on changed.
+    fn holds(&self, record: &BoxRecord, top: &std::path::Path) -> bool {
+        self.about == hash_of(record) && self.layers.hold(top)
     }
 }
 
@@ -151,7 +181,7 @@ impl Store {
         fs::metadata(top).and_then(|meta| meta.modified()).ok()
     }
 
-    fn record_of(&self, source: &Source) -> Result<BoxRecord> {
+    pub(super) fn record_of(&self, source: &Source) -> Result<BoxRecord> {
         self.home
             .catalog()?
             .box_by_id(source.box_id())
@@ -159,17 +189,23 @@ impl Store {
             .ok_or_else(|| Error::new(libc::ENOENT, "the box is gone"))
     }
 
-    fn planned(&self, source: &Source, record: &BoxRecord) -> Result<(Arc<Export>, Contents)> {
+    /// The file on top of a chain that is there.
+    pub(super) fn existing_top(&self, source: &Source, record: &BoxRecord) -> Result<PathBuf> {
         let top = self.top_of(source)?;
-        if !top.is_file() {
-            return Err(Error::new(
-                libc::ENODATA,
-                format!(
-                    "box {} has no disk yet; start it once with BoxLite",
-                    called(record)
-                ),
-            ));
+        if top.is_file() {
+            return Ok(top);
         }
+        Err(Error::new(
+            libc::ENODATA,
+            format!(
+                "box {} has no disk yet; start it once with BoxLite",
+                called(record)
+            ),
+        ))
+    }
+
+    fn planned(&self, source: &Source, record: &BoxRecord) -> Result<(Arc<Export>, Contents)> {
+        let top = self.existing_top(source, record)?;
         {
             let mut exports = self.exports.lock();
             if let Some(known) = exports.known.get(source)
@@ -189,7 +225,7 @@ impl Store {
         let export = Arc::new(export);
         let contents = Contents {
             size: export.len(),
-            changed: state.layers.first().map_or(UNIX_EPOCH, |layer| layer.3),
+            changed: state.layers.changed(),
             about: state.about,
         };
         let mut exports = self.exports.lock();
@@ -208,17 +244,7 @@ impl Store {
 
     fn plan(&self, record: &BoxRecord, top: &std::path::Path) -> Result<(State, Export)> {
         let chain = self.open_chain(top)?;
-        let mut layers = Vec::new();
-        for layer in chain.layers() {
-            let sentence = || format!("cannot look at {}", layer.path().display());
-            let meta = layer.file().metadata().context(sentence)?;
-            layers.push((
-                layer.path().to_path_buf(),
-                layer.id(),
-                meta.len(),
-                meta.modified().context(sentence)?,
-            ));
-        }
+        let layers = LayerStates::of(&chain)?;
         let config = record.config()?;
         let about = About {
             box_name: record.name.clone(),
@@ -259,6 +285,7 @@ impl Store {
         exports.kept.retain(|source| source.is_in(catalog));
         drop(exports);
         self.forget_gone_compressed(catalog);
+        self.forget_gone_insides(catalog);
     }
 }
 

@@ -23,6 +23,7 @@ pub struct Journal {
 
 struct Inner {
     shown: VecDeque<u8>,
+    last: String,
     changed: SystemTime,
     path: Option<PathBuf>,
     file: Option<File>,
@@ -34,6 +35,7 @@ impl Journal {
         let path = home.staging_dir().join("log");
         let mut inner = Inner {
             shown: VecDeque::new(),
+            last: String::new(),
             changed: SystemTime::now(),
             path: None,
             file: None,
@@ -65,8 +67,17 @@ impl Journal {
         );
         let mut inner = self.inner.lock();
         inner.changed = now;
+        inner.last = sentence.to_owned();
         inner.append(line.as_bytes());
         inner.write_file(line.as_bytes());
+    }
+
+    /// Adds a sentence, unless it is the last one already: whoever walks through what is damaged asks
+    /// for it many times.
+    pub fn note_once(&self, sentence: &str) {
+        if self.inner.lock().last != sentence {
+            self.note(sentence);
+        }
     }
 
     /// Bytes shown.

@@ -14,6 +14,7 @@ mod durable;
 mod export;
 mod freeze;
 mod import;
+mod inside;
 mod journal;
 mod layers;
 mod prepare;
@@ -34,6 +35,7 @@ pub use arrival::{Arrival, Wanted};
 pub use clone::{NewClone, NewSnapshotName};
 pub use compressed::{Compression, OpenedCompressed, Packed, Waiter};
 pub use export::Contents;
+pub use inside::{DiskState, Inside};
 pub use journal::Journal;
 pub use spool::Spool;
 
@@ -88,6 +90,7 @@ pub struct Store {
     compression: Compression,
     compressed: Mutex<compressed::CompressedCache>,
     turns: compressed::Turns,
+    insides: Mutex<inside::InsideCache>,
     read_only: bool,
 }
 
@@ -125,6 +128,7 @@ impl Store {
             compression,
             compressed: Mutex::default(),
             turns: compressed::Turns::default(),
+            insides: Mutex::default(),
             read_only,
         }
     }

@@ -1,5 +1,6 @@
 //! Attributes as stat shows them.
 
+use std::ffi::OsString;
 use std::time::SystemTime;
 
 /// What kind of file it is.
@@ -11,6 +12,25 @@ pub enum Kind {
     File,
     /// A symbolic link.
     Symlink,
+    /// A character device of a guest.
+    CharDevice,
+    /// A block device of a guest.
+    BlockDevice,
+    /// A pipe of a guest.
+    Fifo,
+    /// A socket of a guest.
+    Socket,
+}
+
+/// How long the kernel may keep a name and its attributes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Not at all: its size or face can change.
+    Not,
+    /// For a moment.
+    Moment,
+    /// As long as it likes: what never changes.
+    Long,
 }
 
 /// What stat shows of a node.
@@ -25,6 +45,9 @@ pub struct Attr {
     pub kind: Kind,
     /// Bytes.
     pub size: u64,
+    /// Blocks of 512 bytes. Of what we make never fewer than the size: cp takes a file with fewer for
+    /// sparse, and reads it where it could have asked for a copy that moves nothing.
+    pub blocks: u64,
     /// Permission bits.
     pub perm: u16,
     /// Names; for a directory 2 and one for each subdirectory.
@@ -33,20 +56,25 @@ pub struct Attr {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// Of a device of a guest: its number.
+    pub device: u32,
+    /// When it was last read.
+    pub atime: SystemTime,
     /// When the contents last changed.
     pub mtime: SystemTime,
+    /// When anything of it last changed.
+    pub ctime: SystemTime,
     /// When it was made.
     pub created: SystemTime,
-    /// Whether the kernel may keep name and attributes for a moment: false for all whose size or
-    /// face can change.
-    pub lasting: bool,
+    /// How long the kernel may keep name and attributes.
+    pub kept: Kept,
 }
 
 impl Attr {
-    /// Blocks of 512 bytes. Never fewer than the size: cp takes a file with fewer for sparse, and
-    /// reads it where it could have asked for a copy that moves nothing.
-    pub fn blocks(&self) -> u64 {
-        self.size.div_ceil(512)
+    /// Another size, with as many blocks as that takes.
+    pub(super) fn resize(&mut self, size: u64) {
+        self.size = size;
+        self.blocks = size.div_ceil(512);
     }
 }
 
@@ -54,7 +82,7 @@ impl Attr {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirEntry {
     /// The name.
-    pub name: String,
+    pub name: OsString,
     /// What it is.
     pub kind: Kind,
     /// Its inode number.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::Tree;
 use super::caller::Caller;
 use super::handle::{Handle, Opened};
-use super::names::{COMPRESSED, HIDDEN, SNAPSHOTS, VIEW};
-use super::node::Node;
+use super::names::{HIDDEN, SNAPSHOTS, VIEW};
+use super::node::{Derived, Node};
 use crate::store::{OpenedCompressed, Packed, Source, Waiter};
 use crate::{Error, Result};
 
@@ -83,16 +83,17 @@ impl Tree {
     }
 
     /// Where the link in the directory of a box or a snapshot points: into the hidden view.
-    pub(super) fn link_target(&self, source: &Source) -> Result<PathBuf> {
+    pub(super) fn link_target(&self, derived: Derived, source: &Source) -> Result<PathBuf> {
         let shown = self.shown_name(source.box_id())?;
+        let what = derived.name();
         Ok(match source {
-            Source::Live { .. } => format!("../{HIDDEN}/{VIEW}/{shown}/{COMPRESSED}").into(),
+            Source::Live { .. } => format!("../{HIDDEN}/{VIEW}/{shown}/{what}").into(),
             Source::Snapshot {
                 box_id,
                 snapshot_id,
             } => {
                 let name = self.snapshot(box_id, snapshot_id)?.name;
-                format!("../../../{HIDDEN}/{VIEW}/{shown}/{SNAPSHOTS}/{name}/{COMPRESSED}").into()
+                format!("../../../{HIDDEN}/{VIEW}/{shown}/{SNAPSHOTS}/{name}/{what}").into()
             }
         })
     }

@@ -11,7 +11,7 @@ use super::names::EXPORT;
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete, is_whole, share};
 use crate::archive::Export;
-use crate::store::{Contents, Packed, Source, Spool, Wanted};
+use crate::store::{Contents, Inside, Packed, Source, Spool, Wanted};
 use crate::{Error, Result};
 
 /// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
@@ -34,6 +34,8 @@ pub(super) enum Handle {
         packed: Packed,
         contents: Contents,
     },
+    /// A file of a guest, or the raw disk; the layers are open.
+    Inside { node: Node, inside: Arc<Inside> },
     /// A description as it was when opened.
     Bytes { node: Node, bytes: Vec<u8> },
     /// The log.
@@ -56,6 +58,20 @@ pub struct Opened {
     pub spool: Option<Arc<Spool>>,
 }
 
+impl Handle {
+    /// Its length in bytes, where that is known.
+    pub(super) fn size(&self) -> Option<u64> {
+        match self {
+            Handle::Export { contents, .. } | Handle::Compressed { contents, .. } => {
+                Some(contents.size)
+            }
+            Handle::Bytes { bytes, .. } => Some(bytes.len() as u64),
+            Handle::Writing(file) => Some(file.size()),
+            Handle::Inside { .. } | Handle::Log | Handle::List(_) => None,
+        }
+    }
+}
+
 impl Tree {
     pub(super) fn add_handle(&self, handle: Handle) -> u64 {
         let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
@@ -63,7 +79,7 @@ impl Tree {
         number
     }
 
-    fn handle(&self, number: u64) -> Result<Arc<Handle>> {
+    pub(super) fn handle(&self, number: u64) -> Result<Arc<Handle>> {
         self.handles
             .lock()
             .get(&number)
@@ -112,6 +128,9 @@ impl Tree {
         }
         if writes {
             return Err(self.open_for_restore(caller, &node, flags));
+        }
+        if let Node::Guest(_) | Node::DiskImage(_) = &node {
+            return self.open_inside(&node);
         }
         let (handle, keep_pages) = match &node {
             Node::Log => (Handle::Log, false),
@@ -176,6 +195,9 @@ impl Tree {
                 self.store.describe(source)
             ),
             Node::BoxJson(_) => "box.json is only for reading".into(),
+            Node::Guest(_) | Node::DiskImage(_) => {
+                return Error::new(libc::EROFS, "what is in a disk is only for reading");
+            }
             _ => "snapshot.json, what is compressed and the log are only for reading".into(),
         };
         if !matches!(node, Node::Export(Source::Live { .. })) {
@@ -329,6 +351,7 @@ impl Tree {
                 }
                 self.noted_read(source, packed.read_at(offset, buf))
             }
+            Handle::Inside { node, inside } => self.read_inside(node, inside, offset, buf),
             Handle::Bytes { bytes, .. } => Ok(copy_out(bytes, offset, buf)),
             Handle::Log => {
                 let bytes = self.store.journal().read_at(offset, buf.len());

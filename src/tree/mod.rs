@@ -13,6 +13,7 @@ mod compressed;
 mod dealing;
 mod describe;
 mod handle;
+mod inside;
 mod names;
 mod node;
 mod remove;
@@ -33,7 +34,7 @@ use parking_lot::Mutex;
 
 pub use crate::home::Space;
 pub use crate::store::Compression;
-pub use attr::{Attr, DirEntry, Kind};
+pub use attr::{Attr, DirEntry, Kept, Kind};
 pub use caller::Caller;
 pub use change::SetAttr;
 pub use compressed::OpenAnswer;
@@ -164,7 +165,9 @@ impl Tree {
                 | Node::Compressed(_)
                 | Node::Box(_)
                 | Node::Snapshot(..)
-                | Node::ViewOf(_))
+                | Node::ViewOf(_)
+                | Node::Guest(_)
+                | Node::DiskImage(_))
         )
     }
 

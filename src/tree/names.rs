@@ -16,6 +16,10 @@ pub const BOX_JSON: &str = "box.json";
 pub const EXPORT: &str = "export.boxlite";
 /// The same, compressed: a link into the view.
 pub const COMPRESSED: &str = "export.boxlite.zst";
+/// The guest's files: a link into the view.
+pub const ROOTFS: &str = "rootfs";
+/// The raw disk: a link into the view.
+pub const DISK_IMAGE: &str = "disk.img";
 /// The directory in the hidden one that such links point into.
 pub const VIEW: &str = "view";
 /// The directory of a box's snapshots.

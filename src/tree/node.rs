@@ -3,7 +3,9 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::store::Source;
+use super::names::{COMPRESSED, DISK_IMAGE, ROOTFS};
+use crate::store::{DiskState, Source};
+use std::sync::Arc;
 
 /// A file or directory of the mount.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,10 +22,14 @@ pub enum Node {
     BoxJson(String),
     /// `export.boxlite` of a box or a snapshot.
     Export(Source),
-    /// The link `export.boxlite.zst` in the directory of a box or a snapshot.
-    CompressedLink(Source),
-    /// What it points to, in the view.
+    /// A link in the directory of a box or a snapshot.
+    Link(Derived, Source),
+    /// `export.boxlite.zst`, in the view.
     Compressed(Source),
+    /// `disk.img`, in the view.
+    DiskImage(Arc<DiskState>),
+    /// `rootfs`, in the view, and what is in it.
+    Guest(GuestFile),
     /// `.boxlite/view`.
     View,
     /// `.boxlite/view/BOX`, and `.boxlite/view/BOX/snapshots/NAME`.
@@ -39,6 +45,58 @@ pub enum Node {
     /// Something a copy tool made that stands for nothing by itself: an archive dropped in the
     /// root, a temporary file, what is accepted and dropped.
     Made(u64),
+}
+
+/// What is shown of a disk state in the view, and by links that point there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Derived {
+    /// The archive, compressed.
+    Compressed,
+    /// The guest's files.
+    Rootfs,
+    /// The raw disk.
+    DiskImage,
+}
+
+impl Derived {
+    /// All of them, in the order they are listed.
+    pub const ALL: [Derived; 3] = [Derived::Compressed, Derived::Rootfs, Derived::DiskImage];
+
+    /// Its name, in the view and in the directory of a box or a snapshot.
+    pub fn name(self) -> &'static str {
+        match self {
+            Derived::Compressed => COMPRESSED,
+            Derived::Rootfs => ROOTFS,
+            Derived::DiskImage => DISK_IMAGE,
+        }
+    }
+
+    /// The one with this name.
+    pub fn named(name: &str) -> Option<Derived> {
+        Derived::ALL
+            .into_iter()
+            .find(|derived| derived.name() == name)
+    }
+
+    /// Its place among the files of a directory.
+    fn place(self) -> u64 {
+        match self {
+            Derived::Compressed => 3,
+            Derived::Rootfs => 4,
+            Derived::DiskImage => 5,
+        }
+    }
+}
+
+/// A file of a guest, as it was in one state of the disk.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GuestFile {
+    /// The state.
+    pub state: Arc<DiskState>,
+    /// The partition it is in; 0 for a disk without.
+    pub partition: u32,
+    /// The guest's inode number; 0 for the directory of the partitions.
+    pub inode: u32,
 }
 
 /// FUSE's number of the root.
@@ -59,7 +117,16 @@ impl Node {
             Node::Snapshot(id, snapshot) => (format!("box/{id}/snapshot/{snapshot}"), 0),
             Node::SnapshotJson(id, snapshot) => (format!("box/{id}/snapshot/{snapshot}"), 1),
             Node::Export(source) => (key_of(source), 2),
-            Node::CompressedLink(source) => (key_of(source), 3),
+            Node::Link(derived, source) => (key_of(source), derived.place()),
+            Node::DiskImage(state) => (format!("inside/{}", state.number()), 5),
+            Node::Guest(file) => {
+                let GuestFile {
+                    state,
+                    partition,
+                    inode,
+                } = file;
+                (format!("inside/{}/{partition}/{inode}", state.number()), 0)
+            }
             Node::Snapshots(id) => (format!("box/{id}"), 15),
             Node::ViewOf(source) => (format!("view/{}", key_of(source)), 0),
             Node::Compressed(source) => (format!("view/{}", key_of(source)), 3),
@@ -82,9 +149,14 @@ impl Node {
             | Node::Snapshots(id)
             | Node::Snapshot(id, _)
             | Node::SnapshotJson(id, _) => Some(id),
-            Node::Export(source) | Node::CompressedLink(source) => Some(source.box_id()),
+            Node::Export(source) | Node::Link(_, source) => Some(source.box_id()),
             // The view is apart: what is in it is never staged.
-            Node::Compressed(_) | Node::View | Node::ViewOf(_) | Node::ViewSnapshots(_) => None,
+            Node::Compressed(_)
+            | Node::DiskImage(_)
+            | Node::Guest(_)
+            | Node::View
+            | Node::ViewOf(_)
+            | Node::ViewSnapshots(_) => None,
             Node::Root | Node::Hidden | Node::Log | Node::Made(_) => None,
         }
     }
@@ -144,7 +216,7 @@ mod tests {
         let files = [
             Node::BoxJson("a".into()),
             Node::Export(live.clone()),
-            Node::CompressedLink(live),
+            Node::Link(Derived::Compressed, live),
             Node::Snapshots("a".into()),
         ];
         assert!(files.iter().map(Node::ino).is_sorted());

@@ -203,7 +203,7 @@ impl Tree {
             (Node::BoxJson(id) | Node::SnapshotJson(id, _), Node::Box(_) | Node::Snapshot(..)) => {
                 id.clone()
             }
-            (Node::Export(source) | Node::CompressedLink(source), _) => source.box_id().to_owned(),
+            (Node::Export(source) | Node::Link(_, source), _) => source.box_id().to_owned(),
             _ => {
                 return Err(self.refuse(
                     libc::EPERM,

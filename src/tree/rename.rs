@@ -220,7 +220,7 @@ impl Tree {
                 Node::Export(_)
                 | Node::BoxJson(_)
                 | Node::SnapshotJson(..)
-                | Node::CompressedLink(_)
+                | Node::Link(..)
                 | Node::Snapshot(..),
                 _,
             ) if into_staging => copied(),

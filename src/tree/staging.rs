@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::Tree;
-use super::attr::{Attr, DirEntry, Kind};
+use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::caller::{Caller, Makers};
 use super::names::EXPORT;
 use super::node::Node;
@@ -350,7 +350,7 @@ impl Tree {
                 .count()
         });
         let mut attr = self.directory(node, directories, staged.created);
-        attr.lasting = false;
+        attr.kept = Kept::Not;
         attr
     }
 
@@ -366,7 +366,7 @@ impl Tree {
             children
                 .iter()
                 .map(|(name, child)| DirEntry {
-                    name: name.clone(),
+                    name: name.into(),
                     kind: child.what.kind(),
                     ino: child.node.ino(),
                 })
@@ -379,14 +379,14 @@ impl Tree {
         let mut staging = self.staging.lock();
         staging.sweep();
         let directories = staging.names.iter().map(|(name, id)| DirEntry {
-            name: name.clone(),
+            name: name.into(),
             kind: Kind::Directory,
             ino: Node::Box(id.clone()).ino(),
         });
         let files = staging.files.iter();
         let files = files.filter(|loose| loose.dir == Node::Root && !loose.committed);
         let files = files.map(|loose| DirEntry {
-            name: loose.name.clone(),
+            name: loose.name.clone().into(),
             kind: Kind::File,
             ino: loose.file.node.ino(),
         });
@@ -413,8 +413,10 @@ impl Tree {
     /// EINVAL for what is no link.
     pub fn readlink(&self, caller: Caller, ino: u64) -> Result<PathBuf> {
         let node = self.node(ino)?;
-        if let Node::CompressedLink(source) = &node {
-            return self.link_target(source);
+        match &node {
+            Node::Link(derived, source) => return self.link_target(*derived, source),
+            Node::Guest(file) => return self.guest_link(file),
+            _ => {}
         }
         let mut staging = self.staging.lock();
         match staging

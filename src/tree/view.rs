@@ -4,11 +4,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::attr::{Attr, DirEntry, Kind};
+use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::caller::Caller;
 use super::describe;
-use super::names::{BOX_JSON, COMPRESSED, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, VIEW};
-use super::node::Node;
+use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, VIEW};
+use super::node::{Derived, GuestFile, Node};
 use super::{Tree, text};
 use crate::home::{BoxRecord, SnapshotRecord};
 use crate::store::{Contents, Source};
@@ -25,6 +25,9 @@ impl Tree {
     /// ENOENT, or EIO when an export can't be planned.
     pub fn lookup(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
         let parent = self.node(parent)?;
+        if let Node::Guest(directory) = &parent {
+            return self.lookup_guest(directory, name);
+        }
         let name = text(name).map_err(|_| not_there())?;
         let node = self.child(caller, &parent, name)?;
         let staged = self.staged_attr(caller, &node);
@@ -33,6 +36,10 @@ impl Tree {
             Some(attr) => attr,
             None => self.attr(caller, &node)?,
         };
+        if let Node::Guest(_) | Node::DiskImage(_) = &node {
+            // The state it is of never changes; which one the name stands for does.
+            attr.kept = Kept::Moment;
+        }
         if let Node::Export(_) | Node::Compressed(_) = &node {
             let contents = match is_staged {
                 true => None,
@@ -40,7 +47,7 @@ impl Tree {
             };
             if let Some(contents) = contents {
                 // One moment's size and generation: a size may become known between two looks.
-                attr.size = contents.size;
+                attr.resize(contents.size);
             }
             attr.generation = self.generation(&node, contents);
         } else {
@@ -74,8 +81,9 @@ impl Tree {
                 Node::Box(box_id) => Node::ViewOf(Source::Live { box_id }),
                 _ => return Err(not_there()),
             },
-            Node::ViewOf(source) if name == COMPRESSED && self.store.has_disk(source) => {
-                Node::Compressed(source.clone())
+            Node::ViewOf(source) if Derived::named(name).is_some() => {
+                let derived = Derived::named(name).filter(|_| self.store.has_disk(source));
+                self.derived(derived.ok_or_else(not_there)?, source)?
             }
             Node::ViewOf(Source::Live { box_id }) if name == SNAPSHOTS => {
                 Node::ViewSnapshots(box_id.clone())
@@ -102,9 +110,7 @@ impl Tree {
                 };
                 match name {
                     SNAPSHOT_JSON => Node::SnapshotJson(id.clone(), snapshot.clone()),
-                    EXPORT if self.store.has_disk(&source) => Node::Export(source),
-                    COMPRESSED if self.store.has_disk(&source) => Node::CompressedLink(source),
-                    _ => return Err(not_there()),
+                    _ => self.child_of_state(source, name)?,
                 }
             }
             _ => return Err(not_there()),
@@ -119,11 +125,32 @@ impl Tree {
         match name {
             BOX_JSON => Ok(Node::BoxJson(id.to_owned())),
             SNAPSHOTS => Ok(Node::Snapshots(id.to_owned())),
-            // A box that never started has nothing to export yet.
-            EXPORT if self.store.has_disk(&source) => Ok(Node::Export(source)),
-            COMPRESSED if self.store.has_disk(&source) => Ok(Node::CompressedLink(source)),
-            _ => Err(not_there()),
+            _ => self.child_of_state(source, name),
         }
+    }
+
+    /// What there is of a disk state. A box that never started has none yet.
+    fn child_of_state(&self, source: Source, name: &str) -> Result<Node> {
+        let derived = Derived::named(name);
+        if (name != EXPORT && derived.is_none()) || !self.store.has_disk(&source) {
+            return Err(not_there());
+        }
+        Ok(match derived {
+            Some(derived) => Node::Link(derived, source),
+            None => Node::Export(source),
+        })
+    }
+
+    /// What a link into the view points to.
+    fn derived(&self, derived: Derived, source: &Source) -> Result<Node> {
+        Ok(match derived {
+            Derived::Compressed => Node::Compressed(source.clone()),
+            Derived::DiskImage => Node::DiskImage(self.look_inside(source)?.state().clone()),
+            Derived::Rootfs => {
+                let inside = self.look_inside(source)?;
+                Node::Guest(GuestFile::root_of(&inside))
+            }
+        })
     }
 
     /// Attributes of an inode; those of the open file where there is one.
@@ -134,7 +161,7 @@ impl Tree {
         let node = self.node(ino)?;
         if let Some(size) = handle.and_then(|handle| self.size_at_open(handle)) {
             let mut attr = self.attr(caller, &node)?;
-            attr.size = size;
+            attr.resize(size);
             return Ok(attr);
         }
         if let Node::Export(source) | Node::Compressed(source) = &node
@@ -185,7 +212,9 @@ impl Tree {
         }
         let mut attr = self.real_attr(node)?;
         // The kernel keeps one answer for all processes: none while a box has two faces.
-        attr.lasting &= !self.has_two_faces(node);
+        if self.has_two_faces(node) {
+            attr.kept = Kept::Not;
+        }
         Ok(attr)
     }
 
@@ -240,9 +269,11 @@ impl Tree {
                 attr.ino = node.ino();
                 Ok(attr)
             }
-            Node::CompressedLink(source) => {
+            Node::Guest(file) => self.guest_attr(file),
+            Node::DiskImage(inside) => self.disk_image_attr(inside),
+            Node::Link(derived, source) => {
                 let record = self.record(source.box_id())?;
-                let target = self.link_target(source)?;
+                let target = self.link_target(*derived, source)?;
                 let size = target.as_os_str().len() as u64;
                 let mut attr = self.file(node, size, at(record.created_at));
                 attr.kind = Kind::Symlink;
@@ -303,14 +334,18 @@ impl Tree {
             generation: 0,
             kind: Kind::Directory,
             size: 0,
+            blocks: 0,
+            device: 0,
             // As open as the home is, never more.
             perm: 0o755 & mode_of_directories(owner.mode),
             nlink: u32::try_from(subdirectories + 2).unwrap_or(u32::MAX),
             uid: owner.uid,
             gid: owner.gid,
+            atime: changed,
             mtime: changed,
+            ctime: changed,
             created: changed,
-            lasting: true,
+            kept: Kept::Moment,
         }
     }
 
@@ -322,19 +357,26 @@ impl Tree {
             generation: 0,
             kind: Kind::File,
             size,
+            blocks: size.div_ceil(512),
+            device: 0,
             perm: 0o644 & mode_of_directories(owner.mode),
             nlink: 1,
             uid: owner.uid,
             gid: owner.gid,
+            atime: changed,
             mtime: changed,
+            ctime: changed,
             created: changed,
-            lasting: false,
+            kept: Kept::Not,
         }
     }
 
     /// Every name in a directory, in the order it is listed: `snapshots` last, so that `cp -r` has
     /// made the box when it comes to its snapshots.
     pub(super) fn list(&self, caller: Caller, node: &Node) -> Result<Vec<DirEntry>> {
+        if let Node::Guest(directory) = node {
+            return self.list_guest(directory);
+        }
         if let Some(entries) = self.staged_list(caller, node) {
             return Ok(entries);
         }
@@ -409,9 +451,9 @@ impl Tree {
             .into_iter()
             .filter(|(name, ..)| !self.has_removed(caller, node, name))
             .map(|(name, node, kind)| DirEntry {
-                name,
-                kind,
                 ino: node.ino(),
+                name: name.into(),
+                kind,
             })
             .collect();
         if *node == Node::Root {
@@ -425,8 +467,16 @@ impl Tree {
         self.record(source.box_id())?;
         let mut children = Vec::new();
         if self.store.has_disk(source) {
-            let node = Node::Compressed(source.clone());
-            children.push((COMPRESSED.to_owned(), node, Kind::File));
+            for derived in Derived::ALL {
+                let (kind, node) = match derived {
+                    Derived::Compressed => (Kind::File, Some(Node::Compressed(source.clone()))),
+                    Derived::Rootfs => (Kind::Directory, None),
+                    Derived::DiskImage => (Kind::File, None),
+                };
+                // What they are follows from looking inside, which a listing alone does not.
+                let node = node.unwrap_or(Node::ViewOf(source.clone()));
+                children.push((derived.name().to_owned(), node, kind));
+            }
         }
         if let Source::Live { box_id } = source {
             let node = Node::ViewSnapshots(box_id.clone());
@@ -444,13 +494,16 @@ impl Tree {
     }
 }
 
-/// The archives in the directory of a box or a snapshot.
-fn exports(source: Source) -> [(String, Node, Kind); 2] {
-    let link = Node::CompressedLink(source.clone());
-    [
-        (EXPORT.to_owned(), Node::Export(source), Kind::File),
-        (COMPRESSED.to_owned(), link, Kind::Symlink),
-    ]
+/// The archive and the links in the directory of a box or a snapshot.
+fn exports(source: Source) -> Vec<(String, Node, Kind)> {
+    let links = Derived::ALL.map(|derived| {
+        let link = Node::Link(derived, source.clone());
+        (derived.name().to_owned(), link, Kind::Symlink)
+    });
+    let export = Node::Export(source);
+    let mut all = vec![(EXPORT.to_owned(), export, Kind::File)];
+    all.extend(links);
+    all
 }
 
 fn live(id: &str) -> Source {

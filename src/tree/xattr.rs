@@ -17,6 +17,9 @@ impl Tree {
     /// # Errors
     /// ENODATA when there is none of that name.
     pub fn xattr(&self, caller: Caller, ino: u64, name: &OsStr) -> Result<Vec<u8>> {
+        if let Node::Guest(file) = self.node(ino)? {
+            return self.guest_xattr(&file, name);
+        }
         let wanted = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
         let none = || Error::new(libc::ENODATA, "there is no such attribute");
         let wanted = wanted.ok_or_else(none)?;
@@ -32,6 +35,9 @@ impl Tree {
     /// # Errors
     /// ESTALE when the file is gone.
     pub fn xattr_names(&self, caller: Caller, ino: u64) -> Result<Vec<u8>> {
+        if let Node::Guest(file) = self.node(ino)? {
+            return self.guest_xattr_names(&file);
+        }
         let names = self.xattrs(caller, ino)?;
         Ok(names
             .iter()

@@ -122,7 +122,7 @@ fn damage(image: &Image, rounds: u64, seed: u64) {
             };
             file.write_all_at(&[byte], *at).unwrap();
         }
-        if let Ok(guest) = Guest::open(chain(&image.path)) {
+        if let Ok(guest) = Guest::open(chain(&image.path), &Arc::default()) {
             opened += 1;
             walk(&guest);
         }
@@ -205,7 +205,7 @@ fn absurd_superblocks_take_neither_memory_nor_time() {
             let mut bad = good;
             bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
             file.write_all_at(&bad, 1024).unwrap();
-            if let Ok(guest) = Guest::open(chain(&image.path)) {
+            if let Ok(guest) = Guest::open(chain(&image.path), &Arc::default()) {
                 walk(&guest);
             }
         }

@@ -22,7 +22,7 @@ fn chain(image: &Path) -> Arc<Chain> {
 
 /// What is on an image.
 fn open(image: &Path) -> Guest {
-    Guest::open(chain(image)).unwrap()
+    Guest::open(chain(image), &Arc::default()).unwrap()
 }
 
 /// Names, with their inodes and kinds.

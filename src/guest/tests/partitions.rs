@@ -132,7 +132,7 @@ fn a_disk_with_nothing_known_says_what_it_has() {
     let disk = dir.path().join("disk.raw");
     let errno = |bytes: &[u8]| {
         fs::write(&disk, bytes).unwrap();
-        let error = Guest::open(chain(&disk)).err().unwrap();
+        let error = Guest::open(chain(&disk), &Arc::default()).err().unwrap();
         (error.errno(), error.to_string())
     };
     let mut bytes = vec![0; 1 << 20];

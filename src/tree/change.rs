@@ -44,8 +44,7 @@ impl Tree {
     /// # Errors
     /// EEXIST, EINVAL, EBUSY, EPERM where directories mean nothing, EROFS.
     pub fn mkdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
-        self.refuse_read_only()?;
-        let parent = self.node(parent)?;
+        let parent = self.node_to_change(parent)?;
         let name = text(name)?;
         let node = match &parent {
             Node::Root => self.begin_box(caller, name)?,
@@ -307,8 +306,7 @@ impl Tree {
     /// # Errors
     /// EEXIST, EPERM for what can't become anything, EROFS.
     pub fn create(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<(Attr, Opened)> {
-        self.refuse_read_only()?;
-        let parent = self.node(parent)?;
+        let parent = self.node_to_change(parent)?;
         let name = text(name)?;
         let file = match &parent {
             Node::Root => self.create_in_root(caller, name)?,
@@ -398,8 +396,7 @@ impl Tree {
         name: &OsStr,
         target: &Path,
     ) -> Result<Attr> {
-        self.refuse_read_only()?;
-        let parent = self.node(parent)?;
+        let parent = self.node_to_change(parent)?;
         let name = text(name)?;
         let link = What::Link(PathBuf::from(target));
         let node = self
@@ -439,8 +436,7 @@ impl Tree {
         handle: Option<u64>,
         set: SetAttr,
     ) -> Result<Attr> {
-        self.refuse_read_only()?;
-        let node = self.node(ino)?;
+        let node = self.node_to_change(ino)?;
         let (made, file) = {
             let mut staging = self.staging.lock();
             let made =

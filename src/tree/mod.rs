@@ -191,9 +191,19 @@ impl Tree {
         self.store.stop_compressing();
     }
 
-    /// EROFS when mounted read-only.
-    fn refuse_read_only(&self) -> Result<()> {
-        self.store.refuse_read_only()
+    /// The node of a file that is to be changed, or in which something is.
+    ///
+    /// # Errors
+    /// EROFS when mounted read-only, and for what is in a disk; ESTALE.
+    fn node_to_change(&self, ino: u64) -> Result<Node> {
+        self.store.refuse_read_only()?;
+        match self.node(ino)? {
+            Node::Guest(_) | Node::DiskImage(_) => Err(Error::new(
+                libc::EROFS,
+                "what is in a disk is only for reading",
+            )),
+            node => Ok(node),
+        }
     }
 
     fn fresh_made(&self) -> Node {

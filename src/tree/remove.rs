@@ -20,8 +20,7 @@ impl Tree {
     /// # Errors
     /// ENOTEMPTY for a box, EBUSY, ENOENT, EPERM, EROFS.
     pub fn rmdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
-        self.refuse_read_only()?;
-        let parent = self.node(parent)?;
+        let parent = self.node_to_change(parent)?;
         let name = text(name).map_err(|_| not_there())?;
         if self.remove_staged_dir(caller, &parent, name)? {
             return Ok(());
@@ -167,8 +166,7 @@ impl Tree {
     /// # Errors
     /// EBUSY when the box can't be removed now, EPERM for what stays, ENOENT, EROFS.
     pub fn unlink(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
-        self.refuse_read_only()?;
-        let parent = self.node(parent)?;
+        let parent = self.node_to_change(parent)?;
         let name = text(name).map_err(|_| not_there())?;
         let taken = {
             let mut staging = self.staging.lock();

@@ -39,14 +39,13 @@ impl Tree {
         to: (u64, &OsStr),
         mode: RenameMode,
     ) -> Result<()> {
-        self.refuse_read_only()?;
         if mode == RenameMode::Unsupported {
             return Err(Error::new(
                 libc::EINVAL,
                 "names can't be exchanged here; rename one after the other",
             ));
         }
-        let (from_parent, to_parent) = (self.node(from.0)?, self.node(to.0)?);
+        let (from_parent, to_parent) = (self.node_to_change(from.0)?, self.node_to_change(to.0)?);
         let from_name = text(from.1).map_err(|_| not_there())?;
         // Not EINVAL: that is a directory moved into itself, and mv says so.
         let to_name = text(to.1).map_err(|error| self.refuse(libc::EPERM, error.to_string()))?;

@@ -34,12 +34,16 @@ fn the_tree_is_that_of_the_documents() {
             "",
             "web",
             "web/box.json",
+            "web/disk.img",
             "web/export.boxlite",
             "web/export.boxlite.zst",
+            "web/rootfs",
             "web/snapshots",
             "web/snapshots/s",
+            "web/snapshots/s/disk.img",
             "web/snapshots/s/export.boxlite",
             "web/snapshots/s/export.boxlite.zst",
+            "web/snapshots/s/rootfs",
             "web/snapshots/s/snapshot.json",
         ]
     );

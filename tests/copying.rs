@@ -270,16 +270,7 @@ fn every_recursive_tool_clones_a_box_with_its_snapshots() {
         let name = format!("new{number}");
         let nothing = Path::new("/dev/null");
         shell_succeeds(&mount, &home, nothing, &tool.replace("NEW", &name));
-        assert_eq!(
-            mount.names(&name),
-            [
-                "box.json",
-                "export.boxlite",
-                "export.boxlite.zst",
-                "snapshots"
-            ],
-            "{tool}"
-        );
+        assert_eq!(mount.names(&name), BOX_FILES, "{tool}");
         assert_eq!(
             mount.names(format!("{name}/snapshots")),
             ["s"],
@@ -504,15 +495,7 @@ fn the_maker_goes_on_seeing_what_it_made_and_everyone_else_sees_the_box() {
     assert_eq!(mount.names("new"), ["export.boxlite"], "the maker's own");
     assert_eq!(errno(fs::metadata(mount.at("new/snapshots"))), libc::ENOENT);
     let listing = outsider(&format!("ls {}", text(&mount.at("new"))));
-    assert_eq!(
-        listing.split_whitespace().collect::<Vec<_>>(),
-        [
-            "box.json",
-            "export.boxlite",
-            "export.boxlite.zst",
-            "snapshots"
-        ]
-    );
+    assert_eq!(listing.split_whitespace().collect::<Vec<_>>(), BOX_FILES);
     fs::create_dir(mount.at("new/snapshots")).unwrap();
     fs::create_dir(mount.at("new/snapshots/later")).unwrap();
     fs::copy(
@@ -525,13 +508,7 @@ fn the_maker_goes_on_seeing_what_it_made_and_everyone_else_sees_the_box() {
     let seen = outsider(&format!("stat -c %i {}", text(&mount.at("new"))));
     assert_eq!(seen.trim(), inode.to_string(), "one inode for both faces");
     eventually("the maker sees the box, two seconds later", || {
-        mount.names("new")
-            == [
-                "box.json",
-                "export.boxlite",
-                "export.boxlite.zst",
-                "snapshots",
-            ]
+        mount.names("new") == BOX_FILES
     });
 }
 
@@ -564,15 +541,7 @@ fn a_copy_is_a_box_when_cp_ends() {
         let (from, to) = (mount.at("web"), mount.at(format!("c{number}")));
         let script = format!("cp -r {} {1} && ls {1}", text(&from), text(&to));
         let listing = succeed(&["sh", "-c", &script]);
-        assert_eq!(
-            listing.split_whitespace().collect::<Vec<_>>(),
-            [
-                "box.json",
-                "export.boxlite",
-                "export.boxlite.zst",
-                "snapshots"
-            ]
-        );
+        assert_eq!(listing.split_whitespace().collect::<Vec<_>>(), BOX_FILES);
     }
 }
 

@@ -10,18 +10,11 @@ use std::process::{Child, Command, Stdio};
 
 use common::*;
 
-/// What everybody is to see in a box.
-const FILES: [&str; 4] = [
-    "box.json",
-    "export.boxlite",
-    "export.boxlite.zst",
-    "snapshots",
-];
-
 /// Everything in a box with the snapshot `s` but its directories.
 const UNLINK_ALL: &str = "[os.unlink(m + 'web/' + name) for name in \
-    ['box.json', 'export.boxlite', 'export.boxlite.zst', 'snapshots/s/snapshot.json', \
-     'snapshots/s/export.boxlite', 'snapshots/s/export.boxlite.zst']]";
+    ['box.json', 'export.boxlite', 'export.boxlite.zst', 'rootfs', 'disk.img'] + \
+    ['snapshots/s/' + name for name in \
+    ['snapshot.json', 'export.boxlite', 'export.boxlite.zst', 'rootfs', 'disk.img']]]";
 
 /// A home whose box `web` has the snapshot `s` of another state.
 fn home_with_snapshot() -> TestHome {
@@ -59,10 +52,9 @@ fn states(home: &TestHome) -> BTreeMap<String, String> {
 fn assert_web_is_back(home: &TestHome, mount: &Mounted, before: &BTreeMap<String, String>) {
     let mut passer_by = Process::start(mount);
     assert_eq!(passer_by.names(""), ["web"]);
-    assert_eq!(passer_by.names("web"), FILES);
+    assert_eq!(passer_by.names("web"), BOX_FILES);
     assert_eq!(passer_by.names("web/snapshots"), ["s"]);
-    let files = ["export.boxlite", "export.boxlite.zst", "snapshot.json"];
-    assert_eq!(passer_by.names("web/snapshots/s"), files);
+    assert_eq!(passer_by.names("web/snapshots/s"), SNAPSHOT_FILES);
     passer_by.does("open(m + 'web/snapshots/s/snapshot.json').read()");
     assert_eq!(states(home), *before);
     let (status, said) = home.check();
@@ -125,7 +117,7 @@ fn a_name_is_free_again_at_once_also_for_who_deleted_it() {
         process
             .does("shutil.copytree('/dev/shm/kept-' + str(os.getpid()), m + 'web', symlinks=True)");
         eventually("it is a box for who made it", || {
-            process.names("web") == FILES
+            process.names("web") == BOX_FILES
         });
         let export = mount.export_digest("web/export.boxlite");
         assert_eq!(export, wanted, "{}", mount.log());
@@ -148,7 +140,7 @@ fn who_unlinks_box_json_alone_deletes_nothing_and_nobody_else_notices() {
     // Who lives on goes on seeing what he did, and nobody else does.
     let mut process = Process::start(&mount);
     process.does("os.unlink(m + 'web/box.json')");
-    assert_eq!(process.names("web"), FILES[1..]);
+    assert_eq!(process.names("web"), BOX_FILES[1..]);
     assert_eq!(process.fails("os.stat(m + 'web/box.json')"), libc::ENOENT);
     assert_eq!(process.fails("os.unlink(m + 'web/box.json')"), libc::ENOENT);
     assert_eq!(process.fails("os.rmdir(m + 'web')"), libc::ENOTEMPTY);
@@ -261,7 +253,7 @@ fn a_snapshot_goes_without_its_box_and_all_snapshots_too() {
             "{script}: {output:?}\n{}",
             mount.log()
         );
-        assert_eq!(mount.names("web"), FILES, "{script}");
+        assert_eq!(mount.names("web"), BOX_FILES, "{script}");
         assert_eq!(mount.names("web/snapshots"), left, "{script}");
         assert_eq!(digest(&home.live_disk("web")), live, "{script}");
         let (status, said) = home.check();
@@ -435,14 +427,14 @@ fn assert_refused_while_busy(home: &TestHome, mount: &Mounted, before: &BTreeMap
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(!output.status.success(), tells, "{tool}: {said}");
         assert_eq!(said.contains("busy"), tells, "{tool}: {said}");
-        assert_eq!(mount.names("web"), FILES, "{tool}");
+        assert_eq!(mount.names("web"), BOX_FILES, "{tool}");
         assert_eq!(mount.names("web/snapshots"), ["s"], "{tool}");
     }
     let mut process = Process::start(mount);
     assert_eq!(process.fails("os.unlink(m + 'web/box.json')"), libc::EBUSY);
     assert_eq!(
         process.names("web"),
-        FILES,
+        BOX_FILES,
         "nothing is hidden from who was refused"
     );
     process.fails("os.rmdir(m + 'web/snapshots/s')");

@@ -574,12 +574,7 @@ impl Matrix {
         );
         for (name, contents) in &self.boxes {
             let files = self.mount.names(name);
-            let wanted = [
-                "box.json",
-                "export.boxlite",
-                "export.boxlite.zst",
-                "snapshots",
-            ];
+            let wanted = BOX_FILES;
             assert_eq!(files, wanted, "{what}: {name}");
             let mut snapshots: Vec<&String> = contents.snapshots.iter().map(|s| &s.1).collect();
             snapshots.sort();

@@ -813,13 +813,7 @@ fn stray_files_disturb_nothing() {
 
 fn assert_is_a_box(home: &TestHome, mount: &Mounted, name: &str, wanted: &str) {
     eventually("the box shows to everyone", || {
-        mount.names(name)
-            == [
-                "box.json",
-                "export.boxlite",
-                "export.boxlite.zst",
-                "snapshots",
-            ]
+        mount.names(name) == BOX_FILES
     });
     assert_eq!(digest(&home.live_disk(name)), wanted);
     assert_eq!(mount.names(format!("{name}/snapshots")), ["s"]);

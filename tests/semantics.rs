@@ -41,6 +41,7 @@ const ERRNOS: &[(&str, i32)] = &[
     ("EPERM", libc::EPERM),
     ("EROFS", libc::EROFS),
     ("ESPIPE", libc::ESPIPE),
+    ("ESTALE", libc::ESTALE),
 ];
 
 /// What a row says of the output, standard output and standard error together.

@@ -8,14 +8,6 @@ use std::path::PathBuf;
 
 use common::*;
 
-/// What everybody sees in a box.
-const FILES: [&str; 4] = [
-    "box.json",
-    "export.boxlite",
-    "export.boxlite.zst",
-    "snapshots",
-];
-
 /// A home with the box `web` that has the snapshot `s` of another state, a mount of it, and a whole
 /// backup of the box.
 fn home_and_backup() -> (TestHome, Mounted, PathBuf) {
@@ -32,7 +24,7 @@ fn home_and_backup() -> (TestHome, Mounted, PathBuf) {
 /// Fails unless a box is what `web` is, for everybody and for BoxLite.
 fn assert_is_like_web(home: &TestHome, mount: &Mounted, name: &str) {
     let mut passer_by = Process::start(mount);
-    assert_eq!(passer_by.names(name), FILES, "{}", mount.log());
+    assert_eq!(passer_by.names(name), BOX_FILES, "{}", mount.log());
     assert_eq!(passer_by.names(&format!("{name}/snapshots")), ["s"]);
     let live = [home.live_disk(name), home.live_disk("web")];
     assert_eq!(digest(&live[0]), digest(&live[1]), "{name}");
@@ -56,14 +48,14 @@ fn a_file_manager_sees_what_it_copied_then_the_box_and_goes_on_with_it() {
     );
     manager.does(&copy);
     // It looks at once, at everything it made; others see the box.
-    assert_eq!(manager.names("new"), FILES);
+    assert_eq!(manager.names("new"), BOX_FILES);
     assert_eq!(manager.names("new/snapshots"), ["s"]);
     let size = fs::metadata(backup.join("export.boxlite"))
         .expect("it")
         .len();
     let seen = manager.does("os.stat(m + 'new/export.boxlite').st_size");
     assert_eq!(seen, size, "as long as what it wrote");
-    assert_eq!(other.names("new"), FILES);
+    assert_eq!(other.names("new"), BOX_FILES);
     other.does("open(m + 'new/export.boxlite', 'rb').read(1)");
     assert_is_like_web(&home, &mount, "new");
     // While it lives on, the box becomes a box to it as well: it reads, snapshots and renames it.
@@ -136,7 +128,7 @@ fn all_threads_and_children_of_a_process_make_one_box_together() {
     assert_eq!(maker.does(seen), made, "what it made, to its threads");
     let by_child = "subprocess.check_output(['ls', m + 'new'], text=True).split()";
     assert_eq!(maker.does(by_child), made, "and to its children");
-    assert_eq!(other.names("new"), FILES, "a box to others");
+    assert_eq!(other.names("new"), BOX_FILES, "a box to others");
     assert_is_like_web(&home, &mount, "new");
     // A child goes on where its parent began.
     maker.does("os.makedirs(m + 'second')");
@@ -292,7 +284,7 @@ fn a_directory_being_made_is_the_same_directory_when_it_is_a_box() {
         assert_eq!(below.does("os.getcwd()"), at("new/snapshots/s"));
         assert_eq!(
             inside.does("sorted(os.listdir('.'))"),
-            serde_json::json!(FILES)
+            serde_json::json!(BOX_FILES)
         );
         assert_eq!(below.does("os.path.exists('export.boxlite')"), true);
         assert_eq!(maker.does("os.listdir('.')"), serde_json::json!(["s"]));
@@ -413,7 +405,7 @@ fn a_copy_onto_a_box_that_is_there_is_refused_and_changes_nothing() {
         assert_eq!(states(), before, "{command}\n{}", mount.log());
         assert_eq!(mount.names(""), ["web", "web2"], "{command}");
         for name in ["web", "web2"] {
-            assert_eq!(mount.names(name), FILES, "{command}");
+            assert_eq!(mount.names(name), BOX_FILES, "{command}");
             assert_eq!(
                 mount.names(format!("{name}/snapshots")),
                 ["s"],

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use super::attr::Attr;
 use super::caller::{Caller, Makers};
 use super::handle::Opened;
-use super::names::{ARCHIVE_SUFFIX, COMPRESSED, EXPORT, SNAPSHOTS, decode};
-use super::node::Node;
+use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOTS, decode};
+use super::node::{Derived, Node};
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
 use super::staging::{Child, LooseFile, StagedBox, What};
 use super::{Tree, text};
@@ -136,7 +136,7 @@ impl Tree {
     /// snapshot it wants to put it into, that snapshot is of today's disk, and not of what is being
     /// copied: it is taken back.
     fn refuse_put(&self, caller: Caller, parent: &Node, name: &str) -> Error {
-        if role_of(parent, name) != Some(Role::Dropped) || name == COMPRESSED {
+        if role_of(parent, name) != Some(Role::Dropped) || Derived::named(name).is_some() {
             self.remember_refused_copy(caller, parent);
         }
         if let Node::Snapshot(id, snapshot) = parent {

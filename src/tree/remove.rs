@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::caller::Caller;
 use super::change::not_there;
-use super::names::{BOX_JSON, COMPRESSED, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
-use super::node::Node;
+use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
+use super::node::{Derived, Node};
 use super::staged_file::StagedFile;
 use super::staging::{StagedBox, Staging, What};
 use super::{Tree, text};
@@ -170,7 +170,8 @@ impl Tree {
         let name = text(name).map_err(|_| not_there())?;
         let taken = {
             let mut staging = self.staging.lock();
-            if matches!(name, BOX_JSON | EXPORT | COMPRESSED | SNAPSHOT_JSON)
+            let is_of_box = matches!(name, BOX_JSON | EXPORT | SNAPSHOT_JSON);
+            if (is_of_box || Derived::named(name).is_some())
                 && !staging.is_placeholder(caller, &parent, name)
             {
                 staging.end_face(caller, &parent);

@@ -42,6 +42,25 @@ pub const DISK_SIZE: &str = "8M";
 /// Where the tests write as a guest would: past what mke2fs put into the first half of the disk.
 pub const FREE_AREA: u64 = 5 << 20;
 
+/// What a box's directory has, sorted.
+pub const BOX_FILES: [&str; 6] = [
+    "box.json",
+    "disk.img",
+    "export.boxlite",
+    "export.boxlite.zst",
+    "rootfs",
+    "snapshots",
+];
+
+/// What a snapshot's directory has, sorted.
+pub const SNAPSHOT_FILES: [&str; 5] = [
+    "disk.img",
+    "export.boxlite",
+    "export.boxlite.zst",
+    "rootfs",
+    "snapshot.json",
+];
+
 /// How long BoxLite's changes may take to show, and a mount to serve. The machine may be busy with
 /// other tests; a promise that is a time is asserted by its own test.
 const PATIENCE: Duration = Duration::from_secs(20);

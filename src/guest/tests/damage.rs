@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, symlink};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A small image that is nearly all structures.

@@ -753,3 +753,28 @@ fn a_running_box_is_not_looked_into_but_its_snapshots_are() {
     fs::remove_file(home.box_dir("web").join("shim.pid")).unwrap();
     assert_eq!(fs::read(mount.at("web/rootfs/short")).unwrap(), b"x");
 }
+
+#[test]
+fn what_is_looked_at_right_after_a_change_is_of_after_it() {
+    let (home, _) = home();
+    let mount = home.mount();
+    let at = |name: &str| text(&mount.at(name)).to_owned();
+    home.guest_write("web", 31 << 20, &[1; 4096]);
+    mount.snapshot("web", "s").unwrap();
+    for round in 0..5u8 {
+        home.guest_write("web", 31 << 20, &[round + 2; 4096]);
+        let script = format!(
+            "dd if={0} bs=4096 skip=7936 count=1 status=none | od -An -tu1 -N1; \
+             cp {1} {2}; dd if={0} bs=4096 skip=7936 count=1 status=none | od -An -tu1 -N1; \
+             rmdir {3} && mkdir {3} && stat -L -c %s {3}/rootfs/short {3}/export.boxlite.zst",
+            at("web/disk.img"),
+            at("web/snapshots/s/export.boxlite"),
+            at("web/export.boxlite"),
+            at("web/snapshots/s"),
+        );
+        let said = succeed(&["sh", "-c", &script]);
+        let said: Vec<&str> = said.split_whitespace().collect();
+        assert_eq!(said[..3], [&(round + 2).to_string(), "1", "1"], "{round}");
+        assert_eq!(said.len(), 4);
+    }
+}

@@ -68,7 +68,7 @@ impl Source {
     }
 
     /// Whether it is there.
-    fn is_in(&self, catalog: &Catalog) -> bool {
+    pub(crate) fn is_in(&self, catalog: &Catalog) -> bool {
         match self {
             Source::Live { box_id } => catalog.box_by_id(box_id).is_some(),
             Source::Snapshot {

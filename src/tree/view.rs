@@ -18,6 +18,10 @@ fn not_there() -> Error {
     Error::new(libc::ENOENT, "there is no such file")
 }
 
+fn gone() -> Error {
+    Error::new(libc::ESTALE, "that is gone")
+}
+
 impl Tree {
     /// Finds a name in a directory; the kernel is told of what is found.
     ///
@@ -29,16 +33,28 @@ impl Tree {
             return self.lookup_guest(directory, name);
         }
         let name = text(name).map_err(|_| not_there())?;
-        let node = self.child(caller, &parent, name)?;
+        let node = self.child(caller, &parent, name).map_err(|error| {
+            // The kernel may have kept the directory's name a moment too long, and another has it
+            // by now: after ESTALE it looks again, from the root on.
+            match &parent {
+                Node::ViewOf(source) if !self.is_there(source) => gone(),
+                _ => error,
+            }
+        })?;
         let staged = self.staged_attr(caller, &node);
         let is_staged = staged.is_some();
         let mut attr = match staged {
             Some(attr) => attr,
             None => self.attr(caller, &node)?,
         };
-        if let Node::Guest(_) | Node::DiskImage(_) = &node {
+        if let Node::ViewOf(source) = &parent
+            && let Node::Guest(_) | Node::DiskImage(_) = &node
+        {
             // The state it is of never changes; which one the name stands for does.
-            attr.kept = Kept::Moment;
+            attr.kept = match source {
+                Source::Live { .. } => Kept::Not,
+                Source::Snapshot { .. } => Kept::Moment,
+            };
         }
         if let Node::Export(_) | Node::Compressed(_) = &node {
             let contents = match is_staged {
@@ -55,6 +71,12 @@ impl Tree {
         }
         self.tell(&node);
         Ok(attr)
+    }
+
+    /// Whether a box, or a snapshot, still is.
+    fn is_there(&self, source: &Source) -> bool {
+        let names = self.names();
+        names.is_ok_and(|names| source.is_in(names.catalog()))
     }
 
     /// What a name in a directory stands for, for this caller.

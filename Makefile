@@ -8,7 +8,7 @@ SBINDIR ?= /sbin
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 VENV := $(abspath target/venv)
 
-.PHONY: help setup build test model demo bench install clean fmt
+.PHONY: help setup build test model demo bench screenshots install clean fmt
 
 help:
 	@echo 'make build                 boxlitefs and mount-boxlite, in $(TARGET)/release'
@@ -18,6 +18,7 @@ help:
 	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
 	@echo 'make bench                 what it costs, beside BoxLite, qemu-img and cp; docs/performance.md'
 	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
+	@echo 'make screenshots           docs/file-manager.png: a file manager looks at a mount'
 	@echo 'make install [PREFIX=$(PREFIX)] [SBINDIR=$(SBINDIR)] [DESTDIR=]'
 	@echo 'make setup                 what the tests need: programs (apt-get) and BoxLite (pip)'
 	@echo 'make fmt, make clean'
@@ -49,6 +50,11 @@ bench: setup build
 	floor=$$(cargo bench --no-run --bench floor --message-format json | sed -n 's/.*"name":"floor".*"executable":"\([^"]*\)".*/\1/p') && \
 	$(VENV)/bin/python tests/bench/bench.py --boxlitefs $(TARGET)/release/boxlitefs --floor "$$floor" \
 		--out $(TARGET)/bench $(if $(UPDATE_DOCS),--update-docs)
+
+screenshots: setup build
+	command -v thunar Xvfb openbox xdotool import montage >/dev/null || \
+		apt-get install -q -y --no-install-recommends thunar xvfb openbox xdotool imagemagick dbus adwaita-icon-theme fonts-dejavu-core
+	PATH="$(TARGET)/release:$$PATH" tests/screenshots.sh $(VENV)/bin/python docs/file-manager.png
 
 # Does not build, so that `sudo make install` runs no compiler as root.
 install:

@@ -512,27 +512,6 @@ fn the_maker_goes_on_seeing_what_it_made_and_everyone_else_sees_the_box() {
     });
 }
 
-/// What a command prints that does not descend from this process.
-fn outsider(command: &str) -> String {
-    let place = tempfile::tempdir().unwrap();
-    let (out, done) = (place.path().join("out"), place.path().join("done"));
-    // The first shell ends before the command begins, which so becomes a child of init.
-    let script = format!(
-        "(while kill -0 $$ 2>/dev/null; do sleep 0.02; done; {command} > {0} 2>&1; touch {1}) &",
-        text(&out),
-        text(&done)
-    );
-    let status = Command::new("sh")
-        .args(["-c", &script])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    assert!(status.expect("sh").success());
-    eventually("the outsider is done", || done.exists());
-    fs::read_to_string(&out).unwrap()
-}
-
 #[test]
 fn a_copy_is_a_box_when_cp_ends() {
     let home = TestHome::new();

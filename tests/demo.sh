@@ -101,6 +101,10 @@ say 'Back the box up: an archive that any BoxLite imports.'
 run cp mnt/web/export.boxlite out/web.boxlite
 run tar tvf out/web.boxlite
 
+say "Look at the guest's files, as they are now or were in the snapshot."
+run ls mnt/web/rootfs
+run cat mnt/web/snapshots/before-upgrade/rootfs/etc/hostname
+
 say 'Clone it, snapshots and all; no data is copied.'
 run cp -r mnt/web mnt/web2
 

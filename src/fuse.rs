@@ -3,7 +3,7 @@
 //! holds a thread that `ls` needs.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -11,7 +11,6 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::Sender;
 use fuser::{
     BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
     Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
@@ -23,7 +22,7 @@ use fuser::{
 use crate::store::Spool;
 use crate::tree::{Attr, Caller, DirEntry, Kept, Kind, Opened, RenameMode, SetAttr, Tree};
 use crate::{Error, Result};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 /// Threads that take requests from the kernel and answer what needs no disk.
 const REQUEST_THREADS: usize = 4;
@@ -89,6 +88,13 @@ pub fn serve(
     };
     let session = Session::new(filesystem, mountpoint, &session_config(&config))
         .map_err(|e| Error::io(format!("cannot mount at {}", mountpoint.display()), e))?;
+    let notifier = session.notifier();
+    tree.on_drop_pages(move |ino| {
+        // ENOENT: the kernel has none.
+        if let Err(error) = notifier.inval_inode(INodeNo(ino), 0, 0) {
+            log::debug!("inode {ino} keeps its pages: {error}");
+        }
+    });
     ready();
     let served = session
         .run()
@@ -105,22 +111,51 @@ pub fn serve(
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads that do one job after another and sleep in between. (A work-stealing pool looks for work
-/// while there is none, which on two cores is a tenth of the time of a copy.) They end with the pool,
-/// after what is under way.
+/// Threads that do one job after another and sleep in between. (A work-stealing pool, and channels
+/// too, look for work for a while before they sleep; with a job for every request that takes more
+/// time than the requests, of cores the reader needs.) They end with the pool, after what is under
+/// way.
 struct Threads {
-    jobs: Sender<Job>,
+    queue: Arc<Queue>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    more: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    jobs: VecDeque<Job>,
+    is_over: bool,
+}
+
+impl Queue {
+    /// The next job, waited for; None when there will be no more.
+    fn next(&self) -> Option<Job> {
+        let mut waiting = self.waiting.lock();
+        loop {
+            if let Some(job) = waiting.jobs.pop_front() {
+                return Some(job);
+            }
+            if waiting.is_over {
+                return None;
+            }
+            self.more.wait(&mut waiting);
+        }
+    }
 }
 
 impl Threads {
     fn start(name: &'static str, count: usize) -> Result<Threads> {
-        let (jobs, waiting) = crossbeam_channel::unbounded::<Job>();
+        let queue = Arc::new(Queue::default());
         for index in 0..count {
-            let waiting = waiting.clone();
+            let queue = queue.clone();
             std::thread::Builder::new()
                 .name(format!("{name}-{index}"))
                 .spawn(move || {
-                    for job in waiting {
+                    while let Some(job) = queue.next() {
                         // A fault of ours costs the one request, which fuser answers with EIO, and
                         // not the mount.
                         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
@@ -131,12 +166,19 @@ impl Threads {
                 })
                 .map_err(|e| Error::io("cannot start threads", e))?;
         }
-        Ok(Threads { jobs })
+        Ok(Threads { queue })
     }
 
     fn run(&self, job: impl FnOnce() + Send + 'static) {
-        // The threads go on as long as this sender is there.
-        let _ = self.jobs.send(Box::new(job));
+        self.queue.waiting.lock().jobs.push_back(Box::new(job));
+        self.queue.more.notify_one();
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.queue.waiting.lock().is_over = true;
+        self.queue.more.notify_all();
     }
 }
 
@@ -200,6 +242,8 @@ impl Backings {
         let mut how = FopenFlags::empty();
         how.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct);
         how.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_pages);
+        // Whoever only reads need not wait when he closes.
+        how.set(FopenFlags::FOPEN_NOFLUSH, opened.keep_pages);
         reply.opened(FileHandle(opened.handle), how);
     }
 
@@ -363,6 +407,8 @@ impl Filesystem for Mounted {
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_PARALLEL_DIROPS,
+            // The tree says when one points elsewhere.
+            InitFlags::FUSE_CACHE_SYMLINKS,
             // What is not read through the kernel's pages can be mapped all the same.
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
             InitFlags::FUSE_PASSTHROUGH,

@@ -778,3 +778,28 @@ fn what_is_looked_at_right_after_a_change_is_of_after_it() {
         assert_eq!(said.len(), 4);
     }
 }
+
+#[test]
+fn links_follow_a_rename_at_once_whoever_takes_the_name() {
+    let (home, _) = home();
+    let mount = home.mount();
+    mount.copy("web", "other");
+    home.guest_write("other", 0, &vec![0; 1 << 20]);
+    mount.snapshot("web", "a").unwrap();
+    for (first, second) in [("web", "other"), ("other", "web")] {
+        let script = format!(
+            "cd {}; cat {first}/rootfs/short {first}/snapshots/a/rootfs/short && \
+             mv {first} old && cat old/rootfs/short old/snapshots/a/rootfs/short && \
+             mv {second} {first} && cat old/rootfs/short old/snapshots/a/rootfs/short && \
+             mv old/snapshots/a old/snapshots/b && mkdir old/snapshots/a && \
+             cat old/snapshots/b/rootfs/short && rmdir old/snapshots/a && \
+             mv old/snapshots/b old/snapshots/a && cat old/snapshots/a/rootfs/short && \
+             ! ls {first}/rootfs/ 2> /dev/null && mv old {second}",
+            text(mount.root())
+        );
+        assert_eq!(succeed(&["bash", "-c", &script]), "xxxxxxxx", "{first}");
+        assert!(!mount.at(".boxlite/view/none").exists());
+    }
+    drop(mount);
+    home.assert_whole();
+}

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest, Sha256};
@@ -24,11 +24,15 @@ const KEPT: usize = 8;
 pub struct DiskState {
     source: Source,
     number: u64,
+    slot: u32,
     changed: SystemTime,
     size: u64,
 }
 
 impl DiskState {
+    /// The largest slot; there is a power of two of them.
+    pub const LAST_SLOT: u32 = (1 << 22) - 1;
+
     fn of(source: &Source, chain: &Chain) -> DiskState {
         let changed = chain.changed_at();
         let size = chain.virtual_size();
@@ -36,9 +40,11 @@ impl DiskState {
         let key = format!("{source:?} {} {size}", since.as_nanos());
         let mut number = [0; 8];
         number.copy_from_slice(&Sha256::digest(key.as_bytes())[..8]);
+        let number = u64::from_le_bytes(number);
         DiskState {
             source: source.clone(),
-            number: u64::from_le_bytes(number),
+            number,
+            slot: number as u32 & DiskState::LAST_SLOT,
             changed,
             size,
         }
@@ -52,6 +58,12 @@ impl DiskState {
     /// A number that other states have not, the same after a remount.
     pub fn number(&self) -> u64 {
         self.number
+    }
+
+    /// A small number that no other state has as long as this one is known; nearly always the same after
+    /// a remount.
+    pub fn slot(&self) -> u32 {
+        self.slot
     }
 
     /// When the disk changed last.
@@ -147,6 +159,8 @@ impl Inside {
 #[derive(Default)]
 pub(super) struct InsideCache {
     known: HashMap<Source, (LayerStates, Arc<Inside>)>,
+    /// States that something still knows, by slot.
+    states: HashMap<u32, Weak<DiskState>>,
     /// What was read of guests.
     caches: Arc<Caches>,
     /// Sources that were looked into, the last one at the end.
@@ -178,7 +192,7 @@ impl Store {
         let layers = LayerStates::of(&chain)?;
         let mut cache = self.insides.lock();
         let inside = Arc::new(Inside {
-            state: Arc::new(DiskState::of(source, &chain)),
+            state: cache.known_as(DiskState::of(source, &chain)),
             chain,
             guest: OnceLock::new(),
             allocated: OnceLock::new(),
@@ -218,6 +232,21 @@ impl Store {
 }
 
 impl InsideCache {
+    /// The state as it is known already, or in a slot that is free.
+    fn known_as(&mut self, mut state: DiskState) -> Arc<DiskState> {
+        self.states.retain(|_, known| known.strong_count() > 0);
+        let known = |slot| self.states.get(&slot).and_then(Weak::upgrade);
+        while let Some(other) = known(state.slot) {
+            if *other == state {
+                return other;
+            }
+            state.slot = (state.slot + 1) & DiskState::LAST_SLOT;
+        }
+        let state = Arc::new(state);
+        self.states.insert(state.slot, Arc::downgrade(&state));
+        state
+    }
+
     fn was_used(&mut self, source: &Source) {
         self.used.retain(|used| used != source);
         self.used.push(source.clone());

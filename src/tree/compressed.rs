@@ -82,9 +82,12 @@ impl Tree {
         }
     }
 
-    /// Where the link in the directory of a box or a snapshot points: into the hidden view.
+    /// Where the link in the directory of a box or a snapshot points: into the hidden view. By names, so
+    /// that a box and its backup have the same links.
     pub(super) fn link_target(&self, derived: Derived, source: &Source) -> Result<PathBuf> {
-        let shown = self.shown_name(source.box_id())?;
+        let names = self.names()?;
+        let gone = || Error::new(libc::ENOENT, "that is gone");
+        let shown = names.of_id(source.box_id()).ok_or_else(gone)?;
         let what = derived.name();
         Ok(match source {
             Source::Live { .. } => format!("../{HIDDEN}/{VIEW}/{shown}/{what}").into(),
@@ -92,18 +95,10 @@ impl Tree {
                 box_id,
                 snapshot_id,
             } => {
-                let name = self.snapshot(box_id, snapshot_id)?.name;
+                let row = names.catalog().snapshot_by_id(box_id, snapshot_id);
+                let name = &row.ok_or_else(gone)?.name;
                 format!("../../../{HIDDEN}/{VIEW}/{shown}/{SNAPSHOTS}/{name}/{what}").into()
             }
         })
-    }
-
-    /// The name a box is shown by.
-    fn shown_name(&self, id: &str) -> Result<String> {
-        let names = self.names()?;
-        let shown = names.all().iter().find(|(_, shown)| shown == id);
-        shown
-            .map(|(name, _)| name.clone())
-            .ok_or_else(|| Error::new(libc::ENOENT, "the box is gone"))
     }
 }

@@ -11,7 +11,7 @@ use super::Tree;
 use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::handle::{Handle, Opened};
 use super::node::{GuestFile, Node};
-use crate::guest::{Attributes, Content, FileKind, FileSystem, Guest, Time};
+use crate::guest::{Attributes, FileKind, FileSystem, Guest, Time};
 use crate::store::{DiskState, Inside, Source};
 use crate::{Error, Result};
 
@@ -84,9 +84,7 @@ impl<'a> Found<'a> {
                 .ok_or_else(not_there);
         }
         let guest = self.inside.guest().map_err(|_| not_there())?;
-        let numbers = guest.partitions().iter().map(|it| it.number());
-        numbers
-            .into_iter()
+        shown_partitions(guest)
             .find(|number| name == OsStr::new(&partition_name(*number)))
             .map(|number| self.file.root_of_partition(number))
             .ok_or_else(not_there)
@@ -101,16 +99,12 @@ impl<'a> Found<'a> {
 
     fn list_partitions(&self) -> Result<Vec<DirEntry>> {
         let guest: &Guest = self.inside.guest()?;
-        let Content::Partitions(partitions) = guest.content() else {
-            return Ok(Vec::new());
-        };
-        let numbers = partitions.iter().map(|partition| partition.number());
         let entry = |number: u32| DirEntry {
             name: partition_name(number).into(),
             kind: Kind::Directory,
             ino: Node::Guest(self.file.root_of_partition(number)).ino(),
         };
-        Ok(numbers.map(entry).collect())
+        Ok(shown_partitions(guest).map(entry).collect())
     }
 
     fn list_directory(&self) -> Result<Vec<DirEntry>> {
@@ -135,6 +129,12 @@ impl<'a> Found<'a> {
         }
         Ok(entries)
     }
+}
+
+/// The numbers of partitions; no real disk has as many as inode numbers have no room for.
+fn shown_partitions(guest: &Guest) -> impl Iterator<Item = u32> + '_ {
+    let numbers = guest.partitions().iter().map(|it| it.number());
+    numbers.filter(|number| *number <= 0xff)
 }
 
 /// What the directory of a partition is called.

@@ -26,8 +26,8 @@ mod xattr;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -39,10 +39,11 @@ pub use caller::Caller;
 pub use change::SetAttr;
 pub use compressed::OpenAnswer;
 pub use handle::Opened;
+use node::{Derived, GuestFile, guest_number};
 pub use node::{Node, ROOT_INO};
 pub use rename::RenameMode;
 
-use crate::store::Store;
+use crate::store::{DiskState, Source, Store};
 use crate::{Error, Result};
 use caller::Makers;
 use names::Names;
@@ -56,12 +57,71 @@ pub struct Options {
     pub compression: Compression,
 }
 
+/// What the kernel was told of, and may ask for by number until it forgets.
+#[derive(Default)]
+struct Known {
+    /// By inode number, each with how often it was told.
+    nodes: HashMap<u64, (Node, u64)>,
+    /// The states that guests' files are of, by slot. Of the files themselves, of which there may be
+    /// millions, nothing is kept: a number tells which one it is.
+    states: HashMap<u32, (Arc<DiskState>, u64)>,
+}
+
+impl Known {
+    fn node(&self, ino: u64) -> Option<Node> {
+        let Some((slot, partition, inode)) = guest_number(ino) else {
+            return self.nodes.get(&ino).map(|(node, _)| node.clone());
+        };
+        let (state, _) = self.states.get(&slot)?;
+        Some(Node::Guest(GuestFile {
+            state: state.clone(),
+            partition,
+            inode,
+        }))
+    }
+
+    fn tell(&mut self, node: &Node) {
+        match node {
+            Node::Guest(GuestFile { state, .. }) => {
+                let entry = self.states.entry(state.slot());
+                entry.or_insert_with(|| (state.clone(), 0)).1 += 1;
+            }
+            _ => {
+                let entry = self.nodes.entry(node.ino());
+                entry.or_insert_with(|| (node.clone(), 0)).1 += 1;
+            }
+        }
+    }
+
+    /// Whether the node itself is forgotten by now.
+    fn forget(&mut self, ino: u64, times: u64) -> bool {
+        if let Some((slot, ..)) = guest_number(ino) {
+            if let Some((_, told)) = self.states.get_mut(&slot) {
+                *told = told.saturating_sub(times);
+                if *told == 0 {
+                    self.states.remove(&slot);
+                }
+            }
+            return false;
+        }
+        let Some((_, told)) = self.nodes.get_mut(&ino) else {
+            return false;
+        };
+        *told = told.saturating_sub(times);
+        let is_forgotten = *told == 0;
+        if is_forgotten {
+            self.nodes.remove(&ino);
+        }
+        is_forgotten
+    }
+}
+
 /// A home as a tree of files.
 pub struct Tree {
     store: Arc<Store>,
     names: Mutex<Option<Arc<Names>>>,
-    /// Nodes the kernel knows, by inode number, each with how often it was told of it.
-    known: Mutex<HashMap<u64, (Node, u64)>>,
+    /// Nodes the kernel knows.
+    known: Mutex<Known>,
     staging: Mutex<staging::Staging>,
     handles: Mutex<HashMap<u64, Arc<handle::Handle>>>,
     next_handle: AtomicU64,
@@ -75,6 +135,8 @@ pub struct Tree {
     /// Who opened a box's export for writing, by its inode number: copy tools set its size, times and
     /// mode.
     writers: Mutex<HashMap<u64, (Makers, Instant)>>,
+    /// Has the kernel drop the pages it has of an inode.
+    drop_pages: OnceLock<DropPages>,
     /// Snapshots just taken, by id, with who took them: a copy into one takes it back.
     fresh: Mutex<HashMap<String, (Makers, Instant)>>,
 }
@@ -97,6 +159,7 @@ impl Tree {
             raised: Mutex::default(),
             dealings: Mutex::default(),
             writers: Mutex::default(),
+            drop_pages: OnceLock::new(),
             fresh: Mutex::default(),
         })
     }
@@ -107,13 +170,39 @@ impl Tree {
         let mut names = self.names.lock();
         match &*names {
             Some(known) if Arc::ptr_eq(known.catalog(), &catalog) => Ok(known.clone()),
-            _ => {
+            known => {
                 self.store.forget_gone_exports(&catalog);
                 let fresh = Arc::new(Names::of(catalog));
+                for link in known
+                    .iter()
+                    .flat_map(|known| links_elsewhere(known, &fresh))
+                {
+                    self.raise_generation(&link);
+                }
                 *names = Some(fresh.clone());
                 Ok(fresh)
             }
         }
+    }
+
+    /// Takes what has the kernel drop the pages it has of an inode.
+    pub fn on_drop_pages(&self, drop_pages: impl Fn(u64) + Send + Sync + 'static) {
+        // Whoever serves the tree does so once.
+        let _ = self.drop_pages.set(Box::new(drop_pages));
+    }
+
+    /// Renames a box or a snapshot; then no link leads to where it was, which another may be by now.
+    /// The kernel keeps where links point.
+    fn with_links(&self, rename: impl FnOnce() -> Result<()>) -> Result<()> {
+        let before = self.names()?;
+        rename()?;
+        let after = self.names()?;
+        if let Some(drop_pages) = self.drop_pages.get() {
+            for link in links_elsewhere(&before, &after) {
+                drop_pages(link.ino());
+            }
+        }
+        Ok(())
     }
 
     /// The node with an inode number that the kernel was told of.
@@ -124,29 +213,21 @@ impl Tree {
         if ino == ROOT_INO {
             return Ok(Node::Root);
         }
-        let known = self.known.lock();
-        known
-            .get(&ino)
-            .map(|(node, _)| node.clone())
-            .ok_or_else(|| Error::new(libc::ESTALE, "that file is gone"))
+        let node = self.known.lock().node(ino);
+        node.ok_or_else(|| Error::new(libc::ESTALE, "that file is gone"))
     }
 
     /// The kernel is told of a node: it may ask for it by number until it forgets.
     fn tell(&self, node: &Node) {
-        let mut known = self.known.lock();
-        known.entry(node.ino()).or_insert((node.clone(), 0)).1 += 1;
+        self.known.lock().tell(node);
     }
 
     /// The kernel forgets `times` of what it was told of a node.
     pub fn forget(&self, ino: u64, times: u64) {
         let mut known = self.known.lock();
-        if let Some((_, told)) = known.get_mut(&ino) {
-            *told = told.saturating_sub(times);
-            if *told == 0 {
-                known.remove(&ino);
-                self.told.lock().remove(&ino);
-                self.raised.lock().remove(&ino);
-            }
+        if known.forget(ino, times) {
+            self.told.lock().remove(&ino);
+            self.raised.lock().remove(&ino);
         }
     }
 
@@ -209,6 +290,32 @@ impl Tree {
     fn fresh_made(&self) -> Node {
         Node::Made(self.next_made.fetch_add(1, Ordering::Relaxed))
     }
+}
+
+/// Has the kernel drop the pages it has of an inode.
+type DropPages = Box<dyn Fn(u64) + Send + Sync>;
+
+/// The links that point elsewhere than before, because names changed.
+fn links_elsewhere(before: &Names, after: &Names) -> Vec<Node> {
+    let mut sources = Vec::new();
+    for (name, id) in before.all() {
+        let is_moved = after.of_id(id).is_some_and(|now| now != name);
+        if is_moved {
+            let box_id = id.clone();
+            sources.push(Source::Live { box_id });
+        }
+        for row in before.catalog().snapshots_of(id) {
+            let now = after.catalog().snapshot_by_id(id, &row.id);
+            if now.is_some_and(|now| is_moved || now.name != row.name) {
+                sources.push(Source::Snapshot {
+                    box_id: id.clone(),
+                    snapshot_id: row.id.clone(),
+                });
+            }
+        }
+    }
+    let links = |source: Source| Derived::ALL.map(|derived| Node::Link(derived, source.clone()));
+    sources.into_iter().flat_map(links).collect()
 }
 
 /// A file name as text; names that are none can't be a box's or a snapshot's.

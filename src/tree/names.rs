@@ -77,6 +77,7 @@ pub fn decode(shown: &str) -> Result<String> {
 pub struct Names {
     catalog: Arc<Catalog>,
     by_name: HashMap<String, String>,
+    by_id: HashMap<String, String>,
     shown: Vec<(String, String)>,
 }
 
@@ -101,8 +102,10 @@ impl Names {
             shown.push((name, record.id.clone()));
         }
         shown.sort();
+        let by_id = shown.iter().map(|(name, id)| (id.clone(), name.clone()));
         Names {
             catalog,
+            by_id: by_id.collect(),
             by_name,
             shown,
         }
@@ -116,6 +119,11 @@ impl Names {
     /// The id of the box shown by this name.
     pub fn id_of(&self, shown: &str) -> Option<&str> {
         self.by_name.get(shown).map(String::as_str)
+    }
+
+    /// The name a box is shown by.
+    pub fn of_id(&self, id: &str) -> Option<&str> {
+        self.by_id.get(id).map(String::as_str)
     }
 
     /// Every box: the name it is shown by, its id. In the order of names.

@@ -102,8 +102,22 @@ pub struct GuestFile {
 /// FUSE's number of the root.
 pub const ROOT_INO: u64 = 1;
 
+/// What the numbers of guests' files have, and no others: those say by themselves what they are of.
+/// 22 bits for the state, 8 for the partition, 32 for the guest's own number.
+const OF_GUEST: u64 = 1 << 62;
+
+/// The slot of the state, the partition and the inode that a number is of, if it is a guest file's.
+pub fn guest_number(ino: u64) -> Option<(u32, u32, u32)> {
+    let of_guest = ino & OF_GUEST != 0;
+    of_guest.then_some((
+        (ino >> 40) as u32 & DiskState::LAST_SLOT,
+        (ino >> 32) as u32 & 0xff,
+        ino as u32,
+    ))
+}
+
 impl Node {
-    /// The inode number: 1 for the root, else 59 bits of a hash of the box or snapshot, and the place
+    /// The inode number: 1 for the root, else 58 bits of a hash of the box or snapshot, and the place
     /// of the file in its directory. cp goes by inode numbers: so box.json, which says that a whole box
     /// is being copied, always comes first, and the snapshots come when the box is there.
     pub fn ino(&self) -> u64 {
@@ -120,12 +134,11 @@ impl Node {
             Node::Link(derived, source) => (key_of(source), derived.place()),
             Node::DiskImage(state) => (format!("inside/{}", state.number()), 5),
             Node::Guest(file) => {
-                let GuestFile {
-                    state,
-                    partition,
-                    inode,
-                } = file;
-                (format!("inside/{}/{partition}/{inode}", state.number()), 0)
+                let (slot, partition) = (file.state.slot(), file.partition);
+                return OF_GUEST
+                    | u64::from(slot) << 40
+                    | u64::from(partition) << 32
+                    | u64::from(file.inode);
             }
             Node::Snapshots(id) => (format!("box/{id}"), 15),
             Node::ViewOf(source) => (format!("view/{}", key_of(source)), 0),
@@ -136,8 +149,8 @@ impl Node {
         let digest = Sha256::digest(key.as_bytes());
         let mut first = [0; 8];
         first.copy_from_slice(&digest[..8]);
-        // 63 bits, the lowest four for the place; never 0 (no inode) or 1 (the root).
-        let group = (u64::from_le_bytes(first) >> 1) & !0xf;
+        // 62 bits, the lowest four for the place; never 0 (no inode) or 1 (the root).
+        let group = (u64::from_le_bytes(first) >> 2) & !0xf;
         group.max(0x10) | place
     }
 

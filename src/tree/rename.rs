@@ -200,7 +200,7 @@ impl Tree {
                 self.refuse_dotted(to)?;
                 // Not EINVAL: that is a directory moved into itself, and mv says so.
                 let name = decode(to).map_err(|error| self.refuse(libc::EPERM, error.to_string()))?;
-                self.store.rename_box(id, &name)
+                self.with_links(|| self.store.rename_box(id, &name))
             }
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken(caller, to_parent, to, mode)?;
@@ -208,7 +208,7 @@ impl Tree {
                     let sentence = format!("{to:?} can't be a snapshot's name");
                     return Err(self.refuse(libc::EPERM, sentence));
                 }
-                self.store.rename_snapshot(id, snapshot, to)
+                self.with_links(|| self.store.rename_snapshot(id, snapshot, to))
             }
             (Node::Snapshot(..), Node::Root) => copied(),
             (Node::Export(_), Node::Root) if role_of(to_parent, to) == Some(Role::NewBox) => {

@@ -38,6 +38,8 @@ impl Tree {
             // by now: after ESTALE it looks again, from the root on.
             match &parent {
                 Node::ViewOf(source) if !self.is_there(source) => gone(),
+                // Or a link led here that the kernel kept too long.
+                Node::View | Node::ViewSnapshots(_) if error.errno() == libc::ENOENT => gone(),
                 _ => error,
             }
         })?;
@@ -99,10 +101,10 @@ impl Tree {
             }
             Node::Hidden if name == LOG => Node::Log,
             Node::Hidden if name == VIEW => Node::View,
-            Node::View => match self.real_child(&Node::Root, name)? {
-                Node::Box(box_id) => Node::ViewOf(Source::Live { box_id }),
-                _ => return Err(not_there()),
-            },
+            Node::View => {
+                let names = self.names()?;
+                Node::ViewOf(live(names.id_of(name).ok_or_else(not_there)?))
+            }
             Node::ViewOf(source) if Derived::named(name).is_some() => {
                 let derived = Derived::named(name).filter(|_| self.store.has_disk(source));
                 self.derived(derived.ok_or_else(not_there)?, source)?
@@ -111,13 +113,12 @@ impl Tree {
                 Node::ViewSnapshots(box_id.clone())
             }
             Node::ViewSnapshots(id) => {
-                match self.real_child(&Node::Snapshots(id.clone()), name)? {
-                    Node::Snapshot(box_id, snapshot_id) => Node::ViewOf(Source::Snapshot {
-                        box_id,
-                        snapshot_id,
-                    }),
-                    _ => return Err(not_there()),
-                }
+                let names = self.names()?;
+                let row = names.catalog().snapshot_by_name(id, name);
+                Node::ViewOf(Source::Snapshot {
+                    box_id: id.clone(),
+                    snapshot_id: row.ok_or_else(not_there)?.id.clone(),
+                })
             }
             Node::Box(id) => self.child_of_box(id, name)?,
             Node::Snapshots(id) => {
@@ -300,6 +301,7 @@ impl Tree {
                 let mut attr = self.file(node, size, at(record.created_at));
                 attr.kind = Kind::Symlink;
                 attr.perm = 0o777;
+                attr.kept = Kept::Moment;
                 Ok(attr)
             }
             Node::Export(source) | Node::Compressed(source) => {

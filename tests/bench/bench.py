@@ -24,6 +24,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import table
+from guests import Guests
 from homes import MIB, Home, Mount
 from measure import Cost, Failed, Space, can_drop_caches, cost_of, cost_of_call, run, settle
 from rows import Rows
@@ -57,6 +58,7 @@ class Bench:
         self.crowd = Home(work / "crowd", work / "crowd-pristine")
         self.mount = Mount(self.program, self.home, work / "mnt")
         self.crowd_mount = Mount(self.program, self.crowd, work / "crowd-mnt")
+        self.guests = Guests(self.program, work, self.costs)
         self.web = self.mount.point / "web"
         self.plain, self.zst = self.web / "export.boxlite", self.web / "export.boxlite.zst"
 
@@ -293,6 +295,7 @@ class Bench:
         self.home.keep()
         self.crowd.add_box("web", 64, 1)
         self.crowd.multiply("web", BOXES)
+        self.guests.prepare()
         self.their_export("kept", "web", keep=self.kept / "theirs")
         self.prove("BoxLite's export", self.kept / "theirs", self.home.disk("web"))
         self.mount.start(fresh=True)
@@ -315,6 +318,7 @@ class Bench:
             yield lambda: self.clones(box)
         yield self.restores
         yield self.listing
+        yield self.guests.turn
 
     def round(self):
         for turn in self.turns():
@@ -326,6 +330,7 @@ class Bench:
             finally:
                 self.mount.stop()
                 self.crowd_mount.stop()
+                self.guests.mount.stop()
                 shutil.rmtree(self.out)
                 self.out.mkdir()
 
@@ -338,7 +343,7 @@ class Bench:
                 self.costs.clear()
 
     def close(self):
-        for mount in (self.mount, self.crowd_mount):
+        for mount in (self.mount, self.crowd_mount, self.guests.mount):
             try:
                 mount.stop()
             except Exception as error:

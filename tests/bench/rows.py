@@ -18,6 +18,7 @@ class Rows:
         yield from self.changed_and_small()
         yield from self.imports()
         yield from self.copy_on_write()
+        yield from self.guests()
         yield from self.space()
 
     def notes(self):
@@ -103,6 +104,17 @@ class Rows:
         yield self.times(f"{label}, again", "ls again", *theirs)
         both = plus(self.seconds("start list"), self.seconds("boxlite list"))
         yield self.times(f"{label}, again", "ls again", "list_info and the runtime's start", both)
+
+    def guests(self):
+        for label, what, goal in (
+            ("read of a guest's file of 512 MiB", "read", 2),
+            ("`find` of 60,000 files of a guest", "find", 2),
+            ("`diff -rq` of two states of them", "diff", 3),
+        ):
+            yield self.times(f"{label}, cold", f"guest {what}", "loop mount", f"loop {what}", goal)
+            yield self.times(f"{label}, again", f"guest {what} again", "loop mount", f"loop {what} again")
+        for what in ("read", "diff"):
+            yield self.bytes(f"peak memory, {what} of a guest", f"guest {what}", "memory", "64 MiB", 64 * MIB, 1)
 
     def space(self):
         for label, key, theirs, archive in (

@@ -79,7 +79,7 @@ fn every_recursive_delete_removes_the_box_and_nothing_else() {
         "rm -rf $MNT/NEW/",
         "rm -rv $MNT/NEW",
         "cd $MNT && rm -r NEW",
-        "printf 'y\\n%.0s' {1..12} | rm -ri $MNT/NEW",
+        "printf 'y\\n%.0s' {1..20} | rm -ri $MNT/NEW",
         "busybox rm -rf $MNT/NEW",
         "find $MNT/NEW -delete",
         "find $MNT/NEW -depth -exec rm -d {} +",

@@ -7,14 +7,19 @@ SBINDIR ?= /sbin
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 VENV := $(abspath target/venv)
+# Of each fuzz target.
+FUZZ_SECONDS ?= 600
 
-.PHONY: help setup build test model demo bench screenshots install clean fmt
+.PHONY: help setup build test model fuzz demo bench screenshots install clean fmt
 
 help:
 	@echo 'make build                 boxlitefs and mount-boxlite, in $(TARGET)/release'
 	@echo 'make test                  formatting, lints and all tests'
 	@echo 'make model                 random sequences of all that can be done, against a model of the disks'
 	@echo '     [MODEL_STEPS=10000]   [MODEL_SEED=...] has a failure again; make test has 2000 steps'
+	@echo 'make fuzz                  gives damaged disks and archives to what reads them; tests/fuzz'
+	@echo '     [FUZZ_SECONDS=$(FUZZ_SECONDS)]    for each; FUZZ_TARGETS="guest chain archive manifest"'
+	@echo '     [FUZZ_INPUT=FILE]     what one target failed at, again'
 	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
 	@echo 'make bench                 what it costs, beside BoxLite, qemu-img and cp; docs/performance.md'
 	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
@@ -31,6 +36,7 @@ build:
 
 test: setup
 	cargo fmt --all --check
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --features crash-points -- -D warnings
 	cargo build --workspace --features crash-points
 	BOXLITE_PYTHON=$(VENV)/bin/python cargo test --workspace --features crash-points
@@ -38,6 +44,10 @@ test: setup
 model: export MODEL_STEPS := $(or $(MODEL_STEPS),10000)
 model: setup
 	BOXLITE_PYTHON=$(VENV)/bin/python cargo test --features crash-points --test model -- --nocapture
+
+# What earlier runs found is in $(TARGET)/fuzz, and gone on from.
+fuzz: setup
+	tests/fuzz/run.sh $(TARGET)/fuzz $(or $(FUZZ_INPUT),$(FUZZ_SECONDS)) $(FUZZ_TARGETS)
 
 demo:
 	@tests/setup.sh $(VENV) --boxlite-optional
@@ -64,6 +74,7 @@ install:
 
 fmt:
 	cargo fmt --all
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml
 
 clean:
 	cargo clean

@@ -17,6 +17,7 @@ cp coreutils
 fusermount3 fuse3
 mke2fs e2fsprogs
 sfdisk fdisk
+c++ g++
 qemu-img qemu-utils
 zstd zstd
 rsync rsync

@@ -9,7 +9,7 @@
 use boxlitefs::disk::{
     Chain, Extent, Flattened, Header, Source, chain_paths, inspect_standalone, rebase,
 };
-use boxlitefs_fuzz::scratch;
+use boxlitefs_fuzz::{are_zeros, scratch};
 use libfuzzer_sys::fuzz_target;
 use std::fs::{self, File};
 use std::ops::Range;
@@ -20,11 +20,11 @@ use std::sync::{Arc, LazyLock};
 /// Zeros after the image, which cost nothing, and let its tables point far away.
 const TAILS: [u64; 4] = [0, 64 << 10, 1 << 20, 256 << 20];
 /// Guest bytes that are read in one go.
-const READ: u64 = 1 << 20;
+const READ: u64 = 128 << 10;
 /// Larger disks are not exported: that looks at all of their tables.
 const EXPORTED: u64 = 1 << 30;
 /// Larger exports are not read.
-const COMPARED: u64 = 2 << 20;
+const COMPARED: u64 = 512 << 10;
 
 static DIRECTORY: LazyLock<PathBuf> = LazyLock::new(|| {
     let directory = scratch::directory();
@@ -111,10 +111,7 @@ fn extents(chain: &Chain, range: Range<u64>) -> Option<Vec<Extent>> {
         chain.read_at(extent.guest, &mut again).unwrap();
         assert!(there == again, "two reads differ");
         if extent.source == Source::Zero {
-            assert!(
-                there.iter().all(|byte| *byte == 0),
-                "data where there are zeros"
-            );
+            assert!(are_zeros(there), "data where there are zeros");
         }
     }
     Some(extents)

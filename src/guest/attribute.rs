@@ -99,7 +99,7 @@ impl FileSystem {
         Ok(rest.unwrap_or_default())
     }
 
-    /// All attributes: at most what an inode and a block have room for.
+    /// All attributes: no more bytes than an inode and a block have room for.
     fn stored(&self, inode: &Inode) -> Result<Vec<Stored>> {
         let mut all = Vec::new();
         let damaged = || {
@@ -139,6 +139,8 @@ impl FileSystem {
 /// they can't be so.
 fn parse(area: &[u8], mut at: usize, all: &mut Vec<Stored>) -> Option<()> {
     let fields = Fields(area);
+    // Thousands of entries could have the same bytes for their values.
+    let mut room = area.len();
     while at + 4 <= area.len() && fields.le32(at) != 0 {
         let name_len = usize::from(fields.u8(at));
         let name = area.get(at + ENTRY..at + ENTRY + name_len)?.to_vec();
@@ -146,6 +148,7 @@ fn parse(area: &[u8], mut at: usize, all: &mut Vec<Stored>) -> Option<()> {
         let value = match fields.le32(at + 4) {
             0 => {
                 let from = usize::from(fields.le16(at + 2));
+                room = room.checked_sub(len)?;
                 Value::Here(match len {
                     0 => Vec::new(),
                     _ => area.get(from..from.checked_add(len)?)?.to_vec(),
@@ -191,6 +194,28 @@ fn acl(stored: &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn attributes_take_no_more_memory_than_they_have_room_for() {
+        let entry = |value_at: u16, len: u32| {
+            let mut bytes = [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            bytes[2..4].copy_from_slice(&value_at.to_le_bytes());
+            bytes[8..12].copy_from_slice(&len.to_le_bytes());
+            bytes
+        };
+        let area = |entries: &[[u8; 16]]| {
+            let mut area = entries.concat();
+            area.resize(65536, 0);
+            area
+        };
+        let mut all = Vec::new();
+        let apart = area(&[entry(1000, 30_000), entry(31_000, 30_000)]);
+        assert!(parse(&apart, 0, &mut all).is_some());
+        assert_eq!(all.len(), 2);
+        // 4,000 times the same 60,000 bytes.
+        let same = area(&[entry(4000, 60_000); 4000]);
+        assert!(parse(&same, 0, &mut all).is_none());
+    }
 
     #[test]
     fn an_acl_gets_the_ids_it_is_kept_without() {

@@ -89,7 +89,8 @@ impl FileSystem {
         }
         let block_size = self.layout().block_size;
         let size = inode.size(self.layout());
-        if size > MAX_SIZE || !size.is_multiple_of(block_size) {
+        let most = self.blocks_there().saturating_mul(block_size).min(MAX_SIZE);
+        if size > most || !size.is_multiple_of(block_size) {
             return Err(self.damaged_directory(inode, "has an impossible size"));
         }
         for number in from / block_size..size / block_size {

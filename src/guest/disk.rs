@@ -155,6 +155,11 @@ impl Volume {
         self.disk.caches()
     }
 
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
     /// How sentences call it.
     pub fn name(&self) -> &str {
         &self.name

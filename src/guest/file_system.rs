@@ -95,6 +95,12 @@ impl FileSystem {
         &self.layout
     }
 
+    /// How many blocks there are, whatever the superblock says: no directory and no journal has more,
+    /// but one that has the same block again and again.
+    pub(super) fn blocks_there(&self) -> u64 {
+        (self.volume.len() / self.layout.block_size).min(self.layout.blocks)
+    }
+
     /// EIO that says what is wrong with this file system.
     pub(super) fn damaged(&self, what: impl Display) -> Error {
         let name = self.volume.name();

@@ -15,9 +15,10 @@ use std::collections::{BTreeMap, HashMap};
 const MAGIC: u32 = 0xc03b_3998;
 /// Bytes of magic, kind and sequence number.
 const HEADER: usize = 12;
-/// Most blocks of a journal that are looked at: 4 GiB with the usual block size, where mke2fs makes
-/// 1 GiB at most.
+/// Most blocks of a journal that are looked at.
 const MAX_BLOCKS: u64 = 1 << 20;
+/// Most bytes of a journal that are looked at; mke2fs makes 1 GiB at most with the usual block size.
+const MAX_BYTES: u64 = 4 << 30;
 /// Most revoked blocks that are remembered.
 const MAX_REVOKED: usize = 1 << 20;
 /// Blocks for fast commits at the end, if the superblock leaves it open.
@@ -145,6 +146,9 @@ impl<'a> Log<'a> {
         }
         log.sequence = sb.be32(0x18);
         log.start = sb.be32(0x1c);
+        if u64::from(log.end) > fs.blocks_there() {
+            return Err(fs.damaged("the journal is larger than the file system"));
+        }
         if log.start != 0 && !(log.first..log.end).contains(&log.start) {
             return Err(fs.damaged("the journal begins outside of itself"));
         }
@@ -153,6 +157,11 @@ impl<'a> Log<'a> {
 
     fn has_checksums(&self) -> bool {
         self.incompat & (incompat::CSUM_V2 | incompat::CSUM_V3) != 0
+    }
+
+    /// How many blocks are looked at at most.
+    fn most(&self) -> u64 {
+        MAX_BLOCKS.min(MAX_BYTES / self.fs.layout().block_size)
     }
 
     /// Where a block of the journal is on disk.
@@ -234,7 +243,7 @@ impl<'a> Reading<'a> {
             revoked: HashMap::new(),
             new_writes: Vec::new(),
             new_revoked: Vec::new(),
-            left: u64::from(log.end - log.first).min(MAX_BLOCKS),
+            left: u64::from(log.end - log.first).min(log.most()),
         }
     }
 
@@ -249,7 +258,7 @@ impl<'a> Reading<'a> {
                 None => return Ok(self.finish()),
             }
         }
-        if self.log.end - self.log.first > MAX_BLOCKS as u32 {
+        if u64::from(self.log.end - self.log.first) > self.log.most() {
             return Err(self
                 .log
                 .fs

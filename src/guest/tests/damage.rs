@@ -1,8 +1,8 @@
 //! Images that are damaged at random, or on purpose: nothing panics, nothing goes on for ever.
 
 use super::images::{Image, debugfs, index_directories, mke2fs, noise};
-use super::{FileKind, FileSystem, Guest, chain};
-use crate::disk::judges::{Numbers, text};
+use super::{FileKind, FileSystem, Guest, chain, open, resolve};
+use crate::disk::judges::{Numbers, succeed, text};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::ops::ControlFlow;
@@ -211,4 +211,51 @@ fn absurd_superblocks_take_neither_memory_nor_time() {
             }
         }
     }
+}
+
+/// Where a block of a file is, as debugfs says.
+fn block_of(image: &Image, file: &str, number: u32) -> u32 {
+    let command = format!("bmap {file} {number}");
+    let said = succeed("debugfs", &["-R", &command, text(&image.path)]);
+    said.trim().parse().unwrap()
+}
+
+#[test]
+fn a_directory_that_has_one_block_again_and_again_is_refused() {
+    let image = small("-t ext2 -b 1024");
+    let file = File::options().write(true).open(&image.path).unwrap();
+    // Three blocks that nothing uses: of the directory's first, of that, and of that again.
+    let tables = [3060, 3061, 3062];
+    let mut number = block_of(&image, "many", 0);
+    for table in tables {
+        let bytes = number.to_le_bytes().repeat(256);
+        file.write_all_at(&bytes, 1024 * u64::from(table)).unwrap();
+        number = table;
+    }
+    let commands = [
+        "sif many size 1073741824",
+        "sif many block[IND] 3060",
+        "sif many block[DIND] 3061",
+        "sif many block[TIND] 3062",
+    ];
+    debugfs(&image.path, &commands);
+    let guest = open(&image.path);
+    let fs = guest.file_system().unwrap();
+    let error = fs.lookup(resolve(fs, "many"), b"no such name").unwrap_err();
+    assert_eq!(error.errno(), libc::EIO);
+    assert!(error.to_string().contains("impossible size"), "{error}");
+}
+
+#[test]
+fn a_journal_that_is_larger_than_its_disk_is_refused() {
+    let image = small("-t ext3 -b 1024 -J size=1");
+    let commands = ["journal_open", "journal_write -r 900", "journal_close"];
+    debugfs(&image.path, &commands);
+    assert!(open(&image.path).file_system().is_some());
+    let file = File::options().write(true).open(&image.path).unwrap();
+    let at = 1024 * u64::from(block_of(&image, "<8>", 0));
+    file.write_all_at(&(1u32 << 20).to_be_bytes(), at + 0x10)
+        .unwrap();
+    let error = Guest::open(chain(&image.path)).err().unwrap();
+    assert!(error.to_string().contains("larger than"), "{error}");
 }

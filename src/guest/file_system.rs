@@ -10,8 +10,9 @@ use std::fmt::Display;
 /// The kernel allows no longer targets of symbolic links.
 const MAX_SYMLINK: u64 = 4096;
 /// How many runs of a file are looked at in search of a hole or of data, before the answer is the one
-/// that is never wrong: a hole may be told as data.
-const MAX_RUNS: usize = 1 << 16;
+/// that is never wrong: a hole may be told as data. Fewer where blocks are larger than 4 KiB, since
+/// each run may take a few blocks of the file's map to be read.
+const MAX_RUNS: u64 = 1 << 16;
 
 /// A file system of the guest's, read only. Files go by their inode numbers, as in the guest; no
 /// call keeps anything open.
@@ -362,7 +363,7 @@ impl FileSystem {
             return Ok(if data { Some(offset) } else { end });
         }
         let mut at = offset;
-        for _ in 0..MAX_RUNS {
+        for _ in 0..MAX_RUNS / (self.layout.block_size / 4096).max(1) {
             let block = at / self.layout.block_size;
             let run = self.run_at(&inode, block)?;
             if run.block.is_some() == data {

@@ -54,7 +54,7 @@ fuzz_target!(|input: &[u8]| {
     }
     let owner = scratch::owner(directory);
     let chain = Arc::new(Chain::open(image.path(), directory, owner).unwrap());
-    if let Ok(guest) = Guest::open(chain) {
+    if let Ok(guest) = Guest::open(chain, &std::sync::Arc::default()) {
         look_at(&guest);
     }
     image.restore();

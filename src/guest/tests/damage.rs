@@ -256,6 +256,8 @@ fn a_journal_that_is_larger_than_its_disk_is_refused() {
     let at = 1024 * u64::from(block_of(&image, "<8>", 0));
     file.write_all_at(&(1u32 << 20).to_be_bytes(), at + 0x10)
         .unwrap();
-    let error = Guest::open(chain(&image.path), &Arc::default()).err().unwrap();
+    let error = Guest::open(chain(&image.path), &Arc::default())
+        .err()
+        .unwrap();
     assert!(error.to_string().contains("larger than"), "{error}");
 }

@@ -73,7 +73,7 @@ impl Prepared<'_> {
             Some(name) => name.path.clone(),
             None => self.store.home.base_disk(&base_id()?),
         };
-        self.record_base(&base, path, &boxes_above(&layers, path))?;
+        self.record_base(&base, path, &layers.boxes_above(path))?;
         crash_point("adopt.recorded");
         if known.is_none() {
             durable::link(path, &base)?;
@@ -136,7 +136,7 @@ impl Prepared<'_> {
 
     /// Has `reader` name `base`. A file with more names than the home knows (a backup made of hard
     /// links, say) is copied first, so that the backup keeps the header it has.
-    fn rebase(&self, layers: &Layers, reader: &ImageFile, base: &Path) -> Result<()> {
+    pub(super) fn rebase(&self, layers: &Layers, reader: &ImageFile, base: &Path) -> Result<()> {
         let names: Vec<&ImageFile> = layers.names_of(reader.id).collect();
         if reader.names <= names.len() as u64 {
             return disk::rebase(&reader.path, base);
@@ -154,16 +154,6 @@ impl Prepared<'_> {
         }
         durable::unlink(&copy)
     }
-}
-
-/// The boxes that have a chain through `path`.
-fn boxes_above(layers: &Layers, path: &Path) -> BTreeSet<String> {
-    layers
-        .files()
-        .iter()
-        .filter(|file| layers.chain(&file.path).contains(&path))
-        .filter_map(|file| file.box_id().map(str::to_owned))
-        .collect()
 }
 
 /// Copies a file, holes and all, sharing its blocks where the file system can.

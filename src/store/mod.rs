@@ -8,6 +8,8 @@ mod adopt;
 mod arrival;
 pub mod check;
 mod clone;
+mod combine;
+pub mod compact;
 mod compressed;
 mod crash;
 mod durable;
@@ -16,6 +18,7 @@ mod freeze;
 mod import;
 mod journal;
 mod layers;
+mod merge;
 mod prepare;
 mod recover;
 mod remove_box;
@@ -24,9 +27,12 @@ mod rename;
 mod restore;
 mod snapshot;
 mod spool;
+mod upkeep;
+mod usage;
 mod workspace;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -36,6 +42,8 @@ pub use compressed::{Compression, OpenedCompressed, Packed, Waiter};
 pub use export::Contents;
 pub use journal::Journal;
 pub use spool::Spool;
+pub use upkeep::{Compacting, Upkeep};
+pub use usage::Usage;
 
 use crate::home::{BoxRecord, Catalog, Home, Remembered, SnapshotRecord};
 use crate::{Error, Result};
@@ -88,6 +96,8 @@ pub struct Store {
     compression: Compression,
     compressed: Mutex<compressed::CompressedCache>,
     turns: compressed::Turns,
+    foreground: Arc<upkeep::Foreground>,
+    usage: Mutex<usage::UsageCache>,
     read_only: bool,
 }
 
@@ -125,6 +135,8 @@ impl Store {
             compression,
             compressed: Mutex::default(),
             turns: compressed::Turns::default(),
+            foreground: Arc::default(),
+            usage: Mutex::default(),
             read_only,
         }
     }

@@ -36,6 +36,7 @@ impl Store {
     /// As [`Store::prepare`].
     pub(super) fn look_at_box(&self, box_id: &str) -> Result<Prepared<'_>> {
         self.refuse_read_only()?;
+        self.foreground.touch();
         let change = self.home.change()?;
         let record = change.box_by_id(box_id)?;
         let prepared = Prepared {

@@ -31,7 +31,7 @@ impl Store {
         }
         match self.home.change() {
             Ok(change) => {
-                if let Err(error) = self.recover_home(change) {
+                if let Err(error) = self.recover_home(change, false) {
                     self.journal.note(&format!("recovery stopped: {error}"));
                 }
             }
@@ -39,7 +39,17 @@ impl Store {
         }
     }
 
-    fn recover_home(&self, mut change: Change<'_>) -> Result<()> {
+    /// Frees all that nothing needs any more, after recovering what can be.
+    ///
+    /// # Errors
+    /// EBUSY when a runtime holds the lock, EROFS, EIO.
+    pub(super) fn free_unneeded(&self) -> Result<()> {
+        self.recover_home(self.home.change()?, true)
+    }
+
+    /// Recovers all boxes that are idle, and frees what nothing needs any more. `thorough`: also what
+    /// BoxLite made of a box and would free with it.
+    fn recover_home(&self, mut change: Change<'_>, thorough: bool) -> Result<()> {
         self.remove_unrecorded(&change)?;
         let mut boxes = change.boxes()?;
         let Some(first) = boxes.pop() else {
@@ -82,7 +92,10 @@ impl Store {
         let mut given_up = BTreeSet::new();
         for record in recovered {
             prepared.record = record;
-            let dropped = prepared.drop_leftover_refs(&layers)?;
+            let dropped = match thorough {
+                true => prepared.drop_surplus_refs(&layers)?,
+                false => prepared.drop_leftover_refs(&layers)?,
+            };
             given_up.extend(dropped.into_iter().map(|row| row.id));
         }
         self.drop_rows_without_files(&mut prepared.change)?;

@@ -146,10 +146,16 @@ impl Prepared<'_> {
     /// Drops what references of the box nothing in it needs any more, and frees the bases that nobody
     /// needs now; also BoxLite's, which goes by references and would keep them for ever.
     pub(super) fn free_surplus(&mut self) -> Result<()> {
-        let surplus = self.surplus_refs(&self.layers()?)?;
-        self.drop_refs(&surplus)?;
+        let surplus = self.drop_surplus_refs(&self.layers()?)?;
         let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
         self.store.free_bases(&mut self.change, &may_go)
+    }
+
+    /// Drops all references of the box that nothing in it needs any more. Returns the bases.
+    pub(super) fn drop_surplus_refs(&mut self, layers: &Layers) -> Result<Vec<BaseRecord>> {
+        let surplus = self.surplus_refs(layers)?;
+        self.drop_refs(&surplus)?;
+        Ok(surplus)
     }
 
     /// Drops surplus references that a crash left, as far as they would keep BoxLite from removing

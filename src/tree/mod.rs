@@ -32,7 +32,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 pub use crate::home::Space;
-pub use crate::store::Compression;
+pub use crate::store::{Compacting, Compression};
 pub use attr::{Attr, DirEntry, Kind};
 pub use caller::Caller;
 pub use change::SetAttr;
@@ -41,7 +41,7 @@ pub use handle::Opened;
 pub use node::{Node, ROOT_INO};
 pub use rename::RenameMode;
 
-use crate::store::Store;
+use crate::store::{Store, Upkeep};
 use crate::{Error, Result};
 use caller::Makers;
 use names::Names;
@@ -53,6 +53,8 @@ pub struct Options {
     pub read_only: bool,
     /// How compressed archives are made and kept.
     pub compression: Compression,
+    /// When layers are merged.
+    pub compacting: Compacting,
 }
 
 /// A home as a tree of files.
@@ -76,6 +78,7 @@ pub struct Tree {
     writers: Mutex<HashMap<u64, (Makers, Instant)>>,
     /// Snapshots just taken, by id, with who took them: a copy into one takes it back.
     fresh: Mutex<HashMap<String, (Makers, Instant)>>,
+    upkeep: Mutex<Option<Upkeep>>,
 }
 
 impl Tree {
@@ -84,8 +87,13 @@ impl Tree {
     /// # Errors
     /// Those of [`Store::open`]: no such home, a foreign directory, a damaged database.
     pub fn open(home: &Path, options: Options) -> Result<Tree> {
+        let store = Arc::new(Store::open(home, options.read_only, options.compression)?);
+        let upkeep = match options.read_only {
+            true => None,
+            false => Upkeep::begin(&store, options.compacting),
+        };
         Ok(Tree {
-            store: Arc::new(Store::open(home, options.read_only, options.compression)?),
+            store,
             names: Mutex::new(None),
             known: Mutex::default(),
             staging: Mutex::default(),
@@ -97,6 +105,7 @@ impl Tree {
             dealings: Mutex::default(),
             writers: Mutex::default(),
             fresh: Mutex::default(),
+            upkeep: Mutex::new(upkeep),
         })
     }
 
@@ -185,6 +194,7 @@ impl Tree {
 
     /// Nobody reads any more: whoever still waits for an archive is told so.
     pub fn close(&self) {
+        drop(self.upkeep.lock().take());
         self.store.stop_compressing();
     }
 

@@ -314,7 +314,7 @@ mod with_crash_points {
     const LONG: Change = Change {
         name: "snapshot of a long chain",
         by: By::Mount,
-        prepare: with_a_long_chain,
+        prepare: with_many_snapshots,
         act: |mount| drop(mount.snapshot("web", "a")),
         points: &[
             "flat.recorded",
@@ -322,6 +322,15 @@ mod with_crash_points {
             "freeze.replaced",
             "snapshot.linked",
         ],
+        whole: snapshot_taken,
+    };
+
+    const LONG_MERGING: Change = Change {
+        name: "snapshot of a long chain that merges",
+        by: By::Mount,
+        prepare: with_a_long_chain,
+        act: |mount| drop(mount.snapshot("web", "a")),
+        points: &["merge.written", "merge.renamed", "freeze.replaced"],
         whole: snapshot_taken,
     };
 
@@ -602,10 +611,11 @@ mod with_crash_points {
         whole: |_| {},
     };
 
-    const CHANGES: [&Change; 22] = [
+    const CHANGES: [&Change; 23] = [
         &SNAPSHOT,
         &ADOPT,
         &LONG,
+        &LONG_MERGING,
         &REMOVE,
         &REMOVE_ONLY_NAME,
         &REMOVE_ADOPTING,
@@ -892,6 +902,11 @@ mod with_crash_points {
     #[test]
     fn a_snapshot_of_a_long_chain_that_is_cut_off_is_whole_or_gone() {
         survives(&LONG);
+    }
+
+    #[test]
+    fn a_snapshot_that_merges_first_and_is_cut_off_is_whole_or_gone() {
+        survives(&LONG_MERGING);
     }
 
     #[test]

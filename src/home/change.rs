@@ -10,7 +10,10 @@ use parking_lot::MutexGuard;
 use rusqlite::{Connection, TransactionBehavior, params};
 use serde_json::{Value, json};
 
-use super::catalog::{connect, damaged, read_bases, read_boxes, read_schema, read_snapshots};
+use super::catalog::{
+    connect, damaged, read_bases, read_bases_at, read_bases_of, read_boxes, read_schema,
+    read_snapshots,
+};
 use super::identity::rfc3339;
 use super::paths::Home;
 use super::records::{
@@ -192,6 +195,45 @@ impl Change<'_> {
     /// What SQLite says.
     pub fn bases(&self) -> Result<Vec<BaseRecord>> {
         self.sql(read_bases(&self.connection))
+    }
+
+    /// The bases whose row names this path, or (spelled otherwise, say) a file of that name.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn bases_at(&self, path: &Path) -> Result<Vec<BaseRecord>> {
+        let (Some(text), Some(name)) = (path.to_str(), path.file_name().and_then(|n| n.to_str()))
+        else {
+            return Ok(Vec::new());
+        };
+        self.sql(read_bases_at(&self.connection, text, name))
+    }
+
+    /// The bases that a box refers to.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn bases_of(&self, box_id: &str) -> Result<Vec<BaseRecord>> {
+        self.sql(read_bases_of(&self.connection, box_id))
+    }
+
+    /// Every reference: the bases that each box refers to, by its id.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn refs(&self) -> Result<std::collections::HashMap<String, Vec<String>>> {
+        let rows = || -> rusqlite::Result<Vec<(String, String)>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT box_id, base_disk_id FROM base_disk_ref")?;
+            let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            rows.collect()
+        };
+        let mut refs = std::collections::HashMap::<String, Vec<String>>::new();
+        for (box_id, base) in self.sql(rows())? {
+            refs.entry(box_id).or_default().push(base);
+        }
+        Ok(refs)
     }
 
     /// The ids of the bases that a box refers to.

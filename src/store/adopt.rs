@@ -104,10 +104,7 @@ impl Prepared<'_> {
 
     /// The row of a base, if it has none yet, and references of these boxes.
     fn record_base(&mut self, base: &Path, file: &Path, boxes: &BTreeSet<String>) -> Result<()> {
-        let row =
-            self.change.bases()?.into_iter().find(|row| {
-                super::layers::resolve(Path::new(&row.base_path)).is_ok_and(|p| p == base)
-            });
+        let row = self.base_at(base)?;
         let new = match &row {
             Some(_) => None,
             None => Some(self.store.new_base(base, file)?),

@@ -167,9 +167,12 @@ impl Store {
         let mut named = BTreeSet::new();
         for record in catalog.boxes() {
             for snapshot in catalog.snapshots_of(&record.id) {
-                named.insert(self.snapshot_layer(snapshot));
+                let layer = self.snapshot_layer(snapshot);
                 let recorded = snapshot.base_path().unwrap_or_default();
-                named.extend(resolve(Path::new(&recorded)));
+                if Path::new(&recorded) != layer {
+                    named.extend(resolve(Path::new(&recorded)));
+                }
+                named.insert(layer);
             }
         }
         named

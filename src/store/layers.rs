@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::Store;
 use crate::disk::{FileId, Header};
+use crate::home::BaseRecord;
 use crate::{Context, Error, Result};
 
 /// What a file is to BoxLite.
@@ -68,6 +69,7 @@ pub(super) struct Layers {
     files: Vec<ImageFile>,
     by_path: HashMap<PathBuf, usize>,
     by_id: HashMap<FileId, Vec<usize>>,
+    by_box: HashMap<String, Vec<usize>>,
     /// Who names a path in its header.
     readers: HashMap<PathBuf, Vec<usize>>,
 }
@@ -78,6 +80,10 @@ impl Layers {
         for (index, file) in files.iter().enumerate() {
             layers.by_path.insert(file.path.clone(), index);
             layers.by_id.entry(file.id).or_default().push(index);
+            if let Some(box_id) = file.box_id() {
+                let of_box = layers.by_box.entry(box_id.to_owned());
+                of_box.or_default().push(index);
+            }
             if let Some(backing) = &file.backing {
                 layers
                     .readers
@@ -108,6 +114,11 @@ impl Layers {
     /// Names of one inode.
     pub fn names_of(&self, id: FileId) -> impl Iterator<Item = &ImageFile> {
         self.all(self.by_id.get(&id))
+    }
+
+    /// The files in the directory of a box.
+    pub fn of_box(&self, box_id: &str) -> impl Iterator<Item = &ImageFile> + use<'_> {
+        self.all(self.by_box.get(box_id))
     }
 
     /// Files whose header names this path.
@@ -246,6 +257,19 @@ impl Directories {
 }
 
 impl Store {
+    /// The resolved path that the row of a base names.
+    ///
+    /// # Errors
+    /// ENOENT when its directory is gone.
+    pub(super) fn path_of_base(&self, row: &BaseRecord) -> Result<PathBuf> {
+        let path = PathBuf::from(&row.base_path);
+        match path.parent() == Some(self.home.bases_dir().as_path()) {
+            // The home's own path is resolved.
+            true => Ok(path),
+            false => resolve(&path),
+        }
+    }
+
     /// Every image file in `bases/` and `boxes/`, with rows or without.
     ///
     /// # Errors

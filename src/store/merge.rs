@@ -11,7 +11,6 @@ use super::crash::crash_point;
 use super::freeze::{BACKING_LEFT, MOST_BACKING};
 use super::layers::{Directories, ImageFile, Layers, Role, Stamp, resolve};
 use super::prepare::Prepared;
-use super::remove_snapshot::is_at;
 use super::{Store, durable};
 use crate::disk::{FileId, Format, Header, Layer};
 use crate::home::{BaseRecord, BoxRecord, is_open};
@@ -528,11 +527,7 @@ impl Prepared<'_> {
 
     /// Makes a base ours, if it is not.
     fn claim(&mut self, path: &Path) -> Result<()> {
-        let rows = self.change.bases()?.into_iter();
-        let row = rows
-            .filter(|row| is_at(row, path))
-            .find(|row| !row.is_ours());
-        match row {
+        match self.base_at(path)?.filter(|row| !row.is_ours()) {
             None => Ok(()),
             Some(row) => self.change.transaction(|rows| rows.claim_base(&row.id)),
         }
@@ -551,8 +546,7 @@ impl Prepared<'_> {
             let path = &part.path;
             let is_needed = layers.readers_of(path).next().is_some()
                 || layers.at(path).is_some_and(|file| file.names != 1);
-            let mut rows = self.change.bases()?.into_iter();
-            let Some(row) = rows.find(|row| is_at(row, path)).filter(|_| !is_needed) else {
+            let Some(row) = self.base_at(path)?.filter(|_| !is_needed) else {
                 break;
             };
             self.store.drop_base(&mut self.change, &row, path)?;

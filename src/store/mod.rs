@@ -179,6 +179,14 @@ impl Store {
     /// Where the layer of a snapshot is: what BoxLite's row says, if that is among the snapshots of
     /// its box or in `bases/`; else (a copied home) where it must be in this home.
     pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
+        let own = self.home.snapshot_disk(&snapshot.box_id, &snapshot.name);
+        // As BoxLite and we write it, and nothing to be resolved: there may be thousands.
+        if snapshot
+            .base_path()
+            .is_some_and(|path| Path::new(&path) == own)
+        {
+            return own;
+        }
         let snapshots = self.home.snapshots_dir(&snapshot.box_id);
         let recorded = snapshot
             .base_path()
@@ -190,7 +198,7 @@ impl Store {
             {
                 path
             }
-            _ => self.home.snapshot_disk(&snapshot.box_id, &snapshot.name),
+            _ => own,
         }
     }
 

@@ -193,10 +193,12 @@ impl Store {
             if layers.at(&layer).is_none() {
                 return Ok(None);
             }
-            named.insert(layer);
             // As it is spelled, wherever that is.
             let recorded = snapshot.base_path().unwrap_or_default();
-            named.extend(resolve(Path::new(&recorded)));
+            if Path::new(&recorded) != layer {
+                named.extend(resolve(Path::new(&recorded)));
+            }
+            named.insert(layer);
         }
         Ok(Some(named))
     }

@@ -1,15 +1,16 @@
-//! The command line: mount, unmount, check.
+//! The command line: mount, unmount, check, compact.
 
 use std::ffi::OsString;
 use std::fmt::Display;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use boxlitefs::mount::{self, Mount, Options};
-use boxlitefs::store::check;
+use boxlitefs::store::{check, compact};
 use boxlitefs::{Error, Result};
 use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -40,8 +41,17 @@ const CHECK_EXAMPLES: &str = "\
 Examples:
   boxlitefs check                     look at ~/.boxlite
   boxlitefs check /srv/boxlite-home
+  boxlitefs check --repair            remove what crashes left, once no BoxLite program has it open
 
 Exit status: 0 clean, 1 something was found, 2 the check could not be made.";
+
+const COMPACT_EXAMPLES: &str = "\
+Examples:
+  boxlitefs compact                   give back what deleted snapshots took in ~/.boxlite
+  boxlitefs compact /srv/boxlite-home
+
+Boxes that run and layers that are being read are left for another time. It works beside a mount of
+the same home, but not while a BoxLite program has it open.";
 
 /// What is logged in the foreground unless RUST_LOG says otherwise. fuser calls it a failed unmount
 /// when somebody else unmounted, which is how a mount normally ends, and an error when somebody was
@@ -70,9 +80,18 @@ enum Command {
         /// Where it is mounted
         mountpoint: PathBuf,
     },
-    /// Look for damage and leftovers in a home, without changing it
+    /// Look for damage and leftovers in a home, without changing it unless asked to
     #[command(after_help = CHECK_EXAMPLES)]
     Check {
+        /// Remove or adopt leftovers; nothing that anything reads from
+        #[arg(long)]
+        repair: bool,
+        /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
+        home: Option<PathBuf>,
+    },
+    /// Merge layers that nothing needs by themselves, and give their space back, now
+    #[command(after_help = COMPACT_EXAMPLES)]
+    Compact {
         /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
         home: Option<PathBuf>,
     },
@@ -85,7 +104,8 @@ struct MountArguments {
     foreground: bool,
     /// Mount options, separated by commas: ro, noexec, noatime, allow_other, allow_root,
     /// compress=LEVEL (of export.boxlite.zst, 1 to 19; 3 unless said), cache=SIZE (most disk space
-    /// for finished ones; 4G unless said), and those every mount takes
+    /// for finished ones; 4G unless said), compact=SECONDS (how long nothing has to go on until layers
+    /// that nothing needs by themselves are merged; 30 unless said, or off), and those every mount takes
     #[arg(short = 'o', value_name = "OPT[,OPT…]")]
     options: Vec<String>,
     /// Ignore options that are not known, as `mount -s` asks
@@ -100,11 +120,12 @@ fn main() -> ExitCode {
     match CommandLine::parse().command {
         Command::Mount(arguments) => done(run_mount(arguments)),
         Command::Unmount { mountpoint } => done(mount::unmount(&mountpoint)),
-        Command::Check { home } => match run_check(home) {
+        Command::Check { repair, home } => match run_check(home, repair) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::from(1),
             Err(error) => failed(error, 2),
         },
+        Command::Compact { home } => done(run_compact(home)),
     }
 }
 
@@ -123,8 +144,45 @@ fn run_mount(mut arguments: MountArguments) -> Result<()> {
     })
 }
 
-fn run_check(home: Option<PathBuf>) -> Result<bool> {
-    check::run(&home_or_default(home)?, &mut io::stdout().lock())
+fn run_check(home: Option<PathBuf>, repair: bool) -> Result<bool> {
+    check::run(&home_or_default(home)?, repair, &mut io::stdout().lock())
+}
+
+fn run_compact(home: Option<PathBuf>) -> Result<()> {
+    compact::run(&home_or_default(home)?, &mut io::stdout(), &Bar::new())
+}
+
+/// A progress bar, on a terminal.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new() -> Bar {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        let style = "{msg}: {bar:30} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(style) {
+            bar.set_style(style);
+        }
+        Bar(bar)
+    }
+}
+
+impl compact::Meter for Bar {
+    fn begin(&self, what: &str, bytes: u64) {
+        if io::stderr().is_terminal() {
+            self.0.set_draw_target(ProgressDrawTarget::stderr());
+        }
+        self.0.reset();
+        self.0.set_length(bytes);
+        self.0.set_message(what.to_owned());
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.0.inc(bytes);
+    }
+
+    fn end(&self) {
+        self.0.finish_and_clear();
+    }
 }
 
 /// The home asked for, or the one BoxLite itself would use: $BOXLITE_HOME, else ~/.boxlite.

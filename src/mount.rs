@@ -72,6 +72,7 @@ fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> 
         tree::Options {
             read_only: options.read_only,
             compression: options.compression,
+            compacting: options.compacting,
         },
     )?;
     phase.enter(Phase::Mounting);

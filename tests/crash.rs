@@ -1,4 +1,4 @@
-//! Crashes: the process that serves the mount is killed at every named point of every change, and
+//! Crashes: the process that serves the mount, or that compacts the home, is killed at every named point of every change, and
 //! then the home is mounted again, or BoxLite is started first and uses the box. Whatever happens
 //! next, the box is there with its contents, and what was under way is whole or gone.
 
@@ -65,12 +65,21 @@ mod with_crash_points {
     /// A change, the points it passes, and what the home may hold when it was cut off.
     struct Change {
         name: &'static str,
+        by: By,
         /// Makes a home that the change passes all of its points in.
         prepare: fn() -> TestHome,
         act: fn(&Mounted),
         points: &'static [&'static str],
         /// What the home holds once the change is whole, from what it held before.
         whole: fn(&mut Boxes),
+    }
+
+    /// The process that is killed.
+    #[derive(PartialEq)]
+    enum By {
+        Mount,
+        /// `boxlitefs compact`, beside a mount.
+        Compact,
     }
 
     /// A box with a state of its own.
@@ -186,6 +195,72 @@ mod with_crash_points {
         home
     }
 
+    /// A box whose snapshot `old` lies on a layer that nothing else needs any more.
+    fn with_a_deleted_snapshot_below() -> TestHome {
+        let home = TestHome::in_memory();
+        let mount = home.mount();
+        for name in ["gone", "old"] {
+            home.guest_write("web", FREE_AREA, name.repeat(40_000).as_bytes());
+            mount.snapshot("web", name).unwrap();
+        }
+        mount.remove_snapshot("web", "gone").unwrap();
+        mount.copy("web", "other");
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        home
+    }
+
+    /// A box that went on from a snapshot which is gone.
+    fn with_a_deleted_snapshot() -> TestHome {
+        let home = TestHome::in_memory();
+        let mount = home.mount();
+        mount.snapshot("web", "gone").unwrap();
+        home.guest_write("web", FREE_AREA, &[9; 0x2_3456]);
+        mount.remove_snapshot("web", "gone").unwrap();
+        home
+    }
+
+    /// A box that did not change since a snapshot which is gone.
+    fn with_nothing_over_a_deleted_snapshot() -> TestHome {
+        let home = TestHome::in_memory();
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        let mount = home.mount();
+        mount.snapshot("web", "gone").unwrap();
+        mount.remove_snapshot("web", "gone").unwrap();
+        home
+    }
+
+    /// A box on layers that hold nothing: BoxLite stacks one for each clone.
+    fn with_empty_layers() -> TestHome {
+        let home = TestHome::in_memory();
+        home.wheel_batch(&[
+            &["snapshot-create", "web", "old"],
+            &["clone", "web", "c1"],
+            &["clone", "web", "c2"],
+            &["remove", "c1"],
+            &["remove", "c2"],
+        ]);
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        assert!(chain(&home.live_disk("web")).len() > 3);
+        home
+    }
+
+    /// A box on more snapshots than a virtual machine can start from.
+    fn with_many_snapshots() -> TestHome {
+        let home = TestHome::in_memory();
+        for round in 0u8..9 {
+            home.guest_write("web", FREE_AREA + u64::from(round) * 512, &[round; 512]);
+            let name = if round == 0 {
+                "old".to_owned()
+            } else {
+                format!("s{round}")
+            };
+            home.wheel(&["snapshot-create", "web", &name]);
+        }
+        home.guest_write("web", FREE_AREA, b"the box's own");
+        assert_eq!(chain(&home.live_disk("web")).len(), 10);
+        home
+    }
+
     /// `cp` that the crash cuts off: how it fails is not the point.
     fn copy(from: &Path, to: &Path) {
         run(&["cp", "-r", text(from), text(to)]);
@@ -208,6 +283,7 @@ mod with_crash_points {
 
     const SNAPSHOT: Change = Change {
         name: "snapshot",
+        by: By::Mount,
         prepare: with_our_snapshot,
         act: |mount| drop(mount.snapshot("web", "a")),
         points: &[
@@ -223,6 +299,7 @@ mod with_crash_points {
 
     const ADOPT: Change = Change {
         name: "snapshot that adopts",
+        by: By::Mount,
         prepare: with_boxlites_snapshot,
         act: |mount| drop(mount.snapshot("web", "a")),
         points: &[
@@ -236,7 +313,8 @@ mod with_crash_points {
 
     const LONG: Change = Change {
         name: "snapshot of a long chain",
-        prepare: with_a_long_chain,
+        by: By::Mount,
+        prepare: with_many_snapshots,
         act: |mount| drop(mount.snapshot("web", "a")),
         points: &[
             "flat.recorded",
@@ -247,8 +325,18 @@ mod with_crash_points {
         whole: snapshot_taken,
     };
 
+    const LONG_MERGING: Change = Change {
+        name: "snapshot of a long chain that merges",
+        by: By::Mount,
+        prepare: with_a_long_chain,
+        act: |mount| drop(mount.snapshot("web", "a")),
+        points: &["merge.written", "merge.renamed", "freeze.replaced"],
+        whole: snapshot_taken,
+    };
+
     const REMOVE: Change = Change {
         name: "rmdir",
+        by: By::Mount,
         prepare: with_an_unread_snapshot,
         act: |mount| drop(mount.remove_snapshot("web", "old")),
         points: &[
@@ -263,6 +351,7 @@ mod with_crash_points {
 
     const REMOVE_ONLY_NAME: Change = Change {
         name: "rmdir of a layer that has no other name",
+        by: By::Mount,
         prepare: with_an_unread_snapshot_by_boxlite,
         act: |mount| drop(mount.remove_snapshot("web", "old")),
         points: &["remove.marked", "remove.unrecorded", "remove.unlinked"],
@@ -271,6 +360,7 @@ mod with_crash_points {
 
     const REMOVE_ADOPTING: Change = Change {
         name: "rmdir that adopts",
+        by: By::Mount,
         prepare: with_boxlites_snapshot,
         act: |mount| drop(mount.remove_snapshot("web", "old")),
         points: &[
@@ -286,6 +376,7 @@ mod with_crash_points {
 
     const CLONE: Change = Change {
         name: "clone",
+        by: By::Mount,
         prepare: plain,
         act: |mount| copy(&mount.at("web"), &mount.at("copy")),
         points: &[
@@ -302,6 +393,7 @@ mod with_crash_points {
 
     const CLONE_WITH_SNAPSHOTS: Change = Change {
         name: "clone with snapshots",
+        by: By::Mount,
         prepare: with_boxlites_snapshot,
         act: |mount| copy(&mount.at("web"), &mount.at("copy")),
         points: &[
@@ -319,6 +411,7 @@ mod with_crash_points {
 
     const CLONE_OF_SNAPSHOT: Change = Change {
         name: "clone of a snapshot",
+        by: By::Mount,
         prepare: with_boxlites_snapshot,
         act: |mount| copy(&mount.at("web/snapshots/old"), &mount.at("copy")),
         points: &[
@@ -333,6 +426,7 @@ mod with_crash_points {
 
     const CLONE_OF_LONG: Change = Change {
         name: "clone of a long chain",
+        by: By::Mount,
         prepare: with_a_long_chain,
         act: |mount| copy(&mount.at("web/export.boxlite"), &mount.at("copy.boxlite")),
         points: &[
@@ -350,6 +444,7 @@ mod with_crash_points {
 
     const IMPORT: Change = Change {
         name: "import",
+        by: By::Mount,
         prepare: with_a_backup,
         act: |mount| {
             let backup = mount.root().with_file_name("backup");
@@ -367,6 +462,7 @@ mod with_crash_points {
 
     const RESTORE: Change = Change {
         name: "restore",
+        by: By::Mount,
         prepare: with_boxlites_snapshot,
         act: |mount| {
             let snapshot = mount.at("web/snapshots/old/export.boxlite");
@@ -387,6 +483,7 @@ mod with_crash_points {
 
     const RESTORE_FROM_ANOTHER: Change = Change {
         name: "restore from another box",
+        by: By::Mount,
         prepare: with_another_box,
         act: |mount| {
             let other = mount.at("other/export.boxlite");
@@ -404,6 +501,7 @@ mod with_crash_points {
 
     const RESTORE_BACKUP: Change = Change {
         name: "restore of a backup",
+        by: By::Mount,
         prepare: with_an_older_backup,
         act: |mount| {
             let backup = mount.root().with_file_name("backup");
@@ -419,6 +517,7 @@ mod with_crash_points {
 
     const RENAME: Change = Change {
         name: "rename of a snapshot",
+        by: By::Mount,
         prepare: with_boxlites_snapshot,
         act: |mount| {
             let snapshots = mount.at("web/snapshots");
@@ -440,6 +539,7 @@ mod with_crash_points {
 
     const REMOVE_BOX: Change = Change {
         name: "rm -r",
+        by: By::Mount,
         prepare: with_another_box,
         act: |mount| drop(run(&["rm", "-r", text(&mount.at("web"))])),
         points: &[
@@ -454,6 +554,7 @@ mod with_crash_points {
 
     const REMOVE_BOX_ADOPTING: Change = Change {
         name: "rm -r that adopts",
+        by: By::Mount,
         prepare: with_boxlites_clone,
         act: |mount| drop(run(&["rm", "-r", text(&mount.at("web"))])),
         points: &[
@@ -465,10 +566,56 @@ mod with_crash_points {
         whole: |boxes| drop(boxes.remove("web")),
     };
 
-    const CHANGES: [&Change; 17] = [
+    const MERGE: Change = Change {
+        name: "merge into a snapshot's layer",
+        by: By::Compact,
+        prepare: with_a_deleted_snapshot_below,
+        act: |_| {},
+        points: &["merge.written", "merge.renamed", "free.unlinked"],
+        whole: |_| {},
+    };
+
+    const MERGE_INTO_LIVE: Change = Change {
+        name: "merge into a live disk",
+        by: By::Compact,
+        prepare: with_a_deleted_snapshot,
+        act: |_| {},
+        points: &["merge.written", "merge.renamed", "free.unlinked"],
+        whole: |_| {},
+    };
+
+    const PROMOTE: Change = Change {
+        name: "merge into a live disk that holds nothing",
+        by: By::Compact,
+        prepare: with_nothing_over_a_deleted_snapshot,
+        act: |_| {},
+        points: &["merge.claimed", "merge.promoted", "free.unlinked"],
+        whole: |_| {},
+    };
+
+    const SKIP: Change = Change {
+        name: "merge of layers that hold nothing",
+        by: By::Compact,
+        prepare: with_empty_layers,
+        act: |_| {},
+        points: &["merge.rebased", "free.claimed", "free.unlinked"],
+        whole: |_| {},
+    };
+
+    const SHORTEN: Change = Change {
+        name: "shortening of a chain",
+        by: By::Compact,
+        prepare: with_many_snapshots,
+        act: |_| {},
+        points: &["merge.written", "merge.renamed"],
+        whole: |_| {},
+    };
+
+    const CHANGES: [&Change; 23] = [
         &SNAPSHOT,
         &ADOPT,
         &LONG,
+        &LONG_MERGING,
         &REMOVE,
         &REMOVE_ONLY_NAME,
         &REMOVE_ADOPTING,
@@ -483,6 +630,11 @@ mod with_crash_points {
         &RENAME,
         &REMOVE_BOX,
         &REMOVE_BOX_ADOPTING,
+        &MERGE,
+        &MERGE_INTO_LIVE,
+        &PROMOTE,
+        &SKIP,
+        &SHORTEN,
     ];
 
     // ---- what happens next ------------------------------------------------------------------------
@@ -621,10 +773,17 @@ mod with_crash_points {
         let mut wrong = Vec::new();
         for point in change.points {
             home.put_back("before");
-            let mut mount = home.mount_crashing_at(point);
-            (change.act)(&mount);
-            assert!(mount.has_crashed(), "{} never came to {point}", change.name);
-            drop(mount);
+            match change.by {
+                By::Mount => {
+                    let mut mount = home.mount_crashing_at(point);
+                    (change.act)(&mount);
+                    assert!(mount.has_crashed(), "{} never came to {point}", change.name);
+                }
+                By::Compact => {
+                    let said = home.compact_crashing_at(point);
+                    assert_eq!(said, None, "{} never came to {point}", change.name);
+                }
+            }
             let crashed = contents(&home);
             assert_between(&crashed, &before, &whole);
             home.put_aside(point);
@@ -746,6 +905,11 @@ mod with_crash_points {
     }
 
     #[test]
+    fn a_snapshot_that_merges_first_and_is_cut_off_is_whole_or_gone() {
+        survives(&LONG_MERGING);
+    }
+
+    #[test]
     fn a_deletion_that_is_cut_off_is_whole_or_undone() {
         survives(&REMOVE);
     }
@@ -813,6 +977,31 @@ mod with_crash_points {
     #[test]
     fn a_boxs_removal_that_adopts_and_is_cut_off_is_whole_or_undone() {
         survives(&REMOVE_BOX_ADOPTING);
+    }
+
+    #[test]
+    fn a_merge_that_is_cut_off_changes_no_contents() {
+        survives(&MERGE);
+    }
+
+    #[test]
+    fn a_merge_into_a_live_disk_that_is_cut_off_changes_no_contents() {
+        survives(&MERGE_INTO_LIVE);
+    }
+
+    #[test]
+    fn a_merge_that_moves_a_base_and_is_cut_off_changes_no_contents() {
+        survives(&PROMOTE);
+    }
+
+    #[test]
+    fn a_merge_of_empty_layers_that_is_cut_off_changes_no_contents() {
+        survives(&SKIP);
+    }
+
+    #[test]
+    fn a_shortening_that_is_cut_off_changes_no_contents() {
+        survives(&SHORTEN);
     }
 
     #[test]

@@ -14,16 +14,6 @@ fn inode(path: &Path) -> u64 {
     fs::metadata(path).unwrap().ino()
 }
 
-/// Bytes that the home takes on the disk, every inode once.
-fn allocated(home: &TestHome) -> u64 {
-    let mut inodes = BTreeMap::new();
-    for image in home.images() {
-        let meta = fs::metadata(image).unwrap();
-        inodes.insert(meta.ino(), meta.blocks() * 512);
-    }
-    inodes.values().sum()
-}
-
 /// The guest's bytes of a box and its snapshots: `live` and each name.
 fn states(home: &TestHome, name: &str, snapshots: &[&str]) -> BTreeMap<String, String> {
     let mut states = BTreeMap::new();
@@ -407,20 +397,20 @@ fn a_layer_that_nothing_needs_any_more_is_freed() {
     let home = TestHome::new();
     let mount = home.mount();
     mount.snapshot("web", "start").unwrap();
-    let before = allocated(&home);
+    let before = home.allocated();
     home.guest_write("web", FREE_AREA, &vec![7; 2 << 20]);
     mount.snapshot("web", "large").unwrap();
     // A further name of the layer: it goes with the last one.
     mount.snapshot("web", "same").unwrap();
     home.wheel(&["snapshot-restore", "web", "start"]);
-    assert!(allocated(&home) >= before + (2 << 20));
+    assert!(home.allocated() >= before + (2 << 20));
     mount.remove_snapshot("web", "large").unwrap();
-    assert!(allocated(&home) >= before + (2 << 20));
+    assert!(home.allocated() >= before + (2 << 20));
     mount.remove_snapshot("web", "same").unwrap();
     assert!(
-        allocated(&home) < before + (1 << 20),
+        home.allocated() < before + (1 << 20),
         "{} {before}",
-        allocated(&home)
+        home.allocated()
     );
     home.assert_whole();
 }

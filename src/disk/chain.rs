@@ -138,11 +138,16 @@ impl Chain {
 
     /// Walks the guest bytes of `range`, without keeping what was passed.
     pub(super) fn walk(&self, range: Range<u64>) -> Walk<'_> {
+        self.walk_upper(range, self.layers.len())
+    }
+
+    /// Likewise, and asks only the `upper` layers on top.
+    pub(super) fn walk_upper(&self, range: Range<u64>, upper: usize) -> Walk<'_> {
         Walk {
             chain: self,
             at: range.start,
             end: range.end,
-            runs: vec![None; self.layers.len()],
+            runs: vec![None; upper.min(self.layers.len())],
         }
     }
 
@@ -230,7 +235,7 @@ pub(super) struct Walk<'a> {
     chain: &'a Chain,
     at: u64,
     end: u64,
-    /// The run of each layer that was looked at last, with the guest bytes it covers.
+    /// The run that was looked at last, with the guest bytes it covers, of each layer that is asked.
     runs: Vec<Option<(Range<u64>, Run)>>,
 }
 
@@ -238,29 +243,36 @@ impl Walk<'_> {
     /// The next run of bytes from one place (maybe continued by the one after); None at the end of
     /// the range. EIO when a layer's tables are damaged.
     pub(super) fn next_extent(&mut self) -> Result<Option<Extent>> {
+        let run = self.next_run()?;
+        // What no layer speaks of is zeros.
+        Ok(run.map(|(guest, source)| Extent {
+            guest: guest.start,
+            len: guest.end - guest.start,
+            source: source.unwrap_or(Source::Zero),
+        }))
+    }
+
+    /// As [`Walk::next_extent`], where it comes from being None if no layer that is asked says so.
+    pub(super) fn next_run(&mut self) -> Result<Option<(Range<u64>, Option<Source>)>> {
         let guest = self.at;
         if guest >= self.end {
             return Ok(None);
         }
         let mut end = self.end;
-        let mut source = Source::Zero;
-        for layer in 0..self.chain.layers.len() {
+        let mut source = None;
+        for layer in 0..self.runs.len() {
             let (run, run_end) = self.run_of(layer)?;
             end = end.min(run_end);
             source = match run {
                 Run::Unallocated => continue,
-                Run::Zero => Source::Zero,
-                Run::Data { host } => Source::Data { layer, host },
-                Run::Compressed => Source::Compressed { layer },
+                Run::Zero => Some(Source::Zero),
+                Run::Data { host } => Some(Source::Data { layer, host }),
+                Run::Compressed => Some(Source::Compressed { layer }),
             };
             break;
         }
         self.at = end;
-        Ok(Some(Extent {
-            guest,
-            len: end - guest,
-            source,
-        }))
+        Ok(Some((guest..end, source)))
     }
 
     /// Goes on at guest offset `at`, if that is further on.

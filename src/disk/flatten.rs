@@ -1,4 +1,4 @@
-//! A chain as one standalone image, computed while it is read and stored nowhere.
+//! A chain, or the upper part of one, as one image, computed while it is read and stored nowhere.
 //!
 //! Layout, in clusters of 64 KiB: header, refcount table, refcount blocks, L1 table, L2 tables, then
 //! the data in guest order. All of it follows from which guest clusters are allocated, so any byte
@@ -6,12 +6,13 @@
 //! window (the 512 MiB behind one L2 table) only a count is kept, and which clusters of a window are
 //! allocated is asked of the chain again when needed.
 
-use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES, NewHeader, dimensions};
+use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES, NewHeader, backing_name, dimensions};
 use super::{Chain, Source};
 use crate::{Error, Result};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Refcounts (16 bits each) in a refcount block of one cluster.
@@ -20,17 +21,27 @@ const BLOCK_ENTRIES: u64 = CLUSTER / 2;
 const TABLE_ENTRIES: u64 = CLUSTER / 8;
 /// Flag of an L1 or L2 entry: the refcount is exactly 1, so a writer need not copy (qcow2.rst).
 const COPIED: u64 = 1 << 63;
+/// Flag of an L2 entry: the cluster reads as zeros, whatever lies below (qcow2.rst, version 3).
+const READS_AS_ZEROS: u64 = 1;
 /// Guest bytes of a window: what one L2 table maps.
 pub const WINDOW: u64 = L2_COVERS;
 /// Windows whose allocation is remembered, 1 KiB each: enough for some readers at a time.
 const REMEMBERED_WINDOWS: usize = 32;
 
-/// A chain as one standalone qcow2 image: version 3, clusters of 64 KiB, 16-bit refcounts, no backing
-/// file. A cluster is allocated if any byte of it is data in the chain; so the image is a function of
-/// the chain's contents and allocation, never of paths.
+/// A chain as one qcow2 image: version 3, clusters of 64 KiB, 16-bit refcounts.
+///
+/// Standalone: a cluster is allocated if any byte of it is data in the chain; so the image is a
+/// function of the chain's contents and allocation, never of paths.
+///
+/// Or its upper layers on top of what they lie on: a cluster is left to the layers below if none of
+/// the upper ones speaks of any byte of it; else it is data if any byte of it is data in the chain, or
+/// reads as zeros. So the new chain has the contents and, flattened, the allocation of the old one.
 pub struct Flattened {
     chain: Arc<Chain>,
-    header: NewHeader,
+    /// How many layers it stands for, where that is not all.
+    upper: Option<usize>,
+    /// Header, and what it names.
+    first_cluster: Vec<u8>,
     layout: Layout,
     /// For each window, and one past the last: the allocated clusters before it.
     clusters_before: Vec<u64>,
@@ -51,23 +62,43 @@ struct Layout {
 /// Which clusters of one window are allocated.
 struct Window {
     index: u64,
-    /// A bit per cluster, lowest bit first.
-    allocated: Box<[u64; (L2_ENTRIES / 64) as usize]>,
+    allocated: Bits,
+    /// Those that read as zeros whatever lies below.
+    zeros: Bits,
 }
+
+/// A bit for each cluster of a window, lowest bit first.
+type Bits = Box<[u64; (L2_ENTRIES / 64) as usize]>;
 
 impl Flattened {
     /// Works out the layout from the chain's metadata; no data is read. EFBIG beyond 2 PiB; EIO when
     /// a layer's tables are damaged.
     pub fn plan(chain: Arc<Chain>) -> Result<Flattened> {
+        Flattened::plan_as(chain, None)
+    }
+
+    /// The `upper` layers on top as one, on top of the layer after them, which is at `backing`;
+    /// standalone if there is none. Errors besides: those of naming it, as
+    /// [`create_overlay`](super::create_overlay).
+    pub fn plan_upper(chain: Arc<Chain>, upper: usize, backing: &Path) -> Result<Flattened> {
+        match chain.layers().get(upper).is_some() {
+            true => Flattened::plan_as(chain, Some((upper, backing))),
+            false => Flattened::plan(chain),
+        }
+    }
+
+    fn plan_as(chain: Arc<Chain>, on: Option<(usize, &Path)>) -> Result<Flattened> {
+        let upper = on.map(|(upper, _)| upper);
+        let name = on.map(|(_, backing)| backing_name(backing)).transpose()?;
         let (virtual_size, l1_size) = dimensions(chain.virtual_size())?;
         let windows = virtual_size.div_ceil(L2_COVERS);
         let mut clusters_before = vec![0u64];
         let mut tables_before = vec![0u32];
         let (mut clusters, mut tables) = (0u64, 0u32);
         for index in 0..windows {
-            let count = Window::of(&chain, index)?.count();
-            clusters += count;
-            tables += u32::from(count > 0);
+            let window = Window::of(&chain, upper, index)?;
+            clusters += window.count();
+            tables += u32::from(window.has_entries());
             clusters_before.push(clusters);
             tables_before.push(tables);
         }
@@ -79,11 +110,18 @@ impl Flattened {
             refcount_table_offset: layout.refcount_table.start * CLUSTER,
             refcount_table_clusters: (layout.refcount_table.end - layout.refcount_table.start)
                 as u32,
-            backing_name_len: None,
+            backing_name_len: name.map(|name| name.len() as u32),
         };
+        let below = upper.and_then(|upper| chain.layers().get(upper));
+        let mut first_cluster = match (name, below) {
+            (Some(name), Some(below)) => header.bytes_with_backing(name, below.format()),
+            _ => header.bytes().to_vec(),
+        };
+        first_cluster.resize(CLUSTER as usize, 0);
         Ok(Flattened {
             chain,
-            header,
+            upper,
+            first_cluster,
             layout,
             clusters_before,
             tables_before,
@@ -154,13 +192,23 @@ impl Flattened {
         Ok(())
     }
 
+    /// The runs of guest bytes that are data, in order, of window number `index`.
+    pub(super) fn data_in(&self, index: u64) -> Result<Vec<Range<u64>>> {
+        let start = index * L2_COVERS;
+        let disk = self.chain.virtual_size();
+        let runs = self.window(index)?.runs().into_iter();
+        let guest = |(first, count): (u64, u64)| {
+            let from = start + first * CLUSTER;
+            from..(from + count * CLUSTER).min(disk)
+        };
+        Ok(runs.map(guest).collect())
+    }
+
     /// Fills `buf` with a part of one cluster that is not data, `within` bytes into it.
     fn read_metadata(&self, cluster: u64, within: u64, buf: &mut [u8]) -> Result<()> {
         let layout = &self.layout;
         if cluster == 0 {
-            let mut header = self.header.bytes().to_vec();
-            header.resize(CLUSTER as usize, 0);
-            copy_part(&header, within, buf);
+            copy_part(&self.first_cluster, within, buf);
         } else if layout.refcount_table.contains(&cluster) {
             let first = (cluster - layout.refcount_table.start) * TABLE_ENTRIES;
             fill_table(buf, within, |index| {
@@ -206,6 +254,8 @@ impl Flattened {
             if allocated.has(index as u64) {
                 entry.copy_from_slice(&((data * CLUSTER) | COPIED).to_be_bytes());
                 data += 1;
+            } else if is_set(&allocated.zeros, index as u64) {
+                entry.copy_from_slice(&READS_AS_ZEROS.to_be_bytes());
             }
         }
         Ok(bytes)
@@ -241,7 +291,7 @@ impl Flattened {
             return Ok(window);
         }
         // Not under the lock: this reads tables from the disk.
-        let window = Arc::new(Window::of(&self.chain, index)?);
+        let window = Arc::new(Window::of(&self.chain, self.upper, index)?);
         let planned = self
             .before(index as usize + 1)
             .checked_sub(self.before(index as usize));
@@ -315,25 +365,52 @@ impl Layout {
 
 impl Window {
     /// Asks the chain. Once a byte of a cluster is known to be data, the rest of it is skipped.
-    fn of(chain: &Chain, index: u64) -> Result<Window> {
-        let mut allocated = Box::new([0u64; (L2_ENTRIES / 64) as usize]);
+    fn of(chain: &Chain, upper: Option<usize>, index: u64) -> Result<Window> {
+        let none = || Box::new([0u64; (L2_ENTRIES / 64) as usize]);
+        let mut window = Window {
+            index,
+            allocated: none(),
+            zeros: none(),
+        };
         let start = index * L2_COVERS;
-        let end = (start + L2_COVERS).min(chain.virtual_size());
-        let mut walk = chain.walk(start..end);
-        while let Some(extent) = walk.next_extent()? {
-            if extent.source == Source::Zero {
-                continue;
-            }
-            let first = (extent.guest - start) / CLUSTER;
-            let last = (extent.guest + extent.len - 1 - start) / CLUSTER;
-            for cluster in first..=last {
-                if let Some(word) = allocated.get_mut((cluster / 64) as usize) {
-                    *word |= 1 << (cluster % 64);
+        let disk = chain.virtual_size();
+        let end = (start + L2_COVERS).min(disk);
+        let mut walk = chain.walk_upper(start..end, upper.unwrap_or(usize::MAX));
+        let mut in_part = Vec::new();
+        while let Some((run, source)) = walk.next_run()? {
+            let first = (run.start - start) / CLUSTER;
+            let last = (run.end - 1 - start) / CLUSTER;
+            match source {
+                None => {}
+                Some(Source::Zero) if upper.is_none() => {}
+                Some(Source::Zero) => {
+                    let is_whole = |cluster: u64| {
+                        let from = start + cluster * CLUSTER;
+                        run.start <= from && (from + CLUSTER).min(disk) <= run.end
+                    };
+                    for cluster in first..=last {
+                        match is_whole(cluster) {
+                            true => set(&mut window.zeros, cluster),
+                            false => in_part.push(cluster),
+                        }
+                    }
+                }
+                Some(_) => {
+                    (first..=last).for_each(|cluster| set(&mut window.allocated, cluster));
+                    walk.skip_to(start + (last + 1) * CLUSTER);
                 }
             }
-            walk.skip_to(start + (last + 1) * CLUSTER);
         }
-        Ok(Window { index, allocated })
+        in_part.dedup();
+        in_part.retain(|&cluster| !window.has(cluster));
+        for cluster in in_part {
+            let from = start + cluster * CLUSTER;
+            match has_data(chain, from..(from + CLUSTER).min(disk))? {
+                true => set(&mut window.allocated, cluster),
+                false => set(&mut window.zeros, cluster),
+            }
+        }
+        Ok(window)
     }
 
     /// How many clusters are allocated.
@@ -344,10 +421,15 @@ impl Window {
             .sum()
     }
 
+    /// Whether an L2 table is needed.
+    fn has_entries(&self) -> bool {
+        let mut words = self.allocated.iter().chain(self.zeros.iter());
+        words.any(|&word| word != 0)
+    }
+
     /// Whether a cluster of the window is allocated.
     fn has(&self, cluster: u64) -> bool {
-        let word = self.allocated.get((cluster / 64) as usize);
-        word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+        is_set(&self.allocated, cluster)
     }
 
     /// How many clusters are allocated before `cluster`, which may be one past the last.
@@ -362,6 +444,18 @@ impl Window {
             .chain([&part])
             .map(|word| u64::from(word.count_ones()))
             .sum()
+    }
+
+    /// The runs of allocated clusters, each by its first and its length.
+    fn runs(&self) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for cluster in (0..L2_ENTRIES).filter(|&cluster| self.has(cluster)) {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == cluster => *count += 1,
+                _ => runs.push((cluster, 1)),
+            }
+        }
+        runs
     }
 
     /// The allocated cluster that has `rank` others before it, and how many follow one another from
@@ -384,6 +478,28 @@ impl Window {
         }
         None
     }
+}
+
+fn set(bits: &mut Bits, cluster: u64) {
+    if let Some(word) = bits.get_mut((cluster / 64) as usize) {
+        *word |= 1 << (cluster % 64);
+    }
+}
+
+fn is_set(bits: &Bits, cluster: u64) -> bool {
+    let word = bits.get((cluster / 64) as usize);
+    word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+}
+
+/// Whether any of these bytes of the guest is data.
+fn has_data(chain: &Chain, guest: Range<u64>) -> Result<bool> {
+    let mut walk = chain.walk(guest);
+    while let Some(extent) = walk.next_extent()? {
+        if extent.source != Source::Zero {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Copies the bytes of one cluster from `within` on; `buf` does not reach beyond the cluster.

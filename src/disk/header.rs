@@ -24,6 +24,8 @@ pub(super) const EXTENSION_BACKING_FORMAT: u32 = 0xE279_2ACA;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_F857;
 /// Header extension: the name of an external data file.
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+/// What is read of a first cluster if the backing name, which follows all extensions, ends in it.
+const PAGE: u64 = 4096;
 /// Longest backing file name (qcow2.rst, byte 16 of the header).
 pub(super) const MAX_BACKING_NAME: usize = 1023;
 /// Most entries of an L1 table: 32 MiB, qemu's and imago's limit.
@@ -117,9 +119,14 @@ impl Header {
         header.check_tables(file_len, path)?;
 
         // The backing name and the extensions both lie in the first cluster (qcow2.rst).
-        let mut first_cluster = vec![0u8; 1usize << header.cluster_bits];
-        read_zero_padded(file, &mut first_cluster, 0).context(unreadable)?;
         header.name = header.place_of_name(&fixed, path)?;
+        // Mostly in the first page: thousands of headers are read to find out who reads what.
+        let wanted = match header.name {
+            Some(name) if name.end() <= PAGE => PAGE.min(header.cluster_size()),
+            _ => header.cluster_size(),
+        };
+        let mut first_cluster = vec![0u8; wanted as usize];
+        read_zero_padded(file, &mut first_cluster, 0).context(unreadable)?;
         let format = header.read_extensions(&first_cluster, path)?;
         if let Some(place) = header.name {
             let name = slice(&first_cluster, place.offset, place.len)

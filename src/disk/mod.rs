@@ -5,7 +5,8 @@
 //! * `holes`: where a raw image has data.
 //! * `layer`: one open image file, looked at without what lies below it.
 //! * `chain`: layers above one another, top first, as the guest sees them.
-//! * `flatten`: a chain as one standalone image, computed and never stored.
+//! * `flatten`: a chain, or the upper part of one, as one image, computed and not stored.
+//! * `write`: such an image as a file.
 //! * `inspect`: whether an image that came from outside may be used.
 //!
 //! Knows nothing of boxes, rows or archives. Format rules are those of qemu's `docs/interop/qcow2.rst`,
@@ -18,6 +19,7 @@ mod holes;
 mod inspect;
 mod layer;
 mod overlay;
+mod write;
 
 pub use chain::{Chain, Extent, Source, chain_paths};
 pub use flatten::{Flattened, WINDOW};

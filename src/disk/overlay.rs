@@ -56,6 +56,20 @@ impl NewHeader {
         put(100, &HEADER_LENGTH.to_be_bytes());
         bytes
     }
+
+    /// Header, extensions and backing name of an image on top of the layer `name`, which
+    /// `backing_name_len` is the length of.
+    pub fn bytes_with_backing(&self, name: &[u8], format: Format) -> Vec<u8> {
+        let mut bytes = self.bytes().to_vec();
+        bytes.extend(EXTENSION_BACKING_FORMAT.to_be_bytes());
+        bytes.extend((format.name().len() as u32).to_be_bytes());
+        bytes.extend(format.name().as_bytes());
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        // The end marker is eight zeros, which the gap up to the name provides.
+        bytes.resize(BACKING_NAME_AT as usize, 0);
+        bytes.extend(name);
+        bytes
+    }
 }
 
 /// The virtual size and the number of L1 entries of a new image for a disk of `size` bytes. The size
@@ -106,7 +120,7 @@ pub fn create_overlay(
 }
 
 /// The backing path as it may stand in a header.
-fn backing_name(backing: &Path) -> Result<&[u8]> {
+pub(super) fn backing_name(backing: &Path) -> Result<&[u8]> {
     let name = backing.as_os_str().as_bytes();
     let refused = |errno, why: &str| {
         Err(Error::new(
@@ -140,15 +154,7 @@ fn first_cluster(name: &[u8], format: Format, virtual_size: u64, l1_size: u32) -
         refcount_table_clusters: 1,
         backing_name_len: Some(name.len() as u32),
     };
-    let mut bytes = header.bytes().to_vec();
-    bytes.extend(EXTENSION_BACKING_FORMAT.to_be_bytes());
-    bytes.extend((format.name().len() as u32).to_be_bytes());
-    bytes.extend(format.name().as_bytes());
-    bytes.resize(bytes.len().next_multiple_of(8), 0);
-    // The end marker is eight zeros, which the gap up to the name provides.
-    bytes.resize(BACKING_NAME_AT as usize, 0);
-    bytes.extend(name);
-    bytes
+    header.bytes_with_backing(name, format)
 }
 
 /// Writes what is not zero, extends the file over the L1 table and syncs it.

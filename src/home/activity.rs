@@ -72,11 +72,20 @@ fn start_time(pid: u32) -> Option<u64> {
 /// Asks for a read lease, which the kernel refuses (EAGAIN) while anyone has the file open for
 /// writing, and gives it back. Where leases do not work at all, says no.
 fn is_open_for_writing(path: &Path) -> bool {
+    is_refused_a_lease(path, libc::F_RDLCK)
+}
+
+/// Likewise a write lease, which is refused while anyone, this process too, has the file open at all.
+pub fn is_open(path: &Path) -> bool {
+    is_refused_a_lease(path, libc::F_WRLCK)
+}
+
+fn is_refused_a_lease(path: &Path, kind: i32) -> bool {
     let Ok(file) = File::open(path) else {
         return false;
     };
     ignore_lease_breaks();
-    match set_lease(&file, libc::F_RDLCK) {
+    match set_lease(&file, kind) {
         Ok(()) => {
             // Closing the descriptor would release it too.
             let _ = set_lease(&file, libc::F_UNLCK);
@@ -122,6 +131,19 @@ mod tests {
         assert_eq!(live_shim(&path), Some(me), "an older shim.pid has one line");
         fs::write(&path, "garbage").unwrap();
         assert_eq!(live_shim(&path), None);
+    }
+
+    #[test]
+    fn a_layer_that_is_open_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.qcow2");
+        fs::write(&path, "").unwrap();
+        assert!(!is_open(&path));
+        let reader = File::open(&path).unwrap();
+        assert!(is_open(&path));
+        drop(reader);
+        assert!(!is_open(&path));
+        assert!(!is_open(&dir.path().join("absent")));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, params_from_iter};
 
 use super::identity::{is_safe_component, is_snapshot_name};
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
@@ -209,13 +209,14 @@ pub(super) fn read_boxes(
     connection: &Connection,
     id: Option<&str>,
 ) -> rusqlite::Result<Vec<BoxRecord>> {
-    let mut statement = connection.prepare_cached(
+    // A condition that is always there keeps SQLite from using its indexes.
+    let condition = id.map_or("", |_| "WHERE c.id = ?1");
+    let mut statement = connection.prepare_cached(&format!(
         "SELECT c.id, c.name, c.created_at, c.json, s.status, s.pid, s.json
          FROM box_config c LEFT JOIN box_state s ON s.id = c.id
-         WHERE ?1 IS NULL OR c.id = ?1
-         ORDER BY c.created_at, c.id",
-    )?;
-    let rows = statement.query_map([id], |row| {
+         {condition} ORDER BY c.created_at, c.id",
+    ))?;
+    let rows = statement.query_map(params_from_iter(id), |row| {
         Ok(BoxRecord {
             id: row.get(0)?,
             name: row.get(1)?,
@@ -239,12 +240,12 @@ pub(super) fn read_snapshots(
     connection: &Connection,
     box_id: Option<&str>,
 ) -> rusqlite::Result<Vec<SnapshotRecord>> {
-    let mut statement = connection.prepare_cached(
+    let condition = box_id.map_or("", |_| "WHERE box_id = ?1");
+    let mut statement = connection.prepare_cached(&format!(
         "SELECT id, box_id, name, created_at, json FROM snapshot
-         WHERE ?1 IS NULL OR box_id = ?1
-         ORDER BY created_at, rowid",
-    )?;
-    let rows = statement.query_map([box_id], |row| {
+         {condition} ORDER BY created_at, rowid",
+    ))?;
+    let rows = statement.query_map(params_from_iter(box_id), |row| {
         Ok(SnapshotRecord {
             id: row.get(0)?,
             box_id: row.get(1)?,
@@ -262,16 +263,48 @@ pub(super) fn read_snapshots(
 pub(super) fn read_bases(connection: &Connection) -> rusqlite::Result<Vec<BaseRecord>> {
     let mut statement =
         connection.prepare_cached("SELECT id, source_box_id, kind, base_path FROM base_disk")?;
-    statement
-        .query_map([], |row| {
-            Ok(BaseRecord {
-                id: row.get(0)?,
-                source_box_id: row.get(1)?,
-                kind: row.get(2)?,
-                base_path: row.get(3)?,
-            })
-        })?
-        .collect()
+    statement.query_map([], base_of)?.collect()
+}
+
+/// The bases whose row names this very path, else those whose row names a file of that name anywhere.
+pub(super) fn read_bases_at(
+    connection: &Connection,
+    path: &str,
+    name: &str,
+) -> rusqlite::Result<Vec<BaseRecord>> {
+    let read = |condition: &str, value: &str| -> rusqlite::Result<Vec<BaseRecord>> {
+        let mut statement = connection.prepare_cached(&format!(
+            "SELECT id, source_box_id, kind, base_path FROM base_disk WHERE {condition}"
+        ))?;
+        statement.query_map([value], base_of)?.collect()
+    };
+    let exact = read("base_path = ?1", path)?;
+    if !exact.is_empty() {
+        return Ok(exact);
+    }
+    let ending = format!("/{name}");
+    read("substr(base_path, -length(?1)) = ?1", &ending)
+}
+
+/// The bases that a box refers to.
+pub(super) fn read_bases_of(
+    connection: &Connection,
+    box_id: &str,
+) -> rusqlite::Result<Vec<BaseRecord>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id, source_box_id, kind, base_path FROM base_disk
+         WHERE id IN (SELECT base_disk_id FROM base_disk_ref WHERE box_id = ?1)",
+    )?;
+    statement.query_map([box_id], base_of)?.collect()
+}
+
+fn base_of(row: &rusqlite::Row<'_>) -> rusqlite::Result<BaseRecord> {
+    Ok(BaseRecord {
+        id: row.get(0)?,
+        source_box_id: row.get(1)?,
+        kind: row.get(2)?,
+        base_path: row.get(3)?,
+    })
 }
 
 pub(super) fn has_table(connection: &Connection, table: &str) -> bool {

@@ -10,7 +10,10 @@ use parking_lot::MutexGuard;
 use rusqlite::{Connection, TransactionBehavior, params};
 use serde_json::{Value, json};
 
-use super::catalog::{connect, damaged, read_bases, read_boxes, read_schema, read_snapshots};
+use super::catalog::{
+    connect, damaged, read_bases, read_bases_at, read_bases_of, read_boxes, read_schema,
+    read_snapshots,
+};
 use super::identity::rfc3339;
 use super::paths::Home;
 use super::records::{
@@ -164,12 +167,73 @@ impl Change<'_> {
         self.sql(read_snapshots(&self.connection, Some(box_id)))
     }
 
+    /// The snapshots of all boxes as they are now, oldest first.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>> {
+        self.sql(read_snapshots(&self.connection, None))
+    }
+
+    /// The ids of the boxes that refer to any base.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn referring_boxes(&self) -> Result<std::collections::HashSet<String>> {
+        let rows = || -> rusqlite::Result<_> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT DISTINCT box_id FROM base_disk_ref")?;
+            statement.query_map([], |row| row.get(0))?.collect()
+        };
+        self.sql(rows())
+    }
+
     /// Every base disk as it is now.
     ///
     /// # Errors
     /// What SQLite says.
     pub fn bases(&self) -> Result<Vec<BaseRecord>> {
         self.sql(read_bases(&self.connection))
+    }
+
+    /// The bases whose row names this path, or (spelled otherwise, say) a file of that name.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn bases_at(&self, path: &Path) -> Result<Vec<BaseRecord>> {
+        let (Some(text), Some(name)) = (path.to_str(), path.file_name().and_then(|n| n.to_str()))
+        else {
+            return Ok(Vec::new());
+        };
+        self.sql(read_bases_at(&self.connection, text, name))
+    }
+
+    /// The bases that a box refers to.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn bases_of(&self, box_id: &str) -> Result<Vec<BaseRecord>> {
+        self.sql(read_bases_of(&self.connection, box_id))
+    }
+
+    /// Every reference: the bases that each box refers to, by its id.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn refs(&self) -> Result<std::collections::HashMap<String, Vec<String>>> {
+        let rows = || -> rusqlite::Result<Vec<(String, String)>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT box_id, base_disk_id FROM base_disk_ref")?;
+            let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            rows.collect()
+        };
+        let mut refs = std::collections::HashMap::<String, Vec<String>>::new();
+        for (box_id, base) in self.sql(rows())? {
+            refs.entry(box_id).or_default().push(base);
+        }
+        Ok(refs)
     }
 
     /// The ids of the bases that a box refers to.
@@ -198,6 +262,22 @@ impl Change<'_> {
             statement.query_map([], |row| row.get(0))?.collect()
         };
         self.sql(rows())
+    }
+
+    /// Whether a row vouches for the very bytes of a base's file, as those of some builds do.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn has_digest(&self, base_id: &str) -> Result<bool> {
+        let has_column = self.connection.column_exists(None, "base_disk", "digest");
+        if !self.sql(has_column)? {
+            return Ok(false);
+        }
+        self.sql(self.connection.query_row(
+            "SELECT EXISTS (SELECT 1 FROM base_disk WHERE id = ?1 AND digest IS NOT NULL)",
+            [base_id],
+            |row| row.get(0),
+        ))
     }
 
     /// A lock number nobody has, from 1,000,000 up; its file is made.
@@ -297,6 +377,41 @@ impl Transaction<'_> {
             [base_id],
         )?;
         self.run("DELETE FROM base_disk WHERE id = ?1", [base_id])?;
+        Ok(())
+    }
+
+    /// Makes a base ours, whoever made it: BoxLite does not collect it any more, and a crash leaves
+    /// nothing of it that could be taken for BoxLite's.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn claim_base(&self, base_id: &str) -> Result<()> {
+        self.run(
+            "UPDATE base_disk SET source_box_id = ?2, kind = 'snapshot',
+                 json = json_set(json, '$.source_box_id', ?2, '$.kind', 'snapshot')
+             WHERE id = ?1",
+            [base_id, OUR_SOURCE_BOX],
+        )?;
+        Ok(())
+    }
+
+    /// Records that the file of a base or a snapshot has another length.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn resize_layer(&self, path: &str, file_size: u64) -> Result<()> {
+        let file_size = i64::try_from(file_size).unwrap_or(i64::MAX);
+        for (table, at) in [
+            ("base_disk", "base_path = ?1"),
+            (
+                "snapshot",
+                "json_valid(json) AND json_extract(json, '$.base_path') = ?1",
+            ),
+        ] {
+            let statement =
+                format!("UPDATE {table} SET json = json_set(json, '$.size_bytes', ?2) WHERE {at}");
+            self.run(&statement, params![path, file_size])?;
+        }
         Ok(())
     }
 

@@ -1,8 +1,9 @@
 //! What `-o` may ask for.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
-use crate::tree::Compression;
+use crate::tree::{Compacting, Compression};
 use crate::{Error, Result};
 
 /// Options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
@@ -20,6 +21,8 @@ pub struct Options {
     pub noatime: bool,
     /// `compress=LEVEL` and `cache=SIZE`.
     pub compression: Compression,
+    /// `compact=SECONDS`.
+    pub compacting: Compacting,
 }
 
 /// What an option changes.
@@ -118,6 +121,13 @@ impl Options {
                     wrong_value(option, "a size in bytes, or with K, M, G or T; 0 for none")
                 })?;
             }
+            Some(("compact", "off")) => self.compacting.after = None,
+            Some(("compact", seconds)) => {
+                let seconds = seconds.parse().ok().filter(|seconds| *seconds > 0);
+                let seconds = seconds
+                    .ok_or_else(|| wrong_value(option, "a number of seconds, 1 or more, or off"))?;
+                self.compacting.after = Some(Duration::from_secs(seconds));
+            }
             _ => return Ok(false),
         }
         Ok(true)
@@ -177,7 +187,7 @@ fn unknown(option: &str) -> Error {
     Error::new(
         libc::EINVAL,
         format!(
-            "the mount option {option:?} is not known; known are {known}compress=LEVEL, cache=SIZE, fsname=…, subtype=…, comment=… and x-…"
+            "the mount option {option:?} is not known; known are {known}compress=LEVEL, cache=SIZE, compact=SECONDS, fsname=…, subtype=…, comment=… and x-…"
         ),
     )
 }
@@ -226,6 +236,18 @@ mod tests {
             "cache=99999999T",
             "cache=G",
         ] {
+            let error = parse(wrong).unwrap_err();
+            assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
+            assert!(error.sentence().contains(wrong), "{error}");
+        }
+    }
+
+    #[test]
+    fn when_to_merge_layers_is_checked() {
+        assert_eq!(parse("compact=off").unwrap().compacting.after, None);
+        let after = parse("compact=5").unwrap().compacting.after;
+        assert_eq!(after, Some(Duration::from_secs(5)));
+        for wrong in ["compact=", "compact=0", "compact=on", "compact=-1"] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
             assert!(error.sentence().contains(wrong), "{error}");

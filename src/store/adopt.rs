@@ -73,7 +73,7 @@ impl Prepared<'_> {
             Some(name) => name.path.clone(),
             None => self.store.home.base_disk(&base_id()?),
         };
-        self.record_base(&base, path, &boxes_above(&layers, path))?;
+        self.record_base(&base, path, &layers.boxes_above(path))?;
         crash_point("adopt.recorded");
         if known.is_none() {
             durable::link(path, &base)?;
@@ -104,10 +104,7 @@ impl Prepared<'_> {
 
     /// The row of a base, if it has none yet, and references of these boxes.
     fn record_base(&mut self, base: &Path, file: &Path, boxes: &BTreeSet<String>) -> Result<()> {
-        let row =
-            self.change.bases()?.into_iter().find(|row| {
-                super::layers::resolve(Path::new(&row.base_path)).is_ok_and(|p| p == base)
-            });
+        let row = self.base_at(base)?;
         let new = match &row {
             Some(_) => None,
             None => Some(self.store.new_base(base, file)?),
@@ -136,7 +133,7 @@ impl Prepared<'_> {
 
     /// Has `reader` name `base`. A file with more names than the home knows (a backup made of hard
     /// links, say) is copied first, so that the backup keeps the header it has.
-    fn rebase(&self, layers: &Layers, reader: &ImageFile, base: &Path) -> Result<()> {
+    pub(super) fn rebase(&self, layers: &Layers, reader: &ImageFile, base: &Path) -> Result<()> {
         let names: Vec<&ImageFile> = layers.names_of(reader.id).collect();
         if reader.names <= names.len() as u64 {
             return disk::rebase(&reader.path, base);
@@ -154,16 +151,6 @@ impl Prepared<'_> {
         }
         durable::unlink(&copy)
     }
-}
-
-/// The boxes that have a chain through `path`.
-fn boxes_above(layers: &Layers, path: &Path) -> BTreeSet<String> {
-    layers
-        .files()
-        .iter()
-        .filter(|file| layers.chain(&file.path).contains(&path))
-        .filter_map(|file| file.box_id().map(str::to_owned))
-        .collect()
 }
 
 /// Copies a file, holes and all, sharing its blocks where the file system can.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::Store;
+use super::upkeep::UnderWay;
 use crate::archive::{Incoming, Manifest, Progress};
 use crate::home::{check_options, normalize_imported};
 use crate::{Context, Error, Result};
@@ -34,6 +35,7 @@ pub struct Arrival {
     /// Those of the box; there once the archive is complete and right.
     options: Option<Value>,
     refused: Option<(i32, String)>,
+    _under_way: UnderWay,
 }
 
 /// What an archive is received for.
@@ -63,6 +65,7 @@ impl Store {
             wanted,
             options: None,
             refused: None,
+            _under_way: self.foreground.begin(),
         })
     }
 }

@@ -1,23 +1,72 @@
 //! `boxlitefs check`: every row has its files, every file its row, every chain resolves, every
 //! qcow2 header is sane, leftovers are named. Looks only; changes nothing and takes no lock.
+//! `check --repair` then removes or adopts what can be, under the lock.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt::Display;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::compact::amount;
 use super::layers::{Layers, Role, names_in, resolve};
-use super::{Journal, Store, called, workspace};
+use super::merge::Rows;
+use super::prepare::Prepared;
+use super::{Compression, Journal, Store, called, workspace};
 use crate::disk::{Chain, FileId};
-use crate::home::{BaseRecord, BoxRecord, Catalog, Home};
+use crate::home::{Activity, BaseRecord, BoxRecord, Catalog, Home, is_snapshot_name, snapshot_id};
 use crate::{Context, Result};
 
-/// Checks a home and prints a line for each finding, then a summary. True when there is none.
+/// Checks a home and prints a line for each finding, then a summary. True when there is none. With
+/// `repair`, what can be mended is, and what is left counts.
 ///
 /// # Errors
-/// When the check could not be made: no home, a damaged database, or `out` can't be written.
-pub fn run(home: &Path, out: &mut dyn Write) -> Result<bool> {
+/// When the check could not be made: no home, a damaged database, or `out` can't be written. EBUSY when
+/// something is to be repaired while a BoxLite runtime has the home.
+pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
+    let mut report = look(home)?;
+    if repair && !(report.findings.is_empty() && report.notes.is_empty()) {
+        let store = Store::open(home, false, Compression::default())?;
+        store.repair()?;
+        drop(store);
+        let before = std::mem::replace(&mut report, look(home)?);
+        let left: HashSet<&String> = report.findings.iter().chain(&report.notes).collect();
+        let found = before.findings.iter().chain(&before.notes);
+        for mended in found.filter(|finding| !left.contains(finding)) {
+            say(out, &format!("repaired: {mended}"))?;
+        }
+    }
+    for finding in &report.findings {
+        say(out, finding)?;
+    }
+    for note in &report.notes {
+        say(out, &format!("note: {note}"))?;
+    }
+    let state = match report.findings.len() {
+        0 => "clean".to_owned(),
+        1 => "1 finding".to_owned(),
+        many => format!("{many} findings"),
+    };
+    say(
+        out,
+        &format!("{}: {} boxes, {state}", report.root.display(), report.boxes),
+    )?;
+    Ok(report.findings.is_empty())
+}
+
+fn say(out: &mut dyn Write, line: &str) -> Result<()> {
+    writeln!(out, "{line}").context(|| "cannot print what was found")
+}
+
+struct Report {
+    root: PathBuf,
+    boxes: usize,
+    findings: Vec<String>,
+    /// What is no fault, and takes space.
+    notes: Vec<String>,
+}
+
+fn look(home: &Path) -> Result<Report> {
     let home = Home::open(home)?;
     let journal = Journal::open(&home, true);
     let store = Store::to_look(home, journal);
@@ -27,31 +76,72 @@ pub fn run(home: &Path, out: &mut dyn Write) -> Result<bool> {
         bases: store.home.bases()?,
         store: &store,
         findings: Vec::new(),
+        notes: Vec::new(),
     };
     check.schema();
     check.headers();
     check.boxes();
+    check.unneeded_of_boxlite();
     check.bases();
     check.leftovers()?;
-    let findings = check.findings;
-    let boxes = store.home.catalog()?.boxes().len();
-    let print = |out: &mut dyn Write| -> std::io::Result<()> {
-        for finding in &findings {
-            writeln!(out, "{finding}")?;
+    Ok(Report {
+        root: store.home.root().to_owned(),
+        boxes: check.catalog.boxes().len(),
+        findings: check.findings,
+        notes: check.notes,
+    })
+}
+
+impl Store {
+    /// Removes what a crash left and nothing needs, gives rows to bases that are read, and makes
+    /// snapshots of layers that lie in a snapshot's place without a row. Boxes that run are left alone.
+    fn repair(&self) -> Result<()> {
+        // Says why, where nothing can be changed now.
+        drop(self.home.change()?);
+        let catalog = self.home.catalog()?;
+        for record in catalog.boxes() {
+            if self.home.activity(record) != Activity::Idle {
+                continue;
+            }
+            let repaired = self
+                .prepare(&record.id)
+                .and_then(|mut prepared| prepared.record_orphans());
+            if let Err(error) = repaired {
+                self.journal.note(&format!("repair: {error}"));
+            }
         }
-        let state = match findings.len() {
-            0 => "clean".to_owned(),
-            1 => "1 finding".to_owned(),
-            many => format!("{many} findings"),
-        };
-        writeln!(
-            out,
-            "{}: {boxes} boxes, {state}",
-            store.home.root().display()
-        )
-    };
-    print(out).context(|| "cannot print what was found")?;
-    Ok(findings.is_empty())
+        self.free_unneeded()
+    }
+}
+
+impl Prepared<'_> {
+    /// Layers in a snapshot's place that have no row, and whose chain can be read: recovery has left them
+    /// because they may be the only copy of a state. They become snapshots, which the user can
+    /// look at and delete.
+    fn record_orphans(&mut self) -> Result<()> {
+        let home = &self.store.home;
+        let rows = self.snapshots()?;
+        for name in names_in(&home.snapshots_dir(&self.record.id))? {
+            let path = home.snapshot_disk(&self.record.id, &name);
+            let has_row = rows.iter().any(|row| row.name == name);
+            if has_row || !is_snapshot_name(&name) || !path.is_file() {
+                continue;
+            }
+            let Ok(chain) = Chain::open(&path, home.root(), home.owner().uid) else {
+                continue;
+            };
+            let made = chain.changed_at().duration_since(std::time::UNIX_EPOCH);
+            let made = made.map_or(0, |age| i64::try_from(age.as_secs()).unwrap_or(0));
+            let size = chain.virtual_size();
+            drop(chain);
+            self.record_snapshot(&snapshot_id()?, &name, &path, size, made)?;
+            self.store.journal.note(&format!(
+                "box {}: recorded snapshot {name}, whose layer had no row",
+                called(&self.record)
+            ));
+        }
+        Ok(())
+    }
 }
 
 struct Check<'s> {
@@ -60,6 +150,7 @@ struct Check<'s> {
     layers: Layers,
     bases: Vec<BaseRecord>,
     findings: Vec<String>,
+    notes: Vec<String>,
 }
 
 impl Check<'_> {
@@ -172,6 +263,28 @@ impl Check<'_> {
         }
     }
 
+    /// Bases that BoxLite made, keeps for a box, and nothing reads: it frees them with that box.
+    fn unneeded_of_boxlite(&mut self) {
+        let named = self.store.named_in(&self.catalog);
+        let bases: Vec<BaseRecord> = self
+            .bases
+            .iter()
+            .filter(|row| !row.is_ours())
+            .cloned()
+            .collect();
+        let rows = Rows::new(self.catalog.boxes(), &bases, &named);
+        let files = self.layers.files().iter();
+        let unneeded = files.filter(|file| rows.is_unneeded(file, &self.layers));
+        let notes = unneeded.map(|file| {
+            format!(
+                "nothing reads from BoxLite's {} any more ({}); boxlitefs compact frees it",
+                file.path.display(),
+                amount(file.allocated)
+            )
+        });
+        self.notes.extend(notes);
+    }
+
     /// Rows of bases and their files.
     fn bases(&mut self) {
         let rows = std::mem::take(&mut self.bases);
@@ -202,7 +315,11 @@ impl Check<'_> {
                     Some(_) => "it is read from, so it stays",
                     None => "nothing reads from it; it is kept, for it can be what a crash left of a box's disk",
                 };
-                format!("{} has no row in the database; {read}", file.path.display())
+                format!(
+                    "{} ({}) has no row in the database; {read}",
+                    file.path.display(),
+                    amount(file.allocated)
+                )
             })
             .collect();
         self.findings.extend(without);
@@ -210,14 +327,12 @@ impl Check<'_> {
             .iter()
             .filter(|row| row.is_ours())
             .filter_map(|row| self.layers.at(&resolve(Path::new(&row.base_path)).ok()?))
-            .filter(|file| {
-                file.names == 1 && self.layers.readers_of(&file.path).next().is_none()
-            })
+            .filter(|file| file.names == 1 && self.layers.readers_of(&file.path).next().is_none())
             .map(|file| {
                 format!(
-                    "{} is a leftover, nothing reads from it ({} bytes); mounting the home frees it",
+                    "{} is a leftover, nothing reads from it ({}); mounting the home frees it",
                     file.path.display(),
-                    allocated(&file.path)
+                    amount(file.allocated)
                 )
             })
             .collect();
@@ -232,8 +347,9 @@ impl Check<'_> {
             let dir = home.box_dir(&id);
             let Some(record) = self.catalog.box_by_id(&id) else {
                 found.push(format!(
-                    "{} belongs to no box; BoxLite removes it at its next start",
-                    dir.display()
+                    "{} belongs to no box ({}); BoxLite removes it at its next start",
+                    dir.display(),
+                    amount(taken(&dir))
                 ));
                 continue;
             };
@@ -245,18 +361,21 @@ impl Check<'_> {
             }
             for name in names_in(&home.snapshots_dir(&id))? {
                 if self.catalog.snapshot_by_name(&id, &name).is_none() {
+                    let dir = home.snapshots_dir(&id).join(name);
                     found.push(format!(
-                        "{} belongs to no snapshot of box {}",
-                        home.snapshots_dir(&id).join(name).display(),
-                        called(record)
+                        "{} belongs to no snapshot of box {} ({}); boxlitefs check --repair makes one of it, or removes it where nothing is lost",
+                        dir.display(),
+                        called(record),
+                        amount(taken(&dir))
                     ));
                 }
             }
         }
         for dir in workspace::abandoned(home) {
             found.push(format!(
-                "{} was left by a boxlitefs that was killed; mounting the home removes it",
-                dir.display()
+                "{} was left by a boxlitefs that was killed ({}); mounting the home removes it",
+                dir.display(),
+                amount(taken(&dir))
             ));
         }
         self.findings.extend(found);
@@ -264,6 +383,15 @@ impl Check<'_> {
     }
 }
 
-fn allocated(path: &Path) -> u64 {
-    std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512)
+/// Bytes that what is below a directory takes on the disk; names it shares with others count, too.
+fn taken(dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return 0;
+    };
+    let of_entry = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => taken(&entry.path()),
+        Ok(meta) => meta.blocks() * 512,
+        Err(_) => 0,
+    };
+    entries.filter_map(|entry| entry.ok()).map(of_entry).sum()
 }

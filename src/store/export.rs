@@ -119,6 +119,7 @@ impl Store {
     /// # Errors
     /// ENODATA when the box has no disk yet, EBUSY while it runs, ENOENT, EIO.
     pub fn open_export(&self, source: &Source) -> Result<(Arc<Export>, Contents)> {
+        self.foreground.touch();
         let record = self.record_of(source)?;
         if let Source::Live { .. } = source {
             self.refuse_active(&record)?;
@@ -286,6 +287,37 @@ impl Store {
         drop(exports);
         self.forget_gone_compressed(catalog);
         self.forget_gone_insides(catalog);
+    }
+}
+
+impl Store {
+    /// Lets go of the plans that nobody reads, and with them of the open layers. Returns how many there
+    /// were, and are.
+    pub(super) fn let_go_of_unread_exports(&self) -> usize {
+        let mut exports = self.exports.lock();
+        let kept_before = exports.kept.len();
+        for known in exports.known.values_mut() {
+            if known
+                .plan
+                .as_ref()
+                .is_some_and(|plan| Arc::strong_count(plan) == 1)
+            {
+                known.plan = None;
+            }
+        }
+        let ExportCache { known, kept } = &mut *exports;
+        kept.retain(|source| known.get(source).is_some_and(|known| known.plan.is_some()));
+        kept_before
+    }
+
+    /// Whether anybody reads an export.
+    pub(super) fn is_read(&self) -> bool {
+        let exports = self.exports.lock();
+        let mut plans = exports
+            .known
+            .values()
+            .filter_map(|known| known.plan.as_ref());
+        plans.any(|plan| Arc::strong_count(plan) > 1)
     }
 }
 

@@ -1,24 +1,24 @@
 //! Freezing the live disk: it becomes a base, and an empty overlay takes the writes.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::SystemTime;
 
+use super::combine::Combined;
 use super::crash::crash_point;
 use super::durable;
+use super::layers::resolve;
 use super::prepare::{Prepared, now};
 use super::{Source, Store, called};
-use crate::disk::{self, FileId, Flattened, Format, Header, Layer};
+use crate::disk::{self, FileId, Format, Header, Layer};
 use crate::home::{NewBase, base_id};
 use crate::{Context, Error, Result};
 
 /// Most backing files a live disk may have: with one more libkrun can't start the box.
-const MOST_BACKING: usize = 8;
+pub(super) const MOST_BACKING: usize = 8;
 
-/// Bytes written at once.
-const PIECE: usize = 1024 * 1024;
+/// Most backing files that a chain which was too long is left with: so that the next few changes find
+/// room.
+pub(super) const BACKING_LEFT: usize = 4;
 
 /// What the live disk was when it was frozen.
 #[derive(Clone, Debug)]
@@ -58,15 +58,8 @@ pub(super) struct Draft {
     /// The overlay that will replace the live disk, where that will be frozen.
     overlay: Option<PathBuf>,
     virtual_size: u64,
-    /// The disk as one standalone image, where its chain is too long to be stacked upon.
-    flat: Option<Flat>,
-}
-
-/// A chain written out as one image, and the state of its top it was written from.
-struct Flat {
-    file: PathBuf,
-    id: FileId,
-    changed: SystemTime,
+    /// The upper layers of its chain as one, where that is too long to be stacked upon.
+    flat: Option<Combined>,
 }
 
 impl Store {
@@ -84,7 +77,7 @@ impl Store {
         let holds_data = Layer::open(&live, Format::Qcow2)?.holds_data()?;
         if holds_data && disk::chain_paths(&live)?.len() > MOST_BACKING {
             self.refuse_active_box(box_id)?;
-            draft.flat = Some(self.flatten(&live)?);
+            draft.flat = self.shortened(&live)?;
         }
         let overlay = self.fresh_path("overlay")?;
         disk::create_overlay(&overlay, &draft.base, Format::Qcow2, header.virtual_size)?;
@@ -95,8 +88,8 @@ impl Store {
         Ok(draft)
     }
 
-    /// For a new box that starts from a disk state. One whose chain is too long is written out as
-    /// one image instead, and the source left alone.
+    /// For a new box that starts from a disk state. Of one whose chain is too long the upper layers are
+    /// written out as one instead, and the source left alone.
     pub(super) fn draft_clone(&self, source: &Source) -> Result<Draft> {
         self.refuse_read_only()?;
         let top = self.top_of(source)?;
@@ -107,11 +100,14 @@ impl Store {
             return self.draft_share(source);
         }
         self.refuse_active_box(source.box_id())?;
+        let Some(flat) = self.shortened(&top)? else {
+            return self.draft_share(source);
+        };
         Ok(Draft {
             base: self.home.base_disk(&base_id()?),
             overlay: None,
             virtual_size: header.virtual_size,
-            flat: Some(self.flatten(&top)?),
+            flat: Some(flat),
         })
     }
 
@@ -135,29 +131,33 @@ impl Store {
         }
     }
 
-    /// Writes the chain out as one standalone image in the workspace.
-    fn flatten(&self, top: &Path) -> Result<Flat> {
-        let chain = Arc::new(self.open_chain(top)?);
-        let changed = chain.changed_at();
-        let id = FileId::at(top)?;
-        let flattened = Flattened::plan(chain.clone())?;
-        let file = self.fresh_path("flat")?;
-        let flat = Flat { file, id, changed };
-        let sentence = || format!("cannot write {}", flat.file.display());
-        let mut out = File::create_new(&flat.file).context(sentence)?;
-        let mut buffer = vec![0; PIECE];
-        let mut offset = 0;
-        while offset < flattened.len() {
-            let length = PIECE.min(usize::try_from(flattened.len() - offset).unwrap_or(PIECE));
-            flattened.read_at(offset, &mut buffer[..length])?;
-            out.write_all(&buffer[..length]).context(sentence)?;
-            offset += length as u64;
+    /// Makes a chain that is too long to start from short enough, whichever way writes less: layers that
+    /// nothing else needs are merged, or as many upper layers as it takes are written out as one. None
+    /// if it became short enough by merging.
+    fn shortened(&self, top: &Path) -> Result<Option<Combined>> {
+        loop {
+            let layers = self.scan_layers()?;
+            let chain = disk::chain_paths(top)?;
+            let chain: Vec<PathBuf> = chain.iter().flat_map(|path| resolve(path)).collect();
+            if chain.len() <= MOST_BACKING {
+                return Ok(None);
+            }
+            let upper = (chain.len() + 1).saturating_sub(BACKING_LEFT);
+            let written = chain.iter().take(upper);
+            let written: u64 = written
+                .filter_map(|path| Some(layers.at(path)?.allocated))
+                .sum();
+            let mut merges = self.mergeable()?.into_iter();
+            let merge = merges
+                .find(|merge| merge.frees() && merge.is_in(&chain) && merge.allocated() <= written);
+            let merged = merge.map(|merge| self.merge(&merge, &mut |_| Ok(())));
+            if let Some(Ok(_)) = merged {
+                continue;
+            }
+            // Where somebody reads, say, it is done without.
+            let combining = self.combining(top, upper)?;
+            return self.combine(combining, &mut |_| Ok(())).map(Some);
         }
-        chain.unchanged()?;
-        self.home.give_to_owner(&flat.file)?;
-        durable::copy_times(top, &flat.file)?;
-        out.sync_all().context(sentence)?;
-        Ok(flat)
     }
 }
 
@@ -167,12 +167,6 @@ impl Drop for Draft {
         if let Some(overlay) = &self.overlay {
             let _ = fs::remove_file(overlay);
         }
-    }
-}
-
-impl Drop for Flat {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.file);
     }
 }
 
@@ -254,7 +248,7 @@ impl Prepared<'_> {
         ))
     }
 
-    /// Puts a chain that was written out into `bases/`. The row comes first: with a row of ours and
+    /// Puts the layers that were written out as one into `bases/`. The row comes first: with a row of ours and
     /// no file, or a file that nothing reads from, recovery knows what to free.
     fn install_flat(&mut self, draft: &Draft, top: &Path, reader: Option<&str>) -> Result<()> {
         let Some(flat) = &draft.flat else {
@@ -262,7 +256,10 @@ impl Prepared<'_> {
         };
         let sentence = || format!("cannot look at {}", top.display());
         let meta = fs::symlink_metadata(top).context(sentence)?;
-        if FileId::of(&meta) != flat.id || meta.modified().context(sentence)? != flat.changed {
+        let is_same = FileId::of(&meta) == flat.top
+            && meta.modified().context(sentence)? == flat.changed
+            && flat.lies_on_chain_of(top)?;
+        if !is_same {
             return Err(self.replaced_just_now());
         }
         self.record_frozen(&draft.base, &flat.file, draft.virtual_size, reader)?;
@@ -272,7 +269,7 @@ impl Prepared<'_> {
         Ok(())
     }
 
-    /// A disk state whose chain was too long, as the one image it was written out as.
+    /// A disk state whose chain was too long, as the image that its upper layers were written out as.
     pub(super) fn frozen_flat(&mut self, draft: &Draft, top: &Path) -> Result<Option<FrozenDisk>> {
         if draft.flat.is_none() || draft.overlay.is_some() {
             return Ok(None);
@@ -314,7 +311,7 @@ impl Prepared<'_> {
         if Layer::open(top, Format::Qcow2)?.holds_data()? {
             return Ok(None);
         }
-        let path = super::layers::resolve(&backing)?;
+        let path = resolve(&backing)?;
         let below = Header::open(&path)?;
         let stored = header.backing.as_ref().and_then(|backing| backing.format);
         let is_qcow2 = below.is_some() && stored != Some(Format::Raw);

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest, Sha256};
 
@@ -17,6 +17,10 @@ use crate::{Error, Result};
 
 /// States kept open although nobody has a file of them open.
 const KEPT: usize = 8;
+
+/// A state that nobody has a file of open is let go of when nobody looked into it for so long: its
+/// layers can't be merged meanwhile, and their space does not come back.
+const UNUSED: Duration = Duration::from_secs(5);
 
 /// One state of a disk: what the inodes of files in it are numbered by. Small, and kept as long as the
 /// kernel knows one of them; what it takes to read them is an [`Inside`].
@@ -155,10 +159,24 @@ impl Inside {
     }
 }
 
+/// A state that is kept open.
+struct Kept {
+    layers: LayerStates,
+    inside: Arc<Inside>,
+    used: Instant,
+}
+
+impl Kept {
+    /// Whether a file of it is open, or somebody looked into it just now.
+    fn is_used(&self) -> bool {
+        Arc::strong_count(&self.inside) > 1 || self.used.elapsed() < UNUSED
+    }
+}
+
 /// States looked into before.
 #[derive(Default)]
 pub(super) struct InsideCache {
-    known: HashMap<Source, (LayerStates, Arc<Inside>)>,
+    known: HashMap<Source, Kept>,
     /// States that something still knows, by slot.
     states: HashMap<u32, Weak<DiskState>>,
     /// What was read of guests.
@@ -180,10 +198,10 @@ impl Store {
         let top = self.existing_top(source, &record)?;
         {
             let mut cache = self.insides.lock();
-            if let Some((state, inside)) = cache.known.get(source)
-                && state.hold(&top)
+            if let Some(kept) = cache.known.get(source)
+                && kept.layers.hold(&top)
             {
-                let inside = inside.clone();
+                let inside = kept.inside.clone();
                 cache.was_used(source);
                 return Ok(inside);
             }
@@ -198,7 +216,12 @@ impl Store {
             allocated: OnceLock::new(),
             caches: cache.caches.clone(),
         });
-        cache.known.insert(source.clone(), (layers, inside.clone()));
+        let kept = Kept {
+            layers,
+            inside: inside.clone(),
+            used: Instant::now(),
+        };
+        cache.known.insert(source.clone(), kept);
         cache.was_used(source);
         Ok(inside)
     }
@@ -209,11 +232,12 @@ impl Store {
     /// ESTALE when the disk has another state by now; as [`Store::look_inside`].
     pub fn look_again(&self, state: &DiskState) -> Result<Arc<Inside>> {
         {
-            let cache = self.insides.lock();
-            if let Some((_, inside)) = cache.known.get(&state.source)
-                && *inside.state == *state
+            let mut cache = self.insides.lock();
+            if let Some(kept) = cache.known.get_mut(&state.source)
+                && *kept.inside.state == *state
             {
-                return Ok(inside.clone());
+                kept.used = Instant::now();
+                return Ok(kept.inside.clone());
             }
         }
         match self.look_inside(&state.source) {
@@ -221,6 +245,20 @@ impl Store {
             Err(error) if !matches!(error.errno(), libc::ENOENT | libc::ENODATA) => Err(error),
             _ => Err(changed()),
         }
+    }
+
+    /// Lets go of states that nobody looks into. Returns how many there are left.
+    pub(super) fn let_go_of_unused_insides(&self) -> usize {
+        let mut cache = self.insides.lock();
+        cache.known.retain(|_, kept| kept.is_used());
+        let InsideCache { known, used, .. } = &mut *cache;
+        used.retain(|source| known.contains_key(source));
+        used.len()
+    }
+
+    /// Whether anybody looks into a state.
+    pub(super) fn is_looked_into(&self) -> bool {
+        self.insides.lock().known.values().any(Kept::is_used)
     }
 
     /// Lets go of states that are gone.
@@ -248,6 +286,9 @@ impl InsideCache {
     }
 
     fn was_used(&mut self, source: &Source) {
+        if let Some(kept) = self.known.get_mut(source) {
+            kept.used = Instant::now();
+        }
         self.used.retain(|used| used != source);
         self.used.push(source.clone());
         while self.used.len() > KEPT {

@@ -1,12 +1,13 @@
 //! Who depends on whom: every image file of the home and the backing path its header names.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Store;
 use crate::disk::{FileId, Header};
+use crate::home::BaseRecord;
 use crate::{Context, Error, Result};
 
 /// What a file is to BoxLite.
@@ -27,6 +28,10 @@ pub(super) struct ImageFile {
     pub id: FileId,
     /// Names the inode has, ours or not.
     pub names: u64,
+    /// As long as this is the same, so is its header.
+    pub stamp: Stamp,
+    /// Bytes it takes on the disk.
+    pub allocated: u64,
     pub role: Role,
     /// The backing path in its header, resolved; None for an image without one.
     pub backing: Option<PathBuf>,
@@ -42,6 +47,8 @@ impl ImageFile {
             path,
             id: FileId { dev: 0, ino: 0 },
             names: 0,
+            stamp: Stamp::default(),
+            allocated: 0,
             role,
             backing: None,
         }
@@ -61,16 +68,32 @@ impl ImageFile {
 pub(super) struct Layers {
     files: Vec<ImageFile>,
     by_path: HashMap<PathBuf, usize>,
+    by_id: HashMap<FileId, Vec<usize>>,
+    by_box: HashMap<String, Vec<usize>>,
+    /// Who names a path in its header.
+    readers: HashMap<PathBuf, Vec<usize>>,
 }
 
 impl Layers {
     fn new(files: Vec<ImageFile>) -> Self {
-        let by_path = files
-            .iter()
-            .enumerate()
-            .map(|(index, file)| (file.path.clone(), index))
-            .collect();
-        Layers { files, by_path }
+        let mut layers = Layers::default();
+        for (index, file) in files.iter().enumerate() {
+            layers.by_path.insert(file.path.clone(), index);
+            layers.by_id.entry(file.id).or_default().push(index);
+            if let Some(box_id) = file.box_id() {
+                let of_box = layers.by_box.entry(box_id.to_owned());
+                of_box.or_default().push(index);
+            }
+            if let Some(backing) = &file.backing {
+                layers
+                    .readers
+                    .entry(backing.clone())
+                    .or_default()
+                    .push(index);
+            }
+        }
+        layers.files = files;
+        layers
     }
 
     /// Every name of every file.
@@ -83,16 +106,53 @@ impl Layers {
         self.by_path.get(path).map(|index| &self.files[*index])
     }
 
+    fn all<'l>(&'l self, indexes: Option<&'l Vec<usize>>) -> impl Iterator<Item = &'l ImageFile> {
+        let indexes = indexes.into_iter().flatten();
+        indexes.filter_map(|index| self.files.get(*index))
+    }
+
     /// Names of one inode.
     pub fn names_of(&self, id: FileId) -> impl Iterator<Item = &ImageFile> {
-        self.files.iter().filter(move |file| file.id == id)
+        self.all(self.by_id.get(&id))
+    }
+
+    /// The files in the directory of a box.
+    pub fn of_box(&self, box_id: &str) -> impl Iterator<Item = &ImageFile> + use<'_> {
+        self.all(self.by_box.get(box_id))
     }
 
     /// Files whose header names this path.
-    pub fn readers_of(&self, path: &Path) -> impl Iterator<Item = &ImageFile> {
-        self.files
-            .iter()
-            .filter(move |file| file.backing.as_deref() == Some(path))
+    pub fn readers_of(&self, path: &Path) -> impl Iterator<Item = &ImageFile> + use<'_> {
+        self.all(self.readers.get(path))
+    }
+
+    /// The boxes that have a chain through `path`.
+    pub fn boxes_above(&self, path: &Path) -> BTreeSet<String> {
+        let mut boxes = BTreeSet::new();
+        let mut seen = HashSet::from([path]);
+        let mut next: Vec<&Path> = vec![path];
+        while let Some(path) = next.pop() {
+            boxes.extend(self.at(path).and_then(ImageFile::box_id).map(str::to_owned));
+            let readers = self
+                .all(self.readers.get(path))
+                .map(|file| file.path.as_path());
+            next.extend(readers.filter(|path| seen.insert(path)));
+        }
+        boxes
+    }
+
+    /// The same without some paths.
+    pub fn without(&self, gone: &[PathBuf]) -> Layers {
+        let files = self.files.iter();
+        let left = files.filter(|file| !gone.contains(&file.path));
+        let mut left: Vec<ImageFile> = left.cloned().collect();
+        for file in &mut left {
+            let lost = self
+                .names_of(file.id)
+                .filter(|name| gone.contains(&name.path));
+            file.names = file.names.saturating_sub(lost.count() as u64);
+        }
+        Layers::new(left)
     }
 
     /// The paths of a file's chain, the file first. Ends at what is no image file of the home (a
@@ -123,7 +183,7 @@ pub(super) struct HeaderCache {
 }
 
 /// Length, modification and change time (ns): a rebase, ours or anyone's, changes the last.
-type Stamp = (u64, i128, i128);
+pub(super) type Stamp = (u64, i128, i128);
 
 fn stamp(meta: &fs::Metadata) -> Stamp {
     let nanoseconds = |s: i64, ns: i64| i128::from(s) * 1_000_000_000 + i128::from(ns);
@@ -163,44 +223,88 @@ pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
     Ok(dir.join(name))
 }
 
-/// Like [`resolve`], for paths that may point nowhere: those stay as they are.
-fn resolve_or_keep(path: PathBuf) -> PathBuf {
-    resolve(&path).unwrap_or(path)
+/// What is found while all files are looked at.
+#[derive(Default)]
+struct Scan {
+    files: Vec<ImageFile>,
+    directories: Directories,
+}
+
+/// Directories that were resolved: thousands of headers name files in the same few.
+#[derive(Default)]
+pub(super) struct Directories {
+    resolved: HashMap<PathBuf, Option<PathBuf>>,
+}
+
+impl Directories {
+    /// Like [`resolve`], for paths that may point nowhere: those stay as they are.
+    pub fn resolve(&mut self, path: PathBuf) -> PathBuf {
+        let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+            return path;
+        };
+        let known = match self.resolved.get(dir) {
+            Some(known) => known,
+            None => {
+                let resolved = fs::canonicalize(dir).ok();
+                self.resolved.entry(dir.to_owned()).or_insert(resolved)
+            }
+        };
+        match known {
+            Some(dir) => dir.join(name),
+            None => path,
+        }
+    }
 }
 
 impl Store {
+    /// The resolved path that the row of a base names.
+    ///
+    /// # Errors
+    /// ENOENT when its directory is gone.
+    pub(super) fn path_of_base(&self, row: &BaseRecord) -> Result<PathBuf> {
+        let path = PathBuf::from(&row.base_path);
+        match path.parent() == Some(self.home.bases_dir().as_path()) {
+            // The home's own path is resolved.
+            true => Ok(path),
+            false => resolve(&path),
+        }
+    }
+
     /// Every image file in `bases/` and `boxes/`, with rows or without.
     ///
     /// # Errors
     /// Those of reading the directories.
     pub(super) fn scan_layers(&self) -> Result<Layers> {
-        let mut files = Vec::new();
+        let mut scan = Scan::default();
         for name in names_in(&self.home.bases_dir())? {
             if let Some(id) = name.strip_suffix(".qcow2") {
                 let role = Role::Base { id: id.to_owned() };
-                self.look_at(self.home.base_disk(id), role, &mut files);
+                self.look_at(self.home.base_disk(id), role, &mut scan);
             }
         }
         for box_id in names_in(&self.home.boxes_dir())? {
             let role = Role::Live {
                 box_id: box_id.clone(),
             };
-            self.look_at(self.home.live_disk(&box_id), role, &mut files);
+            self.look_at(self.home.live_disk(&box_id), role, &mut scan);
             for name in names_in(&self.home.snapshots_dir(&box_id))? {
                 let path = self.home.snapshot_disk(&box_id, &name);
                 let role = Role::Snapshot {
                     box_id: box_id.clone(),
                     name,
                 };
-                self.look_at(path, role, &mut files);
+                self.look_at(path, role, &mut scan);
             }
         }
-        let ids: HashSet<FileId> = files.iter().map(|file| file.id).collect();
-        self.headers.lock().known.retain(|id, _| ids.contains(id));
-        Ok(Layers::new(files))
+        let layers = Layers::new(scan.files);
+        let mut headers = self.headers.lock();
+        headers.known.retain(|id, _| layers.by_id.contains_key(id));
+        drop(headers);
+        Ok(layers)
     }
 
-    fn look_at(&self, path: PathBuf, role: Role, files: &mut Vec<ImageFile>) {
+    fn look_at(&self, path: PathBuf, role: Role, scan: &mut Scan) {
+        let files = &mut scan.files;
         let meta = match fs::symlink_metadata(&path) {
             Ok(meta) => meta,
             Err(e) if is_absent(&e) => return,
@@ -211,19 +315,22 @@ impl Store {
             return files.push(ImageFile::unreadable(path, role, why));
         }
         let id = FileId::of(&meta);
-        let (backing, damaged) = match self.backing_of(&path, id, stamp(&meta)) {
+        let stamp = stamp(&meta);
+        let (backing, damaged) = match self.backing_of(&path, id, stamp) {
             Ok(backing) => (backing, None),
             Err(why) => (None, Some(why)),
         };
         // A relative path counts from the directory of the name it is read by.
         let backing = backing.map(|stored| match path.parent() {
-            Some(dir) => resolve_or_keep(dir.join(stored)),
+            Some(dir) => scan.directories.resolve(dir.join(stored)),
             None => stored,
         });
         files.push(ImageFile {
             path,
             id,
             names: meta.nlink(),
+            stamp,
+            allocated: meta.blocks() * 512,
             role,
             backing,
             damaged,

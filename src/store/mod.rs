@@ -8,6 +8,8 @@ mod adopt;
 mod arrival;
 pub mod check;
 mod clone;
+mod combine;
+pub mod compact;
 mod compressed;
 mod crash;
 mod durable;
@@ -17,6 +19,7 @@ mod import;
 mod inside;
 mod journal;
 mod layers;
+mod merge;
 mod prepare;
 mod recover;
 mod remove_box;
@@ -25,9 +28,12 @@ mod rename;
 mod restore;
 mod snapshot;
 mod spool;
+mod upkeep;
+mod usage;
 mod workspace;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -38,6 +44,8 @@ pub use export::Contents;
 pub use inside::{DiskState, Inside};
 pub use journal::Journal;
 pub use spool::Spool;
+pub use upkeep::{Compacting, Upkeep};
+pub use usage::Usage;
 
 use crate::home::{BoxRecord, Catalog, Home, Remembered, SnapshotRecord};
 use crate::{Error, Result};
@@ -91,6 +99,8 @@ pub struct Store {
     compressed: Mutex<compressed::CompressedCache>,
     turns: compressed::Turns,
     insides: Mutex<inside::InsideCache>,
+    foreground: Arc<upkeep::Foreground>,
+    usage: Mutex<usage::UsageCache>,
     read_only: bool,
 }
 
@@ -129,6 +139,8 @@ impl Store {
             compressed: Mutex::default(),
             turns: compressed::Turns::default(),
             insides: Mutex::default(),
+            foreground: Arc::default(),
+            usage: Mutex::default(),
             read_only,
         }
     }
@@ -171,6 +183,14 @@ impl Store {
     /// Where the layer of a snapshot is: what BoxLite's row says, if that is among the snapshots of
     /// its box or in `bases/`; else (a copied home) where it must be in this home.
     pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
+        let own = self.home.snapshot_disk(&snapshot.box_id, &snapshot.name);
+        // As BoxLite and we write it, and nothing to be resolved: there may be thousands.
+        if snapshot
+            .base_path()
+            .is_some_and(|path| Path::new(&path) == own)
+        {
+            return own;
+        }
         let snapshots = self.home.snapshots_dir(&snapshot.box_id);
         let recorded = snapshot
             .base_path()
@@ -182,7 +202,7 @@ impl Store {
             {
                 path
             }
-            _ => self.home.snapshot_disk(&snapshot.box_id, &snapshot.name),
+            _ => own,
         }
     }
 

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::layers::{Layers, resolve};
+use super::remove_snapshot::is_at;
 use super::{Store, called};
 use crate::disk::FileId;
-use crate::home::{Activity, BoxRecord, Change, NewBase, SnapshotRecord, base_id};
+use crate::home::{Activity, BaseRecord, BoxRecord, Change, NewBase, SnapshotRecord, base_id};
 use crate::{Error, Result};
 
 /// A box that may be changed: the lock is held, it is not running, recovery is done, every layer
@@ -36,6 +37,7 @@ impl Store {
     /// As [`Store::prepare`].
     pub(super) fn look_at_box(&self, box_id: &str) -> Result<Prepared<'_>> {
         self.refuse_read_only()?;
+        self.foreground.touch();
         let change = self.home.change()?;
         let record = change.box_by_id(box_id)?;
         let prepared = Prepared {
@@ -154,6 +156,17 @@ impl Prepared<'_> {
         self.refuse_foreign_layers()
     }
 
+    /// Likewise, by headers that were read already.
+    pub(super) fn refuse_strangers_in(&self, layers: &Layers) -> Result<()> {
+        self.store.refuse_copied(&self.record)?;
+        let tops = self.tops()?;
+        let mut paths = tops.iter().flat_map(|top| layers.chain(top));
+        let root = self.store.home.root();
+        paths
+            .find(|path| !path.starts_with(root))
+            .map_or(Ok(()), |outside| Err(self.outside(outside)))
+    }
+
     /// EPERM when a chain leaves the home.
     fn refuse_foreign_layers(&self) -> Result<()> {
         for chain in self.chains()? {
@@ -161,17 +174,21 @@ impl Prepared<'_> {
                 .iter()
                 .find(|path| !path.starts_with(self.store.home.root()))
             {
-                return Err(Error::new(
-                    libc::EPERM,
-                    format!(
-                        "the disk of box {} reads from {}, outside this home; nothing is changed, for that file may be another home's. Export the box and import it again to make it whole",
-                        called(&self.record),
-                        outside.display()
-                    ),
-                ));
+                return Err(self.outside(outside));
             }
         }
         Ok(())
+    }
+
+    fn outside(&self, layer: &Path) -> Error {
+        Error::new(
+            libc::EPERM,
+            format!(
+                "the disk of box {} reads from {}, outside this home; nothing is changed, for that file may be another home's. Export the box and import it again to make it whole",
+                called(&self.record),
+                layer.display()
+            ),
+        )
     }
 
     /// Makes every base in any chain of the box referred to by the box, so that BoxLite does not
@@ -183,16 +200,12 @@ impl Prepared<'_> {
         reached.retain(|path| path.parent() == Some(bases_dir.as_path()));
         reached.sort();
         reached.dedup();
-        let rows = self.change.bases()?;
         let referred = self.change.refs_of(&self.record.id)?;
         let mut new_bases = Vec::new();
         let mut new_refs = Vec::new();
         for path in reached {
-            let row = rows
-                .iter()
-                .find(|row| resolve(Path::new(&row.base_path)).is_ok_and(|p| p == path));
-            let id = match row {
-                Some(row) => row.id.clone(),
+            let id = match self.base_at(&path)? {
+                Some(row) => row.id,
                 None => {
                     let base = self.store.new_base(&path, &path)?;
                     let id = base.id.clone();
@@ -220,17 +233,18 @@ impl Prepared<'_> {
 
     /// The ids of the bases that a chain reaches, all of which have rows after `prepare`.
     pub fn bases_reached(&self, top: &Path) -> Result<Vec<String>> {
-        let rows = self.change.bases()?;
         let mut ids = Vec::new();
         for path in crate::disk::chain_paths(top)? {
-            let path = resolve(&path)?;
-            for row in &rows {
-                if resolve(Path::new(&row.base_path)).is_ok_and(|p| p == path) {
-                    ids.push(row.id.clone());
-                }
-            }
+            let row = self.base_at(&resolve(&path)?)?;
+            ids.extend(row.map(|row| row.id));
         }
         Ok(ids)
+    }
+
+    /// The row of the base with this (resolved) path.
+    pub fn base_at(&self, path: &Path) -> Result<Option<BaseRecord>> {
+        let mut rows = self.change.bases_at(path)?.into_iter();
+        Ok(rows.find(|row| is_at(row, path)))
     }
 
     /// All image files of the home as they are now.

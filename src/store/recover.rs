@@ -2,7 +2,7 @@
 //! finished the way the table in `docs/design.md` says. Always under the lock, and only for a box
 //! that is not running.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use super::prepare::{Prepared, now};
 use super::workspace;
 use super::{Store, called};
 use crate::disk::{FileId, Header};
-use crate::home::{Activity, Change, is_snapshot_name, snapshot_id};
+use crate::home::{Activity, BaseRecord, Change, is_snapshot_name, snapshot_id};
 use crate::{Context, Error, Result};
 
 impl Store {
@@ -31,7 +31,7 @@ impl Store {
         }
         match self.home.change() {
             Ok(change) => {
-                if let Err(error) = self.recover_home(change) {
+                if let Err(error) = self.recover_home(change, false) {
                     self.journal.note(&format!("recovery stopped: {error}"));
                 }
             }
@@ -39,7 +39,17 @@ impl Store {
         }
     }
 
-    fn recover_home(&self, mut change: Change<'_>) -> Result<()> {
+    /// Frees all that nothing needs any more, after recovering what can be.
+    ///
+    /// # Errors
+    /// EBUSY when a runtime holds the lock, EROFS, EIO.
+    pub(super) fn free_unneeded(&self) -> Result<()> {
+        self.recover_home(self.home.change()?, true)
+    }
+
+    /// Recovers all boxes that are idle, and frees what nothing needs any more. `thorough`: also what
+    /// BoxLite made of a box and would free with it.
+    fn recover_home(&self, mut change: Change<'_>, thorough: bool) -> Result<()> {
         self.remove_unrecorded(&change)?;
         let mut boxes = change.boxes()?;
         let Some(first) = boxes.pop() else {
@@ -52,11 +62,13 @@ impl Store {
             change,
             record: first,
         };
+        // One look at all layers for all boxes, before and after: the lock is held.
+        let layers = self.scan_layers()?;
         let mut all_are_at_home = true;
         let mut recovered = Vec::new();
         for record in boxes {
             prepared.record = record;
-            if let Err(error) = prepared.refuse_strangers() {
+            if let Err(error) = prepared.refuse_strangers_in(&layers) {
                 all_are_at_home = false;
                 self.journal.note(&error.to_string());
                 continue;
@@ -77,12 +89,16 @@ impl Store {
             // Paths in rows and headers may be those of another home.
             return Ok(());
         }
-        // One look at all layers for all boxes: the lock is held.
         let layers = self.scan_layers()?;
         let mut given_up = BTreeSet::new();
+        let mut refs = prepared.change.refs()?;
+        let bases = prepared.change.bases()?.into_iter();
+        let bases: HashMap<String, BaseRecord> = bases.map(|row| (row.id.clone(), row)).collect();
         for record in recovered {
+            let referred = refs.remove(&record.id).unwrap_or_default();
+            let referred = referred.iter().filter_map(|id| bases.get(id).cloned());
             prepared.record = record;
-            let dropped = prepared.drop_leftover_refs(&layers)?;
+            let dropped = prepared.drop_leftover_refs(&layers, referred.collect(), thorough)?;
             given_up.extend(dropped.into_iter().map(|row| row.id));
         }
         self.drop_rows_without_files(&mut prepared.change)?;
@@ -278,13 +294,16 @@ impl Store {
             .bases()?
             .into_iter()
             .filter(|row| {
-                let Ok(path) = resolve(Path::new(&row.base_path)) else {
+                let Ok(path) = self.path_of_base(row) else {
                     return false;
                 };
-                let absent = fs::symlink_metadata(&path)
-                    .is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+                let is_absent = || {
+                    fs::symlink_metadata(&path)
+                        .is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+                };
                 row.is_ours()
-                    && absent
+                    && layers.at(&path).is_none()
+                    && is_absent()
                     && path.parent() == Some(self.home.bases_dir().as_path())
                     && layers.damaged().is_none()
                     && layers.readers_of(&path).next().is_none()

@@ -1,13 +1,13 @@
 //! `rm -r web`: a box goes, and with it every snapshot of it. Layers that others read from stay.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::clone::{UNRECORDED, mark_unrecorded};
 use super::crash::crash_point;
-use super::layers::{names_in, resolve};
+use super::layers::{Directories, names_in};
 use super::prepare::Prepared;
 use super::{Store, called, durable};
 use crate::home::BaseRecord;
@@ -174,23 +174,24 @@ impl Prepared<'_> {
     /// box's references are gone, BoxLite goes by the others'.
     fn complete_refs_of_others(&mut self) -> Result<()> {
         let layers = self.layers()?;
-        let mut ids = Vec::new();
+        let mut ids: HashMap<PathBuf, Vec<String>> = HashMap::new();
+        let mut directories = Directories::default();
         for row in self.change.bases()? {
-            if let Ok(path) = resolve(Path::new(&row.base_path)) {
-                ids.push((path, row.id));
-            }
+            let path = directories.resolve(PathBuf::from(row.base_path));
+            ids.entry(path).or_default().push(row.id);
         }
+        let refs = self.change.refs()?;
         let mut missing = BTreeSet::new();
         for record in self.change.boxes()? {
             if record.id == self.record.id {
                 continue;
             }
-            let referred = self.change.refs_of(&record.id)?;
-            let files = layers.files().iter();
-            for file in files.filter(|file| file.box_id() == Some(&record.id)) {
+            let referred = refs.get(&record.id);
+            let has = |id: &String| referred.is_some_and(|referred| referred.contains(id));
+            for file in layers.of_box(&record.id) {
                 for path in layers.chain(&file.path) {
-                    let base = ids.iter().filter(|(known, _)| known == path);
-                    for (_, id) in base.filter(|(_, id)| !referred.contains(id)) {
+                    let known = ids.get(path).into_iter().flatten();
+                    for id in known.filter(|id| !has(id)) {
                         missing.insert((id.clone(), record.id.clone()));
                     }
                 }

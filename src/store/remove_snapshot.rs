@@ -1,6 +1,6 @@
 //! `rmdir web/snapshots/NAME`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::Store;
@@ -102,84 +102,117 @@ impl Store {
     }
 
     /// Likewise, of those that `may_go` says; one of BoxLite's only when no box refers to it any more.
+    /// That one is made ours first, so that a crash leaves nothing of BoxLite's half gone.
     pub(super) fn free_bases(
         &self,
         change: &mut Change<'_>,
         may_go: &dyn Fn(&BaseRecord) -> bool,
     ) -> Result<()> {
+        let mut layers = self.scan_layers()?;
+        let Some(named) = self.named_by_rows(change, &layers)? else {
+            return Ok(());
+        };
+        let mut rows = change.bases()?;
+        rows.retain(may_go);
+        let referred = change.referred_bases()?;
+        rows.retain(|row| row.is_ours() || !referred.contains(&row.id));
         loop {
-            let layers = self.scan_layers()?;
-            let Some(needed) = self.needed(change, &layers)? else {
-                return Ok(());
-            };
-            let mut rows = change.bases()?;
-            rows.retain(may_go);
-            let referred = change.referred_bases()?;
-            rows.retain(|row| row.is_ours() || !referred.contains(&row.id));
             let free = layers.files().iter().find_map(|file| {
-                let Role::Base { .. } = file.role else {
-                    return None;
-                };
                 // One name known and one name in all: no snapshot, no live disk, no backup.
-                if needed.contains(file.path.as_path()) || file.names != 1 {
+                let is_needed =
+                    layers.readers_of(&file.path).next().is_some() || named.contains(&file.path);
+                if !matches!(file.role, Role::Base { .. }) || is_needed || file.names != 1 {
                     return None;
                 }
-                rows.iter()
-                    .find(|row| resolve(Path::new(&row.base_path)).is_ok_and(|p| p == file.path))
-                    .map(|row| (row.id.clone(), file.path.clone()))
+                let row = rows.iter().find(|row| is_at(row, &file.path))?;
+                Some((row.clone(), file.path.clone()))
             });
-            let Some((id, path)) = free else {
+            let Some((row, path)) = free else {
                 return Ok(());
             };
-            durable::unlink(&path)?;
-            crash_point("free.unlinked");
-            change.transaction(|rows| rows.delete_base(&id))?;
+            self.drop_base(change, &row, &path)?;
+            layers = layers.without(&[path]);
         }
     }
 
-    /// Every path that a header or a snapshot's row names. None while that can't be told: a header
+    /// Removes a base that nothing reads from and that has no other name: the file, then the row.
+    pub(super) fn drop_base(
+        &self,
+        change: &mut Change<'_>,
+        row: &BaseRecord,
+        path: &Path,
+    ) -> Result<()> {
+        if !row.is_ours() {
+            change.transaction(|rows| rows.claim_base(&row.id))?;
+            crash_point("free.claimed");
+        }
+        durable::unlink(path)?;
+        crash_point("free.unlinked");
+        change.transaction(|rows| rows.delete_base(&row.id))
+    }
+
+    /// Every path that a snapshot's row names. None while it can't be told what else is needed: a header
     /// that can't be read may name anything, a layer that a box reads and that is not there may have
     /// another name, and a box whose rows say it has a disk that is not where it belongs may have it put aside.
-    fn needed(&self, change: &Change<'_>, layers: &Layers) -> Result<Option<BTreeSet<PathBuf>>> {
+    pub(super) fn named_by_rows(
+        &self,
+        change: &Change<'_>,
+        layers: &Layers,
+    ) -> Result<Option<BTreeSet<PathBuf>>> {
         if layers.damaged().is_some() {
             return Ok(None);
         }
-        let headers = layers
-            .files()
-            .iter()
-            .filter_map(|file| file.backing.clone());
-        let mut needed: BTreeSet<PathBuf> = headers.collect();
         let mut tops = layers.files().iter().filter(|file| file.box_id().is_some());
         let is_broken = |top: &Path| {
             let chain = layers.chain(top);
-            chain.iter().any(|path| is_gone_from(path, &self.home))
+            chain
+                .iter()
+                .any(|path| is_gone_from(path, layers, &self.home))
         };
         if tops.any(|top| is_broken(&top.path)) {
             return Ok(None);
         }
-        for record in change.boxes()? {
-            let snapshots = change.snapshots_of(&record.id)?;
-            let started = !snapshots.is_empty() || !change.refs_of(&record.id)?.is_empty();
-            if started && layers.at(&self.home.live_disk(&record.id)).is_none() {
+        let snapshots = change.snapshots()?;
+        let mut started = change.referring_boxes()?;
+        started.extend(snapshots.iter().map(|snapshot| snapshot.box_id.clone()));
+        let boxes = change.boxes()?;
+        let has_disk = |id: &str| layers.at(&self.home.live_disk(id)).is_some();
+        if boxes
+            .iter()
+            .any(|record| started.contains(&record.id) && !has_disk(&record.id))
+        {
+            return Ok(None);
+        }
+        let boxes: HashSet<&str> = boxes.iter().map(|record| record.id.as_str()).collect();
+        let mut named = BTreeSet::new();
+        for snapshot in snapshots
+            .iter()
+            .filter(|it| boxes.contains(it.box_id.as_str()))
+        {
+            let layer = self.snapshot_layer(snapshot);
+            if layers.at(&layer).is_none() {
                 return Ok(None);
             }
-            for snapshot in &snapshots {
-                let layer = self.snapshot_layer(snapshot);
-                if layers.at(&layer).is_none() {
-                    return Ok(None);
-                }
-                needed.insert(layer);
-                // As it is spelled, wherever that is.
-                let recorded = snapshot.base_path().unwrap_or_default();
-                needed.extend(resolve(Path::new(&recorded)));
+            // As it is spelled, wherever that is.
+            let recorded = snapshot.base_path().unwrap_or_default();
+            if Path::new(&recorded) != layer {
+                named.extend(resolve(Path::new(&recorded)));
             }
+            named.insert(layer);
         }
-        Ok(Some(needed))
+        Ok(Some(named))
     }
 }
 
+/// Whether the row of a base is that of the file with this (resolved) name.
+pub(super) fn is_at(row: &BaseRecord, path: &Path) -> bool {
+    let row = Path::new(&row.base_path);
+    row == path || (row.file_name() == path.file_name() && resolve(row).is_ok_and(|p| p == path))
+}
+
 /// Whether a path of the home that something names has nothing there.
-fn is_gone_from(path: &Path, home: &Home) -> bool {
-    path.starts_with(home.root())
+fn is_gone_from(path: &Path, layers: &Layers, home: &Home) -> bool {
+    layers.at(path).is_none()
+        && path.starts_with(home.root())
         && std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::crash::crash_point;
-use super::layers::{ImageFile, Layers, resolve};
+use super::layers::{ImageFile, Layers};
 use super::prepare::Prepared;
 use super::{Arrival, Contents, Source, Store, called, durable};
 use crate::disk::FileId;
@@ -146,17 +146,30 @@ impl Prepared<'_> {
     /// Drops what references of the box nothing in it needs any more, and frees the bases that nobody
     /// needs now; also BoxLite's, which goes by references and would keep them for ever.
     pub(super) fn free_surplus(&mut self) -> Result<()> {
-        let surplus = self.surplus_refs(&self.layers()?)?;
-        self.drop_refs(&surplus)?;
+        let surplus = self.drop_surplus_refs(&self.layers()?)?;
         let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
         self.store.free_bases(&mut self.change, &may_go)
     }
 
+    /// Drops all references of the box that nothing in it needs any more. Returns the bases.
+    pub(super) fn drop_surplus_refs(&mut self, layers: &Layers) -> Result<Vec<BaseRecord>> {
+        let referred = self.change.bases_of(&self.record.id)?;
+        let surplus = self.surplus_refs(layers, referred)?;
+        self.drop_refs(&surplus)?;
+        Ok(surplus)
+    }
+
     /// Drops surplus references that a crash left, as far as they would keep BoxLite from removing
     /// another box. Those to what BoxLite made of this one are how it frees that. Returns the bases.
-    pub(super) fn drop_leftover_refs(&mut self, layers: &Layers) -> Result<Vec<BaseRecord>> {
-        let mut surplus = self.surplus_refs(layers)?;
-        surplus.retain(|row| row.source_box_id != self.record.id);
+    /// `thorough`: those, too.
+    pub(super) fn drop_leftover_refs(
+        &mut self,
+        layers: &Layers,
+        referred: Vec<BaseRecord>,
+        thorough: bool,
+    ) -> Result<Vec<BaseRecord>> {
+        let mut surplus = self.surplus_refs(layers, referred)?;
+        surplus.retain(|row| thorough || row.source_box_id != self.record.id);
         self.drop_refs(&surplus)?;
         Ok(surplus)
     }
@@ -173,11 +186,10 @@ impl Prepared<'_> {
         })
     }
 
-    /// The bases that the box refers to, and that none of its files reads from any more or is another name
+    /// The bases that the box refers to (`referred`), and that none of its files reads from any more or is another name
     /// of: a snapshot of a clone that did not change is one of BoxLite's base, which frees that with the
     /// last reference only. None while what the box reads from can't be told for certain.
-    fn surplus_refs(&self, layers: &Layers) -> Result<Vec<BaseRecord>> {
-        let referred = self.change.refs_of(&self.record.id)?;
+    fn surplus_refs(&self, layers: &Layers, referred: Vec<BaseRecord>) -> Result<Vec<BaseRecord>> {
         if referred.is_empty() || self.live().is_none() {
             return Ok(Vec::new());
         }
@@ -188,8 +200,7 @@ impl Prepared<'_> {
         if layers.damaged().is_some() || tops.iter().any(|top| layers.at(top).is_none()) {
             return Ok(Vec::new());
         }
-        let own = layers.files().iter();
-        let own = own.filter(|file| file.box_id() == Some(&self.record.id));
+        let own = layers.of_box(&self.record.id);
         tops.extend(own.map(|file| file.path.clone()));
         let reached: BTreeSet<&Path> = tops.iter().flat_map(|top| layers.chain(top)).collect();
         let named = tops.iter().filter_map(|top| layers.at(top));
@@ -198,12 +209,14 @@ impl Prepared<'_> {
             let is_named = |file: &ImageFile| named.contains(&file.id);
             reached.contains(path) || layers.at(path).is_some_and(is_named)
         };
-        let mut surplus = self.change.bases()?;
+        let mut surplus = referred;
         // A cache of images is read through files that are none of the layers.
         surplus.retain(|row| {
             row.kind != "rootfs"
-                && referred.contains(&row.id)
-                && resolve(Path::new(&row.base_path)).is_ok_and(|path| !is_needed(&path))
+                && self
+                    .store
+                    .path_of_base(row)
+                    .is_ok_and(|path| !is_needed(&path))
         });
         Ok(surplus)
     }

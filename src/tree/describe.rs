@@ -3,13 +3,15 @@
 use serde_json::Value;
 
 use crate::home::{BoxRecord, SnapshotRecord, redact_secrets};
+use crate::store::Usage;
 use crate::{Error, Result};
 
-/// Configuration with the state under `state`, pretty, secret values hidden.
+/// Configuration with the state under `state` and what it takes on the disk under `space`, pretty, secret
+/// values hidden. Its length does not depend on `usage`, so that it is known without looking for that.
 ///
 /// # Errors
 /// EIO when a row is not JSON.
-pub(super) fn box_json(record: &BoxRecord) -> Result<Vec<u8>> {
+pub(super) fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
     let mut value = record.config()?;
     if !record.state.is_empty() {
         value["state"] = record.state()?;
@@ -18,15 +20,31 @@ pub(super) fn box_json(record: &BoxRecord) -> Result<Vec<u8>> {
         value["state"]["status"] = Value::String(record.status.clone());
     }
     redact_secrets(&mut value);
-    pretty(&value)
+    with_usage(value, usage)
 }
 
-/// The snapshot's row.
+/// The snapshot's row, likewise with what it takes.
 ///
 /// # Errors
 /// EIO when it is not JSON.
-pub(super) fn snapshot_json(snapshot: &SnapshotRecord) -> Result<Vec<u8>> {
-    pretty(&snapshot.value()?)
+pub(super) fn snapshot_json(snapshot: &SnapshotRecord, usage: Usage) -> Result<Vec<u8>> {
+    with_usage(snapshot.value()?, usage)
+}
+
+/// Digits of the largest number of bytes.
+const WIDTH: usize = 20;
+
+/// Adds bytes as numbers that are as wide as any, with spaces before them, which JSON allows.
+fn with_usage(mut value: Value, usage: Usage) -> Result<Vec<u8>> {
+    value["space"] = serde_json::json!({"own_bytes": 0, "shared_bytes": 0});
+    let text = String::from_utf8(pretty(&value)?)
+        .map_err(|e| Error::damaged("cannot write JSON").caused_by(e))?;
+    // It is the last of all; what a user wrote stands before it.
+    let (before, space) = text.rsplit_once("\"space\": {").unwrap_or((&text, ""));
+    let space = space
+        .replacen(": 0", &format!(": {:>WIDTH$}", usage.own), 1)
+        .replacen(": 0", &format!(": {:>WIDTH$}", usage.shared), 1);
+    Ok(format!("{before}\"space\": {{{space}").into_bytes())
 }
 
 fn pretty(value: &Value) -> Result<Vec<u8>> {
@@ -58,11 +76,24 @@ mod tests {
             pid: None,
             state: r#"{"status":"stopped","lock_id":3}"#.into(),
         };
-        let text = String::from_utf8(box_json(&record).unwrap()).unwrap();
+        let usage = Usage {
+            own: 5 << 40,
+            shared: 0,
+        };
+        let text = String::from_utf8(box_json(&record, usage).unwrap()).unwrap();
         let value: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["future"], 7);
         assert_eq!(value["state"]["lock_id"], 3);
         assert!(!text.contains("s3cret"));
         assert!(text.contains("\n  \"future\": 7"));
+        assert_eq!(value["space"]["own_bytes"], 5u64 << 40);
+        assert_eq!(value["space"]["shared_bytes"], 0);
+        let most = Usage {
+            own: u64::MAX,
+            shared: u64::MAX,
+        };
+        for usage in [Usage::default(), most] {
+            assert_eq!(box_json(&record, usage).unwrap().len(), text.len());
+        }
     }
 }

@@ -135,11 +135,16 @@ impl Tree {
         let (handle, keep_pages) = match &node {
             Node::Log => (Handle::Log, false),
             Node::BoxJson(id) => {
-                let bytes = describe::box_json(&self.record(id)?)?;
+                let bytes = describe::box_json(&self.record(id)?, self.store.usage_of_box(id)?)?;
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::SnapshotJson(id, snapshot) => {
-                let bytes = describe::snapshot_json(&self.snapshot(id, snapshot)?)?;
+                let row = self.snapshot(id, snapshot)?;
+                let usage = self.store.usage_of(&Source::Snapshot {
+                    box_id: id.clone(),
+                    snapshot_id: snapshot.clone(),
+                })?;
+                let bytes = describe::snapshot_json(&row, usage)?;
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::Export(source) => {

@@ -33,7 +33,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 pub use crate::home::Space;
-pub use crate::store::Compression;
+pub use crate::store::{Compacting, Compression};
 pub use attr::{Attr, DirEntry, Kept, Kind};
 pub use caller::Caller;
 pub use change::SetAttr;
@@ -43,7 +43,7 @@ use node::{Derived, GuestFile, guest_number};
 pub use node::{Node, ROOT_INO};
 pub use rename::RenameMode;
 
-use crate::store::{DiskState, Source, Store};
+use crate::store::{DiskState, Source, Store, Upkeep};
 use crate::{Error, Result};
 use caller::Makers;
 use names::Names;
@@ -55,6 +55,8 @@ pub struct Options {
     pub read_only: bool,
     /// How compressed archives are made and kept.
     pub compression: Compression,
+    /// When layers are merged.
+    pub compacting: Compacting,
 }
 
 /// What the kernel was told of, and may ask for by number until it forgets.
@@ -139,6 +141,7 @@ pub struct Tree {
     drop_pages: OnceLock<DropPages>,
     /// Snapshots just taken, by id, with who took them: a copy into one takes it back.
     fresh: Mutex<HashMap<String, (Makers, Instant)>>,
+    upkeep: Mutex<Option<Upkeep>>,
 }
 
 impl Tree {
@@ -147,8 +150,13 @@ impl Tree {
     /// # Errors
     /// Those of [`Store::open`]: no such home, a foreign directory, a damaged database.
     pub fn open(home: &Path, options: Options) -> Result<Tree> {
+        let store = Arc::new(Store::open(home, options.read_only, options.compression)?);
+        let upkeep = match options.read_only {
+            true => None,
+            false => Upkeep::begin(&store, options.compacting),
+        };
         Ok(Tree {
-            store: Arc::new(Store::open(home, options.read_only, options.compression)?),
+            store,
             names: Mutex::new(None),
             known: Mutex::default(),
             staging: Mutex::default(),
@@ -161,6 +169,7 @@ impl Tree {
             writers: Mutex::default(),
             drop_pages: OnceLock::new(),
             fresh: Mutex::default(),
+            upkeep: Mutex::new(upkeep),
         })
     }
 
@@ -269,6 +278,7 @@ impl Tree {
 
     /// Nobody reads any more: whoever still waits for an archive is told so.
     pub fn close(&self) {
+        drop(self.upkeep.lock().take());
         self.store.stop_compressing();
     }
 

@@ -11,7 +11,7 @@ use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, VIEW
 use super::node::{Derived, GuestFile, Node};
 use super::{Tree, text};
 use crate::home::{BoxRecord, SnapshotRecord};
-use crate::store::{Contents, Source};
+use crate::store::{Contents, Source, Usage};
 use crate::{Error, Result};
 
 fn not_there() -> Error {
@@ -258,7 +258,7 @@ impl Tree {
             }
             Node::BoxJson(id) => {
                 let record = self.record(id)?;
-                let size = describe::box_json(&record)?.len() as u64;
+                let size = describe::box_json(&record, Usage::default())?.len() as u64;
                 let mut attr = self.file(node, size, updated(&record));
                 attr.created = at(record.created_at);
                 Ok(attr)
@@ -278,7 +278,7 @@ impl Tree {
             }
             Node::SnapshotJson(id, snapshot) => {
                 let row = self.snapshot(id, snapshot)?;
-                let size = describe::snapshot_json(&row)?.len() as u64;
+                let size = describe::snapshot_json(&row, Usage::default())?.len() as u64;
                 Ok(self.file(node, size, at(row.created_at)))
             }
             Node::View => Ok(self.directory(node, self.names()?.all().len(), UNIX_EPOCH)),

@@ -257,6 +257,33 @@ class Bench:
         self.home.reset()
         self.theirs("boxlite restore", "restore", "web", IN_A_ROW, *self.touching("web"))
 
+    def compacting(self, share):
+        """`compact` of two layers, beside `qemu-img commit` of the very same files. The lower one has as many
+        bytes as the large box has, the upper one a `share` of them."""
+        self.mount.start()
+        disk, size = self.home.disk("web"), self.size
+        run(["qemu-io", "-f", "qcow2", "-c", f"write -q -P 1 0 {size}M", disk])
+        (self.web / "snapshots" / "gone").mkdir()
+        run(["qemu-io", "-f", "qcow2", "-c", f"write -q -P 2 0 {int(size * share)}M", disk])
+        (self.web / "snapshots" / "gone").rmdir()
+        self.mount.stop()
+        (base,) = (self.home.path / "bases").iterdir()
+        below, above = self.out / "below.qcow2", self.out / "above.qcow2"
+        run(["cp", base, below])
+        run(["cp", disk, above])
+        run(["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", below, above])
+        settle()
+        # It flushes what it wrote, and so does compact.
+        self.costs[f"commit {share}"].append(cost_of(["qemu-img", "commit", "-q", "-d", above], place=self.work))
+        settle()
+        argv = [self.program, "compact", self.home.path]
+        self.costs[f"compact {share}"].append(cost_of(argv, place=self.work))
+        if (key := f"compact {share}") not in self.proven:
+            self.proven.add(key)
+            self.compare(key, disk, below)
+            if any((self.home.path / "bases").iterdir()):
+                self.fail(f"{key}: the lower layer is still there")
+
     def listing(self):
         """`ls -l` of a home with many boxes, just mounted and again, beside list_info."""
         self.crowd_mount.start(fresh=True)
@@ -317,6 +344,8 @@ class Bench:
                 yield lambda: self.snapshots(box)
             yield lambda: self.clones(box)
         yield self.restores
+        for share in (1, 0.5):
+            yield lambda: self.compacting(share)
         yield self.listing
         yield self.guests.turn
 

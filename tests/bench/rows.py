@@ -99,6 +99,9 @@ class Rows:
             yield self.times(label, key, "`mkdir` + 25 ms", plus(self.seconds(f"mkdir {box}"), 0.025), 1)
             yield self.times(label, key, "BoxLite clone_box", f"boxlite clone {box}")
         yield self.times("restore of a snapshot", "restore", "BoxLite snapshot.restore", "boxlite restore")
+        commit = "`qemu-img commit` of the same files"
+        yield self.times("`compact`, two layers of the large box", "compact 1", commit, "commit 1", 1.5)
+        yield self.times("the same, the upper one half as large", "compact 0.5", commit, "commit 0.5")
         label, theirs = "`ls -l` of 10,000 boxes", ("BoxLite list_info", "boxlite list")
         yield self.times(f"{label}, just mounted", "ls first", *theirs)
         yield self.times(f"{label}, again", "ls again", *theirs)

@@ -306,6 +306,40 @@ impl TestHome {
         )
     }
 
+    /// `boxlitefs compact`: its exit status and what it printed.
+    pub fn compact(&self) -> (i32, String) {
+        let output = run(&[binary(), "compact", text(&self.root)]);
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.code().unwrap_or(-1),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    }
+
+    /// `boxlitefs compact` that kills itself at a named crash point; what it printed if it did not.
+    pub fn compact_crashing_at(&self, point: &str) -> Option<String> {
+        use std::os::unix::process::ExitStatusExt;
+        let output = Command::new(binary())
+            .arg("compact")
+            .arg(&self.root)
+            .env("BOXLITEFS_CRASH_AT", point)
+            .output()
+            .expect("boxlitefs");
+        let said = [output.stdout, output.stderr].concat();
+        let killed = output.status.signal() == Some(libc::SIGKILL);
+        (!killed).then(|| String::from_utf8_lossy(&said).into_owned())
+    }
+
+    /// Bytes that the home's images take on the disk, every inode once.
+    pub fn allocated(&self) -> u64 {
+        let mut inodes = std::collections::BTreeMap::new();
+        for image in self.images() {
+            let meta = fs::metadata(image).expect("an image");
+            inodes.insert(meta.ino(), meta.blocks() * 512);
+        }
+        inodes.values().sum()
+    }
+
     /// Every qcow2 file below `boxes/` and `bases/`.
     pub fn images(&self) -> Vec<PathBuf> {
         let mut images = Vec::new();

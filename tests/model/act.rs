@@ -9,6 +9,17 @@ use crate::common::*;
 use crate::operation::*;
 use crate::world::*;
 
+/// Where a merge may be killed.
+const MERGE_POINTS: [&str; 7] = [
+    "merge.written",
+    "merge.renamed",
+    "merge.rebased",
+    "merge.claimed",
+    "merge.promoted",
+    "free.claimed",
+    "free.unlinked",
+];
+
 impl World<'_> {
     /// Does one operation and looks whether what it was about is as it must be.
     pub fn apply(&mut self, operation: &Operation) {
@@ -50,6 +61,7 @@ impl World<'_> {
                 self.begin_reading(state);
                 Some(())
             }
+            Operation::Compact { at_rest, killed_at } => self.compact(*at_rest, *killed_at),
             Operation::Remount => {
                 self.note("remount".into());
                 self.remount();
@@ -353,6 +365,27 @@ impl World<'_> {
         machine.wait().expect("it ends");
         fs::remove_file(&pid_file).expect("its pid goes");
         self.check_box(of);
+        Some(())
+    }
+
+    /// Layers are merged; whatever comes of it, nothing reads otherwise.
+    fn compact(&mut self, at_rest: bool, killed_at: Option<Pick>) -> Option<()> {
+        if at_rest {
+            self.finish_readers();
+        }
+        match killed_at {
+            None => {
+                let (status, said) = self.home.compact();
+                self.note(format!("compact: {said}"));
+                assert_eq!(status, 0, "{said}");
+            }
+            Some(pick) => {
+                let point = MERGE_POINTS[usize::from(pick) % MERGE_POINTS.len()];
+                let said = self.home.compact_crashing_at(point);
+                self.note(format!("compact, killed at {point}: {said:?}"));
+            }
+        }
+        self.check_all();
         Some(())
     }
 

@@ -153,6 +153,11 @@ pub enum Operation {
     Running { of: Pick },
     /// Somebody opens an export, and reads on after what comes next.
     Reader { state: Pick },
+    /// `boxlitefs compact`, beside the mount: with all readers at their end, or not; killed, or not.
+    Compact {
+        at_rest: bool,
+        killed_at: Option<Pick>,
+    },
     /// Unmounts and mounts.
     Remount,
     /// BoxLite starts, does this, and ends.
@@ -307,6 +312,8 @@ fn operation(emphasis: Emphasis) -> impl Strategy<Value = Operation> {
             .prop_map(|(of, other, what)| Operation::Refused { of, other, what }),
         1 => pick().prop_map(|of| Operation::Running { of }),
         2 => pick().prop_map(|state| Operation::Reader { state }),
+        2 => (any::<bool>(), prop::option::weighted(0.4, pick()))
+            .prop_map(|(at_rest, killed_at)| Operation::Compact { at_rest, killed_at }),
         1 => Just(Operation::Remount),
         2 => session.prop_map(|(does, try_meanwhile)| Operation::BoxLite { does, try_meanwhile }),
     ]

@@ -1,0 +1,301 @@
+//! What a mount does by itself once it is left alone: bases that nobody needs any more are freed, and
+//! layers are merged. Slowly, behind everybody else, and not while anything else is going on.
+
+use std::cell::Cell;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::Store;
+use super::merge::Merge;
+use crate::disk::FileId;
+use crate::home::Catalog;
+use crate::{Error, Result};
+
+/// When a mount merges layers by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compacting {
+    /// Once nothing went on for so long; None: never.
+    pub after: Option<Duration>,
+}
+
+impl Default for Compacting {
+    /// Half a minute.
+    fn default() -> Self {
+        Compacting {
+            after: Some(Duration::from_secs(30)),
+        }
+    }
+}
+
+/// How often it is looked whether there is something to do.
+const TICK: Duration = Duration::from_secs(2);
+/// How often plans that nobody reads are let go of, as long as there are any: whoever compacts the home
+/// waits for that.
+const UNREAD: Duration = Duration::from_secs(1);
+/// What could not be done (a box ran, somebody read) is tried again after so long.
+const AGAIN: Duration = Duration::from_secs(60);
+/// How often it is looked whether others are done.
+const PAUSE: Duration = Duration::from_millis(100);
+
+thread_local! {
+    /// Whether this thread's changes are upkeep and not somebody's wish.
+    static IS_UPKEEP: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What others do in this mount, for which upkeep waits.
+#[derive(Default)]
+pub(super) struct Foreground {
+    under_way: AtomicUsize,
+    last: Mutex<Option<Instant>>,
+}
+
+/// Something that is going on as long as this lives.
+pub(super) struct UnderWay(Arc<Foreground>);
+
+impl Foreground {
+    /// Something is done now.
+    pub fn touch(&self) {
+        if !IS_UPKEEP.get() {
+            *self.last.lock() = Some(Instant::now());
+        }
+    }
+
+    /// Something begins.
+    pub fn begin(self: &Arc<Self>) -> UnderWay {
+        self.under_way.fetch_add(1, Ordering::Relaxed);
+        UnderWay(self.clone())
+    }
+
+    /// Whether nothing is going on, nor was for so long.
+    fn is_quiet(&self, long: Duration) -> bool {
+        let last = *self.last.lock();
+        self.under_way.load(Ordering::Relaxed) == 0 && last.is_none_or(|at| at.elapsed() >= long)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The thread that does it. Ends, and is waited for, when this is dropped: a crash is no harm, but
+/// leaves something to tidy up.
+pub struct Upkeep {
+    stop: Arc<Stop>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Stop {
+    is_asked: AtomicBool,
+    lock: Mutex<()>,
+    bell: Condvar,
+}
+
+impl Stop {
+    fn is_asked(&self) -> bool {
+        self.is_asked.load(Ordering::Acquire)
+    }
+
+    /// Waits; true when it is to end.
+    fn wait(&self, long: Duration) -> bool {
+        let mut lock = self.lock.lock();
+        if !self.is_asked() {
+            self.bell.wait_for(&mut lock, long);
+        }
+        self.is_asked()
+    }
+}
+
+impl Upkeep {
+    /// Begins, if it is wanted and there is a thread for it.
+    pub fn begin(store: &Arc<Store>, compacting: Compacting) -> Option<Upkeep> {
+        let after = compacting.after?;
+        let stop = Arc::<Stop>::default();
+        let mut rounds = Rounds {
+            store: store.clone(),
+            stop: stop.clone(),
+            after,
+            seen: None,
+            again: None,
+            hopeless: HashSet::new(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("upkeep".into())
+            .spawn(move || rounds.run());
+        match thread {
+            Ok(thread) => Some(Upkeep {
+                stop,
+                thread: Some(thread),
+            }),
+            Err(error) => {
+                store
+                    .journal
+                    .note(&format!("layers are not merged by this mount: {error}"));
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Upkeep {
+    fn drop(&mut self) {
+        self.stop.is_asked.store(true, Ordering::Release);
+        {
+            let _lock = self.stop.lock.lock();
+            self.stop.bell.notify_all();
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Rounds {
+    store: Arc<Store>,
+    stop: Arc<Stop>,
+    after: Duration,
+    /// The rows when there was nothing left to do.
+    seen: Option<Arc<Catalog>>,
+    /// When to look again although they are the same.
+    again: Option<Instant>,
+    /// Layers on top of what would take more room as one.
+    hopeless: HashSet<FileId>,
+}
+
+impl Rounds {
+    fn run(&mut self) {
+        IS_UPKEEP.set(true);
+        step_back();
+        let mut begun = Instant::now();
+        loop {
+            let exports = self.store.let_go_of_unread_exports();
+            let tick = match exports + self.store.let_go_of_unused_insides() {
+                0 => TICK,
+                _ => UNREAD,
+            };
+            if self.stop.wait(tick.min(self.after)) {
+                return;
+            }
+            if begun.elapsed() < self.after || !self.is_quiet() || !self.has_news() {
+                continue;
+            }
+            // A panic is a fault of ours, and no reason to take the mount down.
+            let round = std::panic::AssertUnwindSafe(|| self.round());
+            match std::panic::catch_unwind(round) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    log::debug!("upkeep: {error}");
+                    self.again = Some(Instant::now() + AGAIN);
+                }
+                Err(_) => return,
+            }
+            begun = Instant::now();
+        }
+    }
+
+    fn is_quiet(&self) -> bool {
+        !self.store.is_read()
+            && !self.store.is_looked_into()
+            && self.store.foreground.is_quiet(self.after)
+    }
+
+    /// Whether rows changed since there was nothing left to do, or it is time to try again.
+    fn has_news(&self) -> bool {
+        let Ok(catalog) = self.store.home.catalog() else {
+            return false;
+        };
+        let same = self
+            .seen
+            .as_ref()
+            .is_some_and(|seen| Arc::ptr_eq(seen, &catalog));
+        !same || self.again.is_some_and(|again| again <= Instant::now())
+    }
+
+    /// Does what can be done.
+    fn round(&mut self) -> Result<()> {
+        let catalog = self.store.home.catalog()?;
+        self.again = None;
+        if self.store.has_unneeded(&catalog)? {
+            self.store.free_unneeded()?;
+        }
+        let mut settled = self.hopeless.clone();
+        loop {
+            let mut work = self.store.mergeable()?.into_iter();
+            let next = work.find_map(|merge| {
+                let id = merge.top_id()?;
+                settled.insert(id).then_some(merge.worthwhile()).flatten()
+            });
+            let Some(merge) = next else {
+                break;
+            };
+            self.merge(&merge)?;
+        }
+        self.seen = Some(catalog);
+        Ok(())
+    }
+
+    fn merge(&mut self, merge: &Merge) -> Result<()> {
+        let mut last = Instant::now();
+        let mut pace = |_| {
+            // As much rest as work: what is written is flushed by others.
+            let rest = last.elapsed().min(PAUSE);
+            let mut is_over = self.stop.wait(rest);
+            while !is_over && !self.is_quiet_for_now() {
+                is_over = self.stop.wait(PAUSE);
+            }
+            last = Instant::now();
+            match is_over {
+                true => Err(Error::new(libc::ECANCELED, "the mount ends")),
+                false => Ok(()),
+            }
+        };
+        match self.store.merge(merge, &mut pace) {
+            Ok(merged) => {
+                self.store.sentence(merge, merged);
+                Ok(())
+            }
+            Err(error) if error.errno() == libc::ENODATA => {
+                self.hopeless.extend(merge.top_id());
+                Ok(())
+            }
+            Err(error) if self.stop.is_asked() => Err(error),
+            Err(error) => {
+                log::debug!("upkeep: {error}");
+                self.again = Some(Instant::now() + AGAIN);
+                Ok(())
+            }
+        }
+    }
+
+    /// While it is at it: a second is enough.
+    fn is_quiet_for_now(&self) -> bool {
+        let long = self.after.min(Duration::from_secs(1));
+        !self.store.is_read()
+            && !self.store.is_looked_into()
+            && self.store.foreground.is_quiet(long)
+    }
+}
+
+/// `ioprio_set(2)`: this thread; idle, when nobody else has anything for the disk.
+const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+const IOPRIO_IDLE: libc::c_int = 3 << 13;
+/// The lowest priority of setpriority(2).
+const LAST: libc::c_int = 19;
+
+/// Lets everybody else go first, at the processor and at the disk. What the kernel does not grant is
+/// done without.
+fn step_back() {
+    // SAFETY: neither call takes memory; 0 is the calling thread for both (Linux's nice is a thread's).
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, LAST);
+        libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE);
+    }
+}

@@ -515,3 +515,249 @@ fn compressed_layers_that_would_grow_stay() {
     compact(&home);
     assert!(home.allocated() <= before);
 }
+
+// ---- by itself ------------------------------------------------------------------------------------
+
+#[test]
+fn a_mount_that_is_left_alone_merges_once_nobody_reads() {
+    let (home, before) = mergeable();
+    let contents = states(&home);
+    let mount = home.mount_with(&["-o", "compact=1"], &[]);
+    let mut export = File::open(mount.at("web/export.boxlite")).unwrap();
+    export.read_exact(&mut [0; 1000]).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert_eq!(inodes(&home), before, "merged under a reader");
+    drop(export);
+    eventually("the layers are one", || backing(&home, "web") == 0);
+    eventually("it is in the log", || {
+        mount.log().contains("box web: 2 layers became one")
+    });
+    assert_eq!(states(&home), contents);
+    // What BoxLite takes the last reader of goes, too.
+    mount.snapshot("web", "start").unwrap();
+    home.guest_write("web", FREE_AREA, b"second");
+    mount.snapshot("web", "a").unwrap();
+    home.wheel_batch(&[
+        &["snapshot-restore", "web", "start"],
+        &["snapshot-remove", "web", "a"],
+    ]);
+    let bases = home.root().join("bases");
+    assert_eq!(names_in(&bases).len(), 2);
+    eventually("the base is freed", || names_in(&bases).len() == 1);
+    home.assert_whole();
+    mount.unmount();
+    assert_eq!(names_in(&home.root().join(".boxlitefs")), ["log"]);
+}
+
+#[test]
+fn a_mount_does_not_merge_unasked_what_would_cost_far_more_than_it_gives() {
+    let home = TestHome::new();
+    write(&home, "web", "write -P 1 5M 3M");
+    let mount = home.mount_with(&["-o", "compact=1"], &[]);
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"little");
+    mount.remove_snapshot("web", "a").unwrap();
+    let before = inodes(&home);
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    assert_eq!(inodes(&home), before);
+    let said = compact(&home);
+    assert!(said.contains("2 layers became one"), "{said}");
+}
+
+// ---- what it takes --------------------------------------------------------------------------------
+
+/// `space` in a file of the mount.
+fn space(mount: &Mounted, path: &str) -> (u64, u64) {
+    let text = fs::read(mount.at(path)).unwrap();
+    assert_eq!(
+        text.len() as u64,
+        fs::metadata(mount.at(path)).unwrap().len()
+    );
+    let value: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let bytes = |name: &str| value["space"][name].as_u64().unwrap();
+    (bytes("own_bytes"), bytes("shared_bytes"))
+}
+
+#[test]
+fn box_json_and_snapshot_json_say_what_goes_with_them() {
+    let home = TestHome::new();
+    write(&home, "web", "write -P 1 5M 1M");
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    mount.copy("web/snapshots/a", "copy");
+    write(&home, "web", "write -P 2 6M 1M");
+    mount.snapshot("web", "b").unwrap();
+    write(&home, "copy", "write -P 3 5M 512k");
+    mount.copy("web/snapshots/a", "other");
+    home.wheel_batch(&[&["snapshot-restore", "web", "a"]]);
+    let settled = || {
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        let boxes = ["web", "copy", "other"].map(|name| space(&mount, &format!("{name}/box.json")));
+        let snapshots =
+            ["a", "b"].map(|name| space(&mount, &format!("web/snapshots/{name}/snapshot.json")));
+        (boxes, snapshots)
+    };
+    let ([web, copy, other], [a, b]) = settled();
+    let about = |bytes: u64, wanted: u64| bytes >= wanted && bytes < wanted + 512 * 1024;
+    // The layer of `a` is everybody's; what `b` has over it is its own, and web's.
+    let layer = fs::metadata(home.snapshot_disk("web", "a"))
+        .unwrap()
+        .blocks()
+        * 512;
+    assert!(about(web.0, MIB) && web.1 == layer, "{web:?}");
+    assert!(about(copy.0, MIB / 2) && copy.1 == layer, "{copy:?}");
+    assert!(other.0 < 300_000 && other.1 == layer, "{other:?}");
+    assert_eq!(a, (0, layer));
+    assert!(about(b.0, MIB) && b.1 == layer, "{b:?}");
+    // What is said comes back.
+    let before = home.allocated();
+    mount.remove_snapshot("web", "b").unwrap();
+    assert_eq!(before - home.allocated(), b.0);
+    let before = home.allocated();
+    succeed(&["rm", "-r", text(&mount.at("copy"))]);
+    eventually("its files are gone", || before - home.allocated() == copy.0);
+}
+
+// ---- thousands of layers --------------------------------------------------------------------------
+
+/// Makes `number` boxes, each with as many snapshots in a chain, of rows and empty layers: BoxLite itself
+/// would need an hour for it.
+fn multiply(home: &TestHome, number: usize, snapshots: usize) {
+    let empty = fs::read(home.live_disk("web")).unwrap().len() as u64;
+    assert!(empty > 0);
+    let mut database = home.database();
+    let (id, created, config, status, state): (String, i64, String, String, String) = database
+        .query_row(
+            "SELECT c.id, c.created_at, c.json, s.status, s.json
+             FROM box_config c JOIN box_state s USING (id)",
+            [],
+            |row| {
+                Ok((
+                    row.get(0)?,
+                    row.get(1)?,
+                    row.get(2)?,
+                    row.get(3)?,
+                    row.get(4)?,
+                ))
+            },
+        )
+        .unwrap();
+    let root = home.root();
+    let bases = root.join("bases");
+    fs::create_dir_all(&bases).unwrap();
+    let rows = database.transaction().unwrap();
+    for n in 0..number {
+        let (box_id, name) = (format!("crowd{n:07}"), format!("box{n:05}"));
+        let dir = root.join("boxes").join(&box_id);
+        fs::create_dir_all(dir.join("disks")).unwrap();
+        let config = config
+            .replace(&id, &box_id)
+            .replace("\"web\"", &format!("{name:?}"));
+        rows.execute(
+            "INSERT INTO box_config VALUES (?1, ?2, ?3, ?4)",
+            (&box_id, &name, created, config),
+        )
+        .unwrap();
+        rows.execute(
+            "INSERT INTO box_state VALUES (?1, ?2, NULL, ?3)",
+            (&box_id, &status, &state),
+        )
+        .unwrap();
+        let mut below = None;
+        for s in 0..snapshots {
+            let base_id = format!("B{n:05}{s:02}");
+            let base = bases.join(format!("{base_id}.qcow2"));
+            // As long as a box's chain may be.
+            let on = below.take().filter(|_| s % 5 != 0);
+            layer(&base, on.as_deref());
+            let disk = dir.join(format!("snapshots/s{s}/disk.qcow2"));
+            fs::create_dir_all(disk.parent().unwrap()).unwrap();
+            fs::hard_link(&base, &disk).unwrap();
+            rows.execute(
+                "INSERT INTO base_disk VALUES (?1, '__boxlitefs__', NULL, 'snapshot', ?2, 0, '{}')",
+                (&base_id, text(&base)),
+            )
+            .unwrap();
+            rows.execute(
+                "INSERT INTO base_disk_ref VALUES (?1, ?2)",
+                (&base_id, &box_id),
+            )
+            .unwrap();
+            let json = serde_json::json!({"base_path": text(&disk)}).to_string();
+            rows.execute(
+                "INSERT INTO snapshot VALUES (?1, ?2, ?3, 0, ?4)",
+                (format!("S{n:05}{s:02}"), &box_id, format!("s{s}"), json),
+            )
+            .unwrap();
+            below = Some(base);
+        }
+        layer(&dir.join("disks/disk.qcow2"), below.as_deref());
+    }
+    rows.commit().unwrap();
+}
+
+/// An empty layer of 8 MiB; qemu-img would take ten minutes for all of them.
+fn layer(path: &Path, below: Option<&Path>) {
+    const CLUSTER: usize = 65536;
+    let mut bytes = vec![0; 3 * CLUSTER + 8];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(0, b"QFI\xfb\0\0\0\x03");
+    if let Some(below) = below {
+        put(8, &512u64.to_be_bytes());
+        put(16, &(text(below).len() as u32).to_be_bytes());
+        put(104, b"\xe2\x79\x2a\xca\0\0\0\x05qcow2");
+        put(512, text(below).as_bytes());
+    }
+    put(20, &16u32.to_be_bytes());
+    put(24, &(8u64 << 20).to_be_bytes());
+    put(36, &1u32.to_be_bytes());
+    put(40, &(3 * CLUSTER as u64).to_be_bytes());
+    put(48, &(CLUSTER as u64).to_be_bytes());
+    put(56, &1u32.to_be_bytes());
+    put(96, &4u32.to_be_bytes());
+    put(100, &104u32.to_be_bytes());
+    put(CLUSTER, &(2 * CLUSTER as u64).to_be_bytes());
+    put(2 * CLUSTER, &[0, 1, 0, 1, 0, 1, 0, 1]);
+    let file = File::create_new(path).unwrap();
+    use std::os::unix::fs::FileExt;
+    for at in [0, CLUSTER, 2 * CLUSTER] {
+        file.write_all_at(&bytes[at..at + 1536], at as u64).unwrap();
+    }
+    file.set_len(4 * CLUSTER as u64).unwrap();
+}
+
+/// Seconds of the processor that a process has had.
+fn processor_time(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat[stat.rfind(')').unwrap()..].split(' ').collect();
+    let ticks: u64 = fields[12].parse::<u64>().unwrap() + fields[13].parse::<u64>().unwrap();
+    ticks as f64 / 100.0
+}
+
+#[test]
+fn a_thousand_boxes_with_ten_snapshots_each_are_no_burden() {
+    let home = TestHome::in_memory();
+    multiply(&home, 1000, 10);
+    succeed(&["qemu-img", "check", "-q", text(&home.live_disk("box00999"))]);
+    // The processor's time: the machine may be busy with other tests.
+    let mount = home.mount_with(&["-o", "compact=off"], &[]);
+    let opened = processor_time(mount.process());
+    assert!(opened < 4.0, "mounted in {opened} s");
+    // The first that has to know who reads what, and then others.
+    mount.remove_snapshot("box00007", "s9").unwrap();
+    let indexed = processor_time(mount.process()) - opened;
+    assert!(indexed < 2.0, "the first look took {indexed} s");
+    let begun = processor_time(mount.process());
+    for n in 0..10 {
+        mount.snapshot(&format!("box{n:05}"), "new").unwrap();
+    }
+    let each = (processor_time(mount.process()) - begun) / 10.0;
+    assert!(each < 0.05, "mkdir took {each} s");
+    drop(mount);
+    let (status, said) = home.compact();
+    assert_eq!(status, 0, "{said}");
+    assert!(
+        said.contains("nothing more to free") || said.contains("freed"),
+        "{said}"
+    );
+}

@@ -330,7 +330,7 @@ mod with_crash_points {
         by: By::Mount,
         prepare: with_a_long_chain,
         act: |mount| drop(mount.snapshot("web", "a")),
-        points: &["merge.written", "merge.renamed", "freeze.replaced"],
+        points: &["merge.rebased", "free.claimed", "freeze.replaced"],
         whole: snapshot_taken,
     };
 

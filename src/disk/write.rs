@@ -2,7 +2,8 @@
 
 use super::overlay::CLUSTER;
 use super::{Chain, Extent, Flattened, Source};
-use crate::{Context, Result};
+use crate::{Context, Error, Result};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -16,6 +17,9 @@ const ALONE: u64 = CLUSTER;
 /// is short, and what others want to write does not wait behind all of it.
 const BEGUN: u64 = 32 << 20;
 
+/// Pieces between the thread that reads and the one that writes.
+const QUEUE: usize = 2;
+
 impl Flattened {
     /// Writes the image into an empty file, which is not synced. Zeros become holes, and blocks are
     /// shared with the layers where the file system can. `pace` is told after each piece how many
@@ -24,55 +28,106 @@ impl Flattened {
     /// # Errors
     /// Those of `pace`, of reading layers and of writing.
     pub fn write_to(&self, out: &File, pace: &mut dyn FnMut(u64) -> Result<()>) -> Result<()> {
-        let sentence = || "cannot write the image".to_owned();
-        out.set_len(self.len()).context(sentence)?;
+        out.set_len(self.len()).context(|| FAILED)?;
+        self.write_metadata(out, pace)?;
+        let (full, to_write) = bounded(QUEUE);
+        let (empty, to_fill) = bounded(QUEUE + 2);
+        for _ in 0..QUEUE + 2 {
+            let _ = empty.send(vec![0; PIECE as usize]);
+        }
+        // One reads while the other writes.
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(move || write_pieces(out, &to_write, &empty));
+            let reader = Reader {
+                chain: self.chain(),
+                out,
+                full,
+                to_fill,
+                can_share: true,
+            };
+            let read = self.read_data_into(reader, pace);
+            let written = writer.join();
+            // Where writing failed, reading ended for that.
+            written.unwrap_or_else(|_| Err(Error::damaged("the thread that writes has ended")))?;
+            read
+        })
+    }
+
+    fn write_metadata(&self, out: &File, pace: &mut dyn FnMut(u64) -> Result<()>) -> Result<()> {
         let mut buffer = vec![0; PIECE as usize];
         for piece in pieces(0..self.metadata_len()) {
-            let part = buffer
-                .get_mut(..(piece.end - piece.start) as usize)
-                .unwrap_or_default();
+            let len = piece.end - piece.start;
+            let part = buffer.get_mut(..len as usize).unwrap_or_default();
             self.read_at(piece.start, part)?;
-            out.write_all_at(part, piece.start).context(sentence)?;
-            pace(piece.end - piece.start)?;
+            out.write_all_at(part, piece.start).context(|| FAILED)?;
+            pace(len)?;
         }
+        Ok(())
+    }
+
+    fn read_data_into(
+        &self,
+        mut reader: Reader<'_>,
+        pace: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
         let mut at = self.metadata_len();
-        let mut begun = at;
-        let mut writer = Writer {
-            chain: self.chain(),
-            out,
-            buffer,
-            can_share: true,
-        };
         for window in 0..self.windows() {
             for run in self.data_in(window)? {
-                let len = run.end - run.start;
                 for piece in pieces(run.clone()) {
                     let to = at + (piece.start - run.start);
-                    writer.write(piece.clone(), to)?;
+                    reader.read(piece.clone(), to)?;
                     pace(piece.end - piece.start)?;
-                    if to >= begun + BEGUN {
-                        begin_writing(out, begun..to);
-                        begun = to;
-                    }
                 }
-                at += len.next_multiple_of(CLUSTER);
+                at += (run.end - run.start).next_multiple_of(CLUSTER);
             }
         }
         Ok(())
     }
 }
 
-struct Writer<'w> {
-    chain: &'w Chain,
-    out: &'w File,
+const FAILED: &str = "cannot write the image";
+
+/// Bytes that were read.
+struct Piece {
     buffer: Vec<u8>,
+    len: usize,
+    /// Where they go.
+    to: u64,
+}
+
+/// Writes what was read, until there is no more.
+fn write_pieces(out: &File, pieces: &Receiver<Piece>, empty: &Sender<Vec<u8>>) -> Result<()> {
+    let mut begun: Option<u64> = None;
+    for piece in pieces {
+        let bytes = piece.buffer.get(..piece.len).unwrap_or_default();
+        for run in runs_of_data(bytes) {
+            let part = bytes.get(run.clone()).unwrap_or_default();
+            out.write_all_at(part, piece.to + run.start as u64)
+                .context(|| FAILED)?;
+        }
+        let from = *begun.get_or_insert(piece.to);
+        if piece.to >= from + BEGUN {
+            begin_writing(out, from..piece.to);
+            begun = Some(piece.to);
+        }
+        // Nobody waits for it once all is read.
+        let _ = empty.send(piece.buffer);
+    }
+    Ok(())
+}
+
+struct Reader<'r> {
+    chain: &'r Chain,
+    out: &'r File,
+    full: Sender<Piece>,
+    to_fill: Receiver<Vec<u8>>,
     /// Until the file system shows that it can't.
     can_share: bool,
 }
 
-impl Writer<'_> {
-    /// Writes guest bytes, at most a piece of them, to byte `to` of the file.
-    fn write(&mut self, guest: Range<u64>, to: u64) -> Result<()> {
+impl Reader<'_> {
+    /// Reads guest bytes, at most a piece of them, for byte `to` of the file.
+    fn read(&mut self, guest: Range<u64>, to: u64) -> Result<()> {
         let start = guest.start;
         // Guest bytes that are read together.
         let mut together = start..start;
@@ -107,19 +162,19 @@ impl Writer<'_> {
         }
     }
 
-    /// Reads guest bytes and writes them; byte `start` of the guest goes to `to`.
+    /// Reads guest bytes to be written; byte `start` of the guest goes to `to`.
     fn copy(&mut self, guest: Range<u64>, to: u64, start: u64) -> Result<()> {
         let len = (guest.end - guest.start) as usize;
-        let part = self.buffer.get_mut(..len).unwrap_or_default();
+        if len == 0 {
+            return Ok(());
+        }
+        let ended = || Error::new(libc::ECANCELED, FAILED);
+        let mut buffer = self.to_fill.recv().map_err(|_| ended())?;
+        let part = buffer.get_mut(..len).unwrap_or_default();
         self.chain.read_at(guest.start, part)?;
         let to = to + (guest.start - start);
-        for run in runs_of_data(part) {
-            let bytes = part.get(run.clone()).unwrap_or_default();
-            self.out
-                .write_all_at(bytes, to + run.start as u64)
-                .context(|| "cannot write the image")?;
-        }
-        Ok(())
+        let piece = Piece { buffer, len, to };
+        self.full.send(piece).map_err(|_| ended())
     }
 }
 

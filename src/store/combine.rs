@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::layers::resolve;
+use super::upkeep::BehindAll;
 use super::{Store, durable};
 use crate::disk::{self, Chain, FileId, Flattened};
 use crate::{Context, Result};
@@ -49,6 +50,7 @@ impl Store {
 
     /// Writes a combination into the workspace, flushed.
     pub(super) fn combine(&self, plan: Combining, pace: &mut Pace<'_>) -> Result<Combined> {
+        let _behind_all = BehindAll::begin();
         let combined = Combined {
             file: self.fresh_path("combined")?,
             top: FileId::at(&plan.top)?,

@@ -82,6 +82,7 @@ impl Store {
     /// Merges all that can be merged, then shortens what is still too long.
     fn compact(&self, out: &mut dyn Write, meter: &dyn Meter) -> Result<()> {
         let begun = Instant::now();
+        let mut failure = Ok(());
         let mut settled: HashSet<FileId> = HashSet::new();
         let mut waits: Vec<(Merge, Error)> = Vec::new();
         loop {
@@ -108,8 +109,10 @@ impl Store {
                         libc::ENODATA => {}
                         libc::EBUSY => waits.push((merge, error)),
                         _ => {
-                            self.journal.note(&format!("compacting: {error}"));
-                            return Err(error);
+                            let failed = format!("{} stays as it is", self.readers(&merge));
+                            self.journal.note(&format!("{failed}: {error}"));
+                            say(out, &failed)?;
+                            failure = failure.and(Err(error));
                         }
                     }
                 }
@@ -118,7 +121,7 @@ impl Store {
         for (merge, error) in waits {
             say(out, &format!("{}: not now, {error}", self.readers(&merge)))?;
         }
-        Ok(())
+        failure
     }
 
     fn merge_metered(&self, merge: &Merge, meter: &dyn Meter) -> Result<Merged> {

@@ -3,6 +3,7 @@
 //! a virtual machine can start from it again.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -292,12 +293,19 @@ impl Store {
             return Err(changed(&wanted));
         }
         prepared.refuse_open(&wanted)?;
+        // What goes is given back after the lock: to free large files takes its time.
+        let parts = wanted.layers.iter();
+        let kept: Vec<File> = parts
+            .filter_map(|part| File::open(&part.path).ok())
+            .collect();
         match way {
             Way::Rebase(below) => prepared.rebase_over(&wanted, &below)?,
             Way::Promote => prepared.promote(&wanted)?,
             Way::Copy(combined) => prepared.replace(&wanted, combined)?,
         }
         let gone = prepared.drop_merged(&wanted)?;
+        drop(prepared);
+        drop(kept);
         let before = wanted.layers.first().map_or(0, |part| part.allocated) + gone;
         let after = allocated(wanted.top());
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);

@@ -284,18 +284,41 @@ impl Rounds {
     }
 }
 
-/// `ioprio_set(2)`: this thread; idle, when nobody else has anything for the disk.
+/// A low priority of setpriority(2): there is no way back from it for who is not root, and this thread
+/// holds the lock at times.
+const LOW: libc::c_int = 10;
+/// `ioprio_set(2)`: of this thread, what its nice says, or: when nobody else has anything for the disk.
 const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+const IOPRIO_AS_NICE: libc::c_int = 0;
 const IOPRIO_IDLE: libc::c_int = 3 << 13;
-/// The lowest priority of setpriority(2).
-const LAST: libc::c_int = 19;
 
-/// Lets everybody else go first, at the processor and at the disk. What the kernel does not grant is
-/// done without.
+/// Lets everybody else go first at the processor. What the kernel does not grant is done without.
 fn step_back() {
-    // SAFETY: neither call takes memory; 0 is the calling thread for both (Linux's nice is a thread's).
-    unsafe {
-        libc::setpriority(libc::PRIO_PROCESS, 0, LAST);
-        libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE);
+    // SAFETY: takes no memory; 0 is the calling thread (Linux's nice is a thread's).
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LOW) };
+}
+
+/// As long as this lives, upkeep uses the disk only when nobody else does. Not while it holds the lock:
+/// others would wait for who waits for them.
+pub(super) struct BehindAll(());
+
+impl BehindAll {
+    /// From now on, if this thread does upkeep.
+    pub fn begin() -> Option<BehindAll> {
+        IS_UPKEEP.get().then(|| {
+            set_disk_priority(IOPRIO_IDLE);
+            BehindAll(())
+        })
     }
+}
+
+impl Drop for BehindAll {
+    fn drop(&mut self) {
+        set_disk_priority(IOPRIO_AS_NICE);
+    }
+}
+
+fn set_disk_priority(priority: libc::c_int) {
+    // SAFETY: takes no memory; 0 is the calling thread.
+    unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, priority) };
 }

@@ -16,7 +16,7 @@ shift 2
 
 # Hangs are what takes ten seconds. The largest that anything may keep is some tens of MiB; besides,
 # the fuzzer itself keeps its inputs.
-limits='-timeout=10 -rss_limit_mb=512'
+limits='-timeout=10 -rss_limit_mb=512 -len_control=10'
 declare -A longest=([guest]=400 [chain]=32768 [archive]=65536 [manifest]=4096)
 
 fuzz() {
@@ -51,7 +51,7 @@ run() {
     # shellcheck disable=SC2086 # one word a limit
     if fuzz run "$target" "$corpus" "$out/made/seeds/$target" -- $limits "-artifact_prefix=$failed/" \
         "-max_len=${longest[$target]}" "-max_total_time=$what" -print_final_stats=1 >"$log" 2>&1; then
-        echo "fuzz: $target: $(grep -o '#[0-9]* *DONE.*' "$log")"
+        echo "fuzz: $target: $(grep -o '#[0-9]*[[:space:]]DONE.*' "$log")"
     else
         tail -n 60 "$log"
         echo "fuzz: $target FAILED, see $log; again: make fuzz FUZZ_TARGETS=$target FUZZ_INPUT=…" >&2

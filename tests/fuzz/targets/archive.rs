@@ -28,7 +28,11 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     if how & 1 != 0 {
         put_right(&mut tar);
     }
-    if headers(&tar).any(|at| expanded(&tar[at..]) > EXPANDED) {
+    // Whatever comes first is read in blocks, so none of them may be such a header.
+    if tar
+        .chunks_exact(BLOCK)
+        .any(|block| expanded(block) > EXPANDED)
+    {
         return Corpus::Reject;
     }
     let archive = match how >> 1 & 3 {

@@ -224,20 +224,18 @@ fn block_of(image: &Image, file: &str, number: u32) -> u32 {
 fn a_directory_that_has_one_block_again_and_again_is_refused() {
     let image = small("-t ext2 -b 1024");
     let file = File::options().write(true).open(&image.path).unwrap();
-    // Three blocks that nothing uses: of the directory's first, of that, and of that again.
-    let tables = [3060, 3061, 3062];
-    let mut number = block_of(&image, "many", 0);
-    for table in tables {
+    let first = block_of(&image, "many", 0);
+    let mut commands = vec!["sif many size 1073741824".to_owned()];
+    commands.extend((0..12).map(|n| format!("sif many block[{n}] {first}")));
+    // Three blocks that nothing uses, for the numbers of that block, of those, and of those again.
+    let mut number = first;
+    for (name, table) in [("IND", 3060u32), ("DIND", 3061), ("TIND", 3062)] {
         let bytes = number.to_le_bytes().repeat(256);
         file.write_all_at(&bytes, 1024 * u64::from(table)).unwrap();
+        commands.push(format!("sif many block[{name}] {table}"));
         number = table;
     }
-    let commands = [
-        "sif many size 1073741824",
-        "sif many block[IND] 3060",
-        "sif many block[DIND] 3061",
-        "sif many block[TIND] 3062",
-    ];
+    let commands: Vec<&str> = commands.iter().map(String::as_str).collect();
     debugfs(&image.path, &commands);
     let guest = open(&image.path);
     let fs = guest.file_system().unwrap();

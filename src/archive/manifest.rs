@@ -245,6 +245,16 @@ mod tests {
     }
 
     #[test]
+    fn numbers_that_nobody_knows_stay_as_they_are() {
+        let numbers = "[2e-130,1.7976931348623157e+308,18446744073709551615,-0.1]";
+        let text = format!(r#"{{"unknown":{numbers}}}"#);
+        let options: Value = serde_json::from_str(&text).unwrap();
+        let bytes = manifest_bytes(&about(options.clone()), &[0; 32]);
+        let again = Manifest::parse(&bytes).unwrap().options;
+        assert_eq!(again.unwrap().to_string(), text);
+    }
+
+    #[test]
     fn the_length_does_not_depend_on_the_digest() {
         let about = about(json!({}));
         let lengths = [[0u8; 32], [255; 32], [16; 32]].map(|d| manifest_bytes(&about, &d).len());

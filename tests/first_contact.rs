@@ -356,7 +356,7 @@ fn a_reader_killed_while_it_waits_or_stopped_half_way_leaves_nothing() {
         let status = reader.wait().unwrap();
         assert!(!status.success(), "{signal}");
         // Half a minute of compressing was left.
-        assert!(killed.elapsed() < Duration::from_secs(5), "{signal}");
+        assert!(killed.elapsed() < Duration::from_secs(15), "{signal}");
         eventually("no thread left", || threads(mount.process()) <= idle);
     }
     mount.unmount();

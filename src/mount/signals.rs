@@ -73,7 +73,15 @@ fn obey(signals: &libc::sigset_t, mountpoint: &Path, phase: &SharedPhase) {
     while phase.is(Phase::Mounting) && !mounted() {
         thread::sleep(Duration::from_millis(10));
     }
-    if !mounted() {
+    // Where others mount and unmount, a reader of the mount table may miss a line.
+    let is_gone = (0..5).all(|_| {
+        let is_missing = !mounted();
+        if is_missing {
+            thread::sleep(Duration::from_millis(20));
+        }
+        is_missing
+    });
+    if is_gone {
         // Somebody detached the mount while files were open in it: no name leads here any more.
         exit(signal);
     }

@@ -319,3 +319,154 @@ fn several_findings_are_all_named() {
     let (_, said) = home.check();
     assert!(said.contains("2 findings"), "{said}");
 }
+
+// ---- repair ---------------------------------------------------------------------------------------
+
+/// `boxlitefs check --repair`: its exit status and what it printed.
+fn repair(home: &TestHome) -> (i32, String) {
+    let output = run(&[binary(), "check", "--repair", text(home.root())]);
+    let said = [output.stdout, output.stderr].concat();
+    let status = output.status.code().unwrap_or(-1);
+    (status, String::from_utf8_lossy(&said).into_owned())
+}
+
+#[test]
+fn repair_changes_nothing_where_nothing_is_wrong() {
+    let home = home();
+    let before = home.fingerprint();
+    let (status, said) = repair(&home);
+    assert_eq!(status, 0, "{said}");
+    assert_eq!(home.fingerprint(), before);
+}
+
+#[test]
+fn what_crashes_leave_is_named_with_its_size_and_removed() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "start").unwrap();
+    home.guest_write("web", FREE_AREA, &[5; 300_000]);
+    mount.snapshot("web", "a").unwrap();
+    home.wheel_batch(&[
+        &["snapshot-restore", "web", "start"],
+        &["snapshot-remove", "web", "a"],
+    ]);
+    drop(mount);
+    let work = home.root().join(".boxlitefs/work-killed00");
+    fs::create_dir(&work).unwrap();
+    fs::write(work.join("disk"), vec![1; 3 << 20]).unwrap();
+    // A snapshot that was being made: its layer has another name.
+    let half = home.box_dir("web").join("snapshots/half");
+    fs::create_dir(&half).unwrap();
+    let layer = home.snapshot_disk("web", "start");
+    fs::hard_link(layer, half.join("disk.qcow2")).unwrap();
+    assert_finds(&home, &["bases/", "is a leftover", "KiB"]);
+    assert_finds(&home, &[text(&work), "killed", "3.0 MiB"]);
+    assert_finds(&home, &[text(&half), "no snapshot of box web"]);
+    let (status, said) = repair(&home);
+    assert_eq!(status, 0, "{said}");
+    assert_eq!(said.matches("repaired: ").count(), 3, "{said}");
+    assert!(!work.exists() && !half.exists());
+    assert_eq!(home.check().0, 0);
+    home.assert_images_clean();
+}
+
+#[test]
+fn a_layer_in_a_snapshots_place_becomes_a_snapshot() {
+    let home = home();
+    let lost = home.snapshot_disk("web", "lost");
+    fs::create_dir(lost.parent().unwrap()).unwrap();
+    fs::copy(home.live_disk("web"), &lost).unwrap();
+    let wanted = digest(&lost);
+    assert_finds(&home, &["snapshots/lost", "no snapshot of box web"]);
+    let (status, said) = repair(&home);
+    assert_eq!(status, 0, "{said}");
+    assert_eq!(digest(&home.snapshot_disk("web", "lost")), wanted);
+    home.guest_write("web", FREE_AREA, b"later");
+    home.wheel_batch(&[&["snapshot-restore", "web", "lost"]]);
+    assert_eq!(digest(&home.live_disk("web")), wanted);
+    home.assert_whole_once_mounted();
+}
+
+#[test]
+fn what_may_be_the_only_copy_of_a_disk_is_not_touched() {
+    let home = home();
+    let base = home.root().join("bases/NoRow000.qcow2");
+    fs::copy(home.live_disk("web"), &base).unwrap();
+    let broken = home.snapshot_disk("copy", "broken");
+    fs::create_dir(broken.parent().unwrap()).unwrap();
+    fs::write(&broken, "no image at all").unwrap();
+    let (base_bytes, broken_bytes) = (fs::read(&base).unwrap(), fs::read(&broken).unwrap());
+    let (status, said) = repair(&home);
+    assert_eq!(status, 1, "{said}");
+    assert!(
+        said.contains("NoRow000") && said.contains("broken"),
+        "{said}"
+    );
+    assert_eq!(fs::read(&base).unwrap(), base_bytes);
+    assert_eq!(fs::read(&broken).unwrap(), broken_bytes);
+}
+
+#[test]
+fn boxlites_copy_of_a_snapshot_under_way_is_left_to_boxlite() {
+    let home = home();
+    let marker = home.box_dir("web").join(".snapshot_pending");
+    let half = home.snapshot_disk("web", "half");
+    fs::create_dir(half.parent().unwrap()).unwrap();
+    fs::copy(home.live_disk("web"), &half).unwrap();
+    let pending = serde_json::json!({"copy": true, "name": "half", "snapshot_dir": half.parent()});
+    fs::write(&marker, pending.to_string()).unwrap();
+    let (status, said) = repair(&home);
+    assert_eq!(status, 1, "{said}");
+    assert!(half.exists() && marker.exists());
+    assert!(said.contains("middle of a snapshot"), "{said}");
+}
+
+#[test]
+fn repair_waits_for_a_runtime_and_for_boxes_that_run() {
+    let home = home();
+    let lost = home.snapshot_disk("web", "lost");
+    fs::create_dir(lost.parent().unwrap()).unwrap();
+    fs::copy(home.live_disk("web"), &lost).unwrap();
+    let holder = home.hold();
+    let (status, said) = repair(&home);
+    assert_eq!(status, 2, "{said}");
+    assert!(said.contains("BoxLite runtime is using"), "{said}");
+    drop(holder);
+    let mut machine = std::process::Command::new("sleep")
+        .arg("600")
+        .spawn()
+        .unwrap();
+    let shim = home.box_dir("web").join("shim.pid");
+    fs::write(&shim, machine.id().to_string()).unwrap();
+    let (status, said) = repair(&home);
+    machine.kill().unwrap();
+    machine.wait().unwrap();
+    assert_eq!(status, 1, "{said}");
+    assert!(lost.exists());
+    fs::remove_file(shim).unwrap();
+    assert_eq!(repair(&home).0, 0);
+}
+
+#[test]
+fn what_boxlite_keeps_for_nothing_is_told_and_is_no_fault() {
+    let home = TestHome::new();
+    home.wheel(&["snapshot-create", "web", "start"]);
+    home.guest_write("web", FREE_AREA, &[5; 300_000]);
+    home.wheel_batch(&[
+        &["clone", "web", "c1"],
+        &["snapshot-restore", "web", "start"],
+        &["remove", "c1"],
+    ]);
+    drop(home.mount());
+    let (status, said) = home.check();
+    assert_eq!(status, 0, "{said}");
+    assert!(
+        said.contains("note: nothing reads from BoxLite's"),
+        "{said}"
+    );
+    let (status, said) = repair(&home);
+    assert_eq!(status, 0, "{said}");
+    assert!(said.contains("repaired: nothing reads from"), "{said}");
+    home.wheel(&["snapshot-restore", "web", "start"]);
+    home.assert_whole_once_mounted();
+}

@@ -10,7 +10,7 @@ use crate::Result;
 use crate::disk::FileId;
 use crate::home::Catalog;
 
-/// How long an answer is good for: whoever reads of all boxes, one after the other, has all files
+/// How long an answer is good for while rows stay the same: whoever reads of all boxes, one after the other, has all files
 /// looked at once a second and not once for each.
 const LASTING: Duration = Duration::from_secs(1);
 
@@ -25,7 +25,7 @@ pub struct Usage {
 
 /// The answer of a moment ago.
 #[derive(Default)]
-pub(super) struct UsageCache(Option<(Instant, Arc<Usages>)>);
+pub(super) struct UsageCache(Option<(Instant, Arc<Catalog>, Arc<Usages>)>);
 
 #[derive(Default)]
 struct Usages {
@@ -53,15 +53,16 @@ impl Store {
     }
 
     fn usages(&self) -> Result<Arc<Usages>> {
-        if let Some((at, usages)) = &self.usage.lock().0
+        let catalog = self.home.catalog()?;
+        if let Some((at, of, usages)) = &self.usage.lock().0
             && at.elapsed() < LASTING
+            && Arc::ptr_eq(of, &catalog)
         {
             return Ok(usages.clone());
         }
         let layers = self.scan_layers()?;
-        let catalog = self.home.catalog()?;
         let usages = Arc::new(Usages::of(self.states(&layers, &catalog)));
-        self.usage.lock().0 = Some((Instant::now(), usages.clone()));
+        self.usage.lock().0 = Some((Instant::now(), catalog, usages.clone()));
         Ok(usages)
     }
 

@@ -71,7 +71,7 @@ fn start_time(pid: u32) -> Option<u64> {
 
 /// Asks for a read lease, which the kernel refuses (EAGAIN) while anyone has the file open for
 /// writing, and gives it back. Where leases do not work at all, says no.
-fn is_open_for_writing(path: &Path) -> bool {
+pub fn is_open_for_writing(path: &Path) -> bool {
     is_refused_a_lease(path, libc::F_RDLCK)
 }
 

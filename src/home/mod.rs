@@ -14,7 +14,7 @@ mod records;
 mod remembered;
 mod space;
 
-pub use activity::{Activity, is_open};
+pub use activity::{Activity, is_open, is_open_for_writing};
 pub use catalog::{Catalog, Schema};
 pub use change::{Change, Transaction, flock_exclusive};
 pub use identity::{

@@ -123,10 +123,12 @@ impl Options {
             }
             Some(("compact", "off")) => self.compacting.after = None,
             Some(("compact", seconds)) => {
-                let seconds = seconds.parse().ok().filter(|seconds| *seconds > 0);
-                let seconds = seconds
-                    .ok_or_else(|| wrong_value(option, "a number of seconds, 1 or more, or off"))?;
-                self.compacting.after = Some(Duration::from_secs(seconds));
+                let long = seconds.parse().ok();
+                let long = long.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+                let long = long.filter(|long| !long.is_zero());
+                self.compacting.after = Some(long.ok_or_else(|| {
+                    wrong_value(option, "a number of seconds, more than 0, or off")
+                })?);
             }
             _ => return Ok(false),
         }
@@ -247,7 +249,16 @@ mod tests {
         assert_eq!(parse("compact=off").unwrap().compacting.after, None);
         let after = parse("compact=5").unwrap().compacting.after;
         assert_eq!(after, Some(Duration::from_secs(5)));
-        for wrong in ["compact=", "compact=0", "compact=on", "compact=-1"] {
+        let after = parse("compact=0.5").unwrap().compacting.after;
+        assert_eq!(after, Some(Duration::from_millis(500)));
+        for wrong in [
+            "compact=",
+            "compact=0",
+            "compact=on",
+            "compact=-1",
+            "compact=nan",
+            "compact=1e30",
+        ] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
             assert!(error.sentence().contains(wrong), "{error}");

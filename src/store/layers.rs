@@ -185,7 +185,7 @@ pub(super) struct HeaderCache {
 /// Length, modification and change time (ns): a rebase, ours or anyone's, changes the last.
 pub(super) type Stamp = (u64, i128, i128);
 
-fn stamp(meta: &fs::Metadata) -> Stamp {
+pub(super) fn stamp(meta: &fs::Metadata) -> Stamp {
     let nanoseconds = |s: i64, ns: i64| i128::from(s) * 1_000_000_000 + i128::from(ns);
     (
         meta.len(),

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use super::combine::{Combined, Pace};
 use super::crash::crash_point;
 use super::freeze::{BACKING_LEFT, MOST_BACKING};
-use super::layers::{Directories, ImageFile, Layers, Role, Stamp, resolve};
+use super::layers::{Directories, ImageFile, Layers, Role, Stamp, resolve, stamp};
 use super::prepare::Prepared;
 use super::{Store, durable};
 use crate::disk::{FileId, Format, Header, Layer};
-use crate::home::{BaseRecord, BoxRecord, is_open};
-use crate::{Error, Result};
+use crate::home::{BaseRecord, BoxRecord, is_open, is_open_for_writing};
+use crate::{Context, Error, Result};
 
 /// Layers that can become one. Comparable: it is the same as long as none of them changed, nor who
 /// reads them.
@@ -49,6 +49,15 @@ enum Way {
     Promote,
     /// All are written out as one.
     Copy(Combined),
+}
+
+/// A name in the workspace of a live disk that is replaced; it goes with this.
+struct Kept(PathBuf);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 /// What a merge did.
@@ -298,14 +307,21 @@ impl Store {
         let kept: Vec<File> = parts
             .filter_map(|part| File::open(&part.path).ok())
             .collect();
+        let old = match way {
+            Way::Rebase(_) => None,
+            Way::Promote | Way::Copy(_) => prepared.keep_live(&wanted)?,
+        };
         match way {
             Way::Rebase(below) => prepared.rebase_over(&wanted, &below)?,
             Way::Promote => prepared.promote(&wanted)?,
             Way::Copy(combined) => prepared.replace(&wanted, combined)?,
         }
+        if let Some(old) = &old {
+            prepared.refuse_written(&wanted, old)?;
+        }
         let gone = prepared.drop_merged(&wanted)?;
         drop(prepared);
-        drop(kept);
+        drop((kept, old));
         let before = wanted.layers.first().map_or(0, |part| part.allocated) + gone;
         let after = allocated(wanted.top());
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
@@ -475,6 +491,43 @@ impl Prepared<'_> {
                 part.path.display()
             ))),
         }
+    }
+
+    /// Another name for a live disk that is about to be replaced.
+    fn keep_live(&self, wanted: &Merge) -> Result<Option<Kept>> {
+        if !wanted.is_live {
+            return Ok(None);
+        }
+        let kept = Kept(self.store.fresh_path("old")?);
+        durable::link(wanted.top(), &kept.0)?;
+        Ok(Some(kept))
+    }
+
+    /// EBUSY, and the live disk is the one it was, if that was written to while it was replaced. A guest
+    /// is not started while we hold the lock; but somebody may just then have used a program like
+    /// qemu-io on the disk, which knows no locks of BoxLite's.
+    fn refuse_written(&self, wanted: &Merge, old: &Kept) -> Result<()> {
+        let Some(top) = wanted.layers.first() else {
+            return Ok(());
+        };
+        let sentence = || format!("cannot look at {}", old.0.display());
+        let meta = std::fs::symlink_metadata(&old.0).context(sentence)?;
+        let (length, modified, _) = stamp(&meta);
+        let is_same = (length, modified) == (top.stamp.0, top.stamp.1);
+        if is_same && !is_open_for_writing(&old.0) {
+            return Ok(());
+        }
+        if let Some(below) = wanted.layers.get(1)
+            && FileId::at(wanted.top())? == below.id
+        {
+            // The base that was moved over it gets its name back first.
+            durable::link(wanted.top(), &below.path)?;
+        }
+        durable::rename(&old.0, wanted.top())?;
+        Err(Error::busy(format!(
+            "{} was written to just now",
+            wanted.top().display()
+        )))
     }
 
     /// Has the top name the layer below those that hold nothing. A crash leaves the old or the new name.

@@ -81,7 +81,11 @@ impl World<'_> {
         let of = self.pick_box(of)?;
         let image = self.home.live_disk(&self.boxes[of].name);
         let mut disk = self.boxes[of].disk.clone();
-        let mut command = vec!["qemu-io".to_owned(), "-f".into(), "qcow2".into()];
+        // As a guest does that BoxLite has started: the mount must not merge its layers meanwhile.
+        let lock = self.home.root().join(".lock");
+        let mut command: Vec<String> = ["flock", text(&lock), "qemu-io", "-f", "qcow2"]
+            .map(str::to_owned)
+            .into();
         for write in writes {
             command.push("-c".into());
             command.push(disk.write(write));
@@ -92,7 +96,7 @@ impl World<'_> {
         self.note(format!(
             "guest of {}: {:?}",
             self.boxes[of].name,
-            &words[3..]
+            &words[5..]
         ));
         assert_eq!(succeed(&words), "");
         self.changes_disk(of, disk);

@@ -114,6 +114,11 @@ pub struct World<'a> {
     failed: &'a RefCell<Vec<String>>,
 }
 
+/// A mount that merges layers by itself whenever there is a moment between two operations.
+fn mount_of(home: &TestHome) -> Mounted {
+    home.mount_with(&["-o", "compact=0.05"], &[])
+}
+
 impl Drop for World<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
@@ -137,7 +142,7 @@ impl<'a> World<'a> {
             .collect();
         World {
             home,
-            mount: Some(home.mount()),
+            mount: Some(mount_of(home)),
             boxes: vec![ModelBox {
                 number: 0,
                 name: "web".into(),
@@ -358,7 +363,7 @@ impl<'a> World<'a> {
     pub fn remount(&mut self) {
         self.finish_readers();
         self.mount.take().expect("mounted").unmount();
-        self.mount = Some(self.home.mount());
+        self.mount = Some(mount_of(self.home));
     }
 
     /// Whoever reads comes to the end.

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -32,8 +33,19 @@ impl Session {
             output: BufReader::new(output),
             child,
         };
-        session.must(&["list"]);
+        session.begin();
         session
+    }
+
+    /// Has BoxLite's runtime begin. It fails at once while a mount that merges by itself has the lock, for
+    /// some milliseconds; whoever starts a program then starts it again.
+    fn begin(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while let Err(refusal) = self.ask(&["list"]) {
+            let is_held = refusal.contains("Another BoxliteRuntime");
+            assert!(is_held && Instant::now() < deadline, "BoxLite: {refusal}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Has BoxLite do something; the error is its sentence.

@@ -463,20 +463,7 @@ fn a_copied_home_is_left_alone() {
 #[test]
 fn a_raw_image_below_is_never_merged() {
     let home = TestHome::new();
-    let images = home.root().join("images/disk-images");
-    fs::create_dir_all(&images).unwrap();
-    let (image, live) = (images.join("alpine.ext4"), home.live_disk("web"));
-    succeed(&[
-        "qemu-img",
-        "convert",
-        "-O",
-        "raw",
-        text(&live),
-        text(&image),
-    ]);
-    fs::remove_file(&live).unwrap();
-    let create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
-    succeed(&[&create[..], &[text(&image), text(&live)]].concat());
+    let image = home.put_on_a_raw_image();
     home.guest_write("web", FREE_AREA, b"second");
     let bytes = fs::read(&image).unwrap();
     let mount = home.mount();

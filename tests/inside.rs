@@ -102,6 +102,18 @@ fn home() -> (TestHome, PathBuf) {
     (home, image)
 }
 
+/// Changes files of the box as its guest would, in place; `image` is what its disk is. Returns the raw image
+/// of after that.
+fn change_files(home: &TestHome, image: &Path, commands: &str) -> PathBuf {
+    let changed = home.beside("changed.raw");
+    fs::copy(image, &changed).unwrap();
+    let script = home.beside("changes");
+    fs::write(&script, commands).unwrap();
+    succeed(&["debugfs", "-w", "-f", text(&script), text(&changed)]);
+    home.guest_write("web", 0, &fs::read(&changed).unwrap());
+    changed
+}
+
 /// Everything that find, sha256sum, getfattr and lseek tell of a tree.
 fn account(root: &Path) -> String {
     const SCRIPT: &str = r#"
@@ -153,16 +165,8 @@ fn rootfs_is_what_the_kernel_says_of_the_live_disk_and_of_snapshots() {
     assert_same(&mount.at("web/snapshots/before/rootfs/"), kernel.path());
     drop(kernel);
     // The guest makes files, and the live disk alone has them, over two layers.
-    let changed = home.beside("changed.raw");
-    fs::copy(&image, &changed).unwrap();
-    let script = home.beside("changes");
-    fs::write(
-        &script,
-        "mkdir new\nwrite /etc/hostname new/hostname\nrm short\n",
-    )
-    .unwrap();
-    succeed(&["debugfs", "-w", "-f", text(&script), text(&changed)]);
-    home.guest_write("web", 0, &fs::read(&changed).unwrap());
+    let changes = "mkdir new\nwrite /etc/hostname new/hostname\nrm short\n";
+    let changed = change_files(&home, &image, changes);
     let kernel = Loop::of(&changed);
     assert_same(&mount.at("web/rootfs/"), kernel.path());
     let before = Loop::of(&image);
@@ -429,17 +433,8 @@ fn whoever_looks_while_the_disk_changes_gets_one_state_or_estale() {
     let old_disk = File::open(mount.at("web/disk.img")).unwrap();
     let mut start = vec![0; 4096];
     old.read_exact_at(&mut start, 0).unwrap();
-    let changed = home.beside("changed.raw");
-    fs::copy(&image, &changed).unwrap();
-    let script = home.beside("changes");
-    fs::write(
-        &script,
-        "write /etc/hostname a/hostname\nsif short mtime @1234567\n",
-    )
-    .unwrap();
-    succeed(&["debugfs", "-w", "-f", text(&script), text(&changed)]);
-    // As a guest does, in place.
-    home.guest_write("web", 0, &fs::read(&changed).unwrap());
+    let changes = "write /etc/hostname a/hostname\nsif short mtime @1234567\n";
+    change_files(&home, &image, changes);
     let mut bytes = vec![0; 100_000];
     assert_eq!(
         errno(old.read_exact_at(&mut bytes, 2_500_000)),

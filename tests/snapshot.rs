@@ -175,40 +175,10 @@ fn directories_mean_something_below_snapshots_only() {
     home.assert_whole();
 }
 
-/// Puts the box on a raw image below `images/`, as BoxLite makes one at its first start.
-fn on_a_raw_image(home: &TestHome) -> PathBuf {
-    let images = home.root().join("images/disk-images");
-    fs::create_dir_all(&images).unwrap();
-    let image = images.join("alpine.ext4");
-    let live = home.live_disk("web");
-    succeed(&[
-        "qemu-img",
-        "convert",
-        "-O",
-        "raw",
-        text(&live),
-        text(&image),
-    ]);
-    fs::remove_file(&live).unwrap();
-    succeed(&[
-        "qemu-img",
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-b",
-        text(&image),
-        "-F",
-        "raw",
-        text(&live),
-    ]);
-    image
-}
-
 #[test]
 fn a_box_on_a_raw_image_is_snapshotted_before_and_after_its_first_change() {
     let home = TestHome::new();
-    let image = on_a_raw_image(&home);
+    let image = home.put_on_a_raw_image();
     let image_before = fs::read(&image).unwrap();
     let first = digest(&home.live_disk("web"));
     let mount = home.mount();

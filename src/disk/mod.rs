@@ -27,6 +27,7 @@ pub use header::{Backing, Header, rebase};
 pub use inspect::inspect_standalone;
 pub use layer::Layer;
 pub use overlay::create_overlay;
+pub use write::begin_write_back;
 
 use crate::{Context, Result};
 use std::fs::{File, Metadata};

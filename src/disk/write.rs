@@ -107,7 +107,7 @@ fn write_pieces(out: &File, pieces: &Receiver<Piece>, empty: &Sender<Vec<u8>>) -
         }
         let from = *begun.get_or_insert(piece.to);
         if piece.to >= from + BEGUN {
-            begin_writing(out, from..piece.to);
+            begin_write_back(out, from..piece.to);
             begun = Some(piece.to);
         }
         // Nobody waits for it once all is read.
@@ -238,9 +238,9 @@ fn clone_range(
     }
 }
 
-/// Asks the kernel to begin writing these bytes of a file to the disk; it is not waited for. What
-/// can't be begun is written by the flush at the end.
-fn begin_writing(file: &File, range: Range<u64>) {
+/// Asks the kernel to begin writing these bytes of a file to the disk; it is not waited for. Only speed
+/// depends on it: what fails here is found by the flush at the end.
+pub fn begin_write_back(file: &File, range: Range<u64>) {
     let offset = i64::try_from(range.start).unwrap_or(i64::MAX);
     let length = i64::try_from(range.end - range.start).unwrap_or(0);
     // SAFETY: the descriptor is open; no memory is passed.

@@ -7,7 +7,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::layers::resolve;
 use super::merge::{Merge, Merged, Rows, merges, shortening};
 use super::{Compression, Store};
 use crate::disk::FileId;
@@ -167,18 +166,11 @@ impl Store {
 
     /// Every path that a snapshot's row names.
     pub(super) fn named_in(&self, catalog: &Catalog) -> BTreeSet<PathBuf> {
-        let mut named = BTreeSet::new();
-        for record in catalog.boxes() {
-            for snapshot in catalog.snapshots_of(&record.id) {
-                let layer = self.snapshot_layer(snapshot);
-                let recorded = snapshot.base_path().unwrap_or_default();
-                if Path::new(&recorded) != layer {
-                    named.extend(resolve(Path::new(&recorded)));
-                }
-                named.insert(layer);
-            }
-        }
-        named
+        let boxes = catalog.boxes().iter();
+        let snapshots = boxes.flat_map(|record| catalog.snapshots_of(&record.id));
+        snapshots
+            .flat_map(|snapshot| self.named_by(snapshot))
+            .collect()
     }
 
     /// Who reads the layers of a merge.

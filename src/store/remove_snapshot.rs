@@ -189,18 +189,23 @@ impl Store {
             .iter()
             .filter(|it| boxes.contains(it.box_id.as_str()))
         {
-            let layer = self.snapshot_layer(snapshot);
-            if layers.at(&layer).is_none() {
+            if layers.at(&self.snapshot_layer(snapshot)).is_none() {
                 return Ok(None);
             }
-            // As it is spelled, wherever that is.
-            let recorded = snapshot.base_path().unwrap_or_default();
-            if Path::new(&recorded) != layer {
-                named.extend(resolve(Path::new(&recorded)));
-            }
-            named.insert(layer);
+            named.extend(self.named_by(snapshot));
         }
         Ok(Some(named))
+    }
+
+    /// The paths that a snapshot's row names: of its layer in this home, and as it is spelled, wherever
+    /// that is.
+    pub(super) fn named_by(&self, snapshot: &SnapshotRecord) -> Vec<PathBuf> {
+        let mut named = vec![self.snapshot_layer(snapshot)];
+        let recorded = PathBuf::from(snapshot.base_path().unwrap_or_default());
+        if !named.contains(&recorded) {
+            named.extend(resolve(&recorded));
+        }
+        named
     }
 }
 

@@ -184,7 +184,7 @@ impl Rounds {
             if self.stop.wait(tick.min(self.after)) {
                 return;
             }
-            if begun.elapsed() < self.after || !self.is_quiet() || !self.has_news() {
+            if begun.elapsed() < self.after || !self.is_quiet(self.after) || !self.has_news() {
                 continue;
             }
             // A panic is a fault of ours, and no reason to take the mount down.
@@ -201,10 +201,11 @@ impl Rounds {
         }
     }
 
-    fn is_quiet(&self) -> bool {
+    /// Whether nobody reads, and nothing else went on for so long.
+    fn is_quiet(&self, long: Duration) -> bool {
         !self.store.is_read()
             && !self.store.is_looked_into()
-            && self.store.foreground.is_quiet(self.after)
+            && self.store.foreground.is_quiet(long)
     }
 
     /// Whether rows changed since there was nothing left to do, or it is time to try again.
@@ -277,10 +278,7 @@ impl Rounds {
 
     /// While it is at it: a second is enough.
     fn is_quiet_for_now(&self) -> bool {
-        let long = self.after.min(Duration::from_secs(1));
-        !self.store.is_read()
-            && !self.store.is_looked_into()
-            && self.store.foreground.is_quiet(long)
+        self.is_quiet(self.after.min(Duration::from_secs(1)))
     }
 }
 

@@ -7,6 +7,7 @@ use super::Tree;
 use super::attr::{Attr, DirEntry};
 use super::caller::Caller;
 use super::describe;
+use super::inside::only_for_reading;
 use super::names::EXPORT;
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete, is_whole, share};
@@ -201,7 +202,7 @@ impl Tree {
             ),
             Node::BoxJson(_) => "box.json is only for reading".into(),
             Node::Guest(_) | Node::DiskImage(_) => {
-                return Error::new(libc::EROFS, "what is in a disk is only for reading");
+                return only_for_reading();
             }
             _ => "snapshot.json, what is compressed and the log are only for reading".into(),
         };

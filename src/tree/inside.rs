@@ -22,6 +22,11 @@ fn not_there() -> Error {
     Error::new(libc::ENOENT, "the guest has no such file")
 }
 
+/// For whoever would change anything in a disk.
+pub(super) fn only_for_reading() -> Error {
+    Error::new(libc::EROFS, "what is in a disk is only for reading")
+}
+
 /// A file of a guest, and what it is read from.
 struct Found<'a> {
     file: &'a GuestFile,
@@ -187,7 +192,7 @@ impl Tree {
         file: &GuestFile,
         work: impl FnOnce(&Found<'_>) -> Result<T>,
     ) -> Result<T> {
-        let inside = self.inside(&file.state)?;
+        let inside = self.store.look_again(&file.state)?;
         let found = Found {
             file,
             inside: &inside,
@@ -210,29 +215,35 @@ impl Tree {
 
     /// Finds a name in a directory of a guest; the kernel is told of what is found.
     pub(super) fn lookup_guest(&self, parent: &GuestFile, name: &OsStr) -> Result<Attr> {
-        let file = self.with_guest(parent, |parent| parent.child(name))?;
-        let attr = self.guest_attr(&file)?;
+        let (file, attr) = self.with_guest(parent, |parent| {
+            let file = parent.child(name)?;
+            let attr = self.attr_of_found(&Found {
+                file: &file,
+                inside: parent.inside,
+            })?;
+            Ok((file, attr))
+        })?;
         self.tell(&Node::Guest(file));
         Ok(attr)
     }
 
     /// Attributes of a file of a guest, as the guest has them.
     pub(super) fn guest_attr(&self, file: &GuestFile) -> Result<Attr> {
+        self.with_guest(file, |found| self.attr_of_found(found))
+    }
+
+    fn attr_of_found(&self, found: &Found<'_>) -> Result<Attr> {
+        let file = found.file;
         let node = Node::Guest(file.clone());
-        let found = self.with_guest(file, |found| {
-            if file.is_ours() {
-                let guest = found.inside.guest();
-                return Ok(Err(guest.map_or(0, |guest| guest.partitions().len())));
-            }
-            match found.attributes() {
-                // A partition that can't be read is there, and says so when it is listed.
-                Err(_) if file.inode == FileSystem::ROOT && file.partition > 0 => Ok(Err(0)),
-                attributes => Ok(Ok(attributes?)),
-            }
-        })?;
-        let found = match found {
-            Ok(found) => found,
-            Err(partitions) => return Ok(self.directory(&node, partitions, file.state.changed())),
+        let directory = |below| Ok(self.directory(&node, below, file.state.changed()));
+        if file.is_ours() {
+            let guest = found.inside.guest();
+            return directory(guest.map_or(0, |guest| guest.partitions().len()));
+        }
+        let found = match found.attributes() {
+            // A partition that can't be read is there, and says so when it is listed.
+            Err(_) if file.inode == FileSystem::ROOT && file.partition > 0 => return directory(0),
+            attributes => attributes?,
         };
         Ok(Attr {
             ino: node.ino(),

@@ -289,10 +289,7 @@ impl Tree {
     fn node_to_change(&self, ino: u64) -> Result<Node> {
         self.store.refuse_read_only()?;
         match self.node(ino)? {
-            Node::Guest(_) | Node::DiskImage(_) => Err(Error::new(
-                libc::EROFS,
-                "what is in a disk is only for reading",
-            )),
+            Node::Guest(_) | Node::DiskImage(_) => Err(inside::only_for_reading()),
             node => Ok(node),
         }
     }

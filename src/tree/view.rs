@@ -293,7 +293,7 @@ impl Tree {
                 Ok(attr)
             }
             Node::Guest(file) => self.guest_attr(file),
-            Node::DiskImage(inside) => self.disk_image_attr(inside),
+            Node::DiskImage(state) => self.disk_image_attr(state),
             Node::Link(derived, source) => {
                 let record = self.record(source.box_id())?;
                 let target = self.link_target(*derived, source)?;
@@ -492,13 +492,12 @@ impl Tree {
         let mut children = Vec::new();
         if self.store.has_disk(source) {
             for derived in Derived::ALL {
+                // What is inside follows from looking there, which a listing alone does not.
                 let (kind, node) = match derived {
-                    Derived::Compressed => (Kind::File, Some(Node::Compressed(source.clone()))),
-                    Derived::Rootfs => (Kind::Directory, None),
-                    Derived::DiskImage => (Kind::File, None),
+                    Derived::Compressed => (Kind::File, Node::Compressed(source.clone())),
+                    Derived::Rootfs => (Kind::Directory, Node::ViewOf(source.clone())),
+                    Derived::DiskImage => (Kind::File, Node::ViewOf(source.clone())),
                 };
-                // What they are follows from looking inside, which a listing alone does not.
-                let node = node.unwrap_or(Node::ViewOf(source.clone()));
                 children.push((derived.name().to_owned(), node, kind));
             }
         }

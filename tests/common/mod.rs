@@ -292,6 +292,36 @@ impl TestHome {
         guest_write(&self.live_disk(name), offset, bytes);
     }
 
+    /// Puts the box `web` on a raw image below `images/`, as BoxLite makes one at its first start.
+    pub fn put_on_a_raw_image(&self) -> PathBuf {
+        let images = self.root().join("images/disk-images");
+        fs::create_dir_all(&images).unwrap();
+        let image = images.join("alpine.ext4");
+        let live = self.live_disk("web");
+        succeed(&[
+            "qemu-img",
+            "convert",
+            "-O",
+            "raw",
+            text(&live),
+            text(&image),
+        ]);
+        fs::remove_file(&live).unwrap();
+        succeed(&[
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            text(&image),
+            "-F",
+            "raw",
+            text(&live),
+        ]);
+        image
+    }
+
     /// `boxlitefs check`: its exit status and what it printed.
     pub fn check(&self) -> (i32, String) {
         let output = Command::new(binary())

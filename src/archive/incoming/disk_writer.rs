@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::disk::begin_write_back;
 use crate::{Error, Result};
 
 /// Bytes of a piece. Writes of this size keep a disk busy, and a few of them are little memory.
@@ -68,7 +68,7 @@ impl DiskWriter {
         }
         self.at = self.at.saturating_add(bytes.len() as u64);
         if self.direct.is_none() && self.at.saturating_sub(self.written_back) >= WRITE_BACK {
-            begin_write_back(&self.file, self.written_back, self.at);
+            begin_write_back(&self.file, self.written_back..self.at);
             self.written_back = self.at;
         }
         Ok(())
@@ -124,22 +124,6 @@ fn data_runs(blocks: &[u8]) -> Vec<Range<usize>> {
         }
     }
     runs
-}
-
-/// Asks the kernel to begin writing a range back. Only speed depends on it: what fails here is found
-/// by the flush.
-fn begin_write_back(file: &File, start: u64, end: u64) {
-    let (Ok(start), Ok(length)) = (
-        i64::try_from(start),
-        i64::try_from(end.saturating_sub(start)),
-    ) else {
-        return;
-    };
-    // SAFETY: sync_file_range takes a descriptor, which `file` keeps open, and integers; std has no
-    // call for it.
-    unsafe {
-        libc::sync_file_range(file.as_raw_fd(), start, length, libc::SYNC_FILE_RANGE_WRITE);
-    }
 }
 
 /// Up to [`PIECE`] bytes that begin at an address O_DIRECT takes.

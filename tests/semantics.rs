@@ -11,7 +11,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use common::{Mounted, TestHome, archive, binary};
+use common::{Mounted, TestHome, archive, binary, python};
+use tempfile::TempDir;
 
 const DOCUMENT: &str = include_str!("../docs/semantics.md");
 
@@ -200,30 +201,31 @@ fn message_of(errno: &str) -> Option<String> {
 
 // ---- executing it ---------------------------------------------------------------------------------
 
-/// The python that has BoxLite; tests/common has the same one.
-fn python() -> PathBuf {
-    std::env::var_os("BOXLITE_PYTHON").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python"),
-        PathBuf::from,
-    )
-}
-
 /// A mounted home and what the rows of a table find around it.
 struct Place {
     // Unmounted before the home goes.
     _mount: Mounted,
     home: TestHome,
     mountpoint: PathBuf,
+    backup: TempDir,
     functions: String,
+}
+
+/// A directory where what is made later has a higher inode number: cp goes by them, and a disk's file
+/// system gives again what was freed just then, by other tests say.
+fn in_order() -> TempDir {
+    let place = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+    place.expect("a temporary directory")
 }
 
 impl Place {
     fn new(functions: &str) -> Place {
         let home = TestHome::new();
-        for directory in ["backup", "bin", "work"] {
+        for directory in ["bin", "work"] {
             fs::create_dir(home.beside(directory)).expect("a directory");
         }
-        fs::copy(archive(), home.beside("backup/web.boxlite")).expect("the archive");
+        let backup = in_order();
+        fs::copy(archive(), backup.path().join("web.boxlite")).expect("the archive");
         let boxlite = home.beside("bin/boxlite");
         let wheel = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py");
         let script = format!(
@@ -238,6 +240,7 @@ impl Place {
             mountpoint: mount.root().to_owned(),
             _mount: mount,
             home,
+            backup,
             functions: functions.to_owned(),
         }
     }
@@ -258,7 +261,7 @@ impl Place {
             .env("PATH", std::env::join_paths(path).expect("a PATH"))
             .env("LC_ALL", "C")
             .env("MNT", &self.mountpoint)
-            .env("BACKUP", self.home.beside("backup"))
+            .env("BACKUP", self.backup.path())
             .env("BOXLITE_HOME", self.home.root())
             .current_dir(self.home.beside("work"))
             .stdin(Stdio::null())

@@ -19,6 +19,7 @@
 #![allow(dead_code, unused_imports)]
 
 mod process;
+mod torture;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -35,6 +36,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub use process::*;
+pub use torture::*;
 
 /// Bytes of the guest disk that [`TestHome::new`] makes.
 pub const DISK_SIZE: &str = "8M";

@@ -257,7 +257,7 @@ impl Mapped {
             let len = (cluster - within).min(buf.len() as u64);
             let (now, rest) = buf.split_at_mut(len as usize);
             if len == cluster {
-                self.access.read(now, at)?;
+                self.inflate(at, now)?;
             } else {
                 self.read_inflated(at - within, within as usize, now)?;
             }
@@ -267,12 +267,30 @@ impl Mapped {
         Ok(())
     }
 
+    /// Fills `buf`, a cluster long, with the compressed cluster at guest offset `at`.
+    ///
+    /// A stream that refers to what lies before its own beginning is damaged, and an error for qemu.
+    /// imago takes what was in the buffer before for it: bytes of anything this process had in its
+    /// memory. So it is done twice, over other bytes; compressed clusters are rare.
+    fn inflate(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
+        let mut again = vec![0xffu8; buf.len()];
+        buf.fill(0);
+        self.access.read(&mut *buf, at)?;
+        self.access.read(again.as_mut_slice(), at)?;
+        match *buf == *again {
+            true => Ok(()),
+            false => Err(io::Error::other(format!(
+                "the compressed cluster at guest offset {at} refers to what lies before its beginning"
+            ))),
+        }
+    }
+
     /// A part of the compressed cluster at guest offset `at`, `within` bytes into it.
     fn read_inflated(&self, at: u64, within: usize, buf: &mut [u8]) -> io::Result<()> {
         let mut inflated = self.inflated.lock();
         if inflated.as_ref().is_none_or(|(held, _)| *held != at) {
             let mut bytes = vec![0u8; self.header.cluster_size() as usize];
-            self.access.read(bytes.as_mut_slice(), at)?;
+            self.inflate(at, &mut bytes)?;
             *inflated = Some((at, bytes));
         }
         let part = inflated
@@ -317,7 +335,7 @@ fn seek(file: &File, at: u64, whence: libc::c_int) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::judges::{create, qemu_io};
+    use crate::disk::judges::{create, qemu_io, succeed, text};
 
     #[test]
     fn a_file_that_was_cut_short_is_refused_and_not_read_as_zeros() {
@@ -350,6 +368,73 @@ mod tests {
         let error = Layer::open(&raw, Format::Qcow2).err().unwrap();
         assert_eq!(error.errno(), libc::EIO);
         assert_eq!(Layer::open(&raw, Format::Raw).unwrap().virtual_size(), 5000);
+    }
+
+    #[test]
+    fn a_compressed_cluster_that_refers_to_bytes_before_it_is_an_error_as_for_qemu() {
+        let dir = tempfile::tempdir().unwrap();
+        let (raw, image) = (dir.path().join("raw"), dir.path().join("image.qcow2"));
+        std::fs::write(&raw, "the same over and over ".repeat(2850)).unwrap();
+        let convert = ["convert", "-c", "-O", "qcow2", text(&raw), text(&image)];
+        succeed("qemu-img", &convert);
+        // One compressed cluster: its descriptor is the first entry of the only L2 table.
+        let mut bytes = std::fs::read(&image).unwrap();
+        let l1 = be64(&bytes, 40) as usize;
+        let l2 = (be64(&bytes, l1) & L1_OFFSET) as usize;
+        let descriptor = be64(&bytes, l2);
+        assert!(descriptor >> 62 == 1, "{descriptor:x} is compressed");
+        let at = (descriptor & ((1 << 54) - 1)) as usize;
+        // In place of the stream one of nothing but "258 bytes, one byte back" (RFC 1951, fixed codes).
+        let mut stream = Bits::default();
+        stream.push(0b1, 1);
+        stream.push(0b01, 2);
+        for _ in 0..255 {
+            // 285 is 11000101, with the highest bit first; distance 0 is five zeros.
+            stream.push(0b1010_0011, 8);
+            stream.push(0, 5);
+        }
+        bytes.resize(at + 512, 0);
+        bytes.splice(at..at + 512, std::iter::empty());
+        bytes.extend_from_slice(&stream.0);
+        bytes.resize(bytes.len().next_multiple_of(65536), 0);
+        // One further sector after that of the offset.
+        let sectors = stream.0.len() as u64 / 512 + 1;
+        let entry = (1 << 62) | (sectors << 54) | at as u64;
+        bytes[l2..l2 + 8].copy_from_slice(&entry.to_be_bytes());
+        std::fs::write(&image, &bytes).unwrap();
+
+        let read = std::process::Command::new("qemu-io")
+            .args(["-r", "-c", "read 0 64k", text(&image)])
+            .output()
+            .unwrap();
+        assert!(!read.status.success(), "qemu-io takes it");
+        let layer = Layer::open(&image, Format::Qcow2).unwrap();
+        for len in [65536, 1000] {
+            let error = layer.read_compressed(0, &mut vec![7; len]).unwrap_err();
+            assert_eq!(error.errno(), libc::EIO);
+            assert!(
+                error.to_string().contains("before its beginning"),
+                "{error}"
+            );
+        }
+    }
+
+    /// Bits as deflate stores them, the lowest of a byte first.
+    #[derive(Default)]
+    struct Bits(Vec<u8>, usize);
+
+    impl Bits {
+        fn push(&mut self, bits: u32, count: usize) {
+            for bit in 0..count {
+                if self.1.is_multiple_of(8) {
+                    self.0.push(0);
+                }
+                if bits >> bit & 1 == 1 {
+                    *self.0.last_mut().unwrap() |= 1 << (self.1 % 8);
+                }
+                self.1 += 1;
+            }
+        }
     }
 
     #[test]

@@ -53,7 +53,9 @@ run() {
         "-max_len=${longest[$target]}" "-max_total_time=$what" -print_final_stats=1 >"$log" 2>&1; then
         echo "fuzz: $target: $(grep -o '#[0-9]*[[:space:]]DONE.*' "$log")"
     else
-        tail -n 60 "$log"
+        # What it says of itself; the fuzzer's own progress and cargo's backtrace are not of interest.
+        grep -v -e '^#' -e NEW_FUNC "$log" | sed '/^Stack backtrace:/,$d' | tail -n 60
+        base64 -w 120 "$failed"/* | head -n 400
         echo "fuzz: $target FAILED, see $log; again: make fuzz FUZZ_TARGETS=$target FUZZ_INPUT=…" >&2
         return 1
     fi

@@ -7,12 +7,14 @@
 //! * `chain`: layers above one another, top first, as the guest sees them.
 //! * `flatten`: a chain, or the upper part of one, as one image, computed and not stored.
 //! * `write`: such an image as a file.
+//! * `direct`: writing past the page cache.
 //! * `inspect`: whether an image that came from outside may be used.
 //!
 //! Knows nothing of boxes, rows or archives. Format rules are those of qemu's `docs/interop/qcow2.rst`,
 //! the limits are qemu's and imago's where they are tighter than the format's.
 
 mod chain;
+mod direct;
 mod flatten;
 mod header;
 mod holes;
@@ -22,6 +24,7 @@ mod overlay;
 mod write;
 
 pub use chain::{Chain, Extent, Source, chain_paths};
+pub use direct::{Aligned, BLOCK, Direct};
 pub use flatten::{Flattened, WINDOW};
 pub use header::{Backing, Header, rebase};
 pub use inspect::inspect_standalone;

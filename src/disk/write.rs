@@ -1,7 +1,7 @@
 //! A computed image as a file.
 
 use super::overlay::CLUSTER;
-use super::{Chain, Extent, Flattened, Source};
+use super::{Aligned, Chain, Direct, Extent, Flattened, Source};
 use crate::{Context, Error, Result};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::fs::File;
@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 const PIECE: u64 = 4 << 20;
 /// Runs of data from one place that are shorter are read together with what lies beside them.
 const ALONE: u64 = CLUSTER;
-/// Bytes after which the kernel is asked to begin with what was written: so that the flush at the end
+/// Without direct I/O: bytes after which the kernel is asked to begin with what was written: so that the flush at the end
 /// is short, and what others want to write does not wait behind all of it.
 const BEGUN: u64 = 32 << 20;
 
@@ -33,7 +33,7 @@ impl Flattened {
         let (full, to_write) = bounded(QUEUE);
         let (empty, to_fill) = bounded(QUEUE + 2);
         for _ in 0..QUEUE + 2 {
-            let _ = empty.send(vec![0; PIECE as usize]);
+            let _ = empty.send(Aligned::zeros(PIECE as usize));
         }
         // One reads while the other writes.
         std::thread::scope(|scope| {
@@ -89,24 +89,26 @@ const FAILED: &str = "cannot write the image";
 
 /// Bytes that were read.
 struct Piece {
-    buffer: Vec<u8>,
+    buffer: Aligned,
     len: usize,
     /// Where they go.
     to: u64,
 }
 
 /// Writes what was read, until there is no more.
-fn write_pieces(out: &File, pieces: &Receiver<Piece>, empty: &Sender<Vec<u8>>) -> Result<()> {
+fn write_pieces(out: &File, pieces: &Receiver<Piece>, empty: &Sender<Aligned>) -> Result<()> {
+    let mut direct = Direct::of(out);
     let mut begun: Option<u64> = None;
     for piece in pieces {
-        let bytes = piece.buffer.get(..piece.len).unwrap_or_default();
+        let bytes = piece.buffer.bytes().get(..piece.len).unwrap_or_default();
         for run in runs_of_data(bytes) {
             let part = bytes.get(run.clone()).unwrap_or_default();
-            out.write_all_at(part, piece.to + run.start as u64)
+            direct
+                .write_all_at(out, part, piece.to + run.start as u64)
                 .context(|| FAILED)?;
         }
         let from = *begun.get_or_insert(piece.to);
-        if piece.to >= from + BEGUN {
+        if !direct.is_direct() && piece.to >= from + BEGUN {
             begin_write_back(out, from..piece.to);
             begun = Some(piece.to);
         }
@@ -120,7 +122,7 @@ struct Reader<'r> {
     chain: &'r Chain,
     out: &'r File,
     full: Sender<Piece>,
-    to_fill: Receiver<Vec<u8>>,
+    to_fill: Receiver<Aligned>,
     /// Until the file system shows that it can't.
     can_share: bool,
 }
@@ -170,7 +172,7 @@ impl Reader<'_> {
         }
         let ended = || Error::new(libc::ECANCELED, FAILED);
         let mut buffer = self.to_fill.recv().map_err(|_| ended())?;
-        let part = buffer.get_mut(..len).unwrap_or_default();
+        let part = buffer.bytes_mut().get_mut(..len).unwrap_or_default();
         self.chain.read_at(guest.start, part)?;
         let to = to + (guest.start - start);
         let piece = Piece { buffer, len, to };

@@ -2,18 +2,15 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::begin_write_back;
+use crate::disk::{Aligned, BLOCK, Direct, begin_write_back};
 use crate::{Error, Result};
 
 /// Bytes of a piece. Writes of this size keep a disk busy, and a few of them are little memory.
 pub(super) const PIECE: usize = 1 << 20;
-/// Offsets, lengths and memory that O_DIRECT takes are multiples of this on every common file system
-/// (statx's `stx_dio_offset_align` is at most a page); where they are not, writing goes on without it.
-pub(super) const BLOCK: usize = 4096;
 /// Zeros to hash and to compare with.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// Zeros inside a piece that are left out at least: with direct I/O, each hole costs a write more,
@@ -27,9 +24,7 @@ const WRITE_BACK: u64 = 8 << 20;
 pub(super) struct DiskWriter {
     path: PathBuf,
     file: Arc<File>,
-    /// The same file opened with O_DIRECT, where the file system has that: a disk is not read again
-    /// soon, and through the page cache its bytes would be copied once more and push others out.
-    direct: Option<File>,
+    direct: Direct,
     /// Bytes so far; a multiple of [`BLOCK`] until the last piece.
     at: u64,
     /// Where writing back was last begun.
@@ -39,15 +34,10 @@ pub(super) struct DiskWriter {
 impl DiskWriter {
     /// `file` is what was just created at `path`.
     pub(super) fn new(path: &Path, file: Arc<File>) -> DiskWriter {
-        let direct = File::options()
-            .write(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(path)
-            .ok();
         DiskWriter {
             path: path.to_owned(),
+            direct: Direct::of(&file),
             file,
-            direct,
             at: 0,
             written_back: 0,
         }
@@ -67,7 +57,7 @@ impl DiskWriter {
                 .map_err(|e| self.unwritable(e))?;
         }
         self.at = self.at.saturating_add(bytes.len() as u64);
-        if self.direct.is_none() && self.at.saturating_sub(self.written_back) >= WRITE_BACK {
+        if !self.direct.is_direct() && self.at.saturating_sub(self.written_back) >= WRITE_BACK {
             begin_write_back(&self.file, self.written_back..self.at);
             self.written_back = self.at;
         }
@@ -91,15 +81,8 @@ impl DiskWriter {
     }
 
     fn put(&mut self, bytes: &[u8], at: u64) -> Result<()> {
-        if let Some(direct) = &self.direct {
-            match direct.write_all_at(bytes, at) {
-                // Another alignment than ours is wanted here.
-                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => self.direct = None,
-                other => return other.map_err(|e| self.unwritable(e)),
-            }
-        }
-        self.file
-            .write_all_at(bytes, at)
+        self.direct
+            .write_all_at(&self.file, bytes, at)
             .map_err(|e| self.unwritable(e))
     }
 
@@ -126,45 +109,46 @@ fn data_runs(blocks: &[u8]) -> Vec<Range<usize>> {
     runs
 }
 
-/// Up to [`PIECE`] bytes that begin at an address O_DIRECT takes.
+/// Up to [`PIECE`] bytes, fit for direct I/O.
 pub(super) struct Piece {
-    /// Never grown beyond its capacity, so that it stays where it is.
-    memory: Vec<u8>,
-    /// Where in `memory` the aligned part begins.
-    start: usize,
+    memory: Aligned,
+    len: usize,
 }
 
 impl Piece {
     pub(super) fn new() -> Piece {
-        let mut memory: Vec<u8> = Vec::with_capacity(PIECE.saturating_add(BLOCK));
-        // Where no aligned place were found, O_DIRECT would refuse and be done without.
-        let start = memory.as_ptr().align_offset(BLOCK).min(BLOCK);
-        memory.resize(start, 0);
-        Piece { memory, start }
+        Piece {
+            memory: Aligned::zeros(PIECE),
+            len: 0,
+        }
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
-        self.memory.get(self.start..).unwrap_or_default()
+        self.memory.bytes().get(..self.len).unwrap_or_default()
     }
 
     /// Bytes that still fit.
     pub(super) fn room(&self) -> usize {
-        PIECE.saturating_sub(self.bytes().len())
+        PIECE.saturating_sub(self.len)
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.bytes().is_empty()
+        self.len == 0
     }
 
     /// Appends as much of `bytes` as fits and returns the rest.
     pub(super) fn fill<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
         let (some, rest) = bytes.split_at(bytes.len().min(self.room()));
-        self.memory.extend_from_slice(some);
+        let end = self.len + some.len();
+        if let Some(part) = self.memory.bytes_mut().get_mut(self.len..end) {
+            part.copy_from_slice(some);
+            self.len = end;
+        }
         rest
     }
 
     pub(super) fn clear(&mut self) {
-        self.memory.truncate(self.start);
+        self.len = 0;
     }
 }
 
@@ -225,9 +209,9 @@ mod tests {
 
             write(&mut writer(&path("direct")), &disk, 0);
             let mut buffered = writer(&path("buffered"));
-            buffered.direct = None;
+            buffered.direct = Direct::none();
             write(&mut buffered, &disk, 0);
-            // Where direct I/O is real, this is refused with EINVAL.
+            // Direct I/O does not take this.
             write(&mut writer(&path("unaligned")), &disk, 1);
 
             for name in ["direct", "buffered", "unaligned"] {

@@ -26,6 +26,7 @@ from pathlib import Path
 import table
 from guests import Guests
 from homes import MIB, Home, Mount
+from index import Index
 from measure import Cost, Failed, Space, can_drop_caches, cost_of, cost_of_call, run, settle
 from rows import Rows
 
@@ -59,6 +60,7 @@ class Bench:
         self.mount = Mount(self.program, self.home, work / "mnt")
         self.crowd_mount = Mount(self.program, self.crowd, work / "crowd-mnt")
         self.guests = Guests(self.program, work, self.costs)
+        self.index = Index(self.program, work, self.costs)
         self.web = self.mount.point / "web"
         self.plain, self.zst = self.web / "export.boxlite", self.web / "export.boxlite.zst"
 
@@ -323,6 +325,7 @@ class Bench:
         self.crowd.add_box("web", 64, 1)
         self.crowd.multiply("web", BOXES)
         self.guests.prepare()
+        self.index.prepare()
         self.their_export("kept", "web", keep=self.kept / "theirs")
         self.prove("BoxLite's export", self.kept / "theirs", self.home.disk("web"))
         self.mount.start(fresh=True)
@@ -348,6 +351,7 @@ class Bench:
             yield lambda: self.compacting(share)
         yield self.listing
         yield self.guests.turn
+        yield self.index.turn
 
     def round(self):
         for turn in self.turns():
@@ -360,6 +364,7 @@ class Bench:
                 self.mount.stop()
                 self.crowd_mount.stop()
                 self.guests.mount.stop()
+                self.index.mount.stop()
                 shutil.rmtree(self.out)
                 self.out.mkdir()
 
@@ -372,7 +377,7 @@ class Bench:
                 self.costs.clear()
 
     def close(self):
-        for mount in (self.mount, self.crowd_mount, self.guests.mount):
+        for mount in (self.mount, self.crowd_mount, self.guests.mount, self.index.mount):
             try:
                 mount.stop()
             except Exception as error:

@@ -108,6 +108,12 @@ class Rows:
         both = plus(self.seconds("start list"), self.seconds("boxlite list"))
         yield self.times(f"{label}, again", "ls again", "list_info and the runtime's start", both)
 
+        label = "mount of 1,000 boxes with 10 snapshots each"
+        yield self.times(label, "index", "2 s", 2.0, 1)
+        label = "snapshot (`mkdir`) in that home"
+        for what, key in ((", the first", "mkdir among many, first"), (", later", "mkdir among many")):
+            yield self.times(label + what, key, "the same of the 3 MB box", "mkdir small")
+
     def guests(self):
         for label, what, goal in (
             ("read of a guest's file of 512 MiB", "read", 2),

@@ -10,7 +10,7 @@ VENV := $(abspath target/venv)
 # Of each fuzz target.
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup build test model fuzz demo bench screenshots install clean fmt
+.PHONY: help setup build test model fuzz torture demo bench screenshots install clean fmt
 
 help:
 	@echo 'make build                 boxlitefs and mount-boxlite, in $(TARGET)/release'
@@ -20,6 +20,8 @@ help:
 	@echo 'make fuzz                  gives damaged disks and archives to what reads them; tests/fuzz'
 	@echo '     [FUZZ_SECONDS=$(FUZZ_SECONDS)]    for each; FUZZ_TARGETS="guest chain archive manifest"'
 	@echo '     [FUZZ_INPUT=FILE]     what one target failed at, again'
+	@echo 'make torture               kills, lost power, full disks, damaged archives, many at once: at length, and a table'
+	@echo '     [TORTURE_TESTS="crash many"]'
 	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
 	@echo 'make bench                 what it costs, beside BoxLite, qemu-img and cp; docs/performance.md'
 	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
@@ -48,6 +50,10 @@ model: setup
 # What earlier runs found is in $(TARGET)/fuzz, and gone on from.
 fuzz: setup
 	tests/fuzz/run.sh $(TARGET)/fuzz $(or $(FUZZ_INPUT),$(FUZZ_SECONDS)) $(FUZZ_TARGETS)
+
+# Some hours; make test has a slice of each.
+torture: setup
+	tests/torture.sh $(VENV) $(TARGET)/torture $(TORTURE_TESTS)
 
 demo:
 	@tests/setup.sh $(VENV) --boxlite-optional

@@ -6,6 +6,7 @@ use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use boxlitefs::home::{GUARD, run_guard};
 use boxlitefs::mount::{self, Mount, Options};
 use boxlitefs::store::{check, compact};
 use boxlitefs::{Error, Result};
@@ -89,6 +90,9 @@ enum Command {
         /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
         home: Option<PathBuf>,
     },
+    /// Sets a paused virtual machine going if the mount that paused it dies
+    #[command(name = GUARD, hide = true)]
+    Guard,
     /// Merge layers that nothing needs by themselves, and give their space back, now
     #[command(after_help = COMPACT_EXAMPLES)]
     Compact {
@@ -102,7 +106,8 @@ struct MountArguments {
     /// Stay in the foreground and log to standard error
     #[arg(short, long)]
     foreground: bool,
-    /// Mount options, separated by commas: ro, noexec, noatime, allow_other, allow_root,
+    /// Mount options, separated by commas: ro, noexec, noatime, allow_other, allow_root, shared (take
+    /// snapshots, clone, import and restore also while a BoxLite program has the home open),
     /// compress=LEVEL (of export.boxlite.zst, 1 to 19; 3 unless said), cache=SIZE (most disk space
     /// for finished ones; 4G unless said), compact=SECONDS (how long nothing has to go on until layers
     /// that nothing needs by themselves are merged; 30 unless said, or off), and those every mount takes
@@ -126,6 +131,10 @@ fn main() -> ExitCode {
             Err(error) => failed(error, 2),
         },
         Command::Compact { home } => done(run_compact(home)),
+        Command::Guard => {
+            run_guard();
+            ExitCode::SUCCESS
+        }
     }
 }
 

@@ -71,6 +71,7 @@ fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> 
         &places.home,
         tree::Options {
             read_only: options.read_only,
+            is_shared: options.shared,
             compression: options.compression,
             compacting: options.compacting,
         },

@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -552,5 +552,179 @@ fn an_unmount_ends_the_process_and_leaves_nothing_behind() {
     mount.unmount();
     assert!(!is_mounted(&mountpoint));
     assert_eq!(names_in(&home.root().join(".boxlitefs")), ["log"]);
+    home.assert_whole();
+}
+
+// ---- a database that is not the one it was ------------------------------------------------------
+
+/// Moves the database, with what SQLite keeps beside it, to `to`.
+fn move_database(from: &std::path::Path, to: &std::path::Path) {
+    fs::create_dir_all(to).unwrap();
+    for name in ["boxlite.db", "boxlite.db-wal", "boxlite.db-shm"] {
+        let _ = fs::rename(from.join(name), to.join(name));
+    }
+}
+
+#[test]
+fn a_database_made_anew_under_a_mount_is_the_one_that_counts() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    let wanted = digest(&home.live_disk("web"));
+    let web = home.box_dir("web");
+    let snapshots = File::open(mount.at("web/snapshots")).unwrap();
+    let db = home.root().join("db");
+    let aside = home.beside("db");
+    move_database(&db, &aside);
+    // As a BoxLite that began without one would make it. Nothing of the old may be believed.
+    let empty = TestHome::empty();
+    move_database(&empty.root().join("db"), &home.beside("empty"));
+    for name in names_in(&home.beside("empty")) {
+        fs::copy(home.beside("empty").join(&name), db.join(&name)).unwrap();
+    }
+    within_a_second("no box is shown", || mount.names("").is_empty());
+    for result in [
+        mount.snapshot("web", "b"),
+        mount.remove_snapshot("web", "a"),
+        fs::rename(mount.at("web"), mount.at("api")),
+    ] {
+        assert_eq!(errno(result), libc::ENOENT);
+    }
+    drop(snapshots);
+    assert!(web.join("disks/disk.qcow2").is_file());
+    assert!(web.join("snapshots/a/disk.qcow2").is_file());
+    // A box that is made now is in the new one.
+    succeed(&["cp", text(&archive()), text(&mount.at("new.boxlite"))]);
+    assert_eq!(mount.names(""), ["new"]);
+    assert_boxlite_lists_one(&home, "new");
+    // BoxLite's start has removed what has no row there: only the disk of the new box is left.
+    move_database(&db, &home.beside("second"));
+    move_database(&aside, &db);
+    within_a_second("web is shown again", || mount.names("") == ["web"]);
+    assert_ne!(wanted, "");
+}
+
+fn assert_boxlite_lists_one(home: &TestHome, name: &str) {
+    let rows: String = home
+        .database()
+        .query_row("SELECT group_concat(name) FROM box_config", [], |row| {
+            row.get(0)
+        })
+        .unwrap();
+    assert_eq!(rows, name);
+}
+
+#[test]
+fn a_database_that_is_gone_is_an_error_and_its_boxes_are_not_shown() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    let wanted = digest(&home.live_disk("web"));
+    let db = home.root().join("db");
+    let aside = home.beside("db");
+    move_database(&db, &aside);
+    within_a_second("an error", || fs::read_dir(mount.root()).is_err());
+    assert_eq!(errno(fs::read_dir(mount.root()).map(drop)), libc::EIO);
+    assert!(mount.snapshot("web", "b").is_err());
+    assert!(mount.remove_snapshot("web", "a").is_err());
+    assert!(File::open(mount.at("web/export.boxlite")).is_err());
+    assert!(
+        !run(&["cp", text(&archive()), text(&mount.at("new.boxlite"))])
+            .status
+            .success()
+    );
+    // None was made in its place, and there is none of a new box.
+    assert!(!db.join("boxlite.db").exists());
+    assert_eq!(names_in(&home.root().join("boxes")).len(), 1);
+    // Moved back, all is as it was.
+    move_database(&aside, &db);
+    within_a_second("web is shown again", || {
+        fs::read_dir(mount.root()).is_ok() && mount.names("") == ["web"]
+    });
+    assert_eq!(mount.export_digest("web/export.boxlite"), wanted);
+    mount.snapshot("web", "b").unwrap();
+    assert_eq!(mount.names("web/snapshots"), ["a", "b"]);
+    home.assert_whole();
+}
+
+// ---- a box that begins to run while it is copied ------------------------------------------------
+
+#[test]
+fn a_box_that_begins_to_run_while_its_export_is_read_is_noticed() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let mut reader = File::open(mount.at("web/export.boxlite")).unwrap();
+    let mut start = vec![0; 4096];
+    reader.read_exact(&mut start).unwrap();
+    let shim = Shim::of(&home, "web");
+    home.guest_write("web", FREE_AREA, &[7; 4096]);
+    let mut rest = Vec::new();
+    let error = reader.read_to_end(&mut rest).expect_err("the disk changed");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    drop(reader);
+    drop(shim);
+    assert_eq!(
+        mount.export_digest("web/export.boxlite"),
+        digest(&home.live_disk("web"))
+    );
+}
+
+#[test]
+fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"second");
+    let wanted = digest(&home.live_disk("web"));
+    let whole = fs::read(archive()).unwrap();
+    let (first, last) = whole.split_at(whole.len() / 2);
+    // Half of an archive over it, then it runs.
+    let mut over = OpenOptions::new()
+        .write(true)
+        .open(mount.at("web/export.boxlite"))
+        .unwrap();
+    over.write_all(first).unwrap();
+    let shim = Shim::of(&home, "web");
+    let ended = over.write_all(last).and_then(|()| {
+        // close(2), whose answer std does not give.
+        let duplicate = over.try_clone()?;
+        // SAFETY: the descriptor is the duplicate's own, which does not close it again.
+        match unsafe { libc::close(std::os::fd::IntoRawFd::into_raw_fd(duplicate)) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    });
+    assert_eq!(errno(ended), libc::EBUSY);
+    drop(over);
+    assert_eq!(digest(&home.live_disk("web")), wanted);
+    drop(shim);
+    // A clone of what was read before it ran and wrote.
+    let source = File::open(mount.at("web/export.boxlite")).unwrap();
+    let target = File::create(mount.at("copy.boxlite")).unwrap();
+    let length = usize::try_from(source.metadata().unwrap().len()).unwrap();
+    // SAFETY: two open descriptors and no offsets of ours.
+    let copied = unsafe {
+        libc::copy_file_range(
+            std::os::fd::AsRawFd::as_raw_fd(&source),
+            std::ptr::null_mut(),
+            std::os::fd::AsRawFd::as_raw_fd(&target),
+            std::ptr::null_mut(),
+            length,
+            0,
+        )
+    };
+    assert_eq!(usize::try_from(copied), Ok(length));
+    let shim = Shim::of(&home, "web");
+    home.guest_write("web", FREE_AREA, b"third");
+    let third = digest(&home.live_disk("web"));
+    // SAFETY: as above.
+    let closed = unsafe { libc::close(std::os::fd::IntoRawFd::into_raw_fd(target)) };
+    let error = std::io::Error::last_os_error().raw_os_error();
+    assert_eq!(closed, -1);
+    assert!(matches!(error, Some(libc::EBUSY | libc::EIO)), "{error:?}");
+    drop(source);
+    drop(shim);
+    assert_eq!(mount.names(""), ["web"]);
+    assert_eq!(digest(&home.live_disk("web")), third);
     home.assert_whole();
 }

@@ -13,7 +13,6 @@
 #[path = "model/act.rs"]
 mod act;
 #[path = "model/boxlite.rs"]
-mod boxlite;
 mod common;
 #[path = "model/operation.rs"]
 mod operation;

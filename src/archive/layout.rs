@@ -55,6 +55,11 @@ impl Export {
         })
     }
 
+    /// The disk it is of.
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
     /// Length of the archive in bytes, exactly.
     #[allow(clippy::len_without_is_empty)] // A tar is never empty.
     pub fn len(&self) -> u64 {

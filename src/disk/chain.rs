@@ -75,11 +75,25 @@ impl Chain {
     /// EPERM for a layer outside of `home` (symlinks resolved) that does not belong to the user
     /// `owner`; ELOOP for a cycle or more than 64 layers; EIO for a damaged layer.
     pub fn open(top: &Path, home: &Path, owner: u32) -> Result<Chain> {
+        Chain::descend(Descent::from(top), top, home, owner)
+    }
+
+    /// Likewise, with `copy` in the place of the file at `top`: what it names is looked for as if it were
+    /// that.
+    ///
+    /// # Errors
+    /// As [`Chain::open`].
+    pub fn open_over(copy: File, top: &Path, home: &Path, owner: u32) -> Result<Chain> {
+        let mut walk = Descent::from(top);
+        walk.top = Some(copy);
+        Chain::descend(walk, top, home, owner)
+    }
+
+    fn descend(mut walk: Descent, top: &Path, home: &Path, owner: u32) -> Result<Chain> {
         let home = std::fs::canonicalize(home)
             .context(|| format!("cannot look at the home {}", home.display()))?;
         let mut chain = Vec::new();
         let mut opened = Vec::new();
-        let mut walk = Descent::from(top);
         while let Some((path, file, format)) = walk.next_layer()? {
             let meta = file
                 .metadata()
@@ -306,6 +320,8 @@ impl Walk<'_> {
 
 /// The way down a chain, one image after another, within the limits.
 struct Descent {
+    /// The first file, where it is open already.
+    top: Option<File>,
     next: Option<(PathBuf, Option<Format>)>,
     seen: HashSet<FileId>,
 }
@@ -313,6 +329,7 @@ struct Descent {
 impl Descent {
     fn from(top: &Path) -> Descent {
         Descent {
+            top: None,
             next: Some((top.to_path_buf(), None)),
             seen: HashSet::new(),
         }
@@ -329,7 +346,10 @@ impl Descent {
                 format!("the backing chain {what} at {}", path.display()),
             ))
         };
-        let file = open_image(&path, false)?;
+        let file = match self.top.take() {
+            Some(file) => file,
+            None => open_image(&path, false)?,
+        };
         let meta = file
             .metadata()
             .context(|| format!("cannot look at the image {}", path.display()))?;

@@ -2,7 +2,7 @@
 //!
 //! Field offsets are those of qemu's `docs/interop/qcow2.rst`.
 
-use super::{Format, read_zero_padded};
+use super::{FileId, Format, read_zero_padded};
 use crate::{Context, Error, Result};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -413,14 +413,33 @@ pub(super) fn open_image(path: &Path, writable: bool) -> Result<File> {
 /// no room for it in the first cluster; or the file at `new_backing` is of another format than
 /// the header says. EIO as [`Header::read`]; other errors are those of the system calls.
 pub fn rebase(image: &Path, new_backing: &Path) -> Result<()> {
+    rebase_opened(&open_image(image, true)?, image, new_backing)
+}
+
+/// Likewise, if the image still is the file `id`.
+///
+/// # Errors
+/// As [`rebase`]; EBUSY when another file has its name by now.
+pub fn rebase_this(image: &Path, id: FileId, new_backing: &Path) -> Result<()> {
     let file = open_image(image, true)?;
+    let sentence = || format!("cannot look at {}", image.display());
+    if FileId::of(&file.metadata().context(sentence)?) != id {
+        return Err(Error::busy(format!(
+            "{} was replaced at this moment; try again",
+            image.display()
+        )));
+    }
+    rebase_opened(&file, image, new_backing)
+}
+
+fn rebase_opened(file: &File, image: &Path, new_backing: &Path) -> Result<()> {
     let refused = |why: &str| {
         Error::new(
             libc::EOPNOTSUPP,
             format!("cannot rebase {} in place: {why}", image.display()),
         )
     };
-    let header = Header::read(&file, image)?.ok_or_else(|| refused("it is a raw image"))?;
+    let header = Header::read(file, image)?.ok_or_else(|| refused("it is a raw image"))?;
     let backing = header
         .backing
         .as_ref()
@@ -442,7 +461,30 @@ pub fn rebase(image: &Path, new_backing: &Path) -> Result<()> {
     let place = header
         .unused_place(name.len() as u64)
         .map_err(|why| refused(&why))?;
-    write_backing(&file, image, place, name)
+    write_backing(file, image, place, name)
+}
+
+/// Takes the dirty bit from a copy of an image: its reference counts may be wrong, its tables are right, and
+/// nobody writes to a copy. `of` is what the original is called.
+///
+/// # Errors
+/// Those of reading and writing it.
+pub fn forget_dirty(copy: &File, of: &Path) -> Result<()> {
+    const VERSION: u64 = 4;
+    const INCOMPATIBLE: u64 = 72;
+    let sentence = || format!("cannot copy {}", of.display());
+    let mut version = [0; 4];
+    let mut bits = [0; 8];
+    copy.read_exact_at(&mut version, VERSION)
+        .context(sentence)?;
+    copy.read_exact_at(&mut bits, INCOMPATIBLE)
+        .context(sentence)?;
+    let known = u64::from_be_bytes(bits);
+    if u32::from_be_bytes(version) < 3 || known & 1 == 0 {
+        return Ok(());
+    }
+    copy.write_all_at(&(known & !1).to_be_bytes(), INCOMPATIBLE)
+        .context(sentence)
 }
 
 /// The format at `target` must be the stored one: a "raw" extension over a qcow2 silently reads

@@ -46,19 +46,25 @@ impl Home {
 /// The pid in shim.pid if that very process is alive: line 1 is the pid, line 2 its start time
 /// (field 22 of /proc/PID/stat), which tells it from a later process of the same number.
 fn live_shim(path: &Path) -> Option<u32> {
+    live_process(path).map(|(pid, _)| pid)
+}
+
+/// Likewise, with the start time, where the file has one.
+pub(super) fn live_process(path: &Path) -> Option<(u32, Option<u64>)> {
     let text = fs::read_to_string(path).ok()?;
     let mut lines = text.lines();
     let pid: u32 = lines.next()?.trim().parse().ok()?;
     let started = start_time(pid)?;
     match lines.next().map(str::trim).filter(|line| !line.is_empty()) {
         Some(line) if line.parse() != Ok(started) => None,
-        _ => Some(pid),
+        Some(_) => Some((pid, Some(started))),
+        None => Some((pid, None)),
     }
 }
 
 /// Start time of a live process in clock ticks since boot; None when there is none or it is a
 /// zombie.
-fn start_time(pid: u32) -> Option<u64> {
+pub(super) fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Field 2 is the command in parentheses and may hold spaces and parentheses itself.
     let after = &stat[stat.rfind(')')? + 1..];

@@ -153,7 +153,7 @@ pub(super) fn connect_to_look(database: &std::path::Path) -> Result<Connection> 
     Ok(connection)
 }
 
-fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
+pub(super) fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "data_version", |row| row.get(0))
 }
 

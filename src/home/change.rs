@@ -1,18 +1,20 @@
-//! Changing a home: the runtime lock, a fresh connection, and the transactions.
+//! Changing a home: the runtime lock, a fresh connection, and the transactions; and what serialises us
+//! with a BoxLite runtime that has the lock.
 
+use std::cell::{Cell, RefCell};
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use parking_lot::MutexGuard;
-use rusqlite::{Connection, TransactionBehavior, params};
+use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 
 use super::catalog::{
-    connect, damaged, read_bases, read_bases_at, read_bases_of, read_boxes, read_schema,
-    read_snapshots,
+    connect, damaged, data_version, read_bases, read_bases_at, read_bases_of, read_boxes,
+    read_schema, read_snapshots,
 };
 use super::identity::rfc3339;
 use super::paths::Home;
@@ -29,13 +31,40 @@ const LOCK_PATIENCE: Duration = Duration::from_millis(150);
 /// fails when one was taken behind its back.
 const FIRST_LOCK_ID: u32 = 1_000_000;
 
-/// The right to change a home: the runtime lock is held and a fresh connection is open for as long
-/// as this lives. Hold it for milliseconds.
+/// The right to change a home: a fresh connection is open for as long as this lives, and nobody else
+/// changes anything, or what he can change is known ([`Home::change_beside`]). Hold it for milliseconds.
 pub struct Change<'h> {
     home: &'h Home,
     connection: Connection,
-    _lock: File,
+    runtime: Runtime,
+    _ours: File,
     _serial: MutexGuard<'h, ()>,
+}
+
+/// Who has the runtime lock.
+enum Runtime {
+    /// This change.
+    Kept { _lock: File },
+    /// A BoxLite runtime.
+    Beside(Beside),
+}
+
+/// What a change knows of while a BoxLite runtime has the lock. SQLite lets one write at a time, so from
+/// [`Change::hold`] to the commit that runtime records nothing; what it does to files before it records
+/// them, and what it never records, is for the change to notice.
+struct Beside {
+    /// The process that has the lock.
+    holder: u32,
+    /// Whether a transaction of ours is open.
+    is_open: Cell<bool>,
+    /// SQLite's count of commits by others, as of the last look at the rows below.
+    version: Cell<i64>,
+    /// Rows that must stay as they are: of boxes whose files this change touches.
+    watched: RefCell<Vec<(BoxRecord, Vec<SnapshotRecord>)>>,
+    /// What BoxLite takes while it starts one of these boxes: the path and the locked file.
+    locks: RefCell<Vec<(PathBuf, File)>>,
+    /// The runtime lock, taken once that runtime had ended: no other begins meanwhile.
+    lock: RefCell<Option<File>>,
 }
 
 impl Home {
@@ -45,7 +74,58 @@ impl Home {
     /// EBUSY when a BoxLite runtime holds the lock, EROFS when the schema is not one we change.
     pub fn change(&self) -> Result<Change<'_>> {
         let serial = self.changing.lock();
-        let lock = take_lock(self)?;
+        let ours = take_turn(self)?;
+        let lock = take_lock(self, LOCK_PATIENCE)?.ok_or_else(|| {
+            Error::busy(format!(
+                "a BoxLite runtime is using {}; changes wait until the program that has it open is done",
+                self.root().display()
+            ))
+        })?;
+        self.change_with(serial, ours, Runtime::Kept { _lock: lock })
+    }
+
+    /// Likewise, also while a BoxLite runtime has the lock: then everybody else is kept from writing to
+    /// the database.
+    ///
+    /// # Errors
+    /// EBUSY when it can't be told who has the lock, or somebody writes for too long; EROFS.
+    pub fn change_beside(&self) -> Result<Change<'_>> {
+        let serial = self.changing.lock();
+        // While it is our turn, who has the lock is a BoxLite runtime.
+        let ours = take_turn(self)?;
+        if let Some(lock) = take_lock(self, Duration::ZERO)? {
+            return self.change_with(serial, ours, Runtime::Kept { _lock: lock });
+        }
+        let holder = holder_of(self)?.ok_or_else(|| {
+            Error::busy(format!(
+                "somebody has the lock of {}, and it can't be told who; try again, or end that program",
+                self.root().display()
+            ))
+        })?;
+        let beside = Beside {
+            holder,
+            is_open: Cell::new(false),
+            version: Cell::new(0),
+            watched: RefCell::default(),
+            locks: RefCell::default(),
+            lock: RefCell::default(),
+        };
+        let change = self.change_with(serial, ours, Runtime::Beside(beside))?;
+        change.begin()?;
+        if let Runtime::Beside(beside) = &change.runtime {
+            beside
+                .version
+                .set(change.sql(data_version(&change.connection))?);
+        }
+        Ok(change)
+    }
+
+    fn change_with<'h>(
+        &'h self,
+        serial: MutexGuard<'h, ()>,
+        ours: File,
+        runtime: Runtime,
+    ) -> Result<Change<'h>> {
         let database = self.database();
         let before = file_id(&database)?;
         let connection = connect(&database)?;
@@ -62,7 +142,8 @@ impl Home {
         Ok(Change {
             home: self,
             connection,
-            _lock: lock,
+            runtime,
+            _ours: ours,
             _serial: serial,
         })
     }
@@ -73,8 +154,24 @@ fn file_id(path: &Path) -> Result<(u64, u64)> {
     Ok((meta.dev(), meta.ino()))
 }
 
-/// flock(LOCK_EX | LOCK_NB) on a descriptor of our own, as a runtime does (runtime/lock.rs).
-fn take_lock(home: &Home) -> Result<File> {
+/// Keeps other boxlitefs from changing the home: those that don't go by the runtime lock, too. It is the
+/// flock of our own directory.
+fn take_turn(home: &Home) -> Result<File> {
+    let dir = home.make_staging_dir()?;
+    let sentence = || format!("cannot lock {}", dir.display());
+    let file = File::open(&dir).context(sentence)?;
+    match flock_within(&file, LOCK_PATIENCE).context(sentence)? {
+        true => Ok(file),
+        false => Err(Error::busy(format!(
+            "another boxlitefs is changing {}; try again",
+            home.root().display()
+        ))),
+    }
+}
+
+/// flock(LOCK_EX | LOCK_NB) on a descriptor of our own, as a runtime does (runtime/lock.rs); None when
+/// somebody has it for longer than `patience`.
+fn take_lock(home: &Home, patience: Duration) -> Result<Option<File>> {
     let path = home.runtime_lock();
     let fresh = !path.exists();
     let file = OpenOptions::new()
@@ -87,23 +184,55 @@ fn take_lock(home: &Home) -> Result<File> {
     if fresh {
         home.give_to_owner(&path)?;
     }
-    let deadline = Instant::now() + LOCK_PATIENCE;
+    let is_taken = flock_within(&file, patience).context(|| "cannot take the runtime lock")?;
+    Ok(is_taken.then_some(file))
+}
+
+/// Takes a file's flock; false when somebody else has it for longer than `patience`.
+fn flock_within(file: &File, patience: Duration) -> std::io::Result<bool> {
+    let deadline = Instant::now() + patience;
     loop {
-        match flock_exclusive(&file) {
-            Ok(()) => return Ok(file),
+        match flock_exclusive(file) {
+            Ok(()) => return Ok(true),
             Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
             Err(e) if e.raw_os_error() == Some(libc::EWOULDBLOCK) => {
                 if Instant::now() >= deadline {
-                    return Err(Error::busy(format!(
-                        "a BoxLite runtime is using {}; changes wait until the program that has it open is done",
-                        home.root().display()
-                    )));
+                    return Ok(false);
                 }
                 std::thread::sleep(Duration::from_millis(3));
             }
-            Err(e) => return Err(Error::io("cannot take the runtime lock", e)),
+            Err(e) => return Err(e),
         }
     }
+}
+
+/// The process that has the runtime lock, by the kernel's list; None where it is not in it (a process
+/// that can't be seen from here, say).
+fn holder_of(home: &Home) -> Result<Option<u32>> {
+    let path = home.runtime_lock();
+    let meta = fs::metadata(&path).context(|| format!("cannot look at {}", path.display()))?;
+    let table = fs::read_to_string("/proc/locks").context(|| "cannot read /proc/locks")?;
+    // 1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF; who waits has an arrow in front.
+    let flocks = table.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let kind = fields.next()?;
+        let (pid, place) = (fields.nth(2)?, fields.next()?);
+        let (device, inode) = place.rsplit_once(':')?;
+        let is_flock = kind == "FLOCK" && inode.parse() == Ok(meta.ino());
+        is_flock.then_some((pid.parse::<u32>().ok()?, device))
+    });
+    let flocks: Vec<(u32, &str)> = flocks.collect();
+    let device = format!(
+        "{:02x}:{:02x}",
+        libc::major(meta.dev()),
+        libc::minor(meta.dev())
+    );
+    let exact = flocks.iter().find(|(_, of)| *of == device);
+    // Some file systems (btrfs) have one device for stat and another for this list.
+    Ok(match (exact, &flocks[..]) {
+        (Some((pid, _)), _) | (None, [(pid, _)]) => Some(*pid),
+        _ => None,
+    })
 }
 
 /// Takes a file's flock if nobody has it; the kernel gives it back when the process dies, however.
@@ -127,6 +256,126 @@ impl Change<'_> {
 
     fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T> {
         result.map_err(|e| damaged(&self.home.database(), e))
+    }
+
+    /// Whether a BoxLite runtime has the home, too: what looks like a crash's leftover may be what it is
+    /// doing.
+    pub fn is_beside_a_runtime(&self) -> bool {
+        matches!(self.runtime, Runtime::Beside(_))
+    }
+
+    /// Beside a runtime: keeps it from starting this box, and goes on only as long as its rows are these.
+    /// Before anything of the box is looked at.
+    ///
+    /// # Errors
+    /// EBUSY while BoxLite starts the box.
+    pub fn keep(&self, record: &BoxRecord) -> Result<()> {
+        let Runtime::Beside(beside) = &self.runtime else {
+            return Ok(());
+        };
+        let mut watched = beside.watched.borrow_mut();
+        if watched.iter().any(|(known, _)| known.id == record.id) {
+            return Ok(());
+        }
+        let name = record.name.as_deref().unwrap_or(&record.id);
+        let number = record.state()?["lock_id"].as_u64();
+        let number = number.and_then(|number| u32::try_from(number).ok());
+        let path = self.home.box_lock(number.ok_or_else(|| {
+            Error::busy(format!(
+                "box {name} has no lock of its own, so BoxLite can't be kept from starting it; end the program that has the home open"
+            ))
+        })?);
+        // BoxLite opens it by its name each time, and makes none where there is none: it can't start
+        // such a box either.
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        let file = file.map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => Error::busy(format!(
+                "the lock of box {name}, {}, is gone, so BoxLite can't be kept from starting it; end the program that has the home open",
+                path.display()
+            )),
+            _ => Error::io(format!("cannot open {}", path.display()), e),
+        })?;
+        match flock_exclusive(&file) {
+            Ok(()) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EWOULDBLOCK) => {
+                return Err(Error::busy(format!(
+                    "BoxLite is starting box {name}; stop it first"
+                )));
+            }
+            Err(e) => return Err(Error::io(format!("cannot lock {}", path.display()), e)),
+        }
+        beside.locks.borrow_mut().push((path, file));
+        watched.push((record.clone(), self.snapshots_of(&record.id)?));
+        Ok(())
+    }
+
+    fn begin(&self) -> Result<()> {
+        if let Runtime::Beside(beside) = &self.runtime
+            && !beside.is_open.get()
+        {
+            self.sql(self.connection.execute_batch("BEGIN IMMEDIATE"))?;
+            beside.is_open.set(true);
+        }
+        Ok(())
+    }
+
+    /// From here to the next transaction's end nobody records anything, and all rows that matter are as
+    /// they were when this change began. To be called before a file is moved. Alone with the home there
+    /// is nothing to do.
+    ///
+    /// # Errors
+    /// EBUSY when BoxLite was faster.
+    pub fn hold(&self) -> Result<()> {
+        let Runtime::Beside(beside) = &self.runtime else {
+            return Ok(());
+        };
+        self.begin()?;
+        let version = self.sql(data_version(&self.connection))?;
+        if version != beside.version.get() {
+            for (known, snapshots) in &*beside.watched.borrow() {
+                let name = known.name.as_deref().unwrap_or(&known.id);
+                let faster = || {
+                    Error::busy(format!(
+                        "BoxLite changed box {name} at the same moment; try again"
+                    ))
+                };
+                let now = self.box_by_id(&known.id).map_err(|_| faster())?;
+                if now != *known || self.snapshots_of(&known.id)? != *snapshots {
+                    return Err(faster());
+                }
+            }
+            beside.version.set(version);
+        }
+        self.refuse_other_runtime()?;
+        if beside.lock.borrow().is_none()
+            && let Some(lock) = take_lock(self.home, Duration::ZERO)?
+        {
+            beside.lock.replace(Some(lock));
+        }
+        for (path, file) in &*beside.locks.borrow() {
+            let meta = file.metadata().context(|| "cannot look at a lock")?;
+            if file_id(path).ok() != Some((meta.dev(), meta.ino())) {
+                return Err(other_runtime());
+            }
+        }
+        Ok(())
+    }
+
+    /// EBUSY when the runtime that had the lock ended and another began: at its start it removes whatever
+    /// has no row yet. With what was recorded before this was asked, such a runtime has begun too late to
+    /// miss it.
+    ///
+    /// # Errors
+    /// That, or those of reading the kernel's list.
+    pub fn refuse_other_runtime(&self) -> Result<()> {
+        let Runtime::Beside(beside) = &self.runtime else {
+            return Ok(());
+        };
+        let is_ours = beside.lock.borrow().is_some();
+        match holder_of(self.home)? {
+            Some(holder) if !is_ours && holder != beside.holder => Err(other_runtime()),
+            _ => Ok(()),
+        }
     }
 
     /// Every box as it is now.
@@ -307,26 +556,39 @@ impl Change<'_> {
     /// Runs `edit` in one transaction: all of it is recorded and durable, or nothing.
     ///
     /// # Errors
-    /// What `edit` or SQLite says; nothing is changed then.
+    /// What `edit` or SQLite says; nothing is changed then. Those of [`Change::hold`].
     pub fn transaction<T>(&mut self, edit: impl FnOnce(&Transaction) -> Result<T>) -> Result<T> {
         let database = self.home.database();
-        let sql = self
-            .connection
-            .transaction_with_behavior(TransactionBehavior::Immediate)
-            .map_err(|e| damaged(&database, e))?;
+        match &self.runtime {
+            Runtime::Kept { .. } => self.sql(self.connection.execute_batch("BEGIN IMMEDIATE"))?,
+            Runtime::Beside(_) => self.hold()?,
+        }
         let transaction = Transaction {
-            sql: &sql,
+            sql: &self.connection,
             database: &database,
         };
-        let value = edit(&transaction)?;
-        sql.commit().map_err(|e| damaged(&database, e))?;
-        Ok(value)
+        let ended = edit(&transaction).and_then(|value| {
+            self.sql(self.connection.execute_batch("COMMIT"))?;
+            Ok(value)
+        });
+        if ended.is_err() && !self.connection.is_autocommit() {
+            // What it says does not count: without a commit nothing is recorded.
+            let _ = self.connection.execute_batch("ROLLBACK");
+        }
+        if let Runtime::Beside(beside) = &self.runtime {
+            beside.is_open.set(!self.connection.is_autocommit());
+        }
+        ended
     }
+}
+
+fn other_runtime() -> Error {
+    Error::busy("a BoxLite runtime ended and another began at the same moment; try again")
 }
 
 /// The rows of one transaction.
 pub struct Transaction<'t> {
-    sql: &'t rusqlite::Transaction<'t>,
+    sql: &'t Connection,
     database: &'t Path,
 }
 

@@ -12,6 +12,7 @@ mod options;
 mod paths;
 mod records;
 mod remembered;
+mod shim;
 mod space;
 
 pub use activity::{Activity, is_open, is_open_for_writing};
@@ -26,4 +27,5 @@ pub use records::{
     BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
 };
 pub use remembered::Remembered;
+pub use shim::{GUARD, Paused, Shim, run_guard};
 pub use space::Space;

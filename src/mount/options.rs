@@ -15,6 +15,8 @@ pub struct Options {
     pub allow_other: bool,
     /// root may look too.
     pub allow_root: bool,
+    /// Some changes are made also while a BoxLite runtime has the home.
+    pub shared: bool,
     /// Programs in guest views can't be run from there.
     pub noexec: bool,
     /// Access times are not kept.
@@ -31,6 +33,7 @@ enum Effect {
     ReadOnly(bool),
     AllowOther,
     AllowRoot,
+    Shared,
     NoExec(bool),
     NoAtime(bool),
     /// Accepted because mount(8) and fstab pass it; nothing to do here.
@@ -43,6 +46,7 @@ const FLAGS: &[(&str, Effect)] = &[
     ("rw", Effect::ReadOnly(false)),
     ("allow_other", Effect::AllowOther),
     ("allow_root", Effect::AllowRoot),
+    ("shared", Effect::Shared),
     ("noexec", Effect::NoExec(true)),
     ("exec", Effect::NoExec(false)),
     ("noatime", Effect::NoAtime(true)),
@@ -140,6 +144,7 @@ impl Options {
             Effect::ReadOnly(on) => self.read_only = on,
             Effect::AllowOther => self.allow_other = true,
             Effect::AllowRoot => self.allow_root = true,
+            Effect::Shared => self.shared = true,
             Effect::NoExec(on) => self.noexec = on,
             Effect::NoAtime(on) => self.noatime = on,
             Effect::Nothing => {}

@@ -12,7 +12,7 @@ use super::durable;
 use super::layers::{ImageFile, Layers, Role};
 use super::prepare::Prepared;
 use crate::disk::{self, FileId};
-use crate::home::base_id;
+use crate::home::{Activity, base_id};
 use crate::{Context, Error, Result};
 
 /// More rounds than any chain has layers: a chain that still names a box's layer after as many is
@@ -43,6 +43,23 @@ impl Prepared<'_> {
         )))
     }
 
+    /// Likewise of a box that runs, but for what lies above them all: the header of its live disk is left as it
+    /// is, and goes on naming the layer by the name inside the box.
+    pub(super) fn adopt_frozen_chains(&mut self) -> Result<()> {
+        let boxes = self.store.home.boxes_dir();
+        let chains = self.chains()?.into_iter().flatten();
+        let live = self.live();
+        let inside: BTreeSet<PathBuf> = chains
+            .filter(|path| path.starts_with(&boxes) && Some(path) != live.as_ref())
+            .collect();
+        for path in inside {
+            if self.layers()?.readers_of(&path).next().is_some() {
+                self.adopt_with(&path, true)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes `path`, a layer inside a box, a base, and has every header that names it name the
     /// base. Order: the row with the references of all readers, then the name in `bases/`, then the
     /// headers. A crash leaves a row without a file, which the next mount drops, or a further name
@@ -50,6 +67,12 @@ impl Prepared<'_> {
     /// first because a name without one can't be told from what a crash in BoxLite's clone leaves,
     /// and would stay for ever.
     pub(super) fn adopt(&mut self, path: &Path) -> Result<PathBuf> {
+        let is_running = self.store.home.activity(&self.record) != Activity::Idle;
+        self.adopt_with(path, is_running)
+    }
+
+    /// `is_running`: the header of this box's live disk stays as it is.
+    fn adopt_with(&mut self, path: &Path, is_running: bool) -> Result<PathBuf> {
         let layers = self.layers()?;
         self.refuse_active_readers(&layers, path)?;
         let id = FileId::at(path)?;
@@ -75,12 +98,23 @@ impl Prepared<'_> {
         };
         self.record_base(&base, path, &layers.boxes_above(path))?;
         crash_point("adopt.recorded");
+        self.change.hold()?;
         if known.is_none() {
             durable::link(path, &base)?;
             crash_point("adopt.linked");
         }
+        if FileId::at(&base)? != id {
+            return Err(Error::busy(format!(
+                "{} was replaced at this moment; try again",
+                path.display()
+            )));
+        }
         let mut done = BTreeSet::new();
         for reader in layers.readers_of(path) {
+            let is_own = matches!(&reader.role, Role::Live { box_id } if *box_id == self.record.id);
+            if is_running && is_own {
+                continue;
+            }
             if done.insert(reader.id) {
                 self.rebase(&layers, reader, &base)?;
                 crash_point("adopt.rebased");
@@ -96,6 +130,7 @@ impl Prepared<'_> {
                 && *box_id != self.record.id
                 && let Ok(record) = self.change.box_by_id(box_id)
             {
+                self.change.keep(&record)?;
                 self.store.refuse_active(&record)?;
             }
         }
@@ -136,7 +171,7 @@ impl Prepared<'_> {
     pub(super) fn rebase(&self, layers: &Layers, reader: &ImageFile, base: &Path) -> Result<()> {
         let names: Vec<&ImageFile> = layers.names_of(reader.id).collect();
         if reader.names <= names.len() as u64 {
-            return disk::rebase(&reader.path, base);
+            return disk::rebase_this(&reader.path, reader.id, base);
         }
         let copy = self.store.fresh_path("copy")?;
         copy_file(&reader.path, &copy)?;
@@ -156,23 +191,54 @@ impl Prepared<'_> {
 /// Copies a file, holes and all, sharing its blocks where the file system can.
 fn copy_file(from: &Path, to: &Path) -> Result<()> {
     let sentence = || format!("cannot copy {}", from.display());
-    let mut source = File::open(from).context(sentence)?;
-    let mut target = fs::OpenOptions::new()
+    let source = File::open(from).context(sentence)?;
+    let target = fs::OpenOptions::new()
         .write(true)
         .create_new(true)
         .open(to)
         .context(sentence)?;
-    let length = source.metadata().context(sentence)?.len();
-    target.set_len(length).context(sentence)?;
+    copy_contents(&source, &target, &mut || Ok(())).context(sentence)?
+}
+
+/// Bytes copied between two looks at whether to go on.
+const PIECE: u64 = 16 << 20;
+
+/// Makes `target`, which is empty, a copy of `source`: sharing its blocks where the file system can, else
+/// with the same holes. `go_on` is asked again and again; what it says ends the copy.
+pub(super) fn copy_contents(
+    source: &File,
+    target: &File,
+    go_on: &mut dyn FnMut() -> Result<()>,
+) -> std::io::Result<Result<()>> {
+    if share_blocks(source, target) {
+        return Ok(go_on());
+    }
+    target.set_len(source.metadata()?.len())?;
+    let (mut from, mut to) = (source, target);
     let mut offset = 0;
-    while let Some((start, end)) = next_data(&source, offset).context(sentence)? {
-        source.seek(SeekFrom::Start(start)).context(sentence)?;
-        target.seek(SeekFrom::Start(start)).context(sentence)?;
+    while let Some((start, end)) = next_data(source, offset)? {
+        let end = end.min(start + PIECE);
+        if let Err(error) = go_on() {
+            return Ok(Err(error));
+        }
+        from.seek(SeekFrom::Start(start))?;
+        to.seek(SeekFrom::Start(start))?;
         // std uses copy_file_range here, which shares blocks on btrfs and xfs.
-        std::io::copy(&mut (&source).take(end - start), &mut target).context(sentence)?;
+        std::io::copy(&mut from.take(end - start), &mut to)?;
         offset = end;
     }
-    Ok(())
+    Ok(Ok(()))
+}
+
+/// Makes `target` share all blocks of `source`; false where the file system can't.
+fn share_blocks(source: &File, target: &File) -> bool {
+    // SAFETY: FICLONE takes two descriptors, both kept open by their files.
+    unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) == 0 }
+}
+
+/// Whether it could: tried, and taken back.
+pub(super) fn can_share(source: &File, target: &File) -> bool {
+    share_blocks(source, target) && target.set_len(0).is_ok()
 }
 
 /// Start and end of the next run of data at or after `offset`; None when only a hole is left.

@@ -14,7 +14,9 @@ use super::merge::Rows;
 use super::prepare::Prepared;
 use super::{Compression, Journal, Store, called, workspace};
 use crate::disk::{Chain, FileId};
-use crate::home::{Activity, BaseRecord, BoxRecord, Catalog, Home, is_snapshot_name, snapshot_id};
+use crate::home::{
+    Activity, BaseRecord, BoxRecord, Catalog, Home, SnapshotRecord, is_snapshot_name, snapshot_id,
+};
 use crate::{Context, Result};
 
 /// Checks a home and prints a line for each finding, then a summary. True when there is none. With
@@ -360,8 +362,12 @@ impl Check<'_> {
                 ));
             }
             for name in names_in(&home.snapshots_dir(&id))? {
-                if self.catalog.snapshot_by_name(&id, &name).is_none() {
-                    let dir = home.snapshots_dir(&id).join(name);
+                let dir = home.snapshots_dir(&id).join(&name);
+                let mut rows = self.catalog.snapshots_of(&id).iter();
+                let is_of = |row: &SnapshotRecord| {
+                    row.name == name || self.store.snapshot_layer(row).parent() == Some(&dir)
+                };
+                if !rows.any(is_of) {
                     found.push(format!(
                         "{} belongs to no snapshot of box {} ({}); boxlitefs check --repair makes one of it, or removes it where nothing is lost",
                         dir.display(),

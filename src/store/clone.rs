@@ -80,8 +80,8 @@ impl Store {
     /// the transaction leaves a directory without a row, which is removed (BoxLite's own start
     /// removes it too). The row first would leave a box without a disk.
     fn make_clone(&self, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
-        let draft = self.draft_clone(source)?;
-        let mut prepared = self.prepare(source.box_id())?;
+        let draft = self.draft_of(source, read, &|| self.draft_clone(source))?;
+        let mut prepared = self.prepare_source(source.box_id())?;
         self.refuse_changed(source, read)?;
         refuse_taken_name(&prepared.change, &new.name)?;
         let frozen = prepared.frozen(source, &draft)?;
@@ -128,6 +128,7 @@ impl Store {
             .context(|| format!("cannot make {}", marker.display()))?;
         durable::sync_dir(&dir.join("disks"))?;
         durable::sync_dir(dir)?;
+        change.hold()?;
         durable::rename(dir, &target)?;
         crash_point("install.renamed");
         let recorded = change.transaction(|rows| {
@@ -135,6 +136,13 @@ impl Store {
             bases
                 .iter()
                 .try_for_each(|base| rows.insert_ref(base, &new.id))
+        });
+        // A runtime that began before the row was there removes the directory.
+        let recorded = recorded.and_then(|()| {
+            change.refuse_other_runtime().inspect_err(|_| {
+                // What it says does not count: the box is looked for below.
+                let _ = change.transaction(|rows| rows.delete_box(&new.id));
+            })
         });
         if let Err(error) = recorded {
             // A commit that reports an error can be durable all the same. Where the row is there, or
@@ -185,11 +193,11 @@ impl Store {
     ) -> Result<()> {
         let name = &new.name;
         refuse_bad_name(name)?;
-        let draft = self.draft_share(source)?;
-        let mut prepared = self.prepare(source.box_id())?;
+        let draft = self.draft_of(source, read, &|| self.draft_share(source))?;
+        let mut prepared = self.prepare_source(source.box_id())?;
         self.refuse_changed(source, read)?;
         let frozen = prepared.frozen(source, &draft)?;
-        prepared.record = prepared.change.box_by_id(box_id)?;
+        prepared.turn_to_add(box_id)?;
         prepared.refuse_taken(name)?;
         let bases = prepared.bases_reached(frozen.backing().0)?;
         prepared.change.transaction(|rows| {
@@ -199,7 +207,8 @@ impl Store {
         })?;
         crash_point("share.referred");
         let created_at = new.created_at.unwrap_or_else(now);
-        prepared.name_layer(&frozen, &new.id, name, created_at)?;
+        let place = prepared.place_of(name, &new.id);
+        prepared.name_layer(&frozen, &new.id, name, &place, created_at)?;
         Ok(())
     }
 }
@@ -218,6 +227,9 @@ pub(super) fn refuse_taken_name(change: &Change<'_>, name: &str) -> Result<()> {
 impl Prepared<'_> {
     /// The source as something an overlay can start from.
     pub(super) fn frozen(&mut self, source: &Source, draft: &Draft) -> Result<FrozenDisk> {
+        if let Some(state) = &draft.running {
+            return self.freeze_running(state);
+        }
         let layer = match source {
             Source::Live { box_id } => self.store.home.live_disk(box_id),
             Source::Snapshot { snapshot_id, .. } => {

@@ -1,13 +1,13 @@
 //! The upper layers of a chain, or all of them, written out as one image in the workspace.
 
-use std::fs::{self, File};
+use std::fs::{self, File, FileTimes};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::Store;
 use super::layers::resolve;
 use super::upkeep::BehindAll;
-use super::{Store, durable};
 use crate::disk::{self, Chain, FileId, Flattened};
 use crate::{Context, Result};
 
@@ -35,7 +35,16 @@ pub(super) struct Combining {
 impl Store {
     /// Looks what the `upper` layers on top of a chain are as one. Reads tables, no data.
     pub(super) fn combining(&self, top: &Path, upper: usize) -> Result<Combining> {
-        let chain = Arc::new(self.open_chain(top)?);
+        self.combining_chain(Arc::new(self.open_chain(top)?), top, upper)
+    }
+
+    /// Likewise, of a chain that is open; `top` is what it is called.
+    pub(super) fn combining_chain(
+        &self,
+        chain: Arc<Chain>,
+        top: &Path,
+        upper: usize,
+    ) -> Result<Combining> {
         let image = match chain.layers().get(upper) {
             Some(below) => Flattened::plan_upper(chain.clone(), upper, &resolve(below.path())?)?,
             None => Flattened::plan(chain.clone())?,
@@ -53,7 +62,11 @@ impl Store {
         let _behind_all = BehindAll::begin();
         let combined = Combined {
             file: self.fresh_path("combined")?,
-            top: FileId::at(&plan.top)?,
+            top: plan
+                .chain
+                .layers()
+                .first()
+                .map_or_else(|| FileId::at(&plan.top), |layer| Ok(layer.id()))?,
             changed: plan.chain.changed_at(),
             below: plan.chain.layers().get(plan.upper).map(|layer| layer.id()),
         };
@@ -64,7 +77,11 @@ impl Store {
         let mode = fs::metadata(&plan.top).context(sentence)?.permissions();
         out.set_permissions(mode).context(sentence)?;
         self.home.give_to_owner(&combined.file)?;
-        durable::copy_times(&plan.top, &combined.file)?;
+        // The time of the state, which a top that is being written to does not have any more.
+        let times = FileTimes::new()
+            .set_accessed(combined.changed)
+            .set_modified(combined.changed);
+        out.set_times(times).context(sentence)?;
         out.sync_all().context(sentence)?;
         Ok(combined)
     }

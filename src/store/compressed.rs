@@ -12,9 +12,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::running::Form;
 use super::spool::{Spool, Spooling};
 use super::{Contents, Source, Store};
-use crate::archive::{Compressed, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key};
+use crate::archive::{
+    Compressed, Export, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key,
+};
 use crate::error::not_panicking;
 use crate::home::{Catalog, Remembered};
 use crate::{Error, Result};
@@ -67,6 +70,8 @@ pub struct OpenedCompressed {
     pub packed: Packed,
     /// With the exact size of the compressed archive.
     pub contents: Contents,
+    /// What it is made of; as long as that is kept, so is a copy of a running box's disk.
+    pub export: Arc<Export>,
 }
 
 /// Somebody who waits for a compressed archive.
@@ -258,7 +263,11 @@ impl Store {
     /// # Errors
     /// As [`Store::export_contents`].
     pub fn compressed_contents(&self, source: &Source) -> Result<Option<Contents>> {
-        let Some(plain) = self.export_contents(source)? else {
+        let plain = match self.kept_contents(source, Form::Compressed) {
+            Some(plain) => Some(plain),
+            None => self.contents_now(source)?,
+        };
+        let Some(plain) = plain else {
             return Ok(None);
         };
         let mut cache = self.compressed.lock();
@@ -281,7 +290,9 @@ impl Store {
 
     /// Opens a compressed archive and answers `waiter`, at once or when its exact size is known.
     pub fn open_compressed(self: &Arc<Self>, source: &Source, waiter: Waiter) {
-        let opened = self.open_export(source).map(|(export, plain)| {
+        let go_on = || !(waiter.is_dying)();
+        let opened = self.open_any_export(source, Form::Compressed, &go_on);
+        let opened = opened.map(|(export, plain)| {
             let live = matches!(source, Source::Live { .. });
             let level = self.compression.level;
             (Arc::new(Compressed::new(export, level, live)), plain)
@@ -361,6 +372,7 @@ impl Store {
         Some(OpenedCompressed {
             contents: plain.with_size(packed.size()),
             packed,
+            export: compressed.export().clone(),
         })
     }
 

@@ -1,15 +1,23 @@
 //! Named crash points: in the test build, `BOXLITEFS_CRASH_AT=NAME` kills the process there the
-//! way a power cut would, with nothing cleaned up. Elsewhere they are nothing.
+//! way a power cut would, with nothing cleaned up, and `BOXLITEFS_STOP_AT=NAME` has it stand still there,
+//! once, until it is told to go on (SIGCONT). Elsewhere they are nothing.
 
-/// Ends the process with SIGKILL if the test asked for a crash at this point.
+/// Ends the process with SIGKILL if the test asked for a crash at this point, or stops it with SIGSTOP.
 #[cfg(feature = "crash-points")]
 pub(super) fn crash_point(name: &str) {
-    if std::env::var_os("BOXLITEFS_CRASH_AT").is_some_and(|wanted| wanted == name) {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static STOPPED: AtomicBool = AtomicBool::new(false);
+    let is_wanted = |variable: &str| std::env::var_os(variable).is_some_and(|it| it == name);
+    if is_wanted("BOXLITEFS_CRASH_AT") {
         // SAFETY: kill takes no memory; SIGKILL to ourselves does not return.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
         loop {
             std::thread::park();
         }
+    }
+    if is_wanted("BOXLITEFS_STOP_AT") && !STOPPED.swap(true, Ordering::Relaxed) {
+        // SAFETY: kill takes no memory; the process goes on here once it is told to.
+        unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
     }
 }
 

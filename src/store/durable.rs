@@ -18,6 +18,11 @@ pub(super) fn sync_dir(path: &Path) -> Result<()> {
     sync_file(path)
 }
 
+/// Flushes the name of a file in its directory.
+pub(super) fn sync_parent(path: &Path) -> Result<()> {
+    sync_dir(parent(path)?)
+}
+
 fn parent(path: &Path) -> Result<&Path> {
     path.parent()
         .ok_or_else(|| Error::new(libc::EINVAL, format!("{} has no directory", path.display())))

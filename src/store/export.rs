@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::running::Form;
 use super::{Source, Store, called};
 use crate::archive::{About, Export};
 use crate::disk::{Chain, FileId};
@@ -47,6 +48,14 @@ pub struct Contents {
 }
 
 impl Contents {
+    pub(super) fn new(size: u64, changed: SystemTime, about: u64) -> Contents {
+        Contents {
+            size,
+            changed,
+            about,
+        }
+    }
+
     /// The same in another form, of another length.
     pub(super) fn with_size(self, size: u64) -> Contents {
         Contents { size, ..self }
@@ -107,6 +116,18 @@ impl State {
     }
 }
 
+/// What an archive says of a box, and the hash of that.
+pub(super) fn about_of(record: &BoxRecord, changed_at: SystemTime) -> Result<(About, u64)> {
+    let config = record.config()?;
+    let about = About {
+        box_name: record.name.clone(),
+        image: record.image(),
+        options: config["options"].clone(),
+        changed_at,
+    };
+    Ok((about, hash_of(record)))
+}
+
 fn hash_of(record: &BoxRecord) -> u64 {
     let mut hasher = DefaultHasher::new();
     (&record.name, &record.config).hash(&mut hasher);
@@ -133,6 +154,14 @@ impl Store {
     /// # Errors
     /// ENOENT, EIO.
     pub fn export_contents(&self, source: &Source) -> Result<Option<Contents>> {
+        if let Some(contents) = self.kept_contents(source, Form::Plain) {
+            return Ok(Some(contents));
+        }
+        self.contents_now(source)
+    }
+
+    /// Likewise, whatever copies of a running box are being read.
+    pub(super) fn contents_now(&self, source: &Source) -> Result<Option<Contents>> {
         let record = self.record_of(source)?;
         let top = self.top_of(source)?;
         if !top.is_file() {
@@ -246,16 +275,10 @@ impl Store {
     fn plan(&self, record: &BoxRecord, top: &std::path::Path) -> Result<(State, Export)> {
         let chain = self.open_chain(top)?;
         let layers = LayerStates::of(&chain)?;
-        let config = record.config()?;
-        let about = About {
-            box_name: record.name.clone(),
-            image: record.image(),
-            options: config["options"].clone(),
-            changed_at: chain.changed_at(),
-        };
+        let (about, hash) = about_of(record, chain.changed_at())?;
         let state = State {
             layers,
-            about: hash_of(record),
+            about: hash,
         };
         Ok((state, Export::plan(Arc::new(chain), about)?))
     }

@@ -1,14 +1,16 @@
 //! Freezing the live disk: it becomes a base, and an empty overlay takes the writes.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::combine::Combined;
 use super::crash::crash_point;
 use super::durable;
 use super::layers::resolve;
 use super::prepare::{Prepared, now};
-use super::{Source, Store, called};
+use super::running::RunningState;
+use super::{Contents, Source, Store, called};
 use crate::disk::{self, FileId, Format, Header, Layer};
 use crate::home::{NewBase, base_id};
 use crate::{Context, Error, Result};
@@ -38,6 +40,8 @@ pub(super) struct FrozenDisk {
     /// The file that was on top: has the time of the state, and is what to copy where the layer
     /// can't stand for it.
     pub top: PathBuf,
+    /// That file, open: as long as it is, no other gets its inode number.
+    pub file: Arc<File>,
 }
 
 impl FrozenDisk {
@@ -60,9 +64,31 @@ pub(super) struct Draft {
     virtual_size: u64,
     /// The upper layers of its chain as one, where that is too long to be stacked upon.
     flat: Option<Combined>,
+    /// The state of a disk that was running when it was read.
+    pub running: Option<RunningState>,
 }
 
 impl Store {
+    /// For what starts from `source`, of which `read` was read: a copy of a running box's disk, else `make`.
+    pub(super) fn draft_of(
+        &self,
+        source: &Source,
+        read: &Contents,
+        make: &dyn Fn() -> Result<Draft>,
+    ) -> Result<Draft> {
+        self.refuse_read_only()?;
+        let Some(export) = self.running_export(source, read) else {
+            return make();
+        };
+        Ok(Draft {
+            base: self.home.base_disk(&base_id()?),
+            overlay: None,
+            virtual_size: 0,
+            flat: None,
+            running: Some(self.write_running(&export)?),
+        })
+    }
+
     /// For freezing the live disk of a box.
     pub(super) fn draft_freeze(&self, box_id: &str) -> Result<Draft> {
         self.refuse_read_only()?;
@@ -73,6 +99,7 @@ impl Store {
             overlay: None,
             virtual_size: header.virtual_size,
             flat: None,
+            running: None,
         };
         let holds_data = Layer::open(&live, Format::Qcow2)?.holds_data()?;
         if holds_data && disk::chain_paths(&live)?.len() > MOST_BACKING {
@@ -108,6 +135,7 @@ impl Store {
             overlay: None,
             virtual_size: header.virtual_size,
             flat: Some(flat),
+            running: None,
         })
     }
 
@@ -120,6 +148,7 @@ impl Store {
                 overlay: None,
                 virtual_size: 0,
                 flat: None,
+                running: None,
             }),
         }
     }
@@ -170,13 +199,31 @@ impl Drop for Draft {
     }
 }
 
+fn open_disk(path: &Path) -> Result<File> {
+    File::open(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => no_disk(),
+        _ => Error::io(format!("cannot open {}", path.display()), e),
+    })
+}
+
+fn id_of(file: &File, path: &Path) -> Result<FileId> {
+    let meta = file.metadata();
+    Ok(FileId::of(&meta.context(|| {
+        format!("cannot look at {}", path.display())
+    })?))
+}
+
+fn no_disk() -> Error {
+    Error::new(
+        libc::ENODATA,
+        "the box has no disk yet; start it once with BoxLite",
+    )
+}
+
 /// The header of a live disk, which is always qcow2.
 fn live_header(live: &Path) -> Result<Header> {
     if !live.exists() {
-        return Err(Error::new(
-            libc::ENODATA,
-            "the box has no disk yet; start it once with BoxLite",
-        ));
+        return Err(no_disk());
     }
     Header::open(live)?.ok_or_else(|| {
         Error::damaged(format!(
@@ -196,13 +243,22 @@ impl Prepared<'_> {
     /// never finish). The row comes first for the reason that [`Prepared::adopt`] gives.
     pub(super) fn freeze(&mut self, draft: &Draft) -> Result<FrozenDisk> {
         let live = self.store.home.live_disk(&self.record.id);
+        let file = Arc::new(open_disk(&live)?);
+        let old = id_of(&file, &live)?;
         let header = live_header(&live)?;
         let virtual_size = header.virtual_size;
-        if let Some(layer) = self.layer_below_empty(&live, &header)? {
+        let below = self.layer_below_empty(&live, &header)?;
+        // What was looked at by name was this file.
+        if FileId::at(&live)? != old {
+            return Err(self.replaced_just_now());
+        }
+        if let Some(layer) = below {
+            self.change.hold()?;
             return Ok(FrozenDisk {
                 layer,
                 virtual_size,
                 top: live,
+                file,
             });
         }
         let overlay = match &draft.overlay {
@@ -218,6 +274,7 @@ impl Prepared<'_> {
         if draft.flat.is_some() {
             let box_id = self.record.id.clone();
             self.install_flat(draft, &live, Some(&box_id))?;
+            self.replace_live(overlay, &live, old)?;
         } else {
             durable::sync_file(&live)?;
             self.record_frozen(
@@ -227,10 +284,11 @@ impl Prepared<'_> {
                 Some(&self.record.id.clone()),
             )?;
             crash_point("freeze.recorded");
-            durable::link(&live, &draft.base)?;
-            crash_point("freeze.linked");
+            let replaced = self.freeze_as(&draft.base, overlay, &live, old);
+            if let Err(error) = replaced {
+                return Err(self.not_frozen(&draft.base, error));
+            }
         }
-        durable::rename(overlay, &live)?;
         crash_point("freeze.replaced");
         Ok(FrozenDisk {
             layer: Frozen::Base {
@@ -238,10 +296,41 @@ impl Prepared<'_> {
             },
             virtual_size,
             top: live,
+            file,
         })
     }
 
-    fn replaced_just_now(&self) -> Error {
+    /// The live disk gets its second name, and the overlay its first.
+    fn freeze_as(&mut self, base: &Path, overlay: &Path, live: &Path, old: FileId) -> Result<()> {
+        self.change.hold()?;
+        durable::link(live, base)?;
+        crash_point("freeze.linked");
+        if FileId::at(base)? != old {
+            return Err(self.replaced_just_now());
+        }
+        self.replace_live(overlay, live, old)
+    }
+
+    /// Beside a runtime nobody undoes later what did not come to its end: the second name, which nothing
+    /// reads by, and the row go now. Else recovery does it, before the next change.
+    fn not_frozen(&mut self, base: &Path, error: Error) -> Error {
+        if self.change.is_beside_a_runtime() {
+            let row = self.base_at(base).ok().flatten();
+            let undone = durable::unlink(base).and_then(|()| match row {
+                Some(row) => self.change.transaction(|rows| rows.delete_base(&row.id)),
+                None => Ok(()),
+            });
+            if let Err(error) = undone {
+                self.store.journal.note(&format!(
+                    "{error}; {} is freed when the home is mounted next",
+                    base.display()
+                ));
+            }
+        }
+        error
+    }
+
+    pub(super) fn replaced_just_now(&self) -> Error {
         Error::busy(format!(
             "the disk of box {} was changed just now; try again",
             called(&self.record)
@@ -264,6 +353,7 @@ impl Prepared<'_> {
         }
         self.record_frozen(&draft.base, &flat.file, draft.virtual_size, reader)?;
         crash_point("flat.recorded");
+        self.change.hold()?;
         durable::rename(&flat.file, &draft.base)?;
         crash_point("flat.installed");
         Ok(())
@@ -281,6 +371,7 @@ impl Prepared<'_> {
             },
             virtual_size: draft.virtual_size,
             top: top.to_path_buf(),
+            file: Arc::new(open_disk(top)?),
         }))
     }
 
@@ -300,6 +391,7 @@ impl Prepared<'_> {
             layer: layer_for_readers,
             virtual_size,
             top: layer.to_path_buf(),
+            file: Arc::new(open_disk(layer)?),
         })
     }
 
@@ -331,7 +423,7 @@ impl Prepared<'_> {
     }
 
     /// The row of a base that is about to be there, with the contents of `file`.
-    fn record_frozen(
+    pub(super) fn record_frozen(
         &mut self,
         base: &Path,
         file: &Path,

@@ -39,7 +39,7 @@ impl Store {
         self.home.make_dir(dir)?;
         self.home.make_dir(&dir.join("disks"))?;
         self.home.give_to_owner(arrival.disk())?;
-        let mut change = self.home.change()?;
+        let mut change = self.change_beside()?;
         refuse_taken_name(&change, &new.name)?;
         let disk = dir.join("disks/disk.qcow2");
         std::fs::rename(arrival.disk(), &disk)
@@ -53,9 +53,7 @@ impl Store {
     /// # Errors
     /// EBUSY, or what the database says.
     pub fn date_snapshot(&self, box_id: &str, id: &str, created_at: i64) -> Result<()> {
-        self.refuse_read_only()?;
-        self.home
-            .change()?
+        self.change_beside()?
             .transaction(|rows| rows.date_snapshot(box_id, id, created_at))
     }
 
@@ -93,19 +91,27 @@ impl Store {
             return Err(Error::bad_archive("the archive is incomplete"));
         }
         self.home.give_to_owner(arrival.disk())?;
-        let mut prepared = self.prepare(box_id)?;
+        let mut prepared = self.prepare_beside(box_id)?;
         prepared.refuse_taken(name)?;
         let dir = self.marked_dir()?;
         durable::rename(arrival.disk(), &dir.join("disk.qcow2"))?;
-        let path = prepared.snapshot_place(name, Some(&dir))?;
+        prepared.change.hold()?;
+        let place = prepared.place_of(name, &new.id);
+        let path = prepared.snapshot_place(&place, Some(&dir))?;
         crash_point("import.snapshot");
-        prepared.record_snapshot(
+        let recorded = prepared.record_snapshot(
             &new.id,
             name,
             &path,
             arrival.virtual_size(),
             new.created_at.unwrap_or_else(now),
-        )?;
+        );
+        if let Err(error) = recorded {
+            if prepared.change.is_beside_a_runtime() {
+                prepared.take_place_back(&path);
+            }
+            return Err(error);
+        }
         durable::unlink(&path.with_file_name(UNRECORDED))
     }
 

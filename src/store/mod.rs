@@ -6,6 +6,7 @@
 
 mod adopt;
 mod arrival;
+mod beside;
 pub mod check;
 mod clone;
 mod combine;
@@ -26,6 +27,7 @@ mod remove_box;
 mod remove_snapshot;
 mod rename;
 mod restore;
+mod running;
 mod snapshot;
 mod spool;
 mod upkeep;
@@ -43,6 +45,7 @@ pub use compressed::{Compression, OpenedCompressed, Packed, Waiter};
 pub use export::Contents;
 pub use inside::{DiskState, Inside};
 pub use journal::Journal;
+pub use running::Form;
 pub use spool::Spool;
 pub use upkeep::{Compacting, Upkeep};
 pub use usage::Usage;
@@ -99,9 +102,12 @@ pub struct Store {
     compressed: Mutex<compressed::CompressedCache>,
     turns: compressed::Turns,
     insides: Mutex<inside::InsideCache>,
+    running: running::RunningCache,
     foreground: Arc<upkeep::Foreground>,
     usage: Mutex<usage::UsageCache>,
     read_only: bool,
+    /// Some changes are made also while a BoxLite runtime has the home.
+    is_shared: bool,
 }
 
 impl Store {
@@ -111,9 +117,24 @@ impl Store {
     /// # Errors
     /// Those of [`Home::open`].
     pub fn open(path: &Path, read_only: bool, compression: Compression) -> Result<Store> {
+        Store::open_shared(path, read_only, false, compression)
+    }
+
+    /// Likewise; with `is_shared`, changes that can be made safely beside a BoxLite runtime are made
+    /// while one has the home.
+    ///
+    /// # Errors
+    /// Those of [`Home::open`].
+    pub fn open_shared(
+        path: &Path,
+        read_only: bool,
+        is_shared: bool,
+        compression: Compression,
+    ) -> Result<Store> {
         let home = Home::open(path)?;
         let journal = Journal::open(&home, read_only);
-        let store = Store::of(home, journal, read_only, compression);
+        let mut store = Store::of(home, journal, read_only, compression);
+        store.is_shared = is_shared;
         if let Some(why) = store.home.catalog()?.schema().read_only.clone() {
             store.journal.note(&format!("read only: {why}"));
         } else if !read_only {
@@ -139,9 +160,11 @@ impl Store {
             compressed: Mutex::default(),
             turns: compressed::Turns::default(),
             insides: Mutex::default(),
+            running: running::RunningCache::default(),
             foreground: Arc::default(),
             usage: Mutex::default(),
             read_only,
+            is_shared: false,
         }
     }
 

@@ -30,23 +30,55 @@ impl Store {
         Ok(prepared)
     }
 
+    /// Likewise, for a change that is safe beside a BoxLite runtime: with the option `shared` it is made
+    /// also while one has the lock.
+    ///
+    /// # Errors
+    /// As [`Store::prepare`]; EBUSY also when BoxLite is at work on the box.
+    pub(super) fn prepare_beside(&self, box_id: &str) -> Result<Prepared<'_>> {
+        let mut prepared = self.look_beside(box_id)?;
+        prepared.make_ready()?;
+        Ok(prepared)
+    }
+
+    /// Likewise, for a box of which something is only read: that may run.
+    ///
+    /// # Errors
+    /// As [`Store::prepare_beside`].
+    pub(super) fn prepare_source(&self, box_id: &str) -> Result<Prepared<'_>> {
+        let change = self.change_beside()?;
+        let record = change.box_by_id(box_id)?;
+        let mut prepared = Prepared {
+            store: self,
+            change,
+            record,
+        };
+        prepared.make_source_ready()?;
+        Ok(prepared)
+    }
+
+    /// As [`Store::look_at_box`], for such a change.
+    pub(super) fn look_beside(&self, box_id: &str) -> Result<Prepared<'_>> {
+        self.look_within(self.change_beside()?, box_id)
+    }
+
     /// Takes the lock and makes sure that the box may be changed, without making it ready: enough for
     /// what touches no layer.
     ///
     /// # Errors
     /// As [`Store::prepare`].
     pub(super) fn look_at_box(&self, box_id: &str) -> Result<Prepared<'_>> {
-        self.refuse_read_only()?;
-        self.foreground.touch();
-        let change = self.home.change()?;
+        self.look_within(self.change_alone()?, box_id)
+    }
+
+    fn look_within<'s>(&'s self, change: Change<'s>, box_id: &str) -> Result<Prepared<'s>> {
         let record = change.box_by_id(box_id)?;
         let prepared = Prepared {
             store: self,
             change,
             record,
         };
-        self.refuse_active(&prepared.record)?;
-        prepared.refuse_strangers()?;
+        prepared.refuse_unfit()?;
         Ok(prepared)
     }
 
@@ -87,8 +119,18 @@ impl Store {
 }
 
 impl Prepared<'_> {
+    /// Makes sure that the box may be changed, and stays so.
+    fn refuse_unfit(&self) -> Result<()> {
+        self.change.keep(&self.record)?;
+        self.store.refuse_active(&self.record)?;
+        self.refuse_strangers()
+    }
+
     fn make_ready(&mut self) -> Result<()> {
-        self.recover()?;
+        match self.change.is_beside_a_runtime() {
+            true => self.refuse_unsettled()?,
+            false => self.recover()?,
+        }
         self.adopt_own_chains()?;
         self.complete_refs()
     }
@@ -98,10 +140,50 @@ impl Prepared<'_> {
     /// # Errors
     /// As [`Store::prepare`].
     pub fn turn_to(&mut self, box_id: &str) -> Result<()> {
-        self.record = self.change.box_by_id(box_id)?;
-        self.store.refuse_active(&self.record)?;
-        self.refuse_strangers()?;
+        self.turn_to_look(box_id)?;
         self.make_ready()
+    }
+
+    /// Likewise with one of which something is only read.
+    ///
+    /// # Errors
+    /// As [`Store::prepare_source`].
+    pub fn turn_to_source(&mut self, box_id: &str) -> Result<()> {
+        self.record = self.change.box_by_id(box_id)?;
+        self.make_source_ready()
+    }
+
+    /// A box that runs is left alone: neither recovered, nor is the header of its disk touched.
+    fn make_source_ready(&mut self) -> Result<()> {
+        self.change.keep(&self.record)?;
+        self.refuse_strangers()?;
+        if self.store.home.activity(&self.record) == Activity::Idle {
+            return self.make_ready();
+        }
+        if self.store.home.shim(&self.record).is_none() {
+            return self.store.refuse_active(&self.record);
+        }
+        self.refuse_pending()?;
+        self.adopt_frozen_chains()?;
+        self.complete_refs()
+    }
+
+    /// Goes on with another box, no layer of which is touched.
+    ///
+    /// # Errors
+    /// ENOENT; beside a runtime as [`Store::prepare`].
+    pub fn turn_to_add(&mut self, box_id: &str) -> Result<()> {
+        if self.change.is_beside_a_runtime() {
+            self.turn_to_look(box_id)?;
+            return self.refuse_unsettled();
+        }
+        self.record = self.change.box_by_id(box_id)?;
+        Ok(())
+    }
+
+    fn turn_to_look(&mut self, box_id: &str) -> Result<()> {
+        self.record = self.change.box_by_id(box_id)?;
+        self.refuse_unfit()
     }
 
     /// The snapshot with this id as it is now.
@@ -206,6 +288,9 @@ impl Prepared<'_> {
         for path in reached {
             let id = match self.base_at(&path)? {
                 Some(row) => row.id,
+                None if self.change.is_beside_a_runtime() => {
+                    return Err(self.cloned_just_now(&path));
+                }
                 None => {
                     let base = self.store.new_base(&path, &path)?;
                     let id = base.id.clone();

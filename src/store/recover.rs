@@ -244,7 +244,9 @@ impl Prepared<'_> {
                 durable::unlink(&snapshots.join(&name).join(UNRECORDED))?;
                 continue;
             }
-            if !is_snapshot_name(&name) {
+            // One of ours that was made beside a runtime has a name that no snapshot can have.
+            let is_marked = snapshots.join(&name).join(UNRECORDED).exists();
+            if !is_snapshot_name(&name) && !is_marked {
                 continue;
             }
             self.settle_snapshot_directory(&name)?;
@@ -269,7 +271,7 @@ impl Prepared<'_> {
             return Ok(());
         }
         let layers = self.layers()?;
-        if layers.readers_of(&path).next().is_some() {
+        if layers.readers_of(&path).next().is_some() && is_snapshot_name(name) {
             let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);
             self.adopt(&path)?;
             self.record_snapshot(&snapshot_id()?, name, &path, virtual_size, now())?;

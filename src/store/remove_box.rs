@@ -25,6 +25,14 @@ impl Store {
         self.look_at_box(box_id).map(drop)
     }
 
+    /// Likewise for a restore, which can be made beside a runtime.
+    ///
+    /// # Errors
+    /// As [`Store::refuse_unready`].
+    pub fn refuse_unready_for_restore(&self, box_id: &str) -> Result<()> {
+        self.look_beside(box_id).map(drop)
+    }
+
     /// Removes a box with all its snapshots; `gone` has the ids of those that are known to go.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! that is kept in the home or one that arrived as an archive.
 
 use std::collections::{BTreeSet, HashSet};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::crash::crash_point;
@@ -10,7 +11,7 @@ use super::prepare::Prepared;
 use super::{Arrival, Contents, Source, Store, called, durable};
 use crate::disk::FileId;
 use crate::home::BaseRecord;
-use crate::{Error, Result};
+use crate::{Context, Error, Result};
 
 impl Store {
     /// Makes the live disk of a box a copy-on-write copy of `source`: no data moves, whatever its size,
@@ -36,17 +37,21 @@ impl Store {
         if is_itself {
             return self.refuse_changed(source, read);
         }
-        let draft = self.draft_clone(source)?;
-        let mut prepared = self.prepare(box_id)?;
+        let draft = self.draft_of(source, read, &|| self.draft_clone(source))?;
+        let mut prepared = self.prepare_beside(box_id)?;
         let live = prepared.replaceable()?;
+        // Open, so that no other file gets its inode number.
+        let file = File::open(&live).context(|| format!("cannot open {}", live.display()))?;
+        let old = FileId::at(&live)?;
         let target = prepared.record.clone();
         if source.box_id() != box_id {
-            prepared.turn_to(source.box_id())?;
+            prepared.turn_to_source(source.box_id())?;
         }
         self.refuse_changed(source, read)?;
         let frozen = prepared.frozen(source, &draft)?;
         crash_point("restore.frozen");
         prepared.record = target;
+        prepared.refuse_other_size(&live, frozen.virtual_size)?;
         let overlay = self.fresh_path("overlay")?;
         prepared.make_overlay(&frozen, &overlay)?;
         let bases = prepared.bases_reached(&overlay)?;
@@ -56,7 +61,8 @@ impl Store {
                 .try_for_each(|base| rows.insert_ref(base, box_id))
         })?;
         crash_point("restore.referred");
-        durable::rename(&overlay, &live)?;
+        prepared.replace_live(&overlay, &live, old)?;
+        drop(file);
         crash_point("restore.replaced");
         prepared.live_was_replaced();
         Ok(())
@@ -83,10 +89,14 @@ impl Store {
         }
         self.home.give_to_owner(arrival.disk())?;
         durable::sync_file(arrival.disk())?;
-        let mut prepared = self.prepare(box_id)?;
+        let mut prepared = self.prepare_beside(box_id)?;
         let live = prepared.replaceable()?;
+        let file = File::open(&live).context(|| format!("cannot open {}", live.display()))?;
+        let old = FileId::at(&live)?;
+        prepared.refuse_other_size(&live, arrival.virtual_size())?;
         crash_point("restore.arrived");
-        durable::rename(arrival.disk(), &live)?;
+        prepared.replace_live(arrival.disk(), &live, old)?;
+        drop(file);
         crash_point("restore.replaced");
         prepared.live_was_replaced();
         Ok(())
@@ -94,7 +104,8 @@ impl Store {
 
     /// EIO when a disk state is not what was read of it: what was copied would not be what is made.
     pub(super) fn refuse_changed(&self, source: &Source, read: &Contents) -> Result<()> {
-        if self.export_contents(source)? == Some(*read) {
+        let is_copied = || self.running_export(source, read).is_some();
+        if is_copied() || self.contents_now(source)? == Some(*read) {
             return Ok(());
         }
         Err(Error::new(
@@ -145,7 +156,11 @@ impl Prepared<'_> {
 
     /// Drops what references of the box nothing in it needs any more, and frees the bases that nobody
     /// needs now; also BoxLite's, which goes by references and would keep them for ever.
+    /// Beside a runtime that waits: BoxLite's next step may need what nothing needs now.
     pub(super) fn free_surplus(&mut self) -> Result<()> {
+        if self.change.is_beside_a_runtime() {
+            return Ok(());
+        }
         let surplus = self.drop_surplus_refs(&self.layers()?)?;
         let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
         self.store.free_bases(&mut self.change, &may_go)

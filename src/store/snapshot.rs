@@ -1,8 +1,9 @@
 //! `mkdir web/snapshots/NAME`.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 
+use super::clone::UNRECORDED;
 use super::crash::crash_point;
 use super::durable;
 use super::freeze::{Frozen, FrozenDisk};
@@ -27,10 +28,11 @@ impl Store {
     fn take_snapshot(&self, box_id: &str, name: &str) -> Result<String> {
         refuse_bad_name(name)?;
         let draft = self.draft_freeze(box_id)?;
-        let mut prepared = self.prepare(box_id)?;
+        let mut prepared = self.prepare_beside(box_id)?;
         prepared.refuse_taken(name)?;
         let frozen = prepared.freeze(&draft)?;
-        prepared.name_layer(&frozen, &snapshot_id()?, name, now())
+        let (id, place) = (snapshot_id()?, name.to_owned());
+        prepared.name_layer(&frozen, &id, name, &place, now())
     }
 
     /// How a box is called in the log.
@@ -89,29 +91,59 @@ impl Prepared<'_> {
     /// Makes a snapshot of a frozen state and returns its id.
     ///
     /// Order: the directory, the layer's further name in it, the row. A crash before the row leaves
-    /// a directory without one, whose layer has another name: recovery unlinks it.
+    /// a directory without one, whose layer has another name: recovery unlinks it. Beside a runtime nobody
+    /// does later: then it goes at once.
+    ///
+    /// `place` is the name of the directory.
     pub(super) fn name_layer(
         &mut self,
         frozen: &FrozenDisk,
         id: &str,
         name: &str,
+        place: &str,
         created_at: i64,
     ) -> Result<String> {
-        let path = self.snapshot_place(name, None)?;
+        self.change.hold()?;
+        let path = self.snapshot_place(place, None)?;
         crash_point("snapshot.directory");
-        match &frozen.layer {
-            Frozen::Base { path: base } => durable::link(base, &path)?,
+        let named = match &frozen.layer {
+            Frozen::Base { path: base } => durable::link(base, &path),
             // An empty overlay on an image: the snapshot is a copy of it, a few clusters long.
-            Frozen::Below { .. } => self.copy_empty_overlay(&frozen.top, &path)?,
-        }
+            Frozen::Below { .. } => self.copy_empty_overlay(frozen, &path),
+        };
         crash_point("snapshot.linked");
-        self.record_snapshot(id, name, &path, frozen.virtual_size, created_at)
+        let recorded = named
+            .and_then(|()| self.record_snapshot(id, name, &path, frozen.virtual_size, created_at));
+        if recorded.is_err() && self.change.is_beside_a_runtime() {
+            self.take_place_back(&path);
+        }
+        recorded
     }
 
-    /// `snapshots/NAME/disk.qcow2`, its directories made; `ready` is a directory to be moved there.
+    /// Removes the directory of a snapshot that was not recorded. What can't be removed is for recovery.
+    pub(super) fn take_place_back(&self, path: &Path) {
+        let mark = path.with_file_name(UNRECORDED);
+        let removed = durable::unlink(path).and_then(|()| durable::unlink(&mark));
+        if let Err(error) = removed.and_then(|()| path.parent().map_or(Ok(()), durable::remove_dir))
+        {
+            self.store.journal.note(&error.to_string());
+        }
+    }
+
+    /// The name of the directory for a snapshot whose contents are not those of the live disk. Beside a runtime one
+    /// that BoxLite, asked for a snapshot of the same name at that moment, would not use: it would
+    /// put the live disk there, over this one.
+    pub(super) fn place_of(&self, name: &str, id: &str) -> String {
+        match self.change.is_beside_a_runtime() {
+            true => format!(".{id}"),
+            false => name.to_owned(),
+        }
+    }
+
+    /// `snapshots/PLACE/disk.qcow2`, its directories made; `ready` is a directory to be moved there.
     pub(super) fn snapshot_place(
         &self,
-        name: &str,
+        place: &str,
         ready: Option<&Path>,
     ) -> Result<std::path::PathBuf> {
         let home = &self.store.home;
@@ -120,7 +152,7 @@ impl Prepared<'_> {
             home.make_dir(&snapshots)?;
             durable::sync_dir(&home.box_dir(&self.record.id))?;
         }
-        let dir = snapshots.join(name);
+        let dir = snapshots.join(place);
         match ready {
             Some(ready) => durable::rename(ready, &dir)?,
             None => {
@@ -128,14 +160,18 @@ impl Prepared<'_> {
                 durable::sync_dir(&snapshots)?;
             }
         }
-        Ok(home.snapshot_disk(&self.record.id, name))
+        Ok(home.snapshot_disk(&self.record.id, place))
     }
 
-    fn copy_empty_overlay(&self, overlay: &Path, path: &Path) -> Result<()> {
+    fn copy_empty_overlay(&self, frozen: &FrozenDisk, path: &Path) -> Result<()> {
         let copy = self.store.fresh_path("overlay")?;
-        fs::copy(overlay, &copy).context(|| format!("cannot copy {}", overlay.display()))?;
+        let sentence = || format!("cannot copy {}", frozen.top.display());
+        let mode = frozen.file.metadata().context(sentence)?.permissions();
+        let mut out = File::create_new(&copy).context(sentence)?;
+        std::io::copy(&mut &*frozen.file, &mut out).context(sentence)?;
+        out.set_permissions(mode).context(sentence)?;
         self.store.home.give_to_owner(&copy)?;
-        durable::copy_times(overlay, &copy)?;
+        durable::copy_times(&frozen.top, &copy)?;
         durable::sync_file(&copy)?;
         durable::rename(&copy, path)
     }

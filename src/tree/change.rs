@@ -237,7 +237,7 @@ impl Tree {
                 ),
             ));
         }
-        self.store.refuse_unready(id).map_err(|error| {
+        self.store.refuse_unready_for_restore(id).map_err(|error| {
             let sentence = format!("restore of {}: {error}", self.store.describe(&source));
             self.refuse(error.errno(), sentence)
         })

@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::Tree;
 use super::caller::Caller;
 use super::handle::{Handle, Opened};
 use super::names::{HIDDEN, SNAPSHOTS, VIEW};
 use super::node::{Derived, Node};
-use crate::store::{OpenedCompressed, Packed, Source, Waiter};
+use crate::store::{Form, OpenedCompressed, Packed, Source, Waiter};
 use crate::{Error, Result};
 
 /// Takes the answer to an open that may have to wait.
@@ -26,8 +28,46 @@ impl Tree {
     ) {
         let reads = flags & libc::O_ACCMODE == libc::O_RDONLY;
         match self.node(ino) {
-            Ok(Node::Compressed(source)) if reads => self.open_compressed(caller, source, answer),
+            Ok(Node::Compressed(source)) if reads => {
+                let tree = self.clone();
+                let pauses = self.store.pauses(&source, Form::Compressed);
+                let open = move |answer| tree.open_compressed(caller, source, answer);
+                self.pausing(pauses, open, answer);
+            }
+            Ok(Node::Export(source)) if reads && self.store.pauses(&source, Form::Plain) => {
+                let tree = self.clone();
+                let open = move |answer: OpenAnswer| answer(tree.open_file(caller, ino, flags));
+                self.pausing(true, open, answer);
+            }
             _ => answer(self.open_file(caller, ino, flags)),
+        }
+    }
+
+    /// Opens in a thread of its own what a virtual machine is paused for first.
+    fn pausing(
+        &self,
+        pauses: bool,
+        open: impl FnOnce(OpenAnswer) + Send + 'static,
+        answer: OpenAnswer,
+    ) {
+        if !pauses {
+            return open(answer);
+        }
+        let answer = Arc::new(Mutex::new(Some(answer)));
+        let of_thread = answer.clone();
+        let work = move || {
+            if let Some(answer) = of_thread.lock().take() {
+                open(answer);
+            }
+        };
+        let started = std::thread::Builder::new().name("pause".into()).spawn(work);
+        if let Err(error) = started
+            && let Some(answer) = answer.lock().take()
+        {
+            answer(Err(Error::io(
+                "cannot start a thread to copy a disk",
+                error,
+            )));
         }
     }
 
@@ -41,6 +81,7 @@ impl Tree {
         let done = move |opened: Result<OpenedCompressed>| {
             let opened = opened.and_then(|opened| {
                 if told.is_some_and(|told| told != opened.contents) {
+                    tree.store.keep_running(&opened_by, Form::Compressed);
                     // The kernel looks the name up again, gets a new inode, and opens that.
                     return Err(Error::new(libc::ESTALE, "the size is known just now"));
                 }
@@ -64,7 +105,11 @@ impl Tree {
     }
 
     fn opened_compressed(&self, source: Source, opened: OpenedCompressed) -> Opened {
-        let OpenedCompressed { packed, contents } = opened;
+        let OpenedCompressed {
+            packed,
+            contents,
+            export,
+        } = opened;
         let spool = match &packed {
             Packed::Spooled(spool) => Some(spool.clone()),
             Packed::Streamed(_) => None,
@@ -73,6 +118,7 @@ impl Tree {
             source,
             packed,
             contents,
+            _of: export,
         };
         Opened {
             handle: self.add_handle(handle),

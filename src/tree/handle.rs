@@ -12,7 +12,7 @@ use super::names::EXPORT;
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete, is_whole, share};
 use crate::archive::Export;
-use crate::store::{Contents, Inside, Packed, Source, Spool, Wanted};
+use crate::store::{Contents, Form, Inside, Packed, Source, Spool, Wanted};
 use crate::{Error, Result};
 
 /// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
@@ -34,6 +34,8 @@ pub(super) enum Handle {
         source: Source,
         packed: Packed,
         contents: Contents,
+        /// What it is of.
+        _of: Arc<Export>,
     },
     /// A file of a guest, or the raw disk; the layers are open.
     Inside { node: Node, inside: Arc<Inside> },
@@ -121,7 +123,7 @@ impl Tree {
     ///
     /// # Errors
     /// EPERM for writing to what can't be written, EBUSY for the export of a running box, ENODATA.
-    pub fn open_file(&self, caller: Caller, ino: u64, flags: i32) -> Result<Opened> {
+    pub fn open_file(self: &Arc<Self>, caller: Caller, ino: u64, flags: i32) -> Result<Opened> {
         let node = self.node(ino)?;
         let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
         if let Some(file) = self.staged_file(caller, &node) {
@@ -149,7 +151,9 @@ impl Tree {
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::Export(source) => {
-                let (export, contents) = self.store.open_export(source).inspect_err(|error| {
+                let go_on = || !caller.is_dying();
+                let opened = self.store.open_any_export(source, Form::Plain, &go_on);
+                let (export, contents) = opened.inspect_err(|error| {
                     self.store.journal().note(&format!(
                         "export of {} failed: {error}",
                         self.store.describe(source)
@@ -157,6 +161,7 @@ impl Tree {
                 })?;
                 if self.told(&node).is_some_and(|told| told != contents) {
                     // The kernel looks the name up again, gets a new inode, and opens that.
+                    self.store.keep_running(source, Form::Plain);
                     return Err(Error::new(libc::ESTALE, "the disk changed just now"));
                 }
                 let source = source.clone();
@@ -351,6 +356,7 @@ impl Tree {
                 source,
                 packed,
                 contents,
+                ..
             } => {
                 if let Packed::Streamed(_) = packed {
                     self.refuse_mixture(&Node::Compressed(source.clone()), source, contents)?;

@@ -53,6 +53,8 @@ use names::Names;
 pub struct Options {
     /// Refuse changes, and write nothing into the home at all.
     pub read_only: bool,
+    /// Make changes that are safe beside a BoxLite runtime also while one has the home.
+    pub is_shared: bool,
     /// How compressed archives are made and kept.
     pub compression: Compression,
     /// When layers are merged.
@@ -150,7 +152,13 @@ impl Tree {
     /// # Errors
     /// Those of [`Store::open`]: no such home, a foreign directory, a damaged database.
     pub fn open(home: &Path, options: Options) -> Result<Tree> {
-        let store = Arc::new(Store::open(home, options.read_only, options.compression)?);
+        let store = Store::open_shared(
+            home,
+            options.read_only,
+            options.is_shared,
+            options.compression,
+        )?;
+        let store = Arc::new(store);
         let upkeep = match options.read_only {
             true => None,
             false => Upkeep::begin(&store, options.compacting),

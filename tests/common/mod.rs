@@ -19,6 +19,7 @@
 #![allow(dead_code, unused_imports)]
 
 mod process;
+mod session;
 mod torture;
 
 use std::collections::BTreeSet;
@@ -36,6 +37,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub use process::*;
+pub use session::*;
 pub use torture::*;
 
 /// Bytes of the guest disk that [`TestHome::new`] makes.

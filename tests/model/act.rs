@@ -4,7 +4,6 @@ use std::fs::{self, OpenOptions};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::boxlite::Session;
 use crate::common::*;
 use crate::operation::*;
 use crate::world::*;

@@ -6,7 +6,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::boxlite::Session;
 use crate::common::*;
 use crate::operation::*;
 use crate::reference::{Disk, Reader, originals};

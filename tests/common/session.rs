@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::common::*;
+use super::{TestHome, python, text};
 
 /// A runtime that has the home until the value is dropped.
 pub struct Session {

@@ -29,18 +29,6 @@ fn roomy() -> TestHome {
     home
 }
 
-/// Bytes that nobody could guess or compress.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let words = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.flatten().take(length).collect()
-}
-
 /// Puts the disk into a state it was never in.
 fn change(home: &TestHome, seed: u64) {
     home.guest_write(

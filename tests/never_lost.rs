@@ -30,20 +30,6 @@ fn names_of(answer: &Value) -> BTreeSet<String> {
         .collect()
 }
 
-/// Bytes that compress to nothing and differ by their seed.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
-}
-
 /// A mount of a home at a place of its own, beside the one that the harness makes.
 struct Daemon {
     child: Child,
@@ -1044,67 +1030,6 @@ fn two_mounts_of_one_home_see_each_other_and_lose_nothing() {
 
 // ---- a full disk --------------------------------------------------------------------------------
 
-/// A file system of its own, mounted at the root of a home.
-struct SmallDisk {
-    at: PathBuf,
-}
-
-impl SmallDisk {
-    /// Moves the home onto it.
-    fn under(home: &TestHome, size: &str) -> SmallDisk {
-        let image = home.beside("small.img");
-        let at = home.root().to_owned();
-        home.put_aside("aside");
-        succeed(&["truncate", "-s", size, text(&image)]);
-        succeed(&[
-            "mkfs.ext4",
-            "-q",
-            "-F",
-            "-m",
-            "0",
-            "-b",
-            "4096",
-            text(&image),
-        ]);
-        succeed(&["mount", "-o", "loop", text(&image), text(&at)]);
-        let disk = SmallDisk { at };
-        let contents = home.beside("aside").join(".");
-        succeed(&["cp", "-a", text(&contents), text(&disk.at)]);
-        disk
-    }
-
-    fn free_blocks(&self) -> i64 {
-        succeed(&["sync", "-f", text(&self.at)]);
-        let said = succeed(&["stat", "-f", "-c", "%f", text(&self.at)]);
-        said.trim().parse().unwrap()
-    }
-
-    /// Takes all but so many bytes.
-    fn fill(&self, left: u64) {
-        let filler = self.at.join("filler");
-        let mut file = File::create(&filler).unwrap();
-        for length in [1 << 20, 4096] {
-            while file.write_all(&vec![0xaa; length]).is_ok() {}
-        }
-        file.sync_all().unwrap();
-        let length = file.metadata().unwrap().len();
-        file.set_len(length - left).unwrap();
-        file.sync_all().unwrap();
-    }
-
-    fn empty(&self) {
-        fs::remove_file(self.at.join("filler")).unwrap();
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        if !run(&["umount", text(&self.at)]).status.success() {
-            run(&["umount", "-l", text(&self.at)]);
-        }
-    }
-}
-
 #[test]
 fn an_import_that_does_not_fit_is_enospc_and_leaves_nothing() {
     let tree = tempfile::tempdir().unwrap();
@@ -1112,13 +1037,13 @@ fn an_import_that_does_not_fit_is_enospc_and_leaves_nothing() {
     let arguments = ["--size", "96M", "--tree", text(tree.path())];
     let large = make_archive("large.boxlite", &arguments);
     let home = TestHome::new();
-    let disk = SmallDisk::under(&home, "48M");
+    let disk = SmallDisk::under(&home, FileSystem::Ext4, "48M");
     let mut mount = home.mount();
     let before = digest(&home.live_disk("web"));
     let into_directory = mount.at("large/export.boxlite");
     // The first makes what every import needs.
     succeed(&["cp", text(&archive()), text(&mount.at("small.boxlite"))]);
-    let free = disk.free_blocks();
+    let free = disk.free();
     for target in [mount.at("large.boxlite"), into_directory] {
         if target.ends_with("export.boxlite") {
             fs::create_dir(mount.at("large")).unwrap();
@@ -1127,7 +1052,7 @@ fn an_import_that_does_not_fit_is_enospc_and_leaves_nothing() {
         assert!(said.contains("No space left on device"), "{said}");
         assert!(mount.is_alive());
         // The log grows by a line.
-        eventually("its space is free again", || disk.free_blocks() >= free - 4);
+        eventually("its space is free again", || disk.free() >= free - 16384);
         let _ = fs::remove_dir(mount.at("large"));
         eventually("it is gone", || mount.names("") == ["small", "web"]);
     }
@@ -1143,7 +1068,7 @@ fn an_import_that_does_not_fit_is_enospc_and_leaves_nothing() {
 #[test]
 fn a_full_disk_damages_no_box() {
     let home = TestHome::new();
-    let disk = SmallDisk::under(&home, "64M");
+    let disk = SmallDisk::under(&home, FileSystem::Ext4, "64M");
     let mut snapshots = Vec::new();
     let mut refused = 0;
     for (round, left) in [0, 4, 16, 32, 64, 128, 256, 512, 1024, 2048]

@@ -16,6 +16,9 @@ programs='
 cp coreutils
 fusermount3 fuse3
 mke2fs e2fsprogs
+mkfs.xfs xfsprogs
+mkfs.btrfs btrfs-progs
+filefrag e2fsprogs
 sfdisk fdisk
 c++ g++
 qemu-img qemu-utils

@@ -539,9 +539,18 @@ fn write_backing(file: &File, image: &Path, place: Place, name: &[u8]) -> Result
     let mut pointer = [0u8; 12];
     pointer[..8].copy_from_slice(&place.offset.to_be_bytes());
     pointer[8..].copy_from_slice(&(name.len() as u32).to_be_bytes());
+    let mut old = [0u8; 12];
+    file.read_exact_at(&mut old, 8).context(failed)?;
     // A crash after this leaves the old or the new path, both whole.
-    write_untimed(file, &pointer, 8, &meta).context(failed)?;
-    sync(file, image)
+    let written = write_untimed(file, &pointer, 8, &meta)
+        .context(failed)
+        .and_then(|()| sync(file, image));
+    if written.is_err() {
+        // The kernel takes what a flush failed for as written. With the old path back, whoever tries again
+        // writes the new one again, and does not find it there already.
+        let _ = write_untimed(file, &old, 8, &meta).and_then(|()| file.sync_all());
+    }
+    written
 }
 
 /// fsync with a sentence.

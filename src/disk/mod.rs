@@ -30,7 +30,7 @@ pub use header::{Backing, Header, forget_dirty, rebase, rebase_this};
 pub use inspect::inspect_standalone;
 pub use layer::Layer;
 pub use overlay::create_overlay;
-pub use write::begin_write_back;
+pub use write::{begin_write_back, share_contents};
 
 use crate::{Context, Result};
 use std::fs::{File, Metadata};

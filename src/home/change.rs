@@ -149,6 +149,26 @@ impl Home {
     }
 }
 
+/// A sentence for what SQLite says, with the errno of the system call behind it: SQLite itself calls all but
+/// a full disk an I/O error.
+fn failed(connection: &Connection, database: &Path, error: rusqlite::Error) -> Error {
+    use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
+    let is_io = matches!(error.sqlite_error_code(), Some(CannotOpen | SystemIoFailure));
+    let error = damaged(database, error);
+    match is_io.then(|| system_errno(connection)) {
+        Some(errno @ (libc::ENOSPC | libc::EDQUOT | libc::EROFS | libc::EIO)) => {
+            error.with_errno(errno)
+        }
+        _ => error,
+    }
+}
+
+/// The errno of the last system call that failed for SQLite.
+fn system_errno(connection: &Connection) -> i32 {
+    // SAFETY: the handle is that of an open connection, borrowed for the call, which only reads a number.
+    unsafe { rusqlite::ffi::sqlite3_system_errno(connection.handle()) }
+}
+
 fn file_id(path: &Path) -> Result<(u64, u64)> {
     let meta = fs::metadata(path).context(|| format!("cannot look at {}", path.display()))?;
     Ok((meta.dev(), meta.ino()))
@@ -255,7 +275,7 @@ impl Change<'_> {
     }
 
     fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T> {
-        result.map_err(|e| damaged(&self.home.database(), e))
+        result.map_err(|e| failed(&self.connection, &self.home.database(), e))
     }
 
     /// Whether a BoxLite runtime has the home, too: what looks like a crash's leftover may be what it is
@@ -597,7 +617,7 @@ impl Transaction<'_> {
         self.sql
             .prepare_cached(statement)
             .and_then(|mut statement| statement.execute(params))
-            .map_err(|e| damaged(self.database, e))
+            .map_err(|e| failed(self.sql, self.database, e))
     }
 
     /// Records a base of ours. Its name stays NULL and its source is nobody's id, so BoxLite never

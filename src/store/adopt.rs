@@ -99,9 +99,13 @@ impl Prepared<'_> {
         self.record_base(&base, path, &layers.boxes_above(path))?;
         crash_point("adopt.recorded");
         self.change.hold()?;
-        if known.is_none() {
-            durable::link(path, &base)?;
-            crash_point("adopt.linked");
+        match known {
+            None => {
+                durable::link(path, &base)?;
+                crash_point("adopt.linked");
+            }
+            // Whoever was killed after he had made the name may not have come to flush it.
+            Some(_) => durable::sync_dir(&self.store.home.bases_dir())?,
         }
         if FileId::at(&base)? != id {
             return Err(Error::busy(format!(
@@ -173,16 +177,16 @@ impl Prepared<'_> {
         if reader.names <= names.len() as u64 {
             return disk::rebase_this(&reader.path, reader.id, base);
         }
-        let copy = self.store.fresh_path("copy")?;
+        let copy = self.store.scratch("copy")?;
         copy_file(&reader.path, &copy)?;
         self.store.home.give_to_owner(&copy)?;
         disk::rebase(&copy, base)?;
         durable::copy_times(&reader.path, &copy)?;
         durable::sync_file(&copy)?;
         for name in names {
-            let link = self.store.fresh_path("name")?;
+            let link = self.store.scratch("name")?;
             durable::link(&copy, &link)?;
-            durable::rename(&link, &name.path)?;
+            durable::replace(&link, &name.path, &self.store.fresh_path("old")?)?;
         }
         durable::unlink(&copy)
     }
@@ -210,7 +214,7 @@ pub(super) fn copy_contents(
     target: &File,
     go_on: &mut dyn FnMut() -> Result<()>,
 ) -> std::io::Result<Result<()>> {
-    if share_blocks(source, target) {
+    if disk::share_contents(source, target) {
         return Ok(go_on());
     }
     target.set_len(source.metadata()?.len())?;
@@ -230,15 +234,9 @@ pub(super) fn copy_contents(
     Ok(Ok(()))
 }
 
-/// Makes `target` share all blocks of `source`; false where the file system can't.
-fn share_blocks(source: &File, target: &File) -> bool {
-    // SAFETY: FICLONE takes two descriptors, both kept open by their files.
-    unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) == 0 }
-}
-
 /// Whether it could: tried, and taken back.
 pub(super) fn can_share(source: &File, target: &File) -> bool {
-    share_blocks(source, target) && target.set_len(0).is_ok()
+    disk::share_contents(source, target) && target.set_len(0).is_ok()
 }
 
 /// Start and end of the next run of data at or after `offset`; None when only a hole is left.

@@ -22,13 +22,21 @@ use crate::home::Change;
 use crate::{Context, Error, Result};
 
 impl Store {
+    fn begin_change(&self) -> Result<()> {
+        self.refuse_read_only()?;
+        self.foreground.touch();
+        // A crash leaves it, by which the next mount knows of the crash. Where it can't be made, the disk
+        // may be full, and what comes now may be what makes room.
+        let _ = self.make_workspace();
+        Ok(())
+    }
+
     /// The right to change the home, with nobody else in it.
     ///
     /// # Errors
     /// EROFS, EBUSY.
     pub(super) fn change_alone(&self) -> Result<Change<'_>> {
-        self.refuse_read_only()?;
-        self.foreground.touch();
+        self.begin_change()?;
         self.home.change().map_err(|error| {
             match self.is_shared && error.errno() == libc::EBUSY {
                 true => Error::busy(format!(
@@ -46,8 +54,7 @@ impl Store {
     pub(super) fn change_beside(&self) -> Result<Change<'_>> {
         match self.is_shared {
             true => {
-                self.refuse_read_only()?;
-                self.foreground.touch();
+                self.begin_change()?;
                 self.home.change_beside()
             }
             false => self.change_alone(),
@@ -119,7 +126,7 @@ impl Prepared<'_> {
     /// A crash leaves the one or the other in place, and what came out in the workspace.
     pub(super) fn replace_live(&mut self, new: &Path, live: &Path, old: FileId) -> Result<()> {
         if !self.change.is_beside_a_runtime() {
-            return durable::rename(new, live);
+            return durable::replace(new, live, &self.store.fresh_path("old")?);
         }
         self.change.hold()?;
         self.refuse_pending()?;
@@ -135,7 +142,10 @@ impl Prepared<'_> {
         crash_point("beside.exchanged");
         let mut taken = FileId::at(new)?;
         if taken == old {
-            durable::sync_parent(live)?;
+            // Where it can't be made certain, the live disk is what it was (see `durable::replace`).
+            durable::sync_parent(live).inspect_err(|_| {
+                let _ = exchange(new, live);
+            })?;
             return durable::unlink(new);
         }
         // BoxLite put another there. Back with it; and should it have replaced ours meanwhile, that is the

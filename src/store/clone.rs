@@ -1,11 +1,12 @@
 //! `cp -r web web2`: a new box that starts from a state of another, copy-on-write.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::crash::crash_point;
 use super::freeze::{Draft, FrozenDisk};
 use super::prepare::{Prepared, now};
 use super::snapshot::refuse_bad_name;
+use super::workspace::Scratch;
 use super::{Contents, Source, Store, durable};
 use crate::disk;
 use crate::home::{BoxRecord, Change, NewBox, container_id, normalize_imported};
@@ -122,14 +123,13 @@ impl Store {
             state_of_source: source.map(BoxRecord::state).transpose()?,
             lock_id: change.new_lock_id()?,
         };
-        let marker = dir.join(UNRECORDED);
-        std::fs::File::create_new(&marker)
-            .and_then(|file| file.sync_all())
-            .context(|| format!("cannot make {}", marker.display()))?;
-        durable::sync_dir(&dir.join("disks"))?;
-        durable::sync_dir(dir)?;
+        let take_back = || {
+            // Nothing else is there: its id is new.
+            let _ = std::fs::remove_dir_all(&target);
+            let _ = std::fs::remove_file(self.home.box_lock(row.lock_id));
+        };
         change.hold()?;
-        durable::rename(dir, &target)?;
+        place(dir, &target).inspect_err(|_| take_back())?;
         crash_point("install.renamed");
         let recorded = change.transaction(|rows| {
             rows.insert_box(&row)?;
@@ -151,8 +151,7 @@ impl Store {
                 .box_by_id(&new.id)
                 .is_err_and(|e| e.errno() == libc::ENOENT)
             {
-                let _ = std::fs::remove_dir_all(&target);
-                let _ = std::fs::remove_file(self.home.box_lock(row.lock_id));
+                take_back();
             }
             return Err(error);
         }
@@ -213,6 +212,17 @@ impl Store {
     }
 }
 
+/// Marks a box's directory as one without a row and moves it to its place.
+fn place(dir: &Path, target: &Path) -> Result<()> {
+    let mark = dir.join(UNRECORDED);
+    std::fs::File::create_new(&mark)
+        .and_then(|file| file.sync_all())
+        .context(|| format!("cannot make {}", mark.display()))?;
+    durable::sync_dir(&dir.join("disks"))?;
+    durable::sync_dir(dir)?;
+    durable::rename(dir, target)
+}
+
 /// EEXIST when a box has this name, or it is a box's id.
 pub(super) fn refuse_taken_name(change: &Change<'_>, name: &str) -> Result<()> {
     if change.is_name_taken(name)? {
@@ -246,9 +256,9 @@ impl Prepared<'_> {
     }
 
     /// A box's directory in the workspace whose disk is an empty overlay on the frozen state.
-    fn build(&self, frozen: &FrozenDisk) -> Result<PathBuf> {
+    fn build(&self, frozen: &FrozenDisk) -> Result<Scratch> {
         let home = &self.store.home;
-        let dir = self.store.fresh_path("box")?;
+        let dir = self.store.scratch("box")?;
         home.make_dir(&dir)?;
         home.make_dir(&dir.join("disks"))?;
         let overlay = dir.join("disks/disk.qcow2");

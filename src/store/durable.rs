@@ -2,6 +2,7 @@
 //! rename" means its directory.
 
 use std::fs::{self, File, FileTimes};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use crate::{Context, Error, Result};
@@ -23,16 +24,50 @@ pub(super) fn sync_parent(path: &Path) -> Result<()> {
     sync_dir(parent(path)?)
 }
 
+/// Flushes all that anybody has done to the file system that a directory is on.
+pub(super) fn sync_file_system(path: &Path) -> Result<()> {
+    let sentence = || format!("cannot flush the file system of {}", path.display());
+    let dir = File::open(path).context(sentence)?;
+    // SAFETY: syncfs takes a descriptor, which `dir` keeps open, and no memory; std has no call for it.
+    match unsafe { libc::syncfs(dir.as_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()).context(sentence),
+    }
+}
+
 fn parent(path: &Path) -> Result<&Path> {
     path.parent()
         .ok_or_else(|| Error::new(libc::EINVAL, format!("{} has no directory", path.display())))
 }
 
-/// Gives `file` a further name; it is on disk when this returns.
+/// Gives `file` a further name; it is on disk when this returns. Where that can't be made certain, it has
+/// not got it: what is found there the next time would be taken for being on disk.
 pub(super) fn link(file: &Path, name: &Path) -> Result<()> {
     fs::hard_link(file, name)
         .context(|| format!("cannot link {} to {}", file.display(), name.display()))?;
-    sync_dir(parent(name)?)
+    sync_dir(parent(name)?).inspect_err(|_| {
+        let _ = unlink(name);
+    })
+}
+
+/// Moves `new` over `target`; on disk when this returns. Where that can't be made certain, `target` is what
+/// it was: a guest would go on writing to a file that a loss of power takes away. `aside`, a path that
+/// nobody uses, names the old one meanwhile; a crash leaves it there.
+pub(super) fn replace(new: &Path, target: &Path, aside: &Path) -> Result<()> {
+    fs::hard_link(target, aside).context(|| {
+        format!(
+            "cannot link {} to {}",
+            target.display(),
+            aside.display()
+        )
+    })?;
+    let replaced = rename(new, target);
+    if replaced.is_err() {
+        // Does nothing where both are the same file still.
+        let _ = rename(aside, target);
+    }
+    let _ = fs::remove_file(aside);
+    replaced
 }
 
 /// Moves `from` over `to`; on disk when this returns.

@@ -284,9 +284,15 @@ impl Prepared<'_> {
                 Some(&self.record.id.clone()),
             )?;
             crash_point("freeze.recorded");
+            let new = FileId::at(overlay)?;
             let replaced = self.freeze_as(&draft.base, overlay, &live, old);
             if let Err(error) = replaced {
-                return Err(self.not_frozen(&draft.base, error));
+                // Unless the overlay is in place all the same, and could not be taken back.
+                let is_in_place = FileId::at(&live).is_ok_and(|now| now == new);
+                return Err(match is_in_place {
+                    true => error,
+                    false => self.not_frozen(&draft.base, error),
+                });
             }
         }
         crash_point("freeze.replaced");

@@ -1,11 +1,12 @@
 //! `cp b.boxlite MNT/NEW.boxlite`: a box, or a snapshot of one, from an archive that arrived.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::clone::{UNRECORDED, refuse_taken_name};
 use super::crash::crash_point;
 use super::prepare::now;
 use super::snapshot::refuse_bad_name;
+use super::workspace::Scratch;
 use super::{Arrival, NewClone, NewSnapshotName, Store, durable};
 use crate::{Context, Error, Result};
 
@@ -26,13 +27,8 @@ impl Store {
         if !arrival.is_complete() {
             return Err(Error::bad_archive("the archive is incomplete"));
         }
-        let dir = self.fresh_path("box")?;
-        let installed = self.install_imported(arrival, new, &dir);
-        if installed.is_err() {
-            // Not there when it was moved.
-            let _ = std::fs::remove_dir_all(&dir);
-        }
-        installed
+        let dir = self.scratch("box")?;
+        self.install_imported(arrival, new, &dir)
     }
 
     fn install_imported(&self, arrival: &Arrival, new: &NewClone, dir: &Path) -> Result<()> {
@@ -116,8 +112,8 @@ impl Store {
     }
 
     /// A directory in the workspace for a snapshot whose row is still to come.
-    pub(super) fn marked_dir(&self) -> Result<PathBuf> {
-        let dir = self.fresh_path("snapshot")?;
+    pub(super) fn marked_dir(&self) -> Result<Scratch> {
+        let dir = self.scratch("snapshot")?;
         self.home.make_dir(&dir)?;
         let mark = dir.join(UNRECORDED);
         std::fs::File::create_new(&mark)

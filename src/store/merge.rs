@@ -12,6 +12,7 @@ use super::crash::crash_point;
 use super::freeze::{BACKING_LEFT, MOST_BACKING};
 use super::layers::{Directories, ImageFile, Layers, Role, Stamp, resolve, stamp};
 use super::prepare::Prepared;
+use super::workspace::Scratch;
 use super::{Store, durable};
 use crate::disk::{FileId, Format, Header, Layer};
 use crate::home::{BaseRecord, BoxRecord, is_open, is_open_for_writing};
@@ -49,15 +50,6 @@ enum Way {
     Promote,
     /// All are written out as one.
     Copy(Combined),
-}
-
-/// A name in the workspace of a live disk that is replaced; it goes with this.
-struct Kept(PathBuf);
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 /// What a merge did.
@@ -311,10 +303,17 @@ impl Store {
             Way::Rebase(_) => None,
             Way::Promote | Way::Copy(_) => prepared.keep_live(&wanted)?,
         };
-        match way {
-            Way::Rebase(below) => prepared.rebase_over(&wanted, &below)?,
-            Way::Promote => prepared.promote(&wanted)?,
-            Way::Copy(combined) => prepared.replace(&wanted, combined)?,
+        let merged = match way {
+            Way::Rebase(below) => prepared.rebase_over(&wanted, &below),
+            Way::Promote => prepared.promote(&wanted),
+            Way::Copy(combined) => prepared.replace(&wanted, combined),
+        };
+        if let Err(error) = merged {
+            // A guest must not go on writing to a file that a loss of power takes away.
+            if let Some(old) = &old {
+                let _ = prepared.bring_back(&wanted, old);
+            }
+            return Err(error);
         }
         if let Some(old) = &old {
             prepared.refuse_written(&wanted, old)?;
@@ -494,40 +493,45 @@ impl Prepared<'_> {
     }
 
     /// Another name for a live disk that is about to be replaced.
-    fn keep_live(&self, wanted: &Merge) -> Result<Option<Kept>> {
+    fn keep_live(&self, wanted: &Merge) -> Result<Option<Scratch>> {
         if !wanted.is_live {
             return Ok(None);
         }
-        let kept = Kept(self.store.fresh_path("old")?);
-        durable::link(wanted.top(), &kept.0)?;
+        let kept = self.store.scratch("old")?;
+        durable::link(wanted.top(), &kept)?;
         Ok(Some(kept))
     }
 
     /// EBUSY, and the live disk is the one it was, if that was written to while it was replaced. A guest
     /// is not started while we hold the lock; but somebody may just then have used a program like
     /// qemu-io on the disk, which knows no locks of BoxLite's.
-    fn refuse_written(&self, wanted: &Merge, old: &Kept) -> Result<()> {
+    fn refuse_written(&self, wanted: &Merge, old: &Path) -> Result<()> {
         let Some(top) = wanted.layers.first() else {
             return Ok(());
         };
-        let sentence = || format!("cannot look at {}", old.0.display());
-        let meta = std::fs::symlink_metadata(&old.0).context(sentence)?;
+        let sentence = || format!("cannot look at {}", old.display());
+        let meta = std::fs::symlink_metadata(old).context(sentence)?;
         let (length, modified, _) = stamp(&meta);
         let is_same = (length, modified) == (top.stamp.0, top.stamp.1);
-        if is_same && !is_open_for_writing(&old.0) {
+        if is_same && !is_open_for_writing(old) {
             return Ok(());
         }
+        self.bring_back(wanted, old)?;
+        Err(Error::busy(format!(
+            "{} was written to just now",
+            wanted.top().display()
+        )))
+    }
+
+    /// Makes the live disk the one it was.
+    fn bring_back(&self, wanted: &Merge, old: &Path) -> Result<()> {
         if let Some(below) = wanted.layers.get(1)
             && FileId::at(wanted.top())? == below.id
         {
             // The base that was moved over it gets its name back first.
             durable::link(wanted.top(), &below.path)?;
         }
-        durable::rename(&old.0, wanted.top())?;
-        Err(Error::busy(format!(
-            "{} was written to just now",
-            wanted.top().display()
-        )))
+        durable::rename(old, wanted.top())
     }
 
     /// Has the top name the layer below those that hold nothing. A crash leaves the old or the new name.
@@ -565,20 +569,16 @@ impl Prepared<'_> {
         }
         let length = std::fs::metadata(&combined.file).map_or(0, |meta| meta.len());
         let mut moves = Vec::new();
-        for (index, name) in wanted.names.iter().enumerate() {
-            let new = match index + 1 == wanted.names.len() {
-                true => combined.file.clone(),
-                false => {
-                    let link = self.store.fresh_path("name")?;
-                    durable::link(&combined.file, &link)?;
-                    link
-                }
-            };
-            moves.push((new, name));
+        for name in &wanted.names {
+            let link = self.store.scratch("name")?;
+            durable::link(&combined.file, &link)?;
+            moves.push((link, name));
         }
+        // Its own name was one too many.
+        drop(combined);
         crash_point("merge.written");
         for (new, name) in moves {
-            durable::rename(&new, name)?;
+            durable::replace(&new, name, &self.store.fresh_path("old")?)?;
             crash_point("merge.renamed");
         }
         self.change.transaction(|rows| {

@@ -23,7 +23,15 @@ impl Store {
     /// Everything that can be recovered when a mount begins. What can't be done now (a runtime
     /// holds the lock, a box runs) is done before the next change of each box.
     pub(super) fn recover_at_mount(&self) {
-        for dir in workspace::abandoned(&self.home) {
+        let abandoned = workspace::abandoned(&self.home);
+        if !abandoned.is_empty()
+            && let Err(error) = durable::sync_file_system(self.home.root())
+        {
+            // Its owner was killed: what he had done, and had not come to flush, is taken for done below.
+            self.journal.note(&format!("recovery waits: {error}"));
+            return;
+        }
+        for dir in abandoned {
             if let Err(e) = fs::remove_dir_all(&dir) {
                 let sentence = format!("cannot remove the leftover {}: {e}", dir.display());
                 self.journal.note(&sentence);

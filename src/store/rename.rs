@@ -28,7 +28,9 @@ impl Store {
         refuse_taken_name(&prepared.change, name)?;
         prepared
             .change
-            .transaction(|rows| rows.rename_box(box_id, name))
+            .transaction(|rows| rows.rename_box(box_id, name))?;
+        crash_point("rename-box.recorded");
+        Ok(())
     }
 
     /// Gives a snapshot another name.

@@ -52,7 +52,7 @@ impl Store {
         crash_point("restore.frozen");
         prepared.record = target;
         prepared.refuse_other_size(&live, frozen.virtual_size)?;
-        let overlay = self.fresh_path("overlay")?;
+        let overlay = self.scratch("overlay")?;
         prepared.make_overlay(&frozen, &overlay)?;
         let bases = prepared.bases_reached(&overlay)?;
         prepared.change.transaction(|rows| {

@@ -164,10 +164,10 @@ impl Prepared<'_> {
     }
 
     fn copy_empty_overlay(&self, frozen: &FrozenDisk, path: &Path) -> Result<()> {
-        let copy = self.store.fresh_path("overlay")?;
+        let copy = self.store.scratch("overlay")?;
         let sentence = || format!("cannot copy {}", frozen.top.display());
         let mode = frozen.file.metadata().context(sentence)?.permissions();
-        let mut out = File::create_new(&copy).context(sentence)?;
+        let mut out = File::create_new(&*copy).context(sentence)?;
         std::io::copy(&mut &*frozen.file, &mut out).context(sentence)?;
         out.set_permissions(mode).context(sentence)?;
         self.store.home.give_to_owner(&copy)?;

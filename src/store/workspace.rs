@@ -2,6 +2,7 @@
 //! of those that dead processes left.
 
 use std::fs::{self, File, OpenOptions};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -47,6 +48,33 @@ impl Drop for Workspace {
     fn drop(&mut self) {
         // What can't be removed now is removed by the next mount.
         let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A path in the workspace. What is there when this is dropped, a file or a directory with all that is in
+/// it, goes: it was moved to where it belongs, or the change failed.
+pub(super) struct Scratch(PathBuf);
+
+impl Deref for Scratch {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let removed = match self.0.is_dir() {
+            true => fs::remove_dir_all(&self.0),
+            false => fs::remove_file(&self.0),
+        };
+        // What can't be removed now goes with the workspace.
+        if let Err(error) = removed
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            log::warn!("cannot remove {}: {error}", self.0.display());
+        }
     }
 }
 
@@ -96,21 +124,32 @@ impl Store {
         Ok(file)
     }
 
+    /// As [`Store::fresh_path`], for what goes if it is still there in the end.
+    ///
+    /// # Errors
+    /// Those of making the workspace.
+    pub(super) fn scratch(&self, what: &str) -> Result<Scratch> {
+        self.fresh_path(what).map(Scratch)
+    }
+
     /// A path in the workspace that nobody has used, for a file or directory about to be made.
     ///
     /// # Errors
     /// Those of making the workspace.
     pub(super) fn fresh_path(&self, what: &str) -> Result<PathBuf> {
+        Ok(self.make_workspace()?.join(format!("{what}-{}", base_id()?)))
+    }
+
+    /// The workspace, made if there is none yet.
+    ///
+    /// # Errors
+    /// Those of making it.
+    pub(super) fn make_workspace(&self) -> Result<PathBuf> {
         let mut workspace = self.workspace.lock();
-        let dir = match &*workspace {
-            Some(workspace) => workspace.dir.clone(),
-            None => {
-                let made = Workspace::create(&self.home)?;
-                let dir = made.dir.clone();
-                *workspace = Some(made);
-                dir
-            }
+        let workspace = match &mut *workspace {
+            Some(workspace) => workspace,
+            none => none.insert(Workspace::create(&self.home)?),
         };
-        Ok(dir.join(format!("{what}-{}", base_id()?)))
+        Ok(workspace.dir.clone())
     }
 }

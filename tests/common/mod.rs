@@ -20,6 +20,7 @@
 
 mod process;
 mod session;
+mod small_disk;
 mod torture;
 
 use std::collections::BTreeSet;
@@ -38,6 +39,7 @@ use tempfile::TempDir;
 
 pub use process::*;
 pub use session::*;
+pub use small_disk::*;
 pub use torture::*;
 
 /// Bytes of the guest disk that [`TestHome::new`] makes.

@@ -3,9 +3,13 @@
 //! `make test` has a slice of them; `make torture` sets `TORTURE` and has all of it. Each such test says
 //! at its end what it did; with `TORTURE_TABLE` that becomes a row of the table `make torture` prints.
 
+use std::any::Any;
 use std::env;
 use std::fs::OpenOptions;
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// `slice` in `make test`, `whole` in `make torture`.
 pub fn how_many(slice: usize, whole: usize) -> usize {
@@ -13,6 +17,76 @@ pub fn how_many(slice: usize, whole: usize) -> usize {
         true => whole,
         false => slice,
     }
+}
+
+/// Where the random choices of a test of faults begin: `TORTURE_SEED`, else a number of the moment. It is
+/// printed, to have the same choices again.
+pub fn seed(what: &str) -> u64 {
+    let set = env::var("TORTURE_SEED").ok();
+    let seed = match set {
+        Some(seed) => seed.parse().expect("TORTURE_SEED is a number"),
+        None => RandomState::new().hash_one(0) % 1_000_000_000,
+    };
+    println!("{what}: TORTURE_SEED={seed}");
+    seed
+}
+
+/// Random numbers that follow from a seed.
+#[derive(Clone, Debug)]
+pub struct Dice(u64);
+
+impl Dice {
+    /// Those of one case among others.
+    pub fn of(seed: u64, case: impl Hash) -> Dice {
+        let mut hasher = DefaultHasher::new();
+        (seed, case).hash(&mut hasher);
+        Dice(hasher.finish() | 1)
+    }
+
+    /// One of `0..bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        // xorshift64
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % bound
+    }
+
+    /// Heads or tails.
+    pub fn coin(&mut self) -> bool {
+        self.below(2) == 0
+    }
+
+    /// One of several.
+    pub fn one_of<'a, T>(&mut self, several: &'a [T]) -> &'a T {
+        &several[self.below(several.len() as u64) as usize]
+    }
+}
+
+/// Does `work` for each of `cases`, as many at a time as there are processors.
+pub fn each_in_parallel<T: Sync>(cases: &[T], work: impl Fn(&T) + Sync) {
+    let next = AtomicUsize::new(0);
+    let workers = std::thread::available_parallelism().map_or(2, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    work(case);
+                }
+            });
+        }
+    });
+}
+
+/// What went wrong in a case, as a sentence, where one panics.
+pub fn attempt(case: impl FnOnce()) -> Result<(), String> {
+    catch_unwind(AssertUnwindSafe(case)).map_err(|why| sentence(&*why))
+}
+
+fn sentence(why: &(dyn Any + Send)) -> String {
+    let text = why.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| why.downcast_ref::<&str>().copied());
+    text.unwrap_or("it panicked").to_owned()
 }
 
 /// What a test of faults has done so far.
@@ -29,6 +103,14 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Adds what another has done.
+    pub fn add(&mut self, other: Tally) {
+        self.faults += other.faults;
+        self.operations += other.operations;
+        self.compared += other.compared;
+        self.losses.extend(other.losses);
+    }
+
     /// Says what was done, and fails if anything was lost, or if nothing was tried at all.
     ///
     /// # Panics
@@ -62,4 +144,18 @@ impl Tally {
             "{what}: nothing was tried"
         );
     }
+}
+
+/// Bytes that compress to nothing and differ by their seed.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
 }

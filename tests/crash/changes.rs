@@ -1,0 +1,686 @@
+//! The changes that are cut off, and the homes they are made in.
+
+// Every test file uses a part of it.
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process::Command;
+
+use super::common::*;
+use super::contents::{Boxes, Contents};
+
+/// A change, the points it passes, and what the home may hold when it was cut off.
+pub struct Change {
+    /// Said in failures.
+    pub name: &'static str,
+    /// Who makes it.
+    pub by: By,
+    /// Makes a home that the change passes all of its points in.
+    pub prepare: fn() -> TestHome,
+    /// Makes the change, where that is by a mount.
+    pub act: fn(&Mounted) -> Outcome,
+    /// The named points of the code that it passes.
+    pub points: &'static [&'static str],
+    /// What the home holds once the change is whole, from what it held before.
+    pub whole: fn(&mut Boxes),
+}
+
+/// How a change ended for whoever made it: what the tool complained of, if it did.
+pub type Outcome = Result<(), String>;
+
+/// The process that is killed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum By {
+    Mount,
+    /// `boxlitefs compact`.
+    Compact,
+    /// `boxlitefs check --repair`.
+    Repair,
+}
+
+impl By {
+    /// The program that makes the change by itself, without a mount.
+    pub fn command(&self, home: &TestHome) -> Option<Command> {
+        let arguments: &[&str] = match self {
+            By::Mount => return None,
+            By::Compact => &["compact"],
+            By::Repair => &["check", "--repair"],
+        };
+        let mut command = Command::new(binary());
+        command.args(arguments).arg(home.root());
+        Some(command)
+    }
+}
+
+/// A box with a state of its own.
+fn plain() -> TestHome {
+    let home = TestHome::in_memory();
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    home
+}
+
+/// A box with a snapshot `old` by the mount: its layers are bases already.
+fn with_our_snapshot() -> TestHome {
+    let home = TestHome::in_memory();
+    home.mount().snapshot("web", "old").unwrap();
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    home
+}
+
+/// A box with a snapshot `old` by BoxLite: its layer lies inside the box.
+fn with_boxlites_snapshot() -> TestHome {
+    let home = TestHome::in_memory();
+    home.wheel(&["snapshot-create", "web", "old"]);
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    home
+}
+
+/// A box that went on from an older state, so that the layer of `old` is read by nobody.
+fn with_an_unread_snapshot() -> TestHome {
+    let home = TestHome::in_memory();
+    let mount = home.mount();
+    mount.snapshot("web", "start").unwrap();
+    home.guest_write("web", FREE_AREA, b"a state that ended");
+    mount.snapshot("web", "old").unwrap();
+    drop(mount);
+    home.wheel(&["snapshot-restore", "web", "start"]);
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    home
+}
+
+/// Likewise by BoxLite: the layer of `old` has no other name.
+fn with_an_unread_snapshot_by_boxlite() -> TestHome {
+    let home = TestHome::in_memory();
+    home.wheel(&["snapshot-create", "web", "start"]);
+    home.guest_write("web", FREE_AREA, b"a state that ended");
+    home.wheel_batch(&[
+        &["snapshot-create", "web", "old"],
+        &["snapshot-restore", "web", "start"],
+    ]);
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    home
+}
+
+/// A box whose chain is too long to be stacked upon, with the snapshots of it.
+fn with_a_long_chain() -> TestHome {
+    let home = TestHome::in_memory();
+    for round in 0u8..4 {
+        home.guest_write("web", FREE_AREA + u64::from(round) * 512, &[round; 512]);
+        let clone = format!("c{round}");
+        let snapshot = if round == 0 {
+            "old".to_owned()
+        } else {
+            format!("s{round}")
+        };
+        home.wheel_batch(&[
+            &["snapshot-create", "web", &snapshot],
+            &["clone", "web", &clone],
+            &["remove", &clone],
+        ]);
+    }
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    assert!(chain(&home.live_disk("web")).len() > 8);
+    home
+}
+
+/// Beside the box, the backup of it that `cp -r` makes.
+fn with_a_backup() -> TestHome {
+    let home = with_our_snapshot();
+    let mount = home.mount();
+    succeed(&[
+        "cp",
+        "-r",
+        text(&mount.at("web")),
+        text(&home.beside("backup")),
+    ]);
+    drop(mount);
+    home
+}
+
+/// Beside the box, a backup of the state that its snapshot `kept` has, too.
+fn with_an_older_backup() -> TestHome {
+    let home = with_a_backup();
+    home.mount().snapshot("web", "kept").unwrap();
+    home.guest_write("web", FREE_AREA + 512, b"since the backup");
+    home
+}
+
+/// A box `other` that BoxLite cloned from `web`: it reads a layer in the directory of that.
+fn with_boxlites_clone() -> TestHome {
+    let home = TestHome::in_memory();
+    home.wheel_batch(&[
+        &["snapshot-create", "web", "old"],
+        &["clone", "web", "other"],
+    ]);
+    home.guest_write("other", FREE_AREA, b"the other's own");
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    home
+}
+
+/// The same with a layer that only `web` reads.
+fn with_another_box() -> TestHome {
+    let home = with_boxlites_clone();
+    home.mount().snapshot("web", "mine").unwrap();
+    home.guest_write("web", FREE_AREA + 512, b"the box's own, later");
+    home
+}
+
+/// A box whose snapshot `old` lies on a layer that nothing else needs any more.
+fn with_a_deleted_snapshot_below() -> TestHome {
+    let home = TestHome::in_memory();
+    let mount = home.mount();
+    for name in ["gone", "old"] {
+        home.guest_write("web", FREE_AREA, name.repeat(40_000).as_bytes());
+        mount.snapshot("web", name).unwrap();
+    }
+    mount.remove_snapshot("web", "gone").unwrap();
+    mount.copy("web", "other");
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    home
+}
+
+/// A box that went on from a snapshot which is gone.
+fn with_a_deleted_snapshot() -> TestHome {
+    let home = TestHome::in_memory();
+    let mount = home.mount();
+    mount.snapshot("web", "gone").unwrap();
+    home.guest_write("web", FREE_AREA, &[9; 0x2_3456]);
+    mount.remove_snapshot("web", "gone").unwrap();
+    home
+}
+
+/// A box that did not change since a snapshot which is gone.
+fn with_nothing_over_a_deleted_snapshot() -> TestHome {
+    let home = TestHome::in_memory();
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    let mount = home.mount();
+    mount.snapshot("web", "gone").unwrap();
+    mount.remove_snapshot("web", "gone").unwrap();
+    home
+}
+
+/// A box on layers that hold nothing: BoxLite stacks one for each clone.
+fn with_empty_layers() -> TestHome {
+    let home = TestHome::in_memory();
+    home.wheel_batch(&[
+        &["snapshot-create", "web", "old"],
+        &["clone", "web", "c1"],
+        &["clone", "web", "c2"],
+        &["remove", "c1"],
+        &["remove", "c2"],
+    ]);
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    assert!(chain(&home.live_disk("web")).len() > 3);
+    home
+}
+
+/// A box with a layer in a snapshot's place that no row speaks of, and a base of BoxLite's that nothing
+/// needs any more.
+fn with_an_orphan() -> TestHome {
+    let home = with_empty_layers();
+    home.wheel_batch(&[
+        &["clone", "web", "c3"],
+        &["remove", "c3"],
+        &["snapshot-restore", "web", "old"],
+    ]);
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    let orphan = home.snapshot_disk("web", "orphan");
+    fs::create_dir(orphan.parent().unwrap()).unwrap();
+    fs::copy(home.snapshot_disk("web", "old"), &orphan).unwrap();
+    home
+}
+
+/// A box on more snapshots than a virtual machine can start from.
+fn with_many_snapshots() -> TestHome {
+    let home = TestHome::in_memory();
+    for round in 0u8..9 {
+        home.guest_write("web", FREE_AREA + u64::from(round) * 512, &[round; 512]);
+        let name = if round == 0 {
+            "old".to_owned()
+        } else {
+            format!("s{round}")
+        };
+        home.wheel(&["snapshot-create", "web", &name]);
+    }
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    assert_eq!(chain(&home.live_disk("web")).len(), 10);
+    home
+}
+
+/// `cp -r`.
+fn copy(from: &Path, to: &Path) -> Outcome {
+    tool(&["cp", "-r", text(from), text(to)])
+}
+
+fn tool(command: &[&str]) -> Outcome {
+    let output = run(command);
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+    }
+}
+
+fn said(result: io::Result<()>) -> Outcome {
+    result.map_err(|error| error.to_string())
+}
+
+fn snapshot_taken(boxes: &mut Boxes) {
+    let web = boxes.get_mut("web").unwrap();
+    web.snapshots.insert("a".to_owned(), web.live.clone());
+}
+
+fn box_cloned(boxes: &mut Boxes) {
+    boxes.insert("copy".to_owned(), boxes["web"].clone());
+}
+
+fn snapshot_cloned(boxes: &mut Boxes) {
+    let live = boxes["web"].snapshots["old"].clone();
+    let snapshots = BTreeMap::new();
+    boxes.insert("copy".to_owned(), Contents { live, snapshots });
+}
+
+pub const SNAPSHOT: Change = Change {
+    name: "snapshot",
+    by: By::Mount,
+    prepare: with_our_snapshot,
+    act: |mount| said(mount.snapshot("web", "a")),
+    points: &[
+        "freeze.linked",
+        "freeze.recorded",
+        "freeze.replaced",
+        "snapshot.directory",
+        "snapshot.linked",
+        "snapshot.recorded",
+    ],
+    whole: snapshot_taken,
+};
+
+pub const ADOPT: Change = Change {
+    name: "snapshot that adopts",
+    by: By::Mount,
+    prepare: with_boxlites_snapshot,
+    act: |mount| said(mount.snapshot("web", "a")),
+    points: &[
+        "adopt.linked",
+        "adopt.recorded",
+        "adopt.rebased",
+        "freeze.linked",
+    ],
+    whole: snapshot_taken,
+};
+
+pub const LONG: Change = Change {
+    name: "snapshot of a long chain",
+    by: By::Mount,
+    prepare: with_many_snapshots,
+    act: |mount| said(mount.snapshot("web", "a")),
+    points: &[
+        "flat.recorded",
+        "flat.installed",
+        "freeze.replaced",
+        "snapshot.linked",
+    ],
+    whole: snapshot_taken,
+};
+
+pub const LONG_MERGING: Change = Change {
+    name: "snapshot of a long chain that merges",
+    by: By::Mount,
+    prepare: with_a_long_chain,
+    act: |mount| said(mount.snapshot("web", "a")),
+    points: &["merge.rebased", "free.claimed", "freeze.replaced"],
+    whole: snapshot_taken,
+};
+
+pub const REMOVE: Change = Change {
+    name: "rmdir",
+    by: By::Mount,
+    prepare: with_an_unread_snapshot,
+    act: |mount| said(mount.remove_snapshot("web", "old")),
+    points: &[
+        "remove.adopted",
+        "remove.marked",
+        "remove.unrecorded",
+        "remove.unlinked",
+        "free.unlinked",
+    ],
+    whole: |boxes| drop(boxes.get_mut("web").unwrap().snapshots.remove("old")),
+};
+
+pub const REMOVE_ONLY_NAME: Change = Change {
+    name: "rmdir of a layer that has no other name",
+    by: By::Mount,
+    prepare: with_an_unread_snapshot_by_boxlite,
+    act: |mount| said(mount.remove_snapshot("web", "old")),
+    points: &["remove.marked", "remove.unrecorded", "remove.unlinked"],
+    whole: |boxes| drop(boxes.get_mut("web").unwrap().snapshots.remove("old")),
+};
+
+pub const REMOVE_ADOPTING: Change = Change {
+    name: "rmdir that adopts",
+    by: By::Mount,
+    prepare: with_boxlites_snapshot,
+    act: |mount| said(mount.remove_snapshot("web", "old")),
+    points: &[
+        "adopt.linked",
+        "adopt.recorded",
+        "adopt.rebased",
+        "remove.adopted",
+        "remove.unrecorded",
+        "remove.unlinked",
+    ],
+    whole: |boxes| drop(boxes.get_mut("web").unwrap().snapshots.remove("old")),
+};
+
+pub const CLONE: Change = Change {
+    name: "clone",
+    by: By::Mount,
+    prepare: plain,
+    act: |mount| copy(&mount.at("web"), &mount.at("copy")),
+    points: &[
+        "freeze.linked",
+        "freeze.recorded",
+        "freeze.replaced",
+        "clone.frozen",
+        "clone.built",
+        "install.renamed",
+        "install.recorded",
+    ],
+    whole: box_cloned,
+};
+
+pub const CLONE_WITH_SNAPSHOTS: Change = Change {
+    name: "clone with snapshots",
+    by: By::Mount,
+    prepare: with_boxlites_snapshot,
+    act: |mount| copy(&mount.at("web"), &mount.at("copy")),
+    points: &[
+        "adopt.linked",
+        "adopt.rebased",
+        "clone.built",
+        "install.recorded",
+        "share.referred",
+        "snapshot.directory",
+        "snapshot.linked",
+        "snapshot.recorded",
+    ],
+    whole: box_cloned,
+};
+
+pub const CLONE_OF_SNAPSHOT: Change = Change {
+    name: "clone of a snapshot",
+    by: By::Mount,
+    prepare: with_boxlites_snapshot,
+    act: |mount| copy(&mount.at("web/snapshots/old"), &mount.at("copy")),
+    points: &[
+        "adopt.recorded",
+        "clone.frozen",
+        "clone.built",
+        "install.renamed",
+        "install.recorded",
+    ],
+    whole: snapshot_cloned,
+};
+
+pub const CLONE_OF_LONG: Change = Change {
+    name: "clone of a long chain",
+    by: By::Mount,
+    prepare: with_a_long_chain,
+    act: |mount| copy(&mount.at("web/export.boxlite"), &mount.at("copy.boxlite")),
+    points: &[
+        "flat.recorded",
+        "flat.installed",
+        "clone.built",
+        "install.renamed",
+    ],
+    whole: |boxes| {
+        let live = boxes["web"].live.clone();
+        let snapshots = BTreeMap::new();
+        boxes.insert("copy".to_owned(), Contents { live, snapshots });
+    },
+};
+
+pub const IMPORT: Change = Change {
+    name: "import",
+    by: By::Mount,
+    prepare: with_a_backup,
+    act: |mount| {
+        let backup = mount.root().with_file_name("backup");
+        copy(&backup, &mount.at("copy"))
+    },
+    points: &[
+        "import.built",
+        "install.renamed",
+        "install.recorded",
+        "import.snapshot",
+        "snapshot.recorded",
+    ],
+    whole: box_cloned,
+};
+
+pub const RESTORE: Change = Change {
+    name: "restore",
+    by: By::Mount,
+    prepare: with_boxlites_snapshot,
+    act: |mount| {
+        let snapshot = mount.at("web/snapshots/old/export.boxlite");
+        copy(&snapshot, &mount.at("web/export.boxlite"))
+    },
+    points: &[
+        "adopt.linked",
+        "adopt.rebased",
+        "restore.frozen",
+        "restore.referred",
+        "restore.replaced",
+    ],
+    whole: |boxes| {
+        let web = boxes.get_mut("web").unwrap();
+        web.live = web.snapshots["old"].clone();
+    },
+};
+
+pub const RESTORE_FROM_ANOTHER: Change = Change {
+    name: "restore from another box",
+    by: By::Mount,
+    prepare: with_another_box,
+    act: |mount| {
+        let other = mount.at("other/export.boxlite");
+        copy(&other, &mount.at("web/export.boxlite"))
+    },
+    points: &[
+        "freeze.linked",
+        "freeze.replaced",
+        "restore.frozen",
+        "restore.referred",
+        "restore.replaced",
+    ],
+    whole: |boxes| boxes.get_mut("web").unwrap().live = boxes["other"].live.clone(),
+};
+
+pub const RESTORE_BACKUP: Change = Change {
+    name: "restore of a backup",
+    by: By::Mount,
+    prepare: with_an_older_backup,
+    act: |mount| {
+        let backup = mount.root().with_file_name("backup");
+        let export = mount.at("web/export.boxlite");
+        copy(&backup.join("export.boxlite"), &export)
+    },
+    points: &["restore.arrived", "restore.replaced"],
+    whole: |boxes| {
+        let web = boxes.get_mut("web").unwrap();
+        web.live = web.snapshots["kept"].clone();
+    },
+};
+
+pub const RENAME: Change = Change {
+    name: "rename of a snapshot",
+    by: By::Mount,
+    prepare: with_boxlites_snapshot,
+    act: |mount| {
+        let snapshots = mount.at("web/snapshots");
+        said(fs::rename(snapshots.join("old"), snapshots.join("new")))
+    },
+    points: &[
+        "adopt.linked",
+        "rename.adopted",
+        "rename.linked",
+        "rename.recorded",
+        "rename.unlinked",
+    ],
+    whole: |boxes| {
+        let snapshots = &mut boxes.get_mut("web").unwrap().snapshots;
+        let renamed = snapshots.remove("old").unwrap();
+        snapshots.insert("new".to_owned(), renamed);
+    },
+};
+
+pub const RENAME_BOX: Change = Change {
+    name: "rename of a box",
+    by: By::Mount,
+    prepare: with_our_snapshot,
+    act: |mount| said(fs::rename(mount.at("web"), mount.at("api"))),
+    points: &["rename-box.recorded"],
+    whole: |boxes| {
+        let web = boxes.remove("web").unwrap();
+        boxes.insert("api".to_owned(), web);
+    },
+};
+
+pub const REMOVE_BOX: Change = Change {
+    name: "rm -r",
+    by: By::Mount,
+    prepare: with_another_box,
+    act: |mount| tool(&["rm", "-r", text(&mount.at("web"))]),
+    points: &[
+        "remove-box.adopted",
+        "remove-box.marked",
+        "remove-box.unrecorded",
+        "remove-box.moved",
+        "free.unlinked",
+    ],
+    whole: |boxes| drop(boxes.remove("web")),
+};
+
+pub const REMOVE_BOX_ADOPTING: Change = Change {
+    name: "rm -r that adopts",
+    by: By::Mount,
+    prepare: with_boxlites_clone,
+    act: |mount| tool(&["rm", "-r", text(&mount.at("web"))]),
+    points: &[
+        "adopt.linked",
+        "adopt.rebased",
+        "remove-box.adopted",
+        "remove-box.unrecorded",
+    ],
+    whole: |boxes| drop(boxes.remove("web")),
+};
+
+pub const MERGE: Change = Change {
+    name: "merge into a snapshot's layer",
+    by: By::Compact,
+    prepare: with_a_deleted_snapshot_below,
+    act: |_| Ok(()),
+    points: &["merge.written", "merge.renamed", "free.unlinked"],
+    whole: |_| {},
+};
+
+pub const MERGE_INTO_LIVE: Change = Change {
+    name: "merge into a live disk",
+    by: By::Compact,
+    prepare: with_a_deleted_snapshot,
+    act: |_| Ok(()),
+    points: &["merge.written", "merge.renamed", "free.unlinked"],
+    whole: |_| {},
+};
+
+pub const PROMOTE: Change = Change {
+    name: "merge into a live disk that holds nothing",
+    by: By::Compact,
+    prepare: with_nothing_over_a_deleted_snapshot,
+    act: |_| Ok(()),
+    points: &["merge.claimed", "merge.promoted", "free.unlinked"],
+    whole: |_| {},
+};
+
+pub const SKIP: Change = Change {
+    name: "merge of layers that hold nothing",
+    by: By::Compact,
+    prepare: with_empty_layers,
+    act: |_| Ok(()),
+    points: &["merge.rebased", "free.claimed", "free.unlinked"],
+    whole: |_| {},
+};
+
+pub const SHORTEN: Change = Change {
+    name: "shortening of a chain",
+    by: By::Compact,
+    prepare: with_many_snapshots,
+    act: |_| Ok(()),
+    points: &["merge.written", "merge.renamed"],
+    whole: |_| {},
+};
+
+pub const REPAIR: Change = Change {
+    name: "check --repair",
+    by: By::Repair,
+    prepare: with_an_orphan,
+    act: |_| Ok(()),
+    points: &["snapshot.recorded", "free.claimed", "free.unlinked"],
+    whole: |boxes| {
+        // The orphan is a copy of the layer below.
+        let web = boxes.get_mut("web").unwrap();
+        let orphan = web.snapshots["old"].clone();
+        web.snapshots.insert("orphan".to_owned(), orphan);
+    },
+};
+
+/// All of them.
+pub const CHANGES: [&Change; 25] = [
+    &SNAPSHOT,
+    &ADOPT,
+    &LONG,
+    &LONG_MERGING,
+    &REMOVE,
+    &REMOVE_ONLY_NAME,
+    &REMOVE_ADOPTING,
+    &CLONE,
+    &CLONE_WITH_SNAPSHOTS,
+    &CLONE_OF_SNAPSHOT,
+    &CLONE_OF_LONG,
+    &IMPORT,
+    &RESTORE,
+    &RESTORE_FROM_ANOTHER,
+    &RESTORE_BACKUP,
+    &RENAME,
+    &RENAME_BOX,
+    &REMOVE_BOX,
+    &REMOVE_BOX_ADOPTING,
+    &MERGE,
+    &MERGE_INTO_LIVE,
+    &PROMOTE,
+    &SKIP,
+    &SHORTEN,
+    &REPAIR,
+];
+
+/// One of each kind of change.
+pub const ONE_OF_EACH: [&Change; 14] = [
+    &CLONE_WITH_SNAPSHOTS,
+    &IMPORT,
+    &SNAPSHOT,
+    &ADOPT,
+    &REMOVE,
+    &RENAME,
+    &RENAME_BOX,
+    &RESTORE,
+    &RESTORE_FROM_ANOTHER,
+    &RESTORE_BACKUP,
+    &REMOVE_BOX,
+    &MERGE,
+    &MERGE_INTO_LIVE,
+    &REPAIR,
+];

@@ -1,0 +1,145 @@
+//! Kills at random moments: between the named points, inside of a system call, shortly after the end.
+
+use std::process::Stdio;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use super::changes::*;
+use super::common::*;
+use super::contents::{Boxes, assert_between, contents};
+use super::judge::assert_recovers;
+use super::next::NEXT;
+
+/// A change in a home, as often as it is wanted.
+struct Rounds<'c> {
+    change: &'c Change,
+    home: TestHome,
+    before: Boxes,
+    whole: Boxes,
+    /// How long the change takes if nothing comes between.
+    long: Duration,
+}
+
+impl Rounds<'_> {
+    fn of(change: &Change) -> Rounds<'_> {
+        let home = (change.prepare)();
+        let before = contents(&home);
+        let mut whole = before.clone();
+        (change.whole)(&mut whole);
+        home.put_aside("before");
+        let long = undisturbed(change, &home);
+        assert_eq!(contents(&home), whole, "{}, undisturbed", change.name);
+        Rounds {
+            change,
+            home,
+            before,
+            whole,
+            long,
+        }
+    }
+
+    /// Kills the change after a random time, has something happen, and looks what is left.
+    fn round(&self, dice: &mut Dice, tally: &mut Tally) -> Result<(), String> {
+        let Rounds { change, home, .. } = self;
+        home.put_back("before");
+        // As often as not within it, and now and then after its end.
+        let micros = self.long.as_micros() as u64;
+        let after = Duration::from_micros(dice.below(micros + micros / 4 + 2000));
+        tally.operations += 1;
+        tally.faults += usize::from(kill_after(change, home, after));
+        let what = format!("{} killed after {after:?} of {:?}", change.name, self.long);
+        let mut crashed = Boxes::new();
+        attempt(|| {
+            crashed = contents(home);
+            assert_between(&crashed, &self.before, &self.whole);
+        })
+        .map_err(|why| format!("{what}: {why}"))?;
+        let (mounted, others) = NEXT.split_first().unwrap();
+        let next = match dice.coin() {
+            true => mounted,
+            false => dice.one_of(others),
+        };
+        let next = match next.loses_by_itself(home, &crashed) {
+            true => mounted,
+            false => next,
+        };
+        tally.operations += next.by_boxlite.len();
+        tally.compared += crashed.len();
+        attempt(|| assert_recovers(home, change, &self.whole, crashed, next))
+            .map_err(|why| format!("{what}, then {}: {why}", next.name))
+    }
+}
+
+/// Makes the change and says how long it took.
+fn undisturbed(change: &Change, home: &TestHome) -> Duration {
+    match change.by.command(home) {
+        None => {
+            let mount = home.mount();
+            let begun = Instant::now();
+            (change.act)(&mount).unwrap();
+            begun.elapsed()
+        }
+        Some(mut command) => {
+            let begun = Instant::now();
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            begun.elapsed()
+        }
+    }
+}
+
+/// Begins the change and kills the process that makes it; false if it had ended by then.
+fn kill_after(change: &Change, home: &TestHome, after: Duration) -> bool {
+    match change.by.command(home) {
+        None => {
+            let mut mount = home.mount();
+            let process = mount.process();
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    std::thread::sleep(after);
+                    kill(process);
+                });
+                // How it fails is not the point.
+                let _ = (change.act)(&mount);
+            });
+            mount.has_crashed()
+        }
+        Some(mut command) => {
+            let quiet = command.stdout(Stdio::null()).stderr(Stdio::null());
+            let mut child = quiet.spawn().unwrap();
+            std::thread::sleep(after);
+            let is_there = matches!(child.try_wait(), Ok(None));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            is_there
+        }
+    }
+}
+
+fn kill(process: u32) {
+    let process = libc::pid_t::try_from(process).unwrap();
+    // SAFETY: kill takes no memory. The process is a child that was not waited for, so that no other
+    // has its number.
+    unsafe { libc::kill(process, libc::SIGKILL) };
+}
+
+#[test]
+fn whatever_is_killed_at_whatever_moment_nothing_is_lost() {
+    let kills = how_many(60, 1000).div_ceil(ONE_OF_EACH.len());
+    let seed = seed("kills at random moments");
+    let all = Mutex::new(Tally::default());
+    each_in_parallel(&ONE_OF_EACH, |change| {
+        let rounds = Rounds::of(change);
+        let mut tally = Tally::default();
+        for round in 0..kills {
+            let mut dice = Dice::of(seed, (change.name, round));
+            if let Err(why) = rounds.round(&mut dice, &mut tally) {
+                tally.losses.push(why);
+            }
+        }
+        all.lock().unwrap().add(tally);
+    });
+    let tally = all.into_inner().unwrap();
+    assert!(tally.faults > 0, "nothing was killed");
+    tally.finish("killed at random moments");
+}

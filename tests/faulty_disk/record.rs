@@ -1,0 +1,261 @@
+//! What was done to a disk, call by call, and what a loss of power could have left of it.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
+
+use super::common::Dice;
+use super::files::{Attributes, Files, Kind, Node, Number, pages};
+
+/// A call that changed something, or had it written to the disk.
+#[derive(Clone, Debug)]
+pub enum Done {
+    /// A file, directory or link was made; a name follows.
+    Make { number: Number, node: Node },
+    /// Bytes were written to a file.
+    Write {
+        number: Number,
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    /// A file was given another length.
+    Resize { number: Number, length: u64 },
+    /// Mode, owner and times. They go to the disk whenever they like, and here at once: nothing of a
+    /// home's contents hangs on them.
+    Describe {
+        number: Number,
+        attributes: Attributes,
+    },
+    /// A directory got a name.
+    Enter {
+        directory: Number,
+        name: OsString,
+        number: Number,
+    },
+    /// A directory lost a name.
+    Leave { directory: Number, name: OsString },
+    /// A name was moved, from a directory to a directory, over whatever had the new one.
+    Move {
+        from: (Number, OsString),
+        to: (Number, OsString),
+        number: Number,
+    },
+    /// A file or directory was flushed, or that failed. The contents that a flush failed for may be on the disk
+    /// or not, and no later flush changes that: Linux takes those pages for written. Names are there once a
+    /// later flush succeeds: a file system whose journal can't be written stops, and answers none.
+    Flush { number: Number, succeeded: bool },
+}
+
+/// What a loss of power leaves of that which no flush has brought to the disk.
+#[derive(Clone, Debug)]
+pub enum Left {
+    /// Nothing.
+    Nothing,
+    /// All names, and no contents.
+    Names,
+    /// All contents, and no names.
+    Contents,
+    /// All.
+    All,
+    /// Any part of the contents, page by page, and of the names of each directory, as far as they came
+    /// first.
+    Random(Dice),
+}
+
+/// Whether the disk does what a flush asks for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Flushes {
+    Count,
+    /// They are answered, and nothing is done: what a harness has to notice.
+    AreLies,
+}
+
+/// What a loss of power after the first `calls` could have left.
+pub fn after_power_loss(
+    before: &Files,
+    calls: &[Done],
+    left: &mut Left,
+    flushes: Flushes,
+) -> Files {
+    let kept = Kept::choose(calls, left, flushes);
+    let mut files = before.clone();
+    let mut at_in: HashMap<Number, usize> = HashMap::new();
+    for (index, call) in calls.iter().enumerate() {
+        let mut names = |directory: Number| {
+            let at = at_in.entry(directory).or_default();
+            *at += 1;
+            *at <= kept.names.get(&directory).copied().unwrap_or_default()
+        };
+        match call {
+            Done::Make { number, node } => {
+                files.nodes.insert(*number, node.clone());
+            }
+            Done::Describe { number, attributes } => {
+                if let Some(node) = files.nodes.get_mut(number) {
+                    node.attributes = attributes.clone();
+                }
+            }
+            Done::Write {
+                number,
+                offset,
+                bytes,
+            } => {
+                for (page, range) in pages(*offset, bytes.len() as u64).enumerate() {
+                    if kept.contents.contains(&(index, page)) {
+                        let part = (range.start - offset) as usize..(range.end - offset) as usize;
+                        files.bytes_mut(*number).write(range.start, &bytes[part]);
+                    }
+                }
+            }
+            Done::Resize { number, length } => {
+                if kept.contents.contains(&(index, 0)) {
+                    files.bytes_mut(*number).set_len(*length);
+                }
+            }
+            Done::Enter {
+                directory,
+                name,
+                number,
+            } => {
+                if names(*directory) {
+                    files.entries_mut(*directory).insert(name.clone(), *number);
+                }
+            }
+            Done::Leave { directory, name } => {
+                if names(*directory) {
+                    files.entries_mut(*directory).remove(name);
+                }
+            }
+            Done::Move { from, to, number } => {
+                let moved = names(from.0);
+                if to.0 != from.0 {
+                    assert_eq!(names(to.0), moved, "half a rename");
+                }
+                if moved {
+                    files.entries_mut(from.0).remove(&from.1);
+                    files.entries_mut(to.0).insert(to.1.clone(), *number);
+                }
+            }
+            Done::Flush { .. } => {}
+        }
+    }
+    files
+}
+
+/// What is on the disk of the calls before a loss of power.
+struct Kept {
+    /// Parts of the contents: the call and, of a write, which of its pages.
+    contents: HashSet<(usize, usize)>,
+    /// How many of the calls that changed names in a directory.
+    names: HashMap<Number, usize>,
+}
+
+impl Kept {
+    fn choose(calls: &[Done], left: &mut Left, flushes: Flushes) -> Kept {
+        let mut contents = HashSet::new();
+        // Of each file those since its last flush; those that no flush will bring to the disk.
+        let mut pending: HashMap<Number, Vec<(usize, usize)>> = HashMap::new();
+        let mut doubtful = Vec::new();
+        let mut made: HashMap<Number, usize> = HashMap::new();
+        let mut flushed: HashMap<Number, usize> = HashMap::new();
+        // Calls that changed names in two directories: how manieth they were in each.
+        let mut moves = Vec::new();
+        for (index, call) in calls.iter().enumerate() {
+            let mut count = |directory: Number| {
+                let count = made.entry(directory).or_default();
+                *count += 1;
+                (directory, *count)
+            };
+            match call {
+                Done::Write {
+                    number,
+                    offset,
+                    bytes,
+                } => {
+                    let pages = pages(*offset, bytes.len() as u64).count();
+                    let parts = (0..pages).map(|page| (index, page));
+                    pending.entry(*number).or_default().extend(parts);
+                }
+                Done::Resize { number, .. } => {
+                    pending.entry(*number).or_default().push((index, 0));
+                }
+                Done::Enter { directory, .. } | Done::Leave { directory, .. } => {
+                    count(*directory);
+                }
+                Done::Move { from, to, .. } => {
+                    let from_count = count(from.0);
+                    if from.0 != to.0 {
+                        moves.push((from_count, count(to.0)));
+                    }
+                }
+                Done::Flush { .. } if flushes == Flushes::AreLies => {}
+                Done::Flush { number, succeeded } => {
+                    let parts = pending.remove(number).unwrap_or_default();
+                    let names = made.get(number).copied().unwrap_or_default();
+                    if *succeeded {
+                        contents.extend(parts);
+                        flushed.insert(*number, names);
+                    } else {
+                        doubtful.extend(parts);
+                    }
+                }
+                Done::Make { .. } | Done::Describe { .. } => {}
+            }
+        }
+        let mut unflushed: Vec<(usize, usize)> = pending.into_values().flatten().collect();
+        unflushed.extend(doubtful);
+        unflushed.sort_unstable();
+        let mut directories: Vec<(Number, usize)> = made.into_iter().collect();
+        directories.sort_unstable();
+        let mut names = flushed;
+        match left {
+            Left::Nothing => {}
+            Left::Names => names.extend(directories),
+            Left::Contents => contents.extend(unflushed),
+            Left::All => {
+                names.extend(directories);
+                contents.extend(unflushed);
+            }
+            Left::Random(dice) => {
+                // Most files of a home are written by a few calls: all, none or some of the rest.
+                let often = 1 + dice.below(3);
+                contents.extend(unflushed.into_iter().filter(|_| dice.below(4) < often));
+                for (directory, all) in directories {
+                    let least = names.get(&directory).copied().unwrap_or_default();
+                    let more = dice.below((all - least) as u64 + 1) as usize;
+                    names.insert(directory, least + more);
+                }
+            }
+        }
+        complete(&mut names, &moves);
+        Kept { contents, names }
+    }
+}
+
+/// Keeps a rename in both of its directories where it is kept in one.
+fn complete(names: &mut HashMap<Number, usize>, moves: &[((Number, usize), (Number, usize))]) {
+    loop {
+        let mut is_complete = true;
+        for (from, to) in moves {
+            let mut has = |place: &(Number, usize)| *names.entry(place.0).or_default() >= place.1;
+            let lacking = match (has(from), has(to)) {
+                (true, false) => to,
+                (false, true) => from,
+                _ => continue,
+            };
+            names.insert(lacking.0, lacking.1);
+            is_complete = false;
+        }
+        if is_complete {
+            return;
+        }
+    }
+}
+
+/// A node that holds nothing yet.
+pub fn empty(kind: Kind, attributes: Attributes) -> Node {
+    Node {
+        kind,
+        attributes,
+        names: 1,
+    }
+}

@@ -4,16 +4,21 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 # mount(8) looks for mount.boxlite nowhere else. Cargo builds it as mount-boxlite: it allows no dot.
 SBINDIR ?= /sbin
+# What is built and installed: release, or debug with the FEATURES of tests.
+BUILD ?= release
+FEATURES ?=
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+BUILT := $(TARGET)/$(BUILD)
 VENV := $(abspath target/venv)
+CARGO_DEB := 3.8.0
 # Of each fuzz target.
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup build test model fuzz torture demo bench screenshots install clean fmt
+.PHONY: help setup build test model fuzz torture demo bench screenshots install uninstall deb fresh-machine clean fmt
 
 help:
-	@echo 'make build                 boxlitefs and mount-boxlite, in $(TARGET)/release'
+	@echo 'make build                 boxlitefs, mount-boxlite, manual and completions, in $(BUILT)'
 	@echo 'make test                  formatting, lints and all tests'
 	@echo 'make model                 random sequences of all that can be done, against a model of the disks'
 	@echo '     [MODEL_STEPS=10000]   [MODEL_SEED=...] has a failure again; make test has 2000 steps'
@@ -27,6 +32,9 @@ help:
 	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
 	@echo 'make screenshots           docs/file-manager.png: a file manager looks at a mount'
 	@echo 'make install [PREFIX=$(PREFIX)] [SBINDIR=$(SBINDIR)] [DESTDIR=]'
+	@echo 'make uninstall             the same arguments; removes what install put there'
+	@echo 'make deb                   a package for Debian and Ubuntu, in target/debian'
+	@echo 'make fresh-machine         has the package installed and used on a new Debian, as README.md says'
 	@echo 'make setup                 what the tests need: programs (apt-get) and BoxLite (pip)'
 	@echo 'make fmt, make clean'
 
@@ -34,7 +42,8 @@ setup:
 	@tests/setup.sh $(VENV)
 
 build:
-	cargo build --release --workspace
+	cargo build $(if $(filter release,$(BUILD)),--release) --workspace $(if $(FEATURES),--features $(FEATURES))
+	$(BUILT)/boxlitefs manual $(BUILT)/share
 
 test: setup
 	cargo fmt --all --check
@@ -74,9 +83,43 @@ screenshots: setup build
 
 # Does not build, so that `sudo make install` runs no compiler as root.
 install:
-	@test -x $(TARGET)/release/boxlitefs || { echo 'run `make build` first' >&2; exit 1; }
-	install -D -m 0755 $(TARGET)/release/boxlitefs $(DESTDIR)$(PREFIX)/bin/boxlitefs
-	install -D -m 0755 $(TARGET)/release/mount-boxlite $(DESTDIR)$(SBINDIR)/mount.boxlite
+	@test -x $(BUILT)/boxlitefs && test -d $(BUILT)/share || { echo 'run `make build` first' >&2; exit 1; }
+	install -D -m 0755 $(BUILT)/boxlitefs $(DESTDIR)$(PREFIX)/bin/boxlitefs
+	install -D -m 0755 $(BUILT)/mount-boxlite $(DESTDIR)$(SBINDIR)/mount.boxlite
+	ln -sf mount.boxlite $(DESTDIR)$(SBINDIR)/mount.fuse.boxlite
+	cd $(BUILT)/share && find . -type f -exec install -D -m 0644 '{}' '$(abspath $(DESTDIR)/$(PREFIX))/share/{}' ';'
+	install -D -m 0644 mount-helper/desktop/boxlitefs.xml $(DESTDIR)$(PREFIX)/share/mime/packages/boxlitefs.xml
+	install -D -m 0644 mount-helper/desktop/boxlitefs.desktop $(DESTDIR)$(PREFIX)/share/applications/boxlitefs.desktop
+	for scope in user:boxlitefs.service system:boxlitefs@.service; do \
+		unit=$(DESTDIR)$(PREFIX)/lib/systemd/$${scope%%:*}/$${scope##*:} && \
+		install -D -m 0644 mount-helper/systemd/$${scope##*:} $$unit && \
+		sed -i 's|/usr/bin/boxlitefs|$(PREFIX)/bin/boxlitefs|' $$unit || exit 1; \
+	done
+	for text in README.md LICENSE docs/*.md docs/*.png; do \
+		install -D -m 0644 $$text $(DESTDIR)$(PREFIX)/share/doc/boxlitefs/$$text || exit 1; \
+	done
+
+# Empty directories of others stay.
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/boxlitefs $(DESTDIR)$(SBINDIR)/mount.boxlite $(DESTDIR)$(SBINDIR)/mount.fuse.boxlite
+	cd $(BUILT)/share && find . -type f -exec rm -f '$(abspath $(DESTDIR)/$(PREFIX))/share/{}' ';'
+	rm -f $(DESTDIR)$(PREFIX)/share/mime/packages/boxlitefs.xml $(DESTDIR)$(PREFIX)/share/applications/boxlitefs.desktop
+	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/user/boxlitefs.service $(DESTDIR)$(PREFIX)/lib/systemd/system/boxlitefs@.service
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/boxlitefs
+
+# The package has what install puts there. mount(8) finds its helpers in /usr/sbin as well: /sbin is that.
+deb: export PATH := $(abspath target/tools/bin):$(PATH)
+deb: build
+	rm -rf target/deb target/debian
+	$(MAKE) --no-print-directory install DESTDIR=$(abspath target/deb) PREFIX=/usr SBINDIR=/usr/sbin
+	strip target/deb/usr/bin/boxlitefs target/deb/usr/sbin/mount.boxlite
+	[ "$$(cargo deb --version 2>/dev/null | sed 's/cargo-deb //')" = $(CARGO_DEB) ] || \
+		CARGO_TARGET_DIR=$(abspath target/tools/build) cargo install --quiet --locked --debug --root target/tools cargo-deb@$(CARGO_DEB)
+	cargo deb --no-build --no-strip --output target/debian/
+	@ls -l target/debian
+
+fresh-machine: deb
+	tests/fresh_machine.sh target/debian/boxlitefs_*.deb
 
 fmt:
 	cargo fmt --all

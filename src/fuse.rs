@@ -73,12 +73,11 @@ pub struct ServeConfig {
 /// # Errors
 /// What mounting says.
 pub fn serve(
-    tree: Tree,
+    tree: Arc<Tree>,
     mountpoint: &Path,
     config: ServeConfig,
     ready: impl FnOnce(),
 ) -> Result<()> {
-    let tree = Arc::new(tree);
     let filesystem = Mounted {
         tree: tree.clone(),
         backings: Arc::default(),

@@ -1,4 +1,6 @@
-//! The command line: mount, unmount, check, compact.
+//! The command line: mount, unmount, status, check, compact.
+
+mod command_line;
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -6,125 +8,19 @@ use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use boxlitefs::home::{GUARD, run_guard};
+use boxlitefs::home::run_guard;
 use boxlitefs::mount::{self, Mount, Options};
 use boxlitefs::store::{check, compact};
 use boxlitefs::{Error, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::Parser;
+use command_line::{Command, CommandLine, MountArguments, manual, status};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-
-const EXAMPLES: &str = "\
-Examples:
-  boxlitefs mount /mnt/boxlite                        show ~/.boxlite at /mnt/boxlite
-  mkdir /mnt/boxlite/web/snapshots/before-upgrade     take a snapshot
-  cp /mnt/boxlite/web/export.boxlite /backup/         back a box up
-  cp -r /mnt/boxlite/web /mnt/boxlite/web2            clone a box
-  boxlitefs unmount /mnt/boxlite
-
-Why something failed is in /mnt/boxlite/.boxlite/log.";
-
-const MOUNT_EXAMPLES: &str = "\
-Examples:
-  boxlitefs mount /mnt/boxlite
-  boxlitefs mount -o ro /srv/boxlite-home /mnt/boxlite
-  boxlitefs mount -f -o allow_other /srv/boxlite-home /mnt/boxlite
-
-In /etc/fstab (with mount.boxlite installed):
-  /srv/boxlite-home  /mnt/boxlite  boxlite  nofail,allow_other  0  0
-
-In the foreground, RUST_LOG=debug says more.";
-
-const UNMOUNT_EXAMPLES: &str = "\
-Examples:
-  boxlitefs unmount /mnt/boxlite";
-
-const CHECK_EXAMPLES: &str = "\
-Examples:
-  boxlitefs check                     look at ~/.boxlite
-  boxlitefs check /srv/boxlite-home
-  boxlitefs check --repair            remove what crashes left, once no BoxLite program has it open
-
-Exit status: 0 clean, 1 something was found, 2 the check could not be made.";
-
-const COMPACT_EXAMPLES: &str = "\
-Examples:
-  boxlitefs compact                   give back what deleted snapshots took in ~/.boxlite
-  boxlitefs compact /srv/boxlite-home
-
-Boxes that run and layers that are being read are left for another time. It works beside a mount of
-the same home, but not while a BoxLite program has it open.";
-
-/// What is logged in the foreground unless RUST_LOG says otherwise. fuser calls it a failed unmount
-/// when somebody else unmounted, which is how a mount normally ends, and an error when somebody was
-/// killed while he waited for a reply.
-const LOGGED: &str = "info,fuser=warn,fuser::mnt=error,fuser::reply=off";
-
-/// Mounts a BoxLite home as files: snapshot with mkdir, back up and clone with cp.
-#[derive(Parser)]
-#[command(name = "boxlitefs", version, about, after_help = EXAMPLES)]
-struct CommandLine {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Mount a BoxLite home on a directory
-    #[command(
-        override_usage = "boxlitefs mount [OPTIONS] [HOME] MOUNTPOINT",
-        after_help = MOUNT_EXAMPLES
-    )]
-    Mount(MountArguments),
-    /// Unmount what `boxlitefs mount` mounted
-    #[command(after_help = UNMOUNT_EXAMPLES)]
-    Unmount {
-        /// Where it is mounted
-        mountpoint: PathBuf,
-    },
-    /// Look for damage and leftovers in a home, without changing it unless asked to
-    #[command(after_help = CHECK_EXAMPLES)]
-    Check {
-        /// Remove or adopt leftovers; nothing that anything reads from
-        #[arg(long)]
-        repair: bool,
-        /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
-        home: Option<PathBuf>,
-    },
-    /// Sets a paused virtual machine going if the mount that paused it dies
-    #[command(name = GUARD, hide = true)]
-    Guard,
-    /// Merge layers that nothing needs by themselves, and give their space back, now
-    #[command(after_help = COMPACT_EXAMPLES)]
-    Compact {
-        /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
-        home: Option<PathBuf>,
-    },
-}
-
-#[derive(Args)]
-struct MountArguments {
-    /// Stay in the foreground and log to standard error
-    #[arg(short, long)]
-    foreground: bool,
-    /// Mount options, separated by commas: ro, noexec, noatime, allow_other, allow_root, shared (take
-    /// snapshots, clone, import and restore also while a BoxLite program has the home open),
-    /// compress=LEVEL (of export.boxlite.zst, 1 to 19; 3 unless said), cache=SIZE (most disk space
-    /// for finished ones; 4G unless said), compact=SECONDS (how long nothing has to go on until layers
-    /// that nothing needs by themselves are merged; 30 unless said, or off), and those every mount takes
-    #[arg(short = 'o', value_name = "OPT[,OPT…]")]
-    options: Vec<String>,
-    /// Ignore options that are not known, as `mount -s` asks
-    #[arg(long, hide = true)]
-    sloppy: bool,
-    /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite], and the directory to mount on
-    #[arg(required = true, num_args = 1..=2, value_names = ["HOME", "MOUNTPOINT"])]
-    places: Vec<PathBuf>,
-}
 
 fn main() -> ExitCode {
     match CommandLine::parse().command {
         Command::Mount(arguments) => done(run_mount(arguments)),
         Command::Unmount { mountpoint } => done(mount::unmount(&mountpoint)),
+        Command::Status(arguments) => done(status::run(&arguments)),
         Command::Check { repair, home } => match run_check(home, repair) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::from(1),
@@ -135,13 +31,14 @@ fn main() -> ExitCode {
             run_guard();
             ExitCode::SUCCESS
         }
+        Command::Manual { directory } => done(manual::write(&directory)),
     }
 }
 
 fn run_mount(mut arguments: MountArguments) -> Result<()> {
     let options = Options::parse(&arguments.options, arguments.sloppy)?;
     if arguments.foreground {
-        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(LOGGED)).init();
+        mount::log_to_stderr();
     }
     // One place is the mountpoint; two are the home and the mountpoint.
     let mountpoint = arguments.places.pop().unwrap_or_default();

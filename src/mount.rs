@@ -4,21 +4,25 @@
 //! and its file system type.
 
 mod background;
+mod logging;
 mod memory;
 mod options;
 mod places;
+mod service;
 mod signals;
 mod takedown;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::fuse::{self, ServeConfig};
 use crate::mountinfo;
-use crate::tree::{self, Tree};
+use crate::tree::{self, MountFacts, Tree};
 use crate::{Error, Result};
 
-pub use options::Options;
+pub use logging::log_to_stderr;
+pub use options::{DOCUMENTED, Documented, Options};
 pub use takedown::unmount;
 
 use places::Places;
@@ -49,25 +53,39 @@ pub fn run(request: Mount) -> Result<()> {
     let places = Places::check(&request.home, &request.mountpoint)?;
     places::check_permission(&request.options)?;
     if request.foreground {
-        return serve(&places, &request.options, || {
+        return serve(&places, &request.options, |tree| {
             log::info!(
                 "{} is mounted on {}",
                 places.home.display(),
                 places.mountpoint.display()
             );
+            service::serving(tree, &places);
         });
     }
     background::start(&places.mountpoint, |word| {
-        serve(&places, &request.options, || word.serving())
+        logging::log_to_system();
+        serve(&places, &request.options, |_| word.serving())
     })
 }
 
+/// Where boxlitefs is mounted now.
+///
+/// # Errors
+/// Those of reading the mount table.
+pub fn mountpoints() -> Result<Vec<PathBuf>> {
+    mountinfo::ours()
+}
+
 /// Opens the home and serves it until it is unmounted; calls `announce` once it serves.
-fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> Result<()> {
+fn serve(
+    places: &Places,
+    options: &Options,
+    announce: impl FnOnce(&Arc<Tree>) + Send,
+) -> Result<()> {
     memory::bound();
     // First of all: the signals must be blocked before anything starts a thread.
     let phase = signals::watch(&places.mountpoint)?;
-    let tree = Tree::open(
+    let tree = Arc::new(Tree::open(
         &places.home,
         tree::Options {
             read_only: options.read_only,
@@ -75,7 +93,11 @@ fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> 
             compression: options.compression,
             compacting: options.compacting,
         },
-    )?;
+    )?);
+    tree.tell_of_mount(MountFacts {
+        mountpoint: places.mountpoint.clone(),
+        options: options.to_json(),
+    });
     phase.enter(Phase::Mounting);
     let config = ServeConfig {
         source: source_name(places.home.as_os_str(), places::is_root()),
@@ -85,10 +107,13 @@ fn serve(places: &Places, options: &Options, announce: impl FnOnce() + Send) -> 
         noexec: options.noexec,
         noatime: options.noatime,
     };
+    let served = Arc::downgrade(&tree);
     fuse::serve(tree, &places.mountpoint, config, || {
         phase.enter(Phase::Serving);
         read_further_ahead(&places.mountpoint);
-        announce();
+        if let Some(tree) = served.upgrade() {
+            announce(&tree);
+        }
     })
     .map_err(|error| {
         if phase.is(Phase::Serving) {

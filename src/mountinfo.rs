@@ -50,6 +50,25 @@ pub(crate) fn below(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(entry_below(&table()?, dir))
 }
 
+/// Where boxlitefs is mounted, each place once.
+///
+/// # Errors
+/// Those of reading /proc/self/mountinfo.
+pub(crate) fn ours() -> Result<Vec<PathBuf>> {
+    Ok(entries_of_ours(&table()?))
+}
+
+fn entries_of_ours(table: &[u8]) -> Vec<PathBuf> {
+    let lines = table.split(|&byte| byte == b'\n').filter_map(entry);
+    let mut places: Vec<PathBuf> = lines
+        .filter(Entry::is_ours)
+        .map(|entry| entry.mountpoint)
+        .collect();
+    places.sort();
+    places.dedup();
+    places
+}
+
 fn table() -> Result<Vec<u8>> {
     fs::read("/proc/self/mountinfo")
         .context(|| "cannot read the mount table /proc/self/mountinfo; is /proc mounted?")
@@ -145,6 +164,12 @@ not a line of the table
         let entry = topmost(TABLE, Path::new("/mnt/my boxes\\x")).unwrap();
         assert!(entry.is_ours());
         assert_eq!(entry.minor, 51);
+    }
+
+    #[test]
+    fn the_mounts_of_boxlitefs_are_told_from_others() {
+        let twice = [TABLE, TABLE].concat();
+        assert_eq!(entries_of_ours(&twice), [Path::new("/mnt/my boxes\\x")]);
     }
 
     #[test]

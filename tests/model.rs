@@ -12,7 +12,6 @@
 
 #[path = "model/act.rs"]
 mod act;
-#[path = "model/boxlite.rs"]
 mod common;
 #[path = "model/operation.rs"]
 mod operation;

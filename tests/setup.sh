@@ -41,6 +41,19 @@ rclone rclone
 mc mc
 perl perl
 python3 python3-venv
+unshare util-linux
+findmnt util-linux
+man man-db
+mandoc mandoc
+bash bash
+zsh zsh
+fish fish
+file file
+update-mime-database shared-mime-info
+desktop-file-validate desktop-file-utils
+systemd-analyze systemd
+strip binutils
+debootstrap debootstrap
 '
 # Users' PATH often lacks what mke2fs is in.
 export PATH=$PATH:/usr/sbin:/sbin

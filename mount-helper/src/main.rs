@@ -5,18 +5,15 @@
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-const USAGE: &str =
-    "usage: mount.boxlite HOME DIRECTORY [-sfnv] [-N NAMESPACE] [-t TYPE] [-o OPTION[,OPTION…]]
-
-Mounts the BoxLite home HOME on DIRECTORY; meant to be called by mount(8):
-  mount -t boxlite /srv/boxlite-home /mnt/boxlite
-or by a line in /etc/fstab:
-  /srv/boxlite-home  /mnt/boxlite  boxlite  nofail  0  0";
+use clap::Parser;
+use mount_helper::Request;
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount_remount};
 
 /// Exit statuses of mount(8) that its helpers share.
 const INCORRECT_INVOCATION: u8 = 1;
@@ -26,49 +23,35 @@ const MOUNT_FAILURE: u8 = 32;
 /// What clap exits with, in `boxlitefs`, for a command line it can't make sense of.
 const BOXLITEFS_USAGE: i32 = 2;
 
-/// Where programs are when PATH is not set, as in a bare boot environment.
+/// Where programs are when PATH is not set, as mount(8) leaves it.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// The command line, as mount(8) describes it under "external helpers".
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Request {
-    /// Home and directory.
-    places: Vec<OsString>,
-    options: Vec<OsString>,
-    /// -s: ignore options that are not known.
-    sloppy: bool,
-    /// -f: do everything but the mount.
-    fake: bool,
-    /// -v: say what is run.
-    verbose: bool,
-    help: bool,
-    version: bool,
-}
-
 fn main() -> ExitCode {
-    let request = match parse(env::args_os().skip(1)) {
+    let request = match Request::try_parse() {
         Ok(request) => request,
-        Err(sentence) => return failed(&format!("{sentence}\n{USAGE}"), INCORRECT_INVOCATION),
+        Err(error) => {
+            let _ = error.print();
+            return match error.use_stderr() {
+                true => ExitCode::from(INCORRECT_INVOCATION),
+                false => ExitCode::SUCCESS,
+            };
+        }
     };
-    if request.help {
-        println!("{USAGE}");
-        return ExitCode::SUCCESS;
+    if let Some(read_only) = remount(&request) {
+        return run_remount(&request, read_only);
     }
-    if request.version {
-        println!("mount.boxlite {}", env!("CARGO_PKG_VERSION"));
-        return ExitCode::SUCCESS;
-    }
-    let [home, directory] = request.places.as_slice() else {
-        let sentence = format!("HOME and DIRECTORY are needed, nothing else\n{USAGE}");
-        return failed(&sentence, INCORRECT_INVOCATION);
-    };
     let Some(boxlitefs) = find_boxlitefs() else {
         let sentence = "boxlitefs is neither beside mount.boxlite nor in PATH: install it";
         return failed(sentence, SYSTEM_ERROR);
     };
-    let mut command = command_for(&boxlitefs, &request, home, directory);
+    let mut command = command_for(&boxlitefs, &request);
+    let owner = other_owner(&request);
+    if let Some(owner) = &owner {
+        owner.becomes(&mut command);
+    }
     if request.verbose {
-        println!("mount.boxlite: {command:?}");
+        let who = owner.as_ref().map(|owner| format!(" (as {})", owner.name));
+        println!("mount.boxlite: {command:?}{}", who.unwrap_or_default());
     }
     if request.fake {
         return ExitCode::SUCCESS;
@@ -79,7 +62,19 @@ fn main() -> ExitCode {
         Ok(status) if status.code() == Some(BOXLITEFS_USAGE) => {
             ExitCode::from(INCORRECT_INVOCATION)
         }
-        Ok(_) => ExitCode::from(MOUNT_FAILURE),
+        Ok(_) => {
+            if let Some(owner) = owner.filter(|owner| !owner.has(&request.directory)) {
+                let directory = Path::new(&request.directory).display();
+                let name = owner.name;
+                return failed(
+                    &format!(
+                        "the home belongs to {name}, so it is mounted as {name}, to whom {directory} has to belong: `chown {name} {directory}`, or mount with allow_other"
+                    ),
+                    MOUNT_FAILURE,
+                );
+            }
+            ExitCode::from(MOUNT_FAILURE)
+        }
         Err(error) => failed(
             &format!("cannot run {}: {error}", boxlitefs.display()),
             SYSTEM_ERROR,
@@ -92,64 +87,7 @@ fn failed(sentence: &str, status: u8) -> ExitCode {
     ExitCode::from(status)
 }
 
-/// Options may come before, between and after the two places, clustered (`-sn`) and with their
-/// value attached (`-oro`).
-fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Request, String> {
-    let mut request = Request::default();
-    let mut arguments = arguments;
-    while let Some(argument) = arguments.next() {
-        match argument.as_bytes() {
-            b"--help" => request.help = true,
-            b"--version" => request.version = true,
-            b"--" => request.places.extend(arguments.by_ref()),
-            [b'-', first, ..] if *first != b'-' => {
-                parse_cluster(&argument, &mut arguments, &mut request)?;
-            }
-            [b'-', b'-', ..] => return Err(format!("the option {argument:?} is not known")),
-            _ => request.places.push(argument),
-        }
-    }
-    Ok(request)
-}
-
-fn parse_cluster(
-    argument: &OsStr,
-    rest: &mut impl Iterator<Item = OsString>,
-    request: &mut Request,
-) -> Result<(), String> {
-    let letters = argument.as_bytes().get(1..).unwrap_or_default();
-    for (position, letter) in letters.iter().enumerate() {
-        match letter {
-            b's' => request.sloppy = true,
-            b'f' => request.fake = true,
-            b'v' => request.verbose = true,
-            // There is no mtab to keep out of.
-            b'n' => {}
-            b'h' => request.help = true,
-            b'V' => request.version = true,
-            b'o' | b't' | b'N' => {
-                let attached = letters
-                    .get(position.saturating_add(1)..)
-                    .unwrap_or_default();
-                let value = match attached {
-                    [] => rest.next(),
-                    attached => Some(OsStr::from_bytes(attached).to_owned()),
-                };
-                let value = value
-                    .ok_or_else(|| format!("the option -{} needs a value", char::from(*letter)))?;
-                // The type is known, and mount(8) has entered the namespace already.
-                if *letter == b'o' {
-                    request.options.push(value);
-                }
-                return Ok(());
-            }
-            _ => return Err(format!("the option {argument:?} is not known")),
-        }
-    }
-    Ok(())
-}
-
-fn command_for(program: &Path, request: &Request, home: &OsStr, directory: &OsStr) -> Command {
+fn command_for(program: &Path, request: &Request) -> Command {
     let mut command = Command::new(program);
     command.arg("mount");
     if request.sloppy {
@@ -161,9 +99,155 @@ fn command_for(program: &Path, request: &Request, home: &OsStr, directory: &OsSt
         argument.push(options);
         command.arg(argument);
     }
-    command.arg("--").arg(home).arg(directory);
+    command.arg("--").arg(&request.home).arg(&request.directory);
     command
 }
+
+// ---- whose mount it is --------------------------------------------------------------------------
+
+/// The user to whom a home belongs.
+#[derive(Debug, PartialEq, Eq)]
+struct Owner {
+    name: String,
+    uid: u32,
+    gid: u32,
+    /// His own home directory.
+    home: Option<OsString>,
+}
+
+/// The owner of the home, if root mounts it and it is another's: then the mount is to be his, for only
+/// who mounts gets in. Who lets others in may do so as root.
+fn other_owner(request: &Request) -> Option<Owner> {
+    let lets_in = |option: &str| matches!(option, "allow_other" | "allow_root");
+    if !rustix::process::geteuid().is_root() || request.each_option().any(lets_in) {
+        return None;
+    }
+    let meta = fs::metadata(&request.home).ok()?;
+    if meta.uid() == 0 {
+        return None;
+    }
+    Some(Owner::of(meta.uid()).unwrap_or_else(|| Owner {
+        name: format!("user {}", meta.uid()),
+        uid: meta.uid(),
+        gid: meta.gid(),
+        home: None,
+    }))
+}
+
+impl Owner {
+    /// As the user database has him, which getent reads wherever it is kept.
+    fn of(uid: u32) -> Option<Owner> {
+        let output = Command::new("getent")
+            .args(["passwd", &uid.to_string()])
+            .output()
+            .ok()?;
+        Owner::from_line(&String::from_utf8(output.stdout).ok()?, uid)
+    }
+
+    /// `name:password:uid:gid:comment:home:shell`.
+    fn from_line(line: &str, uid: u32) -> Option<Owner> {
+        let mut fields = line.lines().next()?.split(':');
+        let name = fields.next()?.to_owned();
+        if fields.nth(1)?.parse() != Ok(uid) {
+            return None;
+        }
+        let gid = fields.next()?.parse().ok()?;
+        Some(Owner {
+            name,
+            uid,
+            gid,
+            home: fields.nth(1).map(OsString::from),
+        })
+    }
+
+    /// Whether he may mount on a directory.
+    fn has(&self, directory: &OsStr) -> bool {
+        fs::metadata(directory).is_ok_and(|meta| meta.uid() == self.uid)
+    }
+
+    /// Has a command run as him, without the groups of root.
+    fn becomes(&self, command: &mut Command) {
+        command.uid(self.uid).gid(self.gid);
+        command.env("USER", &self.name).env("LOGNAME", &self.name);
+        match &self.home {
+            Some(home) => command.env("HOME", home),
+            None => command.env_remove("HOME"),
+        };
+    }
+}
+
+// ---- remount ------------------------------------------------------------------------------------
+
+/// Whether a remount is asked for, and if so, whether read-only.
+fn remount(request: &Request) -> Option<bool> {
+    let mut is_asked = false;
+    let mut read_only = false;
+    for option in request.each_option() {
+        match option {
+            "remount" => is_asked = true,
+            "ro" => read_only = true,
+            "rw" => read_only = false,
+            _ => {}
+        }
+    }
+    is_asked.then_some(read_only)
+}
+
+/// Has the kernel refuse changes from now on, or let them through again. The process that serves goes by
+/// what the kernel has.
+fn run_remount(request: &Request, read_only: bool) -> ExitCode {
+    let directory = Path::new(&request.directory);
+    let shown = directory.display();
+    let mounted_read_only = || {
+        let status = fs::read_to_string(directory.join(".boxlite/status")).unwrap_or_default();
+        status.contains("\"ro\": true")
+    };
+    if !read_only && mounted_read_only() {
+        let sentence = format!(
+            "{shown} was mounted with ro, and what serves it opened the home only for reading: unmount it, and mount it without ro"
+        );
+        return failed(&sentence, MOUNT_FAILURE);
+    }
+    let flags = remount_flags(request, read_only);
+    if request.verbose {
+        println!("mount.boxlite: remount {shown} with {flags:?}");
+    }
+    if request.fake {
+        return ExitCode::SUCCESS;
+    }
+    match mount_remount(directory, flags, "") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Errno::PERM) => failed(
+            &format!("only root can remount {shown}: unmount it, and mount it with other options"),
+            MOUNT_FAILURE,
+        ),
+        Err(Errno::BUSY) => failed(
+            &format!("{shown} is being written to: try again when that is done"),
+            MOUNT_FAILURE,
+        ),
+        Err(error) => failed(&format!("cannot remount {shown}: {error}"), MOUNT_FAILURE),
+    }
+}
+
+/// A remount sets all flags anew: those that are always on, and those that are asked for. mount(8) brings
+/// along what the mount had.
+fn remount_flags(request: &Request, read_only: bool) -> MountFlags {
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+    flags.set(MountFlags::RDONLY, read_only);
+    for option in request.each_option() {
+        match option {
+            "noexec" => flags.insert(MountFlags::NOEXEC),
+            "exec" => flags.remove(MountFlags::NOEXEC),
+            "noatime" => flags.insert(MountFlags::NOATIME),
+            "atime" => flags.remove(MountFlags::NOATIME),
+            "relatime" => flags.insert(MountFlags::RELATIME),
+            _ => {}
+        }
+    }
+    flags
+}
+
+// ---- boxlitefs ----------------------------------------------------------------------------------
 
 /// `boxlitefs`, beside this program or in PATH.
 fn find_boxlitefs() -> Option<PathBuf> {
@@ -187,44 +271,42 @@ fn is_executable(program: &Path) -> bool {
 mod tests {
     use super::*;
 
-    fn parsed(line: &str) -> Result<Request, String> {
-        parse(line.split_whitespace().map(OsString::from))
-    }
-
-    #[test]
-    fn what_mount_passes_is_understood() {
-        let request = parsed("/home/u/.boxlite /mnt/b -sfnv -N /proc/1/ns -o rw,user -t boxlite");
-        let request = request.unwrap();
-        assert_eq!(request.places, ["/home/u/.boxlite", "/mnt/b"]);
-        assert_eq!(request.options, ["rw,user"]);
-        assert!(request.sloppy && request.fake && request.verbose);
-    }
-
-    #[test]
-    fn options_may_come_first_and_have_their_value_attached() {
-        let request = parsed("-noro -o noexec -- -odd /mnt/b").unwrap();
-        assert_eq!(request.options, ["ro", "noexec"]);
-        assert_eq!(request.places, ["-odd", "/mnt/b"]);
-    }
-
-    #[test]
-    fn an_unknown_option_and_a_missing_value_are_refused() {
-        assert!(parsed("a b -x").is_err());
-        assert!(parsed("a b --sloppy").is_err());
-        assert!(parsed("a b -o").is_err());
+    fn parsed(line: &str) -> Request {
+        let words = std::iter::once("mount.boxlite").chain(line.split_whitespace());
+        Request::try_parse_from(words).unwrap()
     }
 
     #[test]
     fn the_command_keeps_places_and_options_apart() {
-        let request = parsed("-s -o ro -- -h /mnt/b").unwrap();
-        let [home, directory] = request.places.as_slice() else {
-            panic!("two places expected");
-        };
-        let command = command_for(Path::new("/bin/boxlitefs"), &request, home, directory);
+        let request = parsed("-s -o ro -- -h /mnt/b");
+        let command = command_for(Path::new("/bin/boxlitefs"), &request);
         let arguments: Vec<&OsStr> = command.get_args().collect();
         assert_eq!(
             arguments,
             ["mount", "--sloppy", "-o=ro", "--", "-h", "/mnt/b"]
         );
+    }
+
+    #[test]
+    fn a_remount_is_told_from_a_mount_and_keeps_what_is_always_on() {
+        assert_eq!(remount(&parsed("a b -o ro")), None);
+        assert_eq!(remount(&parsed("a b -o remount,ro")), Some(true));
+        assert_eq!(remount(&parsed("a b -o rw,ro,remount,rw")), Some(false));
+        let flags = remount_flags(&parsed("a b -o remount,noexec,noatime,exec"), true);
+        let wanted = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::RDONLY;
+        assert_eq!(flags, wanted | MountFlags::NOATIME);
+    }
+
+    #[test]
+    fn an_owner_is_read_from_the_user_database_and_only_the_right_one() {
+        let line = "alice:x:1000:1001:Alice,,,:/home/alice:/bin/bash\n";
+        let owner = Owner::from_line(line, 1000).unwrap();
+        assert_eq!(
+            (owner.name.as_str(), owner.uid, owner.gid),
+            ("alice", 1000, 1001)
+        );
+        assert_eq!(owner.home, Some("/home/alice".into()));
+        assert_eq!(Owner::from_line(line, 1001), None);
+        assert_eq!(Owner::from_line("", 1000), None);
     }
 }

@@ -106,6 +106,19 @@ impl Compressed {
         (from <= last).then_some(from)
     }
 
+    /// Where in the plain archive each frame ends, of those that are made, in order.
+    pub fn frame_ends(&self) -> impl Iterator<Item = u64> + '_ {
+        let mut next = self.next(0);
+        std::iter::from_fn(move || {
+            let frame = next?;
+            next = match frame < self.last() {
+                true => self.next(frame + 1),
+                false => None,
+            };
+            self.range(frame).ok().map(|range| range.end)
+        })
+    }
+
     /// Which bytes of the archive a frame holds.
     ///
     /// # Errors

@@ -153,7 +153,10 @@ impl Home {
 /// a full disk an I/O error.
 fn failed(connection: &Connection, database: &Path, error: rusqlite::Error) -> Error {
     use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
-    let is_io = matches!(error.sqlite_error_code(), Some(CannotOpen | SystemIoFailure));
+    let is_io = matches!(
+        error.sqlite_error_code(),
+        Some(CannotOpen | SystemIoFailure)
+    );
     let error = damaged(database, error);
     match is_io.then(|| system_errno(connection)) {
         Some(errno @ (libc::ENOSPC | libc::EDQUOT | libc::EROFS | libc::EIO)) => {

@@ -11,26 +11,28 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
 use super::Home;
 
-/// Version of the tables below (SQLite's user_version).
-const VERSION: i64 = 1;
 /// Most rows of frames: those of 2 TiB of disks, some 40 MB.
 const MOST_FRAMES: i64 = 1_000_000;
 /// Most archives, and most digests.
 const MOST_ARCHIVES: i64 = 1000;
 /// How long another process may keep the database to itself before we do without.
 const BUSY: Duration = Duration::from_millis(500);
-const TABLES: &str = "
+/// What each version of the tables adds to the one before. SQLite's user_version is the number of those that
+/// were done. What is here stays as it is; a change is one more.
+const VERSIONS: &[&str] = &["
     CREATE TABLE frame (key BLOB PRIMARY KEY, size INTEGER NOT NULL, used INTEGER NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE archive (key BLOB PRIMARY KEY, size INTEGER NOT NULL, sizes BLOB NOT NULL,
         used INTEGER NOT NULL);
-    CREATE TABLE disk (key BLOB PRIMARY KEY, sha256 BLOB NOT NULL, used INTEGER NOT NULL);";
+    CREATE TABLE disk (key BLOB PRIMARY KEY, sha256 BLOB NOT NULL, used INTEGER NOT NULL);"];
 
 /// What was worked out before.
 pub struct Remembered {
     path: PathBuf,
     /// None where it can't be used.
     connection: Mutex<Option<Connection>>,
+    /// That a newer boxlitefs made it.
+    newer: Option<String>,
     writable: bool,
 }
 
@@ -38,24 +40,39 @@ impl Remembered {
     /// Opens the database of a home, or makes it unless `read_only`. What can't be opened is done
     /// without, and a damaged one is made anew.
     pub fn open(home: &Home, read_only: bool) -> Remembered {
+        Remembered::of(home, read_only, VERSIONS)
+    }
+
+    fn of(home: &Home, read_only: bool, versions: &[&str]) -> Remembered {
         let path = home.remembered();
-        let mut connection = open(&path, read_only);
+        let mut connection = open(&path, read_only, versions);
         if connection.is_err() && !read_only && is_ours_to_replace(&connection) {
             let _ = std::fs::remove_file(&path);
-            connection = open(&path, read_only);
+            connection = open(&path, read_only, versions);
         }
         if !read_only && connection.is_ok() {
             // The owner's own mount could not use it otherwise.
             let _ = home.give_to_owner(&path);
         }
+        let mut newer = None;
         if let Err(error) = &connection {
-            log::info!("{} is not used: {error}", path.display());
+            let sentence = format!("{} is not used: {error}", path.display());
+            match error {
+                Unusable::Newer { .. } => newer = Some(sentence),
+                Unusable::Sqlite(_) => log::info!("{sentence}"),
+            }
         }
         Remembered {
             path,
+            newer,
             connection: Mutex::new(connection.ok()),
             writable: !read_only,
         }
+    }
+
+    /// A sentence, if a newer boxlitefs made the database: it is left as it is, and done without.
+    pub fn newer(&self) -> Option<&str> {
+        self.newer.as_deref()
     }
 
     /// The compressed size of a frame in bytes.
@@ -173,16 +190,16 @@ fn prune(transaction: &rusqlite::Transaction, table: &str, most: i64) -> rusqlit
 #[derive(Debug)]
 enum Unusable {
     Sqlite(rusqlite::Error),
-    Newer(i64),
+    Newer { is: i64, known: i64 },
 }
 
 impl std::fmt::Display for Unusable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Unusable::Sqlite(error) => error.fmt(f),
-            Unusable::Newer(version) => write!(
+            Unusable::Newer { is, known } => write!(
                 f,
-                "it is of a newer boxlitefs (version {version} of its tables, {VERSION} is known)"
+                "it is of a newer boxlitefs (version {is} of its tables, {known} is known): mount with that, or delete the file, which is a cache"
             ),
         }
     }
@@ -202,7 +219,10 @@ fn is_ours_to_replace(connection: &Result<Connection, Unusable>) -> bool {
     ))
 }
 
-fn open(path: &Path, read_only: bool) -> Result<Connection, Unusable> {
+/// Opens it, and brings an older one up to what is known now. Read-only, an older one is used as far as it
+/// has what is asked for.
+fn open(path: &Path, read_only: bool, versions: &[&str]) -> Result<Connection, Unusable> {
+    let known = i64::try_from(versions.len()).unwrap_or(i64::MAX);
     let access = match read_only {
         true => OpenFlags::SQLITE_OPEN_READ_ONLY,
         false => OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE,
@@ -214,18 +234,20 @@ fn open(path: &Path, read_only: bool) -> Result<Connection, Unusable> {
     connection.busy_timeout(BUSY)?;
     // No WAL: a read-only mount could not read it without writing.
     connection.pragma_update(None, "synchronous", "NORMAL")?;
-    let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    if version > VERSION {
-        return Err(Unusable::Newer(version));
+    let is: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if is > known {
+        return Err(Unusable::Newer { is, known });
     }
-    if version < VERSION && !read_only {
+    if is < known && !read_only {
         let transaction =
             connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         // Another mount may have made the tables meanwhile.
-        let version: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-        if version < VERSION {
-            transaction.execute_batch(TABLES)?;
-            transaction.pragma_update(None, "user_version", VERSION)?;
+        let is: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+        for step in versions.iter().skip(usize::try_from(is).unwrap_or(0)) {
+            transaction.execute_batch(step)?;
+        }
+        if is < known {
+            transaction.pragma_update(None, "user_version", known)?;
         }
         transaction.commit()?;
     }
@@ -299,6 +321,44 @@ mod tests {
         let remembered = Remembered::open(&home, false);
         remembered.learn_digest(&[6; 32], &[5; 32]);
         assert_eq!(remembered.digest(&[4; 32]), None);
+        assert_eq!(std::fs::read(home.remembered()).unwrap(), before);
+    }
+
+    #[test]
+    fn a_newer_version_takes_over_what_an_older_one_learnt_and_the_older_one_then_does_without() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = home(dir.path());
+        let older = Remembered::open(&home, false);
+        assert_eq!(older.newer(), None);
+        older.learn_digest(&[4; 32], &[5; 32]);
+        drop(older);
+        let step = "ALTER TABLE disk ADD COLUMN note TEXT; CREATE TABLE more (x)";
+        let next: Vec<&str> = VERSIONS.iter().copied().chain([step]).collect();
+        // Read-only, nothing is brought up to date, and what is there is used.
+        let looking = Remembered::of(&home, true, &next);
+        assert_eq!(looking.digest(&[4; 32]), Some([5; 32]));
+        drop(looking);
+        let newer = Remembered::of(&home, false, &next);
+        assert_eq!(newer.digest(&[4; 32]), Some([5; 32]));
+        drop(newer);
+        let columns: i64 = Connection::open(home.remembered())
+            .unwrap()
+            .query_row(
+                "SELECT count(*) FROM pragma_table_info('disk')",
+                [],
+                |row| row.get(0),
+            )
+            .unwrap();
+        assert_eq!(columns, 4);
+        let before = std::fs::read(home.remembered()).unwrap();
+        let older = Remembered::open(&home, false);
+        let sentence = older.newer().expect("a sentence");
+        assert!(
+            sentence.contains("newer boxlitefs") && sentence.contains("boxlitefs.db"),
+            "{sentence}"
+        );
+        older.learn_digest(&[6; 32], &[5; 32]);
+        assert_eq!(older.digest(&[4; 32]), None);
         assert_eq!(std::fs::read(home.remembered()).unwrap(), before);
     }
 

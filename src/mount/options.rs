@@ -27,6 +27,55 @@ pub struct Options {
     pub compacting: Compacting,
 }
 
+/// An option of boxlitefs itself, as manuals and messages have it. (What every mount takes is not here.)
+#[derive(Clone, Copy, Debug)]
+pub struct Documented {
+    /// As it is written, such as `cache=SIZE`.
+    pub form: &'static str,
+    /// What it does, in a sentence without a full stop.
+    pub effect: &'static str,
+}
+
+/// The options that are for people to know.
+pub const DOCUMENTED: &[Documented] = &[
+    Documented {
+        form: "ro",
+        effect: "every change says EROFS, and nothing at all is written into the home",
+    },
+    Documented {
+        form: "allow_other",
+        effect: "other users may enter; the modes of the files, which follow those of the home, decide",
+    },
+    Documented {
+        form: "allow_root",
+        effect: "root may enter",
+    },
+    Documented {
+        form: "shared",
+        effect: "snapshots, clones, imports and restores are made also while a BoxLite program has the home open, of boxes that do not run",
+    },
+    Documented {
+        form: "noexec",
+        effect: "programs in guests' files can't be run from there",
+    },
+    Documented {
+        form: "noatime",
+        effect: "access times are not kept",
+    },
+    Documented {
+        form: "compress=LEVEL",
+        effect: "zstd's level for export.boxlite.zst, 1 (fast) to 19 (small); 3 unless said",
+    },
+    Documented {
+        form: "cache=SIZE",
+        effect: "most disk space in the home for finished export.boxlite.zst, as 512M or 8G; 4G unless said, 0 for none",
+    },
+    Documented {
+        form: "compact=SECONDS",
+        effect: "how long nothing has to go on until the mount merges layers that nothing needs by themselves; 30 unless said, or off",
+    },
+];
+
 /// What an option changes.
 #[derive(Clone, Copy)]
 enum Effect {
@@ -139,6 +188,21 @@ impl Options {
         Ok(true)
     }
 
+    /// The options by name, as `.boxlite/status` has them.
+    pub(super) fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "ro": self.read_only,
+            "shared": self.shared,
+            "allow_other": self.allow_other,
+            "allow_root": self.allow_root,
+            "noexec": self.noexec,
+            "noatime": self.noatime,
+            "compress": self.compression.level,
+            "cache": self.compression.cache,
+            "compact": self.compacting.after.map(|after| after.as_secs_f64()),
+        })
+    }
+
     fn apply(&mut self, effect: Effect) {
         match effect {
             Effect::ReadOnly(on) => self.read_only = on,
@@ -191,10 +255,13 @@ fn unknown(option: &str) -> Error {
     for (name, _) in FLAGS {
         let _ = write!(known, "{name}, ");
     }
+    for option in DOCUMENTED.iter().filter(|option| option.form.contains('=')) {
+        let _ = write!(known, "{}, ", option.form);
+    }
     Error::new(
         libc::EINVAL,
         format!(
-            "the mount option {option:?} is not known; known are {known}compress=LEVEL, cache=SIZE, compact=SECONDS, fsname=…, subtype=…, comment=… and x-…"
+            "the mount option {option:?} is not known; known are {known}fsname=…, subtype=…, comment=… and x-…"
         ),
     )
 }
@@ -279,6 +346,19 @@ mod tests {
         assert!(parse("gid=5").is_err());
         assert!(parse("ro ").is_err());
         assert!(parse("allow_other=1").is_err());
+    }
+
+    #[test]
+    fn what_is_documented_is_known_and_a_wrong_value_of_it_is_told_from_an_unknown_option() {
+        for option in DOCUMENTED {
+            match option.form.split_once('=') {
+                None => assert!(parse(option.form).is_ok(), "{}", option.form),
+                Some((name, _)) => {
+                    let error = parse(&format!("{name}=?")).unwrap_err();
+                    assert!(error.sentence().contains("needs"), "{error}");
+                }
+            }
+        }
     }
 
     #[test]

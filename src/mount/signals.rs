@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::{mountinfo, takedown};
+use super::{mountinfo, service, takedown};
 use crate::{Context, Result};
 
 /// How far a mount has come; what a signal has to do depends on it.
@@ -86,6 +86,7 @@ fn obey(signals: &libc::sigset_t, mountpoint: &Path, phase: &SharedPhase) {
         exit(signal);
     }
     log::info!("unmounting {} on a signal", mountpoint.display());
+    service::stopping();
     if let Err(error) = takedown::detach(mountpoint) {
         log::error!("{error}");
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::merge::{Merge, Merged, Rows, merges, shortening};
-use super::{Compression, Store};
+use super::{Compression, Operation, Store};
 use crate::disk::FileId;
 use crate::home::Catalog;
 use crate::{Context, Error, Result};
@@ -131,6 +131,12 @@ impl Store {
         });
         meter.end();
         merged
+    }
+
+    /// A merge that begins, to be told of.
+    pub(super) fn merge_operation(&self, merge: &Merge) -> Operation {
+        let what = format!("merging layers of {}", self.readers(merge));
+        self.operations.begin(what, Some(merge.allocated()))
     }
 
     /// What could be merged as things are, the cheapest first, and after that the live disks that would

@@ -101,6 +101,19 @@ impl Default for Compression {
     }
 }
 
+/// What finished archives and what was learnt from them take on disk.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheUsage {
+    /// Finished compressed archives that are kept.
+    pub archives: usize,
+    /// Bytes that they, and those being written, take.
+    pub bytes: u64,
+    /// Most bytes that they may take.
+    pub limit: u64,
+    /// Bytes of `db/boxlitefs.db`.
+    pub remembered: u64,
+}
+
 /// Compressed archives that were looked at.
 #[derive(Default)]
 pub(super) struct CompressedCache {
@@ -469,8 +482,14 @@ impl Store {
         if let Some(frames) = compressed.measure(sizes, go_on)? {
             return Ok((Arc::new(frames), None));
         }
+        let what = format!("compression of {}", self.describe(source));
+        let operation = self.operations.begin(what, Some(compressed.export().len()));
+        let mut ends = compressed.frame_ends();
         let mut spooling = Spooling::begin(self, source);
         let frames = compressed.produce(sizes, go_on, &mut |bytes| {
+            if let Some(end) = ends.next() {
+                operation.reaches(end);
+            }
             spooling.put(bytes);
             Ok(())
         })?;
@@ -485,6 +504,19 @@ impl Store {
         let key = export.disk_key();
         if self.remembered.digest(&key) != Some(digest) {
             self.remembered.learn_digest(&key, &digest);
+        }
+    }
+
+    /// What finished archives take, and may take.
+    pub fn cache_usage(&self) -> CacheUsage {
+        let remembered = std::fs::metadata(self.home.remembered());
+        let cache = self.compressed.lock();
+        let spools = cache.known.values().filter(|known| known.spool.is_some());
+        CacheUsage {
+            archives: spools.count(),
+            bytes: cache.kept_bytes() + cache.growing,
+            limit: self.compression.cache,
+            remembered: remembered.map_or(0, |meta| meta.len()),
         }
     }
 

@@ -54,13 +54,8 @@ pub(super) fn link(file: &Path, name: &Path) -> Result<()> {
 /// it was: a guest would go on writing to a file that a loss of power takes away. `aside`, a path that
 /// nobody uses, names the old one meanwhile; a crash leaves it there.
 pub(super) fn replace(new: &Path, target: &Path, aside: &Path) -> Result<()> {
-    fs::hard_link(target, aside).context(|| {
-        format!(
-            "cannot link {} to {}",
-            target.display(),
-            aside.display()
-        )
-    })?;
+    fs::hard_link(target, aside)
+        .context(|| format!("cannot link {} to {}", target.display(), aside.display()))?;
     let replaced = rename(new, target);
     if replaced.is_err() {
         // Does nothing where both are the same file still.

@@ -58,6 +58,16 @@ impl Journal {
     /// Adds a sentence with the time.
     pub fn note(&self, sentence: &str) {
         log::info!("{sentence}");
+        self.add(sentence);
+    }
+
+    /// Adds one that says that something failed; the system's log has it as a warning.
+    pub fn complain(&self, sentence: &str) {
+        log::warn!("{sentence}");
+        self.add(sentence);
+    }
+
+    fn add(&self, sentence: &str) {
         let now = SystemTime::now();
         let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let line = format!(

@@ -21,6 +21,7 @@ mod inside;
 mod journal;
 mod layers;
 mod merge;
+mod operations;
 mod prepare;
 mod recover;
 mod remove_box;
@@ -41,10 +42,11 @@ use parking_lot::Mutex;
 
 pub use arrival::{Arrival, Wanted};
 pub use clone::{NewClone, NewSnapshotName};
-pub use compressed::{Compression, OpenedCompressed, Packed, Waiter};
+pub use compressed::{CacheUsage, Compression, OpenedCompressed, Packed, Waiter};
 pub use export::Contents;
 pub use inside::{DiskState, Inside};
 pub use journal::Journal;
+pub use operations::{Operation, Operations, Running};
 pub use running::Form;
 pub use spool::Spool;
 pub use upkeep::{Compacting, Upkeep};
@@ -105,6 +107,7 @@ pub struct Store {
     running: running::RunningCache,
     foreground: Arc<upkeep::Foreground>,
     usage: Mutex<usage::UsageCache>,
+    operations: Arc<Operations>,
     read_only: bool,
     /// Some changes are made also while a BoxLite runtime has the home.
     is_shared: bool,
@@ -135,6 +138,9 @@ impl Store {
         let journal = Journal::open(&home, read_only);
         let mut store = Store::of(home, journal, read_only, compression);
         store.is_shared = is_shared;
+        if let Some(sentence) = store.remembered.newer() {
+            store.journal.note_once(sentence);
+        }
         if let Some(why) = store.home.catalog()?.schema().read_only.clone() {
             store.journal.note(&format!("read only: {why}"));
         } else if !read_only {
@@ -163,6 +169,7 @@ impl Store {
             running: running::RunningCache::default(),
             foreground: Arc::default(),
             usage: Mutex::default(),
+            operations: Arc::default(),
             read_only,
             is_shared: false,
         }
@@ -176,6 +183,11 @@ impl Store {
     /// The log a user sees in the mount.
     pub fn journal(&self) -> &Journal {
         &self.journal
+    }
+
+    /// What is going on.
+    pub fn operations(&self) -> &Arc<Operations> {
+        &self.operations
     }
 
     /// Whether changes are refused because of how it was mounted.
@@ -198,7 +210,7 @@ impl Store {
     pub(crate) fn noted<T>(&self, what: &str, result: Result<T>) -> Result<T> {
         match &result {
             Ok(_) => self.journal.note(what),
-            Err(error) => self.journal.note(&format!("{what} failed: {error}")),
+            Err(error) => self.journal.complain(&format!("{what} failed: {error}")),
         }
         result
     }

@@ -244,8 +244,10 @@ impl Rounds {
     }
 
     fn merge(&mut self, merge: &Merge) -> Result<()> {
+        let operation = self.store.merge_operation(merge);
         let mut last = Instant::now();
-        let mut pace = |_| {
+        let mut pace = |bytes| {
+            operation.advance(bytes);
             // As much rest as work: what is written is flushed by others.
             let rest = last.elapsed().min(PAUSE);
             let mut is_over = self.stop.wait(rest);

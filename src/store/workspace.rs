@@ -137,7 +137,9 @@ impl Store {
     /// # Errors
     /// Those of making the workspace.
     pub(super) fn fresh_path(&self, what: &str) -> Result<PathBuf> {
-        Ok(self.make_workspace()?.join(format!("{what}-{}", base_id()?)))
+        Ok(self
+            .make_workspace()?
+            .join(format!("{what}-{}", base_id()?)))
     }
 
     /// The workspace, made if there is none yet.

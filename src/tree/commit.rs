@@ -43,7 +43,10 @@ impl Tree {
             Role::TemporaryArchive | Role::Json | Role::Dropped => return Ok(()),
         };
         match result {
-            Ok(()) => state.committed = true,
+            Ok(()) => {
+                state.committed = true;
+                state.operation = None;
+            }
             Err(error) => {
                 // Not noted again: the store's log has it.
                 state.refuse(&error);

@@ -114,11 +114,14 @@ impl Tree {
             Packed::Spooled(spool) => Some(spool.clone()),
             Packed::Streamed(_) => None,
         };
+        let what = format!("compressed export of {}", self.store.describe(&source));
+        let operation = self.store.operations().begin(what, Some(contents.size));
         let handle = Handle::Compressed {
             source,
             packed,
             contents,
             _of: export,
+            operation,
         };
         Opened {
             handle: self.add_handle(handle),

@@ -12,7 +12,7 @@ use super::names::EXPORT;
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete, is_whole, share};
 use crate::archive::Export;
-use crate::store::{Contents, Form, Inside, Packed, Source, Spool, Wanted};
+use crate::store::{Contents, Form, Inside, Operation, Packed, Source, Spool, Wanted};
 use crate::{Error, Result};
 
 /// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
@@ -28,6 +28,7 @@ pub(super) enum Handle {
         source: Source,
         export: Arc<Export>,
         contents: Contents,
+        operation: Operation,
     },
     /// A compressed archive, likewise.
     Compressed {
@@ -36,6 +37,7 @@ pub(super) enum Handle {
         contents: Contents,
         /// What it is of.
         _of: Arc<Export>,
+        operation: Operation,
     },
     /// A file of a guest, or the raw disk; the layers are open.
     Inside { node: Node, inside: Arc<Inside> },
@@ -137,6 +139,10 @@ impl Tree {
         }
         let (handle, keep_pages) = match &node {
             Node::Log => (Handle::Log, false),
+            Node::Status(number) => {
+                let bytes = self.status_bytes(*number)?;
+                (Handle::Bytes { node, bytes }, false)
+            }
             Node::BoxJson(id) => {
                 let bytes = describe::box_json(&self.record(id)?, self.store.usage_of_box(id)?)?;
                 (Handle::Bytes { node, bytes }, false)
@@ -165,10 +171,13 @@ impl Tree {
                     return Err(Error::new(libc::ESTALE, "the disk changed just now"));
                 }
                 let source = source.clone();
+                let what = format!("export of {}", self.store.describe(&source));
+                let operation = self.store.operations().begin(what, Some(contents.size));
                 let handle = Handle::Export {
                     source,
                     export,
                     contents,
+                    operation,
                 };
                 // The inode and its pages are of these contents and no others.
                 (handle, true)
@@ -348,20 +357,26 @@ impl Tree {
                 source,
                 export,
                 contents,
+                operation,
             } => {
                 self.refuse_mixture(&Node::Export(source.clone()), source, contents)?;
-                self.noted_read(source, export.read_at(offset, buf))
+                let read = self.noted_read(source, export.read_at(offset, buf))?;
+                operation.reaches(offset.saturating_add(read as u64));
+                Ok(read)
             }
             Handle::Compressed {
                 source,
                 packed,
                 contents,
+                operation,
                 ..
             } => {
                 if let Packed::Streamed(_) = packed {
                     self.refuse_mixture(&Node::Compressed(source.clone()), source, contents)?;
                 }
-                self.noted_read(source, packed.read_at(offset, buf))
+                let read = self.noted_read(source, packed.read_at(offset, buf))?;
+                operation.reaches(offset.saturating_add(read as u64));
+                Ok(read)
             }
             Handle::Inside { node, inside } => self.read_inside(node, inside, offset, buf),
             Handle::Bytes { bytes, .. } => Ok(copy_out(bytes, offset, buf)),
@@ -436,6 +451,14 @@ impl Tree {
             Role::Json => state.put_text(offset, bytes),
             Role::NewBox | Role::BoxDisk | Role::SnapshotDisk | Role::TemporaryArchive => {
                 self.receive(file, state, bytes.is_empty())?;
+                if offset == 0
+                    && let (Some(operation), Some(length)) = (&state.operation, announced(bytes))
+                {
+                    operation.set_total(length);
+                }
+                if let Some(operation) = &state.operation {
+                    operation.reaches(offset.saturating_add(bytes.len() as u64));
+                }
                 match &mut state.content {
                     Content::Archive(arrival) => arrival.write_at(offset, bytes),
                     _ => Ok(()),
@@ -461,6 +484,8 @@ impl Tree {
         let is_box = !file.restores && !matches!(state.place.parent, Node::Snapshot(..));
         let wanted = if is_box { Wanted::Box } else { Wanted::Disk };
         let mut arrival = self.store.receive(wanted)?;
+        let what = self.what_arrives(file, &state.place.name);
+        state.operation = Some(self.store.operations().begin(what, None));
         if let Some((export, covered)) = start {
             let mut buffer = vec![0; PIECE];
             let mut offset = 0;
@@ -508,6 +533,7 @@ impl Tree {
                 source,
                 export,
                 contents,
+                ..
             } => share(&mut state, (source, export, contents), from_offset, length)
                 .ok_or_else(unfit)?,
             Handle::Bytes { node, bytes } if state.role() == Role::Json => {
@@ -534,19 +560,23 @@ impl Tree {
 
     fn note_refusal(&self, file: &StagedFile, state: &mut FileState, error: &Error) {
         if state.refused.is_none() {
-            let name = &state.place.name;
-            let source = Source::Live {
-                box_id: file.box_id.clone(),
-            };
-            let what = match self.staged_name(&file.box_id) {
-                _ if file.restores => format!("restore of {}", self.store.describe(&source)),
-                Ok(of_box) => format!("import of {of_box}/{name}"),
-                Err(_) => format!("import of {name}"),
-            };
+            let what = self.what_arrives(file, &state.place.name);
             let sentence = format!("{what} failed: {error}");
             self.store.journal().note(&sentence);
         }
         state.refuse(error);
+    }
+
+    /// What the writing of a file is, in a few words.
+    fn what_arrives(&self, file: &StagedFile, name: &str) -> String {
+        let source = Source::Live {
+            box_id: file.box_id.clone(),
+        };
+        match self.staged_name(&file.box_id) {
+            _ if file.restores => format!("restore of {}", self.store.describe(&source)),
+            Ok(of_box) => format!("import of {of_box}/{name}"),
+            Err(_) => format!("import of {name}"),
+        }
     }
 
     /// The last descriptor of a handle is gone. What did not become anything is let go.
@@ -563,6 +593,9 @@ impl Tree {
         self.staging.lock().touch(file);
         let mut state = file.state.lock();
         state.open = state.open.saturating_sub(1);
+        if state.open == 0 {
+            state.operation = None;
+        }
         if state.open > 0 || state.committed || matches!(state.role(), Role::Dropped | Role::Json) {
             return;
         }
@@ -598,4 +631,31 @@ fn copy_out(bytes: &[u8], offset: u64, buf: &mut [u8]) -> usize {
         to.copy_from_slice(from);
     }
     len
+}
+
+/// The length of an archive as its beginning announces it, in bytes: a plain tar, up to the end of its
+/// disk, after which little comes. None for any other; it is for show, and nothing goes by it.
+fn announced(beginning: &[u8]) -> Option<u64> {
+    const BLOCK: u64 = 512;
+    let mut header = 0;
+    // The disk may come after the manifest.
+    for _ in 0..2 {
+        let start = usize::try_from(header).ok()?;
+        let field = |from: usize, to: usize| {
+            let bytes = beginning.get(start.checked_add(from)?..start.checked_add(to)?)?;
+            std::str::from_utf8(bytes).ok()
+        };
+        field(257, 262).filter(|magic| *magic == "ustar")?;
+        let size = field(124, 136)?.trim_matches(['\0', ' ']);
+        let size = u64::from_str_radix(size, 8).ok()?;
+        let next = size
+            .checked_next_multiple_of(BLOCK)?
+            .checked_add(BLOCK)?
+            .checked_add(header)?;
+        if field(0, 11)? == "disk.qcow2\0" {
+            return Some(next);
+        }
+        header = next;
+    }
+    None
 }

@@ -20,6 +20,7 @@ mod remove;
 mod rename;
 mod staged_file;
 mod staging;
+mod status;
 mod view;
 mod xattr;
 
@@ -28,7 +29,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use parking_lot::Mutex;
 
@@ -42,6 +43,7 @@ pub use handle::Opened;
 use node::{Derived, GuestFile, guest_number};
 pub use node::{Node, ROOT_INO};
 pub use rename::RenameMode;
+pub use status::MountFacts;
 
 use crate::store::{DiskState, Source, Store, Upkeep};
 use crate::{Error, Result};
@@ -144,6 +146,10 @@ pub struct Tree {
     /// Snapshots just taken, by id, with who took them: a copy into one takes it back.
     fresh: Mutex<HashMap<String, (Makers, Instant)>>,
     upkeep: Mutex<Option<Upkeep>>,
+    /// Versions of `.boxlite/status`. Locked after `known` where both are.
+    status: Mutex<status::Versions>,
+    /// What whoever mounted told, and when.
+    facts: OnceLock<(MountFacts, SystemTime)>,
 }
 
 impl Tree {
@@ -178,6 +184,8 @@ impl Tree {
             drop_pages: OnceLock::new(),
             fresh: Mutex::default(),
             upkeep: Mutex::new(upkeep),
+            status: Mutex::default(),
+            facts: OnceLock::new(),
         })
     }
 
@@ -245,6 +253,7 @@ impl Tree {
         if known.forget(ino, times) {
             self.told.lock().remove(&ino);
             self.raised.lock().remove(&ino);
+            self.status.lock().forget(ino);
         }
     }
 
@@ -272,8 +281,22 @@ impl Tree {
     /// Notes a refusal in the log and makes an error of it.
     fn refuse(&self, errno: i32, sentence: impl Into<String>) -> Error {
         let sentence = sentence.into();
-        self.store.journal().note(&format!("refused: {sentence}"));
+        self.store
+            .journal()
+            .complain(&format!("refused: {sentence}"));
         Error::new(errno, sentence)
+    }
+
+    /// Does what a listing of the root does, with all locks that takes, and forgets what it found.
+    ///
+    /// # Errors
+    /// Those of reading the home.
+    pub fn look_at_root(&self) -> Result<()> {
+        let caller = Caller {
+            tid: std::process::id(),
+        };
+        self.list(caller, &Node::Root)?;
+        self.getattr(caller, ROOT_INO, None).map(|_| ())
     }
 
     /// Space on the home's file system.

@@ -10,6 +10,8 @@ use crate::{Error, Result};
 pub const HIDDEN: &str = ".boxlite";
 /// The log in it.
 pub const LOG: &str = "log";
+/// What is going on, beside it.
+pub const STATUS: &str = "status";
 /// A box's configuration and state.
 pub const BOX_JSON: &str = "box.json";
 /// A disk state as an archive.

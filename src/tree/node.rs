@@ -16,6 +16,8 @@ pub enum Node {
     Hidden,
     /// `.boxlite/log`.
     Log,
+    /// A version of `.boxlite/status`.
+    Status(u64),
     /// The directory of a box, by its id; also while it is being made.
     Box(String),
     /// `box.json` of a box.
@@ -126,6 +128,7 @@ impl Node {
             Node::Hidden => ("hidden".to_owned(), 0),
             Node::Log => ("hidden".to_owned(), 1),
             Node::View => ("hidden".to_owned(), 2),
+            Node::Status(version) => (format!("status/{version}"), 0),
             Node::Box(id) => (format!("box/{id}"), 0),
             Node::BoxJson(id) => (format!("box/{id}"), 1),
             Node::Snapshot(id, snapshot) => (format!("box/{id}/snapshot/{snapshot}"), 0),
@@ -170,7 +173,7 @@ impl Node {
             | Node::View
             | Node::ViewOf(_)
             | Node::ViewSnapshots(_) => None,
-            Node::Root | Node::Hidden | Node::Log | Node::Made(_) => None,
+            Node::Root | Node::Hidden | Node::Log | Node::Status(_) | Node::Made(_) => None,
         }
     }
 
@@ -209,6 +212,8 @@ mod tests {
             Node::Root,
             Node::Hidden,
             Node::Log,
+            Node::Status(1),
+            Node::Status(2),
             Node::Box("a".into()),
             Node::BoxJson("a".into()),
             Node::Export(Source::Live { box_id: "a".into() }),

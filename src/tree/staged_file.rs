@@ -11,7 +11,7 @@ use super::caller::{Caller, Makers};
 use super::names::{ARCHIVE_SUFFIX, BOX_JSON, EXPORT, SNAPSHOT_JSON};
 use super::node::Node;
 use crate::archive::Export;
-use crate::store::{Arrival, Contents, Source};
+use crate::store::{Arrival, Contents, Operation, Source};
 use crate::{Error, Result};
 
 /// Bytes of a small text (snapshot.json) that are kept.
@@ -135,6 +135,8 @@ pub(super) struct FileState {
     pub content: Content,
     /// Opened and not yet released.
     pub open: usize,
+    /// What is told of an archive that arrives.
+    pub operation: Option<Operation>,
     /// Whether it has become what its name says.
     pub committed: bool,
     /// The refusal, once there is one: errno and sentence. It is sticky.
@@ -164,6 +166,7 @@ impl StagedFile {
                 place,
                 content: Content::Nothing,
                 open: 0,
+                operation: None,
                 committed: false,
                 refused: None,
             }),

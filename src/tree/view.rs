@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::caller::Caller;
 use super::describe;
-use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, VIEW};
+use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, STATUS, VIEW};
 use super::node::{Derived, GuestFile, Node};
 use super::{Tree, text};
 use crate::home::{BoxRecord, SnapshotRecord};
@@ -100,6 +100,7 @@ impl Tree {
                 Node::Box(names.id_of(name).ok_or_else(not_there)?.to_owned())
             }
             Node::Hidden if name == LOG => Node::Log,
+            Node::Hidden if name == STATUS => self.status_node()?,
             Node::Hidden if name == VIEW => Node::View,
             Node::View => {
                 let names = self.names()?;
@@ -249,6 +250,7 @@ impl Tree {
                 let journal = self.store.journal();
                 Ok(self.file(node, journal.len(), journal.changed_at()))
             }
+            Node::Status(number) => self.status_attr(node, *number),
             Node::Made(_) => Err(not_there()),
             Node::Box(id) => {
                 let record = self.record(id)?;
@@ -413,6 +415,7 @@ impl Tree {
                 .collect(),
             Node::Hidden => vec![
                 (LOG.to_owned(), Node::Log, Kind::File),
+                (STATUS.to_owned(), self.status_node()?, Kind::File),
                 (VIEW.to_owned(), Node::View, Kind::Directory),
             ],
             Node::View => names

@@ -96,12 +96,19 @@ impl SmallDisk {
         let mut step: u64 = 256 << 20;
         while step >= 1 << 20 {
             let wanted = (length + step).to_string();
-            match run(&["fallocate", "-l", &wanted, text(&filler)]).status.success() {
+            match run(&["fallocate", "-l", &wanted, text(&filler)])
+                .status
+                .success()
+            {
                 true => length += step,
                 false => step /= 2,
             }
         }
-        let mut file = File::options().create(true).append(true).open(&filler).unwrap();
+        let mut file = File::options()
+            .create(true)
+            .append(true)
+            .open(&filler)
+            .unwrap();
         file.set_len(length).unwrap();
         for piece in [1 << 16, 4096] {
             while file.write_all(&vec![0xaa; piece]).is_ok() {}

@@ -43,12 +43,7 @@ pub fn assert_comes_back(home: &TestHome, change: &Change, whole: &Boxes, mut bo
     home.assert_images_clean();
 }
 
-fn mount_recovered(
-    home: &TestHome,
-    change: &Change,
-    whole: &Boxes,
-    boxes: &mut Boxes,
-) -> Mounted {
+fn mount_recovered(home: &TestHome, change: &Change, whole: &Boxes, boxes: &mut Boxes) -> Mounted {
     if change.by == By::Repair
         && let Some(web) = boxes.get_mut("web")
     {

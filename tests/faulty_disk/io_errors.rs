@@ -136,12 +136,17 @@ impl Failing<'_> {
         }
         assert_shows(&mount, &boxes);
         let staging = home.root().join(".boxlitefs");
-        eventually("the workspace is empty", || in_workspaces(&staging).is_empty());
+        eventually("the workspace is empty", || {
+            in_workspaces(&staging).is_empty()
+        });
         mount.unmount();
         drop(home.mount());
         assert_eq!(contents(home), boxes);
         let staging = names_in(&staging);
-        assert!(!staging.iter().any(is_workspace), "left behind: {staging:?}");
+        assert!(
+            !staging.iter().any(is_workspace),
+            "left behind: {staging:?}"
+        );
         if change.by == By::Repair {
             let repaired = change.by.command(home).unwrap().output().unwrap();
             assert!(repaired.status.success(), "{repaired:?}");
@@ -155,7 +160,11 @@ impl Failing<'_> {
         // And had it been lost in the end, what was made since then is there.
         for mut left in [Left::Nothing, random(dice)] {
             after_power_loss(&self.files, &all_calls, &mut left, Flushes::Count).store(home.root());
-            assert_eq!(contents(home), boxes, "lost with the power in the end, {left:?}");
+            assert_eq!(
+                contents(home),
+                boxes,
+                "lost with the power in the end, {left:?}"
+            );
         }
         true
     }
@@ -183,7 +192,9 @@ fn is_workspace(name: &String) -> bool {
 fn in_workspaces(staging: &Path) -> Vec<String> {
     let mut workspaces = names_in(staging);
     workspaces.retain(is_workspace);
-    let names = workspaces.iter().flat_map(|name| names_in(&staging.join(name)));
+    let names = workspaces
+        .iter()
+        .flat_map(|name| names_in(&staging.join(name)));
     names.filter(|name| name != "lock").collect()
 }
 
@@ -197,9 +208,11 @@ fn ways(call: Call) -> &'static [(i32, bool)] {
         Call::Read | Call::Flush | Call::FlushDirectory | Call::Unlink | Call::RemoveDirectory => {
             &[(libc::EIO, false)]
         }
-        Call::Write | Call::Create | Call::MakeDirectory => {
-            &[(libc::EIO, false), (libc::ENOSPC, false), (libc::EDQUOT, false)]
-        }
+        Call::Write | Call::Create | Call::MakeDirectory => &[
+            (libc::EIO, false),
+            (libc::ENOSPC, false),
+            (libc::EDQUOT, false),
+        ],
         Call::Link | Call::Rename | Call::Resize | Call::Describe => {
             &[(libc::EIO, false), (libc::ENOSPC, false)]
         }
@@ -237,7 +250,9 @@ fn a_call_that_fails_is_told_and_loses_nothing() {
             let case = attempt(|| met = failing.assert_survives(fault, &mut dice));
             tally.faults += usize::from(met || case.is_err());
             if let Err(why) = case {
-                tally.losses.push(format!("{}: {fault:?}: {why}", change.name));
+                tally
+                    .losses
+                    .push(format!("{}: {fault:?}: {why}", change.name));
             }
         }
         all.lock().unwrap().add(tally);

@@ -127,7 +127,9 @@ impl Recorded<'_> {
             if let Err(why) = case {
                 let Loss { after, left } = &loss;
                 let of = self.calls.len();
-                let last = after.checked_sub(1).map(|last| described(&self.calls[last]));
+                let last = after
+                    .checked_sub(1)
+                    .map(|last| described(&self.calls[last]));
                 tally.losses.push(format!(
                     "{}: power lost after call {after} of {of} ({last:?}), left: {left:?}: {why}",
                     self.change.name

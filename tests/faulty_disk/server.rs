@@ -13,8 +13,8 @@ use std::time::{Duration, SystemTime};
 use fuser::{
     AccessFlags, BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType,
     Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
 use super::common::run;
@@ -321,9 +321,7 @@ impl State {
             return Ok(());
         }
         self.files.entries_mut(from.0).remove(from.1);
-        self.files
-            .entries_mut(to.0)
-            .insert(to.1.to_owned(), number);
+        self.files.entries_mut(to.0).insert(to.1.to_owned(), number);
         if let Some(other) = other {
             self.loses_a_name(other);
         }

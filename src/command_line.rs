@@ -1,0 +1,157 @@
+//! What the program takes, as clap has it: the one definition that help, manual pages and completions are
+//! made of.
+
+pub mod manual;
+pub mod status;
+
+use std::path::PathBuf;
+
+use boxlitefs::home::GUARD;
+use boxlitefs::mount::DOCUMENTED;
+use clap::{Args, Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  boxlitefs mount /mnt/boxlite                        show ~/.boxlite at /mnt/boxlite
+  mkdir /mnt/boxlite/web/snapshots/before-upgrade     take a snapshot
+  cp /mnt/boxlite/web/export.boxlite /backup/         back a box up
+  cp -r /mnt/boxlite/web /mnt/boxlite/web2            clone a box
+  boxlitefs status /mnt/boxlite                       what is going on there
+  boxlitefs unmount /mnt/boxlite
+
+Why something failed is in /mnt/boxlite/.boxlite/log.";
+
+const MOUNT_EXAMPLES: &str = "\
+Examples:
+  boxlitefs mount /mnt/boxlite
+  boxlitefs mount -o ro /srv/boxlite-home /mnt/boxlite
+  boxlitefs mount -f -o allow_other /srv/boxlite-home /mnt/boxlite
+
+In /etc/fstab (with mount.boxlite installed):
+  /srv/boxlite-home  /mnt/boxlite  boxlite  nofail,allow_other  0  0
+
+In the foreground, RUST_LOG=debug says more. Under systemd it tells when it serves, and that it is alive.";
+
+const UNMOUNT_EXAMPLES: &str = "\
+Examples:
+  boxlitefs unmount /mnt/boxlite";
+
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  boxlitefs status                        all mounts of boxlitefs
+  boxlitefs status /mnt/boxlite
+  boxlitefs status --watch /mnt/boxlite   look on while boxes are copied
+  boxlitefs status --json /mnt/boxlite    the same as .boxlite/status in the mount";
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  boxlitefs check                     look at ~/.boxlite
+  boxlitefs check /srv/boxlite-home
+  boxlitefs check --repair            remove what crashes left, once no BoxLite program has it open
+
+Exit status: 0 clean, 1 something was found, 2 the check could not be made.";
+
+const COMPACT_EXAMPLES: &str = "\
+Examples:
+  boxlitefs compact                   give back what deleted snapshots took in ~/.boxlite
+  boxlitefs compact /srv/boxlite-home
+
+Boxes that run and layers that are being read are left for another time. It works beside a mount of
+the same home, but not while a BoxLite program has it open.";
+
+/// Mounts a BoxLite home as files: snapshot with mkdir, back up and clone with cp.
+#[derive(Parser)]
+#[command(name = "boxlitefs", version, about, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub struct CommandLine {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Mount a BoxLite home on a directory
+    #[command(
+        override_usage = "boxlitefs mount [OPTIONS] [HOME] MOUNTPOINT",
+        after_help = MOUNT_EXAMPLES
+    )]
+    Mount(MountArguments),
+    /// Unmount what `boxlitefs mount` mounted
+    #[command(after_help = UNMOUNT_EXAMPLES)]
+    Unmount {
+        /// Where it is mounted
+        mountpoint: PathBuf,
+    },
+    /// Say what is going on in a mount: what is being copied and how far it is, space and memory
+    #[command(after_help = STATUS_EXAMPLES)]
+    Status(StatusArguments),
+    /// Look for damage and leftovers in a home, without changing it unless asked to
+    #[command(after_help = CHECK_EXAMPLES)]
+    Check {
+        /// Remove or adopt leftovers; nothing that anything reads from
+        #[arg(long)]
+        repair: bool,
+        /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
+        home: Option<PathBuf>,
+    },
+    /// Merge layers that nothing needs by themselves, and give their space back, now
+    #[command(after_help = COMPACT_EXAMPLES)]
+    Compact {
+        /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
+        home: Option<PathBuf>,
+    },
+    /// Sets a paused virtual machine going if the mount that paused it dies
+    #[command(name = GUARD, hide = true)]
+    Guard,
+    /// Write manual pages and completions, as they are installed below share, into a directory
+    #[command(hide = true)]
+    Manual {
+        /// The directory, made if it is not there
+        directory: PathBuf,
+    },
+}
+
+/// What `mount` takes.
+#[derive(Args)]
+pub struct MountArguments {
+    /// Stay in the foreground and log to standard error
+    #[arg(short, long)]
+    pub foreground: bool,
+    /// Mount options, separated by commas
+    #[arg(
+        short = 'o',
+        value_name = "OPT[,OPT…]",
+        help = "Mount options, separated by commas; --help lists them",
+        long_help = options_help()
+    )]
+    pub options: Vec<String>,
+    /// Ignore options that are not known, as `mount -s` asks
+    #[arg(long, hide = true)]
+    pub sloppy: bool,
+    /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite], and the directory to mount on
+    #[arg(required = true, num_args = 1..=2, value_names = ["HOME", "MOUNTPOINT"])]
+    pub places: Vec<PathBuf>,
+}
+
+/// What `status` takes.
+#[derive(Args)]
+pub struct StatusArguments {
+    /// Go on showing it, with a bar for each export and import, until interrupted or unmounted
+    #[arg(short, long)]
+    pub watch: bool,
+    /// Print .boxlite/status as it is
+    #[arg(long, conflicts_with = "watch")]
+    pub json: bool,
+    /// Where it is mounted [default: every mount of boxlitefs]
+    pub mountpoint: Option<PathBuf>,
+}
+
+/// The mount options, a paragraph each.
+fn options_help() -> String {
+    let mut help = String::from("Mount options, separated by commas:\n");
+    for option in DOCUMENTED {
+        help += &format!("\n  {}: {}", option.form, option.effect);
+    }
+    help + "\n\nnosuid and nodev are always on. What every mount takes (defaults, nofail, user, x-… and so on) is accepted."
+}

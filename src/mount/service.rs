@@ -1,0 +1,59 @@
+//! A mount as a service of systemd: it tells when it serves, that it is alive, and that it ends. Where
+//! there is no systemd, nothing happens.
+
+use std::sync::{Arc, Weak};
+use std::thread;
+
+use sd_notify::NotifyState;
+
+use super::Places;
+use crate::tree::Tree;
+
+/// The mount serves. Where a watchdog is set, it is told from now on, twice in its time, that the mount
+/// answers.
+pub(super) fn serving(tree: &Arc<Tree>, places: &Places) {
+    let home = places.home.display();
+    let status = format!("{home} is mounted on {}", places.mountpoint.display());
+    tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
+    let Some(patience) = sd_notify::watchdog_enabled() else {
+        return;
+    };
+    let watched = Arc::downgrade(tree);
+    let started = thread::Builder::new()
+        .name("watchdog".into())
+        .spawn(move || {
+            while is_alive(&watched) {
+                tell(&[NotifyState::Watchdog]);
+                thread::sleep(patience / 2);
+            }
+        });
+    if let Err(error) = started {
+        log::error!("cannot start the thread that tells systemd that the mount is alive: {error}");
+    }
+}
+
+/// Whether the tree is there, and answers: it does not return while something holds the tree's locks, which
+/// is what a watchdog is for.
+///
+/// It asks the tree and not the mount, since a thread that waits for its own mount keeps /dev/fuse open,
+/// and the process could not be killed.
+fn is_alive(tree: &Weak<Tree>) -> bool {
+    let Some(tree) = tree.upgrade() else {
+        return false;
+    };
+    if let Err(error) = tree.look_at_root() {
+        log::debug!("the home can't be read just now: {error}");
+    }
+    true
+}
+
+/// The mount ends on a signal.
+pub(super) fn stopping() {
+    tell(&[NotifyState::Stopping]);
+}
+
+fn tell(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        log::debug!("systemd could not be told: {error}");
+    }
+}

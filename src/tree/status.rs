@@ -1,0 +1,187 @@
+//! `.boxlite/status`: what is going on, as JSON.
+//!
+//! It is another at every look, and what a reader was told of its size has to stay true: so each version
+//! of it has an inode of its own, and lasts until the kernel forgets that.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use super::Tree;
+use super::attr::Attr;
+use super::node::Node;
+use crate::home::rfc3339;
+use crate::{Error, Result};
+
+/// How long a version is given to whoever looks: cp looks several times, and takes another inode for
+/// another file.
+const FRESH: Duration = Duration::from_millis(200);
+
+/// The versions that somebody may still read.
+#[derive(Default)]
+pub(super) struct Versions {
+    latest: Option<(u64, Instant)>,
+    last: u64,
+    /// By inode number.
+    all: HashMap<u64, Arc<Version>>,
+}
+
+impl Versions {
+    /// The kernel does not know a version any more; the latest one is given to others yet.
+    pub(super) fn forget(&mut self, ino: u64) {
+        let latest = self.latest.map(|(number, _)| Node::Status(number).ino());
+        if latest != Some(ino) {
+            self.all.remove(&ino);
+        }
+    }
+}
+
+struct Version {
+    bytes: Vec<u8>,
+    made: SystemTime,
+}
+
+/// What whoever mounted tells of the mount.
+#[derive(Clone, Debug)]
+pub struct MountFacts {
+    /// Where it is mounted.
+    pub mountpoint: std::path::PathBuf,
+    /// Its options, by name.
+    pub options: Value,
+}
+
+impl Tree {
+    /// Takes what `.boxlite/status` says of the mount itself. Once, before anybody looks.
+    pub fn tell_of_mount(&self, facts: MountFacts) {
+        let _ = self.facts.set((facts, SystemTime::now()));
+    }
+
+    /// The node of a version that is fresh enough.
+    pub(super) fn status_node(&self) -> Result<Node> {
+        let mut versions = self.status.lock();
+        if let Some((number, made)) = versions.latest
+            && made.elapsed() < FRESH
+        {
+            return Ok(Node::Status(number));
+        }
+        let bytes = pretty(&self.status_value())?;
+        let made = SystemTime::now();
+        versions.last += 1;
+        let number = versions.last;
+        let version = Arc::new(Version { bytes, made });
+        versions.all.insert(Node::Status(number).ino(), version);
+        let before = versions.latest.replace((number, Instant::now()));
+        drop(versions);
+        // One that was only looked at is not known to the kernel, and never forgotten.
+        if let Some((before, _)) = before {
+            let ino = Node::Status(before).ino();
+            let known = self.known.lock();
+            if known.node(ino).is_none() {
+                self.status.lock().forget(ino);
+            }
+        }
+        Ok(Node::Status(number))
+    }
+
+    pub(super) fn status_attr(&self, node: &Node, number: u64) -> Result<Attr> {
+        let version = self.status_version(number)?;
+        Ok(self.file(node, version.bytes.len() as u64, version.made))
+    }
+
+    pub(super) fn status_bytes(&self, number: u64) -> Result<Vec<u8>> {
+        Ok(self.status_version(number)?.bytes.clone())
+    }
+
+    /// ESTALE has the kernel look the name up again.
+    fn status_version(&self, number: u64) -> Result<Arc<Version>> {
+        let ino = Node::Status(number).ino();
+        let version = self.status.lock().all.get(&ino).cloned();
+        version.ok_or_else(|| Error::new(libc::ESTALE, "there is a newer status"))
+    }
+
+    fn status_value(&self) -> Value {
+        let store = &self.store;
+        let (mountpoint, options, since) = match self.facts.get() {
+            Some((facts, since)) => (
+                json!(facts.mountpoint.to_string_lossy()),
+                facts.options.clone(),
+                json!(time(*since)),
+            ),
+            None => (Value::Null, Value::Null, Value::Null),
+        };
+        let operations: Vec<Value> = store
+            .operations()
+            .running()
+            .iter()
+            .map(|operation| {
+                json!({
+                    "what": operation.what,
+                    "since": time(operation.since),
+                    "bytes": operation.done(),
+                    "total_bytes": operation.total(),
+                    "percent": operation.percent(),
+                })
+            })
+            .collect();
+        let catalog = store.home().catalog().ok();
+        let cache = store.cache_usage();
+        let memory = Memory::of_this_process();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "home": store.home().root().to_string_lossy(),
+            "mountpoint": mountpoint,
+            "since": since,
+            "options": options,
+            "boxes": catalog.as_ref().map(|catalog| catalog.boxes().len()),
+            "changes": catalog.and_then(|catalog| catalog.schema().read_only.clone()),
+            "open_files": self.handles.lock().len(),
+            "operations": operations,
+            "cache": {
+                "archives": cache.archives,
+                "bytes": cache.bytes,
+                "limit_bytes": cache.limit,
+                "remembered_bytes": cache.remembered,
+            },
+            "memory": {"resident_bytes": memory.resident, "peak_bytes": memory.peak},
+        })
+    }
+}
+
+fn pretty(value: &Value) -> Result<Vec<u8>> {
+    let mut bytes = serde_json::to_vec_pretty(value)
+        .map_err(|error| Error::damaged(format!("cannot write the status: {error}")))?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+fn time(at: SystemTime) -> String {
+    let seconds = at
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    rfc3339(i64::try_from(seconds).unwrap_or(0))
+}
+
+/// What the process takes; None where /proc does not say.
+#[derive(Default)]
+struct Memory {
+    resident: Option<u64>,
+    peak: Option<u64>,
+}
+
+impl Memory {
+    fn of_this_process() -> Memory {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let bytes = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+            Some(kib * 1024)
+        };
+        Memory {
+            resident: bytes("VmRSS:"),
+            peak: bytes("VmHWM:"),
+        }
+    }
+}

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# A machine that has nothing: a minimal Debian in a directory, on which the package is installed and used as
+# README.md and docs/install.md say, word for word. Needs root, /dev/fuse and Debian's packages.
+#
+#     fresh_machine.sh PACKAGE.deb
+#
+# The Debian is that of this machine, from where this machine has its packages; it is kept in target/fresh for
+# the next time. Everything runs in namespaces that go with the script, mounts, too.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PATH=$PATH:/usr/sbin:/sbin
+
+step='preparing'
+say() {
+    step=$*
+    printf 'fresh machine: %s\n' "$step"
+}
+
+if [ -z "${FRESH_INSIDE:-}" ]; then
+    [ "$(id -u)" = 0 ] || { echo 'fresh machine: needs root' >&2; exit 1; }
+    command -v debootstrap >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends debootstrap; }
+    root=$(mktemp -d /var/tmp/boxlitefs-fresh.XXXXXX)
+    # --one-file-system: never through a mount.
+    trap 'rm -rf --one-file-system "$root"' EXIT
+    FRESH_INSIDE=$root unshare --mount --pid --fork --kill-child --mount-proc --propagation private "$0" "$@"
+    exit
+fi
+
+root=$FRESH_INSIDE
+package=$(realpath "$1")
+trap '[ $? = 0 ] || printf "fresh machine: FAILED at: %s\n" "$step" >&2' EXIT
+
+# ---- the machine --------------------------------------------------------------------------------
+
+suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
+base=$PWD/target/fresh/$suite
+if [ ! -e "$base.complete" ]; then
+    say "a minimal Debian $suite"
+    mirror=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+        awk -v suite="$suite" '$2 == suite && $3 == "main" { print $1; exit }')
+    rm -rf "$base"
+    mkdir -p "$base"
+    debootstrap --variant=minbase --include=sudo "$suite" "$base" "$mirror" >"$base.log" || { tail "$base.log"; exit 1; }
+    touch "$base.complete"
+fi
+cp -a --reflink=auto "$base/." "$root"
+mount --bind "$root" "$root"
+mount -t proc proc "$root/proc"
+mount -t sysfs -o ro sysfs "$root/sys"
+mount -t tmpfs -o mode=755 tmpfs "$root/dev"
+for device in null zero full random urandom tty fuse; do
+    touch "$root/dev/$device"
+    mount --bind "/dev/$device" "$root/dev/$device"
+done
+ln -s /proc/self/fd "$root/dev/fd"
+mount -t tmpfs -o mode=755 tmpfs "$root/run"
+cp /etc/resolv.conf "$root/etc/resolv.conf"
+apt-config dump | grep -i '^Acquire::.*proxy' >"$root/etc/apt/apt.conf.d/90fresh" || true
+# Nobody is there to say yes.
+cat >>"$root/etc/apt/apt.conf.d/90fresh" <<'CONF'
+APT::Get::Assume-Yes "true";
+Dpkg::Use-Pty "false";
+quiet "2";
+CONF
+as_root() { chroot "$root" /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 sh -euc "$1"; }
+as_alice() { as_root "exec su - alice -c '$(printf '%s' "$1" | sed "s/'/'\\\\''/g")'"; }
+as_root 'useradd -m -s /bin/bash alice; echo "alice ALL=(ALL) NOPASSWD: ALL" >/etc/sudoers.d/alice; apt-get update'
+
+# The homes name their own paths: they are made where they will be.
+cp -r tests/demo "$root/tmp/demo"
+mkdir -p "$root/tmp/tree/etc" "$root/srv"
+echo web >"$root/tmp/tree/etc/hostname"
+docs=$root/tmp/docs
+mkdir "$docs"
+cp README.md docs/install.md "$docs"
+cp "$package" "$root/home/alice/"
+demo=$root/tmp/demo
+mount --bind "$root/home" /home
+mount --bind "$root/srv" /srv
+"$demo/make-home.sh" /home/alice/.boxlite "$root/tmp/tree"
+"$demo/make-home.sh" /srv/boxlite-home "$root/tmp/tree"
+as_root 'chown -R alice:alice /home/alice'
+
+# The Nth block of code of a kind in a document, without the fence.
+block() { # DOCUMENT KIND N
+    awk -v fence="\`\`\`$2" -v wanted="$3" '
+        !inside && /^```/ { inside = 1; ours = $0 == fence && ++count == wanted; next }
+        inside && $0 == "```" { inside = 0; next }
+        inside && ours { print }' "$docs/$1"
+}
+
+same() { # WHAT WANTED GOT
+    [ "$2" = "$3" ] || { printf 'fresh machine: %s: %s instead of %s\n' "$1" "$3" "$2" >&2; exit 1; }
+}
+
+# ---- README.md ----------------------------------------------------------------------------------
+
+commands=$(block README.md sh 1)
+say "README.md's first commands, as a user"
+printf '%s\n' "$commands" | sed 's/^/    $ /'
+same 'lines in the first block of README.md' 2 "$(printf '%s\n' "$commands" | wc -l)"
+as_alice "$commands"
+same 'the boxes' web "$(as_alice 'ls boxes')"
+same "the guest's hostname" web "$(as_alice 'cat boxes/web/rootfs/etc/hostname')"
+as_alice 'mkdir boxes/web/snapshots/first && cp boxes/web/export.boxlite backup.boxlite && cp -r boxes/web boxes/web2'
+same 'the boxes' 'web
+web2' "$(as_alice 'ls boxes')"
+as_alice 'boxlitefs status boxes' | sed 's/^/    /'
+as_alice 'boxlitefs unmount boxes && boxlitefs check'
+
+say 'what the package has'
+for file in /usr/bin/boxlitefs /usr/sbin/mount.boxlite /usr/sbin/mount.fuse.boxlite \
+    /usr/share/man/man1/boxlitefs.1.gz /usr/share/man/man8/mount.boxlite.8.gz \
+    /usr/share/bash-completion/completions/boxlitefs /usr/share/zsh/site-functions/_boxlitefs \
+    /usr/share/fish/vendor_completions.d/boxlitefs.fish \
+    /usr/lib/systemd/system/boxlitefs@.service /usr/lib/systemd/user/boxlitefs.service \
+    /usr/share/mime/packages/boxlitefs.xml /usr/share/applications/boxlitefs.desktop \
+    /usr/share/doc/boxlitefs/README.md /usr/share/doc/boxlitefs/copyright; do
+    as_root "dpkg -L boxlitefs | grep -qx $file" || { echo "fresh machine: $file is not in the package" >&2; exit 1; }
+done
+as_root 'dpkg --verify boxlitefs'
+
+# ---- docs/install.md: fstab ---------------------------------------------------------------------
+
+lines=$(block install.md fstab 1)
+say 'the line for /etc/fstab'
+printf '%s\n' "$lines" | sed 's/^/    /'
+as_root "mkdir /mnt/boxlite; cat >>/etc/fstab <<'FSTAB'
+$lines
+FSTAB
+mount -a"
+same 'boxes of the home in /srv' web "$(as_root 'ls /mnt/boxlite')"
+same 'source and type' '/srv/boxlite-home fuse.boxlite' "$(as_root 'findmnt -n -o SOURCE,FSTYPE /mnt/boxlite' | tr -s ' ')"
+same 'boxes that others see' web "$(as_alice 'ls /mnt/boxlite')"
+as_root 'mount -o remount,ro /mnt/boxlite'
+as_root '! mkdir /mnt/boxlite/web/snapshots/s 2>/dev/null'
+as_root 'umount /mnt/boxlite; mount /mnt/boxlite; mkdir /mnt/boxlite/web/snapshots/s; umount /mnt/boxlite'
+line=$(block install.md fstab 2)
+say "the line for a user's own home"
+printf '%s\n' "$line" | sed 's/^/    /'
+as_root "cat >>/etc/fstab <<'FSTAB'
+$line
+FSTAB
+mount -a; test -z \"\$(ls /home/alice/boxes)\"; umount /mnt/boxlite"
+as_alice 'mount boxes && ls boxes >/dev/null && umount boxes'
+
+# ---- a service ----------------------------------------------------------------------------------
+
+say 'the units'
+as_root 'apt-get install --no-install-recommends systemd >/dev/null
+    systemd-analyze verify --man=no boxlitefs@alice.service
+    XDG_RUNTIME_DIR=/run systemd-analyze verify --user --man=no boxlitefs.service'
+
+# ---- and away -----------------------------------------------------------------------------------
+
+say 'removing the package'
+as_root 'apt-get purge boxlitefs >/dev/null; test ! -e /usr/bin/boxlitefs; test ! -e /usr/sbin/mount.fuse.boxlite'
+say 'done, everything worked'

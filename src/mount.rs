@@ -92,6 +92,7 @@ fn serve(
             is_shared: options.shared,
             compression: options.compression,
             compacting: options.compacting,
+            imports: options.imports,
         },
     )?);
     tree.tell_of_mount(MountFacts {

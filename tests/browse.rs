@@ -96,7 +96,7 @@ fn attributes_are_real() {
         );
         assert!(meta.blocks() >= meta.len() / 512, "{path}");
         assert_eq!(meta.nlink(), 1);
-        assert_eq!(meta.mode() & 0o7777, 0o644, "{path}");
+        assert_eq!(meta.mode() & 0o7777, 0o600, "{path}");
     }
     let created: i64 = home
         .database()

@@ -35,33 +35,6 @@ fn shell_succeeds(mount: &Mounted, home: &TestHome, archive: &Path, script: &str
     );
 }
 
-/// Every file of boxes and bases with a digest, what lies in a workspace, and how many rows there are:
-/// what must be the same when nothing was done.
-fn kept(home: &TestHome) -> String {
-    let script = "find boxes bases locks -type f -exec sha256sum {} + | sort; \
-                  find .boxlitefs -mindepth 2 ! -name lock 2>/dev/null; true";
-    let files = Command::new("sh")
-        .args(["-c", script])
-        .current_dir(home.root())
-        .output()
-        .expect("sh");
-    let count = |table: &str| -> i64 {
-        let count = format!("SELECT COUNT(*) FROM {table}");
-        home.database()
-            .query_row(&count, [], |row| row.get(0))
-            .unwrap()
-    };
-    let tables = [
-        "box_config",
-        "box_state",
-        "snapshot",
-        "base_disk",
-        "base_disk_ref",
-    ];
-    let counts: Vec<i64> = tables.into_iter().map(count).collect();
-    format!("{}{counts:?}", String::from_utf8(files.stdout).unwrap())
-}
-
 /// A home with the box `web` that has a snapshot `s` and a changed disk, and what they contain.
 fn home_with_snapshot() -> (TestHome, String, String) {
     let home = TestHome::new();
@@ -351,7 +324,7 @@ fn what_is_no_archive_is_refused_with_ebadmsg_and_leaves_nothing() {
     let home = TestHome::new();
     let mount = home.mount();
     let good = fs::read(mount.at("web/export.boxlite")).unwrap();
-    let before = kept(&home);
+    let before = home.kept();
     let mut flipped = good.clone();
     flipped[200_000] ^= 1;
     let cases = [
@@ -385,7 +358,7 @@ fn what_is_no_archive_is_refused_with_ebadmsg_and_leaves_nothing() {
             eventually(what, || mount.names("") == ["web"]);
         }
     }
-    assert_eq!(kept(&home), before);
+    assert_eq!(home.kept(), before);
     let said = fail(&[
         "cp",
         text(&mount.at("web/export.boxlite")),
@@ -407,7 +380,7 @@ fn what_is_no_archive_is_refused_with_ebadmsg_and_leaves_nothing() {
         mount.names("") == ["web"]
     });
     mount.unmount();
-    assert_eq!(kept(&home), before);
+    assert_eq!(home.kept(), before);
 }
 
 #[test]
@@ -527,7 +500,7 @@ fn a_copy_is_a_box_when_cp_ends() {
 #[test]
 fn a_directory_nothing_was_put_into_goes_with_rmdir_or_unmount() {
     let home = TestHome::new();
-    let before = kept(&home);
+    let before = home.kept();
     let mount = home.mount();
     fs::create_dir(mount.at("one")).unwrap();
     assert_eq!(errno(fs::create_dir(mount.at("one"))), libc::EEXIST);
@@ -538,14 +511,14 @@ fn a_directory_nothing_was_put_into_goes_with_rmdir_or_unmount() {
     let mount = home.mount();
     assert_eq!(mount.names(""), ["web"]);
     mount.unmount();
-    assert_eq!(kept(&home), before);
+    assert_eq!(home.kept(), before);
 }
 
 #[test]
 fn what_means_nothing_is_refused_and_changes_nothing() {
     let home = TestHome::new();
     let mount = home.mount();
-    let before = kept(&home);
+    let before = home.kept();
     for (script, said) in [
         ("cp $B $MNT/notes.txt", "Operation not permitted"),
         ("mkdir $MNT/.Trash-0", "Operation not permitted"),
@@ -572,5 +545,5 @@ fn what_means_nothing_is_refused_and_changes_nothing() {
         assert!(complaint.contains(said), "{script}: {complaint}");
     }
     assert_eq!(mount.names(""), ["web"]);
-    assert_eq!(kept(&home), before);
+    assert_eq!(home.kept(), before);
 }

@@ -33,6 +33,7 @@ const ERRNOS: &[(&str, i32)] = &[
     ("EBADMSG", libc::EBADMSG),
     ("EBUSY", libc::EBUSY),
     ("EEXIST", libc::EEXIST),
+    ("EFBIG", libc::EFBIG),
     ("EINVAL", libc::EINVAL),
     ("EIO", libc::EIO),
     ("ENODATA", libc::ENODATA),

@@ -26,6 +26,20 @@ use super::Manifest;
 use crate::disk::Header;
 use crate::{Error, Result};
 
+/// Most bytes of holes in an archive, or in the disk in one, that are read as zeros, and most that are
+/// read of a member that is not kept: it takes minutes to hash as many.
+pub const MOST_HOLES: u64 = 256 << 30;
+
+/// EFBIG: an archive brings more than it may.
+pub(crate) fn over_limit(what: &str, most: u64) -> Error {
+    Error::new(
+        libc::EFBIG,
+        format!(
+            "{what}, over the {most} that an import may bring here (the mount option max_import)"
+        ),
+    )
+}
+
 /// How far an archive has come.
 #[derive(PartialEq, Eq, Debug, Clone, Copy)]
 pub enum Progress {
@@ -57,15 +71,16 @@ pub struct Incoming {
 
 impl Incoming {
     /// Starts receiving. The file `disk` is created for the disk image and removed again when the
-    /// `Incoming` is dropped without a successful [`finish`](Self::finish).
+    /// `Incoming` is dropped without a successful [`finish`](Self::finish). At most `most` bytes are
+    /// written to it.
     ///
     /// # Errors
     ///
     /// EEXIST when `disk` exists; what creating it says otherwise.
-    pub fn begin(disk: &Path) -> Result<Incoming> {
+    pub fn begin(disk: &Path, most: Option<u64>) -> Result<Incoming> {
         Ok(Incoming {
             disk: disk.to_owned(),
-            decoding: Decoding::new(Members::new(DiskFile::create(disk)?)),
+            decoding: Decoding::new(Members::new(DiskFile::create(disk, most)?)),
             refusal: None,
             finished: false,
         })
@@ -81,8 +96,8 @@ impl Incoming {
     ///
     /// # Errors
     ///
-    /// EBADMSG for an archive that can't become a good one, ENOSPC when the disk does not fit, or what
-    /// writing it said, in this call or a later one, but never after the one that would complete the
+    /// EBADMSG for an archive that can't become a good one, EFBIG when the disk is more than it may be,
+    /// ENOSPC when it does not fit, or what writing it said, in this call or a later one, but never after the one that would complete the
     /// archive. An error is final: every later call returns it again.
     pub fn write(&mut self, bytes: &[u8]) -> Result<Progress> {
         if let Some(refusal) = &self.refusal {

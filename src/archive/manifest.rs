@@ -1,7 +1,9 @@
 //! `manifest.json`: what an archive says about the box in it.
 
 use crate::{Error, Result};
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
+use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Newest version of the manifest that is read and written (boxlite-home: "Readers accept up to 5").
@@ -74,14 +76,19 @@ fn version_for(options: &Value) -> u64 {
 
 impl Manifest {
     /// Reads and checks the bytes of `manifest.json`. EBADMSG for anything that is not a manifest of
-    /// version 1 to 5: over 1 MiB, no JSON object, a field that is missing or of another type, a
+    /// version 1 to 5: over 1 MiB, no JSON object, a key twice in any object, a field that is missing or of another type, a
     /// checksum that is none (from version 2 on there must be one).
     pub fn parse(bytes: &[u8]) -> Result<Manifest> {
         if bytes.len() > LARGEST {
             return Err(refused("is larger than 1 MiB"));
         }
-        let value: Value =
-            serde_json::from_slice(bytes).map_err(|e| refused("is not JSON").caused_by(e))?;
+        let Unique(value) = serde_json::from_slice(bytes).map_err(|e| {
+            let what = match e.is_data() {
+                true => "is ambiguous",
+                false => "is not JSON",
+            };
+            refused(what).caused_by(e)
+        })?;
         let fields = value
             .as_object()
             .ok_or_else(|| refused("is not a JSON object"))?;
@@ -104,6 +111,77 @@ impl Manifest {
             disk_digest: disk_digest(fields, version)?,
             exported_at: text(fields, "exported_at")?,
         })
+    }
+}
+
+/// JSON in which no object has a key twice. Readers differ in which of the two counts: one could be
+/// looked at here, and the other be used later.
+struct Unique(Value);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Unique, D::Error> {
+        from.deserialize_any(UniqueVisitor).map(Unique)
+    }
+}
+
+struct UniqueVisitor;
+
+impl<'de> Visitor<'de> for UniqueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(Unique(item)) = items.next_element()? {
+            list.push(item);
+        }
+        Ok(list.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
+        let mut object = Map::new();
+        while let Some(name) = fields.next_key::<String>()? {
+            let Unique(value) = fields.next_value()?;
+            if object.contains_key(&name) {
+                let short: String = name.chars().take(100).collect();
+                return Err(A::Error::custom(format_args!(
+                    "{short:?} stands in it twice"
+                )));
+            }
+            object.insert(name, value);
+        }
+        Ok(object.into())
     }
 }
 
@@ -305,6 +383,26 @@ mod tests {
         }
         assert!(with(3, &good.replace('f', "g")).is_err());
         assert!(with(3, &good.replace("0f0f", "é0f")).is_err());
+    }
+
+    #[test]
+    fn what_readers_would_read_differently_is_refused() {
+        let good = r#"{"version":3,"image":"a","guest_disk_checksum":"","box_options":{},"container_disk_checksum":"sha256:"#;
+        let good = format!("{good}{}\"}}", "00".repeat(32));
+        Manifest::parse(good.as_bytes()).unwrap();
+        for (once, twice) in [
+            ("\"version\":3", "\"version\":3,\"version\":3"),
+            ("\"version\":3", "\"version\":3,\"ver\\u0073ion\":1"),
+            ("{}", r#"{"volumes":[],"volumes":[]}"#),
+            ("{}", r#"{"env":[{"deep":1,"deep":2}]}"#),
+        ] {
+            let error = Manifest::parse(good.replacen(once, twice, 1).as_bytes()).unwrap_err();
+            assert_eq!(error.errno(), libc::EBADMSG);
+            assert!(error.to_string().contains("stands in it twice"), "{error}");
+        }
+        let deep = good.replacen("{}", &"[".repeat(100_000), 1);
+        let error = Manifest::parse(deep.as_bytes()).unwrap_err();
+        assert!(error.to_string().contains("recursion limit"), "{error}");
     }
 
     #[test]

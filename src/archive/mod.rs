@@ -20,7 +20,8 @@ mod producer;
 mod stream;
 
 pub use compressed::{Compressed, FrameKey, FrameSizes, compressed_key};
-pub use incoming::{Arrived, Incoming, Progress};
+pub(crate) use incoming::over_limit;
+pub use incoming::{Arrived, Incoming, MOST_HOLES, Progress};
 pub use layout::Export;
 pub use manifest::{About, Manifest, manifest_bytes};
 pub use producer::KnownSizes;

@@ -10,7 +10,9 @@
 #[cfg(test)]
 mod tests;
 
+use std::cell::Cell;
 use std::fs::File;
+use std::ops::{Range, RangeInclusive};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -24,8 +26,9 @@ const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// Most memory for one bit per host cluster, in bytes.
 const MAX_BITMAP_BYTES: u64 = 64 << 20;
-/// Host clusters whose compressed references are counted in one go: 8 MiB of counters.
-const COUNT_WINDOW: u64 = 2 << 20;
+/// Host clusters whose compressed references are counted in one walk: 32 MiB of counters, and no more
+/// than 32 walks, for there is a bit of the bitmap for each.
+const COUNT_WINDOW: u64 = 16 << 20;
 /// Bytes of a table read at once.
 const TABLE_CHUNK: u64 = 64 << 10;
 
@@ -46,8 +49,8 @@ const REFCOUNT_OFFSET_MASK: u64 = !0x1ff;
 /// twice (compressed clusters may share one, as the format has it); every host cluster in use with a
 /// refcount that covers its uses. Unset COPIED flags and leaked clusters are accepted.
 ///
-/// Memory is one bit per host cluster, at most 64 MiB, and at most one L2 table (2 MiB) and 8 MiB of
-/// counters beyond that.
+/// Memory is one bit per host cluster, at most 64 MiB, and at most one L2 table (2 MiB) and 32 MiB of
+/// counters beyond that. No more is read than twice the length of the file, whatever its tables say.
 ///
 /// # Errors
 ///
@@ -66,9 +69,11 @@ pub fn inspect_standalone(path: &Path) -> Result<Header> {
         file,
         length,
         header: &header,
+        read: Cell::new(0),
     };
     image.check_header()?;
     image.check_clusters()?;
+    log::debug!("{}: {} bytes of tables", path.display(), image.read.get());
     Ok(header)
 }
 
@@ -100,6 +105,8 @@ struct Image<'a> {
     file: File,
     length: u64,
     header: &'a Header,
+    /// Bytes of tables that were read.
+    read: Cell<u64>,
 }
 
 impl Image<'_> {
@@ -160,14 +167,16 @@ impl Image<'_> {
     fn check_clusters(&self) -> Result<()> {
         let mut claims = Claims::new(self.host_clusters());
         self.claim_metadata(&mut claims)?;
-        let mut any_compressed = false;
+        let mut windows = Windows::of(self.host_clusters());
         self.each_mapping(|this, l2, mapping| {
             match mapping {
                 MappingOrTable::Table => this.claim(&mut claims, "L2 table", l2, 1)?,
                 MappingOrTable::Mapping(Mapping::Cluster(offset)) => {
                     this.claim(&mut claims, "data cluster", offset, 1)?;
                 }
-                MappingOrTable::Mapping(Mapping::Compressed { .. }) => any_compressed = true,
+                MappingOrTable::Mapping(Mapping::Compressed { start, end }) => {
+                    windows.note(this.clusters_of(start, end));
+                }
                 MappingOrTable::Mapping(Mapping::Unallocated) => {}
             }
             Ok(())
@@ -175,10 +184,15 @@ impl Image<'_> {
         self.check_refcounts(0, self.host_clusters(), |cluster| {
             u64::from(claims.claimed(cluster))
         })?;
-        if any_compressed {
-            self.check_compressed(&claims)?;
-        }
-        Ok(())
+        windows
+            .noted()
+            .try_for_each(|window| self.check_compressed(&claims, window))
+    }
+
+    /// The host clusters that the bytes `start..end`, which are not empty, lie in.
+    fn clusters_of(&self, start: u64, end: u64) -> RangeInclusive<u64> {
+        let bits = self.header.cluster_bits;
+        start >> bits..=end.saturating_sub(1) >> bits
     }
 
     /// Claims the header, the L1 table, the refcount table and the blocks it names.
@@ -263,6 +277,8 @@ impl Image<'_> {
     }
 
     fn read(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        self.read
+            .set(self.read.get().saturating_add(into.len() as u64));
         self.file
             .read_exact_at(into, offset)
             .context(|| format!("cannot read {} at {offset:#x}", self.path.display()))
@@ -340,41 +356,40 @@ impl Image<'_> {
     }
 
     /// Host clusters that hold compressed data belong to nothing else, and are counted once for every
-    /// guest cluster in them. Counted in windows, to keep memory bounded whatever the file's size.
-    fn check_compressed(&self, claims: &Claims) -> Result<()> {
-        let clusters = self.host_clusters();
-        let bits = self.header.cluster_bits;
-        let mut first = 0;
-        while first < clusters {
-            let end = first.saturating_add(COUNT_WINDOW).min(clusters);
-            let mut uses = vec![0u32; (end - first) as usize];
-            self.each_mapping(|this, _, mapping| {
-                let MappingOrTable::Mapping(Mapping::Compressed { start, end: stop }) = mapping
-                else {
-                    return Ok(());
-                };
-                for cluster in (start >> bits).max(first)..=((stop - 1) >> bits).min(end - 1) {
-                    if claims.claimed(cluster) {
-                        return Err(this.refused(format!(
-                            "the compressed cluster at {start:#x} shares a cluster with something else"
-                        )));
-                    }
-                    if let Some(uses) = uses.get_mut((cluster - first) as usize) {
-                        *uses = uses.saturating_add(1);
-                    }
+    /// guest cluster in them. Looks at those of a window alone, to keep memory bounded whatever the
+    /// file's size.
+    fn check_compressed(&self, claims: &Claims, window: Range<u64>) -> Result<()> {
+        let Range { start: first, end } = window;
+        let mut uses = vec![0u16; end.saturating_sub(first) as usize];
+        self.each_mapping(|this, _, mapping| {
+            let MappingOrTable::Mapping(Mapping::Compressed { start, end: stop }) = mapping else {
+                return Ok(());
+            };
+            let clusters = this.clusters_of(start, stop);
+            for cluster in (*clusters.start()).max(first)..=(*clusters.end()).min(end - 1) {
+                if claims.claimed(cluster) {
+                    return Err(this.refused(format!(
+                        "the compressed cluster at {start:#x} shares a cluster with something else"
+                    )));
                 }
-                Ok(())
-            })?;
-            self.check_refcounts(first, end, |cluster| {
-                cluster
-                    .checked_sub(first)
-                    .and_then(|at| uses.get(at as usize))
-                    .copied()
-                    .map_or(0, u64::from)
-            })?;
-            first = end;
-        }
-        Ok(())
+                if let Some(uses) = uses.get_mut((cluster - first) as usize) {
+                    // Far more than any packer can get into one cluster.
+                    *uses = uses.checked_add(1).ok_or_else(|| {
+                        this.refused(format!(
+                            "the compressed cluster at {start:#x} shares its place with over 65535 others"
+                        ))
+                    })?;
+                }
+            }
+            Ok(())
+        })?;
+        self.check_refcounts(first, end, |cluster| {
+            cluster
+                .checked_sub(first)
+                .and_then(|at| uses.get(at as usize))
+                .copied()
+                .map_or(0, u64::from)
+        })
     }
 
     /// Every cluster in `first..end` must have a refcount of at least `uses(cluster)`. Reads the
@@ -441,6 +456,36 @@ fn refcount(block: &[u8], index: u64, order: u32) -> u64 {
         .unwrap_or_default()
         .iter()
         .fold(0, |value, byte| (value << 8) | u64::from(*byte))
+}
+
+/// Which windows of host clusters have compressed data in them.
+struct Windows {
+    noted: Vec<bool>,
+    clusters: u64,
+}
+
+impl Windows {
+    fn of(clusters: u64) -> Windows {
+        Windows {
+            noted: vec![false; clusters.div_ceil(COUNT_WINDOW) as usize],
+            clusters,
+        }
+    }
+
+    fn note(&mut self, clusters: RangeInclusive<u64>) {
+        for window in clusters.start() / COUNT_WINDOW..=clusters.end() / COUNT_WINDOW {
+            if let Some(noted) = self.noted.get_mut(window as usize) {
+                *noted = true;
+            }
+        }
+    }
+
+    /// The clusters of each.
+    fn noted(&self) -> impl Iterator<Item = Range<u64>> {
+        let starts = (0..self.clusters).step_by(COUNT_WINDOW as usize);
+        let noted = starts.zip(&self.noted).filter(|(_, noted)| **noted);
+        noted.map(|(first, _)| first..first.saturating_add(COUNT_WINDOW).min(self.clusters))
+    }
 }
 
 enum Claim {

@@ -10,6 +10,7 @@ mod change;
 mod identity;
 mod options;
 mod paths;
+mod reach;
 mod records;
 mod remembered;
 mod shim;
@@ -23,6 +24,7 @@ pub use identity::{
 };
 pub use options::{check_options, normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
+pub use reach::refuse_reach;
 pub use records::{
     BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
 };

@@ -146,6 +146,10 @@ const OPTIONS: Type = Object(&[
             ),
             ("kernel", Nothing),
             ("nested_virtualization", Bool),
+            (
+                "network_rate_limit",
+                Object(&[("tx_kbps", Optional(&U64)), ("rx_kbps", Optional(&U64))]),
+            ),
             ("privileged", Bool),
         ]),
     ),
@@ -163,7 +167,60 @@ pub fn check_options(options: &Value) -> Result<()> {
     OPTIONS.check(options, &mut at)
 }
 
+/// Where the first option stands that is not among those BoxLite is known to have.
+pub(super) fn unknown_option(options: &Value) -> Option<String> {
+    OPTIONS.unknown(options, &mut String::from("box_options"))
+}
+
 impl Type {
+    /// The type of a field of an object; None where it is not known.
+    fn field(&self, name: &str) -> Option<&Type> {
+        match self {
+            Object(fields) | Complete(fields) => {
+                let mut fields = fields.iter();
+                fields.find(|(known, _)| *known == name).map(|(_, it)| it)
+            }
+            OneOf(_, variants) => {
+                let mut variants = variants.iter();
+                variants.find(|(known, _)| *known == name).map(|(_, it)| it)
+            }
+            All(types) => types.iter().find_map(|one| one.field(name)),
+            Optional(inner) => inner.field(name),
+            _ => None,
+        }
+    }
+
+    /// Where the first field stands in a value of this type that is not known.
+    fn unknown(&self, value: &Value, at: &mut String) -> Option<String> {
+        match value {
+            Value::Object(fields) => {
+                fields
+                    .iter()
+                    .find_map(|(name, value)| match self.field(name) {
+                        Some(field) => {
+                            below(at, &format!(".{name}"), |at| field.unknown(value, at))
+                        }
+                        None => Some(format!("{at}.{}", shown(name))),
+                    })
+            }
+            Value::Array(items) => match self.item() {
+                Some(inner) => items.iter().enumerate().find_map(|(index, item)| {
+                    below(at, &format!("[{index}]"), |at| inner.unknown(item, at))
+                }),
+                None => None,
+            },
+            _ => None,
+        }
+    }
+
+    fn item(&self) -> Option<&Type> {
+        match self {
+            List(inner) => Some(inner),
+            Optional(inner) => inner.item(),
+            _ => None,
+        }
+    }
+
     fn check(&self, value: &Value, at: &mut String) -> Result<()> {
         match self {
             Bool if value.is_boolean() => Ok(()),
@@ -267,11 +324,13 @@ fn check_variant(
     Err(mismatch(at, &one_of(words, variants)))
 }
 
-fn below<T>(
-    at: &mut String,
-    step: &str,
-    check: impl FnOnce(&mut String) -> Result<T>,
-) -> Result<T> {
+/// A name from an archive, fit for a sentence.
+fn shown(name: &str) -> String {
+    let short: String = name.chars().take(100).collect();
+    format!("{short:?}")
+}
+
+fn below<T>(at: &mut String, step: &str, check: impl FnOnce(&mut String) -> T) -> T {
     let length = at.len();
     at.push_str(step);
     let result = check(at);

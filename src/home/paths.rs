@@ -1,7 +1,7 @@
 //! Where things are in a home, and whose they are.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -183,7 +183,7 @@ impl Home {
         self.root.join(STAGING)
     }
 
-    /// Makes `.boxlitefs` if it is not there, for the owner alone.
+    /// Makes `.boxlitefs` if it is not there, and sees that nobody but its owner can enter.
     ///
     /// # Errors
     /// Those of mkdir and chown.
@@ -191,9 +191,12 @@ impl Home {
         let dir = self.staging_dir();
         if !dir.is_dir() {
             self.make_dir(&dir)?;
-            let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-            fs::set_permissions(&dir, private)
-                .context(|| format!("cannot set the mode of {}", dir.display()))?;
+        }
+        let sentence = || format!("cannot set the mode of {}", dir.display());
+        let mode = fs::metadata(&dir).context(sentence)?.mode() & 0o7777;
+        // What is prepared in it may hold secrets.
+        if mode & 0o077 != 0 {
+            fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).context(sentence)?;
         }
         Ok(dir)
     }

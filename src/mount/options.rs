@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use crate::tree::{Compacting, Compression};
+use crate::tree::{Compacting, Compression, Imports};
 use crate::{Error, Result};
 
 /// Options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
@@ -25,6 +25,8 @@ pub struct Options {
     pub compression: Compression,
     /// `compact=SECONDS`.
     pub compacting: Compacting,
+    /// `max_import=SIZE` and `import=trusted|untrusted`.
+    pub imports: Imports,
 }
 
 /// An option of boxlitefs itself, as manuals and messages have it. (What every mount takes is not here.)
@@ -73,6 +75,14 @@ pub const DOCUMENTED: &[Documented] = &[
     Documented {
         form: "compact=SECONDS",
         effect: "how long nothing has to go on until the mount merges layers that nothing needs by themselves; 30 unless said, or off",
+    },
+    Documented {
+        form: "max_import=SIZE",
+        effect: "most disk space that one import may take, as 512M or 8G; no limit unless said",
+    },
+    Documented {
+        form: "import=trusted|untrusted",
+        effect: "whether archives may ask for what reaches into the host (volumes, ports for everyone, weaker isolation); trusted unless said",
     },
 ];
 
@@ -174,6 +184,19 @@ impl Options {
                     wrong_value(option, "a size in bytes, or with K, M, G or T; 0 for none")
                 })?;
             }
+            Some(("max_import", size)) => {
+                self.imports.most =
+                    Some(bytes(size).filter(|size| *size > 0).ok_or_else(|| {
+                        wrong_value(option, "a size in bytes, or with K, M, G or T, more than 0")
+                    })?);
+            }
+            Some(("import", trust)) => {
+                self.imports.untrusted = match trust {
+                    "trusted" => false,
+                    "untrusted" => true,
+                    _ => return Err(wrong_value(option, "trusted or untrusted")),
+                };
+            }
             Some(("compact", "off")) => self.compacting.after = None,
             Some(("compact", seconds)) => {
                 let long = seconds.parse().ok();
@@ -193,6 +216,8 @@ impl Options {
         serde_json::json!({
             "ro": self.read_only,
             "shared": self.shared,
+            "max_import": self.imports.most,
+            "import": if self.imports.untrusted { "untrusted" } else { "trusted" },
             "allow_other": self.allow_other,
             "allow_root": self.allow_root,
             "noexec": self.noexec,
@@ -309,6 +334,29 @@ mod tests {
             "cache=5X",
             "cache=99999999T",
             "cache=G",
+        ] {
+            let error = parse(wrong).unwrap_err();
+            assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
+            assert!(error.sentence().contains(wrong), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_archives_may_bring_is_checked() {
+        assert_eq!(parse("ro").unwrap().imports, Imports::default());
+        let options = parse("max_import=20G,import=untrusted").unwrap();
+        assert_eq!(options.imports.most, Some(20 << 30));
+        assert!(options.imports.untrusted);
+        let later = parse("import=untrusted,import=trusted").unwrap();
+        assert!(!later.imports.untrusted);
+        for wrong in [
+            "max_import=",
+            "max_import=0",
+            "max_import=-1",
+            "max_import=none",
+            "import=",
+            "import=yes",
+            "import=Untrusted",
         ] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");

@@ -2,22 +2,28 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
 use super::Store;
 use super::upkeep::UnderWay;
-use crate::archive::{Incoming, Manifest, Progress};
-use crate::home::{check_options, normalize_imported};
+use crate::archive::{Incoming, MOST_HOLES, Manifest, Progress, over_limit};
+use crate::home::{check_options, normalize_imported, refuse_reach};
 use crate::{Context, Error, Result};
 
 /// Bytes fed at once from the spool or for a gap.
 const PIECE: usize = 1024 * 1024;
 
-/// Most bytes of holes in an archive that are read as zeros: it takes minutes to hash as many.
-const MOST_HOLES: u64 = 256 << 30;
+/// What archives may bring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Imports {
+    /// Most bytes that one of them may have written into the home; None: as many as there is room for.
+    pub most: Option<u64>,
+    /// Options that reach into the host are refused.
+    pub untrusted: bool,
+}
 
 /// An archive as it arrives: what comes in order is decoded, hashed and unpacked at once; what
 /// comes early waits in a spool. Its disk is removed with it unless it was taken.
@@ -32,6 +38,7 @@ pub struct Arrival {
     /// Length the writer gave the file, where it said so (ftruncate after a hole at the end).
     length: u64,
     wanted: Wanted,
+    imports: Imports,
     /// Those of the box; there once the archive is complete and right.
     options: Option<Value>,
     refused: Option<(i32, String)>,
@@ -56,13 +63,14 @@ impl Store {
         self.refuse_read_only()?;
         let disk = self.fresh_path("disk")?;
         Ok(Arrival {
-            incoming: Incoming::begin(&disk)?,
+            incoming: Incoming::begin(&disk, self.imports.most)?,
             spool: None,
             disk,
             disk_is_ours: false,
             fed: 0,
             length: 0,
             wanted,
+            imports: self.imports,
             options: None,
             refused: None,
             _under_way: self.foreground.begin(),
@@ -75,7 +83,8 @@ impl Arrival {
     /// archive or shows that it can't become one; it is sticky.
     ///
     /// # Errors
-    /// EBADMSG with the check that failed, ENOSPC, EIO; ESPIPE for bytes that were taken before.
+    /// EBADMSG with the check that failed, EPERM naming an option that is not allowed here, EFBIG for
+    /// more than may come, ENOSPC, EIO; ESPIPE for bytes that were taken before.
     pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.refused()?;
         let result = self.take(offset, bytes);
@@ -119,7 +128,12 @@ impl Arrival {
             None => json!({"rootfs": {"Image": manifest.image}}),
         };
         check_options(&options)?;
-        self.options = Some(normalize_imported(options, Some(manifest.version)));
+        // What ports mean depends on the version.
+        let options = normalize_imported(options, Some(manifest.version));
+        if self.imports.untrusted {
+            refuse_reach(&options)?;
+        }
+        self.options = Some(options);
         Ok(())
     }
 
@@ -136,7 +150,10 @@ impl Arrival {
 
     fn spool(&mut self) -> Result<&mut Spool> {
         if self.spool.is_none() {
-            self.spool = Some(Spool::create(&self.disk.with_extension("spool"))?);
+            self.spool = Some(Spool::create(
+                &self.disk.with_extension("spool"),
+                self.imports.most,
+            )?);
         }
         self.spool
             .as_mut()
@@ -258,21 +275,27 @@ struct Spool {
     file: File,
     /// Offset → end of each piece; disjoint.
     pieces: BTreeMap<u64, u64>,
+    /// Bytes written to the file, and how many that may be at most.
+    written: u64,
+    most: Option<u64>,
 }
 
 impl Spool {
-    fn create(path: &Path) -> Result<Spool> {
+    fn create(path: &Path, most: Option<u64>) -> Result<Spool> {
         let sentence = || format!("cannot make the spool {}", path.display());
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
+            .mode(0o600)
             .open(path)
             .context(sentence)?;
         fs::remove_file(path).context(sentence)?;
         Ok(Spool {
             file,
             pieces: BTreeMap::new(),
+            written: 0,
+            most,
         })
     }
 
@@ -280,6 +303,10 @@ impl Spool {
         let end = offset
             .checked_add(bytes.len() as u64)
             .ok_or_else(|| Error::new(libc::EFBIG, "the archive is too large"))?;
+        self.written = self.written.saturating_add(bytes.len() as u64);
+        if let Some(most) = self.most.filter(|most| self.written > *most) {
+            return Err(over_limit("more of the archive came out of order", most));
+        }
         self.file
             .write_all_at(bytes, offset)
             .context(|| "cannot keep a part of the archive that came out of order")?;

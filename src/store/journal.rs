@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -42,7 +43,11 @@ impl Journal {
         };
         inner.load(&path);
         if !read_only && home.make_staging_dir().is_ok() {
-            let file = OpenOptions::new().append(true).create(true).open(&path);
+            let file = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(&path);
             if let Ok(file) = file
                 && home.give_to_owner(&path).is_ok()
             {
@@ -55,25 +60,27 @@ impl Journal {
         }
     }
 
-    /// Adds a sentence with the time.
+    /// Adds a sentence with the time. What an archive or a name put into it can't pass for another line,
+    /// or give orders to a terminal.
     pub fn note(&self, sentence: &str) {
+        let sentence = printable(sentence);
         log::info!("{sentence}");
-        self.add(sentence);
+        self.add(&sentence);
     }
 
     /// Adds one that says that something failed; the system's log has it as a warning.
     pub fn complain(&self, sentence: &str) {
+        let sentence = printable(sentence);
         log::warn!("{sentence}");
-        self.add(sentence);
+        self.add(&sentence);
     }
 
     fn add(&self, sentence: &str) {
         let now = SystemTime::now();
         let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let line = format!(
-            "{} {}\n",
+            "{} {sentence}\n",
             rfc3339(i64::try_from(seconds).unwrap_or(0)),
-            sentence.replace(['\n', '\r'], " ")
         );
         let mut inner = self.inner.lock();
         inner.changed = now;
@@ -85,7 +92,7 @@ impl Journal {
     /// Adds a sentence, unless it is the last one already: whoever walks through what is damaged asks
     /// for it many times.
     pub fn note_once(&self, sentence: &str) {
-        if self.inner.lock().last != sentence {
+        if self.inner.lock().last != printable(sentence) {
             self.note(sentence);
         }
     }
@@ -117,6 +124,21 @@ impl Journal {
             .copied()
             .collect()
     }
+}
+
+/// The sentence with everything escaped that does not stand for itself: control characters (of which
+/// line ends become blanks), and those that change the direction of what follows.
+fn printable(sentence: &str) -> String {
+    let mut text = String::with_capacity(sentence.len());
+    for c in sentence.chars() {
+        match c {
+            '\n' | '\r' => text.push(' '),
+            '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => text.extend(c.escape_unicode()),
+            _ if c.is_control() => text.extend(c.escape_unicode()),
+            _ => text.push(c),
+        }
+    }
+    text
 }
 
 impl Inner {
@@ -156,9 +178,27 @@ impl Inner {
         }
         if file.metadata().is_ok_and(|meta| meta.len() > ROTATE)
             && fs::rename(path, path.with_extension("1")).is_ok()
-            && let Ok(fresh) = OpenOptions::new().append(true).create(true).open(path)
+            && let Ok(fresh) = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(path)
         {
             self.file = Some(fresh);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_in_a_sentence_is_a_line_or_an_order_to_a_terminal() {
+        let hostile = "a\nb\r\u{1b}[2J\u{9b}1m\u{7}\u{7f}\u{202e}gpj.é 'x\\'";
+        assert_eq!(
+            printable(hostile),
+            r"a b \u{1b}[2J\u{9b}1m\u{7}\u{7f}\u{202e}gpj.é 'x\'"
+        );
     }
 }

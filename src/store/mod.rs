@@ -40,7 +40,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-pub use arrival::{Arrival, Wanted};
+pub use arrival::{Arrival, Imports, Wanted};
 pub use clone::{NewClone, NewSnapshotName};
 pub use compressed::{CacheUsage, Compression, OpenedCompressed, Packed, Waiter};
 pub use export::Contents;
@@ -101,6 +101,7 @@ pub struct Store {
     workspace: Mutex<Option<workspace::Workspace>>,
     remembered: Remembered,
     compression: Compression,
+    imports: Imports,
     compressed: Mutex<compressed::CompressedCache>,
     turns: compressed::Turns,
     insides: Mutex<inside::InsideCache>,
@@ -149,6 +150,11 @@ impl Store {
         Ok(store)
     }
 
+    /// The same, with what archives may bring.
+    pub fn taking(self, imports: Imports) -> Store {
+        Store { imports, ..self }
+    }
+
     /// A home that is only looked at.
     fn to_look(home: Home, journal: Journal) -> Store {
         Store::of(home, journal, true, Compression::default())
@@ -163,6 +169,7 @@ impl Store {
             exports: Mutex::default(),
             workspace: Mutex::new(None),
             compression,
+            imports: Imports::default(),
             compressed: Mutex::default(),
             turns: compressed::Turns::default(),
             insides: Mutex::default(),

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::ops::Deref;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -118,6 +119,7 @@ impl Store {
             .read(true)
             .write(true)
             .create_new(true)
+            .mode(0o600)
             .open(&path)
             .context(sentence)?;
         fs::remove_file(&path).context(sentence)?;

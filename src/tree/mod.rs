@@ -34,7 +34,7 @@ use std::time::{Instant, SystemTime};
 use parking_lot::Mutex;
 
 pub use crate::home::Space;
-pub use crate::store::{Compacting, Compression};
+pub use crate::store::{Compacting, Compression, Imports};
 pub use attr::{Attr, DirEntry, Kept, Kind};
 pub use caller::Caller;
 pub use change::SetAttr;
@@ -61,6 +61,8 @@ pub struct Options {
     pub compression: Compression,
     /// When layers are merged.
     pub compacting: Compacting,
+    /// What archives may bring.
+    pub imports: Imports,
 }
 
 /// What the kernel was told of, and may ask for by number until it forgets.
@@ -164,7 +166,7 @@ impl Tree {
             options.is_shared,
             options.compression,
         )?;
-        let store = Arc::new(store);
+        let store = Arc::new(store.taking(options.imports));
         let upkeep = match options.read_only {
             true => None,
             false => Upkeep::begin(&store, options.compacting),

@@ -385,7 +385,8 @@ impl Tree {
             size,
             blocks: size.div_ceil(512),
             device: 0,
-            perm: 0o644 & mode_of_directories(owner.mode),
+            // Archives hold secrets, and disks what guests keep: for the owner of the home alone.
+            perm: 0o600,
             nlink: 1,
             uid: owner.uid,
             gid: owner.gid,

@@ -141,6 +141,32 @@ impl TestHome {
         succeed(&["sh", "-c", script, "sh", text(&self.root)])
     }
 
+    /// Every file of boxes and bases with a digest, what lies in a workspace, and how many rows there are:
+    /// what must be the same when nothing was done.
+    pub fn kept(&self) -> String {
+        let script = "find boxes bases locks -type f -exec sha256sum {} + | sort; \
+                      find .boxlitefs -mindepth 2 ! -name lock 2>/dev/null; true";
+        let files = Command::new("sh")
+            .args(["-c", script])
+            .current_dir(&self.root)
+            .output()
+            .expect("sh");
+        let database = self.database();
+        let count = |table: &str| -> i64 {
+            let count = format!("SELECT COUNT(*) FROM {table}");
+            database.query_row(&count, [], |row| row.get(0)).unwrap()
+        };
+        let tables = [
+            "box_config",
+            "box_state",
+            "snapshot",
+            "base_disk",
+            "base_disk_ref",
+        ];
+        let counts: Vec<i64> = tables.into_iter().map(count).collect();
+        format!("{}{counts:?}", String::from_utf8(files.stdout).unwrap())
+    }
+
     /// The home's directory.
     pub fn root(&self) -> &Path {
         &self.root

@@ -7,14 +7,11 @@ use std::sync::Arc;
 
 use super::disk_writer::{DiskWriter, PIECE, Piece, zeros};
 use super::stages::Stages;
+use super::{MOST_HOLES, over_limit};
 use crate::{Context, Error, Result};
 
 /// No disk is larger: 64 TiB, as for the virtual size.
 const MAX_LENGTH: u64 = 64 << 40;
-/// A sparse disk may expand to this many times the free space: hashing its zeros takes time.
-const MAX_EXPANSION: u64 = 1024;
-/// … but at least to that many times 1 GiB.
-const MIN_EXPANSION_BASE: u64 = 1 << 30;
 
 /// The file, the piece that is not whole yet, and the stages that whole ones go through.
 pub(super) struct DiskFile {
@@ -23,10 +20,13 @@ pub(super) struct DiskFile {
     file: Arc<File>,
     piece: Piece,
     stages: Stages,
+    /// Most bytes that may be written to the file.
+    most: Option<u64>,
 }
 
 impl DiskFile {
-    pub(super) fn create(path: &Path) -> Result<DiskFile> {
+    /// Creates the file, of which at most `most` bytes will be written.
+    pub(super) fn create(path: &Path, most: Option<u64>) -> Result<DiskFile> {
         let file = File::options()
             .read(true)
             .write(true)
@@ -34,12 +34,13 @@ impl DiskFile {
             .open(path)
             .context(|| format!("cannot create {} for the disk", path.display()))?;
         let file = Arc::new(file);
-        let writer = DiskWriter::new(path, file.clone());
+        let writer = DiskWriter::new(path, file.clone(), most);
         Ok(DiskFile {
             path: path.to_owned(),
             file,
             piece: Piece::new(),
             stages: Stages::new(writer),
+            most,
         })
     }
 
@@ -50,26 +51,31 @@ impl DiskFile {
     /// Refuses a disk that can't fit before any of it is written: `stored` bytes are in the archive,
     /// which expand to `expanded`.
     pub(super) fn check_room(&self, stored: u64, expanded: u64) -> Result<()> {
-        let free = free_space(&self.file)
-            .context(|| format!("cannot tell the free space for {}", self.path.display()))?;
         if expanded > MAX_LENGTH {
             return Err(Error::bad_archive(format!(
                 "the archive is refused: its disk.qcow2 of {expanded} bytes is over 64 TiB"
             )));
         }
+        let holes = expanded.saturating_sub(stored);
+        if holes > MOST_HOLES {
+            return Err(Error::bad_archive(format!(
+                "the archive is refused: its sparse disk.qcow2 has holes of {holes} bytes, over {} GiB; `qemu-img convert` makes a disk without holes",
+                MOST_HOLES >> 30
+            )));
+        }
+        if let Some(most) = self.most.filter(|most| stored > *most) {
+            return Err(over_limit(
+                &format!("the archive's disk.qcow2 has {stored} bytes"),
+                most,
+            ));
+        }
+        let free = free_space(&self.file)
+            .context(|| format!("cannot tell the free space for {}", self.path.display()))?;
         if stored > free {
             return Err(Error::new(
                 libc::ENOSPC,
                 format!(
                     "the archive's disk.qcow2 has {stored} bytes, but only {free} are free; make room and copy it again"
-                ),
-            ));
-        }
-        if expanded > free.max(MIN_EXPANSION_BASE).saturating_mul(MAX_EXPANSION) {
-            return Err(Error::new(
-                libc::ENOSPC,
-                format!(
-                    "the archive's sparse disk.qcow2 expands to {expanded} bytes, over {MAX_EXPANSION} times the {free} that are free"
                 ),
             ));
         }

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::over_limit;
 use crate::disk::{Aligned, BLOCK, Direct, begin_write_back};
 use crate::{Error, Result};
 
@@ -29,17 +30,23 @@ pub(super) struct DiskWriter {
     at: u64,
     /// Where writing back was last begun.
     written_back: u64,
+    /// Bytes written, and how many that may be at most.
+    written: u64,
+    most: Option<u64>,
 }
 
 impl DiskWriter {
-    /// `file` is what was just created at `path`.
-    pub(super) fn new(path: &Path, file: Arc<File>) -> DiskWriter {
+    /// `file` is what was just created at `path`; at most `most` bytes of it will be written. Pieces of
+    /// a sparse member may be so small that a block of each is more than was in the archive.
+    pub(super) fn new(path: &Path, file: Arc<File>, most: Option<u64>) -> DiskWriter {
         DiskWriter {
             path: path.to_owned(),
             direct: Direct::of(&file),
             file,
             at: 0,
             written_back: 0,
+            written: 0,
+            most,
         }
     }
 
@@ -52,6 +59,7 @@ impl DiskWriter {
         }
         if !all_zero(tail) {
             let at = self.at.saturating_add(blocks.len() as u64);
+            self.will_write(tail)?;
             self.file
                 .write_all_at(tail, at)
                 .map_err(|e| self.unwritable(e))?;
@@ -80,7 +88,17 @@ impl DiskWriter {
         self.file.sync_data().map_err(|e| self.unwritable(e))
     }
 
+    /// EFBIG when `bytes` are more than may still be written.
+    fn will_write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.written = self.written.saturating_add(bytes.len() as u64);
+        match self.most.filter(|most| self.written > *most) {
+            Some(most) => Err(over_limit("the archive's disk.qcow2 takes more", most)),
+            None => Ok(()),
+        }
+    }
+
     fn put(&mut self, bytes: &[u8], at: u64) -> Result<()> {
+        self.will_write(bytes)?;
         self.direct
             .write_all_at(&self.file, bytes, at)
             .map_err(|e| self.unwritable(e))
@@ -173,7 +191,7 @@ mod tests {
 
     fn writer(path: &Path) -> DiskWriter {
         let file = File::create_new(path).unwrap();
-        DiskWriter::new(path, Arc::new(file))
+        DiskWriter::new(path, Arc::new(file), None)
     }
 
     /// Pieces with runs of zeros of many lengths, and a tail.

@@ -6,9 +6,9 @@
 
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
-use super::Arrived;
 use super::disk_file::DiskFile;
 use super::disk_writer::all_zero;
+use super::{Arrived, MOST_HOLES};
 use crate::archive::Manifest;
 use crate::{Error, Result, disk};
 
@@ -385,6 +385,13 @@ impl Members {
                 return Err(refused(format!(
                     "its manifest.json of {} bytes is over 1 MiB",
                     member.expanded
+                )));
+            }
+            Kind::Rootfs if member.stored > MOST_HOLES => {
+                return Err(refused(format!(
+                    "its guest-rootfs.qcow2 of {} bytes is over {} GiB",
+                    member.stored,
+                    MOST_HOLES >> 30
                 )));
             }
             _ => {}

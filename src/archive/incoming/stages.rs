@@ -375,7 +375,7 @@ mod tests {
             .truncate(false)
             .open(path)
             .unwrap();
-        let mut stages = Stages::new(DiskWriter::new(path, Arc::new(file)));
+        let mut stages = Stages::new(DiskWriter::new(path, Arc::new(file), None));
         stages.zeros(ALONE + PIECE as u64).unwrap();
         stages
     }

@@ -132,7 +132,7 @@ impl Packer {
 
     fn begin(&self) -> (Incoming, PathBuf) {
         let to = self.path().join("incoming.qcow2");
-        (Incoming::begin(&to).unwrap(), to)
+        (Incoming::begin(&to, None).unwrap(), to)
     }
 
     /// How many bytes of a tar matter, as python reads it: up to the second zero block.
@@ -734,6 +734,57 @@ fn a_disk_that_cannot_fit_is_refused_before_it_is_written() {
 }
 
 #[test]
+fn a_disk_is_no_larger_than_it_may_be() {
+    let b = Packer::new();
+    let archive = b.plain();
+    let size = b.disk().len() as u64;
+    let receive = |archive: &[u8], most: u64| {
+        let to = b.path().join("incoming.qcow2");
+        let mut incoming = Incoming::begin(&to, Some(most)).unwrap();
+        let received = incoming.write(archive);
+        drop(incoming);
+        assert!(!to.exists());
+        received
+    };
+    assert_eq!(receive(&archive, size).unwrap(), Progress::Complete);
+    // Told by its header: the manifest before it takes two blocks, or three.
+    let head = archive.len().min(2048 + 512);
+    let error = receive(&archive[..head], size - 1).unwrap_err();
+    assert_eq!(error.errno(), libc::EFBIG);
+    assert!(error.to_string().contains("max_import"), "{error}");
+    // 64 KiB in pieces of a block of the tar, of which each takes a block of the disk.
+    let pieces: Vec<(u64, u64)> = (0..4).map(|at| (at * 65536, 512)).collect();
+    let mut sparse = sparse_header("disk.qcow2", 2048, 3 * 65536 + 512, &pieces);
+    sparse.extend([7; 2048]);
+    sparse.extend([0; 1024]);
+    let error = receive(&sparse, 2048).unwrap_err();
+    assert_eq!(error.errno(), libc::EFBIG, "{error}");
+    assert!(error.to_string().contains("takes more"), "{error}");
+    assert_eq!(
+        receive(&sparse, 4 * 4096).unwrap_err().errno(),
+        libc::EBADMSG
+    );
+}
+
+#[test]
+fn holes_that_would_take_minutes_are_refused_before_they_are_hashed() {
+    let b = Packer::new();
+    let most = MOST_HOLES;
+    let tar = sparse_header(
+        "disk.qcow2",
+        512,
+        most + 1024,
+        &[(0, 512), (most + 1024, 0)],
+    );
+    b.must_be_bad(&tar, "has holes of");
+    let mut header = tar::Header::new_gnu();
+    header.set_path("guest-rootfs.qcow2").unwrap();
+    header.set_size(most + 1);
+    header.set_cksum();
+    b.must_be_bad(header.as_bytes(), "is over 256 GiB");
+}
+
+#[test]
 fn a_full_file_system_is_said_so() {
     let b = Packer::new();
     let small = b.path().join("small");
@@ -749,7 +800,7 @@ fn a_full_file_system_is_said_so() {
     }
     let tar = b.plain();
     let to = small.join("incoming.qcow2");
-    let mut incoming = Incoming::begin(&to).unwrap();
+    let mut incoming = Incoming::begin(&to, None).unwrap();
     incoming.write(&tar[..40_000]).unwrap();
     let _ = fs::write(small.join("filler"), vec![1; 512 << 10]);
     let error = tar[40_000..]
@@ -846,7 +897,7 @@ fn nothing_written_is_no_archive_and_leaves_nothing() {
     let (mut incoming, to) = b.begin();
     assert!(to.exists());
     assert_eq!(
-        Incoming::begin(&to).err().map(|e| e.errno()),
+        Incoming::begin(&to, None).err().map(|e| e.errno()),
         Some(libc::EEXIST)
     );
     assert!(to.exists(), "a file of somebody else was removed");
@@ -1018,7 +1069,7 @@ fn a_file_system_that_fills_up_behind_is_said_so() {
     let mut said = Vec::new();
     for archive in [&tar, &packed] {
         let to = small.join("incoming.qcow2");
-        let mut incoming = Incoming::begin(&to).unwrap();
+        let mut incoming = Incoming::begin(&to, None).unwrap();
         let (start, rest) = archive.split_at(archive.len() / 8);
         incoming.write(start).unwrap();
         let filler = small.join("filler");

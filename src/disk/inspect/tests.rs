@@ -514,3 +514,116 @@ fn images_that_do_not_stand_alone_are_refused() {
     made.qemu("qemu-img", &["convert", "-O", "raw", "raw", "disk.qcow2"]);
     refused("no qcow2 image");
 }
+
+/// An image of `len` bytes made by hand, mostly a hole: the refcount table from cluster 1 on, its first
+/// block, the L1 table, L2 tables; and the header's fields for them.
+struct Handmade {
+    dir: TempDir,
+    file: File,
+    bits: u32,
+}
+
+impl Handmade {
+    fn new(bits: u32, len: u64, table_clusters: u64, l2_tables: u64) -> Handmade {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::create_new(dir.path().join("disk.qcow2")).unwrap();
+        file.set_len(len).unwrap();
+        let made = Handmade { dir, file, bits };
+        let size = l2_tables << (2 * bits - 3);
+        let mut header = Vec::new();
+        header.extend(b"QFI\xfb\0\0\0\x03");
+        header.extend([0; 12]);
+        header.extend(bits.to_be_bytes());
+        header.extend(size.to_be_bytes());
+        header.extend([0; 4]);
+        header.extend((l2_tables as u32).to_be_bytes());
+        header.extend(made.at(table_clusters + 2).to_be_bytes());
+        header.extend(made.at(1).to_be_bytes());
+        header.extend((table_clusters as u32).to_be_bytes());
+        header.resize(96, 0);
+        header.extend([0, 0, 0, 4, 0, 0, 0, 104]);
+        made.file.write_all_at(&header, 0).unwrap();
+        made.word(made.at(1), made.at(table_clusters + 1));
+        for table in 0..l2_tables {
+            let l1 = made.at(table_clusters + 2);
+            made.word(l1 + 8 * table, made.at(table_clusters + 3 + table));
+        }
+        for cluster in 0..table_clusters + 3 + l2_tables {
+            made.count(made.at(table_clusters + 1), cluster, 1);
+        }
+        made
+    }
+
+    /// Where a cluster begins.
+    fn at(&self, cluster: u64) -> u64 {
+        cluster << self.bits
+    }
+
+    fn word(&self, at: u64, word: u64) {
+        self.file.write_all_at(&word.to_be_bytes(), at).unwrap();
+    }
+
+    /// The refcount of a cluster that the block at `block` begins at or before.
+    fn count(&self, block: u64, index: u64, count: u16) {
+        let at = block + 2 * index;
+        self.file.write_all_at(&count.to_be_bytes(), at).unwrap();
+    }
+
+    fn inspect(&self) -> (Result<()>, u64) {
+        let path = self.dir.path().join("disk.qcow2");
+        let file = open_image(&path, false).unwrap();
+        let header = Header::read(&file, &path).unwrap().unwrap();
+        let image = Image {
+            path: &path,
+            length: file.metadata().unwrap().len(),
+            file,
+            header: &header,
+            read: Cell::new(0),
+        };
+        let result = image.check_header().and_then(|()| image.check_clusters());
+        (result, image.read.get())
+    }
+}
+
+#[test]
+fn compressed_clusters_all_over_a_huge_file_cost_a_walk_for_each_part_they_are_in() {
+    // 4 TiB are four windows. A refcount block speaks of 2 GiB.
+    let image = Handmade::new(16, 4 << 40, 1, 1);
+    let (l2, table) = (image.at(4), image.at(1));
+    for (entry, at) in [(0u64, 1u64 << 40), (1, 3 << 40)] {
+        let block = image.at(5 + entry);
+        image.count(image.at(2), 5 + entry, 1);
+        image.word(l2 + 8 * entry, COMPRESSED | at);
+        image.word(table + 8 * (at >> 31), block);
+        image.count(block, (at >> 16) % 32768, 1);
+    }
+    let (result, read) = image.inspect();
+    result.unwrap();
+    // L1, L2 and refcount table and the three blocks; then for each of the two windows L1 and L2 table,
+    // refcount table, and a block.
+    assert!(read <= (6 + 2 * 4) << 16, "{read} bytes of tables");
+    // A second user of the last one.
+    image.word(l2 + 8 * 2, COMPRESSED | ((3 << 40) + 100));
+    let (result, _) = image.inspect();
+    let error = result.unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("in use 2 times but has refcount 1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn no_number_of_compressed_clusters_in_one_overflows_its_count() {
+    let image = Handmade::new(16, 16 << 16, 1, 9);
+    let data = image.at(13);
+    for entry in 0..9 * 8192u64 {
+        image.word(image.at(4) + 8 * entry, COMPRESSED | data);
+    }
+    image.count(image.at(2), 13, u16::MAX);
+    let (result, _) = image.inspect();
+    let error = result.unwrap_err();
+    assert_eq!(error.errno(), libc::EBADMSG);
+    assert!(error.to_string().contains("over 65535 others"), "{error}");
+}

@@ -53,7 +53,7 @@ pub fn run(request: Mount) -> Result<()> {
     let places = Places::check(&request.home, &request.mountpoint)?;
     places::check_permission(&request.options)?;
     if request.foreground {
-        return serve(&places, &request.options, |tree| {
+        let served = serve(&places, &request.options, |tree| {
             log::info!(
                 "{} is mounted on {}",
                 places.home.display(),
@@ -61,6 +61,8 @@ pub fn run(request: Mount) -> Result<()> {
             );
             service::serving(tree, &places);
         });
+        logging::write_last_lines();
+        return served;
     }
     background::start(&places.mountpoint, |word| {
         logging::log_to_system();
@@ -85,6 +87,7 @@ fn serve(
     memory::bound();
     // First of all: the signals must be blocked before anything starts a thread.
     let phase = signals::watch(&places.mountpoint)?;
+    logging::begin_to_write();
     let tree = Arc::new(Tree::open(
         &places.home,
         tree::Options {

@@ -3,12 +3,17 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
+use std::sync::OnceLock;
+use std::time::Duration;
 
+use crossbeam_channel::{Receiver, Sender, bounded};
+use env_logger::{Target, WriteStyle};
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use parking_lot::Mutex;
 
 /// What is logged unless RUST_LOG says otherwise. fuser calls it a failed unmount when somebody else
 /// unmounted, which is how a mount normally ends, and an error when somebody was killed while he waited
@@ -21,7 +26,14 @@ const SYSTEM_LOG: &str = "/dev/log";
 /// Facility of daemons, syslog(3).
 const DAEMON: u8 = 3 << 3;
 
-/// Has the lines written to standard error, as RUST_LOG says. Where that is systemd's journal, each begins
+/// Lines that may wait for standard error to take them.
+const WAITING: usize = 1024;
+
+/// How long the last lines may take.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Has the lines written to standard error, as RUST_LOG says. Nobody waits for that: a terminal that was
+/// stopped, or a pipe that nobody reads, would keep the whole mount waiting. Where that is systemd's journal, each begins
 /// with its priority and has no time, which the journal has.
 pub fn log_to_stderr() {
     let mut builder =
@@ -37,8 +49,100 @@ pub fn log_to_stderr() {
             )
         });
     }
+    if io::stderr().is_terminal() {
+        builder.write_style(WriteStyle::Always);
+    }
+    let (lines, waiting) = bounded(WAITING);
+    let queue = LINES.get_or_init(|| Lines {
+        lines,
+        waiting: Mutex::new(Some(waiting)),
+    });
+    let lines = queue.lines.clone();
+    builder.target(Target::Pipe(Box::new(Behind { lines, lost: 0 })));
     // Whoever asks twice has it.
     let _ = builder.try_init();
+}
+
+/// What is to be written, in order.
+enum Line {
+    Text(Vec<u8>),
+    /// Tells that all before it was written.
+    Told(Sender<()>),
+}
+
+/// Lines on their way to standard error.
+struct Lines {
+    lines: Sender<Line>,
+    /// Until the thread that writes has begun.
+    waiting: Mutex<Option<Receiver<Line>>>,
+}
+
+/// Where the process's lines go, once it has a logger.
+static LINES: OnceLock<Lines> = OnceLock::new();
+
+/// Starts the thread that writes what was logged, and will be. Not before signals are blocked, for it
+/// would be a thread that takes them.
+pub(super) fn begin_to_write() {
+    let Some(waiting) = LINES.get().and_then(|queue| queue.waiting.lock().take()) else {
+        return;
+    };
+    // Where that can't be, lines are lost.
+    let _ = std::thread::Builder::new()
+        .name("log".into())
+        .spawn(move || write_lines(&waiting, io::stderr()));
+}
+
+fn write_lines(waiting: &Receiver<Line>, mut out: impl Write) {
+    for line in waiting {
+        // There is nobody else to tell what failed.
+        let _ = match line {
+            Line::Text(text) => out.write_all(&text),
+            Line::Told(told) => {
+                let _ = told.send(());
+                out.flush()
+            }
+        };
+    }
+}
+
+/// Waits until the lines so far are written, but not for long.
+pub(super) fn write_last_lines() {
+    begin_to_write();
+    if let Some(queue) = LINES.get() {
+        let (told, written) = bounded(1);
+        if queue
+            .lines
+            .send_timeout(Line::Told(told), LAST_LINES)
+            .is_ok()
+        {
+            let _ = written.recv_timeout(LAST_LINES);
+        }
+    }
+}
+
+/// Takes lines for the thread that writes them. Those that it can't take are counted and lost.
+struct Behind {
+    lines: Sender<Line>,
+    lost: u64,
+}
+
+impl Write for Behind {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        if self.lost > 0 {
+            let lost = format!("{} lines of the log were lost here\n", self.lost);
+            if self.lines.try_send(Line::Text(lost.into_bytes())).is_ok() {
+                self.lost = 0;
+            }
+        }
+        if self.lines.try_send(Line::Text(text.to_vec())).is_err() {
+            self.lost += 1;
+        }
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Has the lines sent to the system's log, where there is one.
@@ -118,6 +222,31 @@ fn line(record: &Record<'_>, pid: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_that_nobody_takes_are_counted_and_nobody_waits() {
+        let (lines, waiting) = bounded(3);
+        let mut behind = Behind { lines, lost: 0 };
+        for n in 0..10 {
+            behind.write_all(format!("{n}\n").as_bytes()).unwrap();
+        }
+        let mut written = Vec::new();
+        let texts: Vec<Line> = waiting.try_iter().collect();
+        behind.write_all(b"later\n").unwrap();
+        drop(behind);
+        let (all, again) = bounded(10);
+        texts
+            .into_iter()
+            .chain(waiting)
+            .for_each(|line| all.send(line).unwrap());
+        drop(all);
+        write_lines(&again, &mut written);
+        let written = String::from_utf8(written).unwrap();
+        assert_eq!(
+            written,
+            "0\n1\n2\n7 lines of the log were lost here\nlater\n"
+        );
+    }
 
     #[test]
     fn a_line_for_the_system_has_facility_and_priority_and_is_one_line() {

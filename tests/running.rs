@@ -21,7 +21,7 @@ const SECOND: u64 = FREE_AREA + 0x8_0000;
 const WRITER: &str = r#"
 import os, subprocess, sys
 disk, first, second, counter = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-io = subprocess.Popen(["qemu-io", "-f", "qcow2", disk], stdin=subprocess.PIPE,
+io = subprocess.Popen(["stdbuf", "-oL", "qemu-io", "-f", "qcow2", disk], stdin=subprocess.PIPE,
                       stdout=subprocess.PIPE, text=True, bufsize=1)
 def do(command):
     io.stdin.write(command + "\n")

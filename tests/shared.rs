@@ -360,7 +360,7 @@ fn by_boxlite(boxlite: &mut Session, ask: &Ask) -> Result<(), String> {
         Ask::Restore { of, from } => vec!["snapshot-restore", of, from],
         Ask::Clone { of, new } => vec!["clone", of, new],
         Ask::Import { new } => vec!["import", text(&archive), new],
-        Ask::Remove { of } => vec!["remove", of, "--force"],
+        Ask::Remove { of } => vec!["remove", of],
         _ => unreachable!("BoxLite can't: {ask:?}"),
     };
     boxlite.ask(&words).map(drop)
@@ -546,7 +546,8 @@ fn two_hundred_operations_from_both_sides_lose_nothing() {
         if random.below(2) == 0 {
             both.guest_writes(&of, number);
         }
-        while both.boxes.len() >= MOST_BOXES {
+        if both.boxes.len() >= MOST_BOXES {
+            // BoxLite keeps it if another was cloned from it; then another time another one goes.
             let gone = another(&mut random, &both.boxes, Some("web")).expect("a box beside web");
             both.boxlite_does(&Ask::Remove { of: gone });
         }
@@ -683,7 +684,7 @@ fn a_box_that_boxlite_is_starting_is_busy() {
     let without_log = |print: String| -> Vec<String> {
         print
             .lines()
-            .filter(|line| !line.ends_with("/log"))
+            .filter(|line| !line.contains("/.boxlitefs/"))
             .map(str::to_owned)
             .collect()
     };
@@ -900,7 +901,8 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
         let mut both = Both::begin(&home, &[("BOXLITEFS_STOP_AT", point)]);
         let stopped = both.interrupt(ours, theirs);
         if !stopped {
-            both.lost(format!("{ours:?} never came to {point}"));
+            let log = both.mount.log();
+            both.lost(format!("{ours:?} never came to {point}: {log}"));
         }
         for loss in &mut both.tally.losses {
             *loss = format!("at {point}: {loss}");

@@ -48,12 +48,21 @@ mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
 mount -t sysfs -o ro sysfs "$root/sys"
 mount -t tmpfs -o mode=755 tmpfs "$root/dev"
-for device in null zero full random urandom tty fuse; do
-    touch "$root/dev/$device"
-    mount --bind "/dev/$device" "$root/dev/$device"
-done
+while read -r device major minor; do
+    mknod -m 666 "$root/dev/$device" c "$major" "$minor"
+done <<'DEVICES'
+null 1 3
+zero 1 5
+full 1 7
+random 1 8
+urandom 1 9
+tty 5 0
+fuse 10 229
+DEVICES
 ln -s /proc/self/fd "$root/dev/fd"
 mount -t tmpfs -o mode=755 tmpfs "$root/run"
+# As every boot, and every container, makes it; fusermount3 needs it.
+ln -sf ../proc/self/mounts "$root/etc/mtab"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 apt-config dump | grep -i '^Acquire::.*proxy' >"$root/etc/apt/apt.conf.d/90fresh" || true
 # Nobody is there to say yes.
@@ -64,7 +73,9 @@ quiet "2";
 CONF
 as_root() { chroot "$root" /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 sh -euc "$1"; }
 as_alice() { as_root "exec su - alice -c '$(printf '%s' "$1" | sed "s/'/'\\\\''/g")'"; }
-as_root 'useradd -m -s /bin/bash alice; echo "alice ALL=(ALL) NOPASSWD: ALL" >/etc/sudoers.d/alice; apt-get update'
+# Shows what was said only if it went wrong.
+quietly() { "$@" >"$root/said" 2>&1 || { cat "$root/said"; return 1; }; }
+quietly as_root 'useradd -m -s /bin/bash alice; echo "alice ALL=(ALL) NOPASSWD: ALL" >/etc/sudoers.d/alice; apt-get update'
 
 # The homes name their own paths: they are made where they will be.
 cp -r tests/demo "$root/tmp/demo"
@@ -73,7 +84,8 @@ echo web >"$root/tmp/tree/etc/hostname"
 docs=$root/tmp/docs
 mkdir "$docs"
 cp README.md docs/install.md "$docs"
-cp "$package" "$root/home/alice/"
+mkdir -p "$root/home/alice/target/debian"
+cp "$package" "$root/home/alice/target/debian/"
 demo=$root/tmp/demo
 mount --bind "$root/home" /home
 mount --bind "$root/srv" /srv
@@ -99,7 +111,7 @@ commands=$(block README.md sh 1)
 say "README.md's first commands, as a user"
 printf '%s\n' "$commands" | sed 's/^/    $ /'
 same 'lines in the first block of README.md' 2 "$(printf '%s\n' "$commands" | wc -l)"
-as_alice "$commands"
+quietly as_alice "$commands"
 same 'the boxes' web "$(as_alice 'ls boxes')"
 same "the guest's hostname" web "$(as_alice 'cat boxes/web/rootfs/etc/hostname')"
 as_alice 'mkdir boxes/web/snapshots/first && cp boxes/web/export.boxlite backup.boxlite && cp -r boxes/web boxes/web2'
@@ -147,12 +159,105 @@ as_alice 'mount boxes && ls boxes >/dev/null && umount boxes'
 # ---- a service ----------------------------------------------------------------------------------
 
 say 'the units'
-as_root 'apt-get install --no-install-recommends systemd >/dev/null
+quietly as_root 'apt-get install --no-install-recommends systemd dbus libpam-systemd
     systemd-analyze verify --man=no boxlitefs@alice.service
     XDG_RUNTIME_DIR=/run systemd-analyze verify --user --man=no boxlitefs.service'
+
+# What systemd runs once it is up; $? is in /result.
+cat >"$root/service_test.sh" <<'TEST'
+#!/bin/bash
+trap 'echo $? >/result' EXIT
+exec >/service_test.log 2>&1
+set -eux
+boxes=/home/alice/boxes
+state() { systemctl show -P "$1" boxlitefs@alice; }
+soon() { for _ in $(seq 200); do if "$@"; then return; fi; sleep 0.1; done; echo "never: $*"; exit 1; }
+as_alice() { su alice -c "export XDG_RUNTIME_DIR=/run/user/$(id -u alice); $1"; }
+serves() { [ "$(as_alice "ls $boxes" 2>/dev/null)" = "$(printf 'web\nweb2')" ]; }
+other_process() { [ "$(state MainPID)" != "$1" ] && [ "$(state MainPID)" != 0 ]; }
+
+mkdir -p /etc/systemd/system/boxlitefs@alice.service.d
+printf '[Service]\nWatchdogSec=2\nTimeoutAbortSec=2\n' >/etc/systemd/system/boxlitefs@alice.service.d/test.conf
+systemctl daemon-reload
+systemctl enable --now boxlitefs@alice
+# Started means that it serves, where everybody sees it.
+serves
+findmnt -n -t fuse.boxlite "$boxes"
+test "$(stat -c %U "/proc/$(state MainPID)")" = alice
+as_alice "mkdir $boxes/web/snapshots/by-the-service"
+journalctl --no-pager -o cat -u boxlitefs@alice | grep -q 'snapshot by-the-service of box web'
+as_alice "rmdir $boxes/web/snapshots/by-the-service"
+# It is alive for longer than the watchdog waits.
+process=$(state MainPID)
+sleep 5
+test "$(state MainPID)" = "$process"
+# Killed, it is there again, and so is the mount.
+kill -KILL "$process"
+soon other_process "$process"
+soon serves
+# One that does not answer any more is killed by the watchdog.
+process=$(state MainPID)
+kill -STOP "$process"
+soon other_process "$process"
+soon serves
+test "$(state NRestarts)" = 2
+# Stopping unmounts and is no failure.
+systemctl stop boxlitefs@alice
+test "$(state Result)" = success
+! mountpoint -q "$boxes"
+# And the user by himself.
+loginctl enable-linger alice
+soon test -S "/run/user/$(id -u alice)/systemd/private"
+as_alice 'systemctl --user enable --now boxlitefs'
+serves
+as_alice 'systemctl --user stop boxlitefs'
+! mountpoint -q "$boxes"
+test "$(as_alice 'systemctl --user show -P Result boxlitefs')" = success
+TEST
+chmod +x "$root/service_test.sh"
+cat >"$root/etc/systemd/system/service_test.service" <<'UNIT'
+[Unit]
+Requires=dbus.socket
+After=basic.target dbus.socket
+[Service]
+Type=oneshot
+ExecStart=/service_test.sh
+ExecStopPost=/bin/systemctl poweroff --force --force
+UNIT
+
+# systemd as the first process of a machine of its own.
+cat >"$root/boot.sh" <<'BOOT'
+set -eu
+cd "$1"
+mount --rbind "$1" "$1"
+cd "$1"
+mount -t proc proc proc
+mkdir -p dev/pts dev/shm old
+mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
+ln -sf pts/ptmx dev/ptmx
+mount -t tmpfs -o mode=755 tmpfs run
+if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
+    mount -t cgroup2 cgroup2 sys/fs/cgroup
+else
+    mount -t tmpfs -o mode=755 tmpfs sys/fs/cgroup
+    mkdir sys/fs/cgroup/systemd
+    mount -t cgroup -o none,name=systemd cgroup sys/fs/cgroup/systemd
+fi
+pivot_root . old
+umount -l /old
+exec env -i container=chroot PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+    /lib/systemd/systemd --system --log-target=console --unit=service_test.service
+BOOT
+say 'the services, by a systemd of their own'
+timeout -k 5 120 unshare --mount --pid --fork --kill-child --cgroup --uts --ipc --propagation private \
+    bash "$root/boot.sh" "$root" >"$root/said" 2>&1 || true
+if [ "$(cat "$root/result" 2>/dev/null)" != 0 ]; then
+    tail -n 30 "$root/said" "$root/service_test.log"
+    exit 1
+fi
 
 # ---- and away -----------------------------------------------------------------------------------
 
 say 'removing the package'
-as_root 'apt-get purge boxlitefs >/dev/null; test ! -e /usr/bin/boxlitefs; test ! -e /usr/sbin/mount.fuse.boxlite'
+quietly as_root 'apt-get purge boxlitefs; test ! -e /usr/bin/boxlitefs; test ! -e /usr/sbin/mount.fuse.boxlite'
 say 'done, everything worked'

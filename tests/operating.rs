@@ -77,8 +77,7 @@ fn manual_pages_name_every_command_and_option_and_pass_the_checks_of_man_and_man
             "--warnings=w",
             "-E",
             "UTF-8",
-            "-T",
-            "utf8",
+            "-Tutf8",
             "-Z",
             "-l",
             page,
@@ -116,7 +115,7 @@ fn manual_pages_name_every_command_and_option_and_pass_the_checks_of_man_and_man
         .filter_map(|line| line.trim_start().split_once(": "));
     let listed: Vec<&str> = listed
         .map(|(form, _)| form)
-        .filter(|form| !form.contains(' ') && !form.contains('/'))
+        .filter(|form| form.starts_with(char::is_lowercase) && !form.contains([' ', '/']))
         .collect();
     assert!(listed.contains(&"compress=LEVEL"), "{listed:?}");
     for form in listed {
@@ -273,6 +272,7 @@ fn the_status_tells_how_far_exports_and_imports_are_and_forgets_them_when_they_e
     assert!(running(&mount).is_empty(), "nothing was read yet");
     export.seek(SeekFrom::Start(length / 2)).unwrap();
     export.read_exact(&mut [0; 512]).unwrap();
+    eventually("the export is told of", || !running(&mount).is_empty());
     let (what, half) = running(&mount).pop().expect("the export");
     assert_eq!(what, "export of box web");
     assert_eq!(half["total_bytes"], length);
@@ -288,6 +288,7 @@ fn the_status_tells_how_far_exports_and_imports_are_and_forgets_them_when_they_e
     let half = bytes.len() / 2;
     let mut import = File::create(mount.at("new.boxlite")).unwrap();
     import.write_all(&bytes[..half]).unwrap();
+    eventually("the import is told of", || !running(&mount).is_empty());
     let (what, told) = running(&mount).pop().expect("the import");
     assert_eq!(what, "import of new.boxlite");
     assert_eq!(told["bytes"], half as u64);
@@ -348,7 +349,6 @@ fn every_tool_gets_a_whole_status_although_it_is_another_at_every_look() {
     let path = mount.at(".boxlite/status");
     let out = home.beside("copy");
     let (from, to) = (text(&path), text(&out));
-    let mut export = File::open(mount.at("web/export.boxlite")).unwrap();
     let tools: [&[&str]; 6] = [
         &["cp", from, to],
         &["busybox", "cp", from, to],
@@ -369,14 +369,14 @@ fn every_tool_gets_a_whole_status_although_it_is_another_at_every_look() {
             to,
         ],
     ];
+    let open = |count: usize| -> Vec<File> {
+        let files = std::iter::repeat_with(|| File::open(mount.at("web/box.json")).unwrap());
+        files.take(count).collect()
+    };
     for round in 0..4 {
+        // Longer and shorter ones in turn.
+        let _open = open(if round % 2 == 0 { 150 } else { 0 });
         for tool in tools {
-            // Longer and shorter ones in turn.
-            export.seek(SeekFrom::Start(0)).unwrap();
-            export.read_exact(&mut [0; 1]).unwrap();
-            if round % 2 == 0 {
-                export = File::open(mount.at("web/export.boxlite")).unwrap();
-            }
             let _ = fs::remove_file(&out);
             succeed(tool);
             let copied = fs::read(&out).unwrap();
@@ -391,10 +391,10 @@ fn every_tool_gets_a_whole_status_although_it_is_another_at_every_look() {
     // A reader who takes his time has the one he opened, and its size.
     let mut slow = File::open(&path).unwrap();
     let size = slow.metadata().unwrap().len();
-    let before = running(&mount).len();
-    let mut other = File::open(mount.at("web/export.boxlite")).unwrap();
-    other.read_exact(&mut [0; 1]).unwrap();
-    eventually("there are newer ones", || running(&mount).len() > before);
+    let _open = open(150);
+    eventually("there is a longer one", || {
+        path.metadata().unwrap().len() > size
+    });
     assert_eq!(slow.metadata().unwrap().len(), size);
     let mut whole = Vec::new();
     slow.read_to_end(&mut whole).unwrap();
@@ -526,9 +526,24 @@ fn a_service_that_does_not_answer_any_more_is_not_said_to_be_alive() {
         &[("NOTIFY_SOCKET", &socket), ("WATCHDOG_USEC", "100000")],
     );
     manager.hears("WATCHDOG=1");
-    // Stopped, it answers nobody.
+    // Stopped, it answers nobody, and who asks all mounts is told so.
+    let other = TestHome::new();
+    let answering = other.mount();
     let pid = mount.process().to_string();
     succeed(&["kill", "-STOP", &pid]);
+    let all = run(&[binary(), "status"]);
+    let (shown, hidden) = (
+        String::from_utf8_lossy(&all.stdout),
+        String::from_utf8_lossy(&all.stderr),
+    );
+    assert!(
+        all.status.success() && shown.contains(text(answering.root())),
+        "{all:?}"
+    );
+    assert!(
+        hidden.contains(&format!("{} does not answer", text(mount.root()))),
+        "{hidden}"
+    );
     manager
         .socket
         .set_read_timeout(Some(Duration::from_millis(500)))

@@ -29,7 +29,6 @@ Exit status: 0 mounted, 1 the command line is wrong, 2 the system lacks somethin
 #[command(
     name = "mount.boxlite",
     version,
-    about,
     override_usage = "mount.boxlite HOME DIRECTORY [-sfnv] [-N NAMESPACE] [-t TYPE] [-o OPTION[,OPTION…]]",
     after_help = EXAMPLES
 )]

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use boxlitefs::{Context, Error, Result, mount};
@@ -11,6 +13,9 @@ use indicatif::{BinaryBytes, MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 use super::StatusArguments;
+
+/// How long each of several mounts may take to answer.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How often a live view looks.
 const LOOKS: Duration = Duration::from_millis(500);
@@ -24,24 +29,47 @@ const COUNTER: &str = "{spinner} {msg}: {bytes}, {bytes_per_sec}";
 /// # Errors
 /// EINVAL when nothing is mounted there, EIO when what is there does not answer as boxlitefs does.
 pub fn run(arguments: &StatusArguments) -> Result<()> {
-    let places = match &arguments.mountpoint {
-        Some(place) => vec![place.clone()],
-        None => mount::mountpoints()?,
+    let show = |place: &PathBuf| match arguments.json {
+        true => out(&text(place)?),
+        false => out(&described(&status(place)?)),
     };
-    if places.is_empty() {
-        let sentence = "boxlitefs is mounted nowhere: `boxlitefs mount DIRECTORY` mounts it";
-        return Err(Error::new(libc::ENOENT, sentence));
+    if let Some(place) = &arguments.mountpoint {
+        return match arguments.watch {
+            true => watch(place),
+            false => show(place),
+        };
     }
+    let places = mount::mountpoints()?;
     match &*places {
-        _ if arguments.json => places.iter().try_for_each(|place| out(&text(place)?)),
+        [] => {
+            let sentence = "boxlitefs is mounted nowhere: `boxlitefs mount DIRECTORY` mounts it";
+            Err(Error::new(libc::ENOENT, sentence))
+        }
         [place] if arguments.watch => watch(place),
         _ if arguments.watch => Err(Error::new(
             libc::EINVAL,
             "there are several mounts: name the one to watch",
         )),
-        _ => places
-            .iter()
-            .try_for_each(|place| out(&described(&status(place)?))),
+        _ => {
+            // Some may be other users', stopped, or gone meanwhile; only if all are, that is the answer.
+            let show = |place: &PathBuf| {
+                let text = asked(place)?;
+                out(&match arguments.json {
+                    true => text,
+                    false => described(&parsed(place, &text)?),
+                })
+            };
+            let (shown, failed): (Vec<_>, Vec<_>) =
+                places.iter().map(show).partition(Result::is_ok);
+            let hidden = failed.into_iter().filter_map(Result::err);
+            match shown.is_empty() {
+                true => hidden.last().map_or(Ok(()), Err),
+                false => {
+                    hidden.for_each(|error| eprintln!("boxlitefs: {error}"));
+                    Ok(())
+                }
+            }
+        }
     }
 }
 
@@ -70,16 +98,54 @@ fn text(place: &Path) -> Result<String> {
     })
 }
 
+/// The same, from a process of its own that is left behind when no answer comes: whoever waits for a mount
+/// whose process is stopped can't be ended, nor can its process.
+fn asked(place: &Path) -> Result<String> {
+    let shown = place.display();
+    let sentence = || format!("cannot ask the mount on {shown}");
+    let asking = Command::new(std::env::current_exe().context(sentence)?)
+        .args(["status", "--json", "--"])
+        .arg(place)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context(sentence)?;
+    let (sender, answer) = mpsc::channel();
+    std::thread::spawn(move || sender.send(asking.wait_with_output()));
+    match answer.recv_timeout(PATIENCE) {
+        Ok(output) => {
+            let output = output.context(sentence)?;
+            let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+            match output.status.success() {
+                true => Ok(text(&output.stdout)),
+                false => Err(Error::new(
+                    libc::EIO,
+                    text(&output.stderr)
+                        .trim()
+                        .trim_start_matches("boxlitefs: "),
+                )),
+            }
+        }
+        Err(_) => Err(Error::new(
+            libc::ETIMEDOUT,
+            format!("the mount on {shown} does not answer: is the process that serves it stopped?"),
+        )),
+    }
+}
+
 fn file(place: &Path) -> PathBuf {
     place.join(".boxlite/status")
 }
 
 fn status(place: &Path) -> Result<Value> {
-    serde_json::from_str(&text(place)?).map_err(|error| {
-        Error::damaged(format!(
-            "the status of {} is no JSON: {error}",
-            place.display()
-        ))
+    parsed(place, &text(place)?)
+}
+
+fn parsed(place: &Path, text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|error| {
+        let shown = place.display();
+        Error::damaged(format!("the status of {shown} is no JSON: {error}"))
     })
 }
 

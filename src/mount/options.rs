@@ -224,7 +224,7 @@ impl Options {
             "noatime": self.noatime,
             "compress": self.compression.level,
             "cache": self.compression.cache,
-            "compact": self.compacting.after.map(|after| after.as_secs_f64()),
+            "compact": self.compacting.after.map(seconds),
         })
     }
 
@@ -238,6 +238,14 @@ impl Options {
             Effect::NoAtime(on) => self.noatime = on,
             Effect::Nothing => {}
         }
+    }
+}
+
+/// A time as the option takes it.
+fn seconds(long: Duration) -> serde_json::Value {
+    match long.subsec_nanos() {
+        0 => long.as_secs().into(),
+        _ => long.as_secs_f64().into(),
     }
 }
 

@@ -638,8 +638,8 @@ fn copy_out(bytes: &[u8], offset: u64, buf: &mut [u8]) -> usize {
 fn announced(beginning: &[u8]) -> Option<u64> {
     const BLOCK: u64 = 512;
     let mut header = 0;
-    // The disk may come after the manifest.
-    for _ in 0..2 {
+    // The disk may come after the manifest, and each after what pax has to say of it.
+    for _ in 0..4 {
         let start = usize::try_from(header).ok()?;
         let field = |from: usize, to: usize| {
             let bytes = beginning.get(start.checked_add(from)?..start.checked_add(to)?)?;

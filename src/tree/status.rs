@@ -23,16 +23,19 @@ const FRESH: Duration = Duration::from_millis(200);
 #[derive(Default)]
 pub(super) struct Versions {
     latest: Option<(u64, Instant)>,
+    /// Somebody may just be about to open it.
+    previous: Option<u64>,
     last: u64,
     /// By inode number.
     all: HashMap<u64, Arc<Version>>,
 }
 
 impl Versions {
-    /// The kernel does not know a version any more; the latest one is given to others yet.
+    /// The kernel does not know a version any more; the latest ones may be given to others yet.
     pub(super) fn forget(&mut self, ino: u64) {
-        let latest = self.latest.map(|(number, _)| Node::Status(number).ino());
-        if latest != Some(ino) {
+        let latest = self.latest.map(|(number, _)| number);
+        let mut given = [latest, self.previous].into_iter().flatten();
+        if !given.any(|number| Node::Status(number).ino() == ino) {
             self.all.remove(&ino);
         }
     }
@@ -72,10 +75,12 @@ impl Tree {
         let number = versions.last;
         let version = Arc::new(Version { bytes, made });
         versions.all.insert(Node::Status(number).ino(), version);
-        let before = versions.latest.replace((number, Instant::now()));
+        let replaced = versions.latest.replace((number, Instant::now()));
+        let before = versions.previous.take();
+        versions.previous = replaced.map(|(number, _)| number);
         drop(versions);
         // One that was only looked at is not known to the kernel, and never forgotten.
-        if let Some((before, _)) = before {
+        if let Some(before) = before {
             let ino = Node::Status(before).ino();
             let known = self.known.lock();
             if known.node(ino).is_none() {

@@ -39,8 +39,8 @@ pub struct Arrival {
     length: u64,
     wanted: Wanted,
     imports: Imports,
-    /// Those of the box; there once the archive is complete and right.
-    options: Option<Value>,
+    /// The archive is complete, and right for what it is wanted for.
+    complete: bool,
     refused: Option<(i32, String)>,
     _under_way: UnderWay,
 }
@@ -71,7 +71,7 @@ impl Store {
             length: 0,
             wanted,
             imports: self.imports,
-            options: None,
+            complete: false,
             refused: None,
             _under_way: self.foreground.begin(),
         })
@@ -108,21 +108,25 @@ impl Arrival {
     fn feed(&mut self, bytes: &[u8]) -> Result<()> {
         let progress = self.incoming.write(bytes)?;
         self.fed += bytes.len() as u64;
-        if progress == Progress::Complete && self.options.is_none() {
-            self.check_manifest()?;
+        if progress == Progress::Complete && !self.complete {
+            self.incoming.finish()?;
+            self.disk_is_ours = true;
+            if self.wanted == Wanted::Box {
+                // In the same write as the other verdicts.
+                self.box_options()?;
+            }
+            self.complete = true;
         }
         Ok(())
     }
 
-    /// The checks that need to know BoxLite's options, in the same write as the other verdicts.
-    fn check_manifest(&mut self) -> Result<()> {
-        let arrived = self.incoming.finish()?;
-        self.disk_is_ours = true;
-        let manifest = &arrived.manifest;
-        if self.wanted == Wanted::Disk {
-            self.options = Some(Value::Null);
-            return Ok(());
-        }
+    /// The box options for a new box's row. Looked at also where the archive came for its disk alone,
+    /// as a snapshot of a box being made, and was moved to where it makes a box.
+    ///
+    /// # Errors
+    /// EBADMSG for options that BoxLite could not read, EPERM for those that are not allowed here.
+    pub(super) fn box_options(&self) -> Result<Value> {
+        let manifest = self.manifest()?;
         let options = match &manifest.options {
             Some(options) => options.clone(),
             None => json!({"rootfs": {"Image": manifest.image}}),
@@ -133,8 +137,7 @@ impl Arrival {
         if self.imports.untrusted {
             refuse_reach(&options)?;
         }
-        self.options = Some(options);
-        Ok(())
+        Ok(options)
     }
 
     fn feed_spooled(&mut self) -> Result<()> {
@@ -162,7 +165,7 @@ impl Arrival {
 
     /// Whether the archive is complete and right so far.
     pub fn is_complete(&self) -> bool {
-        self.options.is_some() && self.refused.is_none()
+        self.complete && self.refused.is_none()
     }
 
     /// Whether nothing was written.
@@ -185,7 +188,7 @@ impl Arrival {
         self.refused()?;
         let result = self.fill_holes();
         self.remember(result)?;
-        if self.options.is_none() {
+        if !self.complete {
             self.incoming.finish()?;
         }
         Ok(())
@@ -193,7 +196,7 @@ impl Arrival {
 
     fn fill_holes(&mut self) -> Result<()> {
         let mut filled = 0;
-        while self.options.is_none() {
+        while !self.complete {
             if filled > MOST_HOLES {
                 return Err(Error::bad_archive(format!(
                     "the archive has a hole of more than {MOST_HOLES} bytes after byte {}",
@@ -227,11 +230,6 @@ impl Arrival {
             .arrived()
             .map(|arrived| &arrived.manifest)
             .ok_or_else(|| Error::bad_archive("the archive is incomplete"))
-    }
-
-    /// The box options for the new box's row.
-    pub(super) fn options(&self) -> Option<Value> {
-        self.options.clone()
     }
 
     /// Virtual size of the disk in bytes.

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::clone::{UNRECORDED, refuse_taken_name};
 use super::crash::crash_point;
 use super::prepare::now;
@@ -14,7 +16,8 @@ impl Store {
     /// Makes a box of a complete archive.
     ///
     /// # Errors
-    /// EBADMSG when it is not complete, EEXIST when the name is taken, EBUSY.
+    /// EBADMSG when it is not complete or BoxLite could not read its options, EPERM when those are not
+    /// allowed here, EEXIST when the name is taken, EBUSY.
     pub fn import_box(&self, arrival: &Arrival, new: &NewClone) -> Result<()> {
         let result = self.make_imported(arrival, new);
         self.noted(&format!("import of box {}", new.name), result)
@@ -27,11 +30,18 @@ impl Store {
         if !arrival.is_complete() {
             return Err(Error::bad_archive("the archive is incomplete"));
         }
+        let options = arrival.box_options()?;
         let dir = self.scratch("box")?;
-        self.install_imported(arrival, new, &dir)
+        self.install_imported(arrival, new, options, &dir)
     }
 
-    fn install_imported(&self, arrival: &Arrival, new: &NewClone, dir: &Path) -> Result<()> {
+    fn install_imported(
+        &self,
+        arrival: &Arrival,
+        new: &NewClone,
+        options: Value,
+        dir: &Path,
+    ) -> Result<()> {
         self.home.make_dir(dir)?;
         self.home.make_dir(&dir.join("disks"))?;
         self.home.give_to_owner(arrival.disk())?;
@@ -41,7 +51,7 @@ impl Store {
         std::fs::rename(arrival.disk(), &disk)
             .context(|| format!("cannot move the disk to {}", disk.display()))?;
         crash_point("import.built");
-        self.install(&mut change, dir, new, None, arrival.options(), &[])
+        self.install(&mut change, dir, new, None, Some(options), &[])
     }
 
     /// Gives a snapshot that came back from a backup the time it was taken at.

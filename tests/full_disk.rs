@@ -16,7 +16,6 @@ use common::*;
 use contents::{Boxes, contents};
 
 /// Those that changes are tried on.
-const KINDS: [FileSystem; 3] = [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs];
 
 /// Changes that need room.
 const CHANGES: [&Change; 12] = [

@@ -9,7 +9,7 @@ venv=$1
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
 shift 2
-[ $# -gt 0 ] || set -- crash model many never_lost
+[ $# -gt 0 ] || set -- crash faulty_disk full_disk hostile shared running many model never_lost
 
 export TORTURE=1 TORTURE_TABLE=$out/table.tsv BOXLITE_PYTHON=$venv/bin/python
 export MODEL_STEPS=${MODEL_STEPS:-10000}

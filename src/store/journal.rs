@@ -84,7 +84,7 @@ impl Journal {
         );
         let mut inner = self.inner.lock();
         inner.changed = now;
-        inner.last = sentence;
+        inner.last = sentence.to_owned();
         inner.append(line.as_bytes());
         inner.write_file(line.as_bytes());
     }

@@ -4,9 +4,10 @@ mod command_line;
 
 use std::ffi::OsString;
 use std::fmt::Display;
-use std::io::{self, IsTerminal};
-use std::path::PathBuf;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use boxlitefs::home::run_guard;
 use boxlitefs::mount::{self, Mount, Options};
@@ -51,11 +52,44 @@ fn run_mount(mut arguments: MountArguments) -> Result<()> {
 }
 
 fn run_check(home: Option<PathBuf>, repair: bool) -> Result<bool> {
-    check::run(&home_or_default(home)?, repair, &mut io::stdout().lock())
+    let home = home_or_default(home)?;
+    let mut findings = Findings::begin(&home);
+    let checked = check::run(&home, repair, &mut findings);
+    findings.bar.finish_and_clear();
+    checked
 }
 
 fn run_compact(home: Option<PathBuf>) -> Result<()> {
     compact::run(&home_or_default(home)?, &mut io::stdout(), &Bar::new())
+}
+
+/// Standard output, with something that moves on a terminal while nothing is found.
+struct Findings {
+    bar: ProgressBar,
+}
+
+impl Findings {
+    fn begin(home: &Path) -> Findings {
+        if !io::stderr().is_terminal() {
+            return Findings {
+                bar: ProgressBar::hidden(),
+            };
+        }
+        let bar = ProgressBar::new_spinner();
+        bar.set_message(format!("looking at {}", home.display()));
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Findings { bar }
+    }
+}
+
+impl Write for Findings {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.bar.suspend(|| io::stdout().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stdout().flush()
+    }
 }
 
 /// A progress bar, on a terminal.

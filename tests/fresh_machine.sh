@@ -176,6 +176,18 @@ as_alice() { su alice -c "export XDG_RUNTIME_DIR=/run/user/$(id -u alice); $1"; 
 serves() { [ "$(as_alice "ls $boxes" 2>/dev/null)" = "$(printf 'web\nweb2')" ]; }
 other_process() { [ "$(state MainPID)" != "$1" ] && [ "$(state MainPID)" != 0 ]; }
 
+# The line in /etc/fstab was mounted at boot; what is done there is in the journal, too.
+soon mountpoint -q /mnt/boxlite
+test "$(ls /mnt/boxlite)" = web
+mkdir /mnt/boxlite/web/snapshots/after-boot
+in_journal() { journalctl --no-pager -o cat -t boxlitefs | grep -q 'snapshot after-boot of box web'; }
+soon in_journal
+! mkdir /mnt/boxlite/.Trash-0
+warned() { journalctl --no-pager -o cat -t boxlitefs -p warning | grep -q refused:; }
+soon warned
+systemctl stop mnt-boxlite.mount
+! mountpoint -q /mnt/boxlite
+
 mkdir -p /etc/systemd/system/boxlitefs@alice.service.d
 printf '[Service]\nWatchdogSec=2\nTimeoutAbortSec=2\n' >/etc/systemd/system/boxlitefs@alice.service.d/test.conf
 systemctl daemon-reload

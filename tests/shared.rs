@@ -192,7 +192,8 @@ impl<'h> Both<'h> {
             if !may_refuse {
                 self.lost(format!("BoxLite, alone: {ask:?}: {refusal}"));
             }
-            return self.compare(&[self.boxes.clone()], &format!("{ask:?} refused"));
+            let unchanged = self.boxes.clone();
+            return self.compare(&[unchanged], &format!("{ask:?} refused"));
         }
         self.compare(&[wanted], &format!("by BoxLite {ask:?}"));
     }
@@ -206,7 +207,8 @@ impl<'h> Both<'h> {
             Err(refusal) => {
                 let log = self.last_words();
                 self.lost(format!("the mount, alone: {ask:?}: {refusal}: {log}"));
-                self.compare(&[self.boxes.clone()], &format!("{ask:?} refused"));
+                let unchanged = self.boxes.clone();
+                self.compare(&[unchanged], &format!("{ask:?} refused"));
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use rusqlite::{Connection, OpenFlags, params_from_iter};
 
 use super::identity::{is_safe_component, is_snapshot_name};
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
+use super::space::Space;
 use crate::{Context, Error, Result};
 
 /// Newest schema whose snapshot and base tables we know to be missing or different below it
@@ -103,7 +104,8 @@ impl CatalogReader {
             self.open = None;
         }
         if let Some(open) = &mut self.open {
-            let version = data_version(&open.connection).map_err(|e| damaged(&self.database, e))?;
+            let version = data_version(&open.connection)
+                .map_err(|e| failed(&open.connection, &self.database, e))?;
             if version != open.data_version {
                 let catalog = Arc::new(read_all(&open.connection, &self.database)?);
                 open.catalog = catalog;
@@ -113,7 +115,8 @@ impl CatalogReader {
         }
         let connection = connect_to_look(&self.database)?;
         // Version first: a commit that comes between is seen the next time.
-        let data_version = data_version(&connection).map_err(|e| damaged(&self.database, e))?;
+        let data_version =
+            data_version(&connection).map_err(|e| failed(&connection, &self.database, e))?;
         let catalog = Arc::new(read_all(&connection, &self.database)?);
         self.open = Some(OpenDatabase {
             file,
@@ -127,7 +130,7 @@ impl CatalogReader {
 
 /// Opens the database the way BoxLite does (db/mod.rs: WAL stays as it is, foreign keys on).
 /// Only SQLite may open this file: closing any other descriptor of it drops SQLite's locks.
-pub(super) fn connect(database: &std::path::Path) -> Result<Connection> {
+pub(super) fn connect(database: &Path) -> Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection =
         Connection::open_with_flags(database, flags).map_err(|e| damaged(database, e))?;
@@ -135,14 +138,14 @@ pub(super) fn connect(database: &std::path::Path) -> Result<Connection> {
         .busy_timeout(Duration::from_secs(10))
         .and_then(|()| connection.pragma_update(None, "foreign_keys", true))
         .and_then(|()| connection.pragma_update(None, "synchronous", "FULL"))
-        .map_err(|e| damaged(database, e))?;
+        .map_err(|e| failed(&connection, database, e))?;
     Ok(connection)
 }
 
 /// As [`connect`], for looking only: the last connection to close moves the WAL into the database,
 /// and who only looks writes nothing. Where there was no WAL, closing removes the empty one that
 /// opening makes.
-pub(super) fn connect_to_look(database: &std::path::Path) -> Result<Connection> {
+pub(super) fn connect_to_look(database: &Path) -> Result<Connection> {
     let mut wal = database.as_os_str().to_owned();
     wal.push("-wal");
     let has_wal = fs::metadata(wal).is_ok_and(|meta| meta.len() > 0);
@@ -158,7 +161,38 @@ pub(super) fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
 }
 
 /// A sentence for what SQLite says of the database.
-pub(super) fn damaged(database: &std::path::Path, error: rusqlite::Error) -> Error {
+pub(super) fn damaged(database: &Path, error: rusqlite::Error) -> Error {
+    told(database, error, 0)
+}
+
+/// Likewise, with the errno of the system call behind it: SQLite itself calls all but a full disk an I/O
+/// error, or says that a file can't be opened.
+pub(super) fn failed(connection: &Connection, database: &Path, error: rusqlite::Error) -> Error {
+    use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
+    let errno = match error.sqlite_error_code() {
+        Some(CannotOpen | SystemIoFailure) => system_errno(connection),
+        _ => 0,
+    };
+    told(database, error, errno)
+}
+
+/// The errno of the last system call that failed for SQLite.
+fn system_errno(connection: &Connection) -> i32 {
+    // SAFETY: the handle is that of an open connection, borrowed for the call, which only reads a number.
+    unsafe { rusqlite::ffi::sqlite3_system_errno(connection.handle()) }
+}
+
+/// SQLite needs a little room also to read.
+const FULL: (i32, &str) = (libc::ENOSPC, "cannot grow, the disk is full");
+
+/// Whether there is no room for the files that SQLite makes beside a database.
+fn is_full(database: &Path) -> bool {
+    const NEEDED: u64 = 64 << 10;
+    let space = database.parent().map(Space::at);
+    space.is_some_and(|space| space.is_ok_and(|space| space.available_bytes() < NEEDED))
+}
+
+fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
     let code = error.sqlite_error_code();
     let (errno, what) = match code {
         Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => (
@@ -168,7 +202,13 @@ pub(super) fn damaged(database: &std::path::Path, error: rusqlite::Error) -> Err
         Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
             (libc::EBUSY, "is in use; try again")
         }
-        Some(rusqlite::ErrorCode::DiskFull) => (libc::ENOSPC, "cannot grow, the disk is full"),
+        Some(rusqlite::ErrorCode::DiskFull) => FULL,
+        _ if errno == libc::ENOSPC => FULL,
+        _ if errno == libc::EDQUOT => (errno, "cannot grow, its owner may use no more of the disk"),
+        _ if errno == libc::EROFS => (errno, "cannot be written"),
+        _ if errno == libc::EIO => (errno, "cannot be used"),
+        // Of a file that it can't make SQLite does not tell why.
+        Some(rusqlite::ErrorCode::CannotOpen) if is_full(database) => FULL,
         Some(rusqlite::ErrorCode::ReadOnly) => (libc::EROFS, "cannot be written"),
         Some(rusqlite::ErrorCode::PermissionDenied | rusqlite::ErrorCode::CannotOpen) => (
             libc::EACCES,
@@ -179,12 +219,14 @@ pub(super) fn damaged(database: &std::path::Path, error: rusqlite::Error) -> Err
     Error::new(errno, format!("the database {} {what}", database.display())).caused_by(error)
 }
 
-fn read_all(connection: &Connection, database: &std::path::Path) -> Result<Catalog> {
-    let schema = read_schema(connection).map_err(|e| damaged(database, e))?;
-    let boxes = read_boxes(connection, None).map_err(|e| damaged(database, e))?;
+fn read_all(connection: &Connection, database: &Path) -> Result<Catalog> {
+    let schema = read_schema(connection).map_err(|e| failed(connection, database, e))?;
+    let boxes = read_boxes(connection, None).map_err(|e| failed(connection, database, e))?;
     let mut snapshots: HashMap<String, Vec<SnapshotRecord>> = HashMap::new();
     if schema.version >= OLDEST_WRITABLE_SCHEMA || has_table(connection, "snapshot") {
-        for snapshot in read_snapshots(connection, None).map_err(|e| damaged(database, e))? {
+        let found =
+            read_snapshots(connection, None).map_err(|e| failed(connection, database, e))?;
+        for snapshot in found {
             snapshots
                 .entry(snapshot.box_id.clone())
                 .or_default()

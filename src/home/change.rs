@@ -13,7 +13,7 @@ use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 
 use super::catalog::{
-    connect, damaged, data_version, read_bases, read_bases_at, read_bases_of, read_boxes,
+    connect, data_version, failed, read_bases, read_bases_at, read_bases_of, read_boxes,
     read_schema, read_snapshots,
 };
 use super::identity::rfc3339;
@@ -129,7 +129,7 @@ impl Home {
         let database = self.database();
         let before = file_id(&database)?;
         let connection = connect(&database)?;
-        let schema = read_schema(&connection).map_err(|e| damaged(&database, e))?;
+        let schema = read_schema(&connection).map_err(|e| failed(&connection, &database, e))?;
         if let Some(why) = schema.read_only {
             return Err(Error::new(libc::EROFS, why));
         }
@@ -147,29 +147,6 @@ impl Home {
             _serial: serial,
         })
     }
-}
-
-/// A sentence for what SQLite says, with the errno of the system call behind it: SQLite itself calls all but
-/// a full disk an I/O error.
-fn failed(connection: &Connection, database: &Path, error: rusqlite::Error) -> Error {
-    use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
-    let is_io = matches!(
-        error.sqlite_error_code(),
-        Some(CannotOpen | SystemIoFailure)
-    );
-    let error = damaged(database, error);
-    match is_io.then(|| system_errno(connection)) {
-        Some(errno @ (libc::ENOSPC | libc::EDQUOT | libc::EROFS | libc::EIO)) => {
-            error.with_errno(errno)
-        }
-        _ => error,
-    }
-}
-
-/// The errno of the last system call that failed for SQLite.
-fn system_errno(connection: &Connection) -> i32 {
-    // SAFETY: the handle is that of an open connection, borrowed for the call, which only reads a number.
-    unsafe { rusqlite::ffi::sqlite3_system_errno(connection.handle()) }
 }
 
 fn file_id(path: &Path) -> Result<(u64, u64)> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::catalog::{Catalog, CatalogReader, connect_to_look, damaged, has_table, read_bases};
+use super::catalog::{Catalog, CatalogReader, connect_to_look, failed, has_table, read_bases};
 use super::records::BaseRecord;
 use crate::{Context, Error, Result};
 
@@ -99,7 +99,7 @@ impl Home {
         if !has_table(&connection, "base_disk") {
             return Ok(Vec::new());
         }
-        read_bases(&connection).map_err(|e| damaged(&database, e))
+        read_bases(&connection).map_err(|e| failed(&connection, &database, e))
     }
 
     /// The canonical path of the home.

@@ -80,7 +80,7 @@ impl Shim {
         };
         paused.stop_all(self)?;
         paused.wait_until_stopped()?;
-        paused.refuse_other_writers()?;
+        paused.refuse_other_writers(disk)?;
         // What changed it last is long enough ago that whatever comes now has another time.
         std::thread::sleep(MOMENT);
         paused.disk_was = stamp(&paused.disk).context(sentence)?;
@@ -138,13 +138,13 @@ impl Paused {
     }
 
     /// EBUSY when a process that was not stopped has the disk open for writing, as far as that can be seen.
-    fn refuse_other_writers(&self) -> Result<()> {
-        let disk = self.disk.metadata().context(|| "cannot look at the disk")?;
+    fn refuse_other_writers(&self, disk: &Path) -> Result<()> {
+        let meta = self.disk.metadata().context(|| "cannot look at the disk")?;
         let entries = fs::read_dir("/proc").context(|| "cannot read /proc")?;
         let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
         for pid in pids {
             let is_stopped = self.processes.iter().any(|it| it.process.pid == pid);
-            if !is_stopped && writes_to(pid, (disk.dev(), disk.ino())) {
+            if !is_stopped && writes_to(pid, disk, meta.ino()) {
                 return Err(Error::busy(format!(
                     "process {pid}, too, has the disk open for writing; end it first"
                 )));
@@ -285,20 +285,29 @@ fn children(pid: u32) -> Vec<u32> {
     pids.filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// Whether a process has a file open for writing. What can't be seen is none.
-fn writes_to(pid: u32, file: (u64, u64)) -> bool {
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+/// Whether a process has a file open for writing. What can't be seen is none. No file is looked at by what a
+/// process has open: that may be of this very mount, which would have to answer itself.
+fn writes_to(pid: u32, file: &Path, inode: u64) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else {
         return false;
     };
     entries.flatten().any(|entry| {
-        let is_it = fs::metadata(entry.path()).is_ok_and(|meta| (meta.dev(), meta.ino()) == file);
-        is_it && {
-            let info = format!("/proc/{pid}/fdinfo/{}", entry.file_name().to_string_lossy());
-            let info = fs::read_to_string(info).unwrap_or_default();
-            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
-            let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
-            flags.is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
-        }
+        let info = fs::read_to_string(entry.path()).unwrap_or_default();
+        let field = |name: &str| {
+            info.lines()
+                .find_map(|line| Some(line.strip_prefix(name)?.trim()))
+        };
+        let flags = field("flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok());
+        let is_writing = flags.is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY);
+        let is_inode = field("ino:").is_some_and(|number| number.parse() == Ok(inode));
+        let name = || {
+            fs::read_link(format!(
+                "/proc/{pid}/fd/{}",
+                entry.file_name().to_string_lossy()
+            ))
+        };
+        // An inode number alone may be one of another file system.
+        is_writing && is_inode && name().is_ok_and(|name| name.file_name() == file.file_name())
     })
 }
 

@@ -2,6 +2,7 @@
 
 use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use super::Home;
 use crate::{Context, Error, Result};
@@ -41,10 +42,19 @@ impl Home {
     /// # Errors
     /// What statvfs says.
     pub fn space(&self) -> Result<Space> {
-        let root = self.root();
-        let path = std::ffi::CString::new(root.as_os_str().as_bytes())
+        Space::at(self.root())
+    }
+}
+
+impl Space {
+    /// Space on the file system that a directory is on.
+    ///
+    /// # Errors
+    /// What statvfs says.
+    pub(super) fn at(dir: &Path) -> Result<Space> {
+        let path = std::ffi::CString::new(dir.as_os_str().as_bytes())
             .map_err(|_| Error::damaged("the home's path has a NUL"))?;
-        let found = statvfs(&path).context(|| format!("cannot look at {}", root.display()))?;
+        let found = statvfs(&path).context(|| format!("cannot look at {}", dir.display()))?;
         Ok(Space {
             block_size: u32::try_from(found.f_frsize).unwrap_or(4096),
             blocks: found.f_blocks,

@@ -2,7 +2,7 @@
 //! copied, or shared with a copy where the file system can, and what lies below does not change. Exports
 //! and clones are made of the copy.
 //!
-//! The copy is a file without a name. It is kept as long as anybody reads it, and a few seconds longer;
+//! The copy is a file without a name. It is kept as long as anybody reads it, and
 //! whoever opens the export meanwhile gets the same state, for a file has one size for all who have it open.
 
 use std::collections::HashMap;
@@ -23,7 +23,7 @@ use crate::disk::{self, Chain};
 use crate::home::{Activity, BoxRecord, Paused, base_id};
 use crate::{Context, Error, Result};
 
-/// How long a copy that nobody reads is kept: who opened it, and was told its size, opens it once more.
+/// How long a copy that nobody has read yet is kept: who opened it, and was told its size, opens it once more.
 const KEPT: Duration = Duration::from_secs(5);
 /// How often somebody who waits is looked at, and whether copies are still read.
 const LOOKED_AT: Duration = Duration::from_millis(10);
@@ -233,6 +233,15 @@ impl Store {
             && let Some(kept) = self.running.kept.lock().get_mut(&(box_id.clone(), form))
         {
             kept.until = Instant::now() + KEPT;
+        }
+    }
+
+    /// Somebody has opened the copy, and knew its size: it goes with those who read it.
+    pub fn served_running(&self, source: &Source, form: Form) {
+        if let Source::Live { box_id } = source
+            && let Some(kept) = self.running.kept.lock().get_mut(&(box_id.clone(), form))
+        {
+            kept.until = Instant::now();
         }
     }
 

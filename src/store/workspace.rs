@@ -33,16 +33,26 @@ impl Workspace {
     fn create(home: &Home) -> Result<Workspace> {
         let place = home.make_staging_dir()?;
         let id = base_id()?;
-        // Locked before it has the name that another mount would remove it by.
         let unlocked = place.join(format!("{UNLOCKED}{id}"));
-        home.make_dir(&unlocked)?;
-        let path = unlocked.join(LOCK);
-        let lock = File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
-        flock_exclusive(&lock).context(|| format!("cannot lock {}", path.display()))?;
         let dir = place.join(format!("{PREFIX}{id}"));
-        fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
+        let made = make_locked(home, &unlocked).and_then(|lock| {
+            fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
+            Ok(lock)
+        });
+        let lock = made.inspect_err(|_| {
+            let _ = fs::remove_dir_all(&unlocked);
+        })?;
         Ok(Workspace { dir, _lock: lock })
     }
+}
+
+/// Makes a workspace, locked before it has the name that another mount would remove it by.
+fn make_locked(home: &Home, dir: &Path) -> Result<File> {
+    home.make_dir(dir)?;
+    let path = dir.join(LOCK);
+    let lock = File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
+    flock_exclusive(&lock).context(|| format!("cannot lock {}", path.display()))?;
+    Ok(lock)
 }
 
 impl Drop for Workspace {

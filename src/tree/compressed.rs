@@ -85,6 +85,7 @@ impl Tree {
                     // The kernel looks the name up again, gets a new inode, and opens that.
                     return Err(Error::new(libc::ESTALE, "the size is known just now"));
                 }
+                tree.store.served_running(&opened_by, Form::Compressed);
                 Ok(tree.opened_compressed(opened_by.clone(), opened))
             });
             if let Err(error) = &opened
@@ -93,7 +94,7 @@ impl Tree {
                 let what = tree.store.describe(&opened_by);
                 tree.store
                     .journal()
-                    .note(&format!("compressed export of {what} failed: {error}"));
+                    .complain(&format!("compressed export of {what} failed: {error}"));
             }
             answer(opened);
         };

@@ -160,7 +160,7 @@ impl Tree {
                 let go_on = || !caller.is_dying();
                 let opened = self.store.open_any_export(source, Form::Plain, &go_on);
                 let (export, contents) = opened.inspect_err(|error| {
-                    self.store.journal().note(&format!(
+                    self.store.journal().complain(&format!(
                         "export of {} failed: {error}",
                         self.store.describe(source)
                     ));
@@ -170,6 +170,7 @@ impl Tree {
                     self.store.keep_running(source, Form::Plain);
                     return Err(Error::new(libc::ESTALE, "the disk changed just now"));
                 }
+                self.store.served_running(source, Form::Plain);
                 let source = source.clone();
                 let what = format!("export of {}", self.store.describe(&source));
                 let operation = self.store.operations().begin(what, Some(contents.size));
@@ -410,7 +411,7 @@ impl Tree {
 
     fn noted_read(&self, source: &Source, read: Result<usize>) -> Result<usize> {
         read.inspect_err(|error| {
-            self.store.journal().note(&format!(
+            self.store.journal().complain(&format!(
                 "reading the export of {} failed: {error}",
                 self.store.describe(source)
             ));
@@ -562,7 +563,7 @@ impl Tree {
         if state.refused.is_none() {
             let what = self.what_arrives(file, &state.place.name);
             let sentence = format!("{what} failed: {error}");
-            self.store.journal().note(&sentence);
+            self.store.journal().complain(&sentence);
         }
         state.refuse(error);
     }

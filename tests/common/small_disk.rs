@@ -88,35 +88,23 @@ impl SmallDisk {
         numbers.next().unwrap() * numbers.next().unwrap()
     }
 
-    /// Takes all but so many bytes.
+    /// Takes all but about so many bytes.
     pub fn fill(&self, left: u64) {
         let filler = self.filler();
-        // Most of it without writing; what lies between is filled with bytes.
-        let mut length: u64 = 0;
-        let mut step: u64 = 256 << 20;
-        while step >= 1 << 20 {
-            let wanted = (length + step).to_string();
-            match run(&["fallocate", "-l", &wanted, text(&filler)])
-                .status
-                .success()
-            {
-                true => length += step,
-                false => step /= 2,
-            }
+        let mut length = self.free().saturating_sub(left);
+        // The file system may need some of it for itself.
+        while !run(&["fallocate", "-l", &length.to_string(), text(&filler)])
+            .status
+            .success()
+        {
+            let _ = fs::remove_file(&filler);
+            length = length.checked_sub(64 << 10).expect("room for a file");
         }
-        let mut file = File::options()
-            .create(true)
-            .append(true)
-            .open(&filler)
-            .unwrap();
-        file.set_len(length).unwrap();
-        for piece in [1 << 16, 4096] {
-            while file.write_all(&vec![0xaa; piece]).is_ok() {}
+        if left == 0 {
+            let mut file = File::options().append(true).open(&filler).unwrap();
+            while file.write_all(&[0xaa; 4096]).is_ok() {}
             let _ = file.sync_all();
         }
-        let length = file.metadata().unwrap().len();
-        file.set_len(length.saturating_sub(left)).unwrap();
-        let _ = file.sync_all();
     }
 
     /// Gives back what [`SmallDisk::fill`] took.

@@ -19,34 +19,43 @@ pub struct Contents {
 /// Every box by name.
 pub type Boxes = BTreeMap<String, Contents>;
 
-/// What the rows name, read by qemu-img.
+/// What the rows name, read by qemu-img. The rows are read by a program, too: the home may lie on a file
+/// system that this process serves, and SQLite maps a file of it into memory.
 pub fn contents(home: &TestHome) -> Boxes {
-    let rows = |statement: &str, parameter: &str| -> Vec<String> {
-        let database = home.database();
-        let mut statement = database.prepare(statement).unwrap();
-        statement
-            .query_map([parameter], |row| row.get(0))
-            .unwrap()
-            .map(Result::unwrap)
-            .collect()
-    };
-    rows("SELECT name FROM box_config WHERE ?1 = ''", "")
-        .into_iter()
-        .map(|name| {
-            let snapshots = rows(
-                "SELECT name FROM snapshot WHERE box_id = ?1",
-                &home.id(&name),
-            )
-            .into_iter()
-            .map(|snapshot| {
-                let layer = home.snapshot_disk(&name, &snapshot);
-                (snapshot, digest(&layer))
-            })
-            .collect();
-            let live = digest(&home.live_disk(&name));
-            (name, Contents { live, snapshots })
-        })
-        .collect()
+    let mut boxes = Boxes::new();
+    let mut directories = BTreeMap::new();
+    for row in rows(home, "SELECT id, name FROM box_config") {
+        let [id, name] = row.as_slice() else {
+            panic!("{row:?}")
+        };
+        let directory = home.root().join("boxes").join(id);
+        let live = digest(&directory.join("disks/disk.qcow2"));
+        let snapshots = BTreeMap::new();
+        boxes.insert(name.clone(), Contents { live, snapshots });
+        directories.insert(id.clone(), (name.clone(), directory));
+    }
+    for row in rows(home, "SELECT box_id, name FROM snapshot") {
+        let [id, snapshot] = row.as_slice() else {
+            panic!("{row:?}")
+        };
+        let (name, directory) = &directories[id];
+        let layer = directory.join("snapshots").join(snapshot);
+        let digest = digest(&layer.join("disk.qcow2"));
+        let contents = boxes.get_mut(name).unwrap();
+        contents.snapshots.insert(snapshot.clone(), digest);
+    }
+    boxes
+}
+
+fn rows(home: &TestHome, statement: &str) -> Vec<Vec<String>> {
+    let database = home.root().join("db/boxlite.db");
+    let wait = ["-cmd", ".timeout 10000"];
+    let mut command = vec!["sqlite3", "-batch", "-noheader", "-separator", "|"];
+    command.extend(wait);
+    command.extend([text(&database), statement]);
+    let said = succeed(&command);
+    let fields = |line: &str| line.split('|').map(str::to_owned).collect();
+    said.lines().map(fields).collect()
 }
 
 /// Everything from before that the change does not take away, nothing but what it adds; what it

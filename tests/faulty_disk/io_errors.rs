@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use super::changes::*;
 use super::common::*;
@@ -136,15 +137,22 @@ impl Failing<'_> {
         }
         assert_shows(&mount, &boxes);
         let staging = home.root().join(".boxlitefs");
-        eventually("the workspace is empty", || {
-            in_workspaces(&staging).is_empty()
-        });
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !in_workspaces(&staging).is_empty() {
+            let left = in_workspaces(&staging);
+            assert!(
+                Instant::now() < deadline,
+                "left in the workspace: {left:?}; {}",
+                log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
         mount.unmount();
         drop(home.mount());
         assert_eq!(contents(home), boxes);
         let staging = names_in(&staging);
         assert!(
-            !staging.iter().any(is_workspace),
+            !staging.iter().any(|name| is_workspace(name)),
             "left behind: {staging:?}"
         );
         if change.by == By::Repair {
@@ -184,14 +192,14 @@ impl Failing<'_> {
     }
 }
 
-fn is_workspace(name: &String) -> bool {
+fn is_workspace(name: &str) -> bool {
     name.starts_with("work-") || name.starts_with("new-")
 }
 
 /// What is in workspaces but the lock of each.
 fn in_workspaces(staging: &Path) -> Vec<String> {
     let mut workspaces = names_in(staging);
-    workspaces.retain(is_workspace);
+    workspaces.retain(|name| is_workspace(name));
     let names = workspaces
         .iter()
         .flat_map(|name| names_in(&staging.join(name)));
@@ -250,9 +258,9 @@ fn a_call_that_fails_is_told_and_loses_nothing() {
             let case = attempt(|| met = failing.assert_survives(fault, &mut dice));
             tally.faults += usize::from(met || case.is_err());
             if let Err(why) = case {
-                tally
-                    .losses
-                    .push(format!("{}: {fault:?}: {why}", change.name));
+                let loss = format!("{}: {fault:?}: {why}", change.name);
+                eprintln!("{loss}");
+                tally.losses.push(loss);
             }
         }
         all.lock().unwrap().add(tally);

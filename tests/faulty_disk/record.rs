@@ -231,12 +231,15 @@ impl Kept {
     }
 }
 
+/// A directory, and how many of its changes there are up to one.
+type Place = (Number, usize);
+
 /// Keeps a rename in both of its directories where it is kept in one.
-fn complete(names: &mut HashMap<Number, usize>, moves: &[((Number, usize), (Number, usize))]) {
+fn complete(names: &mut HashMap<Number, usize>, moves: &[(Place, Place)]) {
     loop {
         let mut is_complete = true;
         for (from, to) in moves {
-            let mut has = |place: &(Number, usize)| *names.entry(place.0).or_default() >= place.1;
+            let mut has = |place: &Place| *names.entry(place.0).or_default() >= place.1;
             let lacking = match (has(from), has(to)) {
                 (true, false) => to,
                 (false, true) => from,

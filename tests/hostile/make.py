@@ -316,13 +316,13 @@ def manifests(disk):
     yield "twice-hostile", text.replace("{", '{"\\u001b[2J\\n":5,"\\u001b[2J\\n":5,', 1).encode(), twice
     yield "over-1-mib", with_field(box_name="x" * MIB), "over 1 MiB"
     yield "huge-string", with_field(box_options=OPTIONS | {"env": [["A", "x" * 900_000]]}), None
-    yield "huge-image", with_field(box_options={"rootfs": {"Image": "x" * 900_000}}), None
+    yield "huge-image", with_field(box_options=OPTIONS | {"rootfs": {"Image": "x" * 900_000}}), None
     yield "many-env", with_field(box_options=OPTIONS | {"env": [["A", ""]] * 80_000}), None
     yield "unknown-field", with_field(future={"deep": [1, None]}), None
     yield "no-name", with_field(box_name=None), None
     hostile = "\x1b]0;x\x07\r\n2030-01-01T00:00:00Z forged \u202e\0 é"
     yield "hostile-name", with_field(box_name=hostile, image=hostile, exported_at=hostile), None
-    yield "hostile-options", with_field(box_options={"rootfs": {"Image": hostile}}), None
+    yield "hostile-options", with_field(box_options=OPTIONS | {"rootfs": {"Image": hostile}}), None
     for version in (4, 5):
         yield f"good-version-{version}", with_field(version=version), None
 

@@ -158,7 +158,9 @@ impl Drop for Incoming {
         if self.finished {
             return;
         }
-        if let Err(error) = std::fs::remove_file(&self.disk) {
+        if let Err(error) = std::fs::remove_file(&self.disk)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
             log::warn!("cannot remove {}: {error}", self.disk.display());
         }
     }

@@ -12,8 +12,7 @@ use rusqlite::{Connection, OpenFlags, params_from_iter};
 
 use super::identity::{is_safe_component, is_snapshot_name};
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
-use super::space::Space;
-use crate::{Context, Error, Result};
+use crate::{Error, Result};
 
 /// Newest schema whose snapshot and base tables we know to be missing or different below it
 /// (BoxLite migrates older databases itself at its next start).
@@ -93,13 +92,7 @@ impl CatalogReader {
     }
 
     pub(super) fn current(&mut self) -> Result<Arc<Catalog>> {
-        let meta = fs::metadata(&self.database).context(|| {
-            format!(
-                "the database {} is gone; put it back or unmount",
-                self.database.display()
-            )
-        })?;
-        let file = (meta.dev(), meta.ino());
+        let file = database_id(&self.database)?;
         if self.open.as_ref().is_some_and(|open| open.file != file) {
             self.open = None;
         }
@@ -125,6 +118,18 @@ impl CatalogReader {
             catalog: catalog.clone(),
         });
         Ok(catalog)
+    }
+}
+
+/// (st_dev, st_ino) of the database. That it is not there is EIO: ENOENT would be said of a box.
+pub(super) fn database_id(database: &std::path::Path) -> Result<(u64, u64)> {
+    match fs::metadata(database) {
+        Ok(meta) => Ok((meta.dev(), meta.ino())),
+        Err(e) => Err(Error::damaged(format!(
+            "the database {} is gone; put it back or unmount",
+            database.display()
+        ))
+        .caused_by(e)),
     }
 }
 
@@ -185,15 +190,23 @@ fn system_errno(connection: &Connection) -> i32 {
 /// SQLite needs a little room also to read.
 const FULL: (i32, &str) = (libc::ENOSPC, "cannot grow, the disk is full");
 
-/// Whether there is no room for the files that SQLite makes beside a database.
-fn is_full(database: &Path) -> bool {
-    const NEEDED: u64 = 64 << 10;
-    let space = database.parent().map(Space::at);
-    space.is_some_and(|space| space.is_ok_and(|space| space.available_bytes() < NEEDED))
+/// The errno of making a file beside a database, 0 where one can be made: of those that it can't make
+/// itself SQLite does not tell why.
+fn errno_beside(database: &Path) -> i32 {
+    let path = database.with_extension("boxlitefs-room");
+    let made = fs::File::create_new(&path);
+    let _ = made.as_ref().map(|_| fs::remove_file(&path));
+    made.err()
+        .and_then(|error| error.raw_os_error())
+        .unwrap_or(0)
 }
 
 fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
     let code = error.sqlite_error_code();
+    let errno = match (code, errno) {
+        (Some(rusqlite::ErrorCode::CannotOpen), 0) => errno_beside(database),
+        _ => errno,
+    };
     let (errno, what) = match code {
         Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => (
             libc::EIO,
@@ -207,8 +220,6 @@ fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
         _ if errno == libc::EDQUOT => (errno, "cannot grow, its owner may use no more of the disk"),
         _ if errno == libc::EROFS => (errno, "cannot be written"),
         _ if errno == libc::EIO => (errno, "cannot be used"),
-        // Of a file that it can't make SQLite does not tell why.
-        Some(rusqlite::ErrorCode::CannotOpen) if is_full(database) => FULL,
         Some(rusqlite::ErrorCode::ReadOnly) => (libc::EROFS, "cannot be written"),
         Some(rusqlite::ErrorCode::PermissionDenied | rusqlite::ErrorCode::CannotOpen) => (
             libc::EACCES,

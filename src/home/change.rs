@@ -13,8 +13,8 @@ use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 
 use super::catalog::{
-    connect, data_version, failed, read_bases, read_bases_at, read_bases_of, read_boxes,
-    read_schema, read_snapshots,
+    connect, data_version, database_id, failed, read_bases, read_bases_at, read_bases_of,
+    read_boxes, read_schema, read_snapshots,
 };
 use super::identity::rfc3339;
 use super::paths::Home;
@@ -127,14 +127,14 @@ impl Home {
         runtime: Runtime,
     ) -> Result<Change<'h>> {
         let database = self.database();
-        let before = file_id(&database)?;
+        let before = database_id(&database)?;
         let connection = connect(&database)?;
         let schema = read_schema(&connection).map_err(|e| failed(&connection, &database, e))?;
         if let Some(why) = schema.read_only {
             return Err(Error::new(libc::EROFS, why));
         }
         // SQLite opens by name; make sure it is the file we looked at.
-        if file_id(&database)? != before {
+        if database_id(&database)? != before {
             return Err(Error::busy(
                 "the database was replaced while it was being opened; try again",
             ));

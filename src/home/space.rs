@@ -2,7 +2,6 @@
 
 use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 use super::Home;
 use crate::{Context, Error, Result};
@@ -42,19 +41,10 @@ impl Home {
     /// # Errors
     /// What statvfs says.
     pub fn space(&self) -> Result<Space> {
-        Space::at(self.root())
-    }
-}
-
-impl Space {
-    /// Space on the file system that a directory is on.
-    ///
-    /// # Errors
-    /// What statvfs says.
-    pub(super) fn at(dir: &Path) -> Result<Space> {
-        let path = std::ffi::CString::new(dir.as_os_str().as_bytes())
+        let root = self.root();
+        let path = std::ffi::CString::new(root.as_os_str().as_bytes())
             .map_err(|_| Error::damaged("the home's path has a NUL"))?;
-        let found = statvfs(&path).context(|| format!("cannot look at {}", dir.display()))?;
+        let found = statvfs(&path).context(|| format!("cannot look at {}", root.display()))?;
         Ok(Space {
             block_size: u32::try_from(found.f_frsize).unwrap_or(4096),
             blocks: found.f_blocks,

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::Store;
 use super::upkeep::UnderWay;
+use super::workspace::discard;
 use crate::archive::{Incoming, MOST_HOLES, Manifest, Progress, over_limit};
 use crate::home::{check_options, normalize_imported, refuse_reach};
 use crate::{Context, Error, Result};
@@ -30,8 +31,6 @@ pub struct Imports {
 pub struct Arrival {
     incoming: Incoming,
     disk: PathBuf,
-    /// The disk is complete: no longer removed by `incoming`, but by us unless it was moved away.
-    disk_is_ours: bool,
     /// Bytes from the start that the decoder has seen.
     fed: u64,
     spool: Option<Spool>,
@@ -66,7 +65,6 @@ impl Store {
             incoming: Incoming::begin(&disk, self.imports.most)?,
             spool: None,
             disk,
-            disk_is_ours: false,
             fed: 0,
             length: 0,
             wanted,
@@ -110,7 +108,6 @@ impl Arrival {
         self.fed += bytes.len() as u64;
         if progress == Progress::Complete && !self.complete {
             self.incoming.finish()?;
-            self.disk_is_ours = true;
             if self.wanted == Wanted::Box {
                 // In the same write as the other verdicts.
                 self.box_options()?;
@@ -261,10 +258,8 @@ impl Arrival {
 
 impl Drop for Arrival {
     fn drop(&mut self) {
-        if self.disk_is_ours {
-            // Not there when it became a box's.
-            let _ = fs::remove_file(&self.disk);
-        }
+        // Not there when it became a box's.
+        discard(&self.disk);
     }
 }
 

@@ -240,6 +240,10 @@ impl Prepared<'_> {
         if let Some(state) = &draft.running {
             return self.freeze_running(state);
         }
+        // Of a snapshot it is no matter whether the box runs; its live disk is left alone then.
+        if let Source::Live { .. } = source {
+            self.store.refuse_active(&self.record)?;
+        }
         let layer = match source {
             Source::Live { box_id } => self.store.home.live_disk(box_id),
             Source::Snapshot { snapshot_id, .. } => {

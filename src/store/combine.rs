@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use super::Store;
 use super::layers::resolve;
 use super::upkeep::BehindAll;
+use super::workspace::discard;
 use crate::disk::{self, Chain, FileId, Flattened};
 use crate::{Context, Result};
 
@@ -115,6 +116,6 @@ impl Combined {
 impl Drop for Combined {
     fn drop(&mut self) {
         // Moved into place, or not needed.
-        let _ = fs::remove_file(&self.file);
+        discard(&self.file);
     }
 }

@@ -5,6 +5,7 @@ use std::fs::{self, File, FileTimes};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+use super::workspace::discard;
 use crate::{Context, Error, Result};
 
 /// Flushes a file's contents and metadata.
@@ -61,7 +62,7 @@ pub(super) fn replace(new: &Path, target: &Path, aside: &Path) -> Result<()> {
         // Does nothing where both are the same file still.
         let _ = rename(aside, target);
     }
-    let _ = fs::remove_file(aside);
+    discard(aside);
     replaced
 }
 

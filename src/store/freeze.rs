@@ -10,6 +10,7 @@ use super::durable;
 use super::layers::resolve;
 use super::prepare::{Prepared, now};
 use super::running::RunningState;
+use super::workspace::discard;
 use super::{Contents, Source, Store, called};
 use crate::disk::{self, FileId, Format, Header, Layer};
 use crate::home::{NewBase, base_id};
@@ -107,8 +108,8 @@ impl Store {
             draft.flat = self.shortened(&live)?;
         }
         let overlay = self.fresh_path("overlay")?;
-        disk::create_overlay(&overlay, &draft.base, Format::Qcow2, header.virtual_size)?;
         draft.overlay = Some(overlay.clone());
+        disk::create_overlay(&overlay, &draft.base, Format::Qcow2, header.virtual_size)?;
         self.home.give_to_owner(&overlay)?;
         // Most of what is dirty is written back here, so that the flush under the lock is short.
         durable::sync_file(&live)?;
@@ -194,7 +195,7 @@ impl Drop for Draft {
     fn drop(&mut self) {
         // Moved into place, or not needed.
         if let Some(overlay) = &self.overlay {
-            let _ = fs::remove_file(overlay);
+            discard(overlay);
         }
     }
 }

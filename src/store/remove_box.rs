@@ -9,6 +9,7 @@ use super::clone::{UNRECORDED, mark_unrecorded};
 use super::crash::crash_point;
 use super::layers::{Directories, names_in};
 use super::prepare::Prepared;
+use super::workspace::discard;
 use super::{Store, called, durable};
 use crate::home::BaseRecord;
 use crate::mountinfo;
@@ -127,16 +128,11 @@ impl Store {
     fn remove_aside(&self, aside: PathBuf) {
         let remove = {
             let aside = aside.clone();
-            move || {
-                if let Err(error) = fs::remove_dir_all(&aside) {
-                    // It goes with the workspace.
-                    log::warn!("cannot remove {}: {error}", aside.display());
-                }
-            }
+            move || discard(&aside)
         };
         let started = std::thread::Builder::new().name("remove".into());
         if started.spawn(remove).is_err() {
-            let _ = fs::remove_dir_all(&aside);
+            discard(&aside);
         }
     }
 }

@@ -150,8 +150,9 @@ impl Prepared<'_> {
         let snapshots = home.snapshots_dir(&self.record.id);
         if !snapshots.is_dir() {
             home.make_dir(&snapshots)?;
-            durable::sync_dir(&home.box_dir(&self.record.id))?;
         }
+        // Also where it is there: who made it may not have come to flush that, or it failed.
+        durable::sync_dir(&home.box_dir(&self.record.id))?;
         let dir = snapshots.join(place);
         match ready {
             Some(ready) => durable::rename(ready, &dir)?,

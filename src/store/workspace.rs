@@ -7,6 +7,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::Store;
 use crate::home::{Home, base_id, flock_exclusive};
 use crate::{Context, Result};
@@ -76,17 +78,31 @@ impl Deref for Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let removed = match self.0.is_dir() {
-            true => fs::remove_dir_all(&self.0),
-            false => fs::remove_file(&self.0),
-        };
-        // What can't be removed now goes with the workspace.
-        if let Err(error) = removed
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            log::warn!("cannot remove {}: {error}", self.0.display());
-        }
+        discard(&self.0);
     }
+}
+
+/// What could not be removed when it should have been.
+static LEFT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes a file or directory of the workspace, if it is there. What can't be removed now, for the disk
+/// fails, say, is removed when the next change begins, or with the workspace.
+pub(super) fn discard(path: &Path) {
+    let removed = match path.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    };
+    if let Err(error) = removed
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        log::warn!("cannot remove {}: {error}", path.display());
+        LEFT.lock().push(path.to_owned());
+    }
+}
+
+fn discard_again() {
+    let left = std::mem::take(&mut *LEFT.lock());
+    left.iter().for_each(|path| discard(path));
 }
 
 /// Workspaces of processes that are dead.
@@ -159,6 +175,7 @@ impl Store {
     /// # Errors
     /// Those of making it.
     pub(super) fn make_workspace(&self) -> Result<PathBuf> {
+        discard_again();
         let mut workspace = self.workspace.lock();
         let workspace = match &mut *workspace {
             Some(workspace) => workspace,

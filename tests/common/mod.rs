@@ -608,6 +608,12 @@ impl Mounted {
             .is_some_and(|status| status.signal() == Some(libc::SIGKILL))
     }
 
+    /// The signal that ended the process, waited for.
+    pub fn ended_by(&mut self) -> Option<i32> {
+        use std::os::unix::process::ExitStatusExt;
+        wait(&mut self.child, Duration::from_secs(5))?.signal()
+    }
+
     /// Whether the process still serves.
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))

@@ -493,8 +493,12 @@ pub fn archive() -> PathBuf {
 
 /// Makes an archive of a new ext4 disk with more arguments for the wheel; returns its path.
 pub fn make_archive(file_name: &str, arguments: &[&str]) -> PathBuf {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let place = tempfile::tempdir_in(directory).expect("a temporary directory");
+    // Of each test program its own: another that runs at the same time would replace it.
+    let program = std::env::current_exe().expect("the test program");
+    let directory =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(program.file_stem().expect("its name"));
+    fs::create_dir_all(&directory).expect("the directory of archives");
+    let place = tempfile::tempdir_in(&directory).expect("a temporary directory");
     let made = place.path().join(file_name);
     let unused_home = TestHome {
         root: place.path().join("home"),

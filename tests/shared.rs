@@ -192,8 +192,7 @@ impl<'h> Both<'h> {
             if !may_refuse {
                 self.lost(format!("BoxLite, alone: {ask:?}: {refusal}"));
             }
-            let unchanged = self.boxes.clone();
-            return self.compare(&[unchanged], &format!("{ask:?} refused"));
+            return self.unchanged(&format!("{ask:?} refused"));
         }
         self.compare(&[wanted], &format!("by BoxLite {ask:?}"));
     }
@@ -207,8 +206,7 @@ impl<'h> Both<'h> {
             Err(refusal) => {
                 let log = self.last_words();
                 self.lost(format!("the mount, alone: {ask:?}: {refusal}: {log}"));
-                let unchanged = self.boxes.clone();
-                self.compare(&[unchanged], &format!("{ask:?} refused"));
+                self.unchanged(&format!("{ask:?} refused"));
             }
         }
     }
@@ -247,6 +245,12 @@ impl<'h> Both<'h> {
             self.lost(format!("both can't have been done: {what}"));
         }
         self.compare(&wanted, &what);
+    }
+
+    /// Likewise with what they were.
+    fn unchanged(&mut self, what: &str) {
+        let before = self.boxes.clone();
+        self.compare(std::slice::from_ref(&before), what);
     }
 
     /// Compares every box and snapshot with what they have to be, and goes on with what there is.
@@ -644,7 +648,7 @@ fn what_is_not_safe_beside_a_runtime_is_busy_and_says_so() {
     busy(fs::remove_file(mount.at("web/box.json")));
     let (_, said) = home.compact();
     assert!(said.contains("a BoxLite runtime is using"), "{said}");
-    both.compare(&[both.boxes.clone()], "what was refused");
+    both.unchanged("what was refused");
     both.end("refused beside a live BoxLite");
 }
 
@@ -787,7 +791,7 @@ fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
         let _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
     }
     fs::remove_dir_all(clone.parent().unwrap()).unwrap();
-    both.compare(&[both.boxes.clone()], "what was left alone");
+    both.unchanged("what was left alone");
     both.end("BoxLite in the middle of something");
 }
 

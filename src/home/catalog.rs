@@ -193,9 +193,11 @@ const FULL: (i32, &str) = (libc::ENOSPC, "cannot grow, the disk is full");
 /// The errno of making a file beside a database, 0 where one can be made: of those that it can't make
 /// itself SQLite does not tell why.
 fn errno_beside(database: &Path) -> i32 {
+    /// As much as SQLite wants at first.
+    static WANTED: [u8; 64 << 10] = [1; 64 << 10];
     let path = database.with_extension("boxlitefs-room");
-    let made = fs::File::create_new(&path);
-    let _ = made.as_ref().map(|_| fs::remove_file(&path));
+    let made = fs::write(&path, WANTED);
+    let _ = fs::remove_file(&path);
     made.err()
         .and_then(|error| error.raw_os_error())
         .unwrap_or(0)
@@ -203,8 +205,9 @@ fn errno_beside(database: &Path) -> i32 {
 
 fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
     let code = error.sqlite_error_code();
-    let errno = match (code, errno) {
-        (Some(rusqlite::ErrorCode::CannotOpen), 0) => errno_beside(database),
+    let errno = match code {
+        // The last errno may be that of a file that was only looked for.
+        Some(rusqlite::ErrorCode::CannotOpen) => errno_beside(database),
         _ => errno,
     };
     let (errno, what) = match code {

@@ -27,9 +27,9 @@ impl Store {
         if !abandoned.is_empty()
             && let Err(error) = durable::sync_file_system(self.home.root())
         {
-            // Its owner was killed: what he had done, and had not come to flush, is taken for done below.
-            self.journal.note(&format!("recovery waits: {error}"));
-            return;
+            // Its owner was killed: what he had done, and had not come to flush, is built on below. The error
+            // may be an old one, of anybody's file: each step flushes what it needs, and tells its own.
+            self.journal.note(&error.to_string());
         }
         for dir in abandoned {
             if let Err(e) = fs::remove_dir_all(&dir) {

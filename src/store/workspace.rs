@@ -41,9 +41,7 @@ impl Workspace {
             fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
             Ok(lock)
         });
-        let lock = made.inspect_err(|_| {
-            let _ = fs::remove_dir_all(&unlocked);
-        })?;
+        let lock = made.inspect_err(|_| discard(&unlocked))?;
         Ok(Workspace { dir, _lock: lock })
     }
 }

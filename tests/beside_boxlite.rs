@@ -339,15 +339,7 @@ fn our_lock_numbers_leave_boxlites_alone() {
     succeed(&["cp", text(&archive()), text(&mount.at("new.boxlite"))]);
     let mut numbers = Vec::new();
     for name in ["copy", "new"] {
-        let state: String = home
-            .database()
-            .query_row(
-                "SELECT json FROM box_state WHERE id = ?1",
-                [home.id(name)],
-                |row| row.get(0),
-            )
-            .unwrap();
-        let state: Value = serde_json::from_str(&state).unwrap();
+        let state = home.state(name);
         let number = state["lock_id"].as_u64().unwrap();
         assert!((1_000_000..1 << 32).contains(&number), "{name}: {number}");
         let file = home.root().join("locks").join(number.to_string());

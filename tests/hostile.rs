@@ -308,15 +308,7 @@ fn as_it_was(home: &TestHome, mount: &Mounted, one: &Hostile, name: &str) -> Res
 }
 
 fn lock_of(home: &TestHome, name: &str) -> PathBuf {
-    let state: String = home
-        .database()
-        .query_row(
-            "SELECT json FROM box_state WHERE id = ?1",
-            [home.id(name)],
-            |row| row.get(0),
-        )
-        .expect("its state");
-    let state: Value = serde_json::from_str(&state).expect("JSON");
+    let state = home.state(name);
     home.root().join("locks").join(state["lock_id"].to_string())
 }
 

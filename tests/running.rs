@@ -192,19 +192,6 @@ fn assert_a_moment(image: &Path, before: u64, after: u64) {
     );
 }
 
-fn unpack(archive: &Path) -> tempfile::TempDir {
-    let place = tempfile::tempdir().unwrap();
-    succeed(&[
-        "tar",
-        "-C",
-        text(place.path()),
-        "-xf",
-        text(archive),
-        "disk.qcow2",
-    ]);
-    place
-}
-
 #[test]
 fn the_export_of_a_box_that_runs_is_its_disk_at_one_moment() {
     let home = TestHome::new();
@@ -217,7 +204,7 @@ fn the_export_of_a_box_that_runs_is_its_disk_at_one_moment() {
         let name = ["export.boxlite", "export.boxlite.zst"][round % 2];
         let before = machine.written();
         succeed(&["cp", "-L", text(&mount.at("web").join(name)), text(&target)]);
-        let unpacked = unpack(&target);
+        let unpacked = unpacked(&target);
         assert_a_moment(
             &unpacked.path().join("disk.qcow2"),
             before,
@@ -432,7 +419,7 @@ fn a_machine_that_somebody_else_paused_stays_so() {
     let target = home.beside("out.boxlite");
     succeed(&["cp", text(&mount.at("web/export.boxlite")), text(&target)]);
     assert!(state(machine.writer) == 'T' && state(machine.pid()) == 'T');
-    let unpacked = unpack(&target);
+    let unpacked = unpacked(&target);
     assert_a_moment(&unpacked.path().join("disk.qcow2"), before, before + 1);
     machine.signal(libc::SIGCONT);
     machine.goes_on();

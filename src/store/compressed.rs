@@ -502,7 +502,13 @@ impl Store {
             return;
         };
         let key = export.disk_key();
-        if self.remembered.digest(&key) != Some(digest) {
+        if self.remembered.digest(&key) == Some(digest) {
+            return;
+        }
+        // What it is of has to be on disk first: a loss of power that takes some of a guest's writes, and not
+        // the time of the last, would leave a checksum of what is not there any more.
+        let mut layers = export.chain().layers().iter();
+        if layers.all(|layer| layer.file().sync_data().is_ok()) {
             self.remembered.learn_digest(&key, &digest);
         }
     }

@@ -292,6 +292,19 @@ impl TestHome {
             .unwrap_or_else(|e| panic!("box {name}: {e}"))
     }
 
+    /// What BoxLite and we keep of a box's state.
+    pub fn state(&self, name: &str) -> Value {
+        let json: String = self
+            .database()
+            .query_row(
+                "SELECT json FROM box_state WHERE id = ?1",
+                [self.id(name)],
+                |row| row.get(0),
+            )
+            .expect("its state");
+        serde_json::from_str(&json).expect("JSON")
+    }
+
     /// `boxes/ID` of a box.
     pub fn box_dir(&self, name: &str) -> PathBuf {
         self.root.join("boxes").join(self.id(name))
@@ -783,8 +796,13 @@ pub fn digest(image: &Path) -> String {
     sum.split(' ').next().expect("a digest").to_owned()
 }
 
-/// [`digest`] of the disk in an archive, compressed or not, unpacked by tar.
+/// [`digest`] of the disk in an archive, compressed or not.
 pub fn archive_digest(archive: &Path) -> String {
+    digest(&unpacked(archive).path().join("disk.qcow2"))
+}
+
+/// A directory with the `disk.qcow2` of an archive, compressed or not, unpacked by tar.
+pub fn unpacked(archive: &Path) -> TempDir {
     let place = tempfile::tempdir().expect("a temporary directory");
     succeed(&[
         "tar",
@@ -794,7 +812,7 @@ pub fn archive_digest(archive: &Path) -> String {
         text(archive),
         "disk.qcow2",
     ]);
-    digest(&place.path().join("disk.qcow2"))
+    place
 }
 
 /// The file names of an image's chain, top first, as qemu-img resolves it.

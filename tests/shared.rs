@@ -938,6 +938,144 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
     tally.finish("beside a live BoxLite, step by step");
 }
 
+/// A change, and the points that it is cut off at.
+type CutOff<'c> = (&'c str, fn(&Mounted), &'c [&'c str]);
+
+const CUT_OFF: [CutOff; 4] = [
+    (
+        "snapshot",
+        |mount| drop(mount.snapshot("web", "new")),
+        &[
+            "freeze.recorded",
+            "freeze.linked",
+            "beside.exchanged",
+            "freeze.replaced",
+            "snapshot.directory",
+            "snapshot.linked",
+        ],
+    ),
+    (
+        "restore",
+        |mount| {
+            let from = mount.at("web/snapshots/old/export.boxlite");
+            drop(run(&[
+                "cp",
+                text(&from),
+                text(&mount.at("web/export.boxlite")),
+            ]));
+        },
+        &["restore.referred", "beside.exchanged", "restore.replaced"],
+    ),
+    (
+        "restore of an archive",
+        |mount| {
+            let to = mount.at("web/export.boxlite");
+            drop(run(&["cp", text(&archive()), text(&to)]));
+        },
+        &["restore.arrived", "beside.exchanged"],
+    ),
+    (
+        "clone",
+        |mount| {
+            drop(run(&[
+                "cp",
+                "-r",
+                text(&mount.at("web")),
+                text(&mount.at("copy")),
+            ]))
+        },
+        &[
+            "beside.exchanged",
+            "install.renamed",
+            "install.recorded",
+            "share.referred",
+        ],
+    ),
+];
+
+#[test]
+fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
+    let home = TestHome::in_memory();
+    let mount = home.mount();
+    mount.snapshot("web", "old").unwrap();
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    drop(mount);
+    home.put_aside("first");
+    let (live, old) = (
+        digest(&home.live_disk("web")),
+        digest(&home.snapshot_disk("web", "old")),
+    );
+    let archived = archive_digest(&archive());
+    let mut tally = Tally::default();
+    for (what, act, points) in CUT_OFF {
+        for (number, point) in points.iter().enumerate() {
+            home.put_back("first");
+            let runtime = home.hold();
+            let mut mount = home.mount_with(&["-o", "shared"], &[("BOXLITEFS_CRASH_AT", point)]);
+            act(&mount);
+            assert!(mount.has_crashed(), "{what} does not come to {point}");
+            drop(mount);
+            tally.faults += 1;
+            tally.operations += 1;
+            if number % 2 == 0 {
+                // Beside the runtime nothing is recovered; what can be read is whole all the same.
+                drop(home.mount_with(&["-o", "shared"], &[]));
+                drop(runtime);
+            } else {
+                drop(runtime);
+                home.wheel(&["list"]);
+            }
+            drop(home.mount());
+            let mut lost = |sentence: String| {
+                tally
+                    .losses
+                    .push(format!("{what}, cut off at {point}: {sentence}"));
+            };
+            let may_be = match what {
+                "restore" => vec![&live, &old],
+                "restore of an archive" => vec![&live, &archived],
+                _ => vec![&live],
+            };
+            if !may_be.contains(&&digest(&home.live_disk("web"))) {
+                lost("the box has other contents".into());
+            }
+            if digest(&home.snapshot_disk("web", "old")) != old {
+                lost("its snapshot has other contents".into());
+            }
+            tally.compared += 2;
+            let (status, said) = home.check();
+            if status != 0 {
+                tally
+                    .losses
+                    .push(format!("{what}, cut off at {point}: {said}"));
+            }
+            home.assert_images_clean();
+            let listed = home.wheel(&["list"]);
+            for listed in listed.as_array().unwrap() {
+                let name = listed["name"].as_str().unwrap();
+                let snapshots = home.wheel(&["snapshot-list", name]);
+                for snapshot in snapshots.as_array().unwrap() {
+                    let snapshot = snapshot["name"].as_str().unwrap();
+                    let wanted = if snapshot == "old" { &old } else { &live };
+                    tally.compared += 1;
+                    if digest(&home.snapshot_disk(name, snapshot)) != *wanted {
+                        let sentence = format!("{name}'s snapshot {snapshot} has other contents");
+                        tally
+                            .losses
+                            .push(format!("{what}, cut off at {point}: {sentence}"));
+                    }
+                }
+                if name == "copy" && digest(&home.live_disk("copy")) != live {
+                    tally.losses.push(format!(
+                        "{what}, cut off at {point}: copy has other contents"
+                    ));
+                }
+            }
+        }
+    }
+    tally.finish("changes cut off beside a live BoxLite");
+}
+
 impl Both<'_> {
     /// Has the mount begin something, BoxLite do something else where the mount then stands still, and the
     /// mount go on. Whether it stood still.

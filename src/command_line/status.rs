@@ -207,8 +207,9 @@ fn options(options: &Value) -> String {
         match value {
             Value::Bool(true) => all.push(name.clone()),
             Value::Bool(false) => {}
+            Value::Null if name == "max_import" => {}
             Value::Null => all.push(format!("{name}=off")),
-            Value::Number(size) if name == "cache" => {
+            Value::Number(size) if matches!(name.as_str(), "cache" | "max_import") => {
                 let size = BinaryBytes(size.as_u64().unwrap_or(0)).to_string();
                 all.push(format!("{name}={}", size.replace(' ', "")));
             }
@@ -333,12 +334,14 @@ mod tests {
     fn options_are_shown_as_they_are_given() {
         let shown = options(&json!({
             "ro": true, "allow_other": false, "compress": 3, "cache": 4_294_967_296_u64,
-            "compact": null, "import": "untrusted"
+            "compact": null, "max_import": null, "import": "untrusted"
         }));
         assert_eq!(
             shown,
             "ro,compress=3,cache=4.00GiB,compact=off,import=untrusted"
         );
+        let bounded = options(&json!({"max_import": 2_147_483_648_u64}));
+        assert_eq!(bounded, "max_import=2.00GiB");
     }
 
     #[test]

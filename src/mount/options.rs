@@ -81,8 +81,8 @@ pub const DOCUMENTED: &[Documented] = &[
         effect: "most disk space that one import may take, as 512M or 8G; no limit unless said",
     },
     Documented {
-        form: "import=trusted|untrusted",
-        effect: "whether archives may ask for what reaches into the host (volumes, ports for everyone, weaker isolation); trusted unless said",
+        form: "import=untrusted",
+        effect: "archives whose options reach into the host (volumes, ports for everyone, weaker isolation) are refused; import=trusted unless said",
     },
 ];
 
@@ -216,8 +216,6 @@ impl Options {
         serde_json::json!({
             "ro": self.read_only,
             "shared": self.shared,
-            "max_import": self.imports.most,
-            "import": if self.imports.untrusted { "untrusted" } else { "trusted" },
             "allow_other": self.allow_other,
             "allow_root": self.allow_root,
             "noexec": self.noexec,

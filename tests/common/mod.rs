@@ -688,9 +688,13 @@ fn wait(child: &mut Child, limit: Duration) -> Option<std::process::ExitStatus> 
 
 // ---- the judges -------------------------------------------------------------------------------
 
-/// The program under test.
+/// The program under test: that of this build, or `$BOXLITEFS_PROGRAM`, one that was built otherwise.
 pub fn binary() -> &'static str {
-    env!("CARGO_BIN_EXE_boxlitefs")
+    static PROGRAM: OnceLock<String> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let other = std::env::var("BOXLITEFS_PROGRAM");
+        other.unwrap_or_else(|_| env!("CARGO_BIN_EXE_boxlitefs").to_owned())
+    })
 }
 
 /// The python that has the wheel.

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import defaultdict
 from pathlib import Path
@@ -297,6 +298,23 @@ class Bench:
         self.crowd_mount.stop()
         self.theirs("boxlite list", "list", home=self.crowd)
 
+    def looking(self):
+        """`ls -l` of the large box, again and again while both of its archives are made and read."""
+        self.mount.start(fresh=True)
+        settle()
+        copies = [subprocess.Popen(["cp", source, self.out / source.name]) for source in (self.plain, self.zst)]
+        took = []
+        while any([copy.poll() is None for copy in copies]):
+            begin = time.monotonic()
+            for entry in os.scandir(self.web):
+                os.lstat(entry.path)
+            took.append(time.monotonic() - begin)
+            time.sleep(0.005)
+        if any(copy.wait() for copy in copies):
+            raise Failed("cp failed while the box was looked at")
+        took.sort()
+        self.costs["ls meanwhile"].append(Cost(took[len(took) * 99 // 100]))
+
     def touching(self, box):
         """The command that changes 64 KiB of a box, so that a layer is there to be frozen."""
         return ["qemu-io", "-f", "qcow2", "-c", "write -q -P 7 5M 64k", self.home.disk(box)]
@@ -350,6 +368,7 @@ class Bench:
         for share in (1, 0.5):
             yield lambda: self.compacting(share)
         yield self.listing
+        yield self.looking
         yield self.guests.turn
         yield self.index.turn
 

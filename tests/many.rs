@@ -47,8 +47,7 @@ fn home_for_many() -> (TestHome, Vec<PathBuf>, BTreeMap<String, String>) {
 #[test]
 fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
     let seconds = how_many(20, 60).to_string();
-    let seed = std::env::var("SEED").unwrap_or_else(|_| std::process::id().to_string());
-    println!("SEED={seed}");
+    let seed = seed("32 processes at once").to_string();
     let (home, backups, digests) = home_for_many();
     // What nothing needs any more is merged in between.
     let mut mount = home.mount_with(&["-o", "compact=0.2"], &[]);

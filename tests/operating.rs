@@ -213,7 +213,13 @@ fn running(mount: &Mounted) -> Vec<(String, Value)> {
 #[test]
 fn the_status_says_what_is_mounted_how_and_what_it_takes() {
     let home = TestHome::new();
-    let mount = home.mount_with(&["-o", "ro,compress=7,compact=off"], &[]);
+    let mount = home.mount_with(
+        &[
+            "-o",
+            "ro,compress=7,compact=off,max_import=2G,import=untrusted",
+        ],
+        &[],
+    );
     let said = status(&mount);
     assert_eq!(said["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(said["pid"], mount.process());
@@ -243,7 +249,7 @@ fn the_status_says_what_is_mounted_how_and_what_it_takes() {
     for words in [
         text(mount.root()),
         text(home.root()),
-        "ro,compress=7,cache=4.00GiB,compact=off",
+        "ro,compress=7,cache=4.00GiB,compact=off,max_import=2.00GiB,import=untrusted",
         "nothing",
     ] {
         assert!(shown.contains(words), "{words}: {shown}");

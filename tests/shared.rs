@@ -521,24 +521,12 @@ fn another(random: &mut Random, boxes: &Boxes, but: Option<&str>) -> Option<Stri
     random.one_of(&names).cloned()
 }
 
-fn seed() -> u64 {
-    let given = std::env::var("SHARED_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok());
-    let seed = given.unwrap_or_else(|| {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        now.map_or(1, |age| age.as_nanos() as u64)
-    });
-    println!("SHARED_SEED={seed}");
-    seed
-}
-
 // ---- the tests ----------------------------------------------------------------------------------
 
 #[test]
 fn two_hundred_operations_from_both_sides_lose_nothing() {
     let home = TestHome::in_memory();
-    let mut random = Random(seed());
+    let mut random = Random(seed("beside a live BoxLite"));
     let mut both = Both::begin(&home, &[]);
     both.boxlite_does(&Ask::Snapshot {
         of: "web".into(),
@@ -901,7 +889,7 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
         .collect();
     let step = cases.len().div_ceil(how_many(40, cases.len()));
     // Other cases every day.
-    let first = seed() as usize % step;
+    let first = seed("beside a live BoxLite") as usize % step;
     for (ours, point, theirs) in cases.iter().skip(first).step_by(step) {
         home.put_back("fresh");
         let mut both = Both::begin(&home, &[("BOXLITEFS_STOP_AT", point)]);

@@ -226,7 +226,7 @@ fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
         Some(rusqlite::ErrorCode::ReadOnly) => (libc::EROFS, "cannot be written"),
         Some(rusqlite::ErrorCode::PermissionDenied | rusqlite::ErrorCode::CannotOpen) => (
             libc::EACCES,
-            "cannot be opened; run as the user whose home it is",
+            "cannot be opened just now; try again, or run as the user whose home it is",
         ),
         _ => (libc::EIO, "cannot be used"),
     };

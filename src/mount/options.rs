@@ -223,6 +223,8 @@ impl Options {
             "compress": self.compression.level,
             "cache": self.compression.cache,
             "compact": self.compacting.after.map(seconds),
+            "max_import": self.imports.most,
+            "import": if self.imports.untrusted { "untrusted" } else { "trusted" },
         })
     }
 
@@ -344,6 +346,15 @@ mod tests {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
             assert!(error.sentence().contains(wrong), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_status_has_every_option_that_is_for_people() {
+        let told = Options::default().to_json();
+        for option in DOCUMENTED {
+            let name = option.form.split('=').next().unwrap_or_default();
+            assert!(told.get(name).is_some(), "{name}");
         }
     }
 

@@ -16,7 +16,7 @@ use crate::{Context, Result};
 /// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
 const PREFIX: &str = "work-";
 
-/// Prefix of one that is not locked yet.
+/// Prefix of one that is not locked yet; the pid of who makes it is next.
 const UNLOCKED: &str = "new-";
 
 /// How long that may take; a directory of that kind that is older was left by a crash.
@@ -35,7 +35,7 @@ impl Workspace {
     fn create(home: &Home) -> Result<Workspace> {
         let place = home.make_staging_dir()?;
         let id = base_id()?;
-        let unlocked = place.join(format!("{UNLOCKED}{id}"));
+        let unlocked = place.join(format!("{UNLOCKED}{}-{id}", std::process::id()));
         let dir = place.join(format!("{PREFIX}{id}"));
         let made = make_locked(home, &unlocked).and_then(|lock| {
             fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
@@ -114,11 +114,20 @@ pub(super) fn abandoned(home: &Home) -> Vec<PathBuf> {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             let old = || entry.metadata().is_ok_and(|meta| is_old(&meta));
-            (name.starts_with(PREFIX) && !is_owned(&entry.path()))
-                || (name.starts_with(UNLOCKED) && old())
+            match name.strip_prefix(UNLOCKED) {
+                Some(rest) => !is_made_by_the_living(rest) || old(),
+                None => name.starts_with(PREFIX) && !is_owned(&entry.path()),
+            }
         })
         .map(|entry| entry.path())
         .collect()
+}
+
+/// Whether the process is there that a name, `PID-ID`, says is making it. Where it is of another name space
+/// and not seen, what it makes is taken away, and its change fails and can be made again.
+fn is_made_by_the_living(name: &str) -> bool {
+    let pid = name.split('-').next().and_then(|pid| pid.parse().ok());
+    pid.is_some_and(|pid: u32| Path::new("/proc").join(pid.to_string()).exists())
 }
 
 fn is_old(meta: &fs::Metadata) -> bool {

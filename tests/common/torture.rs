@@ -19,13 +19,14 @@ pub fn how_many(slice: usize, whole: usize) -> usize {
     }
 }
 
-/// Where the random choices of a test of faults begin: `TORTURE_SEED`, else a number of the moment. It is
-/// printed, to have the same choices again.
+/// Where the random choices of a test of faults begin: `TORTURE_SEED`, else the same number each time for the
+/// slice that goes with every change, and one of the moment for all of it. It is printed, to have the same
+/// choices again.
 pub fn seed(what: &str) -> u64 {
     let set = env::var("TORTURE_SEED").ok();
     let seed = match set {
         Some(seed) => seed.parse().expect("TORTURE_SEED is a number"),
-        None => RandomState::new().hash_one(0) % 1_000_000_000,
+        None => how_many(1, RandomState::new().hash_one(0) as usize % 1_000_000_000) as u64,
     };
     println!("{what}: TORTURE_SEED={seed}");
     seed

@@ -717,7 +717,7 @@ fn a_full_disk_ends_an_import_and_gives_the_room_back() {
     let in_pieces = copy(&many_small_pieces(&home));
     let told_late = log();
     let after = room();
-    succeed(&[binary(), "unmount", text(&mountpoint)]);
+    unmount(&mountpoint);
     child.wait().expect("its end");
     assert!(first.contains("Bad message"), "{first}");
     assert!(declared.contains("No space left on device"), "{declared}");

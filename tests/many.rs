@@ -519,7 +519,7 @@ fn a_mount_in_the_foreground_whose_terminal_hangs_goes_on() {
     }
     fs::create_dir(mountpoint.join("web/snapshots/a")).unwrap();
     assert_eq!(names_in(&mountpoint.join("web/snapshots")), ["a"]);
-    succeed(&[binary(), "unmount", text(&mountpoint)]);
+    unmount(&mountpoint);
     assert!(child.wait().unwrap().success());
     drop(reader);
 }

@@ -613,19 +613,7 @@ impl Mounted {
 
     /// Unmounts in the ordinary way and fails unless the process then ends well.
     pub fn unmount(mut self) {
-        let unmount = [binary(), "unmount", text(&self.mountpoint)];
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let done = run(&unmount);
-            // Another thread of the test may just be starting a program, which has, until it has begun,
-            // whatever files this process had open at that moment.
-            let is_busy = String::from_utf8_lossy(&done.stderr).contains(" is in use");
-            if !is_busy || Instant::now() > deadline {
-                assert!(done.status.success(), "{unmount:?}: {done:?}");
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        unmount(&self.mountpoint);
         let ended = wait(&mut self.child, PATIENCE).expect("boxlitefs ends after unmount");
         assert!(ended.success(), "{ended}");
     }
@@ -667,6 +655,23 @@ impl Drop for Mounted {
                 .status();
         }
         end(&mut self.child);
+    }
+}
+
+/// `boxlitefs unmount`, which must succeed.
+pub fn unmount(mountpoint: &Path) {
+    let unmount = [binary(), "unmount", text(mountpoint)];
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let done = run(&unmount);
+        // Another thread of the test may just be starting a program, which has, until it has begun, whatever
+        // files this process had open at that moment.
+        let is_busy = String::from_utf8_lossy(&done.stderr).contains(" is in use");
+        if !is_busy || Instant::now() > deadline {
+            assert!(done.status.success(), "{unmount:?}: {done:?}");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

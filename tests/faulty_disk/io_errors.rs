@@ -154,7 +154,12 @@ impl Failing<'_> {
                 "left in the workspace: {left:?}; {}",
                 log()
             );
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(100));
+            // What is removed aside may have failed only after that change had begun.
+            if let Some(name) = boxes.keys().next() {
+                mount.snapshot(name, "once more").unwrap();
+                mount.remove_snapshot(name, "once more").unwrap();
+            }
         }
         mount.unmount();
         drop(home.mount());

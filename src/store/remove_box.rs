@@ -66,6 +66,7 @@ impl Store {
         let lock = prepared.record.state().ok();
         let lock = lock.and_then(|state| u32::try_from(state["lock_id"].as_u64()?).ok());
         crash_point("remove-box.adopted");
+        let aside = self.fresh_path("removed")?;
         let has_directory = dir.is_dir();
         if has_directory {
             mark_unrecorded(&dir)?;
@@ -82,36 +83,33 @@ impl Store {
         }
         crash_point("remove-box.unrecorded");
         // The box is gone; what follows does not bring it back.
-        let aside = match has_directory {
-            true => self.put_aside(&dir).map(Some),
-            false => Ok(None),
+        let moved = match has_directory {
+            true => self.put_aside(&dir, &aside),
+            false => Ok(()),
         };
-        let tidied = aside.and_then(|aside| {
+        let tidied = moved.and_then(|()| {
             crash_point("remove-box.moved");
             if let Some(lock) = lock {
                 durable::unlink(&self.home.box_lock(lock))?;
             }
             self.free_bases(&mut prepared.change, &|row| {
                 row.is_ours() || bases.contains(&row.id)
-            })?;
-            Ok(aside)
+            })
         });
         drop(prepared);
-        match tidied {
-            Ok(Some(aside)) => self.remove_aside(aside),
-            Ok(None) => {}
-            Err(error) => self.journal.note(&format!(
+        if let Err(error) = tidied {
+            self.journal.note(&format!(
                 "{error}; what is left of the box goes when the home is mounted next"
-            )),
+            ));
         }
+        self.remove_aside(aside);
         Ok(())
     }
 
     /// Moves a box's directory into the workspace, where a crash leaves it to be removed. Further names
     /// of bases go at once: whether a base may be freed is told by its having no other.
-    fn put_aside(&self, dir: &Path) -> Result<PathBuf> {
-        let aside = self.fresh_path("removed")?;
-        durable::rename(dir, &aside)?;
+    fn put_aside(&self, dir: &Path, aside: &Path) -> Result<()> {
+        durable::rename(dir, aside)?;
         durable::sync_dir(&self.home.boxes_dir())?;
         let snapshots = aside.join("snapshots");
         for name in names_in(&snapshots)? {
@@ -120,10 +118,10 @@ impl Store {
                 fs::remove_file(&layer).context(|| format!("cannot remove {}", layer.display()))?;
             }
         }
-        Ok(aside)
+        Ok(())
     }
 
-    /// Removes what was put aside, in a thread of its own: large files take long to remove, and whoever
+    /// Removes what was put aside, if anything was, in a thread of its own: large files take long to remove, and whoever
     /// removed a name keeps all others out of its directory until he is answered.
     fn remove_aside(&self, aside: PathBuf) {
         let remove = {

@@ -251,6 +251,11 @@ fn a_client_that_is_killed_at_any_system_call_leaves_nothing_behind() {
                 succeed(&["rm", "-rf", text(&mount.at("new"))]);
                 names.remove("new");
             }
+            // A file that was being written goes when the kernel says that it is closed.
+            eventually("what is shown is in the home", || {
+                names = mount.names("").into_iter().collect();
+                names.iter().all(|name| home_has(&home, name))
+            });
             names.remove("other");
             for name in names {
                 let live = digest(&home.live_disk(&name));

@@ -85,8 +85,10 @@ class Worker:
                     file.read(1 << 20)
                 return
             except OSError as error:
-                # Its size became known meanwhile, as for anyone who looks while it is made.
-                if error.errno != errno.ESTALE or attempt == 2:
+                # Its size became known meanwhile, as for anyone who looks while it is made: the kernel takes
+                # the file for another one then, and who had looked up the old one and not opened it yet is
+                # told EIO.
+                if error.errno not in (errno.ESTALE, errno.EIO) or attempt == 2:
                     raise
 
     def peek(self):

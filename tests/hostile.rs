@@ -173,14 +173,6 @@ fn is_spool(target: &Path) -> bool {
     name.contains("/.boxlitefs/work-") && name.ends_with("(deleted)")
 }
 
-/// Most memory the process has had, in KiB.
-fn peak_memory(process: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{process}/status")).expect("its status");
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    let digits = line.expect("VmHWM").split_whitespace().nth(1);
-    digits.expect("a number").parse().expect("a number")
-}
-
 /// No line of a log was made by what an archive brought, and none gives orders to a terminal.
 fn assert_clean_log(log: &str) {
     for line in log.lines() {

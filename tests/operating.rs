@@ -236,12 +236,7 @@ fn the_status_says_what_is_mounted_how_and_what_it_takes() {
         (&Value::Null, &(4_u64 << 30).into())
     );
     assert_eq!(said["operations"], Value::Array(Vec::new()));
-    let table = fs::read_to_string(format!("/proc/{}/status", mount.process())).unwrap();
-    let peak = table
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .unwrap();
-    let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    let peak = peak_memory(mount.process());
     let told = said["memory"]["peak_bytes"].as_u64().unwrap();
     assert!(told > 0 && told <= peak * 1024, "{told} of {peak} KiB");
     // For people.

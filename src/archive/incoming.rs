@@ -30,8 +30,30 @@ use crate::{Error, Result};
 /// read of a member that is not kept: it takes minutes to hash as many.
 pub const MOST_HOLES: u64 = 256 << 30;
 
+/// How many bytes may still be written for an archive.
+pub(crate) struct Allowance {
+    written: u64,
+    most: Option<u64>,
+}
+
+impl Allowance {
+    /// At most `most` in all; None for as many as there is room for.
+    pub(crate) fn of(most: Option<u64>) -> Allowance {
+        Allowance { written: 0, most }
+    }
+
+    /// So many more are about to be written. EFBIG where that is too much, with `what` is.
+    pub(crate) fn take(&mut self, bytes: usize, what: &str) -> Result<()> {
+        self.written = self.written.saturating_add(bytes as u64);
+        match self.most.filter(|most| self.written > *most) {
+            Some(most) => Err(over_limit(what, most)),
+            None => Ok(()),
+        }
+    }
+}
+
 /// EFBIG: an archive brings more than it may.
-pub(crate) fn over_limit(what: &str, most: u64) -> Error {
+fn over_limit(what: &str, most: u64) -> Error {
     Error::new(
         libc::EFBIG,
         format!(
@@ -97,8 +119,8 @@ impl Incoming {
     /// # Errors
     ///
     /// EBADMSG for an archive that can't become a good one, EFBIG when the disk is more than it may be,
-    /// ENOSPC when it does not fit, or what writing it said, in this call or a later one, but never after the one that would complete the
-    /// archive. An error is final: every later call returns it again.
+    /// ENOSPC when it does not fit, or what writing it said, in this call or a later one, but never after
+    /// the one that would complete the archive. An error is final: every later call returns it again.
     pub fn write(&mut self, bytes: &[u8]) -> Result<Progress> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.error());

@@ -20,7 +20,7 @@ mod producer;
 mod stream;
 
 pub use compressed::{Compressed, FrameKey, FrameSizes, compressed_key};
-pub(crate) use incoming::over_limit;
+pub(crate) use incoming::Allowance;
 pub use incoming::{Arrived, Incoming, MOST_HOLES, Progress};
 pub use layout::Export;
 pub use manifest::{About, Manifest, manifest_bytes};

@@ -422,8 +422,7 @@ pub fn rebase(image: &Path, new_backing: &Path) -> Result<()> {
 /// As [`rebase`]; EBUSY when another file has its name by now.
 pub fn rebase_this(image: &Path, id: FileId, new_backing: &Path) -> Result<()> {
     let file = open_image(image, true)?;
-    let sentence = || format!("cannot look at {}", image.display());
-    if FileId::of(&file.metadata().context(sentence)?) != id {
+    if FileId::of_open(&file, image)? != id {
         return Err(Error::busy(format!(
             "{} was replaced at this moment; try again",
             image.display()

@@ -393,8 +393,7 @@ mod tests {
             stream.push(0b1010_0011, 8);
             stream.push(0, 5);
         }
-        bytes.resize(at + 512, 0);
-        bytes.splice(at..at + 512, std::iter::empty());
+        bytes.resize(at, 0);
         bytes.extend_from_slice(&stream.0);
         bytes.resize(bytes.len().next_multiple_of(65536), 0);
         // One further sector after that of the offset.

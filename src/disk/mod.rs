@@ -57,6 +57,13 @@ impl FileId {
         }
     }
 
+    /// The file that is open; `path` is what it is called. Errors: those of fstat.
+    pub fn of_open(file: &File, path: &Path) -> Result<FileId> {
+        let meta = file.metadata();
+        let meta = meta.context(|| format!("cannot look at {}", path.display()))?;
+        Ok(FileId::of(&meta))
+    }
+
     /// The file at `path` itself; a symlink is not followed. Errors: those of lstat.
     pub fn at(path: &Path) -> Result<FileId> {
         let meta = std::fs::symlink_metadata(path)

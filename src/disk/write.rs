@@ -13,8 +13,8 @@ use std::os::unix::fs::FileExt;
 const PIECE: u64 = 4 << 20;
 /// Runs of data from one place that are shorter are read together with what lies beside them.
 const ALONE: u64 = CLUSTER;
-/// Without direct I/O: bytes after which the kernel is asked to begin with what was written: so that the flush at the end
-/// is short, and what others want to write does not wait behind all of it.
+/// Without direct I/O: bytes after which the kernel is asked to begin with what was written, so that the
+/// flush at the end is short, and what others want to write does not wait behind all of it.
 const BEGUN: u64 = 32 << 20;
 
 /// Pieces between the thread that reads and the one that writes.

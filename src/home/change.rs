@@ -55,8 +55,6 @@ enum Runtime {
 struct Beside {
     /// The process that has the lock.
     holder: u32,
-    /// Whether a transaction of ours is open.
-    is_open: Cell<bool>,
     /// SQLite's count of commits by others, as of the last look at the rows below.
     version: Cell<i64>,
     /// Rows that must stay as they are: of boxes whose files this change touches.
@@ -104,7 +102,6 @@ impl Home {
         })?;
         let beside = Beside {
             holder,
-            is_open: Cell::new(false),
             version: Cell::new(0),
             watched: RefCell::default(),
             locks: RefCell::default(),
@@ -309,14 +306,13 @@ impl Change<'_> {
         Ok(())
     }
 
+    /// Beside a runtime: keeps all others from writing, until the transaction ends.
     fn begin(&self) -> Result<()> {
-        if let Runtime::Beside(beside) = &self.runtime
-            && !beside.is_open.get()
-        {
-            self.sql(self.connection.execute_batch("BEGIN IMMEDIATE"))?;
-            beside.is_open.set(true);
+        match self.connection.is_autocommit() {
+            true => self.sql(self.connection.execute_batch("BEGIN IMMEDIATE")),
+            // One of ours is open.
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// From here to the next transaction's end nobody records anything, and all rows that matter are as
@@ -574,9 +570,6 @@ impl Change<'_> {
         if ended.is_err() && !self.connection.is_autocommit() {
             // What it says does not count: without a commit nothing is recorded.
             let _ = self.connection.execute_batch("ROLLBACK");
-        }
-        if let Runtime::Beside(beside) = &self.runtime {
-            beside.is_open.set(!self.connection.is_autocommit());
         }
         ended
     }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::{Context, Result};
 
@@ -76,6 +77,12 @@ pub fn rfc3339(seconds: i64) -> String {
     jiff::Timestamp::from_second(seconds)
         .unwrap_or(jiff::Timestamp::UNIX_EPOCH)
         .to_string()
+}
+
+/// Likewise, of a time whose part of a second does not matter; before 1970 it is the beginning of that.
+pub fn rfc3339_at(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    rfc3339(i64::try_from(since.as_secs()).unwrap_or(0))
 }
 
 #[cfg(test)]

@@ -20,7 +20,8 @@ pub use activity::{Activity, is_open, is_open_for_writing};
 pub use catalog::{Catalog, Schema};
 pub use change::{Change, Transaction, flock_exclusive};
 pub use identity::{
-    base_id, box_id, container_id, is_safe_component, is_snapshot_name, rfc3339, snapshot_id,
+    base_id, box_id, container_id, is_safe_component, is_snapshot_name, rfc3339, rfc3339_at,
+    snapshot_id,
 };
 pub use options::{check_options, normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};

@@ -1,7 +1,6 @@
 //! The process that a box's virtual machine runs in, and how it is paused: stopped for as long as its disk is
 //! copied, and always set going again, also if this process dies meanwhile.
 
-use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -388,18 +387,15 @@ pub fn run_guard() {
             libc::signal(signal, libc::SIG_IGN);
         }
     }
-    let processes = Cell::new(Vec::new());
-    let is_over = guard_loop(&processes);
+    let mut processes = Vec::new();
+    let is_over = guard_loop(&mut processes);
     if !is_over {
-        for process in processes.take().iter().rev() {
-            let process: &Process = process;
-            process.go_on();
-        }
+        processes.iter().rev().for_each(Process::go_on);
     }
 }
 
 /// True once it was told that all is over.
-fn guard_loop(processes: &Cell<Vec<Process>>) -> bool {
+fn guard_loop(processes: &mut Vec<Process>) -> bool {
     let deadline = Instant::now() + LONGEST;
     let mut input = std::io::stdin().lock();
     let ready = || {
@@ -432,9 +428,7 @@ fn guard_loop(processes: &Cell<Vec<Process>>) -> bool {
             else {
                 return false;
             };
-            let mut all = processes.take();
-            all.push(process);
-            processes.set(all);
+            processes.push(process);
             if !ready() {
                 return false;
             }

@@ -33,8 +33,8 @@ const WAITING: usize = 1024;
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Has the lines written to standard error, as RUST_LOG says. Nobody waits for that: a terminal that was
-/// stopped, or a pipe that nobody reads, would keep the whole mount waiting. Where that is systemd's journal, each begins
-/// with its priority and has no time, which the journal has.
+/// stopped, or a pipe that nobody reads, would keep the whole mount waiting. Where that is systemd's
+/// journal, each begins with its priority and has no time, which the journal has.
 pub fn log_to_stderr() {
     let mut builder =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(LOGGED));

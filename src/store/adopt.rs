@@ -186,7 +186,7 @@ impl Prepared<'_> {
         for name in names {
             let link = self.store.scratch("name")?;
             durable::link(&copy, &link)?;
-            durable::replace(&link, &name.path, &self.store.fresh_path("old")?)?;
+            self.store.replace(&link, &name.path)?;
         }
         durable::unlink(&copy)
     }
@@ -201,37 +201,39 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
         .create_new(true)
         .open(to)
         .context(sentence)?;
-    copy_contents(&source, &target, &mut || Ok(())).context(sentence)?
+    copy_contents(&source, &target, from, &mut || Ok(()))
 }
 
 /// Bytes copied between two looks at whether to go on.
 const PIECE: u64 = 16 << 20;
 
 /// Makes `target`, which is empty, a copy of `source`: sharing its blocks where the file system can, else
-/// with the same holes. `go_on` is asked again and again; what it says ends the copy.
+/// with the same holes. `name` is what the source is called. `go_on` is asked again and again; what it says
+/// ends the copy.
 pub(super) fn copy_contents(
     source: &File,
     target: &File,
+    name: &Path,
     go_on: &mut dyn FnMut() -> Result<()>,
-) -> std::io::Result<Result<()>> {
+) -> Result<()> {
+    let sentence = || format!("cannot copy {}", name.display());
     if disk::share_contents(source, target) {
-        return Ok(go_on());
+        return go_on();
     }
-    target.set_len(source.metadata()?.len())?;
+    let length = source.metadata().context(sentence)?.len();
+    target.set_len(length).context(sentence)?;
     let (mut from, mut to) = (source, target);
     let mut offset = 0;
-    while let Some((start, end)) = next_data(source, offset)? {
+    while let Some((start, end)) = next_data(source, offset).context(sentence)? {
         let end = end.min(start + PIECE);
-        if let Err(error) = go_on() {
-            return Ok(Err(error));
-        }
-        from.seek(SeekFrom::Start(start))?;
-        to.seek(SeekFrom::Start(start))?;
+        go_on()?;
+        from.seek(SeekFrom::Start(start)).context(sentence)?;
+        to.seek(SeekFrom::Start(start)).context(sentence)?;
         // std uses copy_file_range here, which shares blocks on btrfs and xfs.
-        std::io::copy(&mut from.take(end - start), &mut to)?;
+        std::io::copy(&mut from.take(end - start), &mut to).context(sentence)?;
         offset = end;
     }
-    Ok(Ok(()))
+    Ok(())
 }
 
 /// Whether it could: tried, and taken back.

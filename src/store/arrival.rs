@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::Store;
 use super::upkeep::UnderWay;
 use super::workspace::discard;
-use crate::archive::{Incoming, MOST_HOLES, Manifest, Progress, over_limit};
+use crate::archive::{Allowance, Incoming, MOST_HOLES, Manifest, Progress};
 use crate::home::{check_options, normalize_imported, refuse_reach};
 use crate::{Context, Error, Result};
 
@@ -268,9 +268,7 @@ struct Spool {
     file: File,
     /// Offset → end of each piece; disjoint.
     pieces: BTreeMap<u64, u64>,
-    /// Bytes written to the file, and how many that may be at most.
-    written: u64,
-    most: Option<u64>,
+    allowance: Allowance,
 }
 
 impl Spool {
@@ -287,8 +285,7 @@ impl Spool {
         Ok(Spool {
             file,
             pieces: BTreeMap::new(),
-            written: 0,
-            most,
+            allowance: Allowance::of(most),
         })
     }
 
@@ -296,10 +293,8 @@ impl Spool {
         let end = offset
             .checked_add(bytes.len() as u64)
             .ok_or_else(|| Error::new(libc::EFBIG, "the archive is too large"))?;
-        self.written = self.written.saturating_add(bytes.len() as u64);
-        if let Some(most) = self.most.filter(|most| self.written > *most) {
-            return Err(over_limit("more of the archive came out of order", most));
-        }
+        let what = "more of the archive came out of order";
+        self.allowance.take(bytes.len(), what)?;
         self.file
             .write_all_at(bytes, offset)
             .context(|| "cannot keep a part of the archive that came out of order")?;

@@ -126,7 +126,7 @@ impl Prepared<'_> {
     /// A crash leaves the one or the other in place, and what came out in the workspace.
     pub(super) fn replace_live(&mut self, new: &Path, live: &Path, old: FileId) -> Result<()> {
         if !self.change.is_beside_a_runtime() {
-            return durable::replace(new, live, &self.store.fresh_path("old")?);
+            return self.store.replace(new, live);
         }
         self.change.hold()?;
         self.refuse_pending()?;
@@ -142,7 +142,7 @@ impl Prepared<'_> {
         crash_point("beside.exchanged");
         let mut taken = FileId::at(new)?;
         if taken == old {
-            // Where it can't be made certain, the live disk is what it was (see `durable::replace`).
+            // Where it can't be made certain, the live disk is what it was (see [`Store::replace`]).
             durable::sync_parent(live).inspect_err(|_| {
                 let _ = exchange(new, live);
             })?;

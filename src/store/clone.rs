@@ -38,11 +38,16 @@ pub(super) const UNRECORDED: &str = ".boxlitefs-unrecorded";
 
 /// Leaves that mark in a directory whose row goes in the next step; on disk when this returns.
 pub(super) fn mark_unrecorded(dir: &Path) -> Result<()> {
+    write_mark(dir)?;
+    durable::sync_dir(dir)
+}
+
+/// Leaves that mark in a directory that is flushed later.
+pub(super) fn write_mark(dir: &Path) -> Result<()> {
     let mark = dir.join(UNRECORDED);
     std::fs::File::create(&mark)
         .and_then(|file| file.sync_all())
-        .context(|| format!("cannot make {}", mark.display()))?;
-    durable::sync_dir(dir)
+        .context(|| format!("cannot make {}", mark.display()))
 }
 
 impl Store {
@@ -214,12 +219,8 @@ impl Store {
 
 /// Marks a box's directory as one without a row and moves it to its place.
 fn place(dir: &Path, target: &Path) -> Result<()> {
-    let mark = dir.join(UNRECORDED);
-    std::fs::File::create_new(&mark)
-        .and_then(|file| file.sync_all())
-        .context(|| format!("cannot make {}", mark.display()))?;
     durable::sync_dir(&dir.join("disks"))?;
-    durable::sync_dir(dir)?;
+    mark_unrecorded(dir)?;
     durable::rename(dir, target)
 }
 

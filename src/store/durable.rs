@@ -1,11 +1,10 @@
 //! Links, renames and directories that are on disk when the call returns. "fsync of a link or
 //! rename" means its directory.
 
-use std::fs::{self, File, FileTimes};
+use std::fs::{self, File, FileTimes, Metadata};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use super::workspace::discard;
 use crate::{Context, Error, Result};
 
 /// Flushes a file's contents and metadata.
@@ -51,21 +50,6 @@ pub(super) fn link(file: &Path, name: &Path) -> Result<()> {
     })
 }
 
-/// Moves `new` over `target`; on disk when this returns. Where that can't be made certain, `target` is what
-/// it was: a guest would go on writing to a file that a loss of power takes away. `aside`, a path that
-/// nobody uses, names the old one meanwhile; a crash leaves it there.
-pub(super) fn replace(new: &Path, target: &Path, aside: &Path) -> Result<()> {
-    fs::hard_link(target, aside)
-        .context(|| format!("cannot link {} to {}", target.display(), aside.display()))?;
-    let replaced = rename(new, target);
-    if replaced.is_err() {
-        // Does nothing where both are the same file still.
-        let _ = rename(aside, target);
-    }
-    discard(aside);
-    replaced
-}
-
 /// Moves `from` over `to`; on disk when this returns.
 pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to)
@@ -96,10 +80,15 @@ pub(super) fn remove_dir(path: &Path) -> Result<()> {
 pub(super) fn copy_times(from: &Path, to: &Path) -> Result<()> {
     let meta = fs::metadata(from).context(|| format!("cannot look at {}", from.display()))?;
     let sentence = || format!("cannot set the times of {}", to.display());
-    let times = FileTimes::new()
-        .set_accessed(meta.accessed().context(sentence)?)
-        .set_modified(meta.modified().context(sentence)?);
     File::open(to)
-        .and_then(|file| file.set_times(times))
+        .and_then(|file| set_times(&file, &meta))
         .context(sentence)
+}
+
+/// Gives a file the times that `of` has.
+pub(super) fn set_times(file: &File, of: &Metadata) -> std::io::Result<()> {
+    let times = FileTimes::new()
+        .set_accessed(of.accessed()?)
+        .set_modified(of.modified()?);
+    file.set_times(times)
 }

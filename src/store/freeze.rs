@@ -200,18 +200,14 @@ impl Drop for Draft {
     }
 }
 
-fn open_disk(path: &Path) -> Result<File> {
-    File::open(path).map_err(|e| match e.kind() {
+/// A disk, open, and which file it is: as long as it is open, no other gets its inode number.
+pub(super) fn open_disk(path: &Path) -> Result<(File, FileId)> {
+    let file = File::open(path).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => no_disk(),
         _ => Error::io(format!("cannot open {}", path.display()), e),
-    })
-}
-
-fn id_of(file: &File, path: &Path) -> Result<FileId> {
-    let meta = file.metadata();
-    Ok(FileId::of(&meta.context(|| {
-        format!("cannot look at {}", path.display())
-    })?))
+    })?;
+    let id = FileId::of_open(&file, path)?;
+    Ok((file, id))
 }
 
 fn no_disk() -> Error {
@@ -244,8 +240,8 @@ impl Prepared<'_> {
     /// never finish). The row comes first for the reason that [`Prepared::adopt`] gives.
     pub(super) fn freeze(&mut self, draft: &Draft) -> Result<FrozenDisk> {
         let live = self.store.home.live_disk(&self.record.id);
-        let file = Arc::new(open_disk(&live)?);
-        let old = id_of(&file, &live)?;
+        let (file, old) = open_disk(&live)?;
+        let file = Arc::new(file);
         let header = live_header(&live)?;
         let virtual_size = header.virtual_size;
         let below = self.layer_below_empty(&live, &header)?;
@@ -378,7 +374,7 @@ impl Prepared<'_> {
             },
             virtual_size: draft.virtual_size,
             top: top.to_path_buf(),
-            file: Arc::new(open_disk(top)?),
+            file: Arc::new(open_disk(top)?.0),
         }))
     }
 
@@ -398,7 +394,7 @@ impl Prepared<'_> {
             layer: layer_for_readers,
             virtual_size,
             top: layer.to_path_buf(),
-            file: Arc::new(open_disk(layer)?),
+            file: Arc::new(open_disk(layer)?.0),
         })
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::clone::{UNRECORDED, refuse_taken_name};
+use super::clone::{UNRECORDED, refuse_taken_name, write_mark};
 use super::crash::crash_point;
 use super::prepare::now;
 use super::snapshot::refuse_bad_name;
@@ -125,10 +125,7 @@ impl Store {
     pub(super) fn marked_dir(&self) -> Result<Scratch> {
         let dir = self.scratch("snapshot")?;
         self.home.make_dir(&dir)?;
-        let mark = dir.join(UNRECORDED);
-        std::fs::File::create_new(&mark)
-            .and_then(|file| file.sync_all())
-            .context(|| format!("cannot make {}", mark.display()))?;
+        write_mark(&dir)?;
         Ok(dir)
     }
 }

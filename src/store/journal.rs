@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
-use crate::home::{Home, rfc3339};
+use crate::home::{Home, rfc3339_at};
 
 /// Bytes of the log kept in memory and shown.
 const SHOWN: usize = 256 * 1024;
@@ -42,18 +42,13 @@ impl Journal {
             file: None,
         };
         inner.load(&path);
-        if !read_only && home.make_staging_dir().is_ok() {
-            let file = OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(&path);
-            if let Ok(file) = file
-                && home.give_to_owner(&path).is_ok()
-            {
-                inner.path = Some(path);
-                inner.file = Some(file);
-            }
+        if !read_only
+            && home.make_staging_dir().is_ok()
+            && let Ok(file) = open_to_append(&path)
+            && home.give_to_owner(&path).is_ok()
+        {
+            inner.path = Some(path);
+            inner.file = Some(file);
         }
         Journal {
             inner: Mutex::new(inner),
@@ -63,28 +58,22 @@ impl Journal {
     /// Adds a sentence with the time. What an archive or a name put into it can't pass for another line,
     /// or give orders to a terminal.
     pub fn note(&self, sentence: &str) {
-        let sentence = printable(sentence);
-        log::info!("{sentence}");
-        self.add(&sentence);
+        self.add(log::Level::Info, sentence);
     }
 
     /// Adds one that says that something failed; the system's log has it as a warning.
     pub fn complain(&self, sentence: &str) {
-        let sentence = printable(sentence);
-        log::warn!("{sentence}");
-        self.add(&sentence);
+        self.add(log::Level::Warn, sentence);
     }
 
-    fn add(&self, sentence: &str) {
+    fn add(&self, level: log::Level, sentence: &str) {
+        let sentence = printable(sentence);
+        log::log!(level, "{sentence}");
         let now = SystemTime::now();
-        let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let line = format!(
-            "{} {sentence}\n",
-            rfc3339(i64::try_from(seconds).unwrap_or(0)),
-        );
+        let line = format!("{} {sentence}\n", rfc3339_at(now));
         let mut inner = self.inner.lock();
         inner.changed = now;
-        inner.last = sentence.to_owned();
+        inner.last = sentence;
         inner.append(line.as_bytes());
         inner.write_file(line.as_bytes());
     }
@@ -126,6 +115,15 @@ impl Journal {
     }
 }
 
+/// The log's file, for its owner alone: a sentence may tell what an archive is called.
+fn open_to_append(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+}
+
 /// The sentence with everything escaped that does not stand for itself: control characters (of which
 /// line ends become blanks), and those that change the direction of what follows.
 fn printable(sentence: &str) -> String {
@@ -142,7 +140,7 @@ fn printable(sentence: &str) -> String {
 }
 
 impl Inner {
-    fn load(&mut self, path: &std::path::Path) {
+    fn load(&mut self, path: &Path) {
         let Ok(mut file) = File::open(path) else {
             return;
         };
@@ -178,11 +176,7 @@ impl Inner {
         }
         if file.metadata().is_ok_and(|meta| meta.len() > ROTATE)
             && fs::rename(path, path.with_extension("1")).is_ok()
-            && let Ok(fresh) = OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(path)
+            && let Ok(fresh) = open_to_append(path)
         {
             self.file = Some(fresh);
         }

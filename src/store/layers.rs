@@ -223,16 +223,6 @@ pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
     Ok(dir.join(name))
 }
 
-/// Whether the file that is open is the one with this name.
-///
-/// # Errors
-/// Those of looking.
-pub(super) fn same_file(file: &fs::File, path: &Path) -> Result<bool> {
-    let meta = file.metadata();
-    let meta = meta.context(|| format!("cannot look at {}", path.display()))?;
-    Ok(FileId::of(&meta) == FileId::at(path)?)
-}
-
 /// What is found while all files are looked at.
 #[derive(Default)]
 struct Scan {

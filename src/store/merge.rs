@@ -578,7 +578,7 @@ impl Prepared<'_> {
         drop(combined);
         crash_point("merge.written");
         for (new, name) in moves {
-            durable::replace(&new, name, &self.store.fresh_path("old")?)?;
+            self.store.replace(&new, name)?;
             crash_point("merge.renamed");
         }
         self.change.transaction(|rows| {

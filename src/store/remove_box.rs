@@ -121,8 +121,8 @@ impl Store {
         Ok(())
     }
 
-    /// Removes what was put aside, if anything was, in a thread of its own: large files take long to remove, and whoever
-    /// removed a name keeps all others out of its directory until he is answered.
+    /// Removes what was put aside, if anything was, in a thread of its own: large files take long to remove,
+    /// and whoever removed a name keeps all others out of its directory until he is answered.
     fn remove_aside(&self, aside: PathBuf) {
         let remove = {
             let aside = aside.clone();

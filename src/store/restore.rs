@@ -2,16 +2,16 @@
 //! that is kept in the home or one that arrived as an archive.
 
 use std::collections::{BTreeSet, HashSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::crash::crash_point;
+use super::freeze::open_disk;
 use super::layers::{ImageFile, Layers};
 use super::prepare::Prepared;
 use super::{Arrival, Contents, Source, Store, called, durable};
 use crate::disk::FileId;
 use crate::home::BaseRecord;
-use crate::{Context, Error, Result};
+use crate::{Error, Result};
 
 impl Store {
     /// Makes the live disk of a box a copy-on-write copy of `source`: no data moves, whatever its size,
@@ -40,9 +40,7 @@ impl Store {
         let draft = self.draft_of(source, read, &|| self.draft_clone(source))?;
         let mut prepared = self.prepare_beside(box_id)?;
         let live = prepared.replaceable()?;
-        // Open, so that no other file gets its inode number.
-        let file = File::open(&live).context(|| format!("cannot open {}", live.display()))?;
-        let old = FileId::at(&live)?;
+        let (file, old) = open_disk(&live)?;
         let target = prepared.record.clone();
         if source.box_id() != box_id {
             prepared.turn_to_source(source.box_id())?;
@@ -91,8 +89,7 @@ impl Store {
         durable::sync_file(arrival.disk())?;
         let mut prepared = self.prepare_beside(box_id)?;
         let live = prepared.replaceable()?;
-        let file = File::open(&live).context(|| format!("cannot open {}", live.display()))?;
-        let old = FileId::at(&live)?;
+        let (file, old) = open_disk(&live)?;
         prepared.refuse_other_size(&live, arrival.virtual_size())?;
         crash_point("restore.arrived");
         prepared.replace_live(arrival.disk(), &live, old)?;

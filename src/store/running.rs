@@ -6,7 +6,7 @@
 //! whoever opens the export meanwhile gets the same state, for a file has one size for all who have it open.
 
 use std::collections::HashMap;
-use std::fs::{File, FileTimes};
+use std::fs::File;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -17,9 +17,9 @@ use super::crash::crash_point;
 use super::export::about_of;
 use super::freeze::{Frozen, FrozenDisk};
 use super::prepare::Prepared;
-use super::{Contents, Source, Store, called, layers};
+use super::{Contents, Source, Store, called, durable, layers};
 use crate::archive::Export;
-use crate::disk::{self, Chain};
+use crate::disk::{self, Chain, FileId};
 use crate::home::{Activity, BoxRecord, Paused, base_id};
 use crate::{Context, Error, Result};
 
@@ -168,21 +168,17 @@ impl Store {
         self.refuse_no_room(&original, &copy)?;
         let paused = shim.pause(&live)?;
         crash_point("running.paused");
-        let is_same = layers::same_file(&original, &live)?;
-        if !is_same {
+        if FileId::of_open(&original, &live)? != FileId::at(&live)? {
             return Err(Error::busy("the disk was replaced just now; try again"));
         }
-        copy_contents(&original, &copy, &mut || refuse_to_go_on(&paused, go_on))
-            .context(sentence)??;
+        let mut still = || refuse_to_go_on(&paused, go_on);
+        copy_contents(&original, &copy, &live, &mut still)?;
         paused.still()?;
         let meta = original.metadata().context(sentence)?;
         drop(paused);
         crash_point("running.copied");
         disk::forget_dirty(&copy, &live)?;
-        let times = FileTimes::new()
-            .set_accessed(meta.accessed().context(sentence)?)
-            .set_modified(meta.modified().context(sentence)?);
-        copy.set_times(times).context(sentence)?;
+        durable::set_times(&copy, &meta).context(sentence)?;
         Ok(copy)
     }
 
@@ -344,7 +340,7 @@ impl Prepared<'_> {
         self.record_frozen(&base, file, state.virtual_size, None)?;
         crash_point("flat.recorded");
         self.change.hold()?;
-        super::durable::rename(file, &base)?;
+        durable::rename(file, &base)?;
         crash_point("flat.installed");
         let opened = File::open(&base).context(|| format!("cannot open {}", base.display()))?;
         Ok(FrozenDisk {

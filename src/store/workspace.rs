@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::Store;
+use super::{Store, durable};
 use crate::home::{Home, base_id, flock_exclusive};
 use crate::{Context, Result};
 
@@ -157,6 +157,24 @@ impl Store {
             .context(sentence)?;
         fs::remove_file(&path).context(sentence)?;
         Ok(file)
+    }
+
+    /// Moves `new` over `target`; on disk when this returns. Where that can't be made certain, `target` is
+    /// what it was: a guest would go on writing to a file that a loss of power takes away. The old one has
+    /// a name in the workspace meanwhile; a crash leaves it there.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub(super) fn replace(&self, new: &Path, target: &Path) -> Result<()> {
+        let aside = self.scratch("old")?;
+        fs::hard_link(target, &*aside)
+            .context(|| format!("cannot link {} to {}", target.display(), aside.display()))?;
+        let replaced = durable::rename(new, target);
+        if replaced.is_err() {
+            // Does nothing where both are the same file still.
+            let _ = durable::rename(&aside, target);
+        }
+        replaced
     }
 
     /// As [`Store::fresh_path`], for what goes if it is still there in the end.

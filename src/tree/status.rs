@@ -5,14 +5,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
 use super::Tree;
 use super::attr::Attr;
 use super::node::Node;
-use crate::home::rfc3339;
+use crate::home::rfc3339_at;
 use crate::{Error, Result};
 
 /// How long a version is given to whoever looks: cp looks several times, and takes another inode for
@@ -112,7 +112,7 @@ impl Tree {
             Some((facts, since)) => (
                 json!(facts.mountpoint.to_string_lossy()),
                 facts.options.clone(),
-                json!(time(*since)),
+                json!(rfc3339_at(*since)),
             ),
             None => (Value::Null, Value::Null, Value::Null),
         };
@@ -123,7 +123,7 @@ impl Tree {
             .map(|operation| {
                 json!({
                     "what": operation.what,
-                    "since": time(operation.since),
+                    "since": rfc3339_at(operation.since),
                     "bytes": operation.done(),
                     "total_bytes": operation.total(),
                     "percent": operation.percent(),
@@ -160,13 +160,6 @@ fn pretty(value: &Value) -> Result<Vec<u8>> {
         .map_err(|error| Error::damaged(format!("cannot write the status: {error}")))?;
     bytes.push(b'\n');
     Ok(bytes)
-}
-
-fn time(at: SystemTime) -> String {
-    let seconds = at
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
-    rfc3339(i64::try_from(seconds).unwrap_or(0))
 }
 
 /// What the process takes; None where /proc does not say.

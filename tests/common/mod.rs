@@ -767,6 +767,14 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// Most memory the process has had, in KiB.
+pub fn peak_memory(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).expect("its status");
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let digits = line.expect("VmHWM").split_whitespace().nth(1);
+    digits.expect("a number").parse().expect("a number")
+}
+
 /// A path as text; the tests' paths are.
 pub fn text(path: &Path) -> &str {
     path.to_str().expect("a path in UTF-8")

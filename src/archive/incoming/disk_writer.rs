@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::over_limit;
+use super::Allowance;
 use crate::disk::{Aligned, BLOCK, Direct, begin_write_back};
 use crate::{Error, Result};
 
@@ -21,6 +21,9 @@ const HOLE: usize = 16 << 10;
 /// works while more arrives, and the flush in the write that completes the archive finds little left.
 const WRITE_BACK: u64 = 8 << 20;
 
+/// What is too much where the size that was told is not.
+const TAKES_MORE: &str = "the archive's disk.qcow2 takes more";
+
 /// The file, and how far it was written.
 pub(super) struct DiskWriter {
     path: PathBuf,
@@ -30,9 +33,7 @@ pub(super) struct DiskWriter {
     at: u64,
     /// Where writing back was last begun.
     written_back: u64,
-    /// Bytes written, and how many that may be at most.
-    written: u64,
-    most: Option<u64>,
+    allowance: Allowance,
 }
 
 impl DiskWriter {
@@ -45,8 +46,7 @@ impl DiskWriter {
             file,
             at: 0,
             written_back: 0,
-            written: 0,
-            most,
+            allowance: Allowance::of(most),
         }
     }
 
@@ -59,7 +59,7 @@ impl DiskWriter {
         }
         if !all_zero(tail) {
             let at = self.at.saturating_add(blocks.len() as u64);
-            self.will_write(tail)?;
+            self.allowance.take(tail.len(), TAKES_MORE)?;
             self.file
                 .write_all_at(tail, at)
                 .map_err(|e| self.unwritable(e))?;
@@ -88,17 +88,8 @@ impl DiskWriter {
         self.file.sync_data().map_err(|e| self.unwritable(e))
     }
 
-    /// EFBIG when `bytes` are more than may still be written.
-    fn will_write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.written = self.written.saturating_add(bytes.len() as u64);
-        match self.most.filter(|most| self.written > *most) {
-            Some(most) => Err(over_limit("the archive's disk.qcow2 takes more", most)),
-            None => Ok(()),
-        }
-    }
-
     fn put(&mut self, bytes: &[u8], at: u64) -> Result<()> {
-        self.will_write(bytes)?;
+        self.allowance.take(bytes.len(), TAKES_MORE)?;
         self.direct
             .write_all_at(&self.file, bytes, at)
             .map_err(|e| self.unwritable(e))

@@ -389,6 +389,11 @@ fn every_tool_gets_a_whole_status_although_it_is_another_at_every_look() {
             );
         }
     }
+    // The kernel tells of a file that was closed when it comes to that.
+    eventually("the files are closed", || {
+        let said: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        said["open_files"].as_u64().unwrap() < 10
+    });
     // A reader who takes his time has the one he opened, and its size.
     let mut slow = File::open(&path).unwrap();
     let size = slow.metadata().unwrap().len();

@@ -30,7 +30,7 @@ help:
 	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
 	@echo 'make bench                 what it costs, beside BoxLite, qemu-img and cp; docs/performance.md'
 	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
-	@echo 'make screenshots           docs/file-manager.png: a file manager looks at a mount'
+	@echo 'make screenshots           docs/file-manager.png, docs/dragging.png: a file manager in a mount'
 	@echo 'make install [PREFIX=$(PREFIX)] [SBINDIR=$(SBINDIR)] [DESTDIR=]'
 	@echo 'make uninstall             the same arguments; removes what install put there'
 	@echo 'make deb                   a package for Debian and Ubuntu, in target/debian'
@@ -77,9 +77,7 @@ bench: setup build
 		--out $(TARGET)/bench $(if $(UPDATE_DOCS),--update-docs)
 
 screenshots: setup build
-	command -v thunar Xvfb openbox xdotool import montage >/dev/null || \
-		apt-get install -q -y --no-install-recommends thunar xvfb openbox xdotool imagemagick dbus adwaita-icon-theme fonts-dejavu-core
-	PATH="$(TARGET)/release:$$PATH" tests/screenshots.sh $(VENV)/bin/python docs/file-manager.png
+	PATH="$(TARGET)/release:$$PATH" tests/desktop/screenshots.sh $(VENV)/bin/python docs
 
 # Does not build, so that `sudo make install` runs no compiler as root.
 install:

@@ -156,6 +156,45 @@ fn who_unlinks_box_json_alone_deletes_nothing_and_nobody_else_notices() {
 }
 
 #[test]
+fn a_box_goes_also_for_who_begins_with_its_empty_snapshots() {
+    let home = home_with_snapshot();
+    let mount = home.mount();
+    mount.copy("web", "new");
+    mount.remove_snapshot("new", "s").unwrap();
+    let before = states(&home);
+    let mut process = Process::start(&mount);
+    // Alone it is nothing.
+    process.does("os.rmdir(m + 'new/snapshots')");
+    assert!(!process.names("new").contains(&"snapshots".to_owned()));
+    assert!(mount.names("new").contains(&"snapshots".to_owned()));
+    process.does("os.mkdir(m + 'new/snapshots')");
+    process.does("os.mkdir(m + 'new/snapshots/again')");
+    process.does("os.rmdir(m + 'new/snapshots/again')");
+    assert_eq!(states(&home), before);
+    // In the order of Thunar's.
+    for name in [
+        "snapshots",
+        "rootfs",
+        "export.boxlite.zst",
+        "export.boxlite",
+        "disk.img",
+        "box.json",
+    ] {
+        let remove = if name == "snapshots" {
+            "rmdir"
+        } else {
+            "unlink"
+        };
+        process.does(&format!("os.{remove}(m + 'new/{name}')"));
+    }
+    process.does("os.rmdir(m + 'new')");
+    assert_eq!(mount.names(""), ["web"]);
+    drop(process);
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
 fn a_deletion_that_stops_half_way_takes_nothing() {
     let home = home_with_snapshot();
     let mount = home.mount();

@@ -51,6 +51,13 @@ fish fish
 file file
 update-mime-database shared-mime-info
 desktop-file-validate desktop-file-utils
+thunar thunar
+Xvfb xvfb
+openbox openbox
+xdotool xdotool
+import imagemagick
+dbus-daemon dbus
+setpriv util-linux
 systemd-analyze systemd
 strip binutils
 debootstrap debootstrap

@@ -136,6 +136,11 @@ impl Home {
                 "the database was replaced while it was being opened; try again",
             ));
         }
+        // SQLite made the -wal file for what was read, if there was none. It flushes its name with the first
+        // commit, and does not say if that fails: that commit would be lost with the power.
+        let dir = database.parent().unwrap_or(self.root());
+        let flushed = File::open(dir).and_then(|dir| dir.sync_all());
+        flushed.context(|| format!("cannot flush {}", dir.display()))?;
         Ok(Change {
             home: self,
             connection,

@@ -28,7 +28,7 @@ impl Store {
         // A crash leaves it, by which the next mount knows of the crash. Where it can't be made, the disk
         // may be full, and what comes now may be what makes room.
         let _ = self.make_workspace();
-        Ok(())
+        durable::sync_unflushed()
     }
 
     /// The right to change the home, with nobody else in it.

@@ -1,9 +1,12 @@
 //! Links, renames and directories that are on disk when the call returns. "fsync of a link or
 //! rename" means its directory.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes, Metadata};
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
 
 use crate::{Context, Error, Result};
 
@@ -14,9 +17,38 @@ pub(super) fn sync_file(path: &Path) -> Result<()> {
         .context(|| format!("cannot flush {}", path.display()))
 }
 
+/// Directories that this process changed and could not flush. Whoever asked for it was told, but what is
+/// found in them may go with a loss of power, and the next change would build on it. Unlike contents of
+/// files, names that a flush did not bring to the disk stay to be flushed, or the file system stops.
+static UNFLUSHED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
 /// Flushes the names in a directory.
 pub(super) fn sync_dir(path: &Path) -> Result<()> {
-    sync_file(path)
+    let flushed = sync_file(path);
+    let mut unflushed = UNFLUSHED.lock();
+    match &flushed {
+        Ok(()) => unflushed.remove(path),
+        Err(_) => unflushed.insert(path.to_owned()),
+    };
+    flushed
+}
+
+/// Flushes what could not be flushed before. To be called before anything is looked at to be built on.
+///
+/// # Errors
+/// Those of fsync: it can't be flushed now either.
+pub(super) fn sync_unflushed() -> Result<()> {
+    let unflushed = UNFLUSHED.lock().clone();
+    for dir in unflushed {
+        match fs::symlink_metadata(&dir) {
+            // With all that was in it; and that it is gone was flushed in another.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                UNFLUSHED.lock().remove(&dir);
+            }
+            _ => sync_dir(&dir)?,
+        }
+    }
+    Ok(())
 }
 
 /// Flushes the name of a file in its directory.

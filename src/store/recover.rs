@@ -52,6 +52,7 @@ impl Store {
     /// # Errors
     /// EBUSY when a runtime holds the lock, EROFS, EIO.
     pub(super) fn free_unneeded(&self) -> Result<()> {
+        durable::sync_unflushed()?;
         self.recover_home(self.home.change()?, true)
     }
 

@@ -48,6 +48,10 @@ impl Tree {
         let name = text(name)?;
         let node = match &parent {
             Node::Root => self.begin_box(caller, name)?,
+            Node::Box(id) if name == SNAPSHOTS && self.has_removed(caller, &parent, name) => {
+                self.dealings.lock().bring_back(id, &parent, name);
+                Node::Snapshots(id.clone())
+            }
             _ => match self.make_staged(caller, &parent, name, What::Directory)? {
                 Some(node) => node,
                 None => self.make_snapshot(caller, &parent, name)?,

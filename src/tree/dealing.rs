@@ -57,11 +57,6 @@ impl Dealing {
         names.is_some_and(|names| names.contains(name))
     }
 
-    /// Whether it removed anything.
-    pub fn is_removing(&self) -> bool {
-        self.removed.values().any(|names| !names.is_empty())
-    }
-
     /// It was not allowed to remove a file: it is not to get on to the snapshots.
     pub fn removal_was_refused(&mut self) {
         self.last = Instant::now();

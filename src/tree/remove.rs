@@ -64,32 +64,23 @@ impl Tree {
         self.store.remove_snapshot(id, snapshot)
     }
 
-    /// `snapshots` seems to go for who removes what is in the box; everybody else goes on seeing it.
+    /// `snapshots` is gone for who removes it, empty, and nobody else: a step of removing the box, for file
+    /// managers the first, and nothing if the rest never comes.
     fn remove_snapshots_dir(&self, caller: Caller, id: &str) -> Result<()> {
         let names = self.names()?;
-        let mut dealings = self.dealings.lock();
-        let dealing = dealings.of(caller, id);
-        let deferred = |snapshot: &str| {
-            dealing
-                .as_ref()
-                .is_some_and(|dealing| dealing.deferred.contains(snapshot))
+        let is_deferred = {
+            let mut dealings = self.dealings.lock();
+            let dealing = dealings.of(caller, id);
+            let deferred = dealing.map(|dealing| dealing.deferred.clone());
+            move |snapshot: &str| deferred.as_ref().is_some_and(|ids| ids.contains(snapshot))
         };
         let mut snapshots = names.catalog().snapshots_of(id).iter();
-        if snapshots.any(|snapshot| !deferred(&snapshot.id)) {
+        if snapshots.any(|snapshot| !is_deferred(&snapshot.id)) {
             return Err(Error::new(libc::ENOTEMPTY, "there are snapshots in it"));
         }
-        match dealing.filter(|dealing| dealing.is_removing()) {
-            Some(dealing) => {
-                dealing.remove(&Node::Box(id.to_owned()), SNAPSHOTS);
-                drop(dealings);
-                self.raise_generation(&Node::Snapshots(id.to_owned()));
-                Ok(())
-            }
-            None => Err(Error::new(
-                libc::EPERM,
-                "every box has a snapshots directory",
-            )),
-        }
+        self.remove_for_caller(caller, &Node::Box(id.to_owned()), id, SNAPSHOTS)?;
+        self.raise_generation(&Node::Snapshots(id.to_owned()));
+        Ok(())
     }
 
     /// Removes a box for who has removed all that is in it.
@@ -210,14 +201,16 @@ impl Tree {
                 ));
             }
         };
-        if let Err(error) = self.store.refuse_unready(&id) {
-            self.dealings
-                .lock()
-                .begin(caller, &id)
-                .removal_was_refused();
+        self.remove_for_caller(caller, parent, &id, name)
+    }
+
+    /// A name in the box with this id is gone for the caller alone, unless the box can't be removed now.
+    fn remove_for_caller(&self, caller: Caller, dir: &Node, id: &str, name: &str) -> Result<()> {
+        if let Err(error) = self.store.refuse_unready(id) {
+            self.dealings.lock().begin(caller, id).removal_was_refused();
             return Err(self.refuse(error.errno(), format!("removal of {name}: {error}")));
         }
-        self.dealings.lock().begin(caller, &id).remove(parent, name);
+        self.dealings.lock().begin(caller, id).remove(dir, name);
         Ok(())
     }
 

@@ -255,14 +255,14 @@ fn tells(said: &str, errno: i32) -> bool {
     sentences.iter().any(|sentence| said.contains(sentence))
 }
 
-#[test]
-fn a_call_that_fails_is_told_and_loses_nothing() {
-    let each = how_many(5, usize::MAX);
-    let seed = seed("failing calls");
+/// Has `each` of these faults of each change met, in an order by chance.
+fn assert_all_survive(what: &str, each: usize, of: impl Fn(&Fault) -> bool + Sync) {
+    let seed = seed(what);
     let all = Mutex::new(Tally::default());
     each_in_parallel(&ONE_OF_EACH, |change| {
         let failing = Failing::of(change);
         let mut faults = failing.faults();
+        faults.retain(&of);
         let mut dice = Dice::of(seed, change.name);
         let mut tally = Tally::default();
         while !faults.is_empty() && tally.faults < each {
@@ -280,5 +280,20 @@ fn a_call_that_fails_is_told_and_loses_nothing() {
         }
         all.lock().unwrap().add(tally);
     });
-    all.into_inner().unwrap().finish("failed calls");
+    all.into_inner().unwrap().finish(what);
+}
+
+#[test]
+fn a_call_that_fails_is_told_and_loses_nothing() {
+    let each = how_many(5, usize::MAX);
+    assert_all_survive("failed calls", each, |fault| {
+        fault.call != Call::FlushDirectory
+    });
+}
+
+#[test]
+fn names_that_could_not_be_flushed_are_not_built_on() {
+    assert_all_survive("names not flushed", usize::MAX, |fault| {
+        fault.call == Call::FlushDirectory
+    });
 }

@@ -434,11 +434,9 @@ impl World<'_> {
             Refusal::SnapshotTaken => (errno(fs::create_dir(first()?)), libc::EEXIST),
             Refusal::SnapshotName(pick) => (errno(fs::create_dir(wrong(pick))), libc::EINVAL),
             Refusal::RmdirSnapshots => {
-                let wanted = match snapshots.is_empty() {
-                    true => libc::EPERM,
-                    false => libc::ENOTEMPTY,
-                };
-                (errno(fs::remove_dir(&dir)), wanted)
+                // Without snapshots it may be the first step of removing the box.
+                first()?;
+                (errno(fs::remove_dir(&dir)), libc::ENOTEMPTY)
             }
             Refusal::RenameSnapshotOntoSnapshot { keep } => {
                 let last = dir.join(&snapshots.get(1..)?.last()?.name);

@@ -69,8 +69,8 @@ impl Failing<'_> {
         (self.change.by == By::Mount).then(|| self.home.mount())
     }
 
-    /// Every fault that the change can meet.
-    fn faults(&self) -> Vec<Fault> {
+    /// A fault of every call that the change makes, and one from each on that changes something.
+    fn faults(&self, dice: &mut Dice) -> Vec<Fault> {
         let disk = FaultyDisk::mount(self.home.root(), self.files.clone());
         let mount = self.mount();
         let (outcome, _, counts) = self.make(&disk, mount.as_ref(), None);
@@ -80,14 +80,14 @@ impl Failing<'_> {
         for call in CALLS {
             let count = counts.get(&call).copied().unwrap_or_default();
             for nth in 0..count {
-                for (errno, lasts) in ways(call) {
-                    faults.push(Fault {
-                        call,
-                        nth,
-                        errno: *errno,
-                        lasts: *lasts,
-                    });
-                }
+                // What becomes of it depends little on which it is.
+                let (errno, lasts) = *dice.one_of(ways(call));
+                faults.push(Fault {
+                    call,
+                    nth,
+                    errno,
+                    lasts,
+                });
             }
         }
         faults
@@ -261,9 +261,9 @@ fn assert_all_survive(what: &str, each: usize, of: impl Fn(&Fault) -> bool + Syn
     let all = Mutex::new(Tally::default());
     each_in_parallel(&ONE_OF_EACH, |change| {
         let failing = Failing::of(change);
-        let mut faults = failing.faults();
-        faults.retain(&of);
         let mut dice = Dice::of(seed, change.name);
+        let mut faults = failing.faults(&mut dice);
+        faults.retain(&of);
         let mut tally = Tally::default();
         while !faults.is_empty() && tally.faults < each {
             let fault = faults.swap_remove(dice.below(faults.len() as u64) as usize);

@@ -14,6 +14,7 @@ fn boxes_are_looked_at_dragged_in_and_out_copied_and_deleted_in_a_file_manager()
     home.wheel_batch(&[
         &["snapshot-create", "web", "clean"],
         &["import", text(&archive()), "worker"],
+        &["snapshot-create", "worker", "old"],
     ]);
     home.guest_write("web", FREE_AREA, b"since that snapshot");
     let (live, snapshot) = (

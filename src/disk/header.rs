@@ -10,6 +10,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use parking_lot::Mutex;
+
 /// "QFI\xfb", the first four bytes of every qcow2 image.
 pub(super) const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Length of a version 2 header; in version 3 the field at byte 100 says it.
@@ -547,9 +549,50 @@ fn write_backing(file: &File, image: &Path, place: Place, name: &[u8]) -> Result
     if written.is_err() {
         // The kernel takes what a flush failed for as written. With the old path back, whoever tries again
         // writes the new one again, and does not find it there already.
-        let _ = write_untimed(file, &old, 8, &meta).and_then(|()| file.sync_all());
+        let taken_back = write_untimed(file, &old, 8, &meta).and_then(|()| file.sync_all());
+        if taken_back.is_err() {
+            let unsettled = (image.to_owned(), FileId::of(&meta));
+            UNSETTLED.lock().push(unsettled);
+        }
     }
     written
+}
+
+/// Images that name either path after a loss of power: what a rebase wrote could not be flushed, nor could the
+/// old path.
+static UNSETTLED: Mutex<Vec<(PathBuf, FileId)>> = Mutex::new(Vec::new());
+
+/// Has the images for which [`rebase`] failed and could not take that back name on disk what they are read to
+/// name. To be called before a layer loses a name or goes that one of them may name. What is no longer where it
+/// was is left as it is.
+///
+/// # Errors
+/// EIO and others of the system calls: not yet.
+pub fn settle_headers() -> Result<()> {
+    let unsettled = UNSETTLED.lock().clone();
+    for (image, id) in unsettled {
+        if FileId::at(&image).is_ok_and(|found| found == id) {
+            write_again(&open_image(&image, true)?, &image)?;
+        }
+        UNSETTLED.lock().retain(|(_, settled)| *settled != id);
+    }
+    Ok(())
+}
+
+/// Writes the backing path as it is read. What a flush failed for counts as written; this does not.
+fn write_again(file: &File, image: &Path) -> Result<()> {
+    let failed = || format!("cannot write the header of {}", image.display());
+    let meta = file.metadata().context(failed)?;
+    if let Some(name) = Header::read(file, image)?.and_then(|header| header.name) {
+        for place in [name, Place { offset: 8, len: 12 }] {
+            // A path has 1023 bytes at most.
+            let mut bytes = vec![0; place.len as usize];
+            file.read_exact_at(&mut bytes, place.offset)
+                .and_then(|()| write_untimed(file, &bytes, place.offset, &meta))
+                .context(failed)?;
+        }
+    }
+    sync(file, image)
 }
 
 /// fsync with a sentence.

@@ -26,7 +26,7 @@ mod write;
 pub use chain::{Chain, Extent, Source, chain_paths};
 pub use direct::{Aligned, BLOCK, Direct};
 pub use flatten::{Flattened, WINDOW};
-pub use header::{Backing, Header, forget_dirty, rebase, rebase_this};
+pub use header::{Backing, Header, forget_dirty, rebase, rebase_this, settle_headers};
 pub use inspect::inspect_standalone;
 pub use layer::Layer;
 pub use overlay::create_overlay;

@@ -28,34 +28,38 @@ impl Store {
         // A crash leaves it, by which the next mount knows of the crash. Where it can't be made, the disk
         // may be full, and what comes now may be what makes room.
         let _ = self.make_workspace();
-        durable::sync_unflushed()
+        Ok(())
     }
 
     /// The right to change the home, with nobody else in it.
     ///
     /// # Errors
-    /// EROFS, EBUSY.
+    /// EROFS, EBUSY, EIO while the disk fails.
     pub(super) fn change_alone(&self) -> Result<Change<'_>> {
         self.begin_change()?;
-        self.home.change().map_err(|error| {
+        let change = self.home.change().map_err(|error| {
             match self.is_shared && error.errno() == libc::EBUSY {
                 true => Error::busy(format!(
                     "{error}. Beside it, the option shared allows snapshots, clones, imports and restores only"
                 )),
                 false => error,
             }
-        })
+        })?;
+        durable::sync_unflushed()?;
+        Ok(change)
     }
 
     /// The right to change the home; with the option `shared`, also while a BoxLite runtime has it.
     ///
     /// # Errors
-    /// EROFS, EBUSY.
+    /// EROFS, EBUSY, EIO while the disk fails.
     pub(super) fn change_beside(&self) -> Result<Change<'_>> {
         match self.is_shared {
             true => {
                 self.begin_change()?;
-                self.home.change_beside()
+                let change = self.home.change_beside()?;
+                durable::sync_unflushed()?;
+                Ok(change)
             }
             false => self.change_alone(),
         }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
+use crate::disk::settle_headers;
 use crate::{Context, Error, Result};
 
 /// Flushes a file's contents and metadata.
@@ -33,11 +34,13 @@ pub(super) fn sync_dir(path: &Path) -> Result<()> {
     flushed
 }
 
-/// Flushes what could not be flushed before. To be called before anything is looked at to be built on.
+/// Flushes what could not be flushed before, headers too. To be called before anything is looked at to be built
+/// on.
 ///
 /// # Errors
 /// Those of fsync: it can't be flushed now either.
 pub(super) fn sync_unflushed() -> Result<()> {
+    settle_headers()?;
     let unflushed = UNFLUSHED.lock().clone();
     for dir in unflushed {
         match fs::symlink_metadata(&dir) {

@@ -52,8 +52,9 @@ impl Store {
     /// # Errors
     /// EBUSY when a runtime holds the lock, EROFS, EIO.
     pub(super) fn free_unneeded(&self) -> Result<()> {
+        let change = self.home.change()?;
         durable::sync_unflushed()?;
-        self.recover_home(self.home.change()?, true)
+        self.recover_home(change, true)
     }
 
     /// Recovers all boxes that are idle, and frees what nothing needs any more. `thorough`: also what

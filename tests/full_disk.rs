@@ -94,7 +94,11 @@ impl Trial<'_> {
             (None, None) => panic!("nobody makes the change"),
         };
         let mut mount = mount;
-        let was_killed = mount.as_mut().is_some_and(|mount| !mount.is_alive());
+        // The first look may be what kills it; below.
+        let was_killed = mount.as_mut().is_some_and(|mount| {
+            let answers = fs::read_dir(mount.root()).is_ok();
+            !answers || !mount.is_alive()
+        });
         match mount {
             Some(mount) if !was_killed => {
                 let names = mount.names("");

@@ -403,6 +403,9 @@ fn a_machine_that_was_paused_by_us_goes_on_when_we_are_killed() {
         drop(mount);
         assert_eq!(names_in(&home.root().join(".boxlitefs")), ["log"]);
     }
+    // The writer was killed in the middle of something.
+    let live = home.live_disk("web");
+    run(&["qemu-img", "check", "-q", "-r", "leaks", text(&live)]);
     home.assert_whole();
 }
 

@@ -892,6 +892,7 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
     let first = seed("beside a live BoxLite") as usize % step;
     for (ours, point, theirs) in cases.iter().skip(first).step_by(step) {
         home.put_back("fresh");
+        println!("at {point}: {ours:?} beside {theirs:?}");
         let mut both = Both::begin(&home, &[("BOXLITEFS_STOP_AT", point)]);
         let stopped = both.interrupt(ours, theirs);
         if !stopped {

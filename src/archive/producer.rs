@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{Builder, Scope};
+use std::thread::{Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -55,19 +55,28 @@ fn start_threads<'scope>(
     scope: &'scope Scope<'scope, '_>,
     most: usize,
     work: impl Fn() + Copy + Send + 'scope,
-) -> Result<usize> {
-    for started in 0..most {
+) -> Result<Vec<ScopedJoinHandle<'scope, ()>>> {
+    let mut started = Vec::with_capacity(most);
+    while started.len() < most {
         match Builder::new()
             .name("frames".into())
             .spawn_scoped(scope, work)
         {
-            Ok(_) => {}
+            Ok(thread) => started.push(thread),
             // One is enough to go on.
-            Err(_) if started > 0 => return Ok(started),
+            Err(_) if !started.is_empty() => break,
             Err(e) => return Err(Error::io("cannot start a thread to compress", e)),
         }
     }
-    Ok(most)
+    Ok(started)
+}
+
+/// Waits for their ends, which the scope does as well, but in a way that ThreadSanitizer does not see.
+fn join(threads: Vec<ScopedJoinHandle<'_, ()>>) {
+    for thread in threads {
+        // What they do does not panic.
+        let _ = thread.join();
+    }
 }
 
 /// ECANCELED: whoever wanted it is gone.
@@ -91,16 +100,23 @@ impl Compressed {
         let line = Line::new(self);
         let work = || line.work(self, known);
         std::thread::scope(|scope| {
-            let handed = start_threads(scope, threads(self.level()), work).and_then(|_| {
-                not_panicking(|| {
-                    line.hand_over(go_on, &mut |frame, bytes| {
-                        sizes.set(frame, bytes.len());
-                        sink(bytes)
-                    })
-                })
-            });
+            let started = start_threads(scope, threads(self.level()), work);
+            let (started, handed) = match started {
+                Err(error) => (Vec::new(), Err(error)),
+                Ok(started) => {
+                    let handed = not_panicking(|| {
+                        line.hand_over(go_on, &mut |frame, bytes| {
+                            sizes.set(frame, bytes.len());
+                            sink(bytes)
+                        })
+                    });
+                    (started, handed)
+                }
+            };
             // Whoever still works would wait for room for ever.
-            line.stop(handed)
+            let done = line.stop(handed);
+            join(started);
+            done
         })?;
         let manifest = self.manifest_frame()?;
         sink(&manifest)?;
@@ -230,15 +246,17 @@ impl Compressed {
         std::thread::scope(|scope| {
             let started = start_threads(scope, threads(self.level()), work)
                 .inspect_err(|error| *failed.lock() = Some(error.again()))
-                .unwrap_or(0);
+                .unwrap_or_default();
             let mut ended_now = ended.0.lock();
-            while *ended_now < started {
+            while *ended_now < started.len() {
                 ended.1.wait_for(&mut ended_now, ASKED);
-                if *ended_now < started && !go_on() {
+                if *ended_now < started.len() && !go_on() {
                     stop.store(true, Ordering::Relaxed);
                     failed.lock().get_or_insert_with(given_up);
                 }
             }
+            drop(ended_now);
+            join(started);
         });
         failed.into_inner().map_or(Ok(()), Err)
     }

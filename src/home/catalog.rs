@@ -222,7 +222,7 @@ fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
         _ if errno == libc::ENOSPC => FULL,
         _ if errno == libc::EDQUOT => (errno, "cannot grow, its owner may use no more of the disk"),
         _ if errno == libc::EROFS => (errno, "cannot be written"),
-        _ if errno == libc::EIO => (errno, "cannot be used"),
+        _ if errno == libc::EIO => (errno, "cannot be used, the disk fails (Input/output error)"),
         Some(rusqlite::ErrorCode::ReadOnly) => (libc::EROFS, "cannot be written"),
         Some(rusqlite::ErrorCode::PermissionDenied | rusqlite::ErrorCode::CannotOpen) => (
             libc::EACCES,

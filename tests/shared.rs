@@ -1037,27 +1037,24 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
                     .push(format!("{what}, cut off at {point}: {said}"));
             }
             home.assert_images_clean();
-            let listed = home.wheel(&["list"]);
-            for listed in listed.as_array().unwrap() {
-                let name = listed["name"].as_str().unwrap();
-                let snapshots = home.wheel(&["snapshot-list", name]);
-                for snapshot in snapshots.as_array().unwrap() {
-                    let snapshot = snapshot["name"].as_str().unwrap();
+            for (name, found) in observed(&home) {
+                for (snapshot, contents) in found.snapshots {
                     let wanted = if snapshot == "old" { &old } else { &live };
                     tally.compared += 1;
-                    if digest(&home.snapshot_disk(name, snapshot)) != *wanted {
+                    if contents != *wanted {
                         let sentence = format!("{name}'s snapshot {snapshot} has other contents");
                         tally
                             .losses
                             .push(format!("{what}, cut off at {point}: {sentence}"));
                     }
                 }
-                if name == "copy" && digest(&home.live_disk("copy")) != live {
+                if name == "copy" && found.live != live {
                     tally.losses.push(format!(
                         "{what}, cut off at {point}: copy has other contents"
                     ));
                 }
             }
+            home.wheel(&["list"]);
         }
     }
     tally.finish("changes cut off beside a live BoxLite");

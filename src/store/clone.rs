@@ -211,8 +211,7 @@ impl Store {
         })?;
         crash_point("share.referred");
         let created_at = new.created_at.unwrap_or_else(now);
-        let place = prepared.place_of(name, &new.id);
-        prepared.name_layer(&frozen, &new.id, name, &place, created_at)?;
+        prepared.name_layer(&frozen, &new.id, name, created_at)?;
         Ok(())
     }
 }

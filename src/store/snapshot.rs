@@ -31,8 +31,7 @@ impl Store {
         let mut prepared = self.prepare_beside(box_id)?;
         prepared.refuse_taken(name)?;
         let frozen = prepared.freeze(&draft)?;
-        let (id, place) = (snapshot_id()?, name.to_owned());
-        prepared.name_layer(&frozen, &id, name, &place, now())
+        prepared.name_layer(&frozen, &snapshot_id()?, name, now())
     }
 
     /// How a box is called in the log.
@@ -93,18 +92,15 @@ impl Prepared<'_> {
     /// Order: the directory, the layer's further name in it, the row. A crash before the row leaves
     /// a directory without one, whose layer has another name: recovery unlinks it. Beside a runtime nobody
     /// does later: then it goes at once.
-    ///
-    /// `place` is the name of the directory.
     pub(super) fn name_layer(
         &mut self,
         frozen: &FrozenDisk,
         id: &str,
         name: &str,
-        place: &str,
         created_at: i64,
     ) -> Result<String> {
         self.change.hold()?;
-        let path = self.snapshot_place(place, None)?;
+        let path = self.snapshot_place(&self.place_of(name, id), None)?;
         crash_point("snapshot.directory");
         let named = match &frozen.layer {
             Frozen::Base { path: base } => durable::link(base, &path),
@@ -130,9 +126,9 @@ impl Prepared<'_> {
         }
     }
 
-    /// The name of the directory for a snapshot whose contents are not those of the live disk. Beside a runtime one
-    /// that BoxLite, asked for a snapshot of the same name at that moment, would not use: it would
-    /// put the live disk there, over this one.
+    /// The name of a snapshot's directory. Beside a runtime one that BoxLite, asked for a snapshot of the same
+    /// name at that moment, does not use: it puts the live disk there, over this one, or where this one
+    /// would be taken back from.
     pub(super) fn place_of(&self, name: &str, id: &str) -> String {
         match self.change.is_beside_a_runtime() {
             true => format!(".{id}"),

@@ -99,8 +99,11 @@ impl Prepared<'_> {
         name: &str,
         created_at: i64,
     ) -> Result<String> {
+        // By its mark recovery knows a directory whose name no snapshot has.
+        let is_beside = self.change.is_beside_a_runtime();
+        let marked = is_beside.then(|| self.store.marked_dir()).transpose()?;
         self.change.hold()?;
-        let path = self.snapshot_place(&self.place_of(name, id), None)?;
+        let path = self.snapshot_place(&self.place_of(name, id), marked.as_deref())?;
         crash_point("snapshot.directory");
         let named = match &frozen.layer {
             Frozen::Base { path: base } => durable::link(base, &path),
@@ -110,8 +113,10 @@ impl Prepared<'_> {
         crash_point("snapshot.linked");
         let recorded = named
             .and_then(|()| self.record_snapshot(id, name, &path, frozen.virtual_size, created_at));
-        if recorded.is_err() && self.change.is_beside_a_runtime() {
-            self.take_place_back(&path);
+        match (is_beside, &recorded) {
+            (true, Ok(_)) => durable::unlink(&path.with_file_name(UNRECORDED))?,
+            (true, Err(_)) => self.take_place_back(&path),
+            (false, _) => {}
         }
         recorded
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::clone::{UNRECORDED, refuse_taken_name, write_mark};
+use super::clone::{refuse_taken_name, write_mark};
 use super::crash::crash_point;
 use super::prepare::now;
 use super::snapshot::refuse_bad_name;
@@ -112,13 +112,7 @@ impl Store {
             arrival.virtual_size(),
             new.created_at.unwrap_or_else(now),
         );
-        if let Err(error) = recorded {
-            if prepared.change.is_beside_a_runtime() {
-                prepared.take_place_back(&path);
-            }
-            return Err(error);
-        }
-        durable::unlink(&path.with_file_name(UNRECORDED))
+        prepared.settle_place(&path, recorded).map(drop)
     }
 
     /// A directory in the workspace for a snapshot whose row is still to come.

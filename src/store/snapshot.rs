@@ -113,16 +113,22 @@ impl Prepared<'_> {
         crash_point("snapshot.linked");
         let recorded = named
             .and_then(|()| self.record_snapshot(id, name, &path, frozen.virtual_size, created_at));
-        match (is_beside, &recorded) {
-            (true, Ok(_)) => durable::unlink(&path.with_file_name(UNRECORDED))?,
-            (true, Err(_)) => self.take_place_back(&path),
-            (false, _) => {}
+        self.settle_place(&path, recorded)
+    }
+
+    /// Takes the mark, if there is one, from the directory of a snapshot that was recorded. Beside a runtime
+    /// the directory goes if it was not.
+    pub(super) fn settle_place<T>(&self, path: &Path, recorded: Result<T>) -> Result<T> {
+        match &recorded {
+            Ok(_) => durable::unlink(&path.with_file_name(UNRECORDED))?,
+            Err(_) if self.change.is_beside_a_runtime() => self.take_place_back(path),
+            Err(_) => {}
         }
         recorded
     }
 
     /// Removes the directory of a snapshot that was not recorded. What can't be removed is for recovery.
-    pub(super) fn take_place_back(&self, path: &Path) {
+    fn take_place_back(&self, path: &Path) {
         let mark = path.with_file_name(UNRECORDED);
         let removed = durable::unlink(path).and_then(|()| durable::unlink(&mark));
         if let Err(error) = removed.and_then(|()| path.parent().map_or(Ok(()), durable::remove_dir))

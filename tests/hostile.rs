@@ -40,7 +40,7 @@ enum Becomes {
 fn corpus() -> &'static [Hostile] {
     static CORPUS: OnceLock<Vec<Hostile>> = OnceLock::new();
     CORPUS.get_or_init(|| {
-        let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hostile");
+        let place = common::own_directory().join("hostile");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hostile/make.py");
         let _ = fs::remove_dir_all(&place);
         succeed(&["python3", text(&script), text(&place)]);

@@ -688,7 +688,7 @@ fn contents(home: &TestHome) -> BTreeMap<String, Contents> {
 fn classes() -> &'static Path {
     static CLASSES: OnceLock<PathBuf> = OnceLock::new();
     CLASSES.get_or_init(|| {
-        let classes = Path::new(env!("CARGO_TARGET_TMPDIR")).join("classes");
+        let classes = common::own_directory().join("classes");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tools/Copier.java");
         succeed(&["javac", "-d", text(&classes), text(&source)]);
         classes

@@ -64,7 +64,7 @@ pub(super) fn live_process(path: &Path) -> Option<(u32, Option<u64>)> {
 
 /// Start time of a live process in clock ticks since boot; None when there is none or it is a
 /// zombie.
-pub(super) fn start_time(pid: u32) -> Option<u64> {
+pub fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Field 2 is the command in parentheses and may hold spaces and parentheses itself.
     let after = &stat[stat.rfind(')')? + 1..];

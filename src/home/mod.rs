@@ -16,7 +16,7 @@ mod remembered;
 mod shim;
 mod space;
 
-pub use activity::{Activity, is_open, is_open_for_writing};
+pub use activity::{Activity, is_open, is_open_for_writing, start_time};
 pub use catalog::{Catalog, Schema};
 pub use change::{Change, Transaction, flock_exclusive};
 pub use identity::{

@@ -10,13 +10,13 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::{Store, durable};
-use crate::home::{Home, base_id, flock_exclusive};
+use crate::home::{Home, base_id, flock_exclusive, start_time};
 use crate::{Context, Result};
 
 /// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
 const PREFIX: &str = "work-";
 
-/// Prefix of one that is not locked yet; the pid of who makes it is next.
+/// Prefix of one that is not locked yet; who makes it is next, a pid and its start time.
 const UNLOCKED: &str = "new-";
 
 /// How long that may take; a directory of that kind that is older was left by a crash.
@@ -35,7 +35,9 @@ impl Workspace {
     fn create(home: &Home) -> Result<Workspace> {
         let place = home.make_staging_dir()?;
         let id = base_id()?;
-        let unlocked = place.join(format!("{UNLOCKED}{}-{id}", std::process::id()));
+        let pid = std::process::id();
+        let started = start_time(pid).unwrap_or(0);
+        let unlocked = place.join(format!("{UNLOCKED}{pid}-{started}-{id}"));
         let dir = place.join(format!("{PREFIX}{id}"));
         let made = make_locked(home, &unlocked).and_then(|lock| {
             fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
@@ -123,11 +125,14 @@ pub(super) fn abandoned(home: &Home) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether the process is there that a name, `PID-ID`, says is making it. Where it is of another name space
-/// and not seen, what it makes is taken away, and its change fails and can be made again.
+/// Whether the process is there that a name, `PID-STARTED-ID`, says is making it: another one may have got
+/// its pid. Where it is of another name space and not seen, what it makes is taken away, and its change fails
+/// and can be made again.
 fn is_made_by_the_living(name: &str) -> bool {
-    let pid = name.split('-').next().and_then(|pid| pid.parse().ok());
-    pid.is_some_and(|pid: u32| Path::new("/proc").join(pid.to_string()).exists())
+    let mut fields = name.split('-');
+    let pid = fields.next().and_then(|pid| pid.parse().ok());
+    let started = fields.next().and_then(|started| started.parse().ok());
+    started.is_some_and(|started: u64| pid.and_then(start_time) == Some(started))
 }
 
 fn is_old(meta: &fs::Metadata) -> bool {
@@ -207,5 +212,43 @@ impl Store {
             none => none.insert(Workspace::create(&self.home)?),
         };
         Ok(workspace.dir.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workspace_whose_maker_is_dead_is_abandoned_even_if_another_has_its_pid() {
+        let place = tempfile::tempdir().unwrap();
+        let home = Home::open(place.path()).unwrap();
+        let staging = home.make_staging_dir().unwrap();
+        let pid = std::process::id();
+        let started = start_time(pid).unwrap();
+        for name in [
+            format!("new-{pid}-{started}-a"),
+            format!("new-{pid}-{}-b", started + 1),
+            format!("new-{}-{started}-c", u32::MAX),
+            "new-d".to_owned(),
+            "kept".to_owned(),
+        ] {
+            fs::create_dir(staging.join(name)).unwrap();
+        }
+
+        let mut names: Vec<_> = abandoned(&home)
+            .iter()
+            .map(|path| path.file_name().unwrap().to_owned())
+            .collect();
+        names.sort();
+
+        let dead = [
+            format!("new-{pid}-{}-b", started + 1),
+            format!("new-{}-{started}-c", u32::MAX),
+            "new-d".to_owned(),
+        ];
+        let mut dead: Vec<_> = dead.map(std::ffi::OsString::from).into();
+        dead.sort();
+        assert_eq!(names, dead);
     }
 }

@@ -26,7 +26,7 @@ mod torture;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt::Debug;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -506,12 +506,8 @@ pub fn archive() -> PathBuf {
 
 /// Makes an archive of a new ext4 disk with more arguments for the wheel; returns its path.
 pub fn make_archive(file_name: &str, arguments: &[&str]) -> PathBuf {
-    // Of each test program its own: another that runs at the same time would replace it.
-    let program = std::env::current_exe().expect("the test program");
-    let directory =
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join(program.file_stem().expect("its name"));
-    fs::create_dir_all(&directory).expect("the directory of archives");
-    let place = tempfile::tempdir_in(&directory).expect("a temporary directory");
+    let directory = own_directory();
+    let place = tempfile::tempdir_in(directory).expect("a temporary directory");
     let made = place.path().join(file_name);
     let unused_home = TestHome {
         root: place.path().join("home"),
@@ -523,6 +519,25 @@ pub fn make_archive(file_name: &str, arguments: &[&str]) -> PathBuf {
     let target = directory.join(file_name);
     fs::rename(&made, &target).expect("the archive");
     target
+}
+
+/// A directory for what a test program makes once, of this process alone as long as it lives: two runs of one
+/// program at the same time would replace each other's.
+pub fn own_directory() -> &'static Path {
+    static OWN: OnceLock<(PathBuf, File)> = OnceLock::new();
+    let (directory, _) = OWN.get_or_init(|| {
+        let program = std::env::current_exe().expect("the test program");
+        let name = program.file_stem().expect("its name").to_string_lossy();
+        (0..)
+            .map(|n| Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.{n}")))
+            .find_map(|directory| {
+                fs::create_dir_all(&directory).expect("the directory of a test program");
+                let lock = File::create(directory.join("lock")).expect("its lock");
+                lock.try_lock().ok().map(|()| (directory, lock))
+            })
+            .expect("one that nobody has")
+    });
+    directory
 }
 
 // ---- the mount --------------------------------------------------------------------------------

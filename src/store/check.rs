@@ -377,7 +377,7 @@ impl Check<'_> {
                 }
             }
         }
-        for dir in workspace::abandoned(home) {
+        for dir in workspace::abandoned(&home.staging_dir()) {
             found.push(format!(
                 "{} was left by a boxlitefs that was killed ({}); mounting the home removes it",
                 dir.display(),

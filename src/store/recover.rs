@@ -23,7 +23,7 @@ impl Store {
     /// Everything that can be recovered when a mount begins. What can't be done now (a runtime
     /// holds the lock, a box runs) is done before the next change of each box.
     pub(super) fn recover_at_mount(&self) {
-        let abandoned = workspace::abandoned(&self.home);
+        let abandoned = workspace::abandoned(&self.home.staging_dir());
         if !abandoned.is_empty()
             && let Err(error) = durable::sync_file_system(self.home.root())
         {

@@ -105,9 +105,9 @@ fn discard_again() {
     left.iter().for_each(|path| discard(path));
 }
 
-/// Workspaces of processes that are dead.
-pub(super) fn abandoned(home: &Home) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(home.staging_dir()) else {
+/// Workspaces in a home's staging directory of processes that are dead.
+pub(super) fn abandoned(staging: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(staging) else {
         return Vec::new();
     };
     entries
@@ -222,8 +222,6 @@ mod tests {
     #[test]
     fn a_workspace_whose_maker_is_dead_is_abandoned_even_if_another_has_its_pid() {
         let place = tempfile::tempdir().unwrap();
-        let home = Home::open(place.path()).unwrap();
-        let staging = home.make_staging_dir().unwrap();
         let pid = std::process::id();
         let started = start_time(pid).unwrap();
         for name in [
@@ -233,10 +231,10 @@ mod tests {
             "new-d".to_owned(),
             "kept".to_owned(),
         ] {
-            fs::create_dir(staging.join(name)).unwrap();
+            fs::create_dir(place.path().join(name)).unwrap();
         }
 
-        let mut names: Vec<_> = abandoned(&home)
+        let mut names: Vec<_> = abandoned(place.path())
             .iter()
             .map(|path| path.file_name().unwrap().to_owned())
             .collect();

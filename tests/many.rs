@@ -64,7 +64,13 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
                 .unwrap()
         })
         .collect();
-    let looked = looks(&mount, Duration::from_secs(seconds.parse().unwrap()));
+    // Names in the root are changed by all, and the kernel lets nobody look at a directory while it waits for
+    // the answer to such a change; in the other one nothing changes.
+    let looked = looks(
+        &mount,
+        &["", "web/snapshots/base"],
+        Duration::from_secs(seconds.parse().unwrap()),
+    );
     let beliefs: Vec<Value> = workers
         .into_iter()
         .map(|worker| {
@@ -157,26 +163,34 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
         }
     }
     home.assert_whole_once_mounted();
-    tally.finish("32 processes at once");
+    match std::env::var_os("BOXLITEFS_PROGRAM") {
+        None => tally.finish("32 processes at once"),
+        Some(_) => tally.finish("32 processes at once, another build of the program"),
+    }
 }
 
-/// Looks at the root now and then, for so long, and tells how long that took.
-fn looks(mount: &Mounted, long: Duration) -> String {
+/// Looks at directories now and then, for so long, and tells how long that took.
+fn looks(mount: &Mounted, directories: &[&str], long: Duration) -> String {
     let end = Instant::now() + long;
-    let mut took = Vec::new();
+    let mut took = vec![Vec::new(); directories.len()];
     while Instant::now() < end {
-        let began = Instant::now();
-        mount.names("");
-        took.push(began.elapsed());
+        for (directory, took) in directories.iter().zip(&mut took) {
+            let began = Instant::now();
+            mount.names(directory);
+            took.push(began.elapsed());
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
-    took.sort();
-    format!(
-        "{} times ls: half of them within {:.1?}, 99 of 100 within {:.1?}",
-        took.len(),
-        took[took.len() / 2],
-        took[took.len() * 99 / 100]
-    )
+    let told = directories.iter().zip(&mut took).map(|(directory, took)| {
+        took.sort();
+        format!(
+            "{} times ls of /{directory}: half of them within {:.1?}, 99 of 100 within {:.1?}",
+            took.len(),
+            took[took.len() / 2],
+            took[took.len() * 99 / 100]
+        )
+    });
+    told.collect::<Vec<_>>().join("\n")
 }
 
 fn texts(of: &Value) -> BTreeMap<String, String> {

@@ -163,10 +163,10 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
         }
     }
     home.assert_whole_once_mounted();
-    match std::env::var_os("BOXLITEFS_PROGRAM") {
-        None => tally.finish("32 processes at once"),
-        Some(_) => tally.finish("32 processes at once, another build of the program"),
-    }
+    tally.finish(match binary() == env!("CARGO_BIN_EXE_boxlitefs") {
+        true => "32 processes at once",
+        false => "32 processes at once, another build of the program",
+    });
 }
 
 /// Looks at directories now and then, for so long, and tells how long that took.

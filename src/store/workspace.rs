@@ -217,6 +217,8 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -224,29 +226,21 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let pid = std::process::id();
         let started = start_time(pid).unwrap();
-        for name in [
-            format!("new-{pid}-{started}-a"),
+        let dead = BTreeSet::from([
             format!("new-{pid}-{}-b", started + 1),
             format!("new-{}-{started}-c", u32::MAX),
             "new-d".to_owned(),
-            "kept".to_owned(),
-        ] {
+        ]);
+        let others = [format!("new-{pid}-{started}-a"), "kept".to_owned()];
+        for name in dead.iter().chain(&others) {
             fs::create_dir(place.path().join(name)).unwrap();
         }
 
-        let mut names: Vec<_> = abandoned(place.path())
+        let found: BTreeSet<String> = abandoned(place.path())
             .iter()
-            .map(|path| path.file_name().unwrap().to_owned())
+            .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
             .collect();
-        names.sort();
 
-        let dead = [
-            format!("new-{pid}-{}-b", started + 1),
-            format!("new-{}-{started}-c", u32::MAX),
-            "new-d".to_owned(),
-        ];
-        let mut dead: Vec<_> = dead.map(std::ffi::OsString::from).into();
-        dead.sort();
-        assert_eq!(names, dead);
+        assert_eq!(found, dead);
     }
 }

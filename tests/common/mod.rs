@@ -26,7 +26,7 @@ mod torture;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt::Debug;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -533,7 +533,13 @@ pub fn own_directory() -> &'static Path {
             .find_map(|directory| {
                 fs::create_dir_all(&directory).expect("the directory of a test program");
                 let lock = File::create(directory.join("lock")).expect("its lock");
-                lock.try_lock().ok().map(|()| (directory, lock))
+                match lock.try_lock() {
+                    Ok(()) => Some((directory, lock)),
+                    Err(TryLockError::WouldBlock) => None,
+                    Err(TryLockError::Error(error)) => {
+                        panic!("cannot lock {}: {error}", directory.display())
+                    }
+                }
             })
             .expect("one that nobody has")
     });

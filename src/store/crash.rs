@@ -3,7 +3,7 @@
 //! once, until it is told to go on (SIGCONT). Elsewhere they are nothing.
 
 /// Ends the process with SIGKILL if the test asked for a crash at this point, or stops it with SIGSTOP.
-#[cfg(feature = "crash-points")]
+#[cfg(debug_assertions)]
 pub(super) fn crash_point(name: &str) {
     use std::sync::atomic::{AtomicBool, Ordering};
     static STOPPED: AtomicBool = AtomicBool::new(false);
@@ -23,5 +23,5 @@ pub(super) fn crash_point(name: &str) {
 }
 
 /// Nothing, outside the test build.
-#[cfg(not(feature = "crash-points"))]
+#[cfg(not(debug_assertions))]
 pub(super) fn crash_point(_name: &str) {}

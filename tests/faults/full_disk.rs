@@ -1,0 +1,317 @@
+//! Full disks: every change on small file systems of the usual kinds, with ever more room until there is
+//! enough. And what those that share blocks make cheaper.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Mutex;
+
+use crate::changes::*;
+use crate::common::*;
+use crate::contents::{Boxes, contents};
+
+/// Changes that need room.
+const CHANGES: [&Change; 12] = [
+    &SNAPSHOT,
+    &IMPORT,
+    &CLONE_WITH_SNAPSHOTS,
+    &ADOPT,
+    &REMOVE,
+    &RENAME,
+    &RENAME_BOX,
+    &RESTORE,
+    &RESTORE_BACKUP,
+    &REMOVE_BOX,
+    &MERGE,
+    &LONG,
+];
+
+/// Free room that is tried first, in KiB, and each time twice as much.
+const FIRST_ROOM: u64 = 4;
+
+/// More KiB than any of the changes needs.
+const ENOUGH: u64 = 64 << 10;
+
+/// What a refused change may leave, in bytes: some lines in the log, and what the file system and SQLite
+/// keep for the next time.
+const SLACK: u64 = 512 << 10;
+
+/// A change on a disk of its own.
+struct Trial<'c> {
+    change: &'c Change,
+    kind: FileSystem,
+    home: TestHome,
+    disk: SmallDisk,
+    before: Boxes,
+    whole: Boxes,
+}
+
+impl Trial<'_> {
+    fn of(change: &Change, kind: FileSystem) -> Trial<'_> {
+        let home = (change.prepare)();
+        let before = contents(&home);
+        let mut whole = before.clone();
+        (change.whole)(&mut whole);
+        let disk = SmallDisk::under(&home, kind, kind.smallest());
+        Trial {
+            change,
+            kind,
+            home,
+            disk,
+            before,
+            whole,
+        }
+    }
+
+    /// Makes the change with that many KiB free. False if there was too little room, and nothing changed.
+    fn fits(&self, room: u64, mount_when_full: bool) -> bool {
+        let Trial {
+            change, home, disk, ..
+        } = self;
+        let log = || fs::read_to_string(home.root().join(".boxlitefs/log")).unwrap_or_default();
+        let early = (!mount_when_full).then(|| self.mount()).flatten();
+        disk.fill(room << 10);
+        if early.is_none() && !self.can_be_read() {
+            disk.empty();
+            return false;
+        }
+        let mount = early.or_else(|| self.mount());
+        let outcome = match (&mount, change.by.command(home)) {
+            (Some(mount), _) => (change.act)(mount),
+            (None, Some(mut command)) => {
+                let output = command.output().unwrap();
+                let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into();
+                match output.status.success() {
+                    true => Ok(()),
+                    false => Err(said),
+                }
+            }
+            (None, None) => panic!("nobody makes the change"),
+        };
+        let mut mount = mount;
+        // The first look may be what kills it; below.
+        let was_killed = mount.as_mut().is_some_and(|mount| {
+            let answers = fs::read_dir(mount.root()).is_ok();
+            !answers || !mount.is_alive()
+        });
+        match mount {
+            Some(mount) if !was_killed => {
+                let names = mount.names("");
+                disk.empty();
+                assert_eq!(mount.names(""), names);
+                mount.unmount();
+            }
+            Some(mut mount) => {
+                // Btrfs writes nothing in place: without a free block, memory that SQLite shares through a
+                // file can't be written either, and the kernel ends whoever tries.
+                let signal = mount.ended_by();
+                let is_known = self.kind == FileSystem::Btrfs && signal == Some(libc::SIGBUS);
+                assert!(is_known, "the daemon died: {signal:?}; {outcome:?}");
+                drop(mount);
+                disk.empty();
+            }
+            None => disk.empty(),
+        }
+        drop(home.mount());
+        let now = contents(home);
+        match &outcome {
+            Ok(()) => assert_eq!(now, self.whole),
+            Err(said) => {
+                assert!(
+                    was_killed || tells(said),
+                    "with {room} KiB left it said {said}; {}",
+                    log()
+                );
+                // Of several boxes' worth of work, as of `cp -r`, a part may be done.
+                crate::contents::assert_between(&now, &self.before, &self.whole);
+                let one = "one step, and half done";
+                if !self.has_steps() && !was_killed {
+                    assert_eq!(now, self.before, "{one}");
+                }
+            }
+        }
+        let (status, said) = home.check();
+        assert_eq!(status, 0, "boxlitefs check: {said}; {}", log());
+        outcome.is_ok()
+    }
+
+    /// SQLite needs a little room to read, too. Without it, that is said.
+    fn can_be_read(&self) -> bool {
+        let (status, said) = self.home.check();
+        assert!(status == 0 || tells(&said), "{said}");
+        status == 0
+    }
+
+    /// Whether the tool makes it in several changes: of a box, and of each snapshot.
+    fn has_steps(&self) -> bool {
+        [&CLONE_WITH_SNAPSHOTS, &IMPORT]
+            .iter()
+            .any(|change| change.name == self.change.name)
+    }
+
+    fn mount(&self) -> Option<Mounted> {
+        (self.change.by == By::Mount).then(|| self.home.mount())
+    }
+
+    /// With ever more room, until there is enough.
+    fn try_until_it_fits(&self, tally: &mut Tally) {
+        let free = self.disk.free();
+        let mut room = 0;
+        let mut refused = 0;
+        loop {
+            tally.operations += 1;
+            tally.compared += self.before.len();
+            if self.fits(room, refused % 2 == 1) {
+                return;
+            }
+            tally.faults += 1;
+            refused += 1;
+            let left = self.disk.free();
+            assert!(left + SLACK >= free, "{free} bytes were free, {left} are");
+            // Some of it may be done.
+            self.disk.put_back(&self.home, "aside");
+            room = if room == 0 { FIRST_ROOM } else { room * 2 };
+            assert!(room <= ENOUGH, "it never fits");
+        }
+    }
+}
+
+/// Whether a complaint is that of a full disk.
+fn tells(said: &str) -> bool {
+    let sentences = [
+        "No space left on device",
+        "the disk is full",
+        "there is no room",
+    ];
+    sentences.iter().any(|sentence| said.contains(sentence))
+}
+
+/// Tries some of the changes on a file system.
+fn try_changes(kind: FileSystem) {
+    let what = format!("full disks, {}", kind.name());
+    let seed = seed(&what);
+    let mut dice = Dice::of(seed, kind);
+    let mut changes = CHANGES.to_vec();
+    while changes.len() > how_many(4, CHANGES.len()) {
+        changes.swap_remove(dice.below(changes.len() as u64) as usize);
+    }
+    let all = Mutex::new(Tally::default());
+    each_in_parallel(&changes, |change| {
+        let mut tally = Tally::default();
+        let trial = Trial::of(change, kind);
+        let case = attempt(|| trial.try_until_it_fits(&mut tally));
+        tally
+            .losses
+            .extend(case.err().map(|why| format!("{}: {why}", change.name)));
+        all.lock().unwrap().add(tally);
+    });
+    let tally = all.into_inner().unwrap();
+    assert!(tally.faults > 0, "the disk was never full");
+    tally.finish(&what);
+}
+
+#[test]
+fn on_a_full_ext4_a_change_is_made_or_refused() {
+    try_changes(FileSystem::Ext4);
+}
+
+#[test]
+fn on_a_full_xfs_a_change_is_made_or_refused() {
+    try_changes(FileSystem::Xfs);
+}
+
+#[test]
+fn on_a_full_btrfs_a_change_is_made_or_refused() {
+    try_changes(FileSystem::Btrfs);
+}
+
+// ---- shared blocks ------------------------------------------------------------------------------
+
+/// Bytes of a layer that is far larger than what may be used for a copy of it.
+const LARGE: usize = 3 << 20;
+
+/// What a change may take where no data is copied.
+const LITTLE: u64 = 1 << 20;
+
+/// What a change takes on a file system that shares blocks.
+fn assert_takes_little(change: &str, disk: &SmallDisk, work: impl FnOnce()) {
+    let before = disk.free();
+    work();
+    let taken = before.saturating_sub(disk.free());
+    assert!(taken < LITTLE, "{change} took {taken} bytes");
+}
+
+/// A box with large layers, on a file system that shares blocks.
+fn with_large_layers(kind: FileSystem, snapshots: usize) -> (TestHome, SmallDisk) {
+    let home = TestHome::in_memory();
+    let disk = SmallDisk::under(&home, kind, "512M");
+    for number in 0..snapshots {
+        // Over nothing, so that each layer is data of its own.
+        let bytes = noise(number as u64 + 1, LARGE);
+        home.guest_write("web", FREE_AREA, &bytes);
+        home.wheel(&["snapshot-create", "web", &format!("s{number}")]);
+    }
+    (home, disk)
+}
+
+fn shares_blocks(kind: FileSystem) {
+    // A layer of BoxLite's is adopted; its reader has a further name in a backup, and is copied.
+    let (home, disk) = with_large_layers(kind, 2);
+    let backup = home.root().join("backup.qcow2");
+    fs::hard_link(home.snapshot_disk("web", "s1"), &backup).unwrap();
+    let copied = digest(&home.snapshot_disk("web", "s1"));
+    assert_takes_little("a copy of a layer", &disk, || {
+        home.mount().snapshot("web", "a").unwrap();
+    });
+    let layer = home.snapshot_disk("web", "s1");
+    assert_ne!(inode(&layer), inode(&backup), "it was not copied");
+    assert_eq!(digest(&layer), copied);
+    drop(disk);
+
+    // Layers that nothing else needs become one.
+    let (home, disk) = with_large_layers(kind, 0);
+    let mount = home.mount();
+    for number in 0..3 {
+        let at = FREE_AREA + number * (512 << 10);
+        home.guest_write("web", at, &noise(number + 1, 1 << 20));
+        mount.snapshot("web", &format!("s{number}")).unwrap();
+    }
+    for number in 0..2 {
+        mount.remove_snapshot("web", &format!("s{number}")).unwrap();
+    }
+    mount.unmount();
+    let merged = digest(&home.snapshot_disk("web", "s2"));
+    let length = chain(&home.live_disk("web")).len();
+    assert_takes_little("a merge", &disk, || {
+        let (status, said) = home.compact();
+        assert_eq!(status, 0, "{said}");
+    });
+    assert!(chain(&home.live_disk("web")).len() < length);
+    assert_eq!(digest(&home.snapshot_disk("web", "s2")), merged);
+    drop(disk);
+
+    // The upper layers of a chain that is too long are written out as one.
+    let (home, disk) = with_large_layers(kind, 9);
+    home.guest_write("web", FREE_AREA, &noise(100, LARGE));
+    let live = digest(&home.live_disk("web"));
+    assert_takes_little("a snapshot of a long chain", &disk, || {
+        home.mount().snapshot("web", "a").unwrap();
+    });
+    assert_eq!(digest(&home.snapshot_disk("web", "a")), live);
+    assert!(chain(&home.live_disk("web")).len() < 9);
+    home.assert_whole();
+}
+
+fn inode(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(path).unwrap().ino()
+}
+
+#[test]
+fn on_xfs_a_layer_is_copied_without_its_data() {
+    shares_blocks(FileSystem::Xfs);
+}
+
+#[test]
+fn on_btrfs_a_layer_is_copied_without_its_data() {
+    shares_blocks(FileSystem::Btrfs);
+}

@@ -1,0 +1,169 @@
+//! Random sequences of all that can be done to boxes, through the mount and by BoxLite, with guests that
+//! write in between, against a model of what every disk must contain.
+//!
+//! After each step whatever had a part in it reads as the model says, and names are those that they
+//! must be; at the end of a sequence everything is judged by BoxLite, `qemu-img` and `boxlitefs check`,
+//! and once all is removed nothing may be left.
+//!
+//! - `MODEL_STEPS`: how many steps at least (2000; `make model` takes 10000).
+//! - `MODEL_SEED`: the first sequence; a failure says which to give to have it again. Each further one is
+//!   that of the next number.
+//! - `MODEL_SHRINK_SECONDS`: how long to look for a shorter sequence that fails (120).
+
+mod act;
+mod operation;
+mod reference;
+mod world;
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::hash::{BuildHasher, RandomState};
+use std::panic::{self, AssertUnwindSafe};
+use std::rc::Rc;
+use std::sync::Once;
+use std::time::Instant;
+
+use proptest::test_runner::{
+    Config, RngAlgorithm, TestCaseError, TestCaseResult, TestError, TestRng, TestRunner,
+};
+
+use crate::common::{TestHome, text};
+use operation::{Emphasis, Sequence};
+use world::World;
+
+#[test]
+fn long_histories_of_boxes_are_what_the_model_says() {
+    run_sequences(Emphasis::Histories);
+}
+
+#[test]
+fn families_of_boxes_are_what_the_model_says() {
+    run_sequences(Emphasis::Families);
+}
+
+/// Half of the steps: the other test has the other half, at the same time.
+fn run_sequences(emphasis: Emphasis) {
+    let wanted = number("MODEL_STEPS").unwrap_or(2000).div_ceil(2);
+    let mut seed =
+        number("MODEL_SEED").unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000_000);
+    let home = first_home();
+    let begun = Instant::now();
+    let mut steps = 0;
+    while steps < wanted {
+        eprintln!(
+            "{emphasis:?}: MODEL_SEED={seed}; {steps} of {wanted} steps in {:.0} s",
+            begun.elapsed().as_secs_f32()
+        );
+        steps += run_sequence(&home, emphasis, seed);
+        seed += 1;
+    }
+    eprintln!(
+        "{emphasis:?}: {steps} steps in {:.0} s",
+        begun.elapsed().as_secs_f32()
+    );
+}
+
+/// A home that each sequence begins with, put aside.
+fn first_home() -> TestHome {
+    let home = TestHome::in_memory();
+    home.wheel_batch(&[
+        &["remove", "web"],
+        &["import", text(&reference::originals()[0].archive), "web"],
+    ]);
+    home.put_aside("first");
+    home
+}
+
+/// Runs one sequence, and shorter ones if it fails; returns how many steps it had.
+fn run_sequence(home: &TestHome, emphasis: Emphasis, seed: u64) -> u64 {
+    let reached = Rc::new(Cell::new(0));
+    let steps = Cell::new(0);
+    let failed = RefCell::default();
+    let first_fault = RefCell::default();
+    remember_places_of_faults();
+    let mut runner = runner(seed);
+    let sequence = Sequence::of(emphasis, &mut runner, reached.clone());
+    let result = runner.run_one(sequence, |operations| {
+        home.put_back("first");
+        let run = || {
+            let mut world = World::new(home, &failed);
+            for (index, operation) in operations.iter().enumerate() {
+                reached.set(index);
+                world.apply(operation);
+            }
+            reached.set(operations.len());
+            steps.set(world.steps);
+            world.finish();
+        };
+        match panic::catch_unwind(AssertUnwindSafe(run)) {
+            Ok(()) => Ok(()),
+            Err(fault) => same_fault(&first_fault, fault),
+        }
+    });
+    match result {
+        Ok(_) => steps.get() as u64,
+        Err(TestError::Abort(reason)) => panic!("MODEL_SEED={seed}: {reason}"),
+        Err(TestError::Fail(reason, operations)) => panic!(
+            "{reason}\n\n{}\nThat is:\n{}\nThe whole of it: MODEL_SEED={seed} MODEL_STEPS=1 cargo test --test model",
+            lines(&operations, |operation| format!("{operation:?}")),
+            lines(&failed.take(), String::clone)
+        ),
+    }
+}
+
+thread_local! {
+    /// Where this thread has failed last.
+    static PLACE: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+fn remember_places_of_faults() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            let place = info.location().map(ToString::to_string);
+            PLACE.with_borrow_mut(|last| *last = place.unwrap_or_default());
+            before(info);
+        }));
+    });
+}
+
+/// A shorter sequence that fails elsewhere shows another fault than the one that is looked for.
+fn same_fault(first: &RefCell<Option<String>>, fault: Box<dyn Any + Send>) -> TestCaseResult {
+    let place = PLACE.take();
+    let mut first = first.borrow_mut();
+    if *first.get_or_insert_with(|| place.clone()) != place {
+        return Ok(());
+    }
+    let reason = match (fault.downcast_ref::<String>(), fault.downcast_ref::<&str>()) {
+        (Some(text), _) => text.clone(),
+        (_, Some(text)) => (*text).to_owned(),
+        _ => "a fault without words".to_owned(),
+    };
+    Err(TestCaseError::fail(format!("{place}: {reason}")))
+}
+
+fn lines<T>(of: &[T], line: impl Fn(&T) -> String) -> String {
+    of.iter()
+        .map(|one| format!("    {}\n", line(one)))
+        .collect()
+}
+
+fn runner(seed: u64) -> TestRunner {
+    let seconds = number("MODEL_SHRINK_SECONDS").unwrap_or(120);
+    let config = Config {
+        max_shrink_time: u32::try_from(seconds * 1000).unwrap_or(u32::MAX),
+        max_shrink_iters: if seconds == 0 { 0 } else { 1000 },
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
+}
+
+fn number(variable: &str) -> Option<u64> {
+    let value = std::env::var(variable).ok()?;
+    let number = value.parse();
+    Some(number.unwrap_or_else(|_| panic!("{variable}={value} is not a number")))
+}

@@ -1,0 +1,603 @@
+//! A home, its mount, and what must be in them.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::common::*;
+use super::operation::*;
+use super::reference::{Disk, Reader, originals};
+
+/// How soon what BoxLite did has to show.
+const SOON: Duration = Duration::from_secs(3);
+
+/// Most of each: beyond that the next of them takes the place of one.
+const MOST_BOXES: usize = 6;
+const MOST_SNAPSHOTS: usize = 9;
+const MOST_BACKUPS: usize = 6;
+
+/// After this many operations everything is looked at, not just what had a part in it.
+const LOOK_AT_ALL: usize = 12;
+
+/// Names that boxes get. Some are not shown as they are.
+pub const BOX_NAMES: [&str; 9] = [
+    "web", "api", "db", "a b", "ü", "50%", "x/y", "web.old", "Web",
+];
+/// Names that snapshots get.
+const SNAPSHOT_NAMES: [&str; 13] = [
+    "a",
+    "b",
+    "c",
+    "before lunch",
+    "ü",
+    "100%",
+    "snapshots",
+    "export.boxlite",
+    "x.y",
+    "d",
+    "e",
+    "f",
+    "g",
+];
+
+/// A snapshot as it must be.
+#[derive(Clone)]
+pub struct Snapshot {
+    pub name: String,
+    pub disk: Disk,
+    pub created_at: i64,
+}
+
+/// A box as it must be.
+#[derive(Clone)]
+pub struct ModelBox {
+    /// No other has this number, whatever it is called.
+    pub number: usize,
+    pub name: String,
+    pub disk: Disk,
+    pub snapshots: Vec<Snapshot>,
+}
+
+impl ModelBox {
+    /// What its directory is called.
+    pub fn shown(&self) -> String {
+        shown(&self.name)
+    }
+}
+
+/// How a box's name is shown.
+pub fn shown(name: &str) -> String {
+    name.replace('%', "%25").replace('/', "%2F")
+}
+
+/// A backup, outside of the mount.
+#[derive(Clone)]
+pub struct Backup {
+    pub path: PathBuf,
+    pub of: Kept,
+}
+
+/// What a backup has.
+#[derive(Clone)]
+pub enum Kept {
+    Archive(Disk),
+    Directory(ModelBox),
+}
+
+/// A live disk or a snapshot: the place of its box, and that of the snapshot in it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct State {
+    pub of: usize,
+    pub snapshot: Option<usize>,
+}
+
+/// A home and what must be in it.
+pub struct World<'a> {
+    pub home: &'a TestHome,
+    mount: Option<Mounted>,
+    pub boxes: Vec<ModelBox>,
+    pub backups: Vec<Backup>,
+    pub readers: Vec<Reader>,
+    /// Backups that are there for good.
+    originals: usize,
+    /// What was done so far; operations for which there was nothing do not count.
+    pub steps: usize,
+    since_all: usize,
+    made: usize,
+    /// BoxLite flattened a disk, which may be that of a box by now: it leaves flags unset.
+    pub has_boxlites_disks: bool,
+    /// What was done, for people; where it failed it gets to where `failed` is.
+    trace: RefCell<Vec<String>>,
+    failed: &'a RefCell<Vec<String>>,
+}
+
+/// A mount that merges layers by itself whenever there is a moment between two operations.
+fn mount_of(home: &TestHome) -> Mounted {
+    home.mount_with(&["-o", "compact=0.05"], &[])
+}
+
+impl Drop for World<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.failed.swap(&self.trace);
+        }
+    }
+}
+
+impl<'a> World<'a> {
+    /// Mounts a home that has one box, `web`, with the first original's disk.
+    pub fn new(home: &'a TestHome, failed: &'a RefCell<Vec<String>>) -> World<'a> {
+        let place = home.beside("backups");
+        let _ = fs::remove_dir_all(&place);
+        fs::create_dir(&place).expect("a place for backups");
+        let originals = originals().iter().enumerate();
+        let backups: Vec<Backup> = originals
+            .map(|(which, original)| Backup {
+                path: original.archive.clone(),
+                of: Kept::Archive(Disk::original(which)),
+            })
+            .collect();
+        World {
+            home,
+            mount: Some(mount_of(home)),
+            boxes: vec![ModelBox {
+                number: 0,
+                name: "web".into(),
+                disk: Disk::original(0),
+                snapshots: Vec::new(),
+            }],
+            originals: backups.len(),
+            backups,
+            readers: Vec::new(),
+            steps: 0,
+            since_all: 0,
+            made: 1,
+            has_boxlites_disks: false,
+            trace: RefCell::default(),
+            failed,
+        }
+    }
+
+    /// Says what is being done.
+    pub fn note(&self, sentence: String) {
+        let place = text(self.home.root().parent().expect("a place")).to_owned() + "/";
+        let sentence = sentence.replace(&place, "").replace("mnt/", "");
+        self.trace.borrow_mut().push(sentence);
+    }
+
+    // ---- what is there ----
+
+    /// The mount.
+    pub fn mount(&self) -> &Mounted {
+        self.mount.as_ref().expect("mounted")
+    }
+
+    /// A path in the mount.
+    pub fn at(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.mount().at(path)
+    }
+
+    /// The directory of a box in the mount.
+    pub fn box_at(&self, of: usize) -> PathBuf {
+        self.at(self.boxes[of].shown())
+    }
+
+    /// The directory of a state in the mount.
+    pub fn state_at(&self, state: State) -> PathBuf {
+        let at = self.box_at(state.of);
+        match state.snapshot {
+            None => at,
+            Some(snapshot) => at
+                .join("snapshots")
+                .join(&self.boxes[state.of].snapshots[snapshot].name),
+        }
+    }
+
+    /// The export of a state in the mount.
+    pub fn export_at(&self, state: State) -> PathBuf {
+        self.state_at(state).join("export.boxlite")
+    }
+
+    /// The disk of a state.
+    pub fn disk(&self, state: State) -> &Disk {
+        let of = &self.boxes[state.of];
+        match state.snapshot {
+            None => &of.disk,
+            Some(snapshot) => &of.snapshots[snapshot].disk,
+        }
+    }
+
+    fn called(&self, state: State) -> String {
+        let of = &self.boxes[state.of];
+        match state.snapshot {
+            None => format!("box {}", of.name),
+            Some(snapshot) => format!(
+                "snapshot {} of box {}",
+                of.snapshots[snapshot].name, of.name
+            ),
+        }
+    }
+
+    /// Which box is meant.
+    pub fn pick_box(&self, pick: Pick) -> Option<usize> {
+        (!self.boxes.is_empty()).then(|| usize::from(pick) % self.boxes.len())
+    }
+
+    /// Which snapshot of any box is meant.
+    pub fn pick_snapshot(&self, pick: Pick) -> Option<State> {
+        let all: Vec<State> = self.states().filter(|s| s.snapshot.is_some()).collect();
+        (!all.is_empty()).then(|| all[usize::from(pick) % all.len()])
+    }
+
+    /// Which disk state is meant.
+    pub fn pick_state(&self, pick: Pick) -> Option<State> {
+        let all: Vec<State> = self.states().collect();
+        (!all.is_empty()).then(|| all[usize::from(pick) % all.len()])
+    }
+
+    /// Which backup is meant: there is always one.
+    pub fn pick_backup(&self, pick: Pick) -> Backup {
+        self.backups[usize::from(pick) % self.backups.len()].clone()
+    }
+
+    /// Likewise, of those that are an archive.
+    pub fn pick_archive(&self, pick: Pick) -> (PathBuf, Disk) {
+        let archives: Vec<(PathBuf, Disk)> = self
+            .backups
+            .iter()
+            .filter_map(|backup| match &backup.of {
+                Kept::Archive(disk) => Some((backup.path.clone(), disk.clone())),
+                Kept::Directory(_) => None,
+            })
+            .collect();
+        archives[usize::from(pick) % archives.len()].clone()
+    }
+
+    fn states(&self) -> impl Iterator<Item = State> {
+        self.boxes.iter().enumerate().flat_map(|(of, a_box)| {
+            let snapshots = (0..a_box.snapshots.len()).map(Some);
+            std::iter::once(None)
+                .chain(snapshots)
+                .map(move |snapshot| State { of, snapshot })
+        })
+    }
+
+    /// A name that no box has.
+    pub fn free_box_name(&self, pick: Pick) -> String {
+        let taken: BTreeSet<&str> = self.boxes.iter().map(|b| b.name.as_str()).collect();
+        free(&BOX_NAMES, &taken, pick)
+    }
+
+    /// A name that no snapshot of a box has.
+    pub fn free_snapshot_name(&self, of: usize, pick: Pick) -> String {
+        let snapshots = self.boxes[of].snapshots.iter();
+        let taken: BTreeSet<&str> = snapshots.map(|s| s.name.as_str()).collect();
+        free(&SNAPSHOT_NAMES, &taken, pick)
+    }
+
+    /// Whether there is room for another box.
+    pub fn has_room(&self) -> bool {
+        self.boxes.len() < MOST_BOXES
+    }
+
+    /// Whether there is room for another snapshot.
+    pub fn has_room_in(&self, of: usize) -> bool {
+        self.boxes[of].snapshots.len() < MOST_SNAPSHOTS
+    }
+
+    // ---- what changes ----
+
+    /// A box was made; returns its place.
+    pub fn add_box(&mut self, name: &str, disk: Disk, snapshots: Vec<Snapshot>) -> usize {
+        self.made += 1;
+        self.boxes.push(ModelBox {
+            number: self.made,
+            name: name.to_owned(),
+            disk,
+            snapshots,
+        });
+        self.boxes.len() - 1
+    }
+
+    /// A snapshot of the live disk was made: it has to be dated now.
+    pub fn add_snapshot(&mut self, of: usize, name: &str, since: i64) {
+        let created_at = self.dated(&self.boxes[of].name, name);
+        assert!(
+            (since..=now()).contains(&created_at),
+            "snapshot {name} is of {created_at}, and was made since {since}"
+        );
+        let disk = self.boxes[of].disk.clone();
+        self.boxes[of].snapshots.push(Snapshot {
+            name: name.to_owned(),
+            disk,
+            created_at,
+        });
+    }
+
+    /// A place for a backup that is to be made.
+    pub fn backup_place(&mut self) -> PathBuf {
+        self.made += 1;
+        self.home
+            .beside("backups")
+            .join(format!("{}.boxlite", self.made))
+    }
+
+    /// A backup was made; the oldest goes when there are many.
+    pub fn add_backup(&mut self, path: PathBuf, of: Kept) {
+        self.backups.push(Backup { path, of });
+        if self.backups.len() > self.originals + MOST_BACKUPS {
+            let oldest = self.backups.remove(self.originals);
+            match oldest.of {
+                Kept::Archive(_) => fs::remove_file(&oldest.path),
+                Kept::Directory(_) => fs::remove_dir_all(&oldest.path),
+            }
+            .expect("the oldest backup goes");
+        }
+    }
+
+    /// The live disk of a box has other contents.
+    pub fn changes_disk(&mut self, of: usize, disk: Disk) {
+        self.boxes[of].disk = disk;
+        self.dates_disk(of);
+    }
+
+    /// The live disk of a box is another file, which was changed now; its contents may be the same.
+    pub fn dates_disk(&mut self, of: usize) {
+        let number = self.boxes[of].number;
+        let readers = self.readers.iter_mut().filter(|reader| reader.of == number);
+        readers.for_each(|reader| reader.may_fail |= reader.is_live);
+    }
+
+    /// What the manifests of all exports of a box say is different.
+    pub fn changes_name(&mut self, of: usize, name: &str) {
+        self.boxes[of].name = name.to_owned();
+        let number = self.boxes[of].number;
+        let readers = self.readers.iter_mut().filter(|reader| reader.of == number);
+        readers.for_each(|reader| reader.may_fail = true);
+    }
+
+    /// Unmounts, when nothing is open any more, and mounts again.
+    pub fn remount(&mut self) {
+        self.finish_readers();
+        self.mount.take().expect("mounted").unmount();
+        self.mount = Some(mount_of(self.home));
+    }
+
+    /// Whoever reads comes to the end.
+    pub fn finish_readers(&mut self) {
+        self.readers.drain(..).for_each(Reader::finish);
+    }
+
+    /// Opens an export; whoever opened one two of them ago comes to the end.
+    pub fn begin_reading(&mut self, state: State) {
+        if self.readers.len() > 1 {
+            self.readers.remove(0).finish();
+        }
+        let reader = Reader::begin(
+            &self.export_at(state),
+            &self.called(state),
+            self.boxes[state.of].number,
+            state.snapshot.is_none(),
+            self.disk(state).clone(),
+        );
+        self.readers.push(reader);
+    }
+
+    // ---- whether it is so ----
+
+    /// A state reads as it must, through the mount.
+    pub fn check(&self, state: State) {
+        self.disk(state)
+            .assert_in_archive(&self.export_at(state), &self.called(state));
+    }
+
+    /// The live disk of a box reads as it must.
+    pub fn check_live(&self, of: usize) {
+        self.check(State { of, snapshot: None });
+    }
+
+    /// A box and its snapshots read as they must.
+    pub fn check_box(&self, of: usize) {
+        self.states()
+            .filter(|state| state.of == of)
+            .for_each(|state| self.check(state));
+    }
+
+    /// Everything reads as it must.
+    pub fn check_all(&self) {
+        self.states().for_each(|state| self.check(state));
+    }
+
+    /// Names are those that they must be, in the mount and in BoxLite's rows.
+    pub fn check_names(&mut self) {
+        if let Some(difference) = self.difference_in_names() {
+            panic!("{difference}");
+        }
+        self.check_rows();
+        self.since_all += 1;
+        if self.since_all >= LOOK_AT_ALL {
+            self.since_all = 0;
+            self.check_all();
+        }
+    }
+
+    /// Everything is so, soon after BoxLite has changed it.
+    pub fn check_all_soon(&mut self) {
+        let begun = Instant::now();
+        while let Some(difference) = self.difference_in_names() {
+            assert!(begun.elapsed() < SOON, "still: {difference}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // The kernel may keep what it was told of a finished box for half a second.
+        std::thread::sleep(Duration::from_millis(550).saturating_sub(begun.elapsed()));
+        self.since_all = 0;
+        self.check_rows();
+        self.check_all();
+    }
+
+    fn difference_in_names(&self) -> Option<String> {
+        let mut wanted: Vec<String> = self.boxes.iter().map(ModelBox::shown).collect();
+        wanted.sort();
+        let found = self.mount().names("");
+        if found != wanted {
+            return Some(format!("boxes {found:?}, and not {wanted:?}"));
+        }
+        for a_box in &self.boxes {
+            let mut wanted: Vec<&str> = a_box.snapshots.iter().map(|s| s.name.as_str()).collect();
+            wanted.sort();
+            let path = self.at(a_box.shown()).join("snapshots");
+            // Its name is there, the kernel may still have that of one that is gone.
+            let Ok(listing) = fs::read_dir(&path) else {
+                return Some(format!("{} is not there", path.display()));
+            };
+            let mut found: Vec<String> = listing
+                .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+                .collect();
+            found.sort();
+            if found != wanted {
+                let name = &a_box.name;
+                return Some(format!("snapshots {found:?} of {name}, and not {wanted:?}"));
+            }
+        }
+        None
+    }
+
+    fn check_rows(&self) {
+        let mut wanted: Vec<(String, String, i64)> = Vec::new();
+        for a_box in &self.boxes {
+            wanted.push((a_box.name.clone(), String::new(), 0));
+            for snapshot in &a_box.snapshots {
+                let name = snapshot.name.clone();
+                wanted.push((a_box.name.clone(), name, snapshot.created_at));
+            }
+        }
+        wanted.sort();
+        let database = self.home.database();
+        let mut rows = database
+            .prepare(
+                "SELECT name, '', 0 FROM box_config UNION ALL \
+                 SELECT box_config.name, snapshot.name, snapshot.created_at \
+                 FROM snapshot JOIN box_config ON snapshot.box_id = box_config.id",
+            )
+            .expect("rows");
+        let rows = rows
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+            .expect("rows");
+        let mut found: Vec<(String, String, i64)> = rows.map(|row| row.expect("a row")).collect();
+        found.sort();
+        assert_eq!(found, wanted, "BoxLite's rows");
+    }
+
+    fn dated(&self, of: &str, name: &str) -> i64 {
+        let query = "SELECT snapshot.created_at FROM snapshot \
+             JOIN box_config ON snapshot.box_id = box_config.id \
+             WHERE box_config.name = ?1 AND snapshot.name = ?2";
+        self.home
+            .database()
+            .query_row(query, [of, name], |row| row.get(0))
+            .unwrap_or_else(|e| panic!("snapshot {name} of box {of}: {e}"))
+    }
+
+    // ---- the end ----
+
+    /// The end of a sequence: BoxLite lists and exports everything, every image is in order, and once
+    /// all is removed nothing is left.
+    pub fn finish(mut self) {
+        self.finish_readers();
+        self.judge_by_boxlite();
+        self.check_all_soon();
+        self.mount.take().expect("mounted").unmount();
+        for state in self.states() {
+            let of = &self.boxes[state.of];
+            let image = match state.snapshot {
+                None => self.home.live_disk(&of.name),
+                Some(snapshot) => {
+                    let name = &of.snapshots[snapshot].name;
+                    self.home.snapshot_disk(&of.name, name)
+                }
+            };
+            self.disk(state)
+                .assert_in_image(&image, &self.called(state));
+        }
+        drop(self.home.mount());
+        self.assert_whole();
+
+        let mount = self.home.mount();
+        for a_box in &self.boxes {
+            succeed(&["rm", "-r", text(&mount.at(a_box.shown()))]);
+        }
+        assert_eq!(mount.names(""), [""; 0]);
+        mount.unmount();
+        let left = self.home.images();
+        assert!(left.is_empty(), "left of boxes that are gone: {left:?}");
+        self.assert_whole();
+    }
+
+    /// As [`TestHome::assert_whole`], but for the flags that BoxLite leaves unset when it flattens a disk:
+    /// it says so of each cluster, and nothing is wrong with them.
+    fn assert_whole(&self) {
+        if !self.has_boxlites_disks {
+            return self.home.assert_whole();
+        }
+        for image in self.home.images() {
+            let check = run(&["qemu-img", "check", "-U", "-q", text(&image)]);
+            let said = String::from_utf8_lossy(&check.stderr);
+            let fault = said
+                .lines()
+                .find(|line| !line.starts_with("ERROR OFLAG_COPIED"));
+            assert_eq!(fault, None, "qemu-img check {}", image.display());
+        }
+        let (status, said) = self.home.check();
+        assert_eq!(status, 0, "boxlitefs check: {said}");
+    }
+
+    fn judge_by_boxlite(&self) {
+        let mut boxlite = Session::start(self.home);
+        let mut wanted: Vec<&str> = self.boxes.iter().map(|b| b.name.as_str()).collect();
+        wanted.sort();
+        assert_eq!(names(&boxlite.must(&["list"])), wanted, "BoxLite's list");
+        let place = self.home.beside("backups");
+        for a_box in &self.boxes {
+            let mut wanted: Vec<&str> = a_box.snapshots.iter().map(|s| s.name.as_str()).collect();
+            wanted.sort();
+            let listed = boxlite.must(&["snapshot-list", &a_box.name]);
+            assert_eq!(names(&listed), wanted, "BoxLite's list of {}", a_box.name);
+            let Some(path) = export_by_boxlite(&mut boxlite, a_box, &place) else {
+                continue;
+            };
+            let what = format!("BoxLite's export of box {}", a_box.name);
+            a_box.disk.assert_in_archive(&path, &what);
+        }
+    }
+}
+
+/// Has BoxLite export a box. None where it can't, or where it would read the disk wrongly.
+pub fn export_by_boxlite(boxlite: &mut Session, of: &ModelBox, place: &Path) -> Option<PathBuf> {
+    // It makes a file name of the box's name, whatever that is.
+    if !of.disk.is_boxlites() || of.name.contains('/') {
+        return None;
+    }
+    let answer = boxlite.must(&["export", &of.name, text(place)]);
+    Some(PathBuf::from(answer["path"].as_str().expect("a path")))
+}
+
+/// The names in what BoxLite listed, sorted.
+fn names(listed: &serde_json::Value) -> Vec<&str> {
+    let listed = listed.as_array().expect("a list").iter();
+    let mut names: Vec<&str> = listed.filter_map(|entry| entry["name"].as_str()).collect();
+    names.sort();
+    names
+}
+
+fn free(all: &[&str], taken: &BTreeSet<&str>, pick: Pick) -> String {
+    let free: Vec<&&str> = all.iter().filter(|name| !taken.contains(**name)).collect();
+    (*free[usize::from(pick) % free.len()]).to_owned()
+}
+
+/// Seconds since 1970, as BoxLite's rows have them.
+pub fn now() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    i64::try_from(now.expect("after 1970").as_secs()).expect("a time")
+}

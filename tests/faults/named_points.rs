@@ -1,0 +1,223 @@
+//! Kills at every named point of every change, and each of the things that may happen after.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Command;
+
+use super::changes::*;
+use super::common::*;
+use super::contents::{assert_between, contents};
+use super::judge::assert_recovers;
+use super::next::NEXT;
+
+/// Kills the change at each of its points, and has each of the things happen after each.
+fn survives(change: &Change) {
+    let home = (change.prepare)();
+    let before = contents(&home);
+    let mut whole = before.clone();
+    (change.whole)(&mut whole);
+    home.put_aside("before");
+    let mut tally = Tally::default();
+    for point in change.points {
+        home.put_back("before");
+        tally.operations += 1;
+        match change.by.command(&home) {
+            None => {
+                let mut mount = home.mount_crashing_at(point);
+                let _ = (change.act)(&mount);
+                assert!(mount.has_crashed(), "{} never came to {point}", change.name);
+            }
+            Some(mut command) => {
+                let said = crashing_at(&mut command, point);
+                assert_eq!(said, None, "{} never came to {point}", change.name);
+            }
+        }
+        tally.faults += 1;
+        let crashed = contents(&home);
+        assert_between(&crashed, &before, &whole);
+        home.put_aside(point);
+        for next in &NEXT {
+            home.put_back(point);
+            if next.loses_by_itself(&home, &crashed) {
+                continue;
+            }
+            tally.operations += next.by_boxlite.len();
+            let case = attempt(|| {
+                assert_recovers(&home, change, &whole, crashed.clone(), next);
+            });
+            tally.compared += crashed.len();
+            if let Err(why) = case {
+                let case = format!("killed at {point}, then {}: {why}", next.name);
+                tally.losses.push(format!("{} {case}", change.name));
+            }
+        }
+    }
+    tally.finish(&format!("killed at each named point: {}", change.name));
+}
+
+/// Runs a program that kills itself at a named point; what it printed if it did not.
+fn crashing_at(command: &mut Command, point: &str) -> Option<String> {
+    let output = command.env("BOXLITEFS_CRASH_AT", point).output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    let killed = output.status.signal() == Some(libc::SIGKILL);
+    (!killed).then(|| String::from_utf8_lossy(&said).into_owned())
+}
+
+#[test]
+fn a_snapshot_that_is_cut_off_is_whole_or_gone() {
+    survives(&SNAPSHOT);
+}
+
+#[test]
+fn an_adoption_that_is_cut_off_changes_no_contents() {
+    survives(&ADOPT);
+}
+
+#[test]
+fn a_snapshot_of_a_long_chain_that_is_cut_off_is_whole_or_gone() {
+    survives(&LONG);
+}
+
+#[test]
+fn a_snapshot_that_merges_first_and_is_cut_off_is_whole_or_gone() {
+    survives(&LONG_MERGING);
+}
+
+#[test]
+fn a_deletion_that_is_cut_off_is_whole_or_undone() {
+    survives(&REMOVE);
+}
+
+#[test]
+fn a_deletion_of_a_layers_only_name_that_is_cut_off_is_whole_or_undone() {
+    survives(&REMOVE_ONLY_NAME);
+}
+
+#[test]
+fn a_deletion_that_adopts_and_is_cut_off_is_whole_or_undone() {
+    survives(&REMOVE_ADOPTING);
+}
+
+#[test]
+fn a_clone_that_is_cut_off_is_whole_or_gone() {
+    survives(&CLONE);
+}
+
+#[test]
+fn a_clone_with_snapshots_that_is_cut_off_has_those_that_came_along() {
+    survives(&CLONE_WITH_SNAPSHOTS);
+}
+
+#[test]
+fn a_clone_of_a_snapshot_that_is_cut_off_is_whole_or_gone() {
+    survives(&CLONE_OF_SNAPSHOT);
+}
+
+#[test]
+fn a_clone_of_a_long_chain_that_is_cut_off_is_whole_or_gone() {
+    survives(&CLONE_OF_LONG);
+}
+
+#[test]
+fn an_import_that_is_cut_off_is_whole_or_gone() {
+    survives(&IMPORT);
+}
+
+#[test]
+fn a_restore_that_is_cut_off_leaves_the_old_disk_or_the_new() {
+    survives(&RESTORE);
+}
+
+#[test]
+fn a_restore_from_another_box_that_is_cut_off_leaves_the_old_disk_or_the_new() {
+    survives(&RESTORE_FROM_ANOTHER);
+}
+
+#[test]
+fn a_restore_of_a_backup_that_is_cut_off_leaves_the_old_disk_or_the_new() {
+    survives(&RESTORE_BACKUP);
+}
+
+#[test]
+fn a_snapshots_rename_that_is_cut_off_leaves_one_of_its_names() {
+    survives(&RENAME);
+}
+
+#[test]
+fn a_boxs_rename_that_is_cut_off_leaves_one_of_its_names() {
+    survives(&RENAME_BOX);
+}
+
+#[test]
+fn a_boxs_removal_that_is_cut_off_is_whole_or_undone() {
+    survives(&REMOVE_BOX);
+}
+
+#[test]
+fn a_boxs_removal_that_adopts_and_is_cut_off_is_whole_or_undone() {
+    survives(&REMOVE_BOX_ADOPTING);
+}
+
+#[test]
+fn a_merge_that_is_cut_off_changes_no_contents() {
+    survives(&MERGE);
+}
+
+#[test]
+fn a_merge_into_a_live_disk_that_is_cut_off_changes_no_contents() {
+    survives(&MERGE_INTO_LIVE);
+}
+
+#[test]
+fn a_merge_that_moves_a_base_and_is_cut_off_changes_no_contents() {
+    survives(&PROMOTE);
+}
+
+#[test]
+fn a_merge_of_empty_layers_that_is_cut_off_changes_no_contents() {
+    survives(&SKIP);
+}
+
+#[test]
+fn a_shortening_that_is_cut_off_changes_no_contents() {
+    survives(&SHORTEN);
+}
+
+#[test]
+fn a_repair_that_is_cut_off_is_done_again() {
+    survives(&REPAIR);
+}
+
+#[test]
+fn every_crash_point_in_the_store_is_tried() {
+    let tried: BTreeSet<&str> = CHANGES
+        .iter()
+        .flat_map(|change| change.points)
+        .copied()
+        .collect();
+    let store = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store");
+    let mut named = BTreeSet::new();
+    for file in names_in(&store) {
+        let source = fs::read_to_string(store.join(file)).unwrap();
+        for call in source.split("crash_point(\"").skip(1) {
+            named.insert(call.split('"').next().unwrap().to_owned());
+        }
+    }
+    assert!(!named.is_empty());
+    let mut tried: BTreeSet<String> = tried.into_iter().map(str::to_owned).collect();
+    // Those that need a runtime that has the home, or a box that runs.
+    for (point, test) in [
+        ("beside.exchanged", include_str!("../mount/shared.rs")),
+        ("running.paused", include_str!("../mount/running.rs")),
+        ("running.copied", include_str!("../mount/running.rs")),
+    ] {
+        assert!(
+            test.contains(&format!("\"{point}\"")),
+            "{point} is tried nowhere"
+        );
+        tried.insert(point.to_owned());
+    }
+    assert_eq!(tried, named);
+}

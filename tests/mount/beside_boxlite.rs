@@ -1,0 +1,719 @@
+//! A mount and BoxLite on one home: each uses what the other made, and neither gets in the
+//! other's way. The judge is BoxLite itself.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::common::*;
+use serde_json::Value;
+
+/// How soon what BoxLite did has to show: a second, and one more for a machine that is busy with
+/// other tests.
+const SOON: Duration = Duration::from_secs(2);
+
+fn within_a_second(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < SOON, "not within a second: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The names in what the wheel listed, sorted.
+fn listed(answer: &Value) -> Vec<&str> {
+    let mut names: Vec<&str> = answer
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|entry| entry["name"].as_str().expect("a name"))
+        .collect();
+    names.sort();
+    names
+}
+
+fn assert_boxlite_lists(home: &TestHome, names: &[&str]) {
+    assert_eq!(listed(&home.wheel(&["list"])), names);
+}
+
+/// What is in the disk that BoxLite exports of a box.
+fn digest_by_boxlite(home: &TestHome, name: &str) -> String {
+    let place = tempfile::tempdir().unwrap();
+    let answer = home.wheel(&["export", name, text(place.path())]);
+    archive_digest(answer["path"].as_str().unwrap().as_ref())
+}
+
+// ---- what BoxLite does --------------------------------------------------------------------------
+
+#[test]
+fn boxes_and_snapshots_that_boxlite_makes_appear_within_a_second() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    assert_eq!(mount.names(""), ["web"]);
+    let first = digest(&home.live_disk("web"));
+    home.wheel(&["snapshot-create", "web", "a"]);
+    within_a_second("snapshot a", || mount.names("web/snapshots") == ["a"]);
+    home.guest_write("web", FREE_AREA, b"second");
+    let second = digest(&home.live_disk("web"));
+    home.wheel(&["clone", "web", "copy"]);
+    within_a_second("box copy", || mount.names("") == ["copy", "web"]);
+    home.wheel(&["import", text(&archive()), "new"]);
+    within_a_second("box new", || mount.names("") == ["copy", "new", "web"]);
+    assert_eq!(mount.export_digest("web/export.boxlite"), second);
+    assert_eq!(mount.export_digest("copy/export.boxlite"), second);
+    assert_eq!(mount.export_digest("new/export.boxlite"), first);
+    assert_eq!(mount.export_digest("web/snapshots/a/export.boxlite"), first);
+}
+
+#[test]
+fn what_boxlite_restores_and_removes_is_so_within_a_second() {
+    let home = TestHome::new();
+    let first = digest(&home.live_disk("web"));
+    home.wheel_batch(&[
+        &["snapshot-create", "web", "a"],
+        &["snapshot-create", "web", "b"],
+        &["import", text(&archive()), "other"],
+    ]);
+    home.guest_write("web", FREE_AREA, b"changed");
+    let changed = digest(&home.live_disk("web"));
+    let mount = home.mount();
+    assert_eq!(mount.export_digest("web/export.boxlite"), changed);
+    home.wheel(&["snapshot-restore", "web", "a"]);
+    within_a_second("the restored disk", || {
+        mount.export_digest("web/export.boxlite") == first
+    });
+    home.wheel(&["snapshot-remove", "web", "b"]);
+    within_a_second("snapshot b is gone", || {
+        mount.names("web/snapshots") == ["a"]
+    });
+    home.wheel(&["remove", "other"]);
+    within_a_second("box other is gone", || mount.names("") == ["web"]);
+    home.wheel(&["remove", "web", "--force"]);
+    within_a_second("box web is gone", || mount.names("").is_empty());
+}
+
+#[test]
+fn a_box_after_twenty_changes_by_boxlite_is_read_exported_and_cloned_right() {
+    let home = TestHome::new();
+    let mut states = Vec::new();
+    for round in 0u8..10 {
+        let offset = FREE_AREA + u64::from(round) * 0x1_0000;
+        home.guest_write("web", offset, &[round + 1; 0x1_8000]);
+        let state = digest(&home.live_disk("web"));
+        let snapshot = format!("s{round}");
+        home.wheel_batch(&[&["snapshot-create", "web", &snapshot]]);
+        home.guest_write("web", offset, &[round + 101; 512]);
+        let clone = format!("c{round}");
+        states.push((
+            snapshot,
+            state,
+            clone.clone(),
+            digest(&home.live_disk("web")),
+        ));
+        home.wheel_batch(&[&["clone", "web", &clone]]);
+    }
+    home.guest_write("web", FREE_AREA + 7, b"the end");
+    let live = digest(&home.live_disk("web"));
+    assert_eq!(chain(&home.live_disk("web")).len(), 21);
+
+    let mount = home.mount();
+    assert_eq!(mount.export_digest("web/export.boxlite"), live);
+    for (snapshot, state, clone, cloned) in &states {
+        let path = format!("web/snapshots/{snapshot}/export.boxlite");
+        assert_eq!(&mount.export_digest(&path), state, "{snapshot}");
+        let path = format!("{clone}/export.boxlite");
+        assert_eq!(&mount.export_digest(&path), cloned, "{clone}");
+    }
+    mount.copy("web", "copy");
+    assert_eq!(mount.export_digest("copy/export.boxlite"), live);
+    assert_eq!(digest(&home.live_disk("copy")), live);
+    // libkrun starts no box with more than eight backing files.
+    let layers = chain(&home.live_disk("copy"));
+    assert!(layers.len() <= 9, "{layers:?}");
+    mount.copy("web/snapshots/s4", "fourth");
+    assert_eq!(digest(&home.live_disk("fourth")), states[4].1);
+    assert_eq!(digest_by_boxlite(&home, "fourth"), states[4].1);
+    for (snapshot, state, clone, cloned) in &states {
+        assert_eq!(&digest(&home.snapshot_disk("copy", snapshot)), state);
+        assert_eq!(&digest(&home.snapshot_disk("web", snapshot)), state);
+        assert_eq!(&digest(&home.live_disk(clone)), cloned);
+    }
+    mount.snapshot("web", "now").unwrap();
+    assert_eq!(digest(&home.live_disk("web")), live);
+    assert_eq!(digest(&home.snapshot_disk("web", "now")), live);
+    let layers = chain(&home.live_disk("web"));
+    assert!(layers.len() <= 9, "{layers:?}");
+    home.assert_whole();
+}
+
+// ---- what we do ---------------------------------------------------------------------------------
+
+#[test]
+fn boxlite_uses_what_the_mount_made_as_its_own() {
+    let home = TestHome::new();
+    let first = digest(&home.live_disk("web"));
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"second");
+    let second = digest(&home.live_disk("web"));
+    mount.copy("web", "copy");
+    mount.copy("web/snapshots/a", "from-a");
+    succeed(&["cp", text(&archive()), text(&mount.at("new.boxlite"))]);
+    assert_eq!(mount.names(""), ["copy", "from-a", "new", "web"]);
+
+    assert_boxlite_lists(&home, &["copy", "from-a", "new", "web"]);
+    for (name, wanted) in [
+        ("web", &second),
+        ("copy", &second),
+        ("from-a", &first),
+        ("new", &first),
+    ] {
+        assert_eq!(&digest_by_boxlite(&home, name), wanted, "{name}");
+        assert_eq!(&digest(&home.live_disk(name)), wanted, "{name}");
+    }
+    for name in ["web", "copy"] {
+        let snapshots = home.wheel(&["snapshot-list", name]);
+        assert_eq!(listed(&snapshots), ["a"], "{name}");
+    }
+    // Everything BoxLite can do to a box, to each of them.
+    for name in ["copy", "from-a", "new", "web"] {
+        let before = digest(&home.live_disk(name));
+        let clone = format!("{name}-clone");
+        home.wheel_batch(&[
+            &["snapshot-create", name, "theirs"],
+            &["clone", name, &clone],
+        ]);
+        home.guest_write(name, FREE_AREA + 99, b"third");
+        home.wheel_batch(&[&["snapshot-restore", name, "theirs"]]);
+        assert_eq!(digest(&home.live_disk(name)), before, "{name}");
+        assert_eq!(digest(&home.live_disk(&clone)), before, "{clone}");
+    }
+    for name in ["copy", "web"] {
+        home.wheel_batch(&[&["snapshot-restore", name, "a"]]);
+        assert_eq!(digest(&home.live_disk(name)), first, "{name}");
+        home.guest_write(name, FREE_AREA + 5000, name.as_bytes());
+    }
+    assert_ne!(digest(&home.live_disk("copy")), first);
+    assert_eq!(digest(&home.snapshot_disk("copy", "a")), first);
+    assert_eq!(digest(&home.snapshot_disk("web", "a")), first);
+    assert_eq!(digest(&home.live_disk("from-a-clone")), first);
+    assert_eq!(digest(&home.live_disk("web-clone")), second);
+    home.assert_whole();
+}
+
+#[test]
+fn boxlite_removes_a_snapshot_of_ours_and_what_reads_from_its_layer_stays() {
+    let home = TestHome::new();
+    let first = digest(&home.live_disk("web"));
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"second");
+    let second = digest(&home.live_disk("web"));
+    mount.copy("web/snapshots/a", "from-a");
+    home.wheel(&["snapshot-remove", "web", "a"]);
+    assert!(mount.names("web/snapshots").is_empty());
+    assert_eq!(digest(&home.live_disk("web")), second);
+    assert_eq!(digest(&home.live_disk("from-a")), first);
+    mount.snapshot("web", "a").unwrap();
+    assert_eq!(digest(&home.snapshot_disk("web", "a")), second);
+    assert_eq!(digest_by_boxlite(&home, "from-a"), first);
+    home.assert_whole();
+}
+
+/// A box and a clone of it by the mount, each with changes of its own.
+fn source_and_clone() -> (TestHome, String, String) {
+    let home = TestHome::new();
+    home.guest_write("web", FREE_AREA, b"common");
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"middle");
+    mount.copy("web", "copy");
+    home.guest_write("web", FREE_AREA + 0x2_0000, b"source");
+    home.guest_write("copy", FREE_AREA + 0x3_0000, b"clone");
+    drop(mount);
+    let (web, copy) = (
+        digest(&home.live_disk("web")),
+        digest(&home.live_disk("copy")),
+    );
+    (home, web, copy)
+}
+
+#[test]
+fn the_clone_is_whole_after_boxlite_removed_the_source_by_force() {
+    let (home, _, copy) = source_and_clone();
+    let snapshot = digest(&home.snapshot_disk("copy", "a"));
+    home.wheel(&["remove", "web", "--force"]);
+    assert_boxlite_lists(&home, &["copy"]);
+    assert_eq!(digest(&home.live_disk("copy")), copy);
+    assert_eq!(digest_by_boxlite(&home, "copy"), copy);
+    let mount = home.mount();
+    assert_eq!(mount.export_digest("copy/export.boxlite"), copy);
+    mount.snapshot("copy", "b").unwrap();
+    assert_eq!(digest(&home.snapshot_disk("copy", "b")), copy);
+    assert_eq!(digest(&home.snapshot_disk("copy", "a")), snapshot);
+    home.assert_whole();
+}
+
+#[test]
+fn the_source_is_whole_after_boxlite_removed_the_clone() {
+    for force in [&[][..], &["--force"]] {
+        let (home, web, _) = source_and_clone();
+        let snapshot = digest(&home.snapshot_disk("web", "a"));
+        home.wheel(&[&["remove", "copy"], force].concat());
+        assert_boxlite_lists(&home, &["web"]);
+        assert_eq!(digest(&home.live_disk("web")), web);
+        assert_eq!(digest_by_boxlite(&home, "web"), web);
+        let mount = home.mount();
+        assert_eq!(mount.export_digest("web/export.boxlite"), web);
+        mount.copy("web", "again");
+        assert_eq!(digest(&home.live_disk("again")), web);
+        assert_eq!(digest(&home.snapshot_disk("again", "a")), snapshot);
+        home.assert_whole();
+    }
+}
+
+#[test]
+fn boxlite_removes_every_box_we_made_and_nothing_is_left() {
+    let (home, _, _) = source_and_clone();
+    // In whichever order: BoxLite refuses what others depend on, unless told to go on.
+    home.wheel_batch(&[
+        &["remove", "web", "--force"],
+        &["remove", "copy", "--force"],
+        &["list"],
+    ]);
+    assert!(names_in(&home.root().join("boxes")).is_empty());
+    let mount = home.mount();
+    assert!(mount.names("").is_empty());
+    // Layers of ours that nothing reads from go with the next look.
+    assert_eq!(home.images(), Vec::<std::path::PathBuf>::new());
+    home.assert_whole();
+}
+
+#[test]
+fn a_clone_by_boxlite_of_a_clone_of_ours_outlives_both_ancestors() {
+    let (home, _, copy) = source_and_clone();
+    home.wheel_batch(&[&["clone", "copy", "third"]]);
+    home.wheel_batch(&[
+        &["remove", "web", "--force"],
+        &["remove", "copy", "--force"],
+        &["list"],
+    ]);
+    assert_eq!(digest(&home.live_disk("third")), copy);
+    let mount = home.mount();
+    assert_eq!(mount.export_digest("third/export.boxlite"), copy);
+    mount.copy("third", "fourth");
+    home.wheel(&["remove", "third", "--force"]);
+    assert_eq!(digest(&home.live_disk("fourth")), copy);
+    drop(mount);
+    drop(home.mount());
+    assert_eq!(digest(&home.live_disk("fourth")), copy);
+    home.assert_whole();
+}
+
+#[test]
+fn an_import_that_asks_to_be_removed_survives_boxlites_next_start() {
+    let home = TestHome::new();
+    let options = r#"{"auto_remove": true, "auto_delete": 5}"#;
+    let archive = make_archive("fleeting.boxlite", &["--options", options]);
+    let mount = home.mount();
+    succeed(&["cp", text(&archive), text(&mount.at("kept.boxlite"))]);
+    mount.copy("kept", "copy");
+    let names = ["copy", "kept", "web"];
+    assert_boxlite_lists(&home, &names);
+    assert_boxlite_lists(&home, &names);
+    assert_eq!(mount.names(""), names);
+    assert_eq!(
+        digest_by_boxlite(&home, "kept"),
+        digest(&home.live_disk("kept"))
+    );
+}
+
+#[test]
+fn our_lock_numbers_leave_boxlites_alone() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.copy("web", "copy");
+    succeed(&["cp", text(&archive()), text(&mount.at("new.boxlite"))]);
+    let mut numbers = Vec::new();
+    for name in ["copy", "new"] {
+        let state = home.state(name);
+        let number = state["lock_id"].as_u64().unwrap();
+        assert!((1_000_000..1 << 32).contains(&number), "{name}: {number}");
+        let file = home.root().join("locks").join(number.to_string());
+        assert!(file.is_file(), "{}", file.display());
+        numbers.push(number);
+    }
+    assert_ne!(numbers[0], numbers[1]);
+    home.wheel_batch(&[
+        &["import", text(&archive()), "theirs"],
+        &["clone", "copy", "clone"],
+        &["clone", "web", "clone2"],
+    ]);
+    home.wheel_batch(&[&["import", text(&archive()), "theirs2"], &["list"]]);
+    mount.copy("clone", "ours");
+    let names = [
+        "clone", "clone2", "copy", "new", "ours", "theirs", "theirs2", "web",
+    ];
+    assert_boxlite_lists(&home, &names);
+}
+
+// ---- who else uses the home ---------------------------------------------------------------------
+
+#[test]
+fn a_runtime_that_holds_the_home_makes_changes_busy_and_reading_goes_on() {
+    let home = TestHome::new();
+    home.wheel(&["snapshot-create", "web", "a"]);
+    let wanted = digest(&home.live_disk("web"));
+    let mount = home.mount();
+    let holder = home.hold();
+    assert_eq!(errno(mount.snapshot("web", "b")), libc::EBUSY);
+    assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EBUSY);
+    let said = fail(&["cp", "-r", text(&mount.at("web")), text(&mount.at("copy"))]);
+    assert!(said.contains("busy"), "{said}");
+    let said = fail(&["cp", text(&archive()), text(&mount.at("new.boxlite"))]);
+    assert!(said.contains("busy"), "{said}");
+    assert!(mount.log().contains("runtime"), "{}", mount.log());
+    assert_eq!(mount.names("web/snapshots"), ["a"]);
+    assert_eq!(mount.export_digest("web/export.boxlite"), wanted);
+    drop(holder);
+    mount.snapshot("web", "b").unwrap();
+    // The same copy again, now that it can be.
+    mount.copy("web", "copy");
+    assert_eq!(mount.names(""), ["copy", "web"]);
+    assert_eq!(mount.export_digest("copy/export.boxlite"), wanted);
+    assert_boxlite_lists(&home, &["copy", "web"]);
+    home.assert_whole();
+}
+
+#[test]
+fn a_home_that_a_runtime_holds_can_be_mounted_and_read() {
+    let home = TestHome::new();
+    let wanted = digest(&home.live_disk("web"));
+    let holder = home.hold();
+    let mount = home.mount();
+    assert_eq!(mount.export_digest("web/export.boxlite"), wanted);
+    assert_eq!(errno(mount.snapshot("web", "a")), libc::EBUSY);
+    drop(holder);
+    mount.snapshot("web", "a").unwrap();
+}
+
+/// A process that stands for a box's virtual machine.
+struct Shim(Child);
+
+impl Shim {
+    /// Begins one and names it in shim.pid the way BoxLite does.
+    fn of(home: &TestHome, name: &str) -> Shim {
+        let child = Command::new("sleep")
+            .arg("300")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+        let (_, fields) = stat.rsplit_once(") ").unwrap();
+        // Field 22 of proc_pid_stat(5); the first after the command is the third.
+        let started = fields.split(' ').nth(22 - 3).unwrap();
+        let text = format!("{}\n{started}\n", child.id());
+        fs::write(home.box_dir(name).join("shim.pid"), text).unwrap();
+        Shim(child)
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_box_whose_shim_lives_is_busy_whatever_its_row_says() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    for status in ["running", "stopped", "failed", "configured"] {
+        home.database()
+            .execute("UPDATE box_state SET status = ?1, pid = NULL", [status])
+            .unwrap();
+        let shim = Shim::of(&home, "web");
+        let before = home.fingerprint();
+        assert_eq!(errno(mount.snapshot("web", "b")), libc::EBUSY, "{status}");
+        assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EBUSY);
+        // Its disk can be read, from a copy.
+        File::open(mount.at("web/export.boxlite")).unwrap();
+        // The log grows; nothing else may change.
+        let without_log = |print: String| {
+            let lines = print.lines().filter(|line| !line.contains("/.boxlitefs/"));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(without_log(home.fingerprint()), without_log(before));
+        // A snapshot does not change while the box runs.
+        let mut archive = Vec::new();
+        File::open(mount.at("web/snapshots/a/export.boxlite"))
+            .and_then(|mut file| file.read_to_end(&mut archive))
+            .unwrap();
+        assert!(!archive.is_empty());
+        drop(shim);
+        File::open(mount.at("web/export.boxlite")).unwrap();
+    }
+    home.database()
+        .execute("UPDATE box_state SET status = 'stopped', pid = NULL", [])
+        .unwrap();
+    mount.snapshot("web", "b").unwrap();
+}
+
+#[test]
+fn a_disk_that_someone_has_open_for_writing_makes_its_box_busy() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    let writer = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(home.live_disk("web"))
+        .unwrap();
+    assert_eq!(errno(mount.snapshot("web", "b")), libc::EBUSY);
+    let said = fail(&["cp", "-r", text(&mount.at("web")), text(&mount.at("copy"))]);
+    assert!(said.contains("busy"), "{said}");
+    let export = File::open(mount.at("web/export.boxlite"));
+    assert_eq!(errno(export), libc::EBUSY);
+    drop(writer);
+    mount.snapshot("web", "b").unwrap();
+    // Someone who only reads it keeps nobody from anything.
+    let _reader = File::open(home.live_disk("web")).unwrap();
+    mount.snapshot("web", "c").unwrap();
+}
+
+#[test]
+fn a_copied_home_refuses_changes_and_the_original_is_untouched() {
+    let home = TestHome::new();
+    home.wheel(&["snapshot-create", "web", "a"]);
+    home.guest_write("web", FREE_AREA, b"second");
+    let wanted = digest(&home.live_disk("web"));
+    let snapshot = digest(&home.snapshot_disk("web", "a"));
+    let copy = TestHome::copy_of(&home);
+    let before = home.fingerprint();
+    let mount = copy.mount();
+    assert_eq!(mount.names(""), ["web"]);
+    assert_eq!(errno(mount.snapshot("web", "b")), libc::EPERM);
+    assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EPERM);
+    let said = fail(&["cp", "-r", text(&mount.at("web")), text(&mount.at("web2"))]);
+    assert!(said.contains("not permitted"), "{said}");
+    assert!(mount.log().contains("copy"), "{}", mount.log());
+    assert_eq!(names_in(&copy.root().join("boxes")).len(), 1);
+    assert_eq!(mount.names("web/snapshots"), ["a"]);
+    drop(mount);
+    assert_eq!(home.fingerprint(), before);
+    assert_eq!(digest(&home.live_disk("web")), wanted);
+    assert_eq!(digest(&home.snapshot_disk("web", "a")), snapshot);
+    let (status, said) = copy.check();
+    assert_eq!(status, 1, "{said}");
+    home.assert_whole();
+}
+
+#[test]
+fn a_read_only_mount_changes_nothing() {
+    let home = TestHome::new();
+    home.wheel(&["snapshot-create", "web", "a"]);
+    let before = home.fingerprint();
+    let mount = home.mount_read_only();
+    assert_eq!(errno(mount.snapshot("web", "b")), libc::EROFS);
+    assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EROFS);
+    let said = fail(&["cp", "-r", text(&mount.at("web")), text(&mount.at("web2"))]);
+    assert!(said.contains("Read-only"), "{said}");
+    assert_eq!(
+        mount.export_digest("web/export.boxlite"),
+        digest(&home.live_disk("web"))
+    );
+    drop(mount);
+    assert_eq!(home.fingerprint(), before);
+}
+
+#[test]
+fn an_unmount_ends_the_process_and_leaves_nothing_behind() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    let mountpoint = mount.root().to_owned();
+    mount.unmount();
+    assert!(!is_mounted(&mountpoint));
+    assert_eq!(names_in(&home.root().join(".boxlitefs")), ["log"]);
+    home.assert_whole();
+}
+
+// ---- a database that is not the one it was ------------------------------------------------------
+
+/// Moves the database, with what SQLite keeps beside it, to `to`.
+fn move_database(from: &std::path::Path, to: &std::path::Path) {
+    fs::create_dir_all(to).unwrap();
+    for name in ["boxlite.db", "boxlite.db-wal", "boxlite.db-shm"] {
+        let _ = fs::rename(from.join(name), to.join(name));
+    }
+}
+
+#[test]
+fn a_database_made_anew_under_a_mount_is_the_one_that_counts() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    let wanted = digest(&home.live_disk("web"));
+    let web = home.box_dir("web");
+    let snapshots = File::open(mount.at("web/snapshots")).unwrap();
+    let db = home.root().join("db");
+    let aside = home.beside("db");
+    move_database(&db, &aside);
+    // As a BoxLite that began without one would make it. Nothing of the old may be believed.
+    let empty = TestHome::empty();
+    move_database(&empty.root().join("db"), &home.beside("empty"));
+    for name in names_in(&home.beside("empty")) {
+        fs::copy(home.beside("empty").join(&name), db.join(&name)).unwrap();
+    }
+    within_a_second("no box is shown", || mount.names("").is_empty());
+    for result in [
+        mount.snapshot("web", "b"),
+        mount.remove_snapshot("web", "a"),
+        fs::rename(mount.at("web"), mount.at("api")),
+    ] {
+        assert_eq!(errno(result), libc::ENOENT);
+    }
+    drop(snapshots);
+    assert!(web.join("disks/disk.qcow2").is_file());
+    assert!(web.join("snapshots/a/disk.qcow2").is_file());
+    // A box that is made now is in the new one.
+    succeed(&["cp", text(&archive()), text(&mount.at("new.boxlite"))]);
+    assert_eq!(mount.names(""), ["new"]);
+    assert_boxlite_lists_one(&home, "new");
+    // BoxLite's start has removed what has no row there: only the disk of the new box is left.
+    move_database(&db, &home.beside("second"));
+    move_database(&aside, &db);
+    within_a_second("web is shown again", || mount.names("") == ["web"]);
+    assert_ne!(wanted, "");
+}
+
+fn assert_boxlite_lists_one(home: &TestHome, name: &str) {
+    let rows: String = home
+        .database()
+        .query_row("SELECT group_concat(name) FROM box_config", [], |row| {
+            row.get(0)
+        })
+        .unwrap();
+    assert_eq!(rows, name);
+}
+
+#[test]
+fn a_database_that_is_gone_is_an_error_and_its_boxes_are_not_shown() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    let wanted = digest(&home.live_disk("web"));
+    let db = home.root().join("db");
+    let aside = home.beside("db");
+    move_database(&db, &aside);
+    within_a_second("an error", || fs::read_dir(mount.root()).is_err());
+    assert_eq!(errno(fs::read_dir(mount.root()).map(drop)), libc::EIO);
+    assert!(mount.snapshot("web", "b").is_err());
+    assert!(mount.remove_snapshot("web", "a").is_err());
+    assert!(File::open(mount.at("web/export.boxlite")).is_err());
+    assert!(
+        !run(&["cp", text(&archive()), text(&mount.at("new.boxlite"))])
+            .status
+            .success()
+    );
+    // None was made in its place, and there is none of a new box.
+    assert!(!db.join("boxlite.db").exists());
+    assert_eq!(names_in(&home.root().join("boxes")).len(), 1);
+    // Moved back, all is as it was.
+    move_database(&aside, &db);
+    within_a_second("web is shown again", || {
+        fs::read_dir(mount.root()).is_ok() && mount.names("") == ["web"]
+    });
+    assert_eq!(mount.export_digest("web/export.boxlite"), wanted);
+    mount.snapshot("web", "b").unwrap();
+    assert_eq!(mount.names("web/snapshots"), ["a", "b"]);
+    home.assert_whole();
+}
+
+// ---- a box that begins to run while it is copied ------------------------------------------------
+
+#[test]
+fn a_box_that_begins_to_run_while_its_export_is_read_is_noticed() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let mut reader = File::open(mount.at("web/export.boxlite")).unwrap();
+    let mut start = vec![0; 4096];
+    reader.read_exact(&mut start).unwrap();
+    let shim = Shim::of(&home, "web");
+    home.guest_write("web", FREE_AREA, &[7; 4096]);
+    let mut rest = Vec::new();
+    let error = reader.read_to_end(&mut rest).expect_err("the disk changed");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    drop(reader);
+    drop(shim);
+    assert_eq!(
+        mount.export_digest("web/export.boxlite"),
+        digest(&home.live_disk("web"))
+    );
+}
+
+#[test]
+fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"second");
+    let wanted = digest(&home.live_disk("web"));
+    let whole = fs::read(archive()).unwrap();
+    let (first, last) = whole.split_at(whole.len() / 2);
+    // Half of an archive over it, then it runs.
+    let mut over = OpenOptions::new()
+        .write(true)
+        .open(mount.at("web/export.boxlite"))
+        .unwrap();
+    over.write_all(first).unwrap();
+    let shim = Shim::of(&home, "web");
+    let ended = over.write_all(last).and_then(|()| {
+        // close(2), whose answer std does not give.
+        let duplicate = over.try_clone()?;
+        // SAFETY: the descriptor is the duplicate's own, which does not close it again.
+        match unsafe { libc::close(std::os::fd::IntoRawFd::into_raw_fd(duplicate)) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    });
+    assert_eq!(errno(ended), libc::EBUSY);
+    drop(over);
+    assert_eq!(digest(&home.live_disk("web")), wanted);
+    drop(shim);
+    // A clone of what was read before it ran. Nothing may be started between copy and close: whoever starts
+    // a program closes what that does not inherit, and the first close completes the copy.
+    let shim = Shim::of(&home, "web");
+    let named = home.box_dir("web").join("shim.pid");
+    let aside = home.beside("shim.pid");
+    fs::rename(&named, &aside).unwrap();
+    let source = File::open(mount.at("web/export.boxlite")).unwrap();
+    let target = File::create(mount.at("copy.boxlite")).unwrap();
+    let length = usize::try_from(source.metadata().unwrap().len()).unwrap();
+    // SAFETY: two open descriptors and no offsets of ours.
+    let copied = unsafe {
+        libc::copy_file_range(
+            std::os::fd::AsRawFd::as_raw_fd(&source),
+            std::ptr::null_mut(),
+            std::os::fd::AsRawFd::as_raw_fd(&target),
+            std::ptr::null_mut(),
+            length,
+            0,
+        )
+    };
+    assert_eq!(usize::try_from(copied), Ok(length));
+    fs::rename(&aside, &named).unwrap();
+    // SAFETY: as above.
+    let closed = unsafe { libc::close(std::os::fd::IntoRawFd::into_raw_fd(target)) };
+    let error = std::io::Error::last_os_error().raw_os_error();
+    assert_eq!(closed, -1, "{}", mount.log());
+    assert_eq!(error, Some(libc::EBUSY));
+    drop(source);
+    drop(shim);
+    assert_eq!(mount.names(""), ["web"]);
+    assert_eq!(digest(&home.live_disk("web")), wanted);
+    home.assert_whole();
+}

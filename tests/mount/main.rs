@@ -1,0 +1,21 @@
+//! Everything that is judged through a real mount of a home that BoxLite made.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod beside_boxlite;
+mod browse;
+mod check;
+mod compacting;
+mod copying;
+mod deleting;
+mod hostile;
+mod inside;
+mod mounting;
+mod never_lost;
+mod restoring;
+mod running;
+mod semantics;
+mod shared;
+mod snapshot;
+mod staging;

@@ -1,0 +1,522 @@
+//! Boxes that run: what is read of them is their disk as it was at one moment, and the virtual machine goes on
+//! whatever happens. A process that keeps writing to the disk stands for it.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::*;
+
+/// Where the writer writes a number, and then the same number once more.
+const FIRST: u64 = FREE_AREA;
+const SECOND: u64 = FREE_AREA + 0x8_0000;
+
+/// Has qemu-io write numbers: each to the first place, then to the second, and a new cluster now and then;
+/// on disk before the next step. Says when it has begun, and writes down what is on disk for certain.
+const WRITER: &str = r#"
+import os, subprocess, sys
+disk, first, second, counter = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+io = subprocess.Popen(["qemu-io", "-f", "qcow2", disk], stdin=subprocess.PIPE,
+                      stdout=subprocess.PIPE, bufsize=0)
+def prompt():
+    # One command at a time: it polls for the next, and does not see what it has read along.
+    said = b""
+    while not said.endswith(b"qemu-io> "):
+        more = io.stdout.read(4096)
+        if not more: sys.exit(1)
+        said += more
+def do(command):
+    io.stdin.write(command.encode() + b"\n")
+    prompt()
+prompt()
+number = 0
+while True:
+    number += 1
+    byte = number % 251
+    for place in (first, second):
+        do(f"write -q -P {byte} {place} 512")
+        do("flush")
+    if number % 4 == 0:
+        do(f"write -q -P {byte} {first + 65536 * (1 + number // 4 % 6)} 65536")
+        do("flush")
+    with open(counter + ".new", "w") as file:
+        file.write(str(number))
+    os.rename(counter + ".new", counter)
+    if number == 1:
+        print(io.pid, flush=True)
+"#;
+
+/// What stands for a virtual machine.
+struct Machine {
+    child: Child,
+    /// The process of qemu-io, a child of the former.
+    writer: u32,
+    counter: std::path::PathBuf,
+    pid_file: std::path::PathBuf,
+}
+
+impl Machine {
+    /// Begins to write to the disk of a box, and is in its shim.pid as BoxLite writes it.
+    fn of(home: &TestHome, name: &str) -> Machine {
+        let counter = home.beside(&format!("counter-{name}"));
+        let mut child = Command::new("python3")
+            .args(["-c", WRITER, text(&home.live_disk(name))])
+            .args([FIRST.to_string(), SECOND.to_string()])
+            .arg(&counter)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3");
+        let mut line = String::new();
+        let out = child.stdout.take().expect("its output");
+        BufReader::new(out).read_line(&mut line).expect("a line");
+        let writer = line.trim().parse().expect("the pid of qemu-io");
+        let pid_file = home.box_dir(name).join("shim.pid");
+        let machine = Machine {
+            writer,
+            counter,
+            pid_file,
+            child,
+        };
+        let started = started(machine.pid());
+        fs::write(&machine.pid_file, format!("{}\n{started}\n", machine.pid())).unwrap();
+        machine
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The number that both places have at least.
+    fn written(&self) -> u64 {
+        fs::read_to_string(&self.counter).unwrap().parse().unwrap()
+    }
+
+    fn is_stopped(&self) -> bool {
+        [self.pid(), self.writer]
+            .iter()
+            .any(|pid| matches!(state(*pid), 'T'))
+    }
+
+    /// Waits until it writes on.
+    fn goes_on(&self) {
+        let before = self.written();
+        eventually("the machine goes on", || {
+            !self.is_stopped() && self.written() > before + 1
+        });
+    }
+
+    fn signal(&self, signal: i32) {
+        for pid in [self.pid(), self.writer] {
+            // SAFETY: kill takes no memory; both are processes of this test.
+            unsafe { libc::kill(pid as i32, signal) };
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { libc::kill(self.writer as i32, libc::SIGKILL) };
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_file(&self.pid_file);
+        // Nobody's child any more: gone once it has no disk open.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while state(self.writer) != 'Z' && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// The state of a process: R, S, T…; Z when there is none.
+fn state(pid: u32) -> char {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .and_then(|(_, fields)| fields.chars().next())
+        .unwrap_or('Z')
+}
+
+/// Field 22 of proc_pid_stat(5).
+fn started(pid: u32) -> String {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    fields.split(' ').nth(22 - 3).unwrap().to_owned()
+}
+
+/// The byte that an image has in the two places.
+fn bytes_in(image: &Path) -> (u8, u8) {
+    let raw = tempfile::NamedTempFile::new().unwrap();
+    succeed(&[
+        "qemu-img",
+        "convert",
+        "-U",
+        "-O",
+        "raw",
+        text(image),
+        text(raw.path()),
+    ]);
+    let raw = fs::read(raw.path()).unwrap();
+    let of = |place: u64| {
+        let bytes = &raw[place as usize..place as usize + 512];
+        assert!(
+            bytes.iter().all(|byte| *byte == bytes[0]),
+            "half a write at {place}"
+        );
+        bytes[0]
+    };
+    (of(FIRST), of(SECOND))
+}
+
+/// Fails unless the image is whole and has what was written in the order it was: at least `before`.
+fn assert_a_moment(image: &Path, before: u64, after: u64) {
+    let check = run(&["qemu-img", "check", "-q", text(image)]);
+    assert!(check.status.success(), "{}: {check:?}", image.display());
+    let (first, second) = bytes_in(image);
+    let (first, second) = (u64::from(first), u64::from(second));
+    let is_next = |a: u64, b: u64| (a + 1) % 251 == b;
+    assert!(
+        first == second || is_next(second, first),
+        "{second} without {first}"
+    );
+    // What was on disk before is there.
+    let may_be = |number: u64| number % 251 == second;
+    assert!(
+        (before..=after + 1).any(may_be),
+        "{second} is none of {before} to {after}"
+    );
+}
+
+#[test]
+fn the_export_of_a_box_that_runs_is_its_disk_at_one_moment() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    let elsewhere = TestHome::empty();
+    let mut tally = Tally::default();
+    let target = home.beside("out.boxlite");
+    for round in 0..how_many(6, 100) {
+        let name = ["export.boxlite", "export.boxlite.zst"][round % 2];
+        let before = machine.written();
+        succeed(&["cp", "-L", text(&mount.at("web").join(name)), text(&target)]);
+        let unpacked = unpacked(&target);
+        assert_a_moment(
+            &unpacked.path().join("disk.qcow2"),
+            before,
+            machine.written(),
+        );
+        machine.goes_on();
+        tally.operations += 1;
+        tally.compared += 1;
+        if round < 2 {
+            let imported = format!("imported{round}");
+            // In another home: BoxLite ends what runs in one when its program ends.
+            elsewhere.wheel(&["import", text(&target), &imported]);
+            let digest = digest(&elsewhere.live_disk(&imported));
+            assert_eq!(digest, archive_digest(&target));
+        }
+    }
+    // What nobody reads is gone after a while.
+    eventually("the copies are gone", || !has_copies(&mount));
+    assert!(
+        mount.log().contains("it was paused for a moment"),
+        "{}",
+        mount.log()
+    );
+    drop(machine);
+    assert_eq!(
+        mount.export_digest("web/export.boxlite"),
+        digest(&home.live_disk("web"))
+    );
+    drop(mount);
+    home.assert_whole();
+    tally.finish("exports of boxes that run");
+}
+
+/// Whether the mount has a copy of a running box's disk.
+fn has_copies(mount: &Mounted) -> bool {
+    let fds = fs::read_dir(format!("/proc/{}/fd", mount.process()))
+        .unwrap()
+        .flatten();
+    let mut names = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+    names.any(|name| name.to_string_lossy().contains("/running-"))
+}
+
+#[test]
+fn all_who_read_at_once_get_the_same_state_and_the_next_gets_another() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    let path = mount.at("web/export.boxlite");
+    let mut slow = File::open(&path).unwrap();
+    let mut begun = vec![0; 1000];
+    slow.read_exact(&mut begun).unwrap();
+    machine.goes_on();
+    let read = |_| {
+        let path = path.clone();
+        thread::spawn(move || fs::read(path).unwrap())
+    };
+    let others: Vec<Vec<u8>> = (0..4)
+        .map(read)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .map(|it| it.join().unwrap())
+        .collect();
+    let mut rest = Vec::new();
+    slow.read_to_end(&mut rest).unwrap();
+    begun.extend(rest);
+    assert!(others.iter().all(|other| *other == begun));
+    assert_eq!(fs::metadata(&path).unwrap().len(), begun.len() as u64);
+    drop(slow);
+    machine.goes_on();
+    eventually("the copy is gone", || !has_copies(&mount));
+    assert_ne!(fs::read(&path).unwrap(), begun);
+}
+
+#[test]
+fn a_box_that_runs_is_cloned_with_its_snapshots_and_goes_on() {
+    let home = TestHome::new();
+    // One as BoxLite keeps it, in the box; the disk reads from it by that name.
+    home.wheel(&["snapshot-create", "web", "theirs"]);
+    let theirs = digest(&home.snapshot_disk("web", "theirs"));
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    let header = || {
+        let mut bytes = vec![0; 4096];
+        File::open(home.live_disk("web"))
+            .unwrap()
+            .read_exact(&mut bytes)
+            .unwrap();
+        bytes
+    };
+    let before = (header(), machine.written());
+    mount.copy("web", "copy");
+    assert_a_moment(&home.live_disk("copy"), before.1, machine.written());
+    assert_eq!(
+        header(),
+        before.0,
+        "the disk of a box that runs is not touched"
+    );
+    machine.goes_on();
+    mount.copy("web/snapshots/theirs", "from-theirs");
+    assert_eq!(digest(&home.live_disk("from-theirs")), theirs);
+    // As what another box is restored from.
+    succeed(&["cp", text(&archive()), text(&mount.at("other.boxlite"))]);
+    let before = machine.written();
+    succeed(&[
+        "cp",
+        text(&mount.at("web/export.boxlite")),
+        text(&mount.at("other/export.boxlite")),
+    ]);
+    assert_a_moment(
+        &home.live_disk("other"),
+        before.saturating_sub(400),
+        machine.written(),
+    );
+    machine.goes_on();
+    drop(machine);
+    let names = |name: &str| {
+        let listed = home.wheel(&["snapshot-list", name]);
+        listed
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|it| it["name"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(names("copy"), ["theirs"]);
+    assert_eq!(digest(&home.snapshot_disk("copy", "theirs")), theirs);
+    let live = digest(&home.live_disk("copy"));
+    // They need nothing of the box they were made of.
+    home.wheel(&["remove", "web", "--force"]);
+    drop(mount);
+    home.assert_whole_once_mounted();
+    assert_eq!(digest(&home.live_disk("copy")), live);
+    let place = tempfile::tempdir().unwrap();
+    let exported = home.wheel(&["export", "copy", text(place.path())]);
+    assert_eq!(
+        archive_digest(exported["path"].as_str().unwrap().as_ref()),
+        live
+    );
+}
+
+#[test]
+fn what_would_change_a_box_that_runs_is_busy() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    let machine = Machine::of(&home, "web");
+    assert_eq!(errno(mount.snapshot("web", "b")), libc::EBUSY);
+    assert!(
+        mount.log().contains("its virtual machine runs as process"),
+        "{}",
+        mount.log()
+    );
+    assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EBUSY);
+    let onto = mount.at("web/export.boxlite");
+    fail(&["cp", text(&archive()), text(&onto)]);
+    fail(&[
+        "cp",
+        text(&mount.at("web/snapshots/a/export.boxlite")),
+        text(&onto),
+    ]);
+    assert_eq!(
+        errno(fs::rename(mount.at("web"), mount.at("api"))),
+        libc::EBUSY
+    );
+    assert_eq!(
+        errno(fs::remove_file(mount.at("web/box.json"))),
+        libc::EBUSY
+    );
+    machine.goes_on();
+    // A process of which it is not certain that it is the one is never stopped.
+    fs::write(&machine.pid_file, format!("{}\n", machine.pid())).unwrap();
+    eventually("the copy is gone", || !has_copies(&mount));
+    assert_eq!(errno(File::open(&onto)), libc::EBUSY);
+    fs::write(&machine.pid_file, format!("{}\n{}\n", machine.pid(), "12")).unwrap();
+    assert_eq!(errno(File::open(&onto)), libc::EBUSY);
+    machine.goes_on();
+}
+
+#[test]
+fn a_machine_that_was_paused_by_us_goes_on_when_we_are_killed() {
+    let home = TestHome::new();
+    for point in ["running.paused", "running.copied"] {
+        let mut mount = home.mount_crashing_at(point);
+        let machine = Machine::of(&home, "web");
+        let _ = File::open(mount.at("web/export.boxlite"));
+        assert!(mount.has_crashed(), "{point}");
+        eventually("it goes on", || !machine.is_stopped());
+        machine.goes_on();
+        drop(mount);
+        drop(machine);
+        let mount = home.mount();
+        assert_eq!(
+            mount.export_digest("web/export.boxlite"),
+            digest(&home.live_disk("web"))
+        );
+        drop(mount);
+        assert_eq!(names_in(&home.root().join(".boxlitefs")), ["log"]);
+    }
+    // The writer was killed in the middle of something.
+    let live = home.live_disk("web");
+    run(&["qemu-img", "check", "-q", "-r", "leaks", text(&live)]);
+    home.assert_whole();
+}
+
+#[test]
+fn a_machine_that_somebody_else_paused_stays_so() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    machine.signal(libc::SIGSTOP);
+    eventually("it stands still", || {
+        state(machine.writer) == 'T' && state(machine.pid()) == 'T'
+    });
+    let before = machine.written();
+    let target = home.beside("out.boxlite");
+    succeed(&["cp", text(&mount.at("web/export.boxlite")), text(&target)]);
+    assert!(state(machine.writer) == 'T' && state(machine.pid()) == 'T');
+    let unpacked = unpacked(&target);
+    assert_a_moment(&unpacked.path().join("disk.qcow2"), before, before + 1);
+    machine.signal(libc::SIGCONT);
+    machine.goes_on();
+}
+
+/// A mount that stands still itself while it has the machine paused, until `meanwhile` is done.
+fn meanwhile(
+    home: &TestHome,
+    act: impl FnOnce(&Machine),
+) -> (Mounted, Machine, std::io::Result<Vec<u8>>) {
+    let mount = home.mount_with(&[], &[("BOXLITEFS_STOP_AT", "running.paused")]);
+    let machine = Machine::of(home, "web");
+    let path = mount.at("web/export.boxlite");
+    let reader = thread::spawn(move || fs::read(path));
+    eventually("the mount stands still", || state(mount.process()) == 'T');
+    let states = (
+        state(machine.writer),
+        state(machine.pid()),
+        reader.is_finished(),
+    );
+    assert_eq!(
+        states,
+        ('T', 'T', false),
+        "{}",
+        fs::read_to_string(home.root().join(".boxlitefs/log")).unwrap()
+    );
+    act(&machine);
+    // SAFETY: kill takes no memory; the process is a child of this test.
+    unsafe { libc::kill(mount.process() as i32, libc::SIGCONT) };
+    let read = reader.join().unwrap();
+    (mount, machine, read)
+}
+
+#[test]
+fn a_machine_that_somebody_pauses_while_we_do_stays_paused() {
+    let home = TestHome::new();
+    let (_mount, machine, read) = meanwhile(&home, |machine| machine.signal(libc::SIGSTOP));
+    assert!(!read.unwrap().is_empty());
+    assert!(state(machine.writer) == 'T' && state(machine.pid()) == 'T');
+    machine.signal(libc::SIGCONT);
+    machine.goes_on();
+}
+
+#[test]
+fn a_machine_that_somebody_sets_going_while_it_is_copied_is_noticed() {
+    let home = TestHome::new();
+    let (mount, machine, read) = meanwhile(&home, |machine| {
+        machine.signal(libc::SIGCONT);
+        machine.goes_on();
+    });
+    assert_eq!(errno(read), libc::EBUSY);
+    assert!(
+        mount.log().contains("somebody else set it going"),
+        "{}",
+        mount.log()
+    );
+    machine.goes_on();
+    // Once more, and it is read.
+    assert!(!fs::read(mount.at("web/export.boxlite")).unwrap().is_empty());
+}
+
+#[test]
+fn a_machine_that_is_killed_while_it_is_paused_leaves_a_box_as_it_was() {
+    let home = TestHome::new();
+    let (mount, machine, _read) = meanwhile(&home, |machine| machine.signal(libc::SIGKILL));
+    drop(machine);
+    eventually("the copy is gone", || !has_copies(&mount));
+    assert_eq!(
+        mount.export_digest("web/export.boxlite"),
+        digest(&home.live_disk("web"))
+    );
+    drop(mount);
+    // qemu-io was killed: what it had set aside and not used is a leak to qemu-img, no error.
+    let (status, said) = home.check();
+    assert_eq!(status, 0, "{said}");
+}
+
+#[test]
+fn a_second_writer_that_is_none_of_the_machine_keeps_it_from_being_copied() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    let writer = fs::OpenOptions::new()
+        .write(true)
+        .open(home.live_disk("web"))
+        .unwrap();
+    assert_eq!(
+        errno(File::open(mount.at("web/export.boxlite"))),
+        libc::EBUSY
+    );
+    assert!(
+        mount.log().contains("has the disk open for writing"),
+        "{}",
+        mount.log()
+    );
+    machine.goes_on();
+    drop(writer);
+    assert!(!fs::read(mount.at("web/export.boxlite")).unwrap().is_empty());
+}

@@ -1,0 +1,1095 @@
+//! The mount option `shared`: changes beside a BoxLite runtime that has the home all the time. What either
+//! side does, one after the other or at the same moment, ends as if it had been done in some order,
+//! or is refused and did nothing; and nothing is lost. The judges are BoxLite itself and qemu-img.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::*;
+use serde_json::Value;
+
+/// Boxes there are at most; BoxLite removes one before another is made.
+const MOST_BOXES: usize = 5;
+/// Snapshots a box has at most.
+const MOST_SNAPSHOTS: usize = 3;
+/// How long BoxLite gets for what it does while the mount stands still in the middle of a change. Where it
+/// waits for the mount it is not done by then, and goes on afterwards.
+const MEANWHILE: Duration = Duration::from_millis(400);
+
+// ---- what there should be -----------------------------------------------------------------------
+
+/// A box as it should be: digests of what its guest and its snapshots have.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Wanted {
+    live: String,
+    snapshots: BTreeMap<String, String>,
+}
+
+/// All boxes by their names.
+type Boxes = BTreeMap<String, Wanted>;
+
+/// What either side is asked for.
+#[derive(Clone, Debug)]
+enum Ask {
+    Snapshot {
+        of: String,
+        name: String,
+    },
+    RemoveSnapshot {
+        of: String,
+        name: String,
+    },
+    Restore {
+        of: String,
+        from: String,
+    },
+    /// From the live disk of another box.
+    RestoreBox {
+        of: String,
+        other: String,
+    },
+    RestoreArchive {
+        of: String,
+    },
+    Clone {
+        of: String,
+        new: String,
+    },
+    CloneSnapshot {
+        of: String,
+        snapshot: String,
+        new: String,
+    },
+    /// With all its snapshots.
+    CloneWhole {
+        of: String,
+        new: String,
+    },
+    Import {
+        new: String,
+    },
+    Remove {
+        of: String,
+    },
+}
+
+impl Ask {
+    /// The boxes as they are when this was done; None where it can't be.
+    fn done(&self, boxes: &Boxes) -> Option<Boxes> {
+        let mut boxes = boxes.clone();
+        match self {
+            Ask::Snapshot { of, name } => {
+                let found = boxes.get_mut(of)?;
+                let live = found.live.clone();
+                if found.snapshots.insert(name.clone(), live).is_some() {
+                    return None;
+                }
+            }
+            Ask::RemoveSnapshot { of, name } => {
+                boxes.get_mut(of)?.snapshots.remove(name)?;
+            }
+            Ask::Restore { of, from } => {
+                let found = boxes.get_mut(of)?;
+                found.live = found.snapshots.get(from)?.clone();
+            }
+            Ask::RestoreBox { of, other } => {
+                let live = boxes.get(other)?.live.clone();
+                boxes.get_mut(of)?.live = live;
+            }
+            Ask::RestoreArchive { of } => boxes.get_mut(of)?.live = pristine(),
+            Ask::Clone { of, new } => {
+                let live = boxes.get(of)?.live.clone();
+                add(&mut boxes, new, live, BTreeMap::new())?;
+            }
+            Ask::CloneSnapshot { of, snapshot, new } => {
+                let live = boxes.get(of)?.snapshots.get(snapshot)?.clone();
+                add(&mut boxes, new, live, BTreeMap::new())?;
+            }
+            Ask::CloneWhole { of, new } => {
+                let Wanted { live, snapshots } = boxes.get(of)?.clone();
+                add(&mut boxes, new, live, snapshots)?;
+            }
+            Ask::Import { new } => add(&mut boxes, new, pristine(), BTreeMap::new())?,
+            Ask::Remove { of } => {
+                boxes.remove(of)?;
+            }
+        }
+        Some(boxes)
+    }
+}
+
+fn add(
+    boxes: &mut Boxes,
+    new: &str,
+    live: String,
+    snapshots: BTreeMap<String, String>,
+) -> Option<()> {
+    let made = boxes.insert(new.to_owned(), Wanted { live, snapshots });
+    made.is_none().then_some(())
+}
+
+/// What is in the archive that is imported.
+fn pristine() -> String {
+    use std::sync::OnceLock;
+    static DIGEST: OnceLock<String> = OnceLock::new();
+    DIGEST.get_or_init(|| archive_digest(&archive())).clone()
+}
+
+/// Every way it may have ended: what succeeded, in some order.
+fn outcomes(before: &Boxes, done: &[&Ask]) -> BTreeSet<Boxes> {
+    match done {
+        [] => BTreeSet::from([before.clone()]),
+        [one] => one.done(before).into_iter().collect(),
+        [one, other] => {
+            let order = |first: &Ask, second: &Ask| second.done(&first.done(before)?);
+            [order(one, other), order(other, one)]
+                .into_iter()
+                .flatten()
+                .collect()
+        }
+        _ => unreachable!("two sides"),
+    }
+}
+
+// ---- the two sides ------------------------------------------------------------------------------
+
+/// A home, a mount of it with `shared`, and a runtime that has it.
+struct Both<'h> {
+    home: &'h TestHome,
+    mount: Mounted,
+    boxlite: Session,
+    boxes: Boxes,
+    tally: Tally,
+}
+
+impl<'h> Both<'h> {
+    fn begin(home: &'h TestHome, environment: &[(&str, &str)]) -> Both<'h> {
+        let boxlite = Session::start(home);
+        let mount = home.mount_with(&["-o", "shared"], environment);
+        let boxes = observed(home);
+        Both {
+            home,
+            mount,
+            boxlite,
+            boxes,
+            tally: Tally::default(),
+        }
+    }
+
+    /// Has BoxLite do something while nobody else does.
+    fn boxlite_does(&mut self, ask: &Ask) {
+        let wanted = ask.done(&self.boxes).expect("it can be done");
+        let said = by_boxlite(&mut self.boxlite, ask);
+        self.tally.operations += 1;
+        if let Err(refusal) = said {
+            // BoxLite keeps what something depends on.
+            let may_refuse = matches!(ask, Ask::RemoveSnapshot { .. } | Ask::Remove { .. });
+            if !may_refuse {
+                self.lost(format!("BoxLite, alone: {ask:?}: {refusal}"));
+            }
+            return self.unchanged(&format!("{ask:?} refused"));
+        }
+        self.compare(&[wanted], &format!("by BoxLite {ask:?}"));
+    }
+
+    /// Has the mount do something while BoxLite only has the home.
+    fn mount_does(&mut self, ask: &Ask) {
+        let wanted = ask.done(&self.boxes).expect("it can be done");
+        self.tally.operations += 1;
+        match by_mount(self.mount.root(), ask) {
+            Ok(()) => self.compare(&[wanted], &format!("by the mount {ask:?}")),
+            Err(refusal) => {
+                let log = self.last_words();
+                self.lost(format!("the mount, alone: {ask:?}: {refusal}: {log}"));
+                self.unchanged(&format!("{ask:?} refused"));
+            }
+        }
+    }
+
+    /// Both at the same moment.
+    fn race(&mut self, ours: &Ask, theirs: &Ask) {
+        let root = self.mount.root().to_owned();
+        let boxlite = &mut self.boxlite;
+        let (by_us, by_them) = thread::scope(|scope| {
+            let by_us = scope.spawn(|| by_mount(&root, ours));
+            let by_them = by_boxlite(boxlite, theirs);
+            (by_us.join().expect("it does not panic"), by_them)
+        });
+        self.judge(ours, by_us, theirs, by_them);
+    }
+
+    fn judge(
+        &mut self,
+        ours: &Ask,
+        by_us: Result<(), String>,
+        theirs: &Ask,
+        by_them: Result<(), String>,
+    ) {
+        self.tally.operations += 2;
+        let mut done = Vec::new();
+        if by_us.is_ok() {
+            done.push(ours);
+        }
+        if by_them.is_ok() {
+            done.push(theirs);
+        }
+        self.tally.faults += 2 - done.len();
+        let wanted: Vec<Boxes> = outcomes(&self.boxes, &done).into_iter().collect();
+        let what = format!("{ours:?} ({by_us:?}) beside {theirs:?} ({by_them:?})");
+        if wanted.is_empty() {
+            self.lost(format!("both can't have been done: {what}"));
+        }
+        self.compare(&wanted, &what);
+    }
+
+    /// Likewise with what they were.
+    fn unchanged(&mut self, what: &str) {
+        let before = self.boxes.clone();
+        self.compare(std::slice::from_ref(&before), what);
+    }
+
+    /// Compares every box and snapshot with what they have to be, and goes on with what there is.
+    fn compare(&mut self, wanted: &[Boxes], what: &str) {
+        let found = observed(self.home);
+        self.tally.compared += found
+            .values()
+            .map(|it| 1 + it.snapshots.len())
+            .sum::<usize>();
+        if !wanted.contains(&found) {
+            let log = self.last_words();
+            self.lost(format!(
+                "{what}: found {found:#?}, not one of {wanted:#?}; {log}"
+            ));
+        }
+        self.boxes = found;
+    }
+
+    fn lost(&mut self, what: String) {
+        self.tally.losses.push(what);
+    }
+
+    fn last_words(&self) -> String {
+        self.mount
+            .log()
+            .lines()
+            .last()
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    /// Writes to the disk of a box that is not running, as its guest would have.
+    fn guest_writes(&mut self, name: &str, number: usize) {
+        let place = FREE_AREA + (number as u64 % 16) * 0x1_0000;
+        self.home
+            .guest_write(name, place, format!("write {number} to {name}").as_bytes());
+        let live = digest(&self.home.live_disk(name));
+        self.boxes.get_mut(name).expect("the box").live = live;
+    }
+
+    /// Everything ends, and all there is has to be whole, also for BoxLite.
+    fn end(self, what: &str) {
+        let Both {
+            home,
+            mount,
+            boxlite,
+            boxes,
+            mut tally,
+        } = self;
+        drop(mount);
+        drop(boxlite);
+        home.assert_whole_once_mounted();
+        if observed(home) != boxes {
+            tally
+                .losses
+                .push(format!("after all: {:#?}, not {boxes:#?}", observed(home)));
+        }
+        let place = tempfile::tempdir().unwrap();
+        let mut boxlite = Session::start(home);
+        for (name, wanted) in &boxes {
+            let directory = place.path().join(name);
+            fs::create_dir(&directory).unwrap();
+            let answer = boxlite.must(&["export", name, text(&directory)]);
+            let archive = PathBuf::from(answer["path"].as_str().expect("a path"));
+            tally.compared += 1;
+            if archive_digest(&archive) != wanted.live {
+                tally
+                    .losses
+                    .push(format!("BoxLite exports something else of {name}"));
+            }
+        }
+        drop(boxlite);
+        home.assert_whole();
+        tally.finish(what);
+    }
+}
+
+/// What there is: by the rows, read through qemu-img.
+fn observed(home: &TestHome) -> Boxes {
+    let database = home.database();
+    let mut boxes = Boxes::new();
+    let mut rows = database.prepare("SELECT id, name FROM box_config").unwrap();
+    let rows = rows
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap();
+    for row in rows {
+        let (id, name): (String, String) = row.unwrap();
+        let live = home.root().join("boxes").join(&id).join("disks/disk.qcow2");
+        let mut snapshots = BTreeMap::new();
+        let mut of_box = database
+            .prepare("SELECT name, json FROM snapshot WHERE box_id = ?1")
+            .unwrap();
+        let of_box = of_box
+            .query_map([&id], |row| Ok((row.get(0)?, row.get(1)?)))
+            .unwrap();
+        for row in of_box {
+            let (name, json): (String, String) = row.unwrap();
+            let json: Value = serde_json::from_str(&json).unwrap();
+            let layer = PathBuf::from(json["base_path"].as_str().expect("a path"));
+            snapshots.insert(name, digest(&layer));
+        }
+        let live = digest(&live);
+        boxes.insert(name, Wanted { live, snapshots });
+    }
+    boxes
+}
+
+fn by_boxlite(boxlite: &mut Session, ask: &Ask) -> Result<(), String> {
+    let archive = archive();
+    let words = match ask {
+        Ask::Snapshot { of, name } => vec!["snapshot-create", of, name],
+        Ask::RemoveSnapshot { of, name } => vec!["snapshot-remove", of, name],
+        Ask::Restore { of, from } => vec!["snapshot-restore", of, from],
+        Ask::Clone { of, new } => vec!["clone", of, new],
+        Ask::Import { new } => vec!["import", text(&archive), new],
+        Ask::Remove { of } => vec!["remove", of],
+        _ => unreachable!("BoxLite can't: {ask:?}"),
+    };
+    boxlite.ask(&words).map(drop)
+}
+
+fn by_mount(root: &std::path::Path, ask: &Ask) -> Result<(), String> {
+    let at = |path: String| root.join(path);
+    let copy = |options: &[&str], from: PathBuf, to: PathBuf| {
+        let output = run(&[&["cp"], options, &[text(&from), text(&to)]].concat());
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
+    };
+    match ask {
+        Ask::Snapshot { of, name } => {
+            fs::create_dir(at(format!("{of}/snapshots/{name}"))).map_err(|e| e.to_string())
+        }
+        Ask::Restore { of, from } => copy(
+            &[],
+            at(format!("{of}/snapshots/{from}/export.boxlite")),
+            at(format!("{of}/export.boxlite")),
+        ),
+        Ask::RestoreBox { of, other } => copy(
+            &[],
+            at(format!("{other}/export.boxlite")),
+            at(format!("{of}/export.boxlite")),
+        ),
+        Ask::RestoreArchive { of } => copy(&[], archive(), at(format!("{of}/export.boxlite"))),
+        Ask::Clone { of, new } => copy(
+            &[],
+            at(format!("{of}/export.boxlite")),
+            at(format!("{new}.boxlite")),
+        ),
+        Ask::CloneSnapshot { of, snapshot, new } => copy(
+            &[],
+            at(format!("{of}/snapshots/{snapshot}/export.boxlite")),
+            at(format!("{new}.boxlite")),
+        ),
+        Ask::CloneWhole { of, new } => copy(&["-r"], at(of.clone()), at(new.clone())),
+        Ask::Import { new } => copy(&[], archive(), at(format!("{new}.boxlite"))),
+        Ask::RemoveSnapshot { .. } | Ask::Remove { .. } => unreachable!("refused: {ask:?}"),
+    }
+}
+
+// ---- what is asked ------------------------------------------------------------------------------
+
+/// Numbers that look random, the same for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        // splitmix64
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % limit as u64) as usize
+    }
+
+    fn one_of<'a>(&mut self, names: &[&'a String]) -> Option<&'a String> {
+        (!names.is_empty()).then(|| names[self.below(names.len())])
+    }
+}
+
+/// Something that the mount can be asked for as things are.
+fn ours(random: &mut Random, boxes: &Boxes, of: &str, number: usize) -> Ask {
+    let of = of.to_owned();
+    let snapshots: Vec<&String> = boxes[&of].snapshots.keys().collect();
+    let one = random.one_of(&snapshots).cloned();
+    let new = format!("m{number}");
+    let is_full = boxes.len() >= MOST_BOXES;
+    let can_snapshot = snapshots.len() < MOST_SNAPSHOTS;
+    loop {
+        return match (random.below(8), &one) {
+            (0 | 1, _) if can_snapshot => Ask::Snapshot {
+                of,
+                name: format!("s{}", number % 4 + 10),
+            },
+            (2, Some(from)) => Ask::Restore {
+                of,
+                from: from.clone(),
+            },
+            (3, _) => Ask::RestoreArchive { of },
+            (4, _) => {
+                let others: Vec<&String> = boxes.keys().filter(|other| **other != of).collect();
+                match random.one_of(&others) {
+                    Some(other) => Ask::RestoreBox {
+                        of,
+                        other: other.clone(),
+                    },
+                    None => continue,
+                }
+            }
+            (5, _) if !is_full => Ask::Clone { of, new },
+            (6, Some(snapshot)) if !is_full => Ask::CloneSnapshot {
+                of,
+                snapshot: snapshot.clone(),
+                new,
+            },
+            (7, _) if !is_full => Ask::Import { new },
+            _ => continue,
+        };
+    }
+}
+
+/// Something that BoxLite can be asked for as things are.
+fn theirs(random: &mut Random, boxes: &Boxes, of: &str, number: usize) -> Ask {
+    let of = of.to_owned();
+    let snapshots: Vec<&String> = boxes[&of].snapshots.keys().collect();
+    let one = random.one_of(&snapshots).cloned();
+    let new = format!("b{number}");
+    let is_full = boxes.len() >= MOST_BOXES;
+    let can_snapshot = snapshots.len() < MOST_SNAPSHOTS;
+    loop {
+        return match (random.below(7), &one) {
+            // Now and then the name that the mount takes at that moment.
+            (0, _) if can_snapshot => Ask::Snapshot {
+                of,
+                name: format!("s{}", number % 4 + 10),
+            },
+            (1, _) if can_snapshot => Ask::Snapshot {
+                of,
+                name: format!("t{}", number % 4),
+            },
+            (2, Some(from)) => Ask::Restore {
+                of,
+                from: from.clone(),
+            },
+            (3, Some(name)) => Ask::RemoveSnapshot {
+                of,
+                name: name.clone(),
+            },
+            (4, _) if !is_full => Ask::Clone { of, new },
+            (5, _) if !is_full => Ask::Import { new },
+            (6, _) if of != "web" && boxes.len() > 2 => Ask::Remove { of },
+            _ => continue,
+        };
+    }
+}
+
+/// A name that no snapshot of the box has is not in the way.
+fn is_possible(ask: &Ask, boxes: &Boxes) -> bool {
+    ask.done(boxes).is_some()
+}
+
+fn another(random: &mut Random, boxes: &Boxes, but: Option<&str>) -> Option<String> {
+    let names: Vec<&String> = boxes
+        .keys()
+        .filter(|name| Some(name.as_str()) != but)
+        .collect();
+    random.one_of(&names).cloned()
+}
+
+// ---- the tests ----------------------------------------------------------------------------------
+
+#[test]
+fn two_hundred_operations_from_both_sides_lose_nothing() {
+    let home = TestHome::in_memory();
+    let mut random = Random(seed("beside a live BoxLite"));
+    let mut both = Both::begin(&home, &[]);
+    both.boxlite_does(&Ask::Snapshot {
+        of: "web".into(),
+        name: "first".into(),
+    });
+    let wanted = how_many(200, 2000);
+    let mut number = 0;
+    while both.tally.operations < wanted {
+        number += 1;
+        let of = another(&mut random, &both.boxes, None).expect("a box");
+        if random.below(2) == 0 {
+            both.guest_writes(&of, number);
+        }
+        if both.boxes.len() >= MOST_BOXES {
+            // BoxLite keeps it if another was cloned from it; then another time another one goes.
+            let gone = another(&mut random, &both.boxes, Some("web")).expect("a box beside web");
+            both.boxlite_does(&Ask::Remove { of: gone });
+        }
+        let of = match both.boxes.contains_key(&of) {
+            true => of,
+            false => "web".to_owned(),
+        };
+        let by_us = ours(&mut random, &both.boxes, &of, number);
+        let beside = match random.below(2) {
+            0 => of.clone(),
+            _ => another(&mut random, &both.boxes, None).expect("a box"),
+        };
+        let by_them = theirs(&mut random, &both.boxes, &beside, number);
+        let possible = is_possible(&by_us, &both.boxes) && is_possible(&by_them, &both.boxes);
+        match random.below(3) {
+            _ if !possible => {
+                for ask in [by_us, by_them] {
+                    if is_possible(&ask, &both.boxes)
+                        && !matches!(ask, Ask::Remove { .. } | Ask::RemoveSnapshot { .. })
+                    {
+                        both.mount_does(&ask);
+                    }
+                }
+            }
+            0 => {
+                both.mount_does(&by_us);
+                if is_possible(&by_them, &both.boxes) {
+                    both.boxlite_does(&by_them);
+                }
+            }
+            _ => both.race(&by_us, &by_them),
+        }
+    }
+    both.end("beside a live BoxLite, both sides");
+}
+
+#[test]
+fn a_clone_with_its_snapshots_is_made_beside_a_runtime() {
+    let home = TestHome::new();
+    let mut both = Both::begin(&home, &[]);
+    both.mount_does(&Ask::Snapshot {
+        of: "web".into(),
+        name: "a".into(),
+    });
+    both.guest_writes("web", 1);
+    both.boxlite_does(&Ask::Snapshot {
+        of: "web".into(),
+        name: "b".into(),
+    });
+    both.guest_writes("web", 2);
+    both.mount_does(&Ask::CloneWhole {
+        of: "web".into(),
+        new: "copy".into(),
+    });
+    let snapshots = both.boxlite.must(&["snapshot-list", "copy"]);
+    assert_eq!(snapshots.as_array().map(Vec::len), Some(2), "{snapshots}");
+    // BoxLite goes on with what it did not make, in the runtime that saw it appear.
+    both.boxlite_does(&Ask::Restore {
+        of: "copy".into(),
+        from: "a".into(),
+    });
+    both.boxlite_does(&Ask::Clone {
+        of: "copy".into(),
+        new: "third".into(),
+    });
+    both.boxlite_does(&Ask::Remove { of: "copy".into() });
+    both.end("a clone beside a live BoxLite");
+}
+
+#[test]
+fn what_is_not_safe_beside_a_runtime_is_busy_and_says_so() {
+    let home = TestHome::new();
+    let mut both = Both::begin(&home, &[]);
+    both.mount_does(&Ask::Snapshot {
+        of: "web".into(),
+        name: "a".into(),
+    });
+    let busy = |result: std::io::Result<()>| assert_eq!(errno(result), libc::EBUSY);
+    let mount = &both.mount;
+    busy(mount.remove_snapshot("web", "a"));
+    let said = || mount.log().lines().last().unwrap_or_default().to_owned();
+    assert!(
+        said().contains("the option shared allows snapshots, clones"),
+        "{}",
+        said()
+    );
+    busy(fs::rename(
+        mount.at("web/snapshots/a"),
+        mount.at("web/snapshots/b"),
+    ));
+    busy(fs::rename(mount.at("web"), mount.at("api")));
+    busy(fs::remove_file(mount.at("web/box.json")));
+    let (_, said) = home.compact();
+    assert!(said.contains("a BoxLite runtime is using"), "{said}");
+    both.unchanged("what was refused");
+    both.end("refused beside a live BoxLite");
+}
+
+#[test]
+fn without_the_option_a_runtime_still_keeps_every_change_out() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let _holder = home.hold();
+    assert_eq!(errno(mount.snapshot("web", "a")), libc::EBUSY);
+}
+
+#[test]
+fn a_box_that_boxlite_is_starting_is_busy() {
+    let home = TestHome::new();
+    let both = Both::begin(&home, &[]);
+    let state: String = home
+        .database()
+        .query_row("SELECT json FROM box_state", [], |row| row.get(0))
+        .unwrap();
+    let state: Value = serde_json::from_str(&state).unwrap();
+    let lock = home.root().join("locks").join(state["lock_id"].to_string());
+    // BoxLite has this lock from before it makes the disk until its machine runs.
+    let starting = File::open(&lock).unwrap();
+    starting.lock().unwrap();
+    let before = both.home.fingerprint();
+    assert_eq!(errno(both.mount.snapshot("web", "a")), libc::EBUSY);
+    let log = both.mount.log();
+    assert!(log.contains("BoxLite is starting box web"), "{log}");
+    let copied = by_mount(
+        both.mount.root(),
+        &Ask::Clone {
+            of: "web".into(),
+            new: "copy".into(),
+        },
+    );
+    assert!(copied.unwrap_err().contains("busy"));
+    let copied = by_mount(both.mount.root(), &Ask::RestoreArchive { of: "web".into() });
+    assert!(copied.unwrap_err().contains("busy"));
+    let without_log = |print: String| -> Vec<String> {
+        print
+            .lines()
+            .filter(|line| !line.contains("/.boxlitefs/"))
+            .map(str::to_owned)
+            .collect()
+    };
+    assert_eq!(without_log(home.fingerprint()), without_log(before));
+    // Another box is none of that.
+    let mut both = both;
+    both.mount_does(&Ask::Import {
+        new: "other".into(),
+    });
+    both.mount_does(&Ask::Snapshot {
+        of: "other".into(),
+        name: "a".into(),
+    });
+    drop(starting);
+    both.mount_does(&Ask::Snapshot {
+        of: "web".into(),
+        name: "a".into(),
+    });
+    both.end("a box that BoxLite starts");
+}
+
+#[test]
+fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
+    let home = TestHome::new();
+    home.wheel(&["snapshot-create", "web", "a"]);
+    let mut both = Both::begin(&home, &[]);
+    let dir = home.box_dir("web");
+    // As its snapshot looks before it has a row, its clone's directory before it has one, its clone's base.
+    let pending = dir.join(".snapshot_pending");
+    fs::write(&pending, "{}").unwrap();
+    let snapshot = dir.join("snapshots/n");
+    fs::create_dir(&snapshot).unwrap();
+    let clone = home.root().join("boxes/Ab3dEf6hIj9L/disks");
+    fs::create_dir_all(&clone).unwrap();
+    let base = home.root().join("bases/Qw3rTy7u.qcow2");
+    fs::copy(home.snapshot_disk("web", "a"), &base).unwrap();
+    assert_eq!(errno(both.mount.snapshot("web", "b")), libc::EBUSY);
+    assert!(
+        both.mount
+            .log()
+            .contains("BoxLite is taking a snapshot of box web")
+    );
+    // A mount that begins now leaves all of it alone, too.
+    drop(both.mount);
+    both.mount = home.mount_with(&["-o", "shared"], &[]);
+    both.tally.operations += 1;
+    for path in [&pending, &snapshot, &clone, &base] {
+        assert!(path.exists(), "{}", path.display());
+    }
+    // A disk on a base that has no row yet.
+    fs::remove_file(&pending).unwrap();
+    let live = home.live_disk("web");
+    let aside = home.beside("live");
+    fs::rename(&live, &aside).unwrap();
+    let create = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "qcow2",
+        "-b",
+        text(&base),
+        text(&live),
+    ];
+    succeed(&create);
+    assert_eq!(errno(both.mount.snapshot("web", "b")), libc::EBUSY);
+    assert!(
+        both.mount.log().contains("BoxLite is cloning the box"),
+        "{}",
+        both.mount.log()
+    );
+    let rows: i64 = home
+        .database()
+        .query_row(
+            "SELECT count(*) FROM base_disk WHERE base_path LIKE '%Qw3rTy7u%'",
+            [],
+            |row| row.get(0),
+        )
+        .unwrap();
+    assert_eq!(rows, 0, "BoxLite's own row would find the name taken");
+    // No disk at all, as while BoxLite replaces it.
+    fs::remove_file(&live).unwrap();
+    assert!(
+        by_mount(
+            both.mount.root(),
+            &Ask::Snapshot {
+                of: "web".into(),
+                name: "b".into()
+            }
+        )
+        .is_err()
+    );
+    assert!(base.exists() && snapshot.exists());
+    fs::rename(&aside, &live).unwrap();
+    for path in [&base, &snapshot, &clone] {
+        let _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
+    }
+    fs::remove_dir_all(clone.parent().unwrap()).unwrap();
+    both.unchanged("what was left alone");
+    both.end("BoxLite in the middle of something");
+}
+
+/// Where a change of ours stands still, and what BoxLite does then.
+#[test]
+fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
+    let snapshot = || Ask::Snapshot {
+        of: "web".into(),
+        name: "new".into(),
+    };
+    let clone = || Ask::Clone {
+        of: "web".into(),
+        new: "copy".into(),
+    };
+    let clone_of = || Ask::CloneSnapshot {
+        of: "web".into(),
+        snapshot: "a".into(),
+        new: "copy".into(),
+    };
+    let restore = || Ask::Restore {
+        of: "web".into(),
+        from: "a".into(),
+    };
+    let archive = || Ask::RestoreArchive { of: "web".into() };
+    let import = || Ask::Import { new: "copy".into() };
+    let other = || Ask::RestoreBox {
+        of: "web".into(),
+        other: "other".into(),
+    };
+    let ours: Vec<(Ask, &[&str])> = vec![
+        (
+            snapshot(),
+            &[
+                "freeze.recorded",
+                "freeze.linked",
+                "beside.exchanged",
+                "snapshot.directory",
+                "snapshot.linked",
+            ],
+        ),
+        (
+            clone(),
+            &[
+                "freeze.linked",
+                "beside.exchanged",
+                "clone.built",
+                "install.renamed",
+            ],
+        ),
+        (clone_of(), &["clone.frozen", "install.renamed"]),
+        (
+            restore(),
+            &["restore.frozen", "restore.referred", "beside.exchanged"],
+        ),
+        (
+            other(),
+            &["freeze.linked", "restore.referred", "beside.exchanged"],
+        ),
+        (archive(), &["restore.arrived", "beside.exchanged"]),
+        (import(), &["import.built", "install.renamed"]),
+    ];
+    let theirs: Vec<Ask> = vec![
+        Ask::Snapshot {
+            of: "web".into(),
+            name: "new".into(),
+        },
+        Ask::Snapshot {
+            of: "web".into(),
+            name: "more".into(),
+        },
+        Ask::Restore {
+            of: "web".into(),
+            from: "b".into(),
+        },
+        Ask::RemoveSnapshot {
+            of: "web".into(),
+            name: "a".into(),
+        },
+        Ask::Clone {
+            of: "web".into(),
+            new: "copy".into(),
+        },
+        Ask::Clone {
+            of: "web".into(),
+            new: "theirs".into(),
+        },
+        Ask::Remove { of: "web".into() },
+        Ask::Remove { of: "other".into() },
+        Ask::Import { new: "copy".into() },
+    ];
+    let home = TestHome::in_memory();
+    home.wheel_batch(&[&["snapshot-create", "web", "a"]]);
+    home.guest_write("web", FREE_AREA, b"second");
+    home.wheel_batch(&[
+        &["snapshot-create", "web", "b"],
+        &["import", text(&crate::common::archive()), "other"],
+    ]);
+    home.guest_write("web", FREE_AREA, b"third");
+    home.guest_write("other", FREE_AREA, b"other");
+    home.put_aside("fresh");
+    let mut tally = Tally::default();
+    let all = ours
+        .iter()
+        .flat_map(|(ours, points)| points.iter().map(move |point| (ours, *point)));
+    let cases: Vec<(&Ask, &str, &Ask)> = all
+        .flat_map(|(ours, point)| theirs.iter().map(move |theirs| (ours, point, theirs)))
+        .collect();
+    let step = cases.len().div_ceil(how_many(40, cases.len()));
+    // Other cases every day.
+    let first = seed("beside a live BoxLite") as usize % step;
+    for (ours, point, theirs) in cases.iter().skip(first).step_by(step) {
+        home.put_back("fresh");
+        println!("at {point}: {ours:?} beside {theirs:?}");
+        let mut both = Both::begin(&home, &[("BOXLITEFS_STOP_AT", point)]);
+        let stopped = both.interrupt(ours, theirs);
+        if !stopped {
+            let log = both.mount.log();
+            both.lost(format!("{ours:?} never came to {point}: {log}"));
+        }
+        for loss in &mut both.tally.losses {
+            *loss = format!("at {point}: {loss}");
+        }
+        let Both {
+            mount,
+            boxlite,
+            tally: of_case,
+            boxes,
+            ..
+        } = both;
+        drop(mount);
+        drop(boxlite);
+        tally.operations += of_case.operations;
+        tally.compared += of_case.compared;
+        tally.faults += 1;
+        tally.losses.extend(of_case.losses);
+        drop(home.mount());
+        let (status, said) = home.check();
+        if status != 0 || observed(&home) != boxes {
+            tally
+                .losses
+                .push(format!("at {point}: {ours:?} beside {theirs:?}: {said}"));
+        }
+        home.assert_images_clean();
+    }
+    tally.finish("beside a live BoxLite, step by step");
+}
+
+/// A change, which returns what it was told, and the points that it is cut off at.
+type CutOff<'c> = (&'c str, fn(&Mounted) -> String, &'c [&'c str]);
+
+const CUT_OFF: [CutOff; 4] = [
+    (
+        "snapshot",
+        |mount| format!("{:?}", mount.snapshot("web", "new")),
+        &[
+            "freeze.recorded",
+            "freeze.linked",
+            "beside.exchanged",
+            "freeze.replaced",
+            "snapshot.directory",
+            "snapshot.linked",
+        ],
+    ),
+    (
+        "restore",
+        |mount| {
+            let from = mount.at("web/snapshots/old/export.boxlite");
+            complaints(&["cp", text(&from), text(&mount.at("web/export.boxlite"))])
+        },
+        &["restore.referred", "beside.exchanged", "restore.replaced"],
+    ),
+    (
+        "restore of an archive",
+        |mount| {
+            let to = mount.at("web/export.boxlite");
+            complaints(&["cp", text(&archive()), text(&to)])
+        },
+        &["restore.arrived", "beside.exchanged"],
+    ),
+    (
+        "clone",
+        |mount| complaints(&["cp", "-r", text(&mount.at("web")), text(&mount.at("copy"))]),
+        &[
+            "beside.exchanged",
+            "install.renamed",
+            "install.recorded",
+            "share.referred",
+        ],
+    ),
+];
+
+/// What a program says that may fail.
+fn complaints(command: &[&str]) -> String {
+    String::from_utf8_lossy(&run(command).stderr).into_owned()
+}
+
+#[test]
+fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
+    let home = TestHome::in_memory();
+    let mount = home.mount();
+    mount.snapshot("web", "old").unwrap();
+    home.guest_write("web", FREE_AREA, b"the box's own");
+    drop(mount);
+    home.put_aside("first");
+    let (live, old) = (
+        digest(&home.live_disk("web")),
+        digest(&home.snapshot_disk("web", "old")),
+    );
+    let archived = archive_digest(&archive());
+    let mut tally = Tally::default();
+    for (what, act, points) in CUT_OFF {
+        for (number, point) in points.iter().enumerate() {
+            home.put_back("first");
+            let runtime = home.hold();
+            let mut mount = home.mount_with(&["-o", "shared"], &[("BOXLITEFS_CRASH_AT", point)]);
+            let told = act(&mount);
+            assert!(
+                mount.has_crashed(),
+                "{what} does not come to {point}: {told} {}",
+                mount.log()
+            );
+            drop(mount);
+            tally.faults += 1;
+            tally.operations += 1;
+            if number % 2 == 0 {
+                // Beside the runtime nothing is recovered; what can be read is whole all the same.
+                drop(home.mount_with(&["-o", "shared"], &[]));
+                drop(runtime);
+            } else {
+                drop(runtime);
+                home.wheel(&["list"]);
+            }
+            drop(home.mount());
+            let mut lost = |sentence: String| {
+                tally
+                    .losses
+                    .push(format!("{what}, cut off at {point}: {sentence}"));
+            };
+            let may_be = match what {
+                "restore" => vec![&live, &old],
+                "restore of an archive" => vec![&live, &archived],
+                _ => vec![&live],
+            };
+            if !may_be.contains(&&digest(&home.live_disk("web"))) {
+                lost("the box has other contents".into());
+            }
+            if digest(&home.snapshot_disk("web", "old")) != old {
+                lost("its snapshot has other contents".into());
+            }
+            tally.compared += 2;
+            let (status, said) = home.check();
+            if status != 0 {
+                tally
+                    .losses
+                    .push(format!("{what}, cut off at {point}: {said}"));
+            }
+            home.assert_images_clean();
+            for (name, found) in observed(&home) {
+                for (snapshot, contents) in found.snapshots {
+                    let wanted = if snapshot == "old" { &old } else { &live };
+                    tally.compared += 1;
+                    if contents != *wanted {
+                        let sentence = format!("{name}'s snapshot {snapshot} has other contents");
+                        tally
+                            .losses
+                            .push(format!("{what}, cut off at {point}: {sentence}"));
+                    }
+                }
+                if name == "copy" && found.live != live {
+                    tally.losses.push(format!(
+                        "{what}, cut off at {point}: copy has other contents"
+                    ));
+                }
+            }
+            home.wheel(&["list"]);
+        }
+    }
+    tally.finish("changes cut off beside a live BoxLite");
+}
+
+impl Both<'_> {
+    /// Has the mount begin something, BoxLite do something else where the mount then stands still, and the
+    /// mount go on. Whether it stood still.
+    fn interrupt(&mut self, ours: &Ask, theirs: &Ask) -> bool {
+        let root = self.mount.root().to_owned();
+        let process = self.mount.process();
+        let boxlite = &mut self.boxlite;
+        let (by_us, by_them, stopped) = thread::scope(|scope| {
+            let by_us = scope.spawn(|| by_mount(&root, ours));
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !is_stopped(process) && !by_us.is_finished() && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let stopped = is_stopped(process);
+            let by_them = scope.spawn(|| by_boxlite(boxlite, theirs));
+            let begun = Instant::now();
+            while !by_them.is_finished() && begun.elapsed() < MEANWHILE {
+                thread::sleep(Duration::from_millis(1));
+            }
+            // SAFETY: kill takes no memory; the process is a child of ours that was not waited for.
+            unsafe { libc::kill(process as i32, libc::SIGCONT) };
+            let by_us = by_us.join().expect("it does not panic");
+            (by_us, by_them.join().expect("it does not panic"), stopped)
+        });
+        self.judge(ours, by_us, theirs, by_them);
+        stopped
+    }
+}
+
+/// Whether a process was stopped by a signal.
+fn is_stopped(process: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, fields)| fields.starts_with('T'))
+}

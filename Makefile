@@ -4,9 +4,8 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 # mount(8) looks for mount.boxlite nowhere else. Cargo builds it as mount-boxlite: it allows no dot.
 SBINDIR ?= /sbin
-# What is built and installed: release, or debug with the FEATURES of tests.
+# What is built and installed: release, or debug, which has the crash points of the tests.
 BUILD ?= release
-FEATURES ?=
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 BUILT := $(TARGET)/$(BUILD)
@@ -15,18 +14,21 @@ CARGO_DEB := 3.8.0
 # Of each fuzz target.
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup build test model fuzz torture demo bench screenshots install uninstall deb fresh-machine clean fmt
+.PHONY: help setup build check test test-all test-rest model fuzz torture demo bench screenshots install uninstall deb fresh-machine clean fmt
 
 help:
 	@echo 'make build                 boxlitefs, mount-boxlite, manual and completions, in $(BUILT)'
-	@echo 'make test                  formatting, lints and all tests'
+	@echo 'make check                 formatting, lints, and the tests that need no program but Rust'
+	@echo 'make test                  and those that judge a change: real mounts, BoxLite, faults'
+	@echo '     [T=NAME]              only those with NAME in their names, and what they print'
+	@echo 'make test-all              and the rest: every program, longer slices, a new Debian, fuzzing'
 	@echo 'make model                 random sequences of all that can be done, against a model of the disks'
-	@echo '     [MODEL_STEPS=10000]   [MODEL_SEED=...] has a failure again; make test has 2000 steps'
+	@echo '     [MODEL_STEPS=10000]   [MODEL_SEED=...] has a failure again; make test-all has 2000 steps'
 	@echo 'make fuzz                  gives damaged disks and archives to what reads them; tests/fuzz'
 	@echo '     [FUZZ_SECONDS=$(FUZZ_SECONDS)]    for each; FUZZ_TARGETS="guest chain archive manifest"'
 	@echo '     [FUZZ_INPUT=FILE]     what one target failed at, again'
 	@echo 'make torture               kills, lost power, full disks, damaged archives, many at once: at length, and a table'
-	@echo '     [TORTURE_TESTS="crash many"]'
+	@echo '     [TORTURE_TESTS="power_loss many"]'
 	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
 	@echo 'make bench                 what it costs, beside BoxLite, qemu-img and cp; docs/performance.md'
 	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
@@ -39,22 +41,40 @@ help:
 	@echo 'make fmt, make clean'
 
 setup:
-	@tests/setup.sh $(VENV)
+	@tests/setup.sh $(VENV) all
 
-build:
-	cargo build $(if $(filter release,$(BUILD)),--release) --workspace $(if $(FEATURES),--features $(FEATURES))
-	$(BUILT)/boxlitefs manual $(BUILT)/share
-
-test: setup
+check:
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
-	cargo clippy --workspace --all-targets --features crash-points -- -D warnings
-	cargo build --workspace --features crash-points
-	BOXLITE_PYTHON=$(VENV)/bin/python cargo test --workspace --features crash-points
+	cargo clippy --workspace --all-targets -- -D warnings
+	tests/run check
 
+# T=NAME: the tests with that in their names, and what they print.
+test:
+ifdef T
+	@tests/setup.sh $(VENV) test
+	tests/run $(T)
+else
+	@tests/setup.sh $(VENV) test
+	cargo fmt --all --check
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	tests/run test
+endif
+
+test-all: test
+	$(MAKE) --no-print-directory test-rest
+
+# What `make test-all` has besides. The package is that of the debug build, which is there already.
+test-rest: setup
+	tests/run rest
+	$(MAKE) --no-print-directory fresh-machine BUILD=debug
+	$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=60
+
+model: export NEXTEST_PROFILE := torture
 model: export MODEL_STEPS := $(or $(MODEL_STEPS),10000)
 model: setup
-	BOXLITE_PYTHON=$(VENV)/bin/python cargo test --features crash-points --test model -- --nocapture
+	tests/run model::
 
 # What earlier runs found is in $(TARGET)/fuzz, and gone on from.
 fuzz: setup
@@ -65,7 +85,7 @@ torture: setup
 	tests/torture.sh $(VENV) $(TARGET)/torture $(TORTURE_TESTS)
 
 demo:
-	@tests/setup.sh $(VENV) --boxlite-optional
+	@tests/setup.sh $(VENV) demo
 	@$(MAKE) --no-print-directory build
 	@PATH="$(TARGET)/release:$$PATH" BOXLITE_PYTHON=$(VENV)/bin/python KEEP=$(KEEP) tests/demo.sh
 
@@ -93,7 +113,7 @@ install:
 		install -D -m 0644 mount-helper/systemd/$${scope##*:} $$unit && \
 		sed -i 's|/usr/bin/boxlitefs|$(PREFIX)/bin/boxlitefs|' $$unit || exit 1; \
 	done
-	for text in README.md LICENSE docs/*.md docs/*.png; do \
+	for text in README.md CONTRIBUTING.md LICENSE docs/*.md docs/*.png; do \
 		install -D -m 0644 $$text $(DESTDIR)$(PREFIX)/share/doc/boxlitefs/$$text || exit 1; \
 	done
 

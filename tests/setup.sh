@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # What the tests and the demo need: programs, and BoxLite in a Python environment of its own.
 #
-#     setup.sh VENV [--boxlite-optional]
+#     setup.sh VENV test|all|demo
 #
+# `test` is what `make test` needs, `all` what the other tests need besides; `demo` does without
+# BoxLite where it can't be had.
 # Installs only what is missing; says what could not be had, and fails.
 set -euo pipefail
 
 venv=$1
-optional=${2:-}
+tier=$2
 boxlite=boxlite==0.10.8
 
 # Programs, each with the Debian package that has it. setup does not touch what is there: another
@@ -16,11 +18,10 @@ programs='
 cp coreutils
 fusermount3 fuse3
 mke2fs e2fsprogs
+filefrag e2fsprogs
 mkfs.xfs xfsprogs
 mkfs.btrfs btrfs-progs
-filefrag e2fsprogs
 sfdisk fdisk
-c++ g++
 qemu-img qemu-utils
 zstd zstd
 rsync rsync
@@ -29,6 +30,14 @@ busybox busybox
 sqlite3 sqlite3
 getfattr attr
 gio libglib2.0-bin
+python3 python3-venv
+unshare util-linux
+findmnt util-linux
+setpriv util-linux
+bash bash
+'
+[ "$tier" != all ] || programs+='
+c++ g++
 getfacl acl
 zip zip
 unzip unzip
@@ -40,12 +49,8 @@ restic restic
 rclone rclone
 mc mc
 perl perl
-python3 python3-venv
-unshare util-linux
-findmnt util-linux
 man man-db
 mandoc mandoc
-bash bash
 zsh zsh
 fish fish
 file file
@@ -57,7 +62,6 @@ openbox openbox
 xdotool xdotool
 import imagemagick
 dbus-daemon dbus
-setpriv util-linux
 systemd-analyze systemd
 strip binutils
 debootstrap debootstrap
@@ -117,5 +121,5 @@ if [ -n "$lacking" ]; then
 fi
 if ! have_boxlite && ! { install_boxlite && have_boxlite; }; then
     echo "setup: could not install $boxlite with pip" >&2
-    [ "$optional" = --boxlite-optional ] || exit 1
+    [ "$tier" = demo ] || exit 1
 fi

@@ -9,12 +9,13 @@ venv=$1
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
 shift 2
-[ $# -gt 0 ] || set -- crash faulty_disk full_disk hostile shared running many races model never_lost
+[ $# -gt 0 ] || set -- named_points random_moments power_loss io_errors full_disk hostile shared running \
+    many races model never_lost
 
-export TORTURE=1 TORTURE_TABLE=$out/table.tsv BOXLITE_PYTHON=$venv/bin/python
-export MODEL_STEPS=${MODEL_STEPS:-10000}
+export EXTENT=whole TORTURE_TABLE=$out/table.tsv BOXLITE_PYTHON=$venv/bin/python
+export NEXTEST_PROFILE=torture MODEL_STEPS=${MODEL_STEPS:-10000}
 rm -f "$TORTURE_TABLE"
-cargo build --workspace --features crash-points
+cargo build --workspace
 status=0
 
 # 32 processes at once, the mount's program built with ThreadSanitizer, which ends it with a status of its own
@@ -25,16 +26,16 @@ races() {
     target=$(rustc -vV | sed -n 's/^host: //p')
     program=$out/tsan/$target/debug/boxlitefs
     RUSTC_BOOTSTRAP=1 RUSTFLAGS='-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer' \
-        cargo build --features crash-points --target "$target" --target-dir "$out/tsan" &&
+        cargo build --target "$target" --target-dir "$out/tsan" &&
         BOXLITEFS_PROGRAM=$program TSAN_OPTIONS="suppressions=$PWD/tests/torture.tsan exitcode=66" \
-            cargo test --features crash-points --test many -- --nocapture of_what_32_processes
+            cargo test --test faults -- --nocapture of_what_32_processes
 }
 
 for test; do
     echo "torture: $test"
     if [ "$test" = races ]; then
         races >"$out/races.log" 2>&1 || { status=1; echo "torture: races FAILED, see $out/races.log" >&2; }
-    elif ! cargo test --features crash-points --test "$test" -- --nocapture >"$out/$test.log" 2>&1; then
+    elif ! tests/run "$test::" >"$out/$test.log" 2>&1; then
         status=1
         tail -n 40 "$out/$test.log"
         echo "torture: $test FAILED, see $out/$test.log" >&2

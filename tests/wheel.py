@@ -7,6 +7,12 @@ Each command prints one line of JSON: what BoxLite answered, or {"error": "..."}
 `batch` reads commands from standard input, a JSON array of strings a line, and runs them all in one
 runtime; it prints a line for each and goes on after an error.
 
+    wheel.py --serve
+
+Reads requests from standard input, {"home", "commands", "answers"} a line, and runs each as a batch
+in a process of its own, whose answers go to the file `answers`. It prints a line when each is done:
+loading BoxLite takes longer than most commands, and is done once.
+
 A runtime holds HOME/.lock for as long as this process lives.
 """
 
@@ -209,9 +215,9 @@ async def one(judge, words):
         return False
 
 
-async def batch(judge):
+async def batch(judge, lines):
     succeeded = True
-    for line in sys.stdin:
+    for line in lines:
         if line.strip():
             succeeded &= await one(judge, json.loads(line))
     return succeeded
@@ -219,15 +225,36 @@ async def batch(judge):
 
 async def main(home, words):
     judge = Judge(home)
-    return await (batch(judge) if words == ["batch"] else one(judge, words))
+    return await (batch(judge, sys.stdin) if words == ["batch"] else one(judge, words))
+
+
+def leave(succeeded):
+    # BoxLite's threads make one exit in five an abort, after all is done: leave without them.
+    sys.stdout.flush()
+    os._exit(0 if succeeded else 1)
+
+
+def serve():
+    import boxlite  # noqa: F401  each child has it then
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            with open(request["answers"], "w") as answers:
+                os.dup2(answers.fileno(), sys.stdout.fileno())
+            commands = [json.dumps(command) for command in request["commands"]]
+            leave(asyncio.run(batch(Judge(request["home"]), commands)))
+        os.waitpid(child, 0)
+        say({"done": True})
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+        sys.exit()
     if len(sys.argv) < 3:
         print(__doc__)
         parser().print_help()
         sys.exit(2)
-    status = 0 if asyncio.run(main(sys.argv[1], sys.argv[2:])) else 1
-    # BoxLite's threads make one exit in five an abort, after all is done: leave without them.
-    sys.stdout.flush()
-    os._exit(status)
+    leave(asyncio.run(main(sys.argv[1], sys.argv[2:])))

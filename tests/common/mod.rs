@@ -21,7 +21,9 @@
 mod process;
 mod session;
 mod small_disk;
+mod template;
 mod torture;
+mod wheel;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -40,6 +42,7 @@ use tempfile::TempDir;
 pub use process::*;
 pub use session::*;
 pub use small_disk::*;
+use template::Template;
 pub use torture::*;
 
 /// Bytes of the guest disk that [`TestHome::new`] makes.
@@ -67,9 +70,14 @@ pub const SNAPSHOT_FILES: [&str; 5] = [
     "snapshot.json",
 ];
 
-/// How long BoxLite's changes may take to show, and a mount to serve. The machine may be busy with
-/// other tests; a promise that is a time is asserted by its own test.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a test waits for an event before it fails. No promise is a time: the machine may be
+/// busy with other work.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The beginning of a script in a mount namespace of its own: the mounts of other tests, which were
+/// copied into it, would live on there after those tests have unmounted them.
+pub const LEAVE_OTHER_MOUNTS: &str = "findmnt -rn -o TARGET -t fuse.boxlite,fuse |
+    while read -r other; do umount -l -c \"$other\"; done\n";
 
 // ---- the home ---------------------------------------------------------------------------------
 
@@ -82,45 +90,42 @@ pub struct TestHome {
 impl TestHome {
     /// A home in which BoxLite has imported an ext4 disk as the box `web`.
     pub fn new() -> TestHome {
-        let home = TestHome::empty();
-        home.wheel(&["import", text(&archive()), "web"]);
-        home
+        TestHome::from_template(new_place(), Template::Web)
     }
 
     /// As [`TestHome::new`], kept in memory: for tests that go through hundreds of homes.
     pub fn in_memory() -> TestHome {
-        let home = match tempfile::tempdir_in("/dev/shm") {
-            Ok(place) => TestHome::empty_in(place),
-            Err(_) => TestHome::empty(),
-        };
-        home.wheel(&["import", text(&archive()), "web"]);
-        home
+        let place = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| new_place());
+        TestHome::from_template(place, Template::Web)
     }
 
     /// A home that BoxLite made and that has no box.
     pub fn empty() -> TestHome {
-        TestHome::empty_in(tempfile::tempdir().expect("a temporary directory"))
+        TestHome::from_template(new_place(), Template::Empty)
     }
 
-    fn empty_in(place: TempDir) -> TestHome {
+    fn from_template(place: TempDir, template: Template) -> TestHome {
+        let home = TestHome::without_home(place);
+        template.copy_to(&home.root);
+        home
+    }
+
+    /// The place of a home that is not made yet.
+    fn without_home(place: TempDir) -> TestHome {
         // The rows name canonical paths.
         let place_path = place.path().canonicalize().expect("its canonical path");
-        let root = place_path.join("home");
-        fs::create_dir(&root).expect("the home's directory");
         fs::create_dir(place_path.join("mnt")).expect("the mountpoint");
-        let home = TestHome { place, root };
-        home.wheel(&["list"]);
-        home
+        TestHome {
+            root: place_path.join("home"),
+            place,
+        }
     }
 
     /// A copy of a home, as `cp -a` makes it: its rows still name the original's directories.
     pub fn copy_of(original: &TestHome) -> TestHome {
-        let place = tempfile::tempdir().expect("a temporary directory");
-        let place_path = place.path().canonicalize().expect("its canonical path");
-        let root = place_path.join("home");
-        fs::create_dir(place_path.join("mnt")).expect("the mountpoint");
-        succeed(&["cp", "-a", text(original.root()), text(&root)]);
-        TestHome { place, root }
+        let home = TestHome::without_home(new_place());
+        succeed(&["cp", "-a", text(original.root()), text(&home.root)]);
+        home
     }
 
     /// Puts the home's files aside; [`TestHome::put_back`] makes them those of this moment again.
@@ -190,15 +195,7 @@ impl TestHome {
 
     /// As [`TestHome::wheel`], for what BoxLite may refuse: the error is its sentence.
     pub fn try_wheel(&self, command: &[&str]) -> Result<Value, String> {
-        let output = spawn_piped(&mut self.wheel_command(command))
-            .wait_with_output()
-            .expect("its output");
-        let answer = answers(&output).pop().unwrap_or_else(|| {
-            panic!(
-                "BoxLite said nothing to {command:?}: {output:?}; is the wheel in {}?",
-                python().display()
-            )
-        });
+        let answer = self.try_wheel_batch(&[command]).remove(0);
         match answer.get("error") {
             Some(error) => Err(error.to_string()),
             None => Ok(answer),
@@ -219,24 +216,7 @@ impl TestHome {
 
     /// As [`TestHome::wheel_batch`]; what was refused has an `error`.
     pub fn try_wheel_batch(&self, commands: &[&[&str]]) -> Vec<Value> {
-        let mut lines = String::new();
-        for command in commands {
-            lines += &serde_json::to_string(command).expect("JSON");
-            lines.push('\n');
-        }
-        let mut wheel = self.wheel_command(&["batch"]);
-        let mut child = spawn_piped(&mut wheel);
-        let mut input = child.stdin.take().expect("its input");
-        input.write_all(lines.as_bytes()).expect("the commands");
-        drop(input);
-        let output = child.wait_with_output().expect("its output");
-        let answers = answers(&output);
-        assert_eq!(
-            answers.len(),
-            commands.len(),
-            "BoxLite: {commands:?}: {output:?}"
-        );
-        answers
+        wheel::ask(&self.root, commands)
     }
 
     fn wheel_command(&self, command: &[&str]) -> Command {
@@ -453,6 +433,10 @@ impl TestHome {
     }
 }
 
+fn new_place() -> TempDir {
+    tempfile::tempdir().expect("a temporary directory")
+}
+
 fn spawn_piped(command: &mut Command) -> Child {
     command
         .stdin(Stdio::piped())
@@ -462,14 +446,6 @@ fn spawn_piped(command: &mut Command) -> Child {
         .unwrap_or_else(|e| {
             panic!("cannot run {}: {e}; set BOXLITE_PYTHON to a python with the wheel, or make target/venv", python().display())
         })
-}
-
-/// The lines of JSON that the wheel printed.
-fn answers(output: &Output) -> Vec<Value> {
-    String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect()
 }
 
 fn images_below(directory: &Path, images: &mut Vec<PathBuf>) {
@@ -496,12 +472,9 @@ impl Drop for Holder {
     }
 }
 
-/// The archive that homes are made from: an ext4 disk with a file in it. Made once a process.
+/// The archive that homes are made from: an ext4 disk with a file in it. Made once.
 pub fn archive() -> PathBuf {
-    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
-    ARCHIVE
-        .get_or_init(|| make_archive("web.boxlite", &[]))
-        .clone()
+    template::archive()
 }
 
 /// Makes an archive of a new ext4 disk with more arguments for the wheel; returns its path.
@@ -642,14 +615,13 @@ impl Mounted {
     /// Whether the process was killed (by a crash point), waited for.
     pub fn has_crashed(&mut self) -> bool {
         use std::os::unix::process::ExitStatusExt;
-        wait(&mut self.child, Duration::from_secs(5))
-            .is_some_and(|status| status.signal() == Some(libc::SIGKILL))
+        wait(&mut self.child, PATIENCE).is_some_and(|status| status.signal() == Some(libc::SIGKILL))
     }
 
     /// The signal that ended the process, waited for.
     pub fn ended_by(&mut self) -> Option<i32> {
         use std::os::unix::process::ExitStatusExt;
-        wait(&mut self.child, Duration::from_secs(5))?.signal()
+        wait(&mut self.child, PATIENCE)?.signal()
     }
 
     /// Whether the process still serves.

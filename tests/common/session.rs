@@ -40,7 +40,7 @@ impl Session {
     /// Has BoxLite's runtime begin. It fails at once while a mount that merges by itself has the lock, for
     /// some milliseconds; whoever starts a program then starts it again.
     fn begin(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + super::PATIENCE;
         while let Err(refusal) = self.ask(&["list"]) {
             let is_held = refusal.contains("Another BoxliteRuntime");
             assert!(is_held && Instant::now() < deadline, "BoxLite: {refusal}");

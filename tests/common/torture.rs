@@ -1,7 +1,8 @@
-//! How long the tests of faults go on, and what they count.
+//! How much the tests of faults try, and what they count.
 //!
-//! `make test` has a slice of them; `make torture` sets `TORTURE` and has all of it. Each such test says
-//! at its end what it did; with `TORTURE_TABLE` that becomes a row of the table `make torture` prints.
+//! `make test` has a slice of them, `make test-all` a longer one, and `make torture` all there is:
+//! `EXTENT` is `longer` or `whole` then. Each such test says at its end what it did; with
+//! `TORTURE_TABLE` that becomes a row of the table `make torture` prints.
 
 use std::any::Any;
 use std::env;
@@ -11,11 +12,33 @@ use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// `slice` in `make test`, `whole` in `make torture`.
-pub fn how_many(slice: usize, whole: usize) -> usize {
-    match env::var_os("TORTURE").is_some_and(|set| !set.is_empty()) {
-        true => whole,
-        false => slice,
+/// How much is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Extent {
+    /// In `make test`.
+    Slice,
+    /// In `make test-all`.
+    Longer,
+    /// In `make torture`.
+    Whole,
+}
+
+/// How much is to be tried in this run: `EXTENT`, else a slice.
+pub fn extent() -> Extent {
+    match env::var("EXTENT").as_deref() {
+        Err(_) | Ok("" | "slice") => Extent::Slice,
+        Ok("longer") => Extent::Longer,
+        Ok("whole") => Extent::Whole,
+        Ok(other) => panic!("EXTENT is slice, longer or whole, not {other}"),
+    }
+}
+
+/// One of these, as [`extent`] says.
+pub fn how_many(slice: usize, longer: usize, whole: usize) -> usize {
+    match extent() {
+        Extent::Slice => slice,
+        Extent::Longer => longer,
+        Extent::Whole => whole,
     }
 }
 
@@ -26,7 +49,8 @@ pub fn seed(what: &str) -> u64 {
     let set = env::var("TORTURE_SEED").ok();
     let seed = match set {
         Some(seed) => seed.parse().expect("TORTURE_SEED is a number"),
-        None => how_many(1, RandomState::new().hash_one(0) as usize % 1_000_000_000) as u64,
+        None if extent() == Extent::Whole => RandomState::new().hash_one(0) % 1_000_000_000,
+        None => 1,
     };
     println!("{what}: TORTURE_SEED={seed}");
     seed

@@ -191,7 +191,7 @@ fn try_changes(kind: FileSystem) {
     let seed = seed(&what);
     let mut dice = Dice::of(seed, kind);
     let mut changes = CHANGES.to_vec();
-    while changes.len() > how_many(4, CHANGES.len()) {
+    while changes.len() > how_many(2, 4, CHANGES.len()) {
         changes.swap_remove(dice.below(changes.len() as u64) as usize);
     }
     let all = Mutex::new(Tally::default());

@@ -44,7 +44,7 @@ fn home_for_many() -> (TestHome, Vec<PathBuf>, BTreeMap<String, String>) {
 
 #[test]
 fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
-    let seconds = how_many(20, 60).to_string();
+    let seconds = how_many(5, 20, 60).to_string();
     let seed = seed("32 processes at once").to_string();
     let (home, backups, digests) = home_for_many();
     // What nothing needs any more is merged in between.
@@ -247,7 +247,7 @@ fn a_client_that_is_killed_at_any_system_call_leaves_nothing_behind() {
             calls_of(&home, &mount, client)
         };
         // Every nth of all the calls that it makes, so that a slice has some of each client.
-        let every = (calls.len() / how_many(12, 400)).max(1);
+        let every = (calls.len() / how_many(4, 12, 400)).max(1);
         home.put_back("first");
         let mut mount = home.mount();
         let handles = open_files(&mount);
@@ -469,7 +469,7 @@ fn a_mount_that_is_stopped_and_continued_goes_on_where_it_was() {
 #[test]
 fn an_unmount_in_the_middle_of_everything_loses_nothing() {
     let mut tally = Tally::default();
-    for round in 0..how_many(3, 20) {
+    for round in 0..how_many(1, 3, 20) {
         let home = TestHome::in_memory();
         let mount = home.mount();
         mount.snapshot("web", "base").unwrap();

@@ -18,7 +18,7 @@ pub struct Next {
     pub by_guest: Option<&'static [u8]>,
 }
 
-pub const NEXT: [Next; 8] = [
+pub static NEXT: [Next; 8] = [
     Next {
         name: "the home is mounted again",
         by_boxlite: &[],

@@ -125,7 +125,7 @@ fn kill(process: u32) {
 
 #[test]
 fn whatever_is_killed_at_whatever_moment_nothing_is_lost() {
-    let kills = how_many(60, 1000).div_ceil(ONE_OF_EACH.len());
+    let kills = how_many(22, 60, 1000).div_ceil(ONE_OF_EACH.len());
     let seed = seed("kills at random moments");
     let all = Mutex::new(Tally::default());
     each_in_parallel(&ONE_OF_EACH, |change| {

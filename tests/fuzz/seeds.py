@@ -277,7 +277,7 @@ def main():
         chain(part / "chain", part / "seeds/chain", scratch)
         archives(part / "seeds/archive", scratch)
         manifests(part / "seeds/manifest")
-        # The archives, manifests and disks of tests/hostile.rs.
+        # The archives, manifests and disks of tests/mount/hostile.rs.
         make = Path(__file__).resolve().parent.parent / "hostile/make.py"
         run(sys.executable, "-B", make, scratch / "hostile", "--fuzz", part / "seeds")
     shutil.rmtree(out, ignore_errors=True)

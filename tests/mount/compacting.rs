@@ -507,10 +507,10 @@ fn compressed_layers_that_would_grow_stay() {
 fn a_mount_that_is_left_alone_merges_once_nobody_reads() {
     let (home, before) = mergeable();
     let contents = states(&home);
-    let mount = home.mount_with(&["-o", "compact=1"], &[]);
+    let mount = home.mount_with(&["-o", "compact=0.2"], &[]);
     let mut export = File::open(mount.at("web/export.boxlite")).unwrap();
     export.read_exact(&mut [0; 1000]).unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(4));
+    std::thread::sleep(std::time::Duration::from_millis(1500));
     assert_eq!(inodes(&home), before, "merged under a reader");
     drop(export);
     eventually("the layers are one", || backing(&home, "web") == 0);
@@ -538,12 +538,12 @@ fn a_mount_that_is_left_alone_merges_once_nobody_reads() {
 fn a_mount_does_not_merge_unasked_what_would_cost_far_more_than_it_gives() {
     let home = TestHome::new();
     write(&home, "web", "write -P 1 5M 3M");
-    let mount = home.mount_with(&["-o", "compact=1"], &[]);
+    let mount = home.mount_with(&["-o", "compact=0.2"], &[]);
     mount.snapshot("web", "a").unwrap();
     home.guest_write("web", FREE_AREA, b"little");
     mount.remove_snapshot("web", "a").unwrap();
     let before = inodes(&home);
-    std::thread::sleep(std::time::Duration::from_secs(5));
+    std::thread::sleep(std::time::Duration::from_millis(1500));
     assert_eq!(inodes(&home), before);
     let said = compact(&home);
     assert!(said.contains("2 layers became one"), "{said}");

@@ -116,9 +116,11 @@ impl Hostile {
 fn chosen(slice: usize, groups_of_many: &[&str]) -> Vec<&'static Hostile> {
     let (many, others): (Vec<_>, Vec<_>) = corpus()
         .iter()
-        .filter(|one| !one.heavy || how_many(0, 1) == 1)
+        .filter(|one| !one.heavy || extent() == Extent::Whole)
         .partition(|one| groups_of_many.contains(&one.group.as_str()));
-    let step = many.len().div_ceil(how_many(slice, many.len()).max(1));
+    let step = many
+        .len()
+        .div_ceil(how_many(slice, slice, many.len()).max(1));
     let some = many.into_iter().step_by(step.max(1));
     others.into_iter().chain(some).collect()
 }
@@ -309,7 +311,7 @@ fn what_boxlite_takes_of_the_corpus_comes_with_the_same_disk() {
     let all = corpus().iter();
     let all = all.filter(|one| !one.heavy && !matches!(one.group.as_str(), "bomb" | "sparse"));
     let (taken, others): (Vec<_>, Vec<_>) = all.partition(|one| one.becomes == Becomes::Taken);
-    let step = others.len().div_ceil(how_many(40, others.len()));
+    let step = others.len().div_ceil(how_many(40, 40, others.len()));
     let all: Vec<_> = taken
         .into_iter()
         .chain(others.into_iter().step_by(step))

@@ -656,7 +656,7 @@ fn as_other(home: &TestHome, script: &str) -> std::process::Output {
             "--mount",
             "sh",
             "-c",
-            WITH_FUSE,
+            &format!("{LEAVE_OTHER_MOUNTS}{WITH_FUSE}"),
             "sh",
             text(&device),
             script,

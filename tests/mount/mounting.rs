@@ -63,7 +63,11 @@ impl Machine {
             .replace("MNT", text(&mnt));
         Command::new("unshare")
             .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
-            .args(["bash", "-c", &format!("{INSTALLED}{script}")])
+            .args([
+                "bash",
+                "-c",
+                &format!("{LEAVE_OTHER_MOUNTS}{INSTALLED}{script}"),
+            ])
             .env("PLACE", place.path())
             .env("BOXLITEFS", binary())
             .env(

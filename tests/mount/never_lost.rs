@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::common::*;
 use serde_json::{Value, json};
@@ -826,14 +826,7 @@ fn a_retry_of_a_failed_clone_makes_the_box_or_fails() {
             assert!(said.contains("busy"), "{said}");
         }
         drop(holder);
-        let begun = Instant::now();
-        while !run(&command).status.success() {
-            assert!(
-                begun.elapsed() < Duration::from_secs(10),
-                "{tool:?} never succeeds again: {}",
-                mount.log()
-            );
-        }
+        eventually("it succeeds again", || run(&command).status.success());
         assert_is_a_box(&home, &mount, &name, &wanted);
     }
     drop(mount);
@@ -969,25 +962,18 @@ fn two_mounts_of_one_home_see_each_other_and_lose_nothing() {
     coming.write_all_at(&bytes[100_000..], 100_000).unwrap();
     drop(coming);
 
-    let soon = |what: &str, is_so: &dyn Fn() -> bool| {
-        let begun = Instant::now();
-        while !is_so() {
-            assert!(begun.elapsed() < Duration::from_secs(1), "{what}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    };
-    soon("the import", &|| two.names("") == ["coming", "web"]);
+    eventually("the import", || two.names("") == ["coming", "web"]);
     assert_eq!(two.names("web/snapshots"), [""; 0]);
     one.snapshot("web", "a").unwrap();
-    soon("a by the first", &|| two.names("web/snapshots") == ["a"]);
+    eventually("a by the first", || two.names("web/snapshots") == ["a"]);
     fs::create_dir(two.at("web/snapshots/b")).unwrap();
-    soon("b by the second", &|| {
+    eventually("b by the second", || {
         one.names("web/snapshots") == ["a", "b"]
     });
     one.remove_snapshot("web", "b").unwrap();
-    soon("b is gone", &|| two.names("web/snapshots") == ["a"]);
+    eventually("b is gone", || two.names("web/snapshots") == ["a"]);
     fs::remove_dir(two.at("web/snapshots/a")).unwrap();
-    soon("a is gone", &|| one.names("web/snapshots").is_empty());
+    eventually("a is gone", || one.names("web/snapshots").is_empty());
 
     let made: BTreeSet<String> = std::thread::scope(|scope| {
         let threads =
@@ -1012,10 +998,8 @@ fn two_mounts_of_one_home_see_each_other_and_lose_nothing() {
     });
     assert!(made.len() >= 2, "{made:?}");
     let sorted: Vec<String> = made.iter().cloned().collect();
-    soon("all in the first", &|| one.names("web/snapshots") == sorted);
-    soon("all in the second", &|| {
-        two.names("web/snapshots") == sorted
-    });
+    eventually("all in the first", || one.names("web/snapshots") == sorted);
+    eventually("all in the second", || two.names("web/snapshots") == sorted);
     assert_eq!(names_of(&home.wheel(&["snapshot-list", "web"])), made);
     for name in &made {
         assert_eq!(digest(&home.snapshot_disk("web", name)), wanted, "{name}");

@@ -198,7 +198,7 @@ fn the_export_of_a_box_that_runs_is_its_disk_at_one_moment() {
     let elsewhere = TestHome::empty();
     let mut tally = Tally::default();
     let target = home.beside("out.boxlite");
-    for round in 0..how_many(6, 100) {
+    for round in 0..how_many(6, 6, 100) {
         let name = ["export.boxlite", "export.boxlite.zst"][round % 2];
         let before = machine.written();
         succeed(&["cp", "-L", text(&mount.at("web").join(name)), text(&target)]);

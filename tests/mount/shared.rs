@@ -530,7 +530,7 @@ fn two_hundred_operations_from_both_sides_lose_nothing() {
         of: "web".into(),
         name: "first".into(),
     });
-    let wanted = how_many(200, 2000);
+    let wanted = how_many(60, 200, 2000);
     let mut number = 0;
     while both.tally.operations < wanted {
         number += 1;
@@ -885,7 +885,7 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
     let cases: Vec<(&Ask, &str, &Ask)> = all
         .flat_map(|(ours, point)| theirs.iter().map(move |theirs| (ours, point, theirs)))
         .collect();
-    let step = cases.len().div_ceil(how_many(40, cases.len()));
+    let step = cases.len().div_ceil(how_many(20, 40, cases.len()));
     // Other cases every day.
     let first = seed("beside a live BoxLite") as usize % step;
     for (ours, point, theirs) in cases.iter().skip(first).step_by(step) {

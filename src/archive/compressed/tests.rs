@@ -78,6 +78,7 @@ fn plain(of: &Compressed) -> Vec<u8> {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn zstd_itself_makes_the_plain_archive_of_it_and_finds_its_checksums_right() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
@@ -92,6 +93,7 @@ fn zstd_itself_makes_the_plain_archive_of_it_and_finds_its_checksums_right() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn two_of_one_state_are_the_same_and_the_digest_in_them_is_right() {
     let dir = tempfile::tempdir().unwrap();
     let top = disk(dir.path());
@@ -107,6 +109,7 @@ fn two_of_one_state_are_the_same_and_the_digest_in_them_is_right() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn any_place_of_a_stream_has_the_bytes_of_the_whole() {
     let dir = tempfile::tempdir().unwrap();
     let top = disk(dir.path());
@@ -137,6 +140,7 @@ fn any_place_of_a_stream_has_the_bytes_of_the_whole() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_small_change_makes_few_new_frames_and_the_size_is_found_without_the_others() {
     let dir = tempfile::tempdir().unwrap();
     let top = disk(dir.path());
@@ -156,6 +160,7 @@ fn a_small_change_makes_few_new_frames_and_the_size_is_found_without_the_others(
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_layer_that_was_frozen_is_recognised_by_its_bytes_once_and_then_by_its_place() {
     let dir = tempfile::tempdir().unwrap();
     let top = disk(dir.path());
@@ -170,6 +175,7 @@ fn a_layer_that_was_frozen_is_recognised_by_its_bytes_once_and_then_by_its_place
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn what_was_never_seen_is_not_worth_measuring() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
@@ -177,6 +183,7 @@ fn what_was_never_seen_is_not_worth_measuring() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn nobody_who_wants_it_any_more_ends_it_and_an_error_of_the_sink_too() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
@@ -188,6 +195,7 @@ fn nobody_who_wants_it_any_more_ends_it_and_an_error_of_the_sink_too() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn who_is_gone_ends_it_however_fast_frames_come() {
     let dir = tempfile::tempdir().unwrap();
     let top = dir.path().join("top.qcow2");
@@ -222,6 +230,7 @@ fn qemu_img_create(top: &Path) {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_fault_while_frames_are_handed_over_is_an_error_and_no_hang() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
@@ -236,6 +245,7 @@ fn a_fault_while_frames_are_handed_over_is_an_error_and_no_hang() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_disk_that_changes_meanwhile_is_an_error_and_no_mixture() {
     let dir = tempfile::tempdir().unwrap();
     let top = disk(dir.path());

@@ -222,6 +222,7 @@ fn skippable(len: u32) -> Vec<u8> {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_good_archive_arrives_whatever_its_order_and_pieces() {
     let b = Packer::new();
     for order in [
@@ -245,6 +246,7 @@ fn a_good_archive_arrives_whatever_its_order_and_pieces() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn every_tar_format_is_read() {
     let b = Packer::new();
     for format in ["v7", "oldgnu", "gnu", "ustar", "posix"] {
@@ -263,6 +265,7 @@ fn every_tar_format_is_read() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_name_and_a_size_may_stand_in_extension_headers() {
     let b = Packer::new();
     let pax = b.python(
@@ -276,6 +279,7 @@ fn a_name_and_a_size_may_stand_in_extension_headers() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn several_frames_are_one_archive() {
     let b = Packer::new();
     let tar = b.tar(&["disk.qcow2", "manifest.json"]);
@@ -316,6 +320,7 @@ fn several_frames_are_one_archive() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn padding_may_follow_and_nothing_else() {
     let b = Packer::new();
     let tar = b.plain();
@@ -355,6 +360,7 @@ impl Packer {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn holes_of_a_gnu_sparse_member_stay_holes() {
     let b = Packer::new();
     // A qcow2 with much unused space inside: more pieces than fit into the first header.
@@ -414,6 +420,7 @@ fn holes_of_a_gnu_sparse_member_stay_holes() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn zeros_of_a_plain_member_become_holes() {
     let b = Packer::new();
     fs::File::create(b.path().join("raw"))
@@ -439,6 +446,7 @@ fn zeros_of_a_plain_member_become_holes() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_truncated_archive_is_never_complete() {
     let b = Packer::new();
     let tar = b.tar(&["disk.qcow2", "manifest.json"]);
@@ -480,6 +488,7 @@ fn a_truncated_archive_is_never_complete() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_flipped_bit_never_brings_another_disk() {
     let b = Packer::new();
     let tar = b.tar(&["disk.qcow2", "manifest.json"]);
@@ -517,6 +526,7 @@ fn a_flipped_bit_never_brings_another_disk() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_lone_zero_block_is_no_end() {
     let b = Packer::new();
     let mut tar = b.plain();
@@ -526,6 +536,7 @@ fn a_lone_zero_block_is_no_end() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_disk_other_than_the_manifest_says_is_refused() {
     let b = Packer::new();
     b.manifest("3", &format!("sha256:{}", "0".repeat(64)));
@@ -541,6 +552,7 @@ fn a_disk_other_than_the_manifest_says_is_refused() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_manifest_of_an_unknown_version_is_refused() {
     let b = Packer::new();
     for version in ["0", "6", "4294967296", "\"3\""] {
@@ -559,6 +571,7 @@ fn a_manifest_of_an_unknown_version_is_refused() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn only_the_known_members_are_accepted() {
     let b = Packer::new();
     let both = ["manifest.json", "disk.qcow2"];
@@ -623,6 +636,7 @@ fn only_the_known_members_are_accepted() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn extension_headers_are_bounded() {
     let b = Packer::new();
     for kind in ["GNUTYPE_LONGNAME", "GNUTYPE_LONGLINK", "XHDTYPE"] {
@@ -669,6 +683,7 @@ fn sparse_header(name: &str, stored: u64, real: u64, pieces: &[(u64, u64)]) -> V
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_sparse_map_must_add_up() {
     let b = Packer::new();
     for (stored, real, pieces) in [
@@ -702,6 +717,7 @@ fn a_sparse_map_must_add_up() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_sparse_manifest_is_read() {
     let b = Packer::new();
     let json = fs::read(b.path().join("manifest.json")).unwrap();
@@ -718,6 +734,7 @@ fn a_sparse_manifest_is_read() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_disk_that_cannot_fit_is_refused_before_it_is_written() {
     let b = Packer::new();
     let mut header = tar::Header::new_gnu();
@@ -734,6 +751,7 @@ fn a_disk_that_cannot_fit_is_refused_before_it_is_written() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_disk_is_no_larger_than_it_may_be() {
     let b = Packer::new();
     let archive = b.plain();
@@ -767,6 +785,7 @@ fn a_disk_is_no_larger_than_it_may_be() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn holes_that_would_take_minutes_are_refused_before_they_are_hashed() {
     let b = Packer::new();
     let most = MOST_HOLES;
@@ -785,6 +804,7 @@ fn holes_that_would_take_minutes_are_refused_before_they_are_hashed() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_full_file_system_is_said_so() {
     let b = Packer::new();
     let small = b.path().join("small");
@@ -817,6 +837,7 @@ fn a_full_file_system_is_said_so() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_window_over_128_mib_is_refused() {
     let b = Packer::new();
     let tar = b.plain();
@@ -826,6 +847,7 @@ fn a_window_over_128_mib_is_refused() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_disk_that_cannot_stand_alone_is_refused() {
     let b = Packer::new();
     let refused = |why: &str| {
@@ -892,6 +914,7 @@ fn a_disk_that_cannot_stand_alone_is_refused() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn nothing_written_is_no_archive_and_leaves_nothing() {
     let b = Packer::new();
     let (mut incoming, to) = b.begin();
@@ -908,6 +931,7 @@ fn nothing_written_is_no_archive_and_leaves_nothing() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_complete_archive_that_nobody_finished_leaves_nothing() {
     let b = Packer::new();
     let (mut incoming, to) = b.begin();
@@ -966,6 +990,7 @@ impl Packer {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_large_archive_completes_in_the_write_that_brings_its_end() {
     let b = Packer::large();
     let tar = b.disk_first();
@@ -990,6 +1015,7 @@ fn a_large_archive_completes_in_the_write_that_brings_its_end() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn the_holes_of_a_large_disk_take_no_room() {
     let b = Packer::large();
     let (mut incoming, to) = b.begin();
@@ -1008,6 +1034,7 @@ fn the_holes_of_a_large_disk_take_no_room() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_large_archive_that_ends_early_is_told_where() {
     let b = Packer::large();
     let frames = b.frames(&b.disk_first(), 2 << 20);
@@ -1032,6 +1059,7 @@ fn a_large_archive_that_ends_early_is_told_where() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn damage_in_a_large_archive_is_told_before_its_end() {
     let b = Packer::large();
     let tar = b.disk_first();
@@ -1051,6 +1079,7 @@ fn damage_in_a_large_archive_is_told_before_its_end() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_file_system_that_fills_up_behind_is_said_so() {
     let b = Packer::large();
     let small = b.path().join("small");
@@ -1121,6 +1150,7 @@ fn status(field: &str) -> usize {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_large_archive_takes_little_memory_and_leaves_no_thread() {
     if !is_alone("a_large_archive_takes_little_memory_and_leaves_no_thread") {
         return;

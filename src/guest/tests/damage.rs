@@ -140,11 +140,13 @@ fn damage(image: &Image, rounds: u64, seed: u64) {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn damaged_ext2_ends_in_errors() {
     damage(&small("-t ext2 -b 1024"), 1000, 1);
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn damaged_ext4_ends_in_errors() {
     damage(
         &small("-t ext4 -b 1024 -O ^metadata_csum,^has_journal"),
@@ -154,12 +156,14 @@ fn damaged_ext4_ends_in_errors() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn damaged_inline_data_ends_in_errors() {
     let options = "-t ext4 -b 1024 -O inline_data,^metadata_csum,^has_journal";
     damage(&small(options), 1000, 3);
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn damage_is_seen_by_checksums() {
     damage(
         &small("-t ext4 -b 1024 -O metadata_csum,^has_journal"),
@@ -169,6 +173,7 @@ fn damage_is_seen_by_checksums() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_damaged_journal_ends_in_errors() {
     let image = small("-t ext4 -b 1024 -J size=1 -O ^metadata_csum");
     let block = tempfile::NamedTempFile::new().unwrap();
@@ -192,6 +197,7 @@ fn a_damaged_journal_ends_in_errors() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn absurd_superblocks_take_neither_memory_nor_time() {
     let image = small("-t ext4 -b 1024 -O ^metadata_csum,64bit,^has_journal");
     let file = File::options()
@@ -221,6 +227,7 @@ fn block_of(image: &Image, file: &str, number: u32) -> u32 {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_directory_that_has_one_block_again_and_again_is_refused() {
     let image = small("-t ext2 -b 1024");
     let file = File::options().write(true).open(&image.path).unwrap();
@@ -245,6 +252,7 @@ fn a_directory_that_has_one_block_again_and_again_is_refused() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_journal_that_is_larger_than_its_disk_is_refused() {
     let image = small("-t ext3 -b 1024 -J size=1");
     let commands = ["journal_open", "journal_write -r 900", "journal_close"];

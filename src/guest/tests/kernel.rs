@@ -232,31 +232,37 @@ fn compare_image(image: &Image) {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn ext2_with_blocks_of_1k_is_as_the_kernel_says() {
     compare("-t ext2 -b 1024", 1024);
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn ext3_with_short_inodes_is_as_the_kernel_says() {
     compare("-t ext3 -b 4096 -I 128", 4096);
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn ext4_as_it_is_made_today_is_as_the_kernel_says() {
     compare("-t ext4 -b 4096", 4096);
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn ext4_with_blocks_of_1k_and_no_checksums_is_as_the_kernel_says() {
     compare("-t ext4 -b 1024 -O ^metadata_csum,^64bit", 1024);
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn ext4_with_data_in_inodes_is_as_the_kernel_says() {
     compare("-t ext4 -b 1024 -O inline_data,metadata_csum,64bit", 1024);
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn ext4_with_descriptors_here_and_there_is_as_the_kernel_says() {
     compare(
         "-t ext4 -b 1024 -g 1024 -O meta_bg,^resize_inode,^flex_bg",
@@ -265,11 +271,13 @@ fn ext4_with_descriptors_here_and_there_is_as_the_kernel_says() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn ext4_with_clusters_is_as_the_kernel_says() {
     compare("-t ext4 -b 4096 -O bigalloc -C 16384", 4096);
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn files_the_kernel_wrote_are_as_it_says() {
     let image = mke2fs("128M", "-t ext4 -b 1024 -O ea_inode,metadata_csum", None);
     let Some(mounted) = Mounted::at(&image.path, "rw") else {
@@ -298,6 +306,7 @@ fn files_the_kernel_wrote_are_as_it_says() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn what_was_set_aside_and_never_written_is_zeros_and_a_hole() {
     let tree = tempfile::tempdir().unwrap();
     fs::write(tree.path().join("secret"), noise(1 << 20, 9)).unwrap();

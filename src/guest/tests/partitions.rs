@@ -72,6 +72,7 @@ fn assert_places(guest: &Guest, disk: &Path) {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn partitions_of_a_gpt_have_the_numbers_linux_gives_them() {
     let script = "label: gpt\n1: start=2048, size=16384\n3: start=20480, size=16384\n\
                   4: start=40960, size=8192\n";
@@ -96,6 +97,7 @@ fn partitions_of_a_gpt_have_the_numbers_linux_gives_them() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn logical_partitions_of_an_mbr_count_from_five() {
     let script = "label: dos\n1: start=2048, size=16384, type=83\n\
                   2: start=20480, size=81920, type=5\n\
@@ -117,6 +119,7 @@ fn logical_partitions_of_an_mbr_count_from_five() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_chain_of_logical_partitions_that_goes_round_ends() {
     let script = "label: dos\n1: start=2048, size=81920, type=5\n5: start=4096, size=2048\n";
     let (_dir, disk) = partitioned(script);

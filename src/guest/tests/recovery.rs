@@ -67,21 +67,25 @@ fn compare(options: &str, mount: &str) {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_journal_with_checksums_counts() {
     compare("-t ext4 -b 1024 -J size=4 -O metadata_csum,64bit", "rw");
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_journal_without_checksums_counts() {
     compare("-t ext4 -b 1024 -J size=4 -O ^metadata_csum,^64bit", "rw");
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_journal_of_ext3_with_contents_in_it_counts() {
     compare("-t ext3 -b 1024 -J size=8", "rw,data=journal");
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_transaction_that_is_not_complete_does_not_count() {
     let tree = tempfile::tempdir().unwrap();
     fs::write(tree.path().join("file"), vec![b'a'; 1024]).unwrap();
@@ -111,6 +115,7 @@ fn a_transaction_that_is_not_complete_does_not_count() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn a_block_that_was_given_up_is_not_replaced() {
     let tree = tempfile::tempdir().unwrap();
     fs::write(tree.path().join("file"), vec![b'a'; 1024]).unwrap();

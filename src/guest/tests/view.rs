@@ -11,6 +11,7 @@ fn view(image: &std::path::Path) -> Ext4 {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn another_reader_sees_the_same_files() {
     let tree = tree(1024);
     let image = mke2fs("96M", "-t ext4 -b 1024", Some(tree.path()));

@@ -32,11 +32,13 @@ use operation::{Emphasis, Sequence};
 use world::World;
 
 #[test]
+#[ignore = "slow"]
 fn long_histories_of_boxes_are_what_the_model_says() {
     run_sequences(Emphasis::Histories);
 }
 
 #[test]
+#[ignore = "slow"]
 fn families_of_boxes_are_what_the_model_says() {
     run_sequences(Emphasis::Families);
 }

@@ -576,22 +576,24 @@ impl Filesystem for Mounted {
         request: &Request,
         parent: INodeNo,
         name: &OsStr,
-        _mode: u32,
+        mode: u32,
         _umask: u32,
         _flags: i32,
         reply: ReplyCreate,
     ) {
         let (caller, name) = (caller(request), name.to_owned());
-        self.later(move |tree| match tree.create(caller, parent.0, &name) {
-            Ok((attr, opened)) => reply.created(
-                &ttl(&attr),
-                &file_attr(&attr),
-                Generation(0),
-                FileHandle(opened.handle),
-                FopenFlags::FOPEN_DIRECT_IO,
-            ),
-            Err(error) => reply.error(errno(&error)),
-        });
+        self.later(
+            move |tree| match tree.create(caller, parent.0, &name, mode) {
+                Ok((attr, opened)) => reply.created(
+                    &ttl(&attr),
+                    &file_attr(&attr),
+                    Generation(0),
+                    FileHandle(opened.handle),
+                    FopenFlags::FOPEN_DIRECT_IO,
+                ),
+                Err(error) => reply.error(errno(&error)),
+            },
+        );
     }
 
     fn read(

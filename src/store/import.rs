@@ -6,11 +6,21 @@ use serde_json::Value;
 
 use super::clone::{refuse_taken_name, write_mark};
 use super::crash::crash_point;
+use super::layers::resolve;
 use super::prepare::now;
 use super::snapshot::refuse_bad_name;
 use super::workspace::Scratch;
-use super::{Arrival, NewClone, NewSnapshotName, Store, durable};
+use super::{Arrival, Contents, NewClone, NewSnapshotName, Source, Store, durable};
+use crate::disk::{FileId, Format, Header, Layer};
 use crate::{Context, Error, Result};
+
+/// What a snapshot is made of that is copied in.
+pub enum SnapshotContents<'a> {
+    /// A complete archive.
+    Archive(&'a Arrival),
+    /// A disk state of this home, and what its export was read as.
+    Shared(&'a Source, &'a Contents),
+}
 
 impl Store {
     /// Makes a box of a complete archive.
@@ -61,6 +71,56 @@ impl Store {
     pub fn date_snapshot(&self, box_id: &str, id: &str, created_at: i64) -> Result<()> {
         self.change_beside()?
             .transaction(|rows| rows.date_snapshot(box_id, id, created_at))
+    }
+
+    /// Whether a snapshot is what the box's disk is: the layer that it reads from, and nothing over it.
+    ///
+    /// # Errors
+    /// ENOENT when the snapshot is gone, EIO.
+    pub fn is_live(&self, box_id: &str, snapshot_id: &str) -> Result<bool> {
+        let snapshot = Source::Snapshot {
+            box_id: box_id.to_owned(),
+            snapshot_id: snapshot_id.to_owned(),
+        };
+        let layer = FileId::at(&self.top_of(&snapshot)?)?;
+        let live = self.home.live_disk(box_id);
+        let Some(backing) = Header::open(&live)?.and_then(|header| header.backing_path(&live))
+        else {
+            return Ok(false);
+        };
+        Ok(FileId::at(&resolve(&backing)?)? == layer
+            && !Layer::open(&live, Format::Qcow2)?.holds_data()?)
+    }
+
+    /// Puts a snapshot that is copied in the place of one that is what the box's disk is. The archive
+    /// is complete by then, so that only the file system can fail; then the snapshot is gone, and
+    /// its contents are those of the disk.
+    ///
+    /// # Errors
+    /// EPERM when the disk changed meanwhile, and those of removing and importing a snapshot.
+    pub fn replace_snapshot(
+        &self,
+        box_id: &str,
+        snapshot_id: &str,
+        with: &SnapshotContents,
+        new: &NewSnapshotName,
+    ) -> Result<()> {
+        if !self.is_live(box_id, snapshot_id)? {
+            return Err(Error::new(
+                libc::EPERM,
+                format!(
+                    "the box changed since snapshot {} was taken, so the snapshot stays; copy to another name",
+                    new.name
+                ),
+            ));
+        }
+        self.remove_snapshot(box_id, snapshot_id)?;
+        match with {
+            SnapshotContents::Archive(arrival) => self.import_snapshot(arrival, box_id, new),
+            SnapshotContents::Shared(source, read) => {
+                self.share_snapshot(source, read, box_id, new)
+            }
+        }
     }
 
     /// Makes a snapshot of a box of a complete archive: how the snapshots of a

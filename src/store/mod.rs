@@ -44,6 +44,7 @@ pub use arrival::{Arrival, Imports, Wanted};
 pub use clone::{NewClone, NewSnapshotName};
 pub use compressed::{CacheUsage, Compression, OpenedCompressed, Packed, Waiter};
 pub use export::Contents;
+pub use import::SnapshotContents;
 pub use inside::{DiskState, Inside};
 pub use journal::Journal;
 pub use operations::{Operation, Operations, Running};

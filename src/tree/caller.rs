@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 /// The thread that made a request, as the kernel names it: 0 when it is outside our pid namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +17,7 @@ const MOST_ANCESTORS: usize = 64;
 
 impl Caller {
     /// The caller's process (thread group). None for a caller we can't see.
-    fn process(self) -> Option<u32> {
+    pub fn process(self) -> Option<u32> {
         match self.tid {
             0 => None,
             tid => status_field(tid, "Tgid:"),
@@ -46,6 +47,118 @@ impl Caller {
             .iter()
             .sum::<u64>();
         pending & (bit(libc::SIGKILL) | (ends & !kept_away)) != 0
+    }
+}
+
+/// Programs that copy whole trees, by the name they are called by. None of them reads back what it
+/// has put somewhere.
+const COPIERS: [&str; 12] = [
+    "cp", "mv", "rsync", "tar", "bsdtar", "cpio", "pax", "unzip", "7z", "borg", "restic", "gcp",
+];
+
+/// Programs that do other things as well, with the commands by which they copy.
+const COPY_COMMANDS: [(&str, &[&str]); 3] = [
+    ("busybox", &["cp", "mv", "tar", "cpio", "unzip"]),
+    ("gio", &["copy", "move"]),
+    (
+        "rclone",
+        &["copy", "copyto", "move", "moveto", "sync", "bisync"],
+    ),
+];
+
+impl Caller {
+    /// The words of its command line; none for a caller we can't see.
+    fn command_line(self) -> Vec<String> {
+        let words = self
+            .process()
+            .and_then(|process| fs::read(format!("/proc/{process}/cmdline")).ok());
+        let words = words.unwrap_or_default();
+        let words = words
+            .split(|byte| *byte == 0)
+            .filter(|word| !word.is_empty());
+        words
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .collect()
+    }
+
+    /// Whether it is a program that copies: what it makes a directory for comes into it next. A hint
+    /// that anybody can give, so only what it is shown, and which refusal it meets, goes by it.
+    pub fn copies(self) -> bool {
+        let words = self.command_line();
+        let mut words = words
+            .iter()
+            .map(|word| word.rsplit('/').next().unwrap_or(word));
+        // Python programs, as borg is one.
+        let name = words.find(|word| !word.starts_with("python") && !word.starts_with('-'));
+        let Some(name) = name else {
+            return false;
+        };
+        let commands = COPY_COMMANDS.iter().find(|(program, _)| *program == name);
+        match (commands, words.find(|word| !word.starts_with('-'))) {
+            (Some((_, commands)), Some(command)) => commands.contains(&command),
+            (Some(_), None) => false,
+            (None, _) => COPIERS.contains(&name),
+        }
+    }
+
+    /// Whether it was told to make a directory below `snapshots/NAME`, as `mkdir -p` is: that makes
+    /// `NAME` first.
+    pub fn makes_below(self, name: &str) -> bool {
+        let words = self.command_line();
+        let is_mkdir = words.first().is_some_and(|word| word.ends_with("mkdir"));
+        let of_snapshot = format!("snapshots/{name}/");
+        is_mkdir
+            && words.iter().any(|word| {
+                let below = word.split_once(&of_snapshot);
+                below.is_some_and(|(_, below)| !below.trim_matches('/').is_empty())
+            })
+    }
+
+    /// Whether the call it waits in makes this name, which must not be there yet; None where that can't
+    /// be seen. The kernel looks a name up before it is made, and does not say what for.
+    pub fn makes_exclusively(self, name: &str) -> Option<bool> {
+        let line = fs::read_to_string(format!("/proc/{}/syscall", self.tid)).ok()?;
+        let mut fields = line.split_whitespace();
+        let call: libc::c_long = fields.next()?.parse().ok()?;
+        let arguments: Vec<u64> = fields
+            .map_while(|field| u64::from_str_radix(field.strip_prefix("0x")?, 16).ok())
+            .collect();
+        let exclusive = (libc::O_CREAT | libc::O_EXCL) as u64;
+        let argument = |index: usize| arguments.get(index).copied().unwrap_or_default();
+        let (path, flags) = match call {
+            libc::SYS_openat => (argument(1), argument(2)),
+            libc::SYS_mkdirat => (argument(1), exclusive),
+            libc::SYS_symlinkat => (argument(2), exclusive),
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_open => (argument(0), argument(1)),
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_mkdir => (argument(0), exclusive),
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_symlink => (argument(1), exclusive),
+            _ => return Some(false),
+        };
+        // The directories on the way are looked up for the same call.
+        Some(flags & exclusive == exclusive && self.last_name_at(path)? == name.as_bytes())
+    }
+
+    /// The last name of the path at an address of its memory.
+    fn last_name_at(self, address: u64) -> Option<Vec<u8>> {
+        const PIECE: u64 = 256;
+        let memory = fs::File::open(format!("/proc/{}/mem", self.tid)).ok()?;
+        let mut path = Vec::new();
+        // Up to the end of a page each time: the next may not be there.
+        while path.len() < libc::PATH_MAX as usize {
+            let at = address.checked_add(path.len() as u64)?;
+            let mut piece = vec![0; (PIECE - at % PIECE) as usize];
+            memory.read_exact_at(&mut piece, at).ok()?;
+            let end = piece.iter().position(|byte| *byte == 0);
+            path.extend_from_slice(&piece[..end.unwrap_or(piece.len())]);
+            if end.is_some() {
+                let mut names = path.split(|byte| *byte == b'/').rev();
+                return names.find(|name| !name.is_empty()).map(<[u8]>::to_vec);
+            }
+        }
+        None
     }
 }
 
@@ -88,7 +201,7 @@ impl Makers {
     /// Whether the caller is one of them; a descendant of a member becomes one.
     pub fn includes(&mut self, caller: Caller) -> bool {
         let Some(process) = caller.process() else {
-            return true;
+            return self.unseen;
         };
         if self.members.get(&process).is_some_and(is_alive) {
             return true;

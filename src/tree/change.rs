@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::attr::Attr;
 use super::caller::{Caller, Makers};
 use super::handle::Opened;
-use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOTS, decode};
+use super::names::{ARCHIVE_SUFFIX, EXPORT, HIDDEN, SNAPSHOTS, VIEW, archive_stem, decode};
 use super::node::{Derived, Node};
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
 use super::staging::{Child, LooseFile, StagedBox, What};
@@ -19,8 +19,7 @@ use crate::home::{box_id, is_snapshot_name, snapshot_id};
 use crate::store::Source;
 use crate::{Error, Result};
 
-/// How long a copy into a snapshot that the same process has just taken takes it back: cp and rsync
-/// put files into a directory right after they made it.
+/// How long a program that opened an export for writing may set the file's size, times and mode.
 const FRESH: Duration = Duration::from_secs(60);
 
 /// What setattr is asked to change.
@@ -52,10 +51,12 @@ impl Tree {
                 self.dealings.lock().bring_back(id, &parent, name);
                 Node::Snapshots(id.clone())
             }
-            _ => match self.make_staged(caller, &parent, name, What::Directory)? {
-                Some(node) => node,
-                None => self.make_snapshot(caller, &parent, name)?,
-            },
+            Node::Snapshots(id) if self.exists(id) => self.make_in_snapshots(caller, id, name)?,
+            _ => {
+                self.refuse_directory(&parent, name)?;
+                self.make_staged(caller, &parent, name, What::Directory)?
+                    .ok_or_else(|| self.refuse_meaningless_directory(name))?
+            }
         };
         let attr = self.attr(caller, &node)?;
         self.tell(&node);
@@ -72,7 +73,8 @@ impl Tree {
             return Err(exists(name));
         }
         let id = box_id()?;
-        let staged = StagedBox::new(id.clone(), caller);
+        let mut staged = StagedBox::new(id.clone(), caller);
+        staged.is_made_in_by(caller);
         staging.names.insert(name.to_owned(), id.clone());
         staging.boxes.insert(id.clone(), staged);
         Ok(Node::Box(id))
@@ -89,24 +91,66 @@ impl Tree {
         ))
     }
 
-    fn make_snapshot(&self, caller: Caller, parent: &Node, name: &str) -> Result<Node> {
-        let Node::Snapshots(id) = parent else {
-            return Err(self.refuse(
-                libc::EPERM,
-                format!("{name}: a directory means something in the root (a box) and in snapshots (a snapshot) only"),
-            ));
-        };
-        self.refuse_copying_over(caller, id, name)?;
-        let snapshot = self.store.snapshot(id, name)?;
-        self.remember_fresh(&snapshot, caller);
-        Ok(Node::Snapshot(id.clone(), snapshot))
+    /// Whether a box of this id is there, and not only being made.
+    fn exists(&self, id: &str) -> bool {
+        self.names().is_ok_and(|names| names.of_id(id).is_some())
     }
 
-    /// Remembers for a while who took a snapshot.
-    fn remember_fresh(&self, snapshot: &str, caller: Caller) {
-        let mut fresh = self.fresh.lock();
-        fresh.retain(|_, (makers, taken)| taken.elapsed() < FRESH && makers.any_alive());
-        fresh.insert(snapshot.to_owned(), (Makers::begin(caller), Instant::now()));
+    /// EPERM for a directory in a box or a snapshot being made that no backup of ours has: what would
+    /// be put into it would not be kept.
+    fn refuse_directory(&self, parent: &Node, name: &str) -> Result<()> {
+        let sentence = match parent {
+            Node::Box(_) if name == SNAPSHOTS => return Ok(()),
+            Node::Box(id) if self.exists(id) => {
+                return Err(self.refuse_meaningless_directory(name));
+            }
+            Node::Snapshots(_) => return Ok(()),
+            Node::Box(_) | Node::Snapshot(..) if Derived::named(name).is_some() => format!(
+                "{name}: the guest's files come with {EXPORT}; copy without following links (cp -r, \
+                 not cp -rL; copytree(…, symlinks=True))"
+            ),
+            Node::Box(_) => format!(
+                "{name}: a box is made of {EXPORT}, box.json and {SNAPSHOTS}; other directories are \
+                 not kept, so keep them elsewhere (rsync: without --delay-updates and --partial-dir)"
+            ),
+            _ => return Err(self.refuse_meaningless_directory(name)),
+        };
+        Err(self.refuse(libc::EPERM, sentence))
+    }
+
+    fn refuse_meaningless_directory(&self, name: &str) -> Error {
+        self.refuse(
+            libc::EPERM,
+            format!("{name}: a directory means something in the root (a box) and in {SNAPSHOTS} (a snapshot) only"),
+        )
+    }
+
+    /// `mkdir` in the `snapshots` of a box that exists takes a snapshot. For a program that copies, it
+    /// makes room for one that it brings: a snapshot of today would stand under the name of an old one
+    /// until then, and for good if the tool skips what is there.
+    fn make_in_snapshots(&self, caller: Caller, id: &str, name: &str) -> Result<Node> {
+        self.refuse_copying_over(caller, id, name)?;
+        if caller.makes_below(name) {
+            return Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: nothing can be made below a snapshot; mkdir {SNAPSHOTS}/{name} takes one"),
+            ));
+        }
+        if !caller.copies() {
+            let snapshot = self.store.snapshot(id, name)?;
+            self.staging.lock().into_existing(caller, id);
+            return Ok(Node::Snapshot(id.to_owned(), snapshot));
+        }
+        let parent = Node::Snapshots(id.to_owned());
+        if self.real_child(&parent, name).is_ok() {
+            return Err(exists(name));
+        }
+        self.store
+            .refuse_unready_for_restore(id)
+            .map_err(|error| self.refuse(error.errno(), format!("snapshot {name}: {error}")))?;
+        self.staging.lock().into_existing(caller, id);
+        self.make_staged(caller, &parent, name, What::Directory)?
+            .ok_or_else(not_there)
     }
 
     /// EPERM for a process that copies a whole box over one that exists: it would put parts of the one
@@ -136,36 +180,34 @@ impl Tree {
         }
     }
 
-    /// Refuses to put something into a box that exists. Where a copy tool has just made the
-    /// snapshot it wants to put it into, that snapshot is of today's disk, and not of what is being
-    /// copied: it is taken back.
+    /// Refuses to put something into a box that exists.
     fn refuse_put(&self, caller: Caller, parent: &Node, name: &str) -> Error {
-        if role_of(parent, name) != Some(Role::Dropped) || Derived::named(name).is_some() {
+        if role_of(parent, name).is_some() || Derived::named(name).is_some() {
             self.remember_refused_copy(caller, parent);
         }
-        if let Node::Snapshot(id, snapshot) = parent {
-            let mine = self
-                .fresh
-                .lock()
-                .get_mut(snapshot)
-                .is_some_and(|(makers, taken)| taken.elapsed() < FRESH && makers.includes(caller));
-            if mine {
-                let taken_back = self.store.remove_snapshot(id, snapshot);
-                self.fresh.lock().remove(snapshot);
-                let end = match taken_back {
-                    Ok(()) => "it was taken back",
-                    Err(_) => "it stays",
-                };
-                return self.refuse(
-                    libc::EPERM,
-                    format!("{name}: snapshots can't be copied into a box that exists; the mkdir had taken one of the disk as it is now, {end}"),
-                );
-            }
+        let sentence = match parent {
+            Node::Snapshot(..) => format!(
+                "{name}: nothing can be put into a snapshot that exists; copy the snapshot to another name"
+            ),
+            _ => format!(
+                "{name}: nothing can be put into a box that exists; copy to a new name to make another"
+            ),
+        };
+        self.refuse(libc::EPERM, sentence)
+    }
+
+    /// EPERM unless the snapshot is what the box's disk is, so that nothing is lost where a snapshot
+    /// that is copied takes its place.
+    fn refuse_replacing(&self, caller: Caller, id: &str, snapshot: &str, name: &str) -> Result<()> {
+        self.refuse_copying_over(caller, id, name)?;
+        if self.store.is_live(id, snapshot)? {
+            return Ok(());
         }
-        self.refuse(
-            libc::EPERM,
-            format!("{name}: nothing can be put into a box that exists; copy to a new name to make another"),
-        )
+        Err(self.refuse_put(
+            caller,
+            &Node::Snapshot(id.to_owned(), snapshot.to_owned()),
+            name,
+        ))
     }
 
     /// A file that is to become a box's disk, under the name of its export (which the caller has
@@ -176,16 +218,17 @@ impl Tree {
         parent: &Node,
         name: &str,
     ) -> Result<Arc<StagedFile>> {
-        let Node::Box(id) = parent else {
-            return Err(self.refuse_put(caller, parent, name));
+        let id = match (parent, role_of(parent, name)) {
+            (Node::Box(id), Some(Role::BoxDisk | Role::TemporaryArchive)) => {
+                self.refuse_restore(caller, id)?;
+                id
+            }
+            (Node::Snapshot(id, snapshot), Some(Role::SnapshotDisk | Role::TemporaryArchive)) => {
+                self.refuse_replacing(caller, id, snapshot, name)?;
+                id
+            }
+            _ => return Err(self.refuse_put(caller, parent, name)),
         };
-        if !matches!(
-            role_of(parent, name),
-            Some(Role::BoxDisk | Role::TemporaryArchive)
-        ) {
-            return Err(self.refuse_put(caller, parent, name));
-        }
-        self.refuse_restore(caller, id)?;
         let place = Place {
             parent: parent.clone(),
             name: name.to_owned(),
@@ -256,10 +299,10 @@ impl Tree {
         what: What,
     ) -> Result<Option<Node>> {
         let mut staging = self.staging.lock();
-        let Some(staged) = staging.face(caller, parent) else {
+        let Some(staged) = staging.made_by(caller, parent) else {
             return Ok(None);
         };
-        if !staged.makers.take_over(caller) {
+        if !staged.is_made_in_by(caller) {
             return Err(self.refuse(
                 libc::EBUSY,
                 format!("{name}: another process is making that box"),
@@ -268,10 +311,13 @@ impl Tree {
         staged.touch();
         let id = staged.id.clone();
         let node = self.node_for_made(parent, &id, name, &what)?;
-        let directory = staged
-            .children
-            .get_mut(&parent.ino())
-            .ok_or_else(not_there)?;
+        // A directory of a box that exists was not made here.
+        let is_there = staged.committed && !matches!(parent, Node::Made(_));
+        let directory = match staged.children.get_mut(&parent.ino()) {
+            Some(directory) => directory,
+            None if is_there => staged.children.entry(parent.ino()).or_default(),
+            None => return Err(not_there()),
+        };
         if directory.contains_key(name) {
             return Err(exists(name));
         }
@@ -309,12 +355,18 @@ impl Tree {
     ///
     /// # Errors
     /// EEXIST, EPERM for what can't become anything, EROFS.
-    pub fn create(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<(Attr, Opened)> {
+    pub fn create(
+        &self,
+        caller: Caller,
+        parent: u64,
+        name: &OsStr,
+        mode: u32,
+    ) -> Result<(Attr, Opened)> {
         let parent = self.node_to_change(parent)?;
         let name = text(name)?;
         let file = match &parent {
             Node::Root => self.create_in_root(caller, name)?,
-            _ => self.create_staged(caller, &parent, name)?,
+            _ => self.create_staged(caller, &parent, name, mode)?,
         };
         file.state.lock().open = 1;
         self.tell(&file.node);
@@ -349,7 +401,7 @@ impl Tree {
 
     /// EEXIST when the box that `NAME.boxlite` would make is there or is being made.
     pub(super) fn refuse_taken_box(&self, name: &str) -> Result<()> {
-        let shown = name.strip_suffix(ARCHIVE_SUFFIX).unwrap_or(name);
+        let shown = archive_stem(name).unwrap_or(name);
         decode(shown).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
         let names = self.names()?;
         if names.id_of(shown).is_some() || self.staging.lock().names.contains_key(shown) {
@@ -361,15 +413,23 @@ impl Tree {
         Ok(())
     }
 
-    fn create_staged(&self, caller: Caller, parent: &Node, name: &str) -> Result<Arc<StagedFile>> {
-        let id = self.staging.lock().box_of(parent).unwrap_or_default();
-        if matches!(parent, Node::Made(_)) && name.ends_with(ARCHIVE_SUFFIX) {
-            // In a directory that means nothing it would be dropped, and look as if it was kept.
-            return Err(self.refuse(
-                libc::EPERM,
-                format!("{name}: an archive means nothing here; copy it to the name of a new box"),
-            ));
-        }
+    fn create_staged(
+        &self,
+        caller: Caller,
+        parent: &Node,
+        name: &str,
+        mode: u32,
+    ) -> Result<Arc<StagedFile>> {
+        let id = {
+            let mut staging = self.staging.lock();
+            let id = staging.box_of(parent).unwrap_or_default();
+            let is_mine = staging.made_by(caller, parent).is_some();
+            drop(staging);
+            if is_mine {
+                self.refuse_file(caller, parent, name, mode)?;
+            }
+            id
+        };
         let node = match parent {
             Node::Box(_) if name == EXPORT => Node::Export(Source::Live { box_id: id.clone() }),
             Node::Snapshot(_, snapshot) if name == EXPORT => Node::Export(Source::Snapshot {
@@ -382,6 +442,9 @@ impl Tree {
             parent: parent.clone(),
             name: name.to_owned(),
         };
+        if self.replaces_disk(parent, name) {
+            return self.create_over(caller, parent, name);
+        }
         let file = StagedFile::new(node, id, place);
         match self.make_staged(caller, parent, name, What::File(file.clone()))? {
             Some(_) => Ok(file),
@@ -389,10 +452,70 @@ impl Tree {
         }
     }
 
-    /// symlink(2): accepted and dropped in a box being made.
+    /// Whether a name stands for the disk of a box, or of a snapshot, that exists.
+    fn replaces_disk(&self, parent: &Node, name: &str) -> bool {
+        let is_disk = matches!(
+            role_of(parent, name),
+            Some(Role::BoxDisk | Role::SnapshotDisk | Role::TemporaryArchive)
+        );
+        is_disk
+            && match parent {
+                Node::Box(id) => self.exists(id),
+                Node::Snapshot(id, snapshot) => self.snapshot(id, snapshot).is_ok(),
+                _ => false,
+            }
+    }
+
+    /// EPERM for a file in a box or a snapshot being made whose bytes would not be kept.
+    fn refuse_file(&self, caller: Caller, parent: &Node, name: &str, mode: u32) -> Result<()> {
+        let is_refused = {
+            let mut staging = self.staging.lock();
+            let staged = staging.made_by(caller, parent);
+            staged.is_some_and(|staged| staged.refused.contains(&parent.ino()))
+        };
+        if role_of(parent, name).is_some() && !is_refused {
+            return Ok(());
+        }
+        let derived = Derived::named(name);
+        // tar makes an empty file nobody may open where a link will be, and a link in its place
+        // at its end.
+        if derived.is_some() && mode & 0o777 == 0 {
+            return Ok(());
+        }
+        {
+            let mut staging = self.staging.lock();
+            if let Some(staged) = staging.made_by(caller, parent) {
+                staged.failed = true;
+                if let Node::Snapshot(..) = parent {
+                    staged.refused.insert(parent.ino());
+                }
+            }
+        }
+        let sentence = match derived {
+            Some(_) => format!(
+                "{name}: it comes with {EXPORT}; copy without following links (cp -r, not cp -rL; \
+                 copytree(…, symlinks=True))"
+            ),
+            None => format!(
+                "{name} would not be kept: a box is made of {EXPORT}, box.json and {SNAPSHOTS}, or of \
+                 an archive that is copied to NEW{ARCHIVE_SUFFIX}"
+            ),
+        };
+        Err(self.refuse(libc::EPERM, sentence))
+    }
+
+    /// Something of a box being made was refused: what comes of the rest goes with its makers.
+    fn remember_failure(&self, caller: Caller, parent: &Node) {
+        let mut staging = self.staging.lock();
+        if let Some(staged) = staging.made_by(caller, parent) {
+            staged.failed = true;
+        }
+    }
+
+    /// symlink(2): in a box being made, the links that our boxes have, which follow from its disk.
     ///
     /// # Errors
-    /// EPERM elsewhere.
+    /// EPERM for any other, and elsewhere.
     pub fn symlink(
         &self,
         caller: Caller,
@@ -402,6 +525,13 @@ impl Tree {
     ) -> Result<Attr> {
         let parent = self.node_to_change(parent)?;
         let name = text(name)?;
+        if !is_ours(&parent, name, target) {
+            self.remember_failure(caller, &parent);
+            return Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: other links than those of our boxes would not be kept; copy what it points to, as {EXPORT}"),
+            ));
+        }
         let link = What::Link(PathBuf::from(target));
         let node = self
             .make_staged(caller, &parent, name, link)?
@@ -444,7 +574,7 @@ impl Tree {
         let (made, file) = {
             let mut staging = self.staging.lock();
             let made =
-                staging.loose_file_at(&node).is_some() || staging.face(caller, &node).is_some();
+                staging.loose_file_at(&node).is_some() || staging.made_by(caller, &node).is_some();
             (made, made.then(|| staging.file_at(&node)).flatten())
         };
         let file = file.or_else(|| self.written_over(&node, handle));
@@ -457,11 +587,30 @@ impl Tree {
                 "modes, owners, times and sizes follow from the home; they can't be set here",
             ));
         }
-        if let (Some(file), Some(size)) = (file, set.size) {
-            resize(&file, size)?;
+        if let (Some(file), Some(size)) = (&file, set.size) {
+            resize(file, size)?;
+        } else if set.size.is_some_and(|size| size > 0) {
+            return Err(self.refuse(
+                libc::EPERM,
+                "sizes follow from the home; they can't be set here",
+            ));
         }
         self.attr(caller, &node)
     }
+}
+
+/// Whether a link is one that our boxes, or snapshots, have: into the view of any mount.
+fn is_ours(parent: &Node, name: &str, target: &Path) -> bool {
+    if !matches!(parent, Node::Box(_) | Node::Snapshot(..)) {
+        return false;
+    }
+    // A box may be made of a snapshot's directory, whose links lead from further below.
+    let target = target
+        .to_str()
+        .map(|target| target.trim_start_matches("../"));
+    let below = target.and_then(|target| target.strip_prefix(&format!("{HIDDEN}/{VIEW}/")));
+    Derived::named(name).is_some()
+        && below.is_some_and(|below| below.rsplit('/').next() == Some(name))
 }
 
 /// truncate(2) on a file being made: to nothing starts it anew, to more leaves a hole at the end.

@@ -2,14 +2,16 @@
 //! is closed and when a file gets another name, whichever is last.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::Tree;
 use super::describe;
-use super::names::{ARCHIVE_SUFFIX, EXPORT, SNAPSHOT_JSON, decode};
+use super::names::{EXPORT, SNAPSHOT_JSON, archive_stem, decode};
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete};
 use super::staging::What;
-use crate::store::{NewClone, NewSnapshotName, Source};
+use crate::home::snapshot_id;
+use crate::store::{NewClone, NewSnapshotName, SnapshotContents, Source};
 use crate::{Error, Result};
 
 impl Tree {
@@ -28,23 +30,27 @@ impl Tree {
         }
         let role = state.role();
         if role == Role::Json {
+            // No verdict: closing happens for every copy of a descriptor.
+            state.refuse_partial_text()?;
             drop(state);
             self.date_snapshot(file);
             return Ok(());
         }
-        if role == Role::Dropped || !is_complete(&mut state)? {
+        if role == Role::Placeholder || !is_complete(&mut state)? {
             return Ok(());
         }
         let result = match role {
             Role::BoxDisk if file.restores => self.commit_restore(file, &state),
             Role::NewBox | Role::BoxDisk => self.commit_box(file, &state),
+            Role::SnapshotDisk if file.restores => self.replace_snapshot(file, &state),
             Role::SnapshotDisk if self.waits_for_box(file) => return Ok(()),
             Role::SnapshotDisk => self.commit_snapshot(file, &state),
-            Role::TemporaryArchive | Role::Json | Role::Dropped => return Ok(()),
+            Role::TemporaryArchive | Role::Json | Role::Placeholder => return Ok(()),
         };
         match result {
             Ok(()) => {
                 state.committed = true;
+                file.is_there.store(true, Ordering::Relaxed);
                 state.operation = None;
             }
             Err(error) => {
@@ -78,7 +84,7 @@ impl Tree {
         let shown = match &state.place.parent {
             Node::Root => {
                 let name = &state.place.name;
-                name.strip_suffix(ARCHIVE_SUFFIX).unwrap_or(name).to_owned()
+                archive_stem(name).unwrap_or(name).to_owned()
             }
             _ => self.staged_name(&file.box_id)?,
         };
@@ -112,6 +118,38 @@ impl Tree {
             } => self.store.restore(&file.box_id, source, contents),
             _ => Ok(()),
         }
+    }
+
+    /// What was written over the export of a snapshot takes its place: only as long as the box's disk
+    /// is the same, so that nothing is lost.
+    fn replace_snapshot(&self, file: &StagedFile, state: &FileState) -> Result<()> {
+        let Node::Snapshot(box_id, snapshot) = &state.place.parent else {
+            return Err(Error::new(libc::EINVAL, "that is no snapshot's directory"));
+        };
+        let row = self.snapshot(box_id, snapshot)?;
+        let new = NewSnapshotName {
+            id: snapshot_id()?,
+            name: row.name.clone(),
+            created_at: Some(row.created_at),
+        };
+        match &state.content {
+            Content::Archive(arrival) => {
+                let with = SnapshotContents::Archive(arrival);
+                self.store.replace_snapshot(box_id, snapshot, &with, &new)
+            }
+            Content::Shared {
+                source, contents, ..
+            } => {
+                let with = SnapshotContents::Shared(source, contents);
+                self.store.replace_snapshot(box_id, snapshot, &with, &new)
+            }
+            _ => Ok(()),
+        }?;
+        let mut staging = self.staging.lock();
+        if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+            staged.arrived.insert(new.id);
+        }
+        Ok(())
     }
 
     pub(super) fn staged_name(&self, box_id: &str) -> Result<String> {
@@ -153,6 +191,9 @@ impl Tree {
             }
             _ => Ok(()),
         }?;
+        if let Some(staged) = self.staging.lock().boxes.get_mut(box_id) {
+            staged.arrived.insert(snapshot_id.clone());
+        }
         // Another thread may have closed its description after the look above and before it was there.
         if let Ok((_, Some(json))) = self.snapshot_being_made(&file.box_id, &state.place.parent) {
             self.date_snapshot(&json);

@@ -7,12 +7,9 @@ use std::time::{Duration, Instant};
 use super::caller::{Caller, Makers};
 use super::node::Node;
 
-/// How long a process that does nothing more to a box is remembered. Whoever asks before each file
-/// (`rm -i`) may take his time; a file manager, which lives on, sees the box whole again after it.
-const REMEMBERED: Duration = Duration::from_secs(60);
-
-/// How long after a refusal the same process is taken to be going on with what was refused.
-const GOING_ON: Duration = Duration::from_secs(10);
+/// A process that lists a box so long after it last did something to it looks at it anew; a
+/// shorter time may lie between two portions of a listing.
+const ANEW: Duration = Duration::from_secs(2);
 
 /// What one process and its descendants did to one box.
 pub(super) struct Dealing {
@@ -22,7 +19,7 @@ pub(super) struct Dealing {
     removed: HashMap<u64, BTreeSet<String>>,
     /// Ids of the snapshots it removed after box.json: they go with the box or not at all.
     pub deferred: BTreeSet<String>,
-    refused_removal: Option<Instant>,
+    refused_removal: bool,
     refused_copy: Option<Instant>,
 }
 
@@ -33,13 +30,13 @@ impl Dealing {
             last: Instant::now(),
             removed: HashMap::new(),
             deferred: BTreeSet::new(),
-            refused_removal: None,
+            refused_removal: false,
             refused_copy: None,
         }
     }
 
     fn is_over(&self) -> bool {
-        self.last.elapsed() > REMEMBERED || !self.makers.any_alive()
+        !self.makers.any_alive()
     }
 
     /// It removed a name.
@@ -60,13 +57,12 @@ impl Dealing {
     /// It was not allowed to remove a file: it is not to get on to the snapshots.
     pub fn removal_was_refused(&mut self) {
         self.last = Instant::now();
-        self.refused_removal = Some(self.last);
+        self.refused_removal = true;
     }
 
-    /// Whether that was a moment ago.
+    /// Whether that is so, and it has not looked at the box anew since, however long ago it was.
     pub fn goes_on_removing(&self) -> bool {
         self.refused_removal
-            .is_some_and(|at| at.elapsed() < GOING_ON)
     }
 
     /// It tried to put something into the box that can't be put there: it may be copying a whole box over
@@ -76,9 +72,9 @@ impl Dealing {
         self.refused_copy = Some(self.last);
     }
 
-    /// Whether that was a moment ago.
+    /// Whether that is so, and it has not looked at the box anew since.
     pub fn goes_on_copying(&self) -> bool {
-        self.refused_copy.is_some_and(|at| at.elapsed() < GOING_ON)
+        self.refused_copy.is_some()
     }
 }
 
@@ -145,6 +141,17 @@ impl Dealings {
             if let Some(names) = dealing.removed.get_mut(&dir.ino()) {
                 names.remove(name);
             }
+        }
+    }
+
+    /// The caller lists a box: after a while, that is a new beginning, and it sees the box whole. No time
+    /// alone makes one: a process that was stopped half way goes on where it was.
+    pub fn look(&mut self, caller: Caller, box_id: &str) {
+        let is_anew = self
+            .of(caller, box_id)
+            .is_some_and(|dealing| dealing.last.elapsed() > ANEW);
+        if is_anew && let Some(dealings) = self.of_box.get_mut(box_id) {
+            dealings.retain_mut(|dealing| !dealing.makers.includes(caller));
         }
     }
 

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::names::{BOX_JSON, SNAPSHOT_JSON};
 use crate::home::{BoxRecord, SnapshotRecord, redact_secrets};
 use crate::store::Usage;
 use crate::{Error, Result};
@@ -59,9 +60,104 @@ pub(super) fn created_at(json: &[u8]) -> Option<i64> {
     serde_json::from_slice::<Value>(json).ok()?["created_at"].as_i64()
 }
 
+/// EINVAL as soon as a box.json, or a snapshot.json, that is written can't be one of ours any more.
+/// What is complete by now has the fields that every version of us has written.
+pub(super) fn refuse_foreign(is_snapshot: bool, text: &[u8]) -> Result<()> {
+    let text = text.trim_ascii();
+    let (Some(first), Some(last)) = (text.first(), text.last()) else {
+        return Ok(());
+    };
+    if *first != b'{' {
+        return Err(foreign(is_snapshot));
+    }
+    // Only what ends with a brace can be complete.
+    if *last != b'}' {
+        return Ok(());
+    }
+    let value: Value = match serde_json::from_slice(text) {
+        Ok(value) => value,
+        Err(error) if error.is_eof() => return Ok(()),
+        Err(_) => return Err(foreign(is_snapshot)),
+    };
+    let has_text = |field: &str| value[field].is_string();
+    let is_ours = if is_snapshot {
+        has_text("id") && has_text("box_id") && value["created_at"].is_i64()
+    } else {
+        has_text("id") && value["options"].is_object()
+    };
+    if !is_ours {
+        return Err(foreign(is_snapshot));
+    }
+    if is_snapshot || has_disk(&value) {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::EINVAL,
+        "box.json is of a box that never started: there is no disk in its backup to make a box of; \
+         create the box with BoxLite",
+    ))
+}
+
+/// Whether a box.json is of a box that had a disk. Older ones do not say.
+fn has_disk(value: &Value) -> bool {
+    let bytes = |field: &str| value["space"][field].as_u64();
+    (bytes("own_bytes"), bytes("shared_bytes")) != (Some(0), Some(0))
+}
+
+/// EINVAL for a text that ended in the middle.
+pub(super) fn refuse_partial(text: &[u8]) -> Result<()> {
+    if text.trim_ascii().is_empty() || serde_json::from_slice::<Value>(text).is_ok() {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::EINVAL,
+        "it ends in the middle; copy it again from the start",
+    ))
+}
+
+fn foreign(is_snapshot: bool) -> Error {
+    let name = if is_snapshot { SNAPSHOT_JSON } else { BOX_JSON };
+    Error::new(
+        libc::EINVAL,
+        format!("this is not a {name} of a backup, and nothing else of that name is kept here"),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_description_is_refused_as_soon_as_that_shows() {
+        let ours = br#"{"id":"a","options":{},"space":{"own_bytes":1,"shared_bytes":0}}"#;
+        for end in 0..=ours.len() {
+            refuse_foreign(false, &ours[..end]).unwrap();
+            assert_eq!(
+                refuse_partial(&ours[..end]).is_ok(),
+                end == 0 || end == ours.len()
+            );
+        }
+        refuse_foreign(false, br#"{"id":"a","options":{}}"#).unwrap();
+        refuse_foreign(true, br#"{"id":"s","box_id":"a","created_at":1}"#).unwrap();
+        for (is_snapshot, text) in [
+            (false, &b"1"[..]),
+            (false, b"notes"),
+            (false, b"{}"),
+            (false, b"{]}"),
+            (false, br#"{"id":"s","box_id":"a","created_at":1}"#),
+            (true, ours),
+            (
+                false,
+                br#"{"id":"a","options":{},"space":{"own_bytes":0,"shared_bytes":0}}"#,
+            ),
+        ] {
+            assert_eq!(
+                refuse_foreign(is_snapshot, text).unwrap_err().errno(),
+                libc::EINVAL,
+                "{text:?}"
+            );
+        }
+    }
 
     #[test]
     fn the_state_is_merged_and_secrets_are_hidden() {

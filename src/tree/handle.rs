@@ -8,9 +8,11 @@ use super::attr::{Attr, DirEntry};
 use super::caller::Caller;
 use super::describe;
 use super::inside::only_for_reading;
-use super::names::EXPORT;
+use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON};
 use super::node::Node;
-use super::staged_file::{Content, FileState, Role, StagedFile, is_complete, is_whole, share};
+use super::staged_file::{
+    Content, FileState, Place, Role, StagedFile, is_complete, is_whole, share,
+};
 use crate::archive::Export;
 use crate::store::{Contents, Form, Inside, Operation, Packed, Source, Spool, Wanted};
 use crate::{Error, Result};
@@ -106,6 +108,9 @@ impl Tree {
     /// ENOENT when it is gone.
     pub fn open_list(&self, caller: Caller, ino: u64) -> Result<u64> {
         let node = self.node(ino)?;
+        if let Node::Box(id) = &node {
+            self.dealings.lock().look(caller, id);
+        }
         let entries = self.list(caller, &node)?;
         Ok(self.add_handle(Handle::List(Arc::new(entries))))
     }
@@ -128,10 +133,15 @@ impl Tree {
     pub fn open_file(self: &Arc<Self>, caller: Caller, ino: u64, flags: i32) -> Result<Opened> {
         let node = self.node(ino)?;
         let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
-        if let Some(file) = self.staged_file(caller, &node) {
+        if let Some(file) = self.staged_file(caller, &node)
+            && (writes || !file.is_there.load(Ordering::Relaxed))
+        {
             return self.open_staged(file, writes, flags);
         }
         if writes {
+            if let Some(file) = self.description_to_write(caller, &node) {
+                return Ok(self.opened_for_writing(file));
+            }
             return Err(self.open_for_restore(caller, &node, flags));
         }
         if let Node::Guest(_) | Node::DiskImage(_) = &node {
@@ -193,6 +203,27 @@ impl Tree {
         })
     }
 
+    /// The description of a box, or a snapshot, that this caller has made, to bring that of the backup
+    /// it copies: checked to be one, it changes nothing but the time of a snapshot.
+    fn description_to_write(&self, caller: Caller, node: &Node) -> Option<Arc<StagedFile>> {
+        let (parent, name) = match node {
+            Node::BoxJson(id) => (Node::Box(id.clone()), BOX_JSON),
+            Node::SnapshotJson(id, snapshot) => {
+                (Node::Snapshot(id.clone(), snapshot.clone()), SNAPSHOT_JSON)
+            }
+            _ => return None,
+        };
+        let mut staging = self.staging.lock();
+        let id = staging.made_by(caller, &parent)?.id.clone();
+        let place = Place {
+            parent,
+            name: name.to_owned(),
+        };
+        let file = StagedFile::new(node.clone(), id, place);
+        file.state.lock().open = 1;
+        Some(file)
+    }
+
     /// Opens a box's export to write over it. Nothing comes of it before an archive is complete.
     ///
     /// What is written gets an inode of its own, which the kernel finds when it looks the name up again
@@ -202,6 +233,17 @@ impl Tree {
         let sentence = match node {
             Node::Export(Source::Live { box_id }) if flags & libc::O_APPEND == 0 => {
                 let directory = Node::Box(box_id.clone());
+                let begun = self.create_over(caller, &directory, EXPORT);
+                return begun.map_or_else(
+                    |error| error,
+                    |_| Error::new(libc::ESTALE, "it is written in an inode of its own"),
+                );
+            }
+            Node::Export(Source::Snapshot {
+                box_id,
+                snapshot_id,
+            }) if flags & libc::O_APPEND == 0 => {
+                let directory = Node::Snapshot(box_id.clone(), snapshot_id.clone());
                 let begun = self.create_over(caller, &directory, EXPORT);
                 return begun.map_or_else(
                     |error| error,
@@ -448,7 +490,14 @@ impl Tree {
             return Err(Error::new(libc::EPERM, "it is a box already"));
         }
         match state.role() {
-            Role::Dropped => Ok(()),
+            Role::Placeholder if bytes.is_empty() => Ok(()),
+            Role::Placeholder => Err(Error::new(
+                libc::EPERM,
+                format!(
+                    "{} takes no bytes: it follows from {EXPORT}",
+                    state.place.name
+                ),
+            )),
             Role::Json => state.put_text(offset, bytes),
             Role::NewBox | Role::BoxDisk | Role::SnapshotDisk | Role::TemporaryArchive => {
                 self.receive(file, state, bytes.is_empty())?;
@@ -537,8 +586,14 @@ impl Tree {
                 ..
             } => share(&mut state, (source, export, contents), from_offset, length)
                 .ok_or_else(unfit)?,
-            Handle::Bytes { node, bytes } if state.role() == Role::Json => {
+            Handle::Bytes { node, bytes }
+                if state.role() == Role::Json && state.describes(node) =>
+            {
                 let source = node.source().ok_or_else(unfit)?;
+                if !self.store.has_disk(&source) {
+                    // It is to be read: what it says is refused then.
+                    return Err(unfit());
+                }
                 state.content = Content::SharedJson(source);
                 length.min((bytes.len() as u64).saturating_sub(from_offset))
             }
@@ -597,7 +652,18 @@ impl Tree {
         if state.open == 0 {
             state.operation = None;
         }
-        if state.open > 0 || state.committed || matches!(state.role(), Role::Dropped | Role::Json) {
+        if state.open > 0 || state.committed || state.role() == Role::Placeholder {
+            return;
+        }
+        if state.role() == Role::Json {
+            let partial = state.refused().and_then(|()| state.refuse_partial_text());
+            drop(state);
+            if let Err(error) = partial {
+                self.store
+                    .journal()
+                    .complain(&format!("refused: a description: {error}"));
+                self.drop_staged_file(file, true);
+            }
             return;
         }
         let complete = state.refused.is_none() && is_whole(&state.content);

@@ -31,6 +31,18 @@ pub const SNAPSHOT_JSON: &str = "snapshot.json";
 /// What an archive dropped into the root ends with.
 pub const ARCHIVE_SUFFIX: &str = ".boxlite";
 
+/// What a compressed one ends with, as a copy of `export.boxlite.zst` may be called.
+const COMPRESSED_SUFFIX: &str = ".boxlite.zst";
+
+/// The name of the box that an archive of this name in the root becomes; None for what is no
+/// archive's name.
+pub fn archive_stem(name: &str) -> Option<&str> {
+    let stem = name
+        .strip_suffix(COMPRESSED_SUFFIX)
+        .or_else(|| name.strip_suffix(ARCHIVE_SUFFIX));
+    stem.filter(|stem| !stem.is_empty())
+}
+
 /// Longest name of a file system (NAME_MAX), in bytes.
 const LONGEST: usize = 255;
 

@@ -177,6 +177,16 @@ impl Node {
         }
     }
 
+    /// The snapshot that it is, or is in, if any.
+    pub fn snapshot_id(&self) -> Option<&str> {
+        match self {
+            Node::Snapshot(_, snapshot) | Node::SnapshotJson(_, snapshot) => Some(snapshot),
+            Node::Export(Source::Snapshot { snapshot_id, .. })
+            | Node::Link(_, Source::Snapshot { snapshot_id, .. }) => Some(snapshot_id),
+            _ => None,
+        }
+    }
+
     /// The state whose export, or whose description, this file is.
     pub fn source(&self) -> Option<Source> {
         match self {

@@ -206,12 +206,42 @@ impl Tree {
 
     /// A name in the box with this id is gone for the caller alone, unless the box can't be removed now.
     fn remove_for_caller(&self, caller: Caller, dir: &Node, id: &str, name: &str) -> Result<()> {
-        if let Err(error) = self.store.refuse_unready(id) {
+        let unready = self
+            .refuse_unseen(caller)
+            .and_then(|()| self.refuse_written(id))
+            .and_then(|()| self.store.refuse_unready(id));
+        if let Err(error) = unready {
             self.dealings.lock().begin(caller, id).removal_was_refused();
             return Err(self.refuse(error.errno(), format!("removal of {name}: {error}")));
         }
         self.dealings.lock().begin(caller, id).remove(dir, name);
         Ok(())
+    }
+
+    /// EPERM for a process that can't be told from others: a box goes name by name, and nobody could
+    /// say whose steps belong together.
+    fn refuse_unseen(&self, caller: Caller) -> Result<()> {
+        if caller.process().is_some() {
+            return Ok(());
+        }
+        Err(Error::new(
+            libc::EPERM,
+            "this process is in a pid namespace that the mount can't see into; remove the box from \
+             where it is mounted",
+        ))
+    }
+
+    /// EBUSY while an archive is written over the disk of the box.
+    fn refuse_written(&self, id: &str) -> Result<()> {
+        let staging = self.staging.lock();
+        let mut over = staging.files.iter().filter(|loose| loose.file.restores);
+        let is_written = over.any(|loose| loose.file.box_id == id && loose.is_written());
+        if !is_written {
+            return Ok(());
+        }
+        Err(Error::busy(
+            "an archive is being written over its disk; wait for that, or end it",
+        ))
     }
 
     /// A written file that became nothing loses its name.

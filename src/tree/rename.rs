@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::caller::Caller;
 use super::change::{exists, not_there};
 use super::names::{EXPORT, decode};
-use super::node::Node;
+use super::node::{Derived, Node};
 use super::staged_file::{Place, Role, StagedFile, role_of};
 use super::staging::What;
 use super::{Tree, text};
@@ -86,7 +86,7 @@ impl Tree {
         let role = role_of(to_dir, to);
         match (to_dir, &role) {
             (Node::Root, Some(Role::NewBox)) => self.refuse_taken_box(to)?,
-            (Node::Root, None) | (_, Some(Role::Dropped | Role::Json)) => {
+            (_, None | Some(Role::Json | Role::Placeholder)) => {
                 return Err(Error::new(
                     libc::EPERM,
                     format!("{to} can't be an archive's name"),
@@ -146,9 +146,26 @@ impl Tree {
         let mut staging = self.staging.lock();
         let to_box = staging.box_of(to_parent);
         let same_box = staging.box_of(from_parent) == to_box;
-        let Some(staged) = staging.face(caller, from_parent) else {
+        let Some(staged) = staging.made_by(caller, from_parent) else {
             return Ok(Moved::Nothing);
         };
+        if staged.child(from_parent, from).is_none() && staged.committed {
+            return Ok(Moved::Nothing);
+        }
+        let is_kept = match staged.child(from_parent, from).map(|child| &child.what) {
+            Some(What::File(_)) => role_of(to_parent, to).is_some(),
+            _ => {
+                from == to
+                    || matches!(to_parent, Node::Snapshots(_))
+                    || Derived::named(to).is_some()
+            }
+        };
+        if !is_kept {
+            return Err(self.refuse(
+                libc::EPERM,
+                format!("{to} would not be kept: it is no part of a backup"),
+            ));
+        }
         if !same_box {
             return Err(Error::new(libc::EXDEV, "that is another box; copy it"));
         }

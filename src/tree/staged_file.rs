@@ -2,13 +2,14 @@
 //! far is kept here until its name is final and its data complete.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Instant, SystemTime};
 
 use parking_lot::Mutex;
 
 use super::caller::{Caller, Makers};
-use super::names::{ARCHIVE_SUFFIX, BOX_JSON, EXPORT, SNAPSHOT_JSON};
+use super::describe;
+use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, archive_stem};
 use super::node::Node;
 use crate::archive::Export;
 use crate::store::{Arrival, Contents, Operation, Source};
@@ -28,50 +29,54 @@ pub(super) enum Role {
     SnapshotDisk,
     /// A temporary name of one of these (rsync's `.NAME.XXXXXX`, gio's `.goutputstream-XXXXXX`).
     TemporaryArchive,
-    /// box.json or snapshot.json.
+    /// box.json or snapshot.json: what they say follows from the disk that comes with them.
     Json,
-    /// Accepted and dropped.
-    Dropped,
+    /// tar makes an empty file where a link will be, and removes it at its end. It takes no bytes.
+    Placeholder,
 }
 
-/// The role a name gives; None for a name that is refused in the root.
+/// The role a name gives; None for a name whose bytes would not be kept.
 pub(super) fn role_of(parent: &Node, name: &str) -> Option<Role> {
     let temporary = temporary_for(name);
-    match parent {
-        Node::Root
-            if is_gio_temporary(name)
-                || temporary.is_some_and(|inner| inner.ends_with(ARCHIVE_SUFFIX)) =>
-        {
-            Some(Role::TemporaryArchive)
+    let (disk, json) = match parent {
+        Node::Root if archive_stem(name).is_some() && !name.starts_with('.') => {
+            return Some(Role::NewBox);
         }
-        Node::Root if name.starts_with('.') => None,
-        Node::Root => name
-            .strip_suffix(ARCHIVE_SUFFIX)
-            .filter(|stem| !stem.is_empty())
-            .map(|_| Role::NewBox),
-        Node::Box(_) | Node::Snapshot(..) => Some(match name {
-            EXPORT if matches!(parent, Node::Box(_)) => Role::BoxDisk,
-            EXPORT => Role::SnapshotDisk,
-            BOX_JSON | SNAPSHOT_JSON => Role::Json,
-            _ if temporary == Some(EXPORT) || is_gio_temporary(name) => Role::TemporaryArchive,
-            _ if matches!(temporary, Some(BOX_JSON | SNAPSHOT_JSON)) => Role::Json,
-            _ => Role::Dropped,
-        }),
-        _ => Some(Role::Dropped),
+        Node::Root => {
+            let is_archives = temporary.is_some_and(|inner| archive_stem(inner).is_some());
+            let is_temporary = is_archives || is_gio_temporary(name) || is_shortened(name);
+            return is_temporary.then_some(Role::TemporaryArchive);
+        }
+        Node::Box(_) => (Role::BoxDisk, BOX_JSON),
+        Node::Snapshot(..) => (Role::SnapshotDisk, SNAPSHOT_JSON),
+        _ => return None,
+    };
+    match name {
+        EXPORT => Some(disk),
+        _ if name == json || temporary == Some(json) => Some(Role::Json),
+        // A box is made of a snapshot that is copied into the root.
+        SNAPSHOT_JSON => Some(Role::Json),
+        _ if temporary == Some(SNAPSHOT_JSON) => Some(Role::Json),
+        _ if temporary == Some(EXPORT) || is_gio_temporary(name) => Some(Role::TemporaryArchive),
+        _ => None,
     }
 }
 
 /// The final name in a temporary one: rsync's `.NAME.XXXXXX`, rclone's `NAME.XXXXXXXX.partial`, the
-/// `NAME.part` of browsers and of KDE.
+/// `NAME.part` of browsers and of KDE, and those of other programs that upload.
 fn temporary_for(name: &str) -> Option<&str> {
     let random = |text: &str, length: usize| {
         text.len() == length && text.bytes().all(|b| b.is_ascii_alphanumeric())
     };
-    let inner = if let Some(inner) = name.strip_suffix(".part") {
+    let ends = [".part", ".filepart", ".crdownload", ".partial~"];
+    let inner = if let Some(inner) = ends.iter().find_map(|end| name.strip_suffix(end)) {
         inner
     } else if let Some(inner) = name.strip_suffix(".partial") {
         let (inner, _) = inner.rsplit_once('.').filter(|(_, end)| random(end, 8))?;
         inner
+    } else if let Some(inner) = name.strip_suffix(".tmp") {
+        let begins = [".syncthing.", "~syncthing~", "."];
+        begins.iter().find_map(|begin| inner.strip_prefix(begin))?
     } else {
         let (inner, _) = name
             .strip_prefix('.')?
@@ -80,6 +85,12 @@ fn temporary_for(name: &str) -> Option<&str> {
         inner
     };
     (!inner.is_empty()).then_some(inner)
+}
+
+/// rsync cuts a name that is too long for its `.NAME.XXXXXX`, and its suffix with it.
+fn is_shortened(name: &str) -> bool {
+    const NEARLY_LONGEST: usize = 245;
+    name.len() >= NEARLY_LONGEST && name.starts_with('.') && temporary_for(name).is_some()
 }
 
 fn is_gio_temporary(name: &str) -> bool {
@@ -127,6 +138,8 @@ pub(super) struct StagedFile {
     pub begun: Instant,
     /// Bytes written so far, as stat shows them.
     pub size: AtomicU64,
+    /// Whether it has become what its name says: from then on that is what is seen of it.
+    pub is_there: AtomicBool,
     pub state: Mutex<FileState>,
 }
 
@@ -162,6 +175,7 @@ impl StagedFile {
             created: SystemTime::now(),
             begun: Instant::now(),
             size: AtomicU64::new(0),
+            is_there: AtomicBool::new(false),
             state: Mutex::new(FileState {
                 place,
                 content: Content::Nothing,
@@ -195,7 +209,7 @@ impl StagedFile {
 
 impl FileState {
     pub fn role(&self) -> Role {
-        role_of(&self.place.parent, &self.place.name).unwrap_or(Role::Dropped)
+        role_of(&self.place.parent, &self.place.name).unwrap_or(Role::Placeholder)
     }
 
     pub fn refused(&self) -> Result<()> {
@@ -213,6 +227,7 @@ impl FileState {
 
     /// Adds bytes to a small text.
     pub fn put_text(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let is_of_snapshot = self.is_of_snapshot();
         let Content::Text(text) = &mut self.content else {
             self.content = Content::Text(Vec::new());
             return self.put_text(offset, bytes);
@@ -229,7 +244,28 @@ impl FileState {
             text.resize(end, 0);
         }
         text[start..end].copy_from_slice(bytes);
-        Ok(())
+        describe::refuse_foreign(is_of_snapshot, text)
+    }
+
+    /// Whether it is to be a snapshot.json, and no box.json.
+    fn is_of_snapshot(&self) -> bool {
+        self.place.name.contains(SNAPSHOT_JSON)
+    }
+
+    /// Whether a description is of the kind that this one is: of a box, or of a snapshot.
+    pub fn describes(&self, node: &Node) -> bool {
+        match self.is_of_snapshot() {
+            true => matches!(node, Node::SnapshotJson(..)),
+            false => matches!(node, Node::BoxJson(_)),
+        }
+    }
+
+    /// EINVAL for a box.json or snapshot.json that ended in the middle.
+    pub fn refuse_partial_text(&self) -> Result<()> {
+        match &self.content {
+            Content::Text(text) => describe::refuse_partial(text),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -244,8 +280,7 @@ pub(super) fn share(
     let end = export.len();
     let next = offset.saturating_add(length).min(end);
     match (state.role(), &mut state.content) {
-        (Role::Dropped, _) => Some(next.saturating_sub(offset)),
-        (Role::Json, _) => None,
+        (Role::Json | Role::Placeholder, _) => None,
         (_, Content::Nothing) if offset == 0 => {
             state.content = Content::Shared {
                 source: source.clone(),
@@ -334,12 +369,43 @@ mod tests {
             ),
             (&a_box, ".box.json.Ab12Cd", Some(Role::Json)),
             (&a_box, "box.json", Some(Role::Json)),
-            (&a_box, "notes.txt", Some(Role::Dropped)),
+            (&a_box, "notes.txt", None),
+            (&a_box, "snapshot.json", Some(Role::Json)),
+            (&a_box, "rootfs", None),
             (&snapshot, "export.boxlite", Some(Role::SnapshotDisk)),
             (&snapshot, "snapshot.json", Some(Role::Json)),
-            (&Node::Made(3), "export.boxlite", Some(Role::Dropped)),
+            (&snapshot, "box.json", None),
+            (&Node::Made(3), "export.boxlite", None),
+            (&Node::Root, "web.boxlite.zst", Some(Role::NewBox)),
+            (&Node::Root, ".boxlite.zst", None),
         ] {
             assert_eq!(role_of(parent, name), role, "{name} in {parent:?}");
+        }
+    }
+
+    #[test]
+    fn temporary_names_of_programs_that_upload_are_taken() {
+        for name in [
+            "web.boxlite.filepart",
+            "web.boxlite.crdownload",
+            "web.boxlite.partial~",
+            ".web.boxlite.tmp",
+            ".syncthing.web.boxlite.tmp",
+            "~syncthing~web.boxlite.tmp",
+            ".web.boxlite.zst.Ab12Cd",
+            &format!(".{}.Ab12Cd", "w".repeat(247)),
+        ] {
+            let role = role_of(&Node::Root, name);
+            assert_eq!(role, Some(Role::TemporaryArchive), "{name}");
+        }
+        for name in [
+            "web.filepart",
+            ".web.tmp",
+            "web.tmp",
+            ".tmp",
+            "~web.boxlite",
+        ] {
+            assert_eq!(role_of(&Node::Root, name), None, "{name}");
         }
     }
 }

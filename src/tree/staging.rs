@@ -5,22 +5,23 @@
 //! they made (cp and rsync create with O_EXCL what the finished box has already), everyone else
 //! sees the box.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::Tree;
 use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::caller::{Caller, Makers};
-use super::names::EXPORT;
-use super::node::Node;
+use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
+use super::node::{Derived, Node};
 use super::staged_file::StagedFile;
 use crate::{Error, Result};
 
-/// How long a maker that lives on (a file manager) is shown its staging after the last file of it
-/// was closed.
-const LINGER: Duration = Duration::from_secs(2);
+/// How long a maker that lives on, and is no program that copies, may go on putting parts of a
+/// backup into the box it has made: what it brings later is refused.
+const LINGER: Duration = Duration::from_secs(60);
 
 /// What is in a directory being made.
 pub(super) enum What {
@@ -49,9 +50,16 @@ pub(super) struct Child {
 pub(super) struct StagedBox {
     pub id: String,
     pub makers: Makers,
+    /// Those of them that are programs that copy: they are shown what they have made, and so find the
+    /// other names free. Nothing else of the mount is another to them.
+    copiers: Makers,
     pub committed: bool,
     /// Something that was to become a part of it was refused.
     pub failed: bool,
+    /// Directories of snapshots that something else than a snapshot is copied into, by inode.
+    pub refused: HashSet<u64>,
+    /// Snapshots of it that were copied in and are there now, by id.
+    pub arrived: HashSet<String>,
     pub created: SystemTime,
     used: Instant,
     /// Children by the inode of their directory; a directory has an entry from its making on.
@@ -64,12 +72,51 @@ impl StagedBox {
         StagedBox {
             id,
             makers: Makers::begin(caller),
+            copiers: Makers::default(),
             committed: false,
             failed: false,
+            refused: HashSet::new(),
+            arrived: HashSet::new(),
             created: SystemTime::now(),
             used: Instant::now(),
             children,
         }
+    }
+
+    /// What is being put into a box that exists.
+    pub fn into_existing(id: String, caller: Caller) -> StagedBox {
+        let mut staged = StagedBox::new(id, caller);
+        staged.committed = true;
+        staged
+    }
+
+    /// Whether a node is, or is in, a snapshot that is being copied in and is none yet.
+    fn is_arriving(&self, node: &Node) -> bool {
+        let directory = match node {
+            Node::Made(_) => {
+                let holds = |(ino, names): (&u64, &BTreeMap<String, Child>)| {
+                    names
+                        .values()
+                        .any(|child| child.node == *node)
+                        .then_some(*ino)
+                };
+                self.children.iter().find_map(holds)
+            }
+            node => node
+                .snapshot_id()
+                .map(|snapshot| Node::Snapshot(self.id.clone(), snapshot.to_owned()).ino()),
+        };
+        directory.is_some_and(|ino| self.arriving().any(|(_, child)| child.node.ino() == ino))
+    }
+
+    /// Snapshots that are being copied in and are none yet, by name.
+    pub fn arriving(&self) -> impl Iterator<Item = (&String, &Child)> {
+        let snapshots = Node::Snapshots(self.id.clone()).ino();
+        let names = self.children.get(&snapshots).into_iter().flatten();
+        names.filter(|(_, child)| {
+            let id = child.node.snapshot_id();
+            id.is_none_or(|id| !self.arrived.contains(id))
+        })
     }
 
     pub fn child(&self, parent: &Node, name: &str) -> Option<&Child> {
@@ -95,9 +142,35 @@ impl StagedBox {
     /// anew; a directory that only was made waits for what will be put into it.
     fn is_over(&self) -> bool {
         if !self.committed {
-            return self.failed && !self.makers.any_alive();
+            return (self.failed || self.is_hollow()) && !self.makers.any_alive();
         }
-        !self.makers.any_alive() || (self.used.elapsed() > LINGER && !self.is_written())
+        let has_makers = self.makers.any_alive();
+        !self.is_written() && (!has_makers || (self.used.elapsed() > LINGER && !self.is_copied()))
+    }
+
+    /// Whether a program that copies is still at it, be it stopped for hours.
+    fn is_copied(&self) -> bool {
+        self.copiers.any_alive()
+    }
+
+    /// The caller makes something in it.
+    pub fn is_made_in_by(&mut self, caller: Caller) -> bool {
+        let may = self.makers.take_over(caller);
+        if may && caller.copies() {
+            self.copiers.join(caller);
+        }
+        may
+    }
+
+    /// Whether files were made in it and not one of them got a byte.
+    fn is_hollow(&self) -> bool {
+        let children = self.children.values().flat_map(BTreeMap::values);
+        let mut files = children.filter_map(|child| match &child.what {
+            What::File(file) => Some(file),
+            _ => None,
+        });
+        let is_empty = |file: &Arc<StagedFile>| file.size() == 0 && Arc::strong_count(file) == 1;
+        files.next().is_some_and(is_empty) && files.all(is_empty)
     }
 
     /// Whether a file of it is open.
@@ -129,6 +202,11 @@ impl LooseFile {
             committed: false,
             used: Instant::now(),
         }
+    }
+
+    /// Whether it is open, and nothing has become of it yet.
+    pub fn is_written(&self) -> bool {
+        !self.committed && Arc::strong_count(&self.file) > 1
     }
 
     fn is_at(&self, dir: &Node, name: &str) -> bool {
@@ -194,10 +272,33 @@ impl Staging {
         self.sweep();
         let id = self.box_of(node)?;
         let staged = self.boxes.get_mut(&id)?;
-        if !staged.makers.includes(caller) && staged.committed {
-            return None;
-        }
-        Some(staged)
+        // A file or link that was made beside what the box has: only its maker was told of it.
+        let is_staged = !staged.committed
+            || matches!(node, Node::Made(_))
+            || staged.is_arriving(node)
+            || (staged.copiers.includes(caller) && caller.copies());
+        is_staged.then_some(staged)
+    }
+
+    /// The box, being made or made by this caller, that it may put parts of a backup into.
+    pub fn made_by(&mut self, caller: Caller, node: &Node) -> Option<&mut StagedBox> {
+        self.sweep();
+        let id = self.box_of(node)?;
+        let staged = self.boxes.get_mut(&id)?;
+        let may = !staged.committed || staged.is_arriving(node) || staged.makers.includes(caller);
+        may.then_some(staged)
+    }
+
+    /// The record of what is put into a box that exists.
+    pub fn into_existing(&mut self, caller: Caller, id: &str) -> &mut StagedBox {
+        self.sweep();
+        let staged = self
+            .boxes
+            .entry(id.to_owned())
+            .or_insert_with(|| StagedBox::into_existing(id.to_owned(), caller));
+        staged.makers.join(caller);
+        staged.touch();
+        staged
     }
 
     /// The caller is about to remove what has become a box: from now on he sees it as all do.
@@ -319,6 +420,55 @@ impl Tree {
         )
     }
 
+    /// What is being put into a box that exists, where the box has nothing of that name: all see it.
+    pub(super) fn arriving_child(&self, parent: &Node, name: &str) -> Option<Node> {
+        let Node::Snapshots(id) = parent else {
+            return None;
+        };
+        let mut staging = self.staging.lock();
+        staging.sweep();
+        let mut arriving = staging.boxes.get(id)?.arriving();
+        arriving.find_map(|(of, child)| (of == name).then(|| child.node.clone()))
+    }
+
+    /// Snapshots that are being copied into a box that exists.
+    pub(super) fn arriving_in(&self, id: &str) -> Vec<(String, Node, Kind)> {
+        let mut staging = self.staging.lock();
+        staging.sweep();
+        let arriving = staging
+            .boxes
+            .get(id)
+            .into_iter()
+            .flat_map(StagedBox::arriving);
+        arriving
+            .map(|(name, child)| (name.clone(), child.node.clone(), Kind::Directory))
+            .collect()
+    }
+
+    /// Whether the kernel has to be told that a name is not there, because the caller is about to make
+    /// it, as a part of the backup it copies: the box that it has made has all of them already.
+    pub(super) fn is_made_by_copy(&self, caller: Caller, parent: &Node, name: &str) -> bool {
+        let is_part = Derived::named(name).is_some()
+            || matches!(
+                (parent, name),
+                (Node::Box(_), BOX_JSON | SNAPSHOT_JSON | SNAPSHOTS)
+                    | (Node::Snapshot(..), SNAPSHOT_JSON | EXPORT)
+            );
+        if !is_part {
+            return false;
+        }
+        {
+            let mut staging = self.staging.lock();
+            let Some(staged) = staging.made_by(caller, parent) else {
+                return false;
+            };
+            if !staged.committed || staged.child(parent, name).is_some() {
+                return false;
+            }
+        }
+        caller.makes_exclusively(name) == Some(true)
+    }
+
     /// Attributes as staging has them.
     pub(super) fn staged_attr(&self, caller: Caller, node: &Node) -> Option<Attr> {
         let mut staging = self.staging.lock();
@@ -331,6 +481,7 @@ impl Tree {
         }
         match &staged.find(node)?.1.what {
             What::Directory => Some(self.made_directory(staged, node)),
+            What::File(file) if file.is_there.load(Ordering::Relaxed) => None,
             What::File(file) => Some(self.file(node, file.size(), file.created)),
             What::Link(target) => {
                 let size = target.as_os_str().len() as u64;

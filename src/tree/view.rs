@@ -86,13 +86,18 @@ impl Tree {
         if let Some(answer) = self.staged_child(caller, parent, name) {
             return answer;
         }
-        if self.has_removed(caller, parent, name) {
+        if self.has_removed(caller, parent, name) || self.is_made_by_copy(caller, parent, name) {
             return Err(not_there());
         }
-        self.real_child(parent, name)
+        self.real_child(parent, name).or_else(|error| {
+            let arriving = self.arriving_child(parent, name);
+            arriving
+                .filter(|_| error.errno() == libc::ENOENT)
+                .ok_or(error)
+        })
     }
 
-    fn real_child(&self, parent: &Node, name: &str) -> Result<Node> {
+    pub(super) fn real_child(&self, parent: &Node, name: &str) -> Result<Node> {
         let node = match parent {
             Node::Root if name == HIDDEN => Node::Hidden,
             Node::Root => {
@@ -156,7 +161,13 @@ impl Tree {
     /// What there is of a disk state. A box that never started has none yet.
     fn child_of_state(&self, source: Source, name: &str) -> Result<Node> {
         let derived = Derived::named(name);
-        if (name != EXPORT && derived.is_none()) || !self.store.has_disk(&source) {
+        // The export of a box that never started can't be opened: so a copy of the box fails, and a
+        // move that could not bring it back removes nothing.
+        let is_shown = match derived {
+            Some(_) => self.store.has_disk(&source),
+            None => name == EXPORT,
+        };
+        if !is_shown {
             return Err(not_there());
         }
         Ok(match derived {
@@ -308,8 +319,13 @@ impl Tree {
             }
             Node::Export(source) | Node::Compressed(source) => {
                 let record = self.record(source.box_id())?;
-                let contents = self.contents(node)?.ok_or_else(not_there)?;
-                let mut attr = self.file(node, contents.size, contents.changed);
+                let mut attr = match self.contents(node)? {
+                    Some(contents) => self.file(node, contents.size, contents.changed),
+                    None if matches!(node, Node::Export(Source::Live { .. })) => {
+                        self.file(node, 0, at(record.created_at))
+                    }
+                    None => return Err(not_there()),
+                };
                 attr.created = at(record.created_at);
                 Ok(attr)
             }
@@ -441,24 +457,21 @@ impl Tree {
                 self.record(id)?;
                 let mut children =
                     vec![(BOX_JSON.to_owned(), Node::BoxJson(id.clone()), Kind::File)];
-                if self.store.has_disk(&live(id)) {
-                    children.extend(exports(live(id)));
-                }
+                let of_disk = exports(live(id)).into_iter();
+                let shown = if self.store.has_disk(&live(id)) { 4 } else { 1 };
+                children.extend(of_disk.take(shown));
                 let snapshots = Node::Snapshots(id.clone());
                 children.push((SNAPSHOTS.to_owned(), snapshots, Kind::Directory));
                 children
             }
             Node::Snapshots(id) => {
                 self.record(id)?;
-                names
-                    .catalog()
-                    .snapshots_of(id)
-                    .iter()
-                    .map(|row| {
-                        let node = Node::Snapshot(id.clone(), row.id.clone());
-                        (row.name.clone(), node, Kind::Directory)
-                    })
-                    .collect()
+                let rows = names.catalog().snapshots_of(id).iter();
+                let there = rows.map(|row| {
+                    let node = Node::Snapshot(id.clone(), row.id.clone());
+                    (row.name.clone(), node, Kind::Directory)
+                });
+                there.chain(self.arriving_in(id)).collect()
             }
             Node::Snapshot(id, snapshot) => {
                 self.snapshot(id, snapshot)?;

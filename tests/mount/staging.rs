@@ -106,7 +106,7 @@ fn all_threads_and_children_of_a_process_make_one_box_together() {
     // Directories by one thread, files by others, and all of them meet.
     let backup = format!("{:?}", text(&backup));
     maker.does("concurrent.futures.ThreadPoolExecutor(1).submit(os.makedirs, m + 'new/snapshots/s').result()");
-    assert_eq!(other.fails("os.mkdir(m + 'new/mine')"), libc::EBUSY);
+    assert_eq!(other.fails("os.mkdir(m + 'new/mine')"), libc::EPERM);
     assert_eq!(
         other.fails("open(m + 'new/export.boxlite', 'wb')"),
         libc::EBUSY
@@ -122,11 +122,11 @@ fn all_threads_and_children_of_a_process_make_one_box_together() {
     maker.does(&copies.replace("BACKUP", &backup));
     let seen =
         "sorted(concurrent.futures.ThreadPoolExecutor(1).submit(os.listdir, m + 'new').result())";
-    let made = serde_json::json!(["box.json", "export.boxlite", "snapshots"]);
-    assert_eq!(maker.does(seen), made, "what it made, to its threads");
-    let by_child = "subprocess.check_output(['ls', m + 'new'], text=True).split()";
-    assert_eq!(maker.does(by_child), made, "and to its children");
-    assert_eq!(other.names("new"), BOX_FILES, "a box to others");
+    let made = serde_json::json!(BOX_FILES);
+    assert_eq!(maker.does(seen), made, "a box, to its threads");
+    let by_child = "sorted(subprocess.check_output(['ls', m + 'new'], text=True).split())";
+    assert_eq!(maker.does(by_child), made, "to its children");
+    assert_eq!(other.names("new"), BOX_FILES, "and to others");
     assert_is_like_web(&home, &mount, "new");
     // A child goes on where its parent began.
     maker.does("os.makedirs(m + 'second')");
@@ -156,11 +156,10 @@ if os.fork() == 0:                      # the one that makes directories, once t
 if os.fork() == 0:                      # the one that writes files
     shutil.copyfile(backup + "/export.boxlite", new + "/.export.boxlite.AbCdEf")
     os.rename(new + "/.export.boxlite.AbCdEf", new + "/export.boxlite")
-    assert os.listdir(new) == ["export.boxlite"], os.listdir(new)
+    assert "box.json" in os.listdir(new), os.listdir(new)
     os.write(w, b"x")
     while not os.path.isdir(new + "/snapshots/s"):
         pass
-    assert sorted(os.listdir(new)) == ["export.boxlite", "snapshots"]
     for name in ["snapshot.json", "export.boxlite"]:
         shutil.copyfile(f"{backup}/snapshots/s/{name}", f"{new}/snapshots/s/{name}")
     os._exit(0)
@@ -213,7 +212,7 @@ fn what_a_process_left_half_way_the_next_one_finishes() {
         let mut second = Process::start(&mount);
         let copy =
             format!("shutil.copytree({backup}, m + {name:?}, symlinks=True, dirs_exist_ok=True)");
-        let refused = format!("os.mkdir(m + '{name}/mine')");
+        let refused = format!("open(m + '{name}/.box.json.AbCdEf', 'wb')");
         assert_eq!(
             second.fails(&refused),
             libc::EBUSY,

@@ -6,7 +6,6 @@ use serde_json::Value;
 
 use super::clone::{refuse_taken_name, write_mark};
 use super::crash::crash_point;
-use super::prepare::now;
 use super::snapshot::refuse_bad_name;
 use super::workspace::Scratch;
 use super::{Arrival, NewClone, NewSnapshotName, Store, durable};
@@ -110,7 +109,7 @@ impl Store {
             name,
             &path,
             arrival.virtual_size(),
-            new.created_at.unwrap_or_else(now),
+            new.created_at,
         );
         prepared.settle_place(&path, recorded).map(drop)
     }

@@ -149,8 +149,9 @@ pub struct FileClock {
 /// The clock of one file system.
 #[derive(Default)]
 struct Clock {
-    /// A file without a name on it.
-    probe: Option<Arc<File>>,
+    /// A file without a name on it. Within: none where what is made lies on another (overlayfs has
+    /// several in one).
+    probe: Option<Option<Arc<File>>>,
     /// Its latest time.
     latest: Option<i128>,
     /// Our own time then: should ours go back, theirs may have as well.
@@ -197,28 +198,27 @@ impl FileClock {
     /// The time of a file system now; None where nothing can be changed on it. It is changed without a
     /// lock: that may take a while.
     fn ask(&self, file: &Stamped, make: &MakeProbe<'_>) -> Option<i128> {
-        let known = {
-            let known = self.known.lock();
-            known.get(&file.dev).and_then(|clock| clock.probe.clone())
-        };
-        let probe = match known {
+        let probe = match self.probe_on(file.dev) {
             Some(probe) => probe,
             None => {
-                let is_there = |probe: &File| probe.metadata().is_ok_and(|it| it.dev() == file.dev);
-                let probe = unnamed_beside(&file.path)
-                    .filter(is_there)
-                    .or_else(|| make().filter(is_there))?;
-                let probe = Arc::new(probe);
+                let probe = unnamed_beside(&file.path).or_else(make)?;
+                let is_there = probe.metadata().is_ok_and(|it| it.dev() == file.dev);
+                let probe = Some(Arc::new(probe)).filter(|_| is_there);
                 self.known.lock().entry(file.dev).or_default().probe = Some(probe.clone());
                 probe
             }
-        };
+        }?;
         let now = libc::timespec {
             tv_sec: 0,
             tv_nsec: libc::UTIME_NOW,
         };
         futimens(&probe, &[now, now]).ok()?;
         Some(FileState::of(&probe.metadata().ok()?).modified)
+    }
+
+    fn probe_on(&self, dev: u64) -> Option<Option<Arc<File>>> {
+        let known = self.known.lock();
+        known.get(&dev).and_then(|clock| clock.probe.clone())
     }
 
     /// Waits until the clocks of these files have moved on, at most for the longest tick there is: what
@@ -264,8 +264,18 @@ fn by_our_clock(path: &Path) -> i128 {
 fn is_local(path: &Path) -> bool {
     /// ext2 to ext4, XFS, btrfs, f2fs, tmpfs, overlayfs, squashfs, erofs, ISO 9660, FAT, ZFS, bcachefs.
     const LOCAL: [u32; 12] = [
-        0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x0102_1994, 0x794c_7630, 0x7371_7368,
-        0xe0f5_e1e2, 0x9660, 0x4d44, 0x2fc1_2fc1, 0xca45_1a4e,
+        0xef53,
+        0x5846_5342,
+        0x9123_683e,
+        0xf2f5_2010,
+        0x0102_1994,
+        0x794c_7630,
+        0x7371_7368,
+        0xe0f5_e1e2,
+        0x9660,
+        0x4d44,
+        0x2fc1_2fc1,
+        0xca45_1a4e,
     ];
     let Ok(file) = File::open(path) else {
         return false;

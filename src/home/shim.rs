@@ -275,7 +275,9 @@ impl Process {
         };
         let of_thread = |thread: fs::DirEntry| -> u64 {
             let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
-            let switches = status.lines().filter(|line| line.contains("_ctxt_switches:"));
+            let switches = status
+                .lines()
+                .filter(|line| line.contains("_ctxt_switches:"));
             let counts = switches.filter_map(|line| line.rsplit_once(':')?.1.trim().parse().ok());
             counts.fold(0, u64::wrapping_add)
         };

@@ -104,13 +104,8 @@ impl Store {
         let place = prepared.place_of(name, &new.id);
         let path = prepared.snapshot_place(&place, Some(&dir))?;
         crash_point("import.snapshot");
-        let recorded = prepared.record_snapshot(
-            &new.id,
-            name,
-            &path,
-            arrival.virtual_size(),
-            new.created_at,
-        );
+        let recorded =
+            prepared.record_snapshot(&new.id, name, &path, arrival.virtual_size(), new.created_at);
         prepared.settle_place(&path, recorded).map(drop)
     }
 

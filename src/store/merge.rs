@@ -299,6 +299,7 @@ impl Store {
         // Whatever changes them from here on shows when they are looked at again.
         self.wait_for_clock(&wanted.stamped());
         let way = self.way(&wanted, pace)?;
+        crash_point("merge.prepared");
         self.let_go_of_unread_exports();
         self.let_go_of_unused_insides();
         let mut prepared = self.ready_all(&wanted.boxes)?;

@@ -133,11 +133,7 @@ impl Store {
     /// As [`Store::open_chain`].
     pub(super) fn open_now(&self, top: &Path) -> Result<(Chain, LayerStates)> {
         let (chain, layers) = self.open_as_it_is(top)?;
-        if layers.is_settled
-            || !self
-                .clock
-                .advance(&layers.stamped(), &|| self.make_probe())
-        {
+        if layers.is_settled || !self.clock.advance(&layers.stamped(), &|| self.make_probe()) {
             return Ok((chain, layers));
         }
         // The clock has moved on: what is there now can't change unseen any more.
@@ -202,7 +198,12 @@ impl Store {
     ///
     /// # Errors
     /// Those of looking at it.
-    pub(super) fn note_stand_in(&self, image: &fs::File, chain: &Chain, upper: usize) -> Result<()> {
+    pub(super) fn note_stand_in(
+        &self,
+        image: &fs::File,
+        chain: &Chain,
+        upper: usize,
+    ) -> Result<()> {
         let meta = image.metadata().context(|| "cannot look at an image")?;
         let of = self.originals(chain, upper)?;
         let state = FileState::of_open(image, &meta);
@@ -215,7 +216,11 @@ impl Store {
     fn originals(&self, chain: &Chain, upper: usize) -> Result<Vec<FileState>> {
         let layers = chain.layers();
         let mut skipped = 0;
-        for (layer, below) in layers.iter().zip(layers.iter().skip(1)).take(upper.saturating_sub(1)) {
+        for (layer, below) in layers
+            .iter()
+            .zip(layers.iter().skip(1))
+            .take(upper.saturating_sub(1))
+        {
             let is_same_size = layer.virtual_size() == below.virtual_size();
             if !is_same_size || layer.holds_data()? {
                 break;

@@ -9,7 +9,8 @@ use super::operation::*;
 use super::world::*;
 
 /// Where a merge may be killed.
-const MERGE_POINTS: [&str; 7] = [
+const MERGE_POINTS: [&str; 8] = [
+    "merge.prepared",
     "merge.written",
     "merge.renamed",
     "merge.rebased",

@@ -277,7 +277,14 @@ fn is_local(path: &Path) -> bool {
         0x2fc1_2fc1,
         0xca45_1a4e,
     ];
-    let Ok(file) = File::open(path) else {
+    // Only to ask: whatever lies there by now is not opened.
+    let open = |path: &Path| {
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(path)
+    };
+    let Ok(file) = open(path).or_else(|_| open(path.parent().unwrap_or(path))) else {
         return false;
     };
     let mut found = std::mem::MaybeUninit::<libc::statfs>::zeroed();

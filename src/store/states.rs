@@ -256,3 +256,35 @@ impl Store {
         self.clock.latest()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::FileId;
+
+    fn state(ino: u64) -> FileState {
+        FileState {
+            id: FileId { dev: 1, ino },
+            len: 7,
+            modified: 8,
+            born: 0,
+        }
+    }
+
+    #[test]
+    fn an_image_stands_for_the_layers_it_was_written_from_until_too_many_others_were() {
+        let mut stand_ins = StandIns::default();
+        assert_eq!(stand_ins.original(state(1)), [state(1)]);
+        stand_ins.add(state(1), vec![state(2), state(3)]);
+        assert_eq!(stand_ins.original(state(1)), [state(2), state(3)]);
+        let changed = FileState {
+            modified: 9,
+            ..state(1)
+        };
+        assert_eq!(stand_ins.original(changed), [changed]);
+        for other in 0..MOST_STAND_INS as u64 {
+            stand_ins.add(state(10 + other), Vec::new());
+        }
+        assert_eq!(stand_ins.original(state(1)), [state(1)]);
+    }
+}

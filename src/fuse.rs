@@ -302,7 +302,8 @@ impl Mounted {
     }
 }
 
-/// Does in a thread of its own what waits for a clock. Without one, the request is answered with EIO.
+/// Does in a thread of its own what waits for a clock. Without one, the request is answered with
+/// EIO.
 fn apart(work: impl FnOnce() + Send + 'static) {
     let started = std::thread::Builder::new().name("wait".into()).spawn(work);
     if let Err(error) = started {

@@ -2,8 +2,9 @@
 //!
 //! A file system stamps what is written with a clock that moves in ticks: nanoseconds where it has
 //! multigrain time stamps, else 1 to 10 ms, a whole second (ext4 with inodes of 128 bytes, NFS over
-//! such), or two. Two writes within one tick leave the same time. So a state says which bytes a file
-//! has only once the clock has moved on since: then whatever is written next gets another time.
+//! such), or two. Two writes within one tick leave the same time. So a state says which bytes a
+//! file has only once the clock has moved on since: then whatever is written next gets another
+//! time.
 //!
 //! How long a tick is need not be known. A [`FileClock`] changes a file without a name on the same
 //! file system and looks which time that got: a [`Moment`]. A state that was looked at after a
@@ -32,9 +33,9 @@ const ASTRAY: Duration = Duration::from_secs(24 * 3600);
 /// Longest pause between two looks at a clock that is waited for.
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
-/// Which file it is and in which state. A rebase changes none of it, nor do a new name and a rename.
-/// A file that got the inode number of one that is gone was born later. As long as this is the same,
-/// so are the bytes, if a [`Moment`] before it was looked at is after it.
+/// Which file it is and in which state. A rebase changes none of it, nor do a new name and a
+/// rename. A file that got the inode number of one that is gone was born later. As long as this is
+/// the same, so are the bytes, if a [`Moment`] before it was looked at is after it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FileState {
     /// Which file.
@@ -117,8 +118,8 @@ fn generation(file: &File) -> Option<u32> {
 pub struct Moment(Vec<(u64, i128)>);
 
 impl Moment {
-    /// Whether a file of this file system with this time (nanoseconds since 1970), which it was seen
-    /// to have after the moment was taken, gets another one when it is changed.
+    /// Whether a file of this file system with this time (nanoseconds since 1970), which it was
+    /// seen to have after the moment was taken, gets another one when it is changed.
     pub fn is_after(&self, dev: u64, time: i128) -> bool {
         self.0.iter().any(|(of, now)| *of == dev && time < *now)
     }
@@ -177,7 +178,8 @@ impl FileClock {
         )
     }
 
-    /// Asks the clocks of these files that are not known to have moved on since. Whether all have by now.
+    /// Asks the clocks of these files that are not known to have moved on since. Whether all have
+    /// by now.
     pub fn advance(&self, files: &[Stamped], make: &MakeProbe<'_>) -> bool {
         let latest = self.latest();
         let mut all = true;
@@ -195,8 +197,8 @@ impl FileClock {
         all
     }
 
-    /// The time of a file system now; None where nothing can be changed on it. It is changed without a
-    /// lock: that may take a while.
+    /// The time of a file system now; None where nothing can be changed on it. It is changed
+    /// without a lock: that may take a while.
     fn ask(&self, file: &Stamped, make: &MakeProbe<'_>) -> Option<i128> {
         let probe = match self.probe_on(file.dev) {
             Some(probe) => probe,
@@ -221,8 +223,8 @@ impl FileClock {
         known.get(&dev).and_then(|clock| clock.probe.clone())
     }
 
-    /// Waits until the clocks of these files have moved on, at most for the longest tick there is: what
-    /// was not changed by then shows the next change.
+    /// Waits until the clocks of these files have moved on, at most for the longest tick there is:
+    /// what was not changed by then shows the next change.
     pub fn wait(&self, files: &[Stamped], make: &MakeProbe<'_>) {
         let began = Instant::now();
         let mut pause = Duration::from_millis(1);
@@ -248,8 +250,8 @@ fn unnamed_beside(path: &Path) -> Option<File> {
         .ok()
 }
 
-/// A time that the file system of `path` is certain to have passed, by our own clock: where nothing can be
-/// changed on it. That of a file server may be another.
+/// A time that the file system of `path` is certain to have passed, by our own clock: where nothing
+/// can be changed on it. That of a file server may be another.
 fn by_our_clock(path: &Path) -> i128 {
     let margin = match is_local(path) {
         true => LONGEST_TICK,
@@ -262,7 +264,8 @@ fn by_our_clock(path: &Path) -> i128 {
 
 /// Whether a file is on a file system that this kernel keeps the time of.
 fn is_local(path: &Path) -> bool {
-    /// ext2 to ext4, XFS, btrfs, f2fs, tmpfs, overlayfs, squashfs, erofs, ISO 9660, FAT, ZFS, bcachefs.
+    /// ext2 to ext4, XFS, btrfs, f2fs, tmpfs, overlayfs, squashfs, erofs, ISO 9660, FAT, ZFS,
+    /// bcachefs.
     const LOCAL: [u32; 12] = [
         0xef53,
         0x5846_5342,

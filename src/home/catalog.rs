@@ -317,8 +317,8 @@ pub(super) fn read_snapshots(
     Ok(snapshots)
 }
 
-/// Gives snapshots of a box that were made in one second times in the order they were made in; they are
-/// in that order.
+/// Gives snapshots of a box that were made in one second times in the order they were made in; they
+/// are in that order.
 fn show_one_after_the_other(snapshots: &mut [SnapshotRecord]) {
     let mut last: HashMap<&str, i64> = HashMap::new();
     for snapshot in snapshots {

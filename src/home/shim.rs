@@ -47,8 +47,8 @@ impl Home {
 /// A virtual machine that stands still until this is dropped.
 pub struct Paused {
     processes: Vec<Stopped>,
-    /// Tell whether it still does: nobody may set it going but us. How often its threads ran tells also
-    /// where the times of files have long ticks.
+    /// Tell whether it still does: nobody may set it going but us. How often its threads ran tells
+    /// also where the times of files have long ticks.
     disk: File,
     disk_was: (u64, i64, i64),
     ran: u64,

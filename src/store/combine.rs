@@ -34,8 +34,8 @@ pub(super) struct Combining {
 }
 
 impl Store {
-    /// Looks what the `upper` layers on top of a chain are as one. Reads tables, no data. Waits until
-    /// whatever changes the chain shows.
+    /// Looks what the `upper` layers on top of a chain are as one. Reads tables, no data. Waits
+    /// until whatever changes the chain shows.
     pub(super) fn combining(&self, top: &Path, upper: usize) -> Result<Combining> {
         let (chain, _) = self.open_settled(top)?;
         self.combining_chain(Arc::new(chain), top, upper)

@@ -504,8 +504,8 @@ impl Store {
         Ok((Arc::new(frames), spooling.finish()))
     }
 
-    /// Remembers the checksum of an export's disk, if it is known, and the disk in a state that can't
-    /// change unseen.
+    /// Remembers the checksum of an export's disk, if it is known, and the disk in a state that
+    /// can't change unseen.
     pub fn note_digest(&self, export: &crate::archive::Export) {
         let Some(digest) = export.digest().filter(|_| self.is_lasting(export.chain())) else {
             return;

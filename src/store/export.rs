@@ -49,7 +49,8 @@ pub struct Contents {
     pub changed: SystemTime,
     /// Hash of what the manifest says of the box.
     about: u64,
-    /// Which state the disk is in: see [`Store::state_number`]. Two may have one time, and one size.
+    /// Which state the disk is in: see [`Store::state_number`]. Two may have one time, and one
+    /// size.
     state: u64,
 }
 
@@ -126,7 +127,8 @@ impl Store {
     }
 
     /// What the archive's bytes are of; None when the box has no disk yet. Costs a few stats unless
-    /// the state changed, and never waits: if the state can change unseen, it is of this moment only.
+    /// the state changed, and never waits: if the state can change unseen, it is of this moment
+    /// only.
     ///
     /// # Errors
     /// ENOENT, EIO.

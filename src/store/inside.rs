@@ -250,8 +250,8 @@ impl Store {
         Ok(inside)
     }
 
-    /// A disk state that was looked into before. Where it is not open any more, it is opened again; that
-    /// does not wait.
+    /// A disk state that was looked into before. Where it is not open any more, it is opened again;
+    /// that does not wait.
     ///
     /// # Errors
     /// ESTALE when the disk has another state by now; as [`Store::look_inside`].

@@ -184,8 +184,9 @@ impl Prepared<'_> {
         durable::rename(&copy, path)
     }
 
-    /// The time of a snapshot that is made now: later than those of all that the box has, though there be
-    /// several in a second. Both BoxLite and tools that go by times see which one is the newest.
+    /// The time of a snapshot that is made now: later than those of all that the box has, though
+    /// there be several in a second. Both BoxLite and tools that go by times see which one is the
+    /// newest.
     fn next_time(&self) -> Result<i64> {
         let newest = self.snapshots()?.iter().map(|it| it.shown_at).max();
         Ok(newest.map_or(now(), |newest| now().max(newest.saturating_add(1))))

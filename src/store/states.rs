@@ -1,8 +1,9 @@
-//! The state of a chain of layers, and whether it can change without showing another: what plans, sizes,
-//! digests, inodes and the kernel's pages go by. Which is which is told by a [`crate::disk::FileClock`].
+//! The state of a chain of layers, and whether it can change without showing another: what plans,
+//! sizes, digests, inodes and the kernel's pages go by. Which is which is told by a
+//! [`crate::disk::FileClock`].
 //!
-//! A state that can change unseen is shown (`ls` and `stat` never wait), and nothing else: no bytes of
-//! it are handed out, it is not remembered, and the next look does not go by it. Whoever opens
+//! A state that can change unseen is shown (`ls` and `stat` never wait), and nothing else: no bytes
+//! of it are handed out, it is not remembered, and the next look does not go by it. Whoever opens
 //! something waits until the file system's clock has moved on.
 
 use std::collections::VecDeque;
@@ -40,7 +41,8 @@ impl LayerStates {
         }
     }
 
-    /// Whether it can't change unseen: as long as it [holds](LayerStates::hold), so do the disk's bytes.
+    /// Whether it can't change unseen: as long as it [holds](LayerStates::hold), so do the disk's
+    /// bytes.
     pub(super) fn is_settled(&self) -> bool {
         self.is_settled
     }
@@ -55,8 +57,8 @@ impl LayerStates {
         self.files == other.files
     }
 
-    /// Whether a chain opened at `top` now would have the same: a stat for each layer, no file opened.
-    /// Says something of the bytes only if it is [settled](LayerStates::is_settled).
+    /// Whether a chain opened at `top` now would have the same: a stat for each layer, no file
+    /// opened. Says something of the bytes only if it is [settled](LayerStates::is_settled).
     pub(super) fn hold(&self, top: &Path) -> bool {
         self.files.first().is_some_and(|(path, _)| path == top)
             && self
@@ -97,8 +99,8 @@ impl StandIns {
 }
 
 impl Store {
-    /// Opens a chain in a state that can't change unseen. Where it was written to within the tick of its
-    /// file system's clock, that is waited for: some milliseconds, or a second.
+    /// Opens a chain in a state that can't change unseen. Where it was written to within the tick
+    /// of its file system's clock, that is waited for: some milliseconds, or a second.
     ///
     /// # Errors
     /// EBUSY when it is written to all the time; as [`Store::open_chain`].
@@ -165,8 +167,8 @@ impl Store {
         !self.clock.advance(&[stamped], &|| self.make_probe())
     }
 
-    /// Whether the state that a chain was opened in, and is in, can be remembered for good: no other will
-    /// look like it.
+    /// Whether the state that a chain was opened in, and is in, can be remembered for good: no
+    /// other will look like it.
     pub(super) fn is_lasting(&self, chain: &Chain) -> bool {
         let paths = chain.layers().iter().map(|layer| layer.path().to_owned());
         let stamped = paths.zip(chain.states()).map(|(path, state)| Stamped {
@@ -178,8 +180,9 @@ impl Store {
         self.clock.advance(&stamped, &|| self.make_probe())
     }
 
-    /// A number for what a chain in a settled state has, the same after a snapshot and a remount, and
-    /// that no other has: a hash of the states of its files, without overlays on top that hold nothing.
+    /// A number for what a chain in a settled state has, the same after a snapshot and a remount,
+    /// and that no other has: a hash of the states of its files, without overlays on top that hold
+    /// nothing.
     ///
     /// # Errors
     /// EIO when a layer's tables are damaged.
@@ -211,8 +214,8 @@ impl Store {
         Ok(())
     }
 
-    /// The states of the files that the `upper` layers on top of a chain stand for, without those above
-    /// all others that hold nothing.
+    /// The states of the files that the `upper` layers on top of a chain stand for, without those
+    /// above all others that hold nothing.
     fn originals(&self, chain: &Chain, upper: usize) -> Result<Vec<FileState>> {
         let layers = chain.layers();
         let mut skipped = 0;

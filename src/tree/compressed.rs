@@ -43,8 +43,8 @@ impl Tree {
         }
     }
 
-    /// Whether a virtual machine is paused before an export is opened, or the clock of its file system
-    /// waited for.
+    /// Whether a virtual machine is paused before an export is opened, or the clock of its file
+    /// system waited for.
     fn waits_first(&self, source: &Source, form: Form) -> bool {
         self.store.pauses(source, form) || self.store.may_wait(source)
     }

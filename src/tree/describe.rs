@@ -23,8 +23,8 @@ pub(super) fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
     with_usage(value, usage)
 }
 
-/// The snapshot's row, likewise with what it takes, and with the time it is shown with: a backup keeps the
-/// order of snapshots that were made in one second.
+/// The snapshot's row, likewise with what it takes, and with the time it is shown with: a backup
+/// keeps the order of snapshots that were made in one second.
 ///
 /// # Errors
 /// EIO when it is not JSON.

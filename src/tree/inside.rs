@@ -179,8 +179,8 @@ impl Tree {
             .map_err(|error| self.noted_look(source, error))
     }
 
-    /// Whether finding a name may have to wait for the clock of a file system: that of what is in a disk
-    /// that was written to just now.
+    /// Whether finding a name may have to wait for the clock of a file system: that of what is in a
+    /// disk that was written to just now.
     pub fn lookup_may_wait(&self, parent: u64, name: &OsStr) -> bool {
         let derived = name.to_str().and_then(Derived::named);
         let looks_inside = matches!(derived, Some(Derived::Rootfs | Derived::DiskImage));

@@ -1,5 +1,5 @@
-//! Two states of a disk are never taken for one another, however coarse the clock of the file system is:
-//! each archive, size, file and merge is of exactly one moment.
+//! Two states of a disk are never taken for one another, however coarse the clock of the file
+//! system is: each archive, size, file and merge is of exactly one moment.
 
 use std::fs::{self, File, FileTimes};
 use std::io::Read;

@@ -296,9 +296,18 @@ impl Mounted {
     }
 
     /// Looks at what may need an export's plan, likewise.
-    fn look(&self, work: impl FnOnce(&Tree) + Send + 'static) {
+    fn look(&self, work: impl FnOnce(&Arc<Tree>) + Send + 'static) {
         let tree = self.tree.clone();
         self.looking.run(move || work(&tree));
+    }
+}
+
+/// Does in a thread of its own what waits for a clock. Without one, the request is answered with
+/// EIO.
+fn apart(work: impl FnOnce() + Send + 'static) {
+    let started = std::thread::Builder::new().name("wait".into()).spawn(work);
+    if let Err(error) = started {
+        log::warn!("cannot start a thread to wait in: {error}");
     }
 }
 
@@ -430,7 +439,16 @@ impl Filesystem for Mounted {
             return reply_entry(reply, found);
         }
         let name = name.to_owned();
-        self.look(move |tree| reply_entry(reply, tree.lookup(caller, parent.0, &name)));
+        self.look(move |tree| {
+            let tree = tree.clone();
+            let waits = tree.lookup_may_wait(parent.0, &name);
+            let find = move || reply_entry(reply, tree.lookup(caller, parent.0, &name));
+            if waits {
+                apart(find);
+            } else {
+                find();
+            }
+        });
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, times: u64) {
@@ -773,7 +791,8 @@ impl Filesystem for Mounted {
             for (index, entry) in all.skip(start) {
                 let next = index as u64 + 1;
                 let name = entry.name.as_os_str();
-                let found = if index < dots.len() {
+                // A listing does not wait, neither for what is looked up by itself then.
+                let found = if index < dots.len() || tree.lookup_may_wait(ino.0, name) {
                     None
                 } else {
                     tree.lookup(caller, ino.0, name).ok()

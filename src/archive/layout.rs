@@ -13,8 +13,9 @@ use std::sync::Arc;
 const BLOCK: u64 = 512;
 /// Two blocks of zeros end a tar.
 const TRAILER: u64 = 2 * BLOCK;
-/// Says which layout keys are of; to be raised when the same layers make other bytes.
-const LAYOUT_CONTEXT: &str = "boxlitefs 2026-11-25 plain archive of flattened layers, layout 2";
+/// Says which layout keys are of; to be raised when the same layers make other bytes. Of states
+/// that could change unseen, earlier versions remembered what may be wrong.
+const LAYOUT_CONTEXT: &str = "boxlitefs 2026-11-29 plain archive of settled layers, layout 2";
 
 /// An archive of one state of a box.
 pub struct Export {

@@ -19,8 +19,8 @@ const MAX_LAYERS: usize = 64;
 /// pulls one away from a reader.
 pub struct Chain {
     layers: Vec<Layer>,
-    /// Each layer's metadata when it was opened.
-    opened: Vec<Metadata>,
+    /// Each layer's metadata when it was opened, and the state that says.
+    opened: Vec<(Metadata, FileState)>,
     changed_at: SystemTime,
 }
 
@@ -99,14 +99,15 @@ impl Chain {
                 .metadata()
                 .context(|| format!("cannot look at the image {}", path.display()))?;
             check_owner(&path, &file, &meta, &home, owner)?;
+            let state = FileState::of_open(&file, &meta);
             let layer = Layer::of(&path, file, format)?;
             walk.below(&path, layer.header());
             chain.push(layer);
-            opened.push(meta);
+            opened.push((meta, state));
         }
         let changed_at = opened
             .first()
-            .map_or(Ok(SystemTime::UNIX_EPOCH), Metadata::modified)
+            .map_or(Ok(SystemTime::UNIX_EPOCH), |(meta, _)| meta.modified())
             .context(|| format!("cannot tell when {} changed", top.display()))?;
         Ok(Chain {
             layers: chain,
@@ -122,7 +123,7 @@ impl Chain {
 
     /// The state each layer's file was in when it was opened, top first.
     pub fn states(&self) -> impl Iterator<Item = FileState> + '_ {
-        self.opened.iter().map(FileState::of)
+        self.opened.iter().map(|(_, state)| *state)
     }
 
     /// Size of the disk in bytes: that of the top layer.
@@ -225,7 +226,7 @@ impl Chain {
     /// EIO if the size or mtime of any layer's open file differ from when it was opened: what was
     /// read may be a mixture. (A rebase changes neither for longer than an instant.)
     pub fn unchanged(&self) -> Result<()> {
-        for (layer, opened) in self.layers.iter().zip(&self.opened) {
+        for (layer, (opened, _)) in self.layers.iter().zip(&self.opened) {
             if !layer.differs_from(opened)? {
                 continue;
             }

@@ -623,7 +623,7 @@ fn write_untimed(
 }
 
 /// futimens(2): std's `File::set_times` cannot name every timestamp that stat returns.
-fn futimens(file: &File, times: &[libc::timespec; 2]) -> std::io::Result<()> {
+pub(super) fn futimens(file: &File, times: &[libc::timespec; 2]) -> std::io::Result<()> {
     // SAFETY: the descriptor is open as long as `file` is, and the two timespecs are only read.
     match unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) } {
         0 => Ok(()),

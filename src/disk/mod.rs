@@ -9,6 +9,7 @@
 //! * `write`: such an image as a file.
 //! * `direct`: writing past the page cache.
 //! * `inspect`: whether an image that came from outside may be used.
+//! * `state`: states of files, and the clocks that tell whether one can change unseen.
 //!
 //! Knows nothing of boxes, rows or archives. Format rules are those of qemu's `docs/interop/qcow2.rst`,
 //! the limits are qemu's and imago's where they are tighter than the format's.
@@ -21,6 +22,7 @@ mod holes;
 mod inspect;
 mod layer;
 mod overlay;
+mod state;
 mod write;
 
 pub use chain::{Chain, Extent, Source, chain_paths};
@@ -30,6 +32,7 @@ pub use header::{Backing, Header, forget_dirty, rebase, rebase_this, settle_head
 pub use inspect::inspect_standalone;
 pub use layer::Layer;
 pub use overlay::create_overlay;
+pub use state::{FileClock, FileState, LONGEST_TICK, Moment, Stamped};
 pub use write::{begin_write_back, share_contents};
 
 use crate::{Context, Result};
@@ -37,7 +40,6 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::time::SystemTime;
 
 /// Which file it is, whatever its names: `(st_dev, st_ino)`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -69,53 +71,6 @@ impl FileId {
         let meta = std::fs::symlink_metadata(path)
             .context(|| format!("cannot look at {}", path.display()))?;
         Ok(FileId::of(&meta))
-    }
-}
-
-/// Which file it is and in which state: as long as this is the same, so are its bytes. A rebase
-/// changes none of it, nor do a new name and a rename. A file that got the inode number of one that
-/// is gone was born later.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct FileState {
-    /// Which file.
-    pub id: FileId,
-    /// Length in bytes.
-    pub len: u64,
-    /// When it was last written, in nanoseconds since 1970.
-    pub modified: i128,
-    /// When it was made, likewise; 0 where the filesystem does not say.
-    pub born: i128,
-}
-
-impl FileState {
-    /// The state that `meta` describes.
-    pub fn of(meta: &Metadata) -> FileState {
-        let nanoseconds = |time: SystemTime| {
-            time.duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0, |since| since.as_nanos() as i128)
-        };
-        FileState {
-            id: FileId::of(meta),
-            len: meta.len(),
-            modified: i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec()),
-            born: meta.created().map_or(0, nanoseconds),
-        }
-    }
-
-    /// The same as bytes, for hashing.
-    pub fn bytes(&self) -> [u8; 56] {
-        let mut bytes = [0; 56];
-        let (id, rest) = bytes.split_at_mut(24);
-        for (part, value) in id
-            .chunks_exact_mut(8)
-            .zip([self.id.dev, self.id.ino, self.len])
-        {
-            part.copy_from_slice(&value.to_le_bytes());
-        }
-        for (part, value) in rest.chunks_exact_mut(16).zip([self.modified, self.born]) {
-            part.copy_from_slice(&value.to_le_bytes());
-        }
-        bytes
     }
 }
 

@@ -307,12 +307,26 @@ pub(super) fn read_snapshots(
             box_id: row.get(1)?,
             name: row.get(2)?,
             created_at: row.get(3)?,
+            shown_at: row.get(3)?,
             json: row.get(4)?,
         })
     })?;
     let mut snapshots = rows.collect::<rusqlite::Result<Vec<_>>>()?;
     snapshots.retain(|snapshot| is_snapshot_name(&snapshot.name));
+    show_one_after_the_other(&mut snapshots);
     Ok(snapshots)
+}
+
+/// Gives snapshots of a box that were made in one second times in the order they were made in; they
+/// are in that order.
+fn show_one_after_the_other(snapshots: &mut [SnapshotRecord]) {
+    let mut last: HashMap<&str, i64> = HashMap::new();
+    for snapshot in snapshots {
+        if let Some(last) = last.get(snapshot.box_id.as_str()) {
+            snapshot.shown_at = snapshot.created_at.max(last.saturating_add(1));
+        }
+        last.insert(&snapshot.box_id, snapshot.shown_at);
+    }
 }
 
 /// Every base disk.

@@ -81,8 +81,10 @@ pub struct SnapshotRecord {
     pub box_id: String,
     /// The name the user gave.
     pub name: String,
-    /// Seconds since 1970.
+    /// Seconds since 1970, as stored. BoxLite may give several the same.
     pub created_at: i64,
+    /// Likewise, and later than that of every snapshot of the box that was made before.
+    pub shown_at: i64,
     /// `snapshot.json`, as stored.
     pub json: String,
 }

@@ -20,7 +20,7 @@ const LONGEST: Duration = Duration::from_secs(60);
 const LONGEST_COPY: Duration = Duration::from_secs(45);
 /// How long threads may take to stop: those in the middle of a write end that first.
 const STOPPING: Duration = Duration::from_secs(5);
-/// A file's time says of every write that it was made, but those of one moment have one time.
+/// How long after that they are looked at: then they do stand still.
 const MOMENT: Duration = Duration::from_millis(20);
 /// Tells the guard that all is over, and nothing to be done.
 const OVER: &str = "over";
@@ -47,9 +47,11 @@ impl Home {
 /// A virtual machine that stands still until this is dropped.
 pub struct Paused {
     processes: Vec<Stopped>,
-    /// Tells whether it still does: nobody may set it going but us.
+    /// Tell whether it still does: nobody may set it going but us. How often its threads ran tells
+    /// also where the times of files have long ticks.
     disk: File,
     disk_was: (u64, i64, i64),
+    ran: u64,
     since: Instant,
     guard: Guard,
 }
@@ -73,6 +75,7 @@ impl Shim {
         let mut paused = Paused {
             processes: Vec::new(),
             disk_was: (0, 0, 0),
+            ran: 0,
             disk: file,
             since: Instant::now(),
             guard: Guard::begin()?,
@@ -80,8 +83,9 @@ impl Shim {
         paused.stop_all(self)?;
         paused.wait_until_stopped()?;
         paused.refuse_other_writers(disk)?;
-        // What changed it last is long enough ago that whatever comes now has another time.
+        // A thread that is about to stop is shown as if it stood still, and runs once more.
         std::thread::sleep(MOMENT);
+        paused.ran = paused.runs();
         paused.disk_was = stamp(&paused.disk).context(sentence)?;
         Ok(paused)
     }
@@ -170,10 +174,18 @@ impl Paused {
         };
         let now = stamp(&self.disk).map_err(|_| went_on())?;
         let is_still = self.processes.iter().all(|it| it.process.is_stopped());
-        if is_still && now == self.disk_was {
+        if is_still && now == self.disk_was && self.runs() == self.ran {
             return Ok(());
         }
         Err(went_on())
+    }
+}
+
+impl Paused {
+    /// How often its threads were set going by the kernel until now.
+    fn runs(&self) -> u64 {
+        let processes = self.processes.iter();
+        processes.map(|it| it.process.runs()).sum()
     }
 }
 
@@ -254,6 +266,22 @@ impl Process {
                 .unwrap_or(0)
         };
         (pending("SigPnd:") | pending("ShdPnd:")) & (1 << (libc::SIGSTOP - 1)) != 0
+    }
+
+    /// How often its threads gave up the processor: more often once they ran again.
+    fn runs(&self) -> u64 {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
+            return 0;
+        };
+        let of_thread = |thread: fs::DirEntry| -> u64 {
+            let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+            let switches = status
+                .lines()
+                .filter(|line| line.contains("_ctxt_switches:"));
+            let counts = switches.filter_map(|line| line.rsplit_once(':')?.1.trim().parse().ok());
+            counts.fold(0, u64::wrapping_add)
+        };
+        threads.flatten().map(of_thread).fold(0, u64::wrapping_add)
     }
 
     /// Whether all of its threads stand still, or it is gone.

@@ -136,7 +136,7 @@ impl Prepared<'_> {
             let made = made.map_or(0, |age| i64::try_from(age.as_secs()).unwrap_or(0));
             let size = chain.virtual_size();
             drop(chain);
-            self.record_snapshot(&snapshot_id()?, &name, &path, size, made)?;
+            self.record_snapshot(&snapshot_id()?, &name, &path, size, Some(made))?;
             self.store.journal.note(&format!(
                 "box {}: recorded snapshot {name}, whose layer had no row",
                 called(&self.record)

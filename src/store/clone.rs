@@ -210,8 +210,7 @@ impl Store {
                 .try_for_each(|base| rows.insert_ref(base, box_id))
         })?;
         crash_point("share.referred");
-        let created_at = new.created_at.unwrap_or_else(now);
-        prepared.name_layer(&frozen, &new.id, name, created_at)?;
+        prepared.name_layer(&frozen, &new.id, name, new.created_at)?;
         Ok(())
     }
 }

@@ -34,9 +34,11 @@ pub(super) struct Combining {
 }
 
 impl Store {
-    /// Looks what the `upper` layers on top of a chain are as one. Reads tables, no data.
+    /// Looks what the `upper` layers on top of a chain are as one. Reads tables, no data. Waits
+    /// until whatever changes the chain shows.
     pub(super) fn combining(&self, top: &Path, upper: usize) -> Result<Combining> {
-        self.combining_chain(Arc::new(self.open_chain(top)?), top, upper)
+        let (chain, _) = self.open_settled(top)?;
+        self.combining_chain(Arc::new(chain), top, upper)
     }
 
     /// Likewise, of a chain that is open; `top` is what it is called.
@@ -84,6 +86,7 @@ impl Store {
             .set_modified(combined.changed);
         out.set_times(times).context(sentence)?;
         out.sync_all().context(sentence)?;
+        self.note_stand_in(&out, &plan.chain, plan.upper)?;
         Ok(combined)
     }
 }

@@ -235,11 +235,16 @@ impl Drop for Turn<'_> {
 /// Sizes remembered on disk, and those learnt meanwhile.
 struct Sizes<'a> {
     remembered: &'a Remembered,
+    /// Whether the state they are of may be remembered.
+    is_lasting: bool,
     learnt: Mutex<HashMap<FrameKey, u32>>,
 }
 
 impl Sizes<'_> {
     fn write_down(&self, learnt: &mut HashMap<FrameKey, u32>) {
+        if !self.is_lasting {
+            return;
+        }
         let frames: Vec<_> = learnt.drain().collect();
         self.remembered.learn_frames(&frames);
     }
@@ -254,7 +259,7 @@ impl KnownSizes for Sizes<'_> {
     fn learn(&self, key: FrameKey, size: u32) {
         let mut learnt = self.learnt.lock();
         learnt.insert(key, size);
-        if learnt.len() >= LEARNT_TOGETHER {
+        if self.is_lasting && learnt.len() >= LEARNT_TOGETHER {
             self.write_down(&mut learnt);
         }
     }
@@ -420,6 +425,7 @@ impl Store {
     ) {
         let sizes = Sizes {
             remembered: &self.remembered,
+            is_lasting: self.is_lasting(compressed.export().chain()),
             learnt: Mutex::default(),
         };
         let made =
@@ -455,11 +461,13 @@ impl Store {
                     (waiter.answer)(Ok(opened));
                 }
                 // Nobody waits for this.
-                self.remembered.learn_archive(
-                    &compressed.state_key(),
-                    frames.total(),
-                    &frames.bytes(),
-                );
+                if self.is_lasting(compressed.export().chain()) {
+                    self.remembered.learn_archive(
+                        &compressed.state_key(),
+                        frames.total(),
+                        &frames.bytes(),
+                    );
+                }
                 self.note_digest(compressed.export());
             }
             Err(error) => {
@@ -496,9 +504,10 @@ impl Store {
         Ok((Arc::new(frames), spooling.finish()))
     }
 
-    /// Remembers the checksum of an export's disk, if it is known.
+    /// Remembers the checksum of an export's disk, if it is known, and the disk in a state that
+    /// can't change unseen.
     pub fn note_digest(&self, export: &crate::archive::Export) {
-        let Some(digest) = export.digest() else {
+        let Some(digest) = export.digest().filter(|_| self.is_lasting(export.chain())) else {
             return;
         };
         let key = export.disk_key();

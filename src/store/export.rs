@@ -4,14 +4,15 @@ use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
 use std::fs;
 use std::hash::{Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime};
 
 use super::running::Form;
+use super::states::LayerStates;
 use super::{Source, Store, called};
 use crate::archive::{About, Export};
-use crate::disk::{Chain, FileId};
+use crate::disk::{Chain, LONGEST_TICK};
 use crate::home::{BoxRecord, Catalog};
 use crate::{Context, Error, Result};
 
@@ -30,13 +31,16 @@ pub(super) struct ExportCache {
 struct Known {
     state: State,
     contents: Contents,
+    /// Since when it is known to be in this state.
+    since: Instant,
     /// [`Export::state_key`].
     key: [u8; 32],
+    /// None also while the state can change unseen.
     plan: Option<Arc<Export>>,
 }
 
 /// What the bytes of an export are of. A snapshot, a clone or a rebase changes the files of a chain
-/// and none of this; whatever changes the disk's contents changes its time.
+/// and none of this; whatever changes the disk's contents changes its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// Length of the archive in bytes.
@@ -45,14 +49,18 @@ pub struct Contents {
     pub changed: SystemTime,
     /// Hash of what the manifest says of the box.
     about: u64,
+    /// Which state the disk is in: see [`Store::state_number`]. Two may have one time, and one
+    /// size.
+    state: u64,
 }
 
 impl Contents {
-    pub(super) fn new(size: u64, changed: SystemTime, about: u64) -> Contents {
+    pub(super) fn new(size: u64, changed: SystemTime, about: u64, state: u64) -> Contents {
         Contents {
             size,
             changed,
             about,
+            state,
         }
     }
 
@@ -62,47 +70,8 @@ impl Contents {
     }
 }
 
-/// The files of a chain as they were when it was opened: as long as they are the same, so are the disk's
-/// bytes. A rebase changes neither length nor modification time.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct LayerStates(Vec<(PathBuf, FileId, u64, SystemTime)>);
-
-impl LayerStates {
-    /// Those of a chain.
-    pub(super) fn of(chain: &Chain) -> Result<LayerStates> {
-        let mut layers = Vec::new();
-        for layer in chain.layers() {
-            let sentence = || format!("cannot look at {}", layer.path().display());
-            let meta = layer.file().metadata().context(sentence)?;
-            layers.push((
-                layer.path().to_path_buf(),
-                layer.id(),
-                meta.len(),
-                meta.modified().context(sentence)?,
-            ));
-        }
-        Ok(LayerStates(layers))
-    }
-
-    /// Whether a chain opened at `top` now would have the same: a stat for each layer, no file opened.
-    pub(super) fn hold(&self, top: &std::path::Path) -> bool {
-        self.0.first().is_some_and(|layer| layer.0 == top)
-            && self.0.iter().all(|(path, id, size, changed)| {
-                fs::metadata(path).is_ok_and(|meta| {
-                    FileId::of(&meta) == *id
-                        && meta.len() == *size
-                        && meta.modified().is_ok_and(|time| time == *changed)
-                })
-            })
-    }
-
-    fn changed(&self) -> SystemTime {
-        self.0.first().map_or(UNIX_EPOCH, |layer| layer.3)
-    }
-}
-
 /// What an export is made of: as long as this is the same, so are its bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 struct State {
     layers: LayerStates,
     /// Hash of the box's name and configuration.
@@ -110,10 +79,19 @@ struct State {
 }
 
 impl State {
-    /// Whether nothing it depends on changed.
-    fn holds(&self, record: &BoxRecord, top: &std::path::Path) -> bool {
-        self.about == hash_of(record) && self.layers.hold(top)
+    /// Whether nothing it depends on changed, which can be told.
+    fn holds(&self, record: &BoxRecord, top: &Path) -> bool {
+        self.layers.is_settled() && self.about == hash_of(record) && self.layers.hold(top)
     }
+}
+
+/// Why an export is looked at.
+#[derive(Clone, Copy)]
+enum Look {
+    /// For its bytes: in a state that can't change unseen, which may have to be waited for.
+    ToRead,
+    /// For its size and its time, at once.
+    ToShow,
 }
 
 /// What an archive says of a box, and the hash of that.
@@ -135,7 +113,7 @@ fn hash_of(record: &BoxRecord) -> u64 {
 }
 
 impl Store {
-    /// The archive of a disk state, for reading.
+    /// The archive of a disk state, for reading. Waits until the state can't change unseen.
     ///
     /// # Errors
     /// ENODATA when the box has no disk yet, EBUSY while it runs, ENOENT, EIO.
@@ -145,11 +123,12 @@ impl Store {
         if let Source::Live { .. } = source {
             self.refuse_active(&record)?;
         }
-        self.planned(source, &record)
+        self.planned(source, &record, Look::ToRead)
     }
 
     /// What the archive's bytes are of; None when the box has no disk yet. Costs a few stats unless
-    /// the state changed.
+    /// the state changed, and never waits: if the state can change unseen, it is of this moment
+    /// only.
     ///
     /// # Errors
     /// ENOENT, EIO.
@@ -185,7 +164,7 @@ impl Store {
             let size = known.map_or(length, |(_, contents)| contents.size);
             return unreadable(&top, &record, size).map(Some);
         }
-        match self.planned(source, &record) {
+        match self.planned(source, &record, Look::ToShow) {
             // Likewise, while a layer is missing or damaged; and the name has to be there for who removes
             // the box, or restores it.
             Err(error) if error.errno() == libc::EIO => unreadable(&top, &record, 0).map(Some),
@@ -234,7 +213,12 @@ impl Store {
         ))
     }
 
-    fn planned(&self, source: &Source, record: &BoxRecord) -> Result<(Arc<Export>, Contents)> {
+    fn planned(
+        &self,
+        source: &Source,
+        record: &BoxRecord,
+        look: Look,
+    ) -> Result<(Arc<Export>, Contents)> {
         let top = self.existing_top(source, record)?;
         {
             let mut exports = self.exports.lock();
@@ -248,44 +232,63 @@ impl Store {
             }
         }
         // Planning reads metadata of the whole chain: not under a lock that `ls` needs.
-        let (state, export) = self.plan(record, &top)?;
-        if let Some(digest) = self.remembered.digest(&export.disk_key()) {
+        let (chain, layers) = match look {
+            Look::ToRead => self.open_settled(&top)?,
+            Look::ToShow => self.open_now(&top)?,
+        };
+        let since = self.known_since(source, &layers);
+        self.plan(source, record, chain, layers, since)
+    }
+
+    /// Since when a disk state is known to have these layers.
+    fn known_since(&self, source: &Source, layers: &LayerStates) -> Instant {
+        let exports = self.exports.lock();
+        let known = exports.known.get(source);
+        let same = known.filter(|known| known.state.layers.is_same(layers));
+        same.map_or_else(Instant::now, |known| known.since)
+    }
+
+    fn plan(
+        &self,
+        source: &Source,
+        record: &BoxRecord,
+        chain: Chain,
+        mut layers: LayerStates,
+        since: Instant,
+    ) -> Result<(Arc<Export>, Contents)> {
+        if since.elapsed() >= LONGEST_TICK {
+            layers.was_watched();
+        }
+        let (about, hash) = about_of(record, chain.changed_at())?;
+        let (changed, number) = (chain.changed_at(), self.state_number(&chain)?);
+        let export = Export::plan(Arc::new(chain), about)?;
+        let contents = Contents::new(export.len(), changed, hash, number);
+        let is_settled = layers.is_settled();
+        if is_settled && let Some(digest) = self.remembered.digest(&export.disk_key()) {
             export.set_digest(digest);
         }
         let export = Arc::new(export);
-        let contents = Contents {
-            size: export.len(),
-            changed: state.layers.changed(),
-            about: state.about,
+        let known = Known {
+            state: State {
+                layers,
+                about: hash,
+            },
+            contents,
+            since,
+            key: export.state_key(),
+            plan: is_settled.then(|| export.clone()),
         };
         let mut exports = self.exports.lock();
-        exports.known.insert(
-            source.clone(),
-            Known {
-                state,
-                contents,
-                key: export.state_key(),
-                plan: Some(export.clone()),
-            },
-        );
-        exports.used(source);
+        exports.known.insert(source.clone(), known);
+        if is_settled {
+            exports.used(source);
+        }
         Ok((export, contents))
-    }
-
-    fn plan(&self, record: &BoxRecord, top: &std::path::Path) -> Result<(State, Export)> {
-        let chain = self.open_chain(top)?;
-        let layers = LayerStates::of(&chain)?;
-        let (about, hash) = about_of(record, chain.changed_at())?;
-        let state = State {
-            layers,
-            about: hash,
-        };
-        Ok((state, Export::plan(Arc::new(chain), about)?))
     }
 
     /// Opens a chain. A change of ours may move a layer's name between reading a header and opening
     /// what it names; then the header has the new name already.
-    pub(super) fn open_chain(&self, top: &std::path::Path) -> Result<Chain> {
+    pub(super) fn open_chain(&self, top: &Path) -> Result<Chain> {
         let open = || Chain::open(top, self.home.root(), self.home.owner().uid);
         match open() {
             Err(error) if error.errno() == libc::ENOENT => open().map_err(|error| {
@@ -345,13 +348,14 @@ impl Store {
 }
 
 /// What is shown of an export that can't be opened.
-fn unreadable(top: &std::path::Path, record: &BoxRecord, size: u64) -> Result<Contents> {
+fn unreadable(top: &Path, record: &BoxRecord, size: u64) -> Result<Contents> {
     let sentence = || format!("cannot look at {}", top.display());
     let meta = fs::metadata(top).context(sentence)?;
     Ok(Contents {
         size,
         changed: meta.modified().context(sentence)?,
         about: hash_of(record),
+        state: 0,
     })
 }
 

@@ -7,7 +7,6 @@ use serde_json::Value;
 use super::clone::{refuse_taken_name, write_mark};
 use super::crash::crash_point;
 use super::layers::resolve;
-use super::prepare::now;
 use super::snapshot::refuse_bad_name;
 use super::workspace::Scratch;
 use super::{Arrival, Contents, NewClone, NewSnapshotName, Source, Store, durable};
@@ -165,13 +164,8 @@ impl Store {
         let place = prepared.place_of(name, &new.id);
         let path = prepared.snapshot_place(&place, Some(&dir))?;
         crash_point("import.snapshot");
-        let recorded = prepared.record_snapshot(
-            &new.id,
-            name,
-            &path,
-            arrival.virtual_size(),
-            new.created_at.unwrap_or_else(now),
-        );
+        let recorded =
+            prepared.record_snapshot(&new.id, name, &path, arrival.virtual_size(), new.created_at);
         prepared.settle_place(&path, recorded).map(drop)
     }
 

@@ -3,12 +3,13 @@
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use sha2::{Digest, Sha256};
 
-use super::export::LayerStates;
+use super::states::LayerStates;
 use super::{Source, Store};
 use crate::disk::Chain;
 use crate::guest::{Caches, Guest};
@@ -37,11 +38,11 @@ impl DiskState {
     /// The largest slot; there is a power of two of them.
     pub const LAST_SLOT: u32 = (1 << 22) - 1;
 
-    fn of(source: &Source, chain: &Chain) -> DiskState {
+    /// `state` is the chain's [`Store::state_number`].
+    fn of(source: &Source, chain: &Chain, state: u64) -> DiskState {
         let changed = chain.changed_at();
         let size = chain.virtual_size();
-        let since = changed.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let key = format!("{source:?} {} {size}", since.as_nanos());
+        let key = format!("{source:?} {state}");
         let mut number = [0; 8];
         number.copy_from_slice(&Sha256::digest(key.as_bytes())[..8]);
         let number = u64::from_le_bytes(number);
@@ -186,31 +187,54 @@ pub(super) struct InsideCache {
 }
 
 impl Store {
-    /// A disk state to look into.
+    /// A disk state to look into. Waits until it can't change unseen.
     ///
     /// # Errors
     /// EBUSY for the live disk of a box that runs, ENODATA for a box without a disk, ENOENT, EIO.
     pub fn look_inside(&self, source: &Source) -> Result<Arc<Inside>> {
+        let top = self.top_to_look_into(source)?;
+        if let Some(inside) = self.looked_into(source, &top) {
+            return Ok(inside);
+        }
+        let (chain, layers) = self.open_settled(&top)?;
+        self.keep_inside(source, chain, layers)
+    }
+
+    /// The file on top of the chain of a disk state that can be looked into.
+    fn top_to_look_into(&self, source: &Source) -> Result<PathBuf> {
         let record = self.record_of(source)?;
         if let Source::Live { .. } = source {
             self.refuse_active(&record)?;
         }
-        let top = self.existing_top(source, &record)?;
-        {
-            let mut cache = self.insides.lock();
-            if let Some(kept) = cache.known.get(source)
-                && kept.layers.hold(&top)
-            {
-                let inside = kept.inside.clone();
-                cache.was_used(source);
-                return Ok(inside);
-            }
-        }
-        let chain = Arc::new(self.open_chain(&top)?);
-        let layers = LayerStates::of(&chain)?;
+        self.existing_top(source, &record)
+    }
+
+    /// A state that is open, if it is that of now.
+    fn looked_into(&self, source: &Source, top: &Path) -> Option<Arc<Inside>> {
+        let mut cache = self.insides.lock();
+        let kept = cache.known.get(source)?;
+        let inside = kept.layers.hold(top).then(|| kept.inside.clone())?;
+        cache.was_used(source);
+        Some(inside)
+    }
+
+    /// Whether [`Store::look_inside`] may have to wait.
+    pub fn look_may_wait(&self, source: &Source) -> bool {
+        let top = self.top_of(source);
+        top.is_ok_and(|top| self.looked_into(source, &top).is_none()) && self.may_wait(source)
+    }
+
+    fn keep_inside(
+        &self,
+        source: &Source,
+        chain: Chain,
+        layers: LayerStates,
+    ) -> Result<Arc<Inside>> {
+        let number = self.state_number(&chain)?;
+        let chain = Arc::new(chain);
         let mut cache = self.insides.lock();
         let inside = Arc::new(Inside {
-            state: cache.known_as(DiskState::of(source, &chain)),
+            state: cache.known_as(DiskState::of(source, &chain, number)),
             chain,
             guest: OnceLock::new(),
             allocated: OnceLock::new(),
@@ -226,7 +250,8 @@ impl Store {
         Ok(inside)
     }
 
-    /// A disk state that was looked into before. Where it is not open any more, it is opened again.
+    /// A disk state that was looked into before. Where it is not open any more, it is opened again;
+    /// that does not wait.
     ///
     /// # Errors
     /// ESTALE when the disk has another state by now; as [`Store::look_inside`].
@@ -240,10 +265,24 @@ impl Store {
                 return Ok(kept.inside.clone());
             }
         }
-        match self.look_inside(&state.source) {
-            Ok(inside) if *inside.state == *state => Ok(inside),
+        match self.look_now(&state.source) {
+            Ok(Some(inside)) if *inside.state == *state => Ok(inside),
             Err(error) if !matches!(error.errno(), libc::ENOENT | libc::ENODATA) => Err(error),
             _ => Err(changed()),
+        }
+    }
+
+    /// As [`Store::look_inside`], without waiting: None while the state can change unseen. It is
+    /// another than any that was looked into then.
+    fn look_now(&self, source: &Source) -> Result<Option<Arc<Inside>>> {
+        let top = self.top_to_look_into(source)?;
+        if let Some(inside) = self.looked_into(source, &top) {
+            return Ok(Some(inside));
+        }
+        let (chain, layers) = self.open_now(&top)?;
+        match layers.is_settled() {
+            true => self.keep_inside(source, chain, layers).map(Some),
+            false => Ok(None),
         }
     }
 

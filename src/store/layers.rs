@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Store;
-use crate::disk::{FileId, Header};
+use crate::disk::{FileId, Header, Moment};
 use crate::home::BaseRecord;
 use crate::{Context, Error, Result};
 
@@ -194,14 +194,6 @@ pub(super) fn stamp(meta: &fs::Metadata) -> Stamp {
     )
 }
 
-/// Whether a change time (ns) is old enough that a further change is bound to differ from it.
-fn is_settled(changed: i128) -> bool {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |age| i128::try_from(age.as_nanos()).unwrap_or(0));
-    now - changed > 2_000_000_000
-}
-
 /// Nothing has that name. Any other error says nothing of what is there.
 fn is_absent(error: &std::io::Error) -> bool {
     matches!(
@@ -226,6 +218,8 @@ pub(super) fn resolve(path: &Path) -> Result<PathBuf> {
 /// What is found while all files are looked at.
 #[derive(Default)]
 struct Scan {
+    /// From before the first look.
+    moment: Moment,
     files: Vec<ImageFile>,
     directories: Directories,
 }
@@ -275,7 +269,10 @@ impl Store {
     /// # Errors
     /// Those of reading the directories.
     pub(super) fn scan_layers(&self) -> Result<Layers> {
-        let mut scan = Scan::default();
+        let mut scan = Scan {
+            moment: self.moment_now(&self.home.bases_dir()),
+            ..Scan::default()
+        };
         for name in names_in(&self.home.bases_dir())? {
             if let Some(id) = name.strip_suffix(".qcow2") {
                 let role = Role::Base { id: id.to_owned() };
@@ -316,7 +313,7 @@ impl Store {
         }
         let id = FileId::of(&meta);
         let stamp = stamp(&meta);
-        let (backing, damaged) = match self.backing_of(&path, id, stamp) {
+        let (backing, damaged) = match self.backing_of(&path, id, stamp, &scan.moment) {
             Ok(backing) => (backing, None),
             Err(why) => (None, Some(why)),
         };
@@ -343,6 +340,7 @@ impl Store {
         path: &Path,
         id: FileId,
         stamp: Stamp,
+        moment: &Moment,
     ) -> std::result::Result<Option<PathBuf>, String> {
         if let Some((known, backing)) = self.headers.lock().known.get(&id)
             && *known == stamp
@@ -355,8 +353,8 @@ impl Store {
             Ok(None) => Err(format!("{} is not a qcow2 image", path.display())),
             Err(error) => Err(error.to_string()),
         };
-        // Times have ticks: a header that changed a moment ago may change once more without a mark.
-        if is_settled(stamp.2) {
+        // A header that changed a moment ago may change once more without a mark.
+        if moment.is_after(id.dev, stamp.2) {
             self.headers
                 .lock()
                 .known

@@ -14,7 +14,7 @@ use super::layers::{Directories, ImageFile, Layers, Role, Stamp, resolve, stamp}
 use super::prepare::Prepared;
 use super::workspace::Scratch;
 use super::{Store, durable};
-use crate::disk::{FileId, Format, Header, Layer};
+use crate::disk::{FileId, Format, Header, Layer, Stamped};
 use crate::home::{BaseRecord, BoxRecord, is_open, is_open_for_writing};
 use crate::{Context, Error, Result};
 
@@ -63,6 +63,17 @@ impl Merge {
     /// Bytes that its layers take on the disk.
     pub fn allocated(&self) -> u64 {
         self.layers.iter().map(|part| part.allocated).sum()
+    }
+
+    /// Its layers, each with the time it changed last.
+    fn stamped(&self) -> Vec<Stamped> {
+        let parts = self.layers.iter();
+        let stamped = parts.map(|part| Stamped {
+            path: part.path.clone(),
+            dev: part.id.dev,
+            time: part.stamp.1.max(part.stamp.2),
+        });
+        stamped.collect()
     }
 
     /// The path the layer on top is read by.
@@ -285,7 +296,10 @@ impl Store {
                 .merge_again(wanted)?
                 .ok_or_else(|| changed(wanted))?
         };
+        // Whatever changes them from here on shows when they are looked at again.
+        self.wait_for_clock(&wanted.stamped());
         let way = self.way(&wanted, pace)?;
+        crash_point("merge.prepared");
         self.let_go_of_unread_exports();
         self.let_go_of_unused_insides();
         let mut prepared = self.ready_all(&wanted.boxes)?;

@@ -31,6 +31,7 @@ mod restore;
 mod running;
 mod snapshot;
 mod spool;
+mod states;
 mod upkeep;
 mod usage;
 mod workspace;
@@ -53,6 +54,7 @@ pub use spool::Spool;
 pub use upkeep::{Compacting, Upkeep};
 pub use usage::Usage;
 
+use crate::disk::FileClock;
 use crate::home::{BoxRecord, Catalog, Home, Remembered, SnapshotRecord};
 use crate::{Error, Result};
 
@@ -107,6 +109,8 @@ pub struct Store {
     turns: compressed::Turns,
     insides: Mutex<inside::InsideCache>,
     running: running::RunningCache,
+    clock: FileClock,
+    stand_ins: Mutex<states::StandIns>,
     foreground: Arc<upkeep::Foreground>,
     usage: Mutex<usage::UsageCache>,
     operations: Arc<Operations>,
@@ -175,6 +179,8 @@ impl Store {
             turns: compressed::Turns::default(),
             insides: Mutex::default(),
             running: running::RunningCache::default(),
+            clock: FileClock::default(),
+            stand_ins: Mutex::default(),
             foreground: Arc::default(),
             usage: Mutex::default(),
             operations: Arc::default(),

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::clone::UNRECORDED;
 use super::durable;
 use super::layers::{Layers, Role, names_in, resolve};
-use super::prepare::{Prepared, now};
+use super::prepare::Prepared;
 use super::workspace;
 use super::{Store, called};
 use crate::disk::{FileId, Header};
@@ -284,7 +284,7 @@ impl Prepared<'_> {
         if layers.readers_of(&path).next().is_some() && is_snapshot_name(name) {
             let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);
             self.adopt(&path)?;
-            self.record_snapshot(&snapshot_id()?, name, &path, virtual_size, now())?;
+            self.record_snapshot(&snapshot_id()?, name, &path, virtual_size, None)?;
             self.store.journal.note(&format!(
                 "box {}: recorded snapshot {name}, which BoxLite had made but not recorded",
                 called(&self.record)

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -135,7 +136,10 @@ impl Store {
         let (about, hash) = about_of(&record, chain.changed_at())?;
         let changed = chain.changed_at();
         let export = Arc::new(Export::plan(Arc::new(chain), about)?);
-        let contents = Contents::new(export.len(), changed, hash);
+        // A copy is a state of its own, whatever its file has in common with that of another.
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let contents = Contents::new(export.len(), changed, hash, number);
         let kept = Kept {
             export: export.clone(),
             contents,

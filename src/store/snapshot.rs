@@ -31,7 +31,7 @@ impl Store {
         let mut prepared = self.prepare_beside(box_id)?;
         prepared.refuse_taken(name)?;
         let frozen = prepared.freeze(&draft)?;
-        prepared.name_layer(&frozen, &snapshot_id()?, name, now())
+        prepared.name_layer(&frozen, &snapshot_id()?, name, None)
     }
 
     /// How a box is called in the log.
@@ -87,7 +87,7 @@ impl Prepared<'_> {
         Ok(())
     }
 
-    /// Makes a snapshot of a frozen state and returns its id.
+    /// Makes a snapshot of a frozen state and returns its id. Without `created_at` it is of now.
     ///
     /// Order: the directory, the layer's further name in it, the row. A crash before the row leaves
     /// a directory without one, whose layer has another name: recovery unlinks it. Beside a runtime nobody
@@ -97,7 +97,7 @@ impl Prepared<'_> {
         frozen: &FrozenDisk,
         id: &str,
         name: &str,
-        created_at: i64,
+        created_at: Option<i64>,
     ) -> Result<String> {
         // By its mark recovery knows a directory whose name no snapshot has.
         let is_beside = self.change.is_beside_a_runtime();
@@ -184,6 +184,14 @@ impl Prepared<'_> {
         durable::rename(&copy, path)
     }
 
+    /// The time of a snapshot that is made now: later than those of all that the box has, though
+    /// there be several in a second. Both BoxLite and tools that go by times see which one is the
+    /// newest.
+    fn next_time(&self) -> Result<i64> {
+        let newest = self.snapshots()?.iter().map(|it| it.shown_at).max();
+        Ok(newest.map_or(now(), |newest| now().max(newest.saturating_add(1))))
+    }
+
     /// The row of a snapshot whose layer is in place.
     pub(super) fn record_snapshot(
         &mut self,
@@ -191,8 +199,12 @@ impl Prepared<'_> {
         name: &str,
         path: &Path,
         virtual_size: u64,
-        created_at: i64,
+        created_at: Option<i64>,
     ) -> Result<String> {
+        let created_at = match created_at {
+            Some(created_at) => created_at,
+            None => self.next_time()?,
+        };
         let meta = fs::metadata(path).context(|| format!("cannot look at {}", path.display()))?;
         let row = NewSnapshot {
             id: id.to_owned(),

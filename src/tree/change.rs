@@ -138,7 +138,7 @@ impl Tree {
         }
         if !caller.copies() {
             let snapshot = self.store.snapshot(id, name)?;
-            self.staging.lock().into_existing(caller, id);
+            self.staging.lock().existing(caller, id);
             return Ok(Node::Snapshot(id.to_owned(), snapshot));
         }
         let parent = Node::Snapshots(id.to_owned());
@@ -148,7 +148,7 @@ impl Tree {
         self.store
             .refuse_unready_for_restore(id)
             .map_err(|error| self.refuse(error.errno(), format!("snapshot {name}: {error}")))?;
-        self.staging.lock().into_existing(caller, id);
+        self.staging.lock().existing(caller, id);
         self.make_staged(caller, &parent, name, What::Directory)?
             .ok_or_else(not_there)
     }
@@ -203,10 +203,18 @@ impl Tree {
         if self.store.is_live(id, snapshot)? {
             return Ok(());
         }
-        Err(self.refuse_put(
-            caller,
-            &Node::Snapshot(id.to_owned(), snapshot.to_owned()),
-            name,
+        let source = Source::Snapshot {
+            box_id: id.to_owned(),
+            snapshot_id: snapshot.to_owned(),
+        };
+        self.remember_refused_copy(caller, &Node::Export(source.clone()));
+        let which = self.store.describe(&source);
+        Err(self.refuse(
+            libc::EPERM,
+            format!(
+                "{name}: {which} stays as it is; copy to another name, or over the box's {EXPORT} to \
+                 restore it"
+            ),
         ))
     }
 

@@ -261,7 +261,7 @@ impl Tree {
             } => self
                 .snapshot(box_id, snapshot_id)
                 .ok()
-                .map(|row| row.created_at),
+                .map(|row| row.shown_at),
         }
     }
 

@@ -30,27 +30,33 @@ impl Tree {
         match self.node(ino) {
             Ok(Node::Compressed(source)) if reads => {
                 let tree = self.clone();
-                let pauses = self.store.pauses(&source, Form::Compressed);
+                let waits = self.waits_first(&source, Form::Compressed);
                 let open = move |answer| tree.open_compressed(caller, source, answer);
-                self.pausing(pauses, open, answer);
+                self.waiting(waits, open, answer);
             }
-            Ok(Node::Export(source)) if reads && self.store.pauses(&source, Form::Plain) => {
+            Ok(Node::Export(source)) if reads && self.waits_first(&source, Form::Plain) => {
                 let tree = self.clone();
                 let open = move |answer: OpenAnswer| answer(tree.open_file(caller, ino, flags));
-                self.pausing(true, open, answer);
+                self.waiting(true, open, answer);
             }
             _ => answer(self.open_file(caller, ino, flags)),
         }
     }
 
-    /// Opens in a thread of its own what a virtual machine is paused for first.
-    fn pausing(
+    /// Whether a virtual machine is paused before an export is opened, or the clock of its file
+    /// system waited for.
+    fn waits_first(&self, source: &Source, form: Form) -> bool {
+        self.store.pauses(source, form) || self.store.may_wait(source)
+    }
+
+    /// Opens in a thread of its own what something is waited for first.
+    fn waiting(
         &self,
-        pauses: bool,
+        waits: bool,
         open: impl FnOnce(OpenAnswer) + Send + 'static,
         answer: OpenAnswer,
     ) {
-        if !pauses {
+        if !waits {
             return open(answer);
         }
         let answer = Arc::new(Mutex::new(Some(answer)));
@@ -60,7 +66,7 @@ impl Tree {
                 open(answer);
             }
         };
-        let started = std::thread::Builder::new().name("pause".into()).spawn(work);
+        let started = std::thread::Builder::new().name("wait".into()).spawn(work);
         if let Err(error) = started
             && let Some(answer) = answer.lock().take()
         {

@@ -24,12 +24,15 @@ pub(super) fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
     with_usage(value, usage)
 }
 
-/// The snapshot's row, likewise with what it takes.
+/// The snapshot's row, likewise with what it takes, and with the time it is shown with: a backup
+/// keeps the order of snapshots that were made in one second.
 ///
 /// # Errors
 /// EIO when it is not JSON.
 pub(super) fn snapshot_json(snapshot: &SnapshotRecord, usage: Usage) -> Result<Vec<u8>> {
-    with_usage(snapshot.value()?, usage)
+    let mut value = snapshot.value()?;
+    value["created_at"] = snapshot.shown_at.into();
+    with_usage(value, usage)
 }
 
 /// Digits of the largest number of bytes.

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::Tree;
 use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::handle::{Handle, Opened};
-use super::node::{GuestFile, Node};
+use super::node::{Derived, GuestFile, Node};
 use crate::guest::{Attributes, FileKind, FileSystem, Guest, Time};
 use crate::store::{DiskState, Inside, Source};
 use crate::{Error, Result};
@@ -177,6 +177,17 @@ impl Tree {
         self.store
             .look_inside(source)
             .map_err(|error| self.noted_look(source, error))
+    }
+
+    /// Whether finding a name may have to wait for the clock of a file system: that of what is in a
+    /// disk that was written to just now.
+    pub fn lookup_may_wait(&self, parent: u64, name: &OsStr) -> bool {
+        let derived = name.to_str().and_then(Derived::named);
+        let looks_inside = matches!(derived, Some(Derived::Rootfs | Derived::DiskImage));
+        match self.node(parent) {
+            Ok(Node::ViewOf(source)) if looks_inside => self.store.look_may_wait(&source),
+            _ => false,
+        }
     }
 
     /// The state a file is in, open and unchanged.

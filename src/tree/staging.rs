@@ -84,7 +84,7 @@ impl StagedBox {
     }
 
     /// What is being put into a box that exists.
-    pub fn into_existing(id: String, caller: Caller) -> StagedBox {
+    pub fn existing(id: String, caller: Caller) -> StagedBox {
         let mut staged = StagedBox::new(id, caller);
         staged.committed = true;
         staged
@@ -290,12 +290,12 @@ impl Staging {
     }
 
     /// The record of what is put into a box that exists.
-    pub fn into_existing(&mut self, caller: Caller, id: &str) -> &mut StagedBox {
+    pub fn existing(&mut self, caller: Caller, id: &str) -> &mut StagedBox {
         self.sweep();
         let staged = self
             .boxes
             .entry(id.to_owned())
-            .or_insert_with(|| StagedBox::into_existing(id.to_owned(), caller));
+            .or_insert_with(|| StagedBox::existing(id.to_owned(), caller));
         staged.makers.join(caller);
         staged.touch();
         staged

@@ -286,13 +286,13 @@ impl Tree {
                 Ok(self.directory(node, count, changed))
             }
             Node::Snapshot(id, snapshot) => {
-                let made = at(self.snapshot(id, snapshot)?.created_at);
+                let made = at(self.snapshot(id, snapshot)?.shown_at);
                 Ok(self.directory(node, 0, made))
             }
             Node::SnapshotJson(id, snapshot) => {
                 let row = self.snapshot(id, snapshot)?;
                 let size = describe::snapshot_json(&row, Usage::default())?.len() as u64;
-                Ok(self.file(node, size, at(row.created_at)))
+                Ok(self.file(node, size, at(row.shown_at)))
             }
             Node::View => Ok(self.directory(node, self.names()?.all().len(), UNIX_EPOCH)),
             Node::ViewOf(source) => {

@@ -63,7 +63,7 @@ impl Tree {
             }
             Node::Snapshot(id, snapshot) => {
                 let row = self.snapshot(id, snapshot)?;
-                vec![("id", row.id), ("created_at", rfc3339(row.created_at))]
+                vec![("id", row.id), ("created_at", rfc3339(row.shown_at))]
             }
             _ => Vec::new(),
         })

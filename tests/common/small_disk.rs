@@ -15,13 +15,18 @@ pub enum FileSystem {
     Xfs,
     /// Likewise, and writes nothing in place.
     Btrfs,
+    /// Keeps whole seconds only, and does not say when a file was made.
+    SmallInodes,
+    /// Its clock has the kernel's ticks, some milliseconds.
+    Ext2,
 }
 
 impl FileSystem {
     /// Its type, as mount(8) wants it.
     pub fn name(self) -> &'static str {
         match self {
-            FileSystem::Ext4 => "ext4",
+            FileSystem::Ext4 | FileSystem::SmallInodes => "ext4",
+            FileSystem::Ext2 => "ext2",
             FileSystem::Xfs => "xfs",
             FileSystem::Btrfs => "btrfs",
         }
@@ -34,13 +39,15 @@ impl FileSystem {
             FileSystem::Xfs => &["mkfs.xfs", "-q", "-f"],
             // Data and metadata together, as it is best for a small one.
             FileSystem::Btrfs => &["mkfs.btrfs", "-q", "-f", "--mixed"],
+            FileSystem::SmallInodes => &["mkfs.ext4", "-q", "-F", "-m", "0", "-I", "128"],
+            FileSystem::Ext2 => &["mkfs.ext2", "-q", "-F", "-m", "0"],
         }
     }
 
     /// A size that it can be made with.
     pub fn smallest(self) -> &'static str {
         match self {
-            FileSystem::Ext4 => "64M",
+            FileSystem::Ext4 | FileSystem::SmallInodes | FileSystem::Ext2 => "64M",
             FileSystem::Xfs => "320M",
             FileSystem::Btrfs => "128M",
         }

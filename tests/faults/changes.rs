@@ -584,7 +584,12 @@ pub const MERGE: Change = Change {
     by: By::Compact,
     prepare: with_a_deleted_snapshot_below,
     act: |_| Ok(()),
-    points: &["merge.written", "merge.renamed", "free.unlinked"],
+    points: &[
+        "merge.prepared",
+        "merge.written",
+        "merge.renamed",
+        "free.unlinked",
+    ],
     whole: |_| {},
 };
 
@@ -593,7 +598,12 @@ pub const MERGE_INTO_LIVE: Change = Change {
     by: By::Compact,
     prepare: with_a_deleted_snapshot,
     act: |_| Ok(()),
-    points: &["merge.written", "merge.renamed", "free.unlinked"],
+    points: &[
+        "merge.prepared",
+        "merge.written",
+        "merge.renamed",
+        "free.unlinked",
+    ],
     whole: |_| {},
 };
 

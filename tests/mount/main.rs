@@ -19,3 +19,4 @@ mod semantics;
 mod shared;
 mod snapshot;
 mod staging;
+mod states;

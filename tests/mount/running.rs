@@ -433,6 +433,8 @@ fn meanwhile(
 ) -> (Mounted, Machine, std::io::Result<Vec<u8>>) {
     let mount = home.mount_with(&[], &[("BOXLITEFS_STOP_AT", "running.paused")]);
     let machine = Machine::of(home, "web");
+    // From then on its disk does not get longer.
+    eventually("it has written all places", || machine.written() > 30);
     let path = mount.at("web/export.boxlite");
     let reader = thread::spawn(move || fs::read(path));
     eventually("the mount stands still", || state(mount.process()) == 'T');
@@ -480,6 +482,31 @@ fn a_machine_that_somebody_sets_going_while_it_is_copied_is_noticed() {
     machine.goes_on();
     // Once more, and it is read.
     assert!(!fs::read(mount.at("web/export.boxlite")).unwrap().is_empty());
+}
+
+#[test]
+fn a_machine_that_ran_for_a_moment_is_noticed_though_its_disk_has_the_time_it_had() {
+    let home = TestHome::new();
+    let (mount, machine, read) = meanwhile(&home, |machine| {
+        let disk = fs::File::options()
+            .write(true)
+            .open(home.live_disk("web"))
+            .unwrap();
+        let before = disk.metadata().unwrap();
+        machine.signal(libc::SIGCONT);
+        machine.goes_on();
+        machine.signal(libc::SIGSTOP);
+        eventually("it stands still again", || {
+            state(machine.pid()) == 'T' && state(machine.writer) == 'T'
+        });
+        // As if all that had been within one tick of the file system's clock.
+        assert_eq!(disk.metadata().unwrap().len(), before.len());
+        disk.set_modified(before.modified().unwrap()).unwrap();
+    });
+    assert_eq!(errno(read), libc::EBUSY);
+    assert!(mount.log().contains("somebody else set it going"));
+    machine.signal(libc::SIGCONT);
+    machine.goes_on();
 }
 
 #[test]

@@ -9,7 +9,8 @@ use super::world::*;
 use crate::common::*;
 
 /// Where a merge may be killed.
-const MERGE_POINTS: [&str; 7] = [
+const MERGE_POINTS: [&str; 8] = [
+    "merge.prepared",
     "merge.written",
     "merge.renamed",
     "merge.rebased",

@@ -125,7 +125,8 @@ impl Table {
 
     /// All mounts of a file system.
     pub fn of_device(&self, device: Device) -> impl DoubleEndedIterator<Item = &Entry> {
-        self.entries().filter(move |entry| entry.id.device == device)
+        self.entries()
+            .filter(move |entry| entry.id.device == device)
     }
 
     /// Another mount that would be hit, or taken along, by an unmount of this one by its path: one
@@ -318,7 +319,10 @@ not a line of the table
         let ours = table.at(Path::new("/mnt")).unwrap();
         assert_eq!(table.in_the_way(ours).unwrap().id.id, 31);
         let around = |path| table.around(Path::new(path)).unwrap().id.id;
-        assert_eq!((around("/mnt/x/y"), around("/mnt/web/x"), around("/x")), (30, 31, 28));
+        assert_eq!(
+            (around("/mnt/x/y"), around("/mnt/web/x"), around("/x")),
+            (30, 31, 28)
+        );
     }
 
     #[test]
@@ -335,7 +339,10 @@ not a line of the table
         let table = table(TABLE);
         let entry = table.at(Path::new("/mnt/my boxes\\x")).unwrap();
         assert!(entry.is_ours());
-        let device = Device { major: 0, minor: 51 };
+        let device = Device {
+            major: 0,
+            minor: 51,
+        };
         assert_eq!(entry.id, MountId { id: 40, device });
         assert_eq!(entry.source, Path::new("/home/u/.boxlite"));
         assert_eq!(table.find(entry.id), Some(entry));

@@ -83,9 +83,10 @@ pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, Ow
         entry.is_ours() && entry.mountpoint == places.mountpoint && !before.contains(&entry.id.id)
     };
     let connection = connection_of(&requests);
-    let entry = table.entries().filter(is_it).rfind(|entry| {
-        connection.is_none_or(|minor| entry.id.device.minor == minor)
-    });
+    let entry = table
+        .entries()
+        .filter(is_it)
+        .rfind(|entry| connection.is_none_or(|minor| entry.id.device.minor == minor));
     let Some(entry) = entry else {
         let sentence = format!("{shown} was unmounted by somebody else as soon as it was mounted");
         return Err(Error::new(libc::ENOTCONN, sentence));
@@ -254,7 +255,10 @@ mod tests {
     #[test]
     fn a_comma_in_the_home_does_not_end_the_source_name_for_fusermount() {
         let options = fusermount_options(OsStr::new(r"/a,allow_other\b"), &Options::default());
-        assert_eq!(options, r"fsname=/a\,allow_other\\b,subtype=boxlite,nosuid,nodev");
+        assert_eq!(
+            options,
+            r"fsname=/a\,allow_other\\b,subtype=boxlite,nosuid,nodev"
+        );
     }
 
     #[test]

@@ -100,10 +100,18 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
     };
     let is_ours = || own.is_connected();
     let remove = |place: &Entry| {
-        remove_idle(place.id, is_ours).or_else(|error| match error.errno() {
+        let removed = remove_idle(place.id, is_ours).or_else(|error| match error.errno() {
             // Another mount in the way keeps a lazy unmount from being right, too: it says so itself.
             libc::EBUSY | libc::EPERM => remove_lazily(place.id, is_ours),
             _ => Err(error),
+        });
+        // An unmount goes on to the mounts that were made with this one by propagation.
+        removed.or_else(|error| {
+            if is_gone(place.id) {
+                Ok(())
+            } else {
+                Err(error)
+            }
         })
     };
     let removed: Vec<Result<()>> = places.iter().map(remove).collect();
@@ -156,7 +164,7 @@ pub(super) fn remove_idle(id: MountId, is_still_meant: impl Fn() -> bool) -> Res
             result => return result.map_err(Into::into).context(sentence),
         }
         if path_of(id)? != path || !is_still_meant() {
-            return Err(gone(&path));
+            return Err(replaced(&path));
         }
         match unmount(&path, marked) {
             Err(Errno::AGAIN) => {}
@@ -178,7 +186,7 @@ pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> R
         .map_err(Into::into)
         .context(sentence)?;
     if mount_number(&mount) != Some(id.id) || path_of(id)? != path || !is_still_meant() {
-        return Err(gone(&path));
+        return Err(replaced(&path));
     }
     // Where the descriptor leads is this mount, whatever is on the path by now.
     let descriptor = format!("/proc/self/fd/{}", mount.as_raw_fd());
@@ -189,6 +197,11 @@ pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> R
         }
         result => result.map_err(Into::into).context(sentence),
     }
+}
+
+/// Whether a mount is not in the table any more.
+fn is_gone(id: MountId) -> bool {
+    Table::own().is_ok_and(|table| table.find(id).is_none())
 }
 
 /// Whether no other mount is in the way of an unmount.
@@ -214,7 +227,7 @@ fn path_of(id: MountId) -> Result<PathBuf> {
     }
 }
 
-fn gone(path: &Path) -> Error {
+fn replaced(path: &Path) -> Error {
     let sentence = format!("{} has another mount now", path.display());
     Error::new(libc::EINVAL, sentence)
 }
@@ -237,8 +250,7 @@ fn fusermount(id: MountId, path: &Path, lazily: bool) -> Result<()> {
         .env("LC_ALL", "C")
         .output()
         .context(|| "cannot run fusermount3, which unmounts for those who are not root: install the package fuse3")?;
-    let is_gone = || Table::own().is_ok_and(|table| table.find(id).is_none());
-    if output.status.success() || is_gone() {
+    if output.status.success() || is_gone(id) {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
@@ -265,4 +277,106 @@ pub(super) fn find_fusermount() -> Option<PathBuf> {
         .chain(USUAL_PLACES.map(PathBuf::from))
         .map(|directory| directory.join("fusermount3"))
         .find(|program| program.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::Options;
+    use super::super::attach::{Attached, attach};
+    use super::super::mountinfo;
+    use super::super::places::Places;
+    use super::*;
+
+    /// A mount that nobody serves yet, on a directory of its own.
+    fn mounted() -> (tempfile::TempDir, Attached, OwnedFd) {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().canonicalize().unwrap();
+        for name in ["home", "mnt"] {
+            fs::create_dir(root.join(name)).unwrap();
+        }
+        let places = Places {
+            home: root.join("home"),
+            mountpoint: root.join("mnt"),
+        };
+        let (attached, requests) = attach(&places, &Options::default()).unwrap();
+        (place, attached, requests)
+    }
+
+    fn fstype_at(path: &Path) -> Option<String> {
+        let entry = mountinfo::at(&path.canonicalize().unwrap()).unwrap();
+        entry.map(|entry| entry.fstype)
+    }
+
+    fn mount_tmpfs(path: &Path) {
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("tmpfs", path, "tmpfs", flags, None).unwrap();
+    }
+
+    #[test]
+    fn a_mount_that_never_came_to_serve_is_taken_away() {
+        let (place, attached, requests) = mounted();
+        let mnt = place.path().join("mnt");
+        assert_eq!(fstype_at(&mnt).as_deref(), Some("fuse.boxlite"));
+        drop(attached);
+        assert_eq!(fstype_at(&mnt), None);
+        drop(requests);
+    }
+
+    #[test]
+    fn a_mount_that_a_stranger_covers_is_left_with_what_covers_it() {
+        let (place, attached, requests) = mounted();
+        let mnt = place.path().join("mnt");
+        mount_tmpfs(&mnt);
+        let Detached::Not(error) = detach_own(attached.own()) else {
+            panic!("it is covered");
+        };
+        assert_eq!(error.errno(), libc::EBUSY);
+        assert!(error.sentence().contains("tmpfs is mounted on"), "{error}");
+        assert_eq!(fstype_at(&mnt).as_deref(), Some("tmpfs"));
+        unmount(&mnt, UnmountFlags::empty()).unwrap();
+        assert!(matches!(detach_own(attached.own()), Detached::Done));
+        assert_eq!(fstype_at(&mnt), None);
+        drop(requests);
+    }
+
+    #[test]
+    fn a_mount_that_was_replaced_is_not_looked_for_on_its_path() {
+        let (place, attached, requests) = mounted();
+        let mnt = place.path().join("mnt");
+        let id = attached.own().id();
+        unmount(&mnt, UnmountFlags::DETACH).unwrap();
+        mount_tmpfs(&mnt);
+        assert!(matches!(detach_own(attached.own()), Detached::Nothing));
+        assert_eq!(remove_idle(id, || true).unwrap_err().errno(), libc::EINVAL);
+        assert_eq!(
+            remove_lazily(id, || true).unwrap_err().errno(),
+            libc::EINVAL
+        );
+        drop((attached, requests));
+        assert_eq!(fstype_at(&mnt).as_deref(), Some("tmpfs"));
+        unmount(&mnt, UnmountFlags::empty()).unwrap();
+    }
+
+    #[test]
+    fn a_mount_is_found_where_it_was_moved_to() {
+        let (place, attached, requests) = mounted();
+        let moved = place.path().join("moved");
+        // What is moved is the directory above; the mount goes with it.
+        fs::create_dir(place.path().join("above")).unwrap();
+        let above = place.path().join("above");
+        fs::create_dir(above.join("mnt")).unwrap();
+        let bound = above.join("mnt");
+        rustix::mount::mount_bind(place.path().join("mnt"), &bound).unwrap();
+        fs::rename(&above, &moved).unwrap();
+        assert_eq!(
+            fstype_at(&moved.join("mnt")).as_deref(),
+            Some("fuse.boxlite")
+        );
+        assert!(matches!(detach_own(attached.own()), Detached::Done));
+        assert_eq!(fstype_at(&moved.join("mnt")), None);
+        assert_eq!(fstype_at(&place.path().join("mnt")), None);
+        drop(requests);
+    }
 }

@@ -96,17 +96,23 @@ pub(super) fn mounts_of(device: Device) -> Vec<Place> {
 /// where nothing can be seen.
 pub(super) fn users_of(device: Device, mountpoint: Option<&Path>) -> Option<String> {
     let own = std::process::id();
-    let uses = |pid: &u32| *pid != own && uses(*pid, device);
     let mut names: Vec<String> = processes()
         .into_iter()
-        .filter(uses)
+        .filter(|pid| *pid != own && uses(*pid, device))
         .map(|pid| Process(pid).to_string())
         .take(NAMED + 1)
         .collect();
     if let Some(mountpoint) = mountpoint {
         names.extend(loop_devices_on(mountpoint));
     }
-    let more = if names.len() > NAMED { " and others" } else { "" };
+    if names.is_empty() && uses(own, device) {
+        names.push("the working directory of this command".to_owned());
+    }
+    let more = if names.len() > NAMED {
+        " and others"
+    } else {
+        ""
+    };
     names.truncate(NAMED);
     (!names.is_empty()).then(|| names.join(", ") + more)
 }
@@ -126,7 +132,8 @@ fn uses(pid: u32, device: Device) -> bool {
 /// Whether what a link of /proc leads to is on a device. Asks no file system: one may have no answer.
 fn is_on(link: &Path, device: Device) -> bool {
     let looked = statx(CWD, link, AtFlags::STATX_DONT_SYNC, StatxFlags::empty());
-    looked.is_ok_and(|file| (file.stx_dev_major, file.stx_dev_minor) == (device.major, device.minor))
+    looked
+        .is_ok_and(|file| (file.stx_dev_major, file.stx_dev_minor) == (device.major, device.minor))
 }
 
 /// Whether a file of a device is mapped: `7f00-7f10 r--p 00000000 00:33 2 /mnt/web/disk.img`, in hexadecimal.
@@ -179,7 +186,8 @@ mod tests {
 
     #[test]
     fn a_mapped_file_is_told_by_its_device() {
-        let maps = b"7f00-7f10 r--p 00000000 00:33 2    /mnt/web/disk.img\n7f20-7f30 rw-p 0 00:00 0\n";
+        let maps =
+            b"7f00-7f10 r--p 00000000 00:33 2    /mnt/web/disk.img\n7f20-7f30 rw-p 0 00:00 0\n";
         let device = |minor| Device { major: 0, minor };
         assert!(maps_device(maps, device(0x33)));
         assert!(!maps_device(maps, device(0x3)));

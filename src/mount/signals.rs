@@ -94,7 +94,9 @@ fn obey(signals: &libc::sigset_t, phase: &SharedPhase) {
     if own.is_connected()
         && let Some(users) = holders::users_of(own.id().device, None)
     {
-        log::info!("what is open is served until it is closed, by {users}; another signal ends that");
+        log::info!(
+            "what is open is served until it is closed, by {users}; another signal ends that"
+        );
     }
     exit(wait(signals));
 }
@@ -108,7 +110,7 @@ fn unmount(signals: &libc::sigset_t, signal: libc::c_int, own: &OwnMount) {
             // Somebody detached the mount while files were open in it: no name leads here any more.
             Detached::Nothing => exit(signal),
             Detached::Not(error) if !is_told => {
-                log::error!("{error}; until then it is served, and another signal ends that at once");
+                log::error!("{error}; it is served until then, and another signal ends it at once");
                 is_told = true;
             }
             Detached::Not(_) => {}

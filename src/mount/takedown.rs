@@ -1,5 +1,6 @@
 //! `boxlitefs unmount`: finds the mount that is meant, unmounts it, and says whether that was all of it.
 
+use std::fmt;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -53,7 +54,9 @@ pub fn unmount(mountpoint: &Path, tell: impl Fn(&str)) -> Result<Unmounted> {
     };
     let held = remains.wait_for_the_end(&tell);
     Ok(held.map_or(Unmounted::Entirely, |sentence| {
-        Unmounted::OnlyHere(Error::busy(format!("{shown} is unmounted here, but {sentence}")))
+        Unmounted::OnlyHere(Error::busy(format!(
+            "{shown} is unmounted here, but {sentence}"
+        )))
     }))
 }
 
@@ -155,8 +158,7 @@ impl Remains {
             return Some(held);
         }
         tell(&format!(
-            "waiting for {}, which finishes what is under way",
-            server.process
+            "waiting for {server}, which finishes what is under way"
         ));
         if server.ends_within(FAREWELL) {
             return None;
@@ -164,8 +166,7 @@ impl Remains {
         let Process(pid) = server.process;
         Some(self.open_file().unwrap_or_else(|| {
             format!(
-                "{} goes on: something that this user can't see has files of it open, or work takes long; `kill {pid}` ends it",
-                server.process
+                "{server} goes on: something that this user can't see has files of it open, or work takes long; `kill {pid}` ends it"
             )
         }))
     }
@@ -181,7 +182,7 @@ impl Remains {
         let place = left.first()?;
         let shown = place.mountpoint.display();
         let served = match &self.server {
-            Some(server) => format!("{} goes on serving it", server.process),
+            Some(server) => format!("{server} goes on serving it"),
             None => "it is still served".to_owned(),
         };
         Some(match place.elsewhere {
@@ -205,8 +206,7 @@ impl Remains {
         }
         let users = holders::users_of(self.device, None)?;
         Some(format!(
-            "{} goes on serving what is still open of it: by {users}; close that",
-            server.process
+            "{server} goes on serving what is still open of it, by {users}: close that"
         ))
     }
 }
@@ -215,6 +215,13 @@ impl Remains {
 struct Server {
     process: Process,
     handle: OwnedFd,
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Process(pid) = self.process;
+        write!(f, "boxlitefs (pid {pid})")
+    }
 }
 
 impl Server {

@@ -124,9 +124,9 @@ fn serve(
     // A session that failed answers nobody, so nobody is to come: the mount goes before the last work.
     let failed = || remove_remains(&own).map(|_| ());
     let result = fuse::serve(tree, requests, access, ready, failed);
-    let remains = remove_remains(&own)?;
+    let remains = remove_remains(&own);
     result?;
-    match remains {
+    match remains? {
         None => Ok(()),
         Some(place) => Err(Error::new(
             libc::ECONNABORTED,

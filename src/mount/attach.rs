@@ -91,9 +91,11 @@ pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, Ow
         let sentence = format!("{shown} was unmounted by somebody else as soon as it was mounted");
         return Err(Error::new(libc::ENOTCONN, sentence));
     };
+    let attached = Attached {
+        own: OwnMount::new(entry.id, requests.clone()),
+    };
     let for_session = requests.try_clone().context(sentence)?;
-    let own = OwnMount::new(entry.id, requests);
-    Ok((Attached { own }, for_session))
+    Ok((attached, for_session))
 }
 
 /// Waits until no other boxlitefs is about to mount on the same directory: without that, two that see a

@@ -94,6 +94,8 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     let places = match places {
+        // Unmounted by somebody else in this moment.
+        Ok(_) if !own.is_connected() => return Detached::Done,
         Ok(places) if places.is_empty() => return Detached::Nothing,
         Ok(places) => places,
         Err(error) => return Detached::Not(error),
@@ -131,7 +133,8 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
 pub(super) fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
     let mut found = None;
     for place in own.places()? {
-        let is_remains = || own.is_connected() || is_dead(&place.mountpoint);
+        let is_dead = || is_dead(&place.mountpoint).unwrap_or(false);
+        let is_remains = || own.is_connected() || is_dead();
         if is_remains() {
             remove_lazily(place.id, is_remains)?;
             found = Some(place.mountpoint.clone());
@@ -142,10 +145,22 @@ pub(super) fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
 
 /// Whether the file system that is mounted on this path says that no process serves it any more. Waits
 /// for the answer of one that does.
-pub(super) fn is_dead(mountpoint: &Path) -> bool {
+///
+/// # Errors
+/// EACCES when it is another user's, who alone is answered.
+pub(super) fn is_dead(mountpoint: &Path) -> Result<bool> {
     let how = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_FORCE_SYNC;
-    let looked = statx(CWD, mountpoint, how, StatxFlags::BASIC_STATS);
-    matches!(looked, Err(Errno::NOTCONN | Errno::CONNABORTED))
+    match statx(CWD, mountpoint, how, StatxFlags::BASIC_STATS) {
+        Err(Errno::NOTCONN | Errno::CONNABORTED) => Ok(true),
+        Err(Errno::ACCESS) => Err(Error::new(
+            libc::EACCES,
+            format!(
+                "the mount on {} is another user's, who alone can see whether it is served",
+                mountpoint.display()
+            ),
+        )),
+        _ => Ok(false),
+    }
 }
 
 /// Unmounts a mount that is not in use, if `is_still_meant` says so in the last moment.
@@ -346,14 +361,16 @@ mod tests {
         let (place, attached, requests) = mounted();
         let mnt = place.path().join("mnt");
         let id = attached.own().id();
+        // In use: the file system is there, and no name leads to it.
+        let used = open(&mnt, OFlags::PATH, Mode::empty()).unwrap();
         unmount(&mnt, UnmountFlags::DETACH).unwrap();
         mount_tmpfs(&mnt);
         assert!(matches!(detach_own(attached.own()), Detached::Nothing));
-        assert_eq!(remove_idle(id, || true).unwrap_err().errno(), libc::EINVAL);
-        assert_eq!(
-            remove_lazily(id, || true).unwrap_err().errno(),
-            libc::EINVAL
-        );
+        for refused in [remove_idle(id, || true), remove_lazily(id, || true)] {
+            assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
+        }
+        drop(used);
+        assert!(matches!(detach_own(attached.own()), Detached::Done));
         drop((attached, requests));
         assert_eq!(fstype_at(&mnt).as_deref(), Some("tmpfs"));
         unmount(&mnt, UnmountFlags::empty()).unwrap();

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::{Context, Error, Result};
 const MOMENT: Duration = Duration::from_secs(1);
 
 /// How long it is waited for in all: it finishes what is under way, ten seconds at most.
-const FAREWELL: Duration = Duration::from_secs(20);
+const FAREWELL: Duration = Duration::from_secs(12);
 
 /// How far an unmount came.
 #[derive(Debug)]
@@ -73,11 +74,11 @@ pub fn remove_dead(mountpoint: &Path) -> Result<()> {
     let Some(entry) = table.at(&path).filter(|entry| entry.is_ours()) else {
         return Ok(());
     };
-    // Whoever is asked whether he is alive has to answer; a process that can be seen needs no asking.
-    if Server::of(entry.id.device).is_some() || !detach::is_dead(&path) {
+    // What is asked may not answer; a process that can be seen needs no asking.
+    if Server::of(entry.id.device).is_some() || !detach::is_dead(&path)? {
         return Ok(());
     }
-    detach::remove_lazily(entry.id, || detach::is_dead(&path))
+    detach::remove_lazily(entry.id, || detach::is_dead(&path).unwrap_or(false))
 }
 
 /// The mount of boxlitefs on a path.
@@ -110,9 +111,52 @@ fn none_there(mountpoint: &Path, path: &Path, table: &Table) -> String {
             "{shown} is a BoxLite home; it is mounted on {place}: unmount it with `boxlitefs unmount {place}`"
         );
     }
-    format!(
-        "nothing is mounted on {shown}: `findmnt -t fuse.boxlite` lists the mounts of boxlitefs"
-    )
+    still_served(path, table).unwrap_or_else(|| {
+        format!(
+            "nothing is mounted on {shown}: `findmnt -t fuse.boxlite` lists the mounts of boxlitefs"
+        )
+    })
+}
+
+/// A mount that was made on a path and is not there any more, but is still served to somebody.
+fn still_served(path: &Path, table: &Table) -> Option<String> {
+    let is_mounted = |device| table.of_device(device).next().is_some();
+    holders::processes().into_iter().find_map(|pid| {
+        let device = connections_of(pid)
+            .into_iter()
+            .map(|minor| Device { major: 0, minor })
+            .find(|device| !is_mounted(*device))?;
+        let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let mut words = line.split(|&byte| byte == 0);
+        words.find(|word| *word == path.as_os_str().as_bytes())?;
+        let shown = path.display();
+        let held = match holders::mounts_of(device).first() {
+            Some(place) => held_by_mount(place),
+            None => format!(
+                "{} has something of it open; close that",
+                holders::users_of(device, None)?
+            ),
+        };
+        Some(format!(
+            "nothing is mounted on {shown} any more, but boxlitefs (pid {pid}) goes on serving what was: {held}"
+        ))
+    })
+}
+
+/// What to do about another mount of what was unmounted.
+fn held_by_mount(place: &Place) -> String {
+    let shown = place.mountpoint.display();
+    match place.elsewhere {
+        None => {
+            format!("it is also mounted on {shown}; unmount that with `boxlitefs unmount {shown}`")
+        }
+        Some(holder) => {
+            let Process(pid) = holder;
+            format!(
+                "{holder} has it on {shown} in another mount namespace; end that process, or as root `nsenter --mount --target {pid} umount {shown}`"
+            )
+        }
+    }
 }
 
 fn in_use(mountpoint: &Path, entry: &Entry) -> Error {
@@ -179,22 +223,10 @@ impl Remains {
 
     fn other_mount(&self) -> Option<String> {
         let (left, _) = self.mounts_now();
-        let place = left.first()?;
-        let shown = place.mountpoint.display();
-        let served = match &self.server {
-            Some(server) => format!("{server} goes on serving it"),
-            None => "it is still served".to_owned(),
-        };
-        Some(match place.elsewhere {
-            None => format!(
-                "{served}: it is also mounted on {shown}; unmount that with `boxlitefs unmount {shown}`"
-            ),
-            Some(holder) => {
-                let Process(pid) = holder;
-                format!(
-                    "{served}: {holder} has it on {shown} in another mount namespace; end that process, or as root `nsenter --mount --target {pid} umount {shown}`"
-                )
-            }
+        let held = held_by_mount(left.first()?);
+        Some(match &self.server {
+            Some(server) => format!("{server} goes on serving it: {held}"),
+            None => format!("it is still served: {held}"),
         })
     }
 
@@ -209,6 +241,16 @@ impl Remains {
             "{server} goes on serving what is still open of it, by {users}: close that"
         ))
     }
+}
+
+/// The FUSE connections that a process serves, where the kernel tells.
+fn connections_of(pid: u32) -> Vec<u32> {
+    let infos = fs::read_dir(format!("/proc/{pid}/fdinfo"));
+    let infos = infos.into_iter().flatten().flatten();
+    infos
+        .filter_map(|info| fs::read_to_string(info.path()).ok())
+        .flat_map(|text| attach::connections(&text).collect::<Vec<_>>())
+        .collect()
 }
 
 /// The process that serves a FUSE connection.
@@ -228,13 +270,7 @@ impl Server {
     /// Linux 6.16 and later name the connection in the fdinfo of an open /dev/fuse; elsewhere, and for
     /// processes of others: None.
     fn of(device: Device) -> Option<Server> {
-        let serves = |pid: &u32| {
-            let infos = fs::read_dir(format!("/proc/{pid}/fdinfo"));
-            infos.into_iter().flatten().flatten().any(|info| {
-                let text = fs::read_to_string(info.path()).unwrap_or_default();
-                attach::connections(&text).any(|minor| minor == device.minor)
-            })
-        };
+        let serves = |pid: &u32| connections_of(*pid).contains(&device.minor);
         let pid = holders::processes().into_iter().find(serves)?;
         let number = Pid::from_raw(i32::try_from(pid).ok()?)?;
         Some(Server {

@@ -106,7 +106,9 @@ pub(super) fn users_of(device: Device, mountpoint: Option<&Path>) -> Option<Stri
         names.extend(loop_devices_on(mountpoint));
     }
     if names.is_empty() && uses(own, device) {
-        names.push("what this command was started with (its working directory or an open file)".to_owned());
+        names.push(
+            "what this command was started with (its working directory or an open file)".to_owned(),
+        );
     }
     let more = if names.len() > NAMED {
         " and others"

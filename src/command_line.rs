@@ -34,7 +34,11 @@ In the foreground, RUST_LOG=debug says more. Under systemd it tells when it serv
 
 const UNMOUNT_EXAMPLES: &str = "\
 Examples:
-  boxlitefs unmount /mnt/boxlite";
+  boxlitefs unmount /mnt/boxlite
+  boxlitefs unmount --dead /mnt/boxlite   clear away what a killed mount left, and nothing else
+
+Exit status: 0 unmounted, and the process that served it has ended; 1 nothing was unmounted, which may be
+tried again; 3 unmounted here, but still served: the message says what has it.";
 
 const STATUS_EXAMPLES: &str = "\
 Examples:
@@ -80,6 +84,9 @@ pub enum Command {
     /// Unmount what `boxlitefs mount` mounted
     #[command(after_help = UNMOUNT_EXAMPLES)]
     Unmount {
+        /// Only if its process was killed and nobody serves it; else do nothing
+        #[arg(long)]
+        dead: bool,
         /// Where it is mounted
         mountpoint: PathBuf,
     },

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -14,9 +15,9 @@ use std::time::{Duration, Instant, SystemTime};
 use fuser::{
     BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
     Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
-    MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 
 use crate::store::Spool;
@@ -50,33 +51,30 @@ const MOMENT: Duration = Duration::from_millis(500);
 /// How long it may keep what never changes: a file of a guest in one state of its disk.
 const LONG: Duration = Duration::from_secs(24 * 3600);
 
-/// How to mount.
-#[derive(Clone, Debug)]
-pub struct ServeConfig {
-    /// Shown as the source of the mount: the home's path.
-    pub source: String,
-    /// Mount read-only.
-    pub read_only: bool,
-    /// Let every user in, as far as modes allow.
-    pub allow_other: bool,
-    /// Let root in.
-    pub allow_root: bool,
-    /// Refuse to execute what is in the mount.
-    pub noexec: bool,
-    /// Do not keep access times.
-    pub noatime: bool,
+/// Who gets into the mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Who mounted it, alone.
+    Owner,
+    /// root, too.
+    RootToo,
+    /// Every user, as far as modes allow.
+    Everybody,
 }
 
-/// Mounts the tree at `mountpoint`, calls `ready` once the kernel has it, and serves until it is
-/// unmounted.
+/// Serves the tree to the kernel, whose requests come from `requests`, a descriptor of /dev/fuse, until the
+/// file system is unmounted and nothing of it is open. Calls `ready` once the kernel has agreed, and
+/// `failed` as soon as it can't be served any more though the kernel still has it. It mounts nothing and
+/// unmounts nothing: fuser would, by path, and so what is mounted there by then.
 ///
 /// # Errors
-/// What mounting says.
+/// What the kernel says, or `failed`.
 pub fn serve(
     tree: Arc<Tree>,
-    mountpoint: &Path,
-    config: ServeConfig,
+    requests: OwnedFd,
+    access: Access,
     ready: impl FnOnce(),
+    failed: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let filesystem = Mounted {
         tree: tree.clone(),
@@ -85,8 +83,9 @@ pub fn serve(
         reading: Threads::start("read", READ_THREADS)?,
         working: Threads::start("work", WORK_THREADS)?,
     };
-    let session = Session::new(filesystem, mountpoint, &session_config(&config))
-        .map_err(|e| Error::io(format!("cannot mount at {}", mountpoint.display()), e))?;
+    let (acl, config) = session_config(access);
+    let session = Session::from_fd(filesystem, requests, acl, config)
+        .map_err(|e| Error::io("the kernel does not agree on the mount", e))?;
     let notifier = session.notifier();
     tree.on_drop_pages(move |ino| {
         // ENOENT: the kernel has none.
@@ -98,6 +97,7 @@ pub fn serve(
     let served = session
         .run()
         .map_err(|e| Error::io("serving the mount ended", e));
+    let served = served.or_else(|error| failed().and(Err(error)));
     tree.close();
     // What was under way comes to its end, and the workspace goes with the tree.
     let deadline = Instant::now() + LAST_WORK;
@@ -181,38 +181,17 @@ impl Drop for Threads {
     }
 }
 
-fn session_config(config: &ServeConfig) -> Config {
-    let mut options = vec![
-        MountOption::FSName(config.source.clone()),
-        // fuser drops its own Subtype when it mounts by itself, as root.
-        MountOption::CUSTOM("subtype=boxlite".into()),
-        // Whatever is asked for: guests and archives come from anywhere.
-        MountOption::NoSuid,
-        MountOption::NoDev,
-    ];
-    if config.allow_other || config.allow_root {
-        // Else only who mounted gets in, and may read all that guests have.
-        options.push(MountOption::DefaultPermissions);
-    }
-    if config.read_only {
-        options.push(MountOption::RO);
-    }
-    if config.noexec {
-        options.push(MountOption::NoExec);
-    }
-    if config.noatime {
-        options.push(MountOption::NoAtime);
-    }
-    let mut session = Config::default();
-    session.mount_options = options;
-    session.acl = match (config.allow_other, config.allow_root) {
-        (true, _) => SessionACL::All,
-        (false, true) => SessionACL::RootAndOwner,
-        (false, false) => SessionACL::Owner,
+fn session_config(access: Access) -> (SessionACL, Config) {
+    let acl = match access {
+        Access::Owner => SessionACL::Owner,
+        Access::RootToo => SessionACL::RootAndOwner,
+        Access::Everybody => SessionACL::All,
     };
+    let mut session = Config::default();
+    session.acl = acl;
     session.n_threads = Some(REQUEST_THREADS);
     session.clone_fd = true;
-    session
+    (acl, session)
 }
 
 thread_local! {

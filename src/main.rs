@@ -10,17 +10,24 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use boxlitefs::home::run_guard;
-use boxlitefs::mount::{self, Mount, Options};
+use boxlitefs::mount::{self, Mount, Options, Unmounted};
 use boxlitefs::store::{check, compact};
 use boxlitefs::{Error, Result};
 use clap::Parser;
 use command_line::{Command, CommandLine, MountArguments, manual, status};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+/// The exit status of an unmount after which what was mounted is still served.
+const STILL_SERVED: u8 = 3;
+
 fn main() -> ExitCode {
     match CommandLine::parse().command {
         Command::Mount(arguments) => done(run_mount(arguments)),
-        Command::Unmount { mountpoint } => done(mount::unmount(&mountpoint)),
+        Command::Unmount {
+            dead: false,
+            mountpoint,
+        } => run_unmount(&mountpoint),
+        Command::Unmount { mountpoint, .. } => done(mount::remove_dead(&mountpoint)),
         Command::Status(arguments) => done(status::run(&arguments)),
         Command::Check { repair, home } => match run_check(home, repair) {
             Ok(true) => ExitCode::SUCCESS,
@@ -49,6 +56,15 @@ fn run_mount(mut arguments: MountArguments) -> Result<()> {
         options,
         foreground: arguments.foreground,
     })
+}
+
+fn run_unmount(mountpoint: &Path) -> ExitCode {
+    let unmounted = mount::unmount(mountpoint, |sentence| eprintln!("boxlitefs: {sentence}"));
+    match unmounted {
+        Ok(Unmounted::Entirely) => ExitCode::SUCCESS,
+        Ok(Unmounted::OnlyHere(error)) => failed(error, STILL_SERVED),
+        Err(error) => failed(error, 1),
+    }
 }
 
 fn run_check(home: Option<PathBuf>, repair: bool) -> Result<bool> {

@@ -3,7 +3,10 @@
 //! Knows processes and the mount table; nothing of boxes, and nothing of FUSE beyond its device
 //! and its file system type.
 
+mod attach;
 mod background;
+mod detach;
+mod holders;
 mod logging;
 mod memory;
 mod options;
@@ -12,19 +15,19 @@ mod service;
 mod signals;
 mod takedown;
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::fuse::{self, ServeConfig};
+use crate::fuse::{self, Access};
 use crate::mountinfo;
 use crate::tree::{self, MountFacts, Tree};
 use crate::{Error, Result};
 
 pub use logging::log_to_stderr;
 pub use options::{DOCUMENTED, Documented, Options};
-pub use takedown::unmount;
+pub use takedown::{Unmounted, remove_dead, unmount};
 
+use detach::OwnMount;
 use places::Places;
 use signals::Phase;
 
@@ -86,7 +89,7 @@ fn serve(
 ) -> Result<()> {
     memory::bound();
     // First of all: the signals must be blocked before anything starts a thread.
-    let phase = signals::watch(&places.mountpoint)?;
+    let phase = signals::watch()?;
     logging::begin_to_write();
     let tree = Arc::new(Tree::open(
         &places.home,
@@ -103,28 +106,43 @@ fn serve(
         options: options.to_json(),
     });
     phase.enter(Phase::Mounting);
-    let config = ServeConfig {
-        source: source_name(places.home.as_os_str(), places::is_root()),
-        read_only: options.read_only,
-        allow_other: options.allow_other,
-        allow_root: options.allow_root,
-        noexec: options.noexec,
-        noatime: options.noatime,
+    let (attached, requests) = attach::attach(places, options).map_err(explain)?;
+    let own = attached.own().clone();
+    phase.enter(Phase::Serving(own.clone()));
+    let access = match (options.allow_other, options.allow_root) {
+        (true, _) => Access::Everybody,
+        (false, true) => Access::RootToo,
+        (false, false) => Access::Owner,
     };
     let served = Arc::downgrade(&tree);
-    fuse::serve(tree, &places.mountpoint, config, || {
-        phase.enter(Phase::Serving);
-        read_further_ahead(&places.mountpoint);
+    let ready = || {
+        read_further_ahead(&own);
         if let Some(tree) = served.upgrade() {
             announce(&tree);
         }
-    })
-    .map_err(|error| {
-        if phase.is(Phase::Serving) {
-            error
-        } else {
-            explain(error)
-        }
+    };
+    // A session that failed answers nobody, so nobody is to come: the mount goes before the last work.
+    let failed = || remove_remains(&own).map(|_| ());
+    let result = fuse::serve(tree, requests, access, ready, failed);
+    let remains = remove_remains(&own);
+    result?;
+    match remains? {
+        None => Ok(()),
+        Some(place) => Err(Error::new(
+            libc::ECONNABORTED,
+            format!(
+                "the connection of the mount on {} was aborted by umount -f or through /sys/fs/fuse/connections; it is unmounted",
+                place.display()
+            ),
+        )),
+    }
+}
+
+/// Takes away what is left of the mount when it is not served any more.
+fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
+    detach::remove_remains(own).map_err(|error| {
+        let sentence = format!("a mount that nobody serves is left: {}", error.sentence());
+        Error::new(error.errno(), sentence)
     })
 }
 
@@ -134,28 +152,14 @@ const READ_AHEAD_KIB: &str = "2048";
 
 /// Has the kernel read further ahead than its 128 KiB, beyond which FUSE itself can't ask it to. Only
 /// root may; for others a copy takes somewhat longer.
-fn read_further_ahead(mountpoint: &Path) {
+fn read_further_ahead(own: &OwnMount) {
     if !places::is_root() {
         return;
     }
-    let Ok(Some(mount)) = mountinfo::at(mountpoint) else {
-        return;
-    };
-    // FUSE's devices have no driver: their major number is 0.
-    let file = format!("/sys/class/bdi/0:{}/read_ahead_kb", mount.minor);
+    let file = format!("/sys/class/bdi/{}/read_ahead_kb", own.id().device);
     if let Err(error) = std::fs::write(&file, READ_AHEAD_KIB) {
         log::debug!("{file}: {error}");
     }
-}
-
-/// The home as the mount table's source. Who is not root mounts through fusermount3, which takes
-/// options as one string: commas would end the name, and it undoes these backslashes.
-fn source_name(home: &OsStr, root: bool) -> String {
-    let name = home.to_string_lossy();
-    if root {
-        return name.into_owned();
-    }
-    name.replace('\\', "\\\\").replace(',', "\\,")
 }
 
 /// Says what to do when mount(2) itself is not permitted. Through fusermount3 there is no errno,
@@ -186,18 +190,4 @@ fn resolve(path: &Path) -> std::io::Result<PathBuf> {
             _ => Err(error),
         }
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_comma_in_the_home_does_not_end_the_source_name_for_fusermount() {
-        assert_eq!(
-            source_name(OsStr::new(r"/a,allow_other\b"), false),
-            r"/a\,allow_other\\b"
-        );
-        assert_eq!(source_name(OsStr::new("/a,b"), true), "/a,b");
-    }
 }

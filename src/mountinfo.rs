@@ -1,7 +1,9 @@
-//! The mount table of this process: /proc/self/mountinfo, described in proc_pid_mountinfo(5).
+//! The mount table of a process: /proc/PID/mountinfo, described in proc_pid_mountinfo(5).
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -10,15 +12,44 @@ use crate::{Context, Result};
 /// The file system type of our mounts: what the kernel makes of FUSE's subtype `boxlite`.
 const OUR_TYPE: &str = "fuse.boxlite";
 
+/// The device of a mounted file system: one number for all mounts of the same file system, in every
+/// mount namespace, and for nothing else as long as it is mounted or in use anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Device {
+    /// 0 for all that is on no disk, as FUSE.
+    pub major: u32,
+    /// For FUSE the number of its connection.
+    pub minor: u32,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// What tells one mount from every other that is there at the same time, wherever it is moved to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct MountId {
+    /// Its number in the mount table.
+    pub id: u64,
+    /// What is mounted.
+    pub device: Device,
+}
+
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// Minor number of the mounted file system's device; for FUSE the number of its connection.
-    pub minor: u32,
+    /// Which mount this is.
+    pub id: MountId,
+    /// The number of the mount that this one is mounted on.
+    pub parent: u64,
     /// Where it is mounted, an absolute path.
     pub mountpoint: PathBuf,
     /// For example `ext4` or `fuse.sshfs`.
     pub fstype: String,
+    /// What it was mounted from: the home, for a mount of ours.
+    pub source: PathBuf,
 }
 
 impl Entry {
@@ -33,12 +64,113 @@ impl Entry {
     }
 }
 
+/// A mount table as it was at one moment.
+#[derive(Debug)]
+pub(crate) struct Table(Vec<Entry>);
+
+impl Table {
+    /// That of this process.
+    ///
+    /// # Errors
+    /// Those of reading /proc/self/mountinfo.
+    pub fn own() -> Result<Table> {
+        fs::read("/proc/self/mountinfo")
+            .map(|text| Table::parsed(&text))
+            .context(|| "cannot read the mount table /proc/self/mountinfo; is /proc mounted?")
+    }
+
+    /// That of another process.
+    ///
+    /// # Errors
+    /// Those of reading /proc/PID/mountinfo: the process is gone, or another user's.
+    pub fn of_process(pid: u32) -> io::Result<Table> {
+        fs::read(format!("/proc/{pid}/mountinfo")).map(|text| Table::parsed(&text))
+    }
+
+    fn parsed(text: &[u8]) -> Table {
+        let lines = text.split(|&byte| byte == b'\n');
+        Table(lines.filter_map(entry).collect())
+    }
+
+    /// What is mounted on exactly this path (absolute, canonical), where a lookup of it ends: the
+    /// topmost of several, and none that a mount on a directory above hides.
+    pub fn at(&self, path: &Path) -> Option<&Entry> {
+        self.0
+            .iter()
+            .rfind(|entry| entry.mountpoint == path && self.hindrance(entry, false).is_none())
+    }
+
+    /// The mount in which this path (absolute, canonical) is.
+    pub fn around(&self, path: &Path) -> Option<&Entry> {
+        path.ancestors().find_map(|place| self.at(place))
+    }
+
+    /// A mountpoint in this directory, however deep; the directory itself does not count.
+    pub fn below(&self, dir: &Path) -> Option<&Path> {
+        self.0
+            .iter()
+            .map(|entry| entry.mountpoint.as_path())
+            .find(|mountpoint| mountpoint.starts_with(dir) && *mountpoint != dir)
+    }
+
+    /// A mount, wherever it is now; None when it is not in this table any more.
+    pub fn find(&self, id: MountId) -> Option<&Entry> {
+        self.0.iter().find(|entry| entry.id == id)
+    }
+
+    /// All mounts, in the order of the table.
+    pub fn entries(&self) -> impl DoubleEndedIterator<Item = &Entry> {
+        self.0.iter()
+    }
+
+    /// All mounts of a file system.
+    pub fn of_device(&self, device: Device) -> impl DoubleEndedIterator<Item = &Entry> {
+        self.entries()
+            .filter(move |entry| entry.id.device == device)
+    }
+
+    /// Another mount that would be hit, or taken along, by an unmount of this one by its path: one
+    /// that covers it or a directory above, or that is mounted somewhere in it.
+    pub fn in_the_way(&self, entry: &Entry) -> Option<&Entry> {
+        self.hindrance(entry, true)
+    }
+
+    /// A mount that covers this one, or if `also_inside` one that is mounted in it.
+    fn hindrance(&self, entry: &Entry, also_inside: bool) -> Option<&Entry> {
+        let on_it = |other: &&Entry| {
+            other.parent == entry.id.id && (also_inside || other.mountpoint == entry.mountpoint)
+        };
+        self.entries()
+            .find(on_it)
+            .or_else(|| self.what_hides(entry))
+    }
+
+    /// A mount on a directory above, made in the same mount as this one or as one above it: lookups go
+    /// into that.
+    fn what_hides(&self, entry: &Entry) -> Option<&Entry> {
+        let mut hidden = entry;
+        // A table has no circles; one that was read while it changed ends all the same.
+        for _ in 0..self.0.len() {
+            let covers = |other: &&Entry| {
+                other.parent == hidden.parent
+                    && other.id != hidden.id
+                    && hidden.mountpoint.starts_with(&other.mountpoint)
+            };
+            if let Some(cover) = self.entries().find(covers) {
+                return Some(cover);
+            }
+            hidden = self.entries().find(|other| other.id.id == hidden.parent)?;
+        }
+        None
+    }
+}
+
 /// What is mounted on exactly this path (absolute, canonical); the topmost if several are.
 ///
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
 pub(crate) fn at(path: &Path) -> Result<Option<Entry>> {
-    Ok(topmost(&table()?, path))
+    Ok(Table::own()?.at(path).cloned())
 }
 
 /// A mountpoint in this directory (absolute, canonical), however deep; the directory itself does not
@@ -47,7 +179,7 @@ pub(crate) fn at(path: &Path) -> Result<Option<Entry>> {
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
 pub(crate) fn below(dir: &Path) -> Result<Option<PathBuf>> {
-    Ok(entry_below(&table()?, dir))
+    Ok(Table::own()?.below(dir).map(Path::to_owned))
 }
 
 /// Where boxlitefs is mounted, each place once.
@@ -55,53 +187,38 @@ pub(crate) fn below(dir: &Path) -> Result<Option<PathBuf>> {
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
 pub(crate) fn ours() -> Result<Vec<PathBuf>> {
-    Ok(entries_of_ours(&table()?))
+    Ok(places_of_ours(&Table::own()?))
 }
 
-fn entries_of_ours(table: &[u8]) -> Vec<PathBuf> {
-    let lines = table.split(|&byte| byte == b'\n').filter_map(entry);
-    let mut places: Vec<PathBuf> = lines
-        .filter(Entry::is_ours)
-        .map(|entry| entry.mountpoint)
-        .collect();
+fn places_of_ours(table: &Table) -> Vec<PathBuf> {
+    let ours = table.entries().filter(|entry| entry.is_ours());
+    let mut places: Vec<PathBuf> = ours.map(|entry| entry.mountpoint.clone()).collect();
     places.sort();
     places.dedup();
     places
-}
-
-fn table() -> Result<Vec<u8>> {
-    fs::read("/proc/self/mountinfo")
-        .context(|| "cannot read the mount table /proc/self/mountinfo; is /proc mounted?")
-}
-
-fn entry_below(table: &[u8], dir: &Path) -> Option<PathBuf> {
-    table
-        .split(|&byte| byte == b'\n')
-        .filter_map(entry)
-        .map(|entry| entry.mountpoint)
-        .find(|mountpoint| mountpoint.starts_with(dir) && mountpoint != dir)
-}
-
-/// The table lists a mount after the one it covers.
-fn topmost(table: &[u8], path: &Path) -> Option<Entry> {
-    table
-        .split(|&byte| byte == b'\n')
-        .filter_map(entry)
-        .rfind(|entry| entry.mountpoint == path)
 }
 
 /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`: id, parent, device, root,
 /// mountpoint, options, any number of tags, a dash, type, source, options.
 fn entry(line: &[u8]) -> Option<Entry> {
     let mut fields = line.split(|&byte| byte == b' ');
-    let device = std::str::from_utf8(fields.nth(2)?).ok()?;
-    let (_, minor) = device.split_once(':')?;
-    let mountpoint = unescaped(fields.nth(1)?);
+    let mut text = || std::str::from_utf8(fields.next()?).ok();
+    let id = text()?.parse().ok()?;
+    let parent = text()?.parse().ok()?;
+    let (major, minor) = text()?.split_once(':')?;
+    let device = Device {
+        major: major.parse().ok()?,
+        minor: minor.parse().ok()?,
+    };
+    let path = |field| PathBuf::from(OsString::from_vec(unescaped(field)));
+    let mountpoint = path(fields.nth(1)?);
     fields.find(|field| *field == b"-")?;
     Some(Entry {
-        minor: minor.parse().ok()?,
-        mountpoint: PathBuf::from(OsString::from_vec(mountpoint)),
+        id: MountId { id, device },
+        parent,
+        mountpoint,
         fstype: String::from_utf8_lossy(&unescaped(fields.next()?)).into_owned(),
+        source: path(fields.next()?),
     })
 }
 
@@ -138,48 +255,116 @@ mod tests {
 
     const TABLE: &[u8] = b"\
 22 28 0:20 / /proc rw,nosuid - proc proc rw
+28 1 8:1 / / rw - ext4 /dev/sda1 rw
 36 28 98:0 /mnt1 /mnt/a rw,noatime master:1 shared:7 - ext4 /dev/root rw,errors=continue
 40 28 0:51 / /mnt/my\\040boxes\\134x rw,nosuid,nodev shared:9 - fuse.boxlite /home/u/.boxlite rw
 41 36 0:52 / /mnt/a rw - fuse.sshfs host: rw
 not a line of the table
 ";
 
+    fn table(text: &[u8]) -> Table {
+        Table::parsed(text)
+    }
+
     #[test]
     fn the_topmost_mount_of_a_path_is_the_one_that_counts() {
-        let entry = topmost(TABLE, Path::new("/mnt/a")).unwrap();
+        let table = table(TABLE);
+        let entry = table.at(Path::new("/mnt/a")).unwrap();
         assert_eq!(entry.fstype, "fuse.sshfs");
         assert!(entry.is_fuse() && !entry.is_ours());
     }
 
     #[test]
+    fn which_mount_is_topmost_follows_from_what_it_is_mounted_on_and_not_from_its_line() {
+        // The one that is listed last was moved beneath the other.
+        let table = table(
+            b"28 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+              50 51 0:51 / /mnt rw - fuse.boxlite /h rw\n\
+              51 28 0:52 / /mnt rw - tmpfs tmpfs rw\n",
+        );
+        let top = table.at(Path::new("/mnt")).unwrap();
+        assert_eq!(top.id.id, 50);
+        assert_eq!(table.in_the_way(top), None);
+        let below = table.entries().last().unwrap();
+        assert_eq!(table.in_the_way(below), Some(top));
+    }
+
+    #[test]
+    fn a_mount_that_a_directory_above_hides_is_not_where_its_path_leads() {
+        let hidden = table(
+            b"28 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+              30 28 0:51 / /a/b rw - fuse.boxlite /h rw\n\
+              31 28 0:52 / /a rw - tmpfs tmpfs rw\n",
+        );
+        let (ours, cover) = (hidden.entries().nth(1).unwrap(), hidden.entries().nth(2));
+        assert_eq!(hidden.at(Path::new("/a/b")), None);
+        assert_eq!(hidden.in_the_way(ours), cover);
+        // What is mounted there anew is another mount.
+        let anew = table(
+            b"28 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+              30 28 0:51 / /a/b rw - fuse.boxlite /h rw\n\
+              31 28 0:52 / /a rw - tmpfs tmpfs rw\n\
+              32 31 0:53 / /a/b rw - fuse.boxlite /h rw\n",
+        );
+        assert_eq!(anew.at(Path::new("/a/b")).unwrap().id.id, 32);
+    }
+
+    #[test]
+    fn what_is_mounted_in_a_mount_is_in_the_way_of_its_unmount() {
+        let table = table(
+            b"28 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+              30 28 0:51 / /mnt rw - fuse.boxlite /h rw\n\
+              31 30 0:52 / /mnt/web rw - tmpfs tmpfs rw\n",
+        );
+        let ours = table.at(Path::new("/mnt")).unwrap();
+        assert_eq!(table.in_the_way(ours).unwrap().id.id, 31);
+        let around = |path| table.around(Path::new(path)).unwrap().id.id;
+        assert_eq!(
+            (around("/mnt/x/y"), around("/mnt/web/x"), around("/x")),
+            (30, 31, 28)
+        );
+    }
+
+    #[test]
     fn a_mount_in_a_directory_is_found_and_the_directory_itself_is_none() {
-        let below = |dir: &str| entry_below(TABLE, Path::new(dir));
+        let table = table(TABLE);
+        let below = |dir: &str| table.below(Path::new(dir));
         assert_eq!(below("/mnt/my boxes\\x"), None);
         assert_eq!(below("/mn"), None);
-        assert_eq!(below("/mnt"), Some(PathBuf::from("/mnt/a")));
+        assert_eq!(below("/mnt"), Some(Path::new("/mnt/a")));
     }
 
     #[test]
     fn a_mountpoint_with_blanks_and_backslashes_is_found() {
-        let entry = topmost(TABLE, Path::new("/mnt/my boxes\\x")).unwrap();
+        let table = table(TABLE);
+        let entry = table.at(Path::new("/mnt/my boxes\\x")).unwrap();
         assert!(entry.is_ours());
-        assert_eq!(entry.minor, 51);
+        let device = Device {
+            major: 0,
+            minor: 51,
+        };
+        assert_eq!(entry.id, MountId { id: 40, device });
+        assert_eq!(entry.source, Path::new("/home/u/.boxlite"));
+        assert_eq!(table.find(entry.id), Some(entry));
+        assert_eq!(table.of_device(device).collect::<Vec<_>>(), [entry]);
     }
 
     #[test]
     fn the_mounts_of_boxlitefs_are_told_from_others() {
-        let twice = [TABLE, TABLE].concat();
-        assert_eq!(entries_of_ours(&twice), [Path::new("/mnt/my boxes\\x")]);
+        let twice = table(&[TABLE, TABLE].concat());
+        assert_eq!(places_of_ours(&twice), [Path::new("/mnt/my boxes\\x")]);
     }
 
     #[test]
     fn a_directory_below_a_mount_is_no_mount() {
-        assert_eq!(topmost(TABLE, Path::new("/mnt/a/b")), None);
-        assert_eq!(topmost(TABLE, Path::new("/mnt")), None);
+        let table = table(TABLE);
+        assert_eq!(table.at(Path::new("/mnt/a/b")), None);
+        assert_eq!(table.at(Path::new("/mnt")), None);
     }
 
     #[test]
     fn the_table_of_this_machine_can_be_read() {
         assert!(at(Path::new("/proc")).unwrap().is_some());
+        assert!(Table::of_process(std::process::id()).is_ok());
     }
 }

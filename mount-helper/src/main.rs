@@ -5,6 +5,8 @@
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use mount_helper::Request;
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount_remount};
 
@@ -196,10 +199,19 @@ fn remount(request: &Request) -> Option<bool> {
 /// Has the kernel refuse changes from now on, or let them through again. The process that serves goes by
 /// what the kernel has.
 fn run_remount(request: &Request, read_only: bool) -> ExitCode {
-    let directory = Path::new(&request.directory);
-    let shown = directory.display();
+    let shown = Path::new(&request.directory).display();
+    let mount = match mount_on(&request.directory) {
+        Ok(Some(mount)) => mount,
+        Ok(None) => {
+            let sentence = format!("{shown} is not a mount of boxlitefs: nothing was remounted");
+            return failed(&sentence, MOUNT_FAILURE);
+        }
+        Err(error) => return failed(&format!("cannot reach {shown}: {error}"), MOUNT_FAILURE),
+    };
+    // Leads to this mount, also if another comes over it now.
+    let place = PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd()));
     let mounted_read_only = || {
-        let status = fs::read_to_string(directory.join(".boxlite/status")).unwrap_or_default();
+        let status = fs::read_to_string(place.join(".boxlite/status")).unwrap_or_default();
         status.contains("\"ro\": true")
     };
     if !read_only && mounted_read_only() {
@@ -215,7 +227,7 @@ fn run_remount(request: &Request, read_only: bool) -> ExitCode {
     if request.fake {
         return ExitCode::SUCCESS;
     }
-    match mount_remount(directory, flags, "") {
+    match mount_remount(&place, flags, "") {
         Ok(()) => ExitCode::SUCCESS,
         Err(Errno::PERM) => failed(
             &format!("only root can remount {shown}: unmount it, and mount it with other options"),
@@ -227,6 +239,34 @@ fn run_remount(request: &Request, read_only: bool) -> ExitCode {
         ),
         Err(error) => failed(&format!("cannot remount {shown}: {error}"), MOUNT_FAILURE),
     }
+}
+
+/// The mount of boxlitefs on a directory. None when what is mounted there is something else, or nothing: it
+/// would get the flags that are meant for ours.
+fn mount_on(directory: &OsStr) -> io::Result<Option<OwnedFd>> {
+    let mount = open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", mount.as_raw_fd()))?;
+    let number = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+    let table = fs::read("/proc/self/mountinfo")?;
+    let path = fs::canonicalize(directory)?;
+    let is_ours = number.is_some_and(|number| is_ours(&table, number.trim(), &path));
+    Ok(is_ours.then_some(mount))
+}
+
+/// Whether the mount with this number in a table, as /proc/PID/mountinfo has it, is one of boxlitefs that is
+/// mounted on this path, and not around it.
+fn is_ours(table: &[u8], number: &str, path: &Path) -> bool {
+    let table = String::from_utf8_lossy(table);
+    let line = table
+        .lines()
+        .find(|line| line.split(' ').next() == Some(number));
+    line.is_some_and(|line| {
+        let mountpoint = line.split(' ').nth(4).unwrap_or_default();
+        let escaped = path.to_string_lossy().replace('\\', "\\134");
+        let escaped = escaped.replace(' ', "\\040").replace('\t', "\\011");
+        let escaped = escaped.replace('\n', "\\012").replace('#', "\\043");
+        line.contains(" - fuse.boxlite ") && mountpoint == escaped
+    })
 }
 
 /// A remount sets all flags anew: those that are always on, and those that are asked for. mount(8) brings
@@ -295,6 +335,17 @@ mod tests {
         let flags = remount_flags(&parsed("a b -o remount,noexec,noatime,exec"), true);
         let wanted = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::RDONLY;
         assert_eq!(flags, wanted | MountFlags::NOATIME);
+    }
+
+    #[test]
+    fn what_is_remounted_is_a_mount_of_boxlitefs_on_that_very_directory() {
+        let table = b"40 28 0:51 / /mnt/my\\040boxes rw - fuse.boxlite /h rw\n\
+            41 40 0:52 / /mnt/my\\040boxes rw - tmpfs tmpfs rw\n";
+        let is_ours = |number, path| is_ours(table, number, Path::new(path));
+        assert!(is_ours("40", "/mnt/my boxes"));
+        assert!(!is_ours("41", "/mnt/my boxes"));
+        assert!(!is_ours("40", "/mnt/my boxes/web"));
+        assert!(!is_ours("4", "/mnt/my boxes"));
     }
 
     #[test]

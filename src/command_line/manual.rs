@@ -61,12 +61,16 @@ const ENVIRONMENT: [(&str, &str); 3] = [
     ),
 ];
 
-const EXIT_STATUS: [(&str, &str); 3] = [
+const EXIT_STATUS: [(&str, &str); 4] = [
     ("0", "done; check: nothing was found"),
     ("1", "failed; check: something was found"),
     (
         "2",
         "the command line is wrong; check: it could not be made",
+    ),
+    (
+        "3",
+        "unmount: unmounted here, but still served, by what the message says",
     ),
 ];
 

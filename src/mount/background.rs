@@ -10,7 +10,7 @@ use std::path::Path;
 
 use parking_lot::Mutex;
 
-use super::signals;
+use super::{signals, takedown};
 use crate::{Context, Error, Result};
 
 /// What the child says when it serves.
@@ -67,6 +67,10 @@ pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&Word) -> Result<()>) 
         return Ok(());
     }
     let status = wait_for(child);
+    // Killed, it may have left a mount that nobody serves.
+    if let Err(error) = takedown::remove_dead(mountpoint) {
+        log::debug!("{error}");
+    }
     Err(refusal(&word).unwrap_or_else(|| {
         Error::new(
             libc::EIO,

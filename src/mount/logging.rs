@@ -15,10 +15,9 @@ use env_logger::{Target, WriteStyle};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use parking_lot::Mutex;
 
-/// What is logged unless RUST_LOG says otherwise. fuser calls it a failed unmount when somebody else
-/// unmounted, which is how a mount normally ends, and an error when somebody was killed while he waited
-/// for a reply.
-const LOGGED: &str = "info,fuser=warn,fuser::mnt=error,fuser::reply=off";
+/// What is logged unless RUST_LOG says otherwise. fuser calls it an error when somebody was killed while he
+/// waited for a reply.
+const LOGGED: &str = "info,fuser=warn,fuser::reply=off";
 
 /// Where the system takes log lines: systemd's journal, or a syslog.
 const SYSTEM_LOG: &str = "/dev/log";
@@ -194,7 +193,6 @@ impl Log for SystemLog {
         let target = metadata.target();
         let most = match target {
             _ if target.starts_with("fuser::reply") => return false,
-            _ if target.starts_with("fuser::mnt") => Level::Error,
             _ if target.starts_with("fuser") => Level::Warn,
             _ => Level::Info,
         };

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::{Options, mountinfo, resolve};
+use super::{Options, detach, mountinfo, resolve};
 use crate::{Context, Error, Result};
 
 /// The home and the mountpoint, both absolute and canonical.
@@ -67,12 +67,13 @@ fn check_mountpoint(mountpoint: &Path) -> Result<PathBuf> {
     if let Err(error) = &looked
         && error.raw_os_error() == Some(libc::ENOTCONN)
     {
-        return Err(Error::new(
-            libc::ENOTCONN,
-            format!(
-                "a FUSE mount whose process is gone is still on {shown}: remove it with `fusermount3 -u {shown}`, or as root `umount -l {shown}`"
-            ),
-        ));
+        let how = match mountinfo::at(&path)? {
+            Some(entry) if entry.is_ours() => format!("`boxlitefs unmount --dead {shown}`"),
+            _ => format!("`fusermount3 -u {shown}`, or as root `umount -l {shown}`"),
+        };
+        let sentence =
+            format!("a FUSE mount whose process is gone is still on {shown}: remove it with {how}");
+        return Err(Error::new(libc::ENOTCONN, sentence));
     }
     check_uncovered(&path)?;
     match looked {
@@ -90,7 +91,10 @@ fn check_mountpoint(mountpoint: &Path) -> Result<PathBuf> {
 }
 
 /// No FUSE file system may be on the mountpoint: a second one would only hide the first.
-fn check_uncovered(mountpoint: &Path) -> Result<()> {
+///
+/// # Errors
+/// EBUSY when there is one.
+pub(super) fn check_uncovered(mountpoint: &Path) -> Result<()> {
     let shown = mountpoint.display();
     let sentence = match mountinfo::at(mountpoint)? {
         Some(entry) if entry.is_ours() => format!(
@@ -141,7 +145,7 @@ pub(super) fn check_permission(options: &Options) -> Result<()> {
     if is_root() {
         return Ok(());
     }
-    if !has_fusermount() {
+    if detach::find_fusermount().is_none() {
         return Err(Error::new(
             libc::ENOENT,
             "mounting without being root needs fusermount3: install the package fuse3",
@@ -177,14 +181,6 @@ fn check_device() -> Result<()> {
         ),
         _ => Error::io("cannot use /dev/fuse", error),
     })
-}
-
-/// Where fusermount3 is looked for when mounting: PATH (mount(8) unsets it), then the usual places.
-fn has_fusermount() -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/sbin", "/bin", "/usr/bin"].map(PathBuf::from))
-        .any(|directory| directory.join("fusermount3").is_file())
 }
 
 /// fuse.conf(5): the option stands alone on a line; `#` begins a comment.

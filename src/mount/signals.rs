@@ -2,40 +2,58 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::{mountinfo, service, takedown};
+use parking_lot::{Condvar, Mutex};
+
+use super::detach::{self, Detached, OwnMount};
+use super::{holders, service};
 use crate::{Context, Result};
 
+/// How often a mount that another one keeps from being unmounted is tried again.
+const AGAIN: Duration = Duration::from_millis(250);
+
 /// How far a mount has come; what a signal has to do depends on it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
+#[derive(Clone)]
 pub(super) enum Phase {
     /// The home is being opened: nothing is mounted, the process may just end.
     Opening,
     /// The mount appears any moment.
     Mounting,
     /// The mount is there, unless somebody unmounted it.
-    Serving,
+    Serving(OwnMount),
 }
 
 /// The phase, shared with the thread that waits for signals.
 #[derive(Clone)]
-pub(super) struct SharedPhase(Arc<AtomicU8>);
+pub(super) struct SharedPhase(Arc<(Mutex<Phase>, Condvar)>);
 
 impl SharedPhase {
-    /// Notes that the mount has come so far.
-    pub fn enter(&self, phase: Phase) {
-        self.0.store(phase as u8, Ordering::SeqCst);
+    fn new() -> SharedPhase {
+        SharedPhase(Arc::new((Mutex::new(Phase::Opening), Condvar::new())))
     }
 
-    /// Whether the mount is in this phase now.
-    pub fn is(&self, phase: Phase) -> bool {
-        self.0.load(Ordering::SeqCst) == phase as u8
+    /// Notes that the mount has come so far.
+    pub fn enter(&self, phase: Phase) {
+        let (current, changed) = &*self.0;
+        *current.lock() = phase;
+        changed.notify_all();
+    }
+
+    /// The mount, waited for while it appears; None while the home is being opened. Where mounting fails,
+    /// the process ends and nobody waits.
+    fn mount(&self) -> Option<OwnMount> {
+        let (current, changed) = &*self.0;
+        let mut phase = current.lock();
+        loop {
+            match &*phase {
+                Phase::Opening => return None,
+                Phase::Serving(own) => return Some(own.clone()),
+                Phase::Mounting => changed.wait(&mut phase),
+            }
+        }
     }
 }
 
@@ -44,15 +62,14 @@ impl SharedPhase {
 ///
 /// # Errors
 /// When the thread can't be started.
-pub(super) fn watch(mountpoint: &Path) -> Result<SharedPhase> {
-    let phase = SharedPhase(Arc::new(AtomicU8::new(Phase::Opening as u8)));
+pub(super) fn watch() -> Result<SharedPhase> {
+    let phase = SharedPhase::new();
     let signals = block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
         .context(|| "cannot block the signals that unmount")?;
-    let mountpoint = mountpoint.to_owned();
     let shared = phase.clone();
     thread::Builder::new()
         .name("signals".into())
-        .spawn(move || obey(&signals, &mountpoint, &shared))
+        .spawn(move || obey(&signals, &shared))
         .context(|| "cannot start the thread that waits for signals")?;
     Ok(phase)
 }
@@ -64,33 +81,44 @@ pub(super) fn end_this_process() {
 }
 
 /// The first signal unmounts; a second one, when that did not end the process, ends it at once.
-fn obey(signals: &libc::sigset_t, mountpoint: &Path, phase: &SharedPhase) {
+fn obey(signals: &libc::sigset_t, phase: &SharedPhase) {
     let signal = wait(signals);
-    if phase.is(Phase::Opening) {
+    let Some(own) = phase.mount() else {
         exit(signal);
+    };
+    if own.is_connected() {
+        log::info!("unmounting on a signal");
+        service::stopping();
+        unmount(signals, signal, &own);
     }
-    let mounted = || matches!(mountinfo::at(mountpoint), Ok(Some(entry)) if entry.is_ours());
-    while phase.is(Phase::Mounting) && !mounted() {
-        thread::sleep(Duration::from_millis(10));
-    }
-    // Where others mount and unmount, a reader of the mount table may miss a line.
-    let is_gone = (0..5).all(|_| {
-        let is_missing = !mounted();
-        if is_missing {
-            thread::sleep(Duration::from_millis(20));
-        }
-        is_missing
-    });
-    if is_gone {
-        // Somebody detached the mount while files were open in it: no name leads here any more.
-        exit(signal);
-    }
-    log::info!("unmounting {} on a signal", mountpoint.display());
-    service::stopping();
-    if let Err(error) = takedown::detach(mountpoint) {
-        log::error!("{error}");
+    if own.is_connected()
+        && let Some(users) = holders::users_of(own.id().device, None)
+    {
+        log::info!(
+            "what is open is served until it is closed, by {users}; another signal ends that"
+        );
     }
     exit(wait(signals));
+}
+
+/// Unmounts what this process serves, as soon as no other mount is in the way.
+fn unmount(signals: &libc::sigset_t, signal: libc::c_int, own: &OwnMount) {
+    let mut is_told = false;
+    loop {
+        match detach::detach_own(own) {
+            Detached::Done => return,
+            // Somebody detached the mount while files were open in it: no name leads here any more.
+            Detached::Nothing => exit(signal),
+            Detached::Not(error) if !is_told => {
+                log::error!("{error}; it is served until then, and another signal ends it at once");
+                is_told = true;
+            }
+            Detached::Not(_) => {}
+        }
+        if let Some(signal) = wait_for(signals, AGAIN) {
+            exit(signal);
+        }
+    }
 }
 
 fn exit(signal: libc::c_int) -> ! {
@@ -135,4 +163,15 @@ fn wait(signals: &libc::sigset_t) -> libc::c_int {
     // SAFETY: both point to what is ours; an interrupted wait is begun again.
     while unsafe { libc::sigwait(signals, &mut signal) } != 0 {}
     signal
+}
+
+/// A signal that comes within the time.
+fn wait_for(signals: &libc::sigset_t, limit: Duration) -> Option<libc::c_int> {
+    let limit = libc::timespec {
+        tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: limit.subsec_nanos().into(),
+    };
+    // SAFETY: both point to what is ours; nothing is asked of what came with the signal.
+    let signal = unsafe { libc::sigtimedwait(signals, std::ptr::null_mut(), &limit) };
+    (signal > 0).then_some(signal)
 }

@@ -1,157 +1,290 @@
-//! Unmounting: by umount2 where that is permitted, else through fusermount3.
+//! `boxlitefs unmount`: finds the mount that is meant, unmounts it, and says whether that was all of it.
 
-use std::ffi::CString;
+use std::fmt;
 use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use super::{mountinfo, resolve};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::holders::{self, Place, Process};
+use super::mountinfo::{Device, Entry, Table};
+use super::{attach, detach, resolve};
 use crate::{Context, Error, Result};
 
-/// How long an unmount waits for the process that served the mount to end.
-const FAREWELL: Duration = Duration::from_secs(10);
+/// How long a process that ends is waited for without a word about it.
+const MOMENT: Duration = Duration::from_secs(1);
 
-/// Unmounts a mount of boxlitefs, and waits until the process that served it is gone (ten seconds
-/// at most, and only where the kernel tells which process that is).
+/// How long it is waited for in all: it finishes what is under way, ten seconds at most.
+const FAREWELL: Duration = Duration::from_secs(12);
+
+/// How far an unmount came.
+#[derive(Debug)]
+pub enum Unmounted {
+    /// The mount is gone, and so is the process that served it, as far as that can be seen.
+    Entirely,
+    /// The mount is gone, but what was mounted is still served: the sentence says what has it.
+    OnlyHere(Error),
+}
+
+/// Unmounts a mount of boxlitefs, and waits until the process that served it is gone, where the kernel
+/// tells which process that is. `tell` is told what is waited for.
 ///
 /// # Errors
-/// EINVAL when it is no mount of boxlitefs, EBUSY when it is in use, EPERM when it is another
-/// user's.
-pub fn unmount(mountpoint: &Path) -> Result<()> {
+/// EINVAL when it is no mount of boxlitefs, EBUSY when it is in use or another mount is on it, EPERM when
+/// it is another user's. Nothing was unmounted then.
+pub fn unmount(mountpoint: &Path, tell: impl Fn(&str)) -> Result<Unmounted> {
     let shown = mountpoint.display();
     let path = resolve(mountpoint).context(|| format!("cannot reach {shown}"))?;
-    let connection = match mountinfo::at(&path)? {
-        Some(entry) if entry.is_ours() => entry.minor,
-        Some(entry) => {
-            return Err(Error::new(
-                libc::EINVAL,
-                format!(
-                    "{shown} is a mount of {}, not of boxlitefs: unmount it with umount",
-                    entry.fstype
-                ),
-            ));
-        }
-        None => {
-            return Err(Error::new(
-                libc::EINVAL,
-                format!(
-                    "nothing is mounted on {shown}: `findmnt -t fuse.boxlite` lists the mounts of boxlitefs"
-                ),
-            ));
-        }
-    };
-    let server = server_of(connection);
-    take_down(&path, false).map_err(|error| match error.errno() {
-        libc::EBUSY => Error::busy(format!(
-            "{shown} is in use: close what has files open or its working directory there (`fuser -vm {shown}` lists it), then try again"
-        )),
+    let entry = target(mountpoint, &path, &Table::own()?)?;
+    let device = entry.id.device;
+    let server = Server::of(device);
+    let mut before = holders::mounts_of(device);
+    before.retain(|place| place.elsewhere.is_some() || place.id != entry.id);
+    detach::remove_idle(entry.id, || true).map_err(|error| match error.errno() {
+        libc::EBUSY if detach::is_free(entry.id) => in_use(mountpoint, &entry),
         _ => error,
     })?;
-    if let Some(server) = server {
-        wait_until_gone(&server, FAREWELL);
-    }
-    Ok(())
+    let remains = Remains {
+        device,
+        before,
+        server,
+    };
+    let held = remains.wait_for_the_end(&tell);
+    Ok(held.map_or(Unmounted::Entirely, |sentence| {
+        Unmounted::OnlyHere(Error::busy(format!(
+            "{shown} is unmounted here, but {sentence}"
+        )))
+    }))
 }
 
-/// Unmounts even what is in use: the names go at once, and files that are open stay usable until
-/// they are closed. `path` is canonical.
+/// Unmounts a mount of boxlitefs whose process was killed, also where it is in use: nobody serves it. Does
+/// nothing where there is no such mount.
 ///
 /// # Errors
-/// Those of umount2 and fusermount3.
-pub(super) fn detach(path: &Path) -> Result<()> {
-    take_down(path, false).or_else(|_| take_down(path, true))
-}
-
-fn take_down(path: &Path, lazily: bool) -> Result<()> {
-    let sentence = || format!("cannot unmount {}", path.display());
-    match umount2(path, lazily) {
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => fusermount(path, lazily),
-        result => result.context(sentence),
-    }
-}
-
-fn umount2(path: &Path, lazily: bool) -> io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let flags = libc::UMOUNT_NOFOLLOW | if lazily { libc::MNT_DETACH } else { 0 };
-    // SAFETY: the path ends with a NUL byte and outlives the call.
-    match unsafe { libc::umount2(path.as_ptr(), flags) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Unmounts what this user mounted; fusermount3 is setuid root and checks that.
-fn fusermount(path: &Path, lazily: bool) -> Result<()> {
-    let output = Command::new("fusermount3")
-        .args(if lazily { "-uz" } else { "-u" }.split_whitespace())
-        .arg("--")
-        .arg(path)
-        // What it says decides below.
-        .env("LC_ALL", "C")
-        .output()
-        .context(|| "cannot run fusermount3, which unmounts for those who are not root: install the package fuse3")?;
-    if output.status.success() {
+/// EACCES when it is another user's, and it can't be seen whether it is served; EBUSY when another mount is
+/// in the way.
+pub fn remove_dead(mountpoint: &Path) -> Result<()> {
+    let shown = mountpoint.display();
+    let path = resolve(mountpoint).context(|| format!("cannot reach {shown}"))?;
+    let table = Table::own()?;
+    let Some(entry) = table.at(&path).filter(|entry| entry.is_ours()) else {
+        return Ok(());
+    };
+    // What is asked may not answer; a process that can be seen needs no asking.
+    if Server::of(entry.id.device).is_some() || !detach::is_dead(&path)? {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let errno = if said.contains("busy") {
-        libc::EBUSY
-    } else {
-        libc::EPERM
-    };
-    Err(Error::new(
-        errno,
-        format!("cannot unmount {}: {}", path.display(), said.trim()),
-    ))
+    detach::remove_lazily(entry.id, || detach::is_dead(&path).unwrap_or(false))
 }
 
-/// A pidfd of the process that serves a FUSE connection. Linux 6.16 and later name the
-/// connection in the fdinfo of an open /dev/fuse; elsewhere, and for processes of others: None.
-fn server_of(connection: u32) -> Option<OwnedFd> {
-    let serves = |pid: libc::pid_t| {
-        let Ok(infos) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else {
-            return false;
+/// The mount of boxlitefs on a path.
+fn target(mountpoint: &Path, path: &Path, table: &Table) -> Result<Entry> {
+    let shown = mountpoint.display();
+    let sentence = match table.at(path) {
+        Some(entry) if entry.is_ours() => return Ok(entry.clone()),
+        Some(entry) => format!(
+            "{shown} is a mount of {}, not of boxlitefs: unmount it with umount",
+            entry.fstype
+        ),
+        None => none_there(mountpoint, path, table),
+    };
+    Err(Error::new(libc::EINVAL, sentence))
+}
+
+/// Why there is nothing to unmount on a path, and which mount may have been meant.
+fn none_there(mountpoint: &Path, path: &Path, table: &Table) -> String {
+    let shown = mountpoint.display();
+    if let Some(around) = table.around(path).filter(|around| around.is_ours()) {
+        let place = around.mountpoint.display();
+        return format!(
+            "{shown} is in the mount on {place}, and not a mount itself: unmount it with `boxlitefs unmount {place}`"
+        );
+    }
+    let is_home = |entry: &&Entry| entry.is_ours() && entry.source == path;
+    if let Some(mount) = table.entries().find(is_home) {
+        let place = mount.mountpoint.display();
+        return format!(
+            "{shown} is a BoxLite home; it is mounted on {place}: unmount it with `boxlitefs unmount {place}`"
+        );
+    }
+    still_served(path, table).unwrap_or_else(|| {
+        format!(
+            "nothing is mounted on {shown}: `findmnt -t fuse.boxlite` lists the mounts of boxlitefs"
+        )
+    })
+}
+
+/// A mount that was made on a path and is not there any more, but is still served to somebody.
+fn still_served(path: &Path, table: &Table) -> Option<String> {
+    let is_mounted = |device| table.of_device(device).next().is_some();
+    holders::processes().into_iter().find_map(|pid| {
+        let device = connections_of(pid)
+            .into_iter()
+            .map(|minor| Device { major: 0, minor })
+            .find(|device| !is_mounted(*device))?;
+        let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let mut words = line.split(|&byte| byte == 0);
+        words.find(|word| *word == path.as_os_str().as_bytes())?;
+        let shown = path.display();
+        let held = match holders::mounts_of(device).first() {
+            Some(place) => held_by_mount(place),
+            None => format!(
+                "{} has something of it open; close that",
+                holders::users_of(device, None)?
+            ),
         };
-        infos.flatten().any(|info| {
-            fs::read_to_string(info.path()).is_ok_and(|text| names_connection(&text, connection))
+        Some(format!(
+            "nothing is mounted on {shown} any more, but boxlitefs (pid {pid}) goes on serving what was: {held}"
+        ))
+    })
+}
+
+/// What to do about another mount of what was unmounted.
+fn held_by_mount(place: &Place) -> String {
+    let shown = place.mountpoint.display();
+    match place.elsewhere {
+        None => {
+            format!("it is also mounted on {shown}; unmount that with `boxlitefs unmount {shown}`")
+        }
+        Some(holder) => {
+            let Process(pid) = holder;
+            format!(
+                "{holder} has it on {shown} in another mount namespace; end that process, or as root `nsenter --mount --target {pid} umount {shown}`"
+            )
+        }
+    }
+}
+
+fn in_use(mountpoint: &Path, entry: &Entry) -> Error {
+    let shown = mountpoint.display();
+    Error::busy(
+        match holders::users_of(entry.id.device, Some(&entry.mountpoint)) {
+            Some(users) => format!(
+                "{shown} is in use by {users}: close what has files open or its working directory there, then try again"
+            ),
+            None => format!(
+                "{shown} is in use by what this user can't see: close what has files open or its working directory there (as root, `fuser -vm {shown}` lists it), then try again"
+            ),
+        },
+    )
+}
+
+/// What may be left of a file system after one of its mounts was unmounted.
+struct Remains {
+    device: Device,
+    /// All its other mounts before that. Only one of these can be one of its mounts now: the number of its
+    /// device may be another file system's as soon as it is gone.
+    before: Vec<Place>,
+    server: Option<Server>,
+}
+
+impl Remains {
+    /// Waits until the process that served it has ended. Returns what keeps it from that.
+    fn wait_for_the_end(&self, tell: impl Fn(&str)) -> Option<String> {
+        let Some(server) = &self.server else {
+            return self.other_mount();
+        };
+        if server.ends_within(Duration::ZERO) {
+            return None;
+        }
+        // Another mount shows at once. What is open is looked for when the process had its moment to end.
+        if let Some(held) = self.other_mount() {
+            return Some(held);
+        }
+        if server.ends_within(MOMENT) {
+            return None;
+        }
+        if let Some(held) = self.open_file() {
+            return Some(held);
+        }
+        tell(&format!(
+            "waiting for {server}, which finishes what is under way"
+        ));
+        if server.ends_within(FAREWELL) {
+            return None;
+        }
+        let Process(pid) = server.process;
+        Some(self.open_file().unwrap_or_else(|| {
+            format!(
+                "{server} goes on: something that this user can't see has files of it open, or work takes long; `kill {pid}` ends it"
+            )
+        }))
+    }
+
+    fn mounts_now(&self) -> (Vec<Place>, Vec<Place>) {
+        holders::mounts_of(self.device)
+            .into_iter()
+            .partition(|now| self.before.iter().any(|before| before.is(now)))
+    }
+
+    fn other_mount(&self) -> Option<String> {
+        let (left, _) = self.mounts_now();
+        let held = held_by_mount(left.first()?);
+        Some(match &self.server {
+            Some(server) => format!("{server} goes on serving it: {held}"),
+            None => format!("it is still served: {held}"),
         })
-    };
-    fs::read_dir("/proc")
-        .ok()?
-        .flatten()
-        .filter_map(|process| process.file_name().to_str()?.parse().ok())
-        .find(|&pid| serves(pid))
-        .and_then(pidfd)
+    }
+
+    fn open_file(&self) -> Option<String> {
+        let server = self.server.as_ref()?;
+        let (left, others) = self.mounts_now();
+        if !left.is_empty() || !others.is_empty() {
+            return self.other_mount();
+        }
+        let users = holders::users_of(self.device, None)?;
+        Some(format!(
+            "{server} goes on serving what is still open of it, by {users}: close that"
+        ))
+    }
 }
 
-fn names_connection(fdinfo: &str, connection: u32) -> bool {
-    fdinfo
-        .lines()
-        .filter_map(|line| line.strip_prefix("fuse_connection:"))
-        .any(|number| number.trim().parse() == Ok(connection))
+/// The FUSE connections that a process serves, where the kernel tells.
+fn connections_of(pid: u32) -> Vec<u32> {
+    let infos = fs::read_dir(format!("/proc/{pid}/fdinfo"));
+    let infos = infos.into_iter().flatten().flatten();
+    infos
+        .filter_map(|info| fs::read_to_string(info.path()).ok())
+        .flat_map(|text| attach::connections(&text).collect::<Vec<_>>())
+        .collect()
 }
 
-fn pidfd(pid: libc::pid_t) -> Option<OwnedFd> {
-    // SAFETY: takes two numbers; the descriptor it returns is new and nobody else's.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-    // SAFETY: as above.
-    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+/// The process that serves a FUSE connection.
+struct Server {
+    process: Process,
+    handle: OwnedFd,
 }
 
-fn wait_until_gone(process: &OwnedFd, limit: Duration) {
-    let mut poll = libc::pollfd {
-        fd: process.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
-    // SAFETY: one pollfd, ours, that outlives the call. Waiting is a courtesy: a failure is none.
-    unsafe { libc::poll(&mut poll, 1, limit) };
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Process(pid) = self.process;
+        write!(f, "boxlitefs (pid {pid})")
+    }
+}
+
+impl Server {
+    /// Linux 6.16 and later name the connection in the fdinfo of an open /dev/fuse; elsewhere, and for
+    /// processes of others: None.
+    fn of(device: Device) -> Option<Server> {
+        let serves = |pid: &u32| connections_of(*pid).contains(&device.minor);
+        let pid = holders::processes().into_iter().find(serves)?;
+        let number = Pid::from_raw(i32::try_from(pid).ok()?)?;
+        Some(Server {
+            process: Process(pid),
+            handle: pidfd_open(number, PidfdFlags::empty()).ok()?,
+        })
+    }
+
+    /// Waits for its end.
+    fn ends_within(&self, limit: Duration) -> bool {
+        let mut process = [PollFd::new(&self.handle, PollFlags::IN)];
+        let limit = Timespec::try_from(limit).ok();
+        poll(&mut process, limit.as_ref()).is_ok_and(|ended| ended > 0)
+    }
 }
 
 #[cfg(test)]
@@ -159,22 +292,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_process_of_a_connection_is_told_by_its_number_alone() {
-        let fdinfo = "pos:\t0\nflags:\t0100002\nfuse_connection:\t51\n";
-        assert!(names_connection(fdinfo, 51));
-        assert!(!names_connection(fdinfo, 5));
-        assert!(!names_connection("pos:\t51\n", 51));
+    fn what_is_no_mount_of_boxlitefs_is_not_unmounted() {
+        let unmount = |place: &Path| super::unmount(place, |_| ()).unwrap_err();
+        let place = tempfile::tempdir().unwrap();
+        let error = unmount(place.path());
+        assert_eq!(error.errno(), libc::EINVAL);
+        assert!(error.sentence().contains("nothing is mounted"));
+        let error = unmount(Path::new("/proc"));
+        assert!(error.sentence().contains("a mount of proc"));
+        let error = unmount(&place.path().join("none"));
+        assert_eq!(error.errno(), libc::ENOENT);
     }
 
     #[test]
-    fn what_is_no_mount_of_boxlitefs_is_not_unmounted() {
+    fn a_mount_that_is_none_of_boxlitefs_is_never_taken_for_a_dead_one() {
         let place = tempfile::tempdir().unwrap();
-        let error = unmount(place.path()).unwrap_err();
-        assert_eq!(error.errno(), libc::EINVAL);
-        assert!(error.sentence().contains("nothing is mounted"));
-        let error = unmount(Path::new("/proc")).unwrap_err();
-        assert!(error.sentence().contains("a mount of proc"));
-        let error = unmount(&place.path().join("none")).unwrap_err();
-        assert_eq!(error.errno(), libc::ENOENT);
+        remove_dead(place.path()).unwrap();
+        remove_dead(Path::new("/proc")).unwrap();
+        assert!(Path::new("/proc/self").exists());
     }
 }

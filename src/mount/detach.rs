@@ -1,0 +1,399 @@
+//! Taking mounts away, and only those that are meant.
+//!
+//! The kernel unmounts by path, and what is on a path may be another mount a moment later: the same
+//! home mounted anew, or a stranger's tmpfs. So a mount is named by its number and its device
+//! ([`MountId`]), its path is looked up in the mount table each time, and it is left alone while
+//! another mount would be hit in its place or taken along.
+//!
+//! Between the look and the call there is no gap where root unmounts what is idle. MNT_EXPIRE only
+//! unmounts what carries a mark, and gives the mark to what does not: so the mount is marked, looked
+//! at, and taken if it still has the mark. A mount that came in between has none. fusermount3 and
+//! the kernel's lazy unmount know no such thing; there the look is right before the call.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, statx};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+
+use super::mountinfo::{Entry, MountId, Table};
+use crate::{Context, Error, Result};
+
+/// How often an idle mount is marked. Each look at a file in it, by anybody, takes the mark off.
+const MARKS: u32 = 20;
+
+/// How often a mount is looked for: where others mount and unmount, a reader of the mount table may
+/// miss a line.
+const LOOKS: u32 = 5;
+
+/// Where fusermount3 is looked for besides PATH, which mount(8) unsets.
+const USUAL_PLACES: [&str; 3] = ["/usr/bin", "/bin", "/sbin"];
+
+/// The mount that this process serves.
+#[derive(Clone)]
+pub(super) struct OwnMount {
+    id: MountId,
+    /// Where its requests come from.
+    requests: Arc<OwnedFd>,
+}
+
+impl OwnMount {
+    /// The mount with this number, whose requests come from this descriptor of /dev/fuse.
+    pub fn new(id: MountId, requests: Arc<OwnedFd>) -> OwnMount {
+        OwnMount { id, requests }
+    }
+
+    /// Which mount it is.
+    pub fn id(&self) -> MountId {
+        self.id
+    }
+
+    /// Whether the kernel still has the file system, mounted or in use. As long as it has, no other has
+    /// its device number.
+    pub fn is_connected(&self) -> bool {
+        let mut request = [PollFd::new(&*self.requests, PollFlags::empty())];
+        let at_once = Timespec::default();
+        match poll(&mut request, Some(&at_once)) {
+            Ok(_) => !request[0].revents().contains(PollFlags::ERR),
+            Err(_) => true,
+        }
+    }
+
+    /// Where it is mounted now, also by bind mounts: the last one first.
+    fn places(&self) -> Result<Vec<Entry>> {
+        let table = Table::own()?;
+        let ours = table.of_device(self.id.device).rev();
+        Ok(ours.filter(|entry| entry.is_ours()).cloned().collect())
+    }
+}
+
+/// What became of the mounts of this process.
+pub(super) enum Detached {
+    /// There was none: somebody else detached it while it was in use.
+    Nothing,
+    /// They are gone; what is open in them is served until it is closed.
+    Done,
+    /// Some are still there.
+    Not(Error),
+}
+
+/// Unmounts the mount that this process serves, also where it is in use: the names go at once, files
+/// that are open stay usable until they are closed.
+pub(super) fn detach_own(own: &OwnMount) -> Detached {
+    let mut places = Ok(Vec::new());
+    for _ in 0..LOOKS {
+        places = own.places();
+        if !own.is_connected() || !places.as_ref().is_ok_and(Vec::is_empty) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let places = match places {
+        // Unmounted by somebody else in this moment.
+        Ok(_) if !own.is_connected() => return Detached::Done,
+        Ok(places) if places.is_empty() => return Detached::Nothing,
+        Ok(places) => places,
+        Err(error) => return Detached::Not(error),
+    };
+    let is_ours = || own.is_connected();
+    let remove = |place: &Entry| {
+        let removed = remove_idle(place.id, is_ours).or_else(|error| match error.errno() {
+            // Another mount in the way keeps a lazy unmount from being right, too: it says so itself.
+            libc::EBUSY | libc::EPERM => remove_lazily(place.id, is_ours),
+            _ => Err(error),
+        });
+        // An unmount goes on to the mounts that were made with this one by propagation.
+        removed.or_else(|error| {
+            if is_gone(place.id) {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        })
+    };
+    let removed: Vec<Result<()>> = places.iter().map(remove).collect();
+    match removed.into_iter().find_map(Result::err) {
+        // Unmounted by somebody else meanwhile, it is gone as well.
+        Some(error) if own.is_connected() => Detached::Not(error),
+        _ => Detached::Done,
+    }
+}
+
+/// Removes what is left in the mount table of a mount that this process served, when it does no more.
+/// Returns where that was: None when somebody had unmounted it, as a mount ends normally. A live mount
+/// that has got the same number and device since is left alone.
+///
+/// # Errors
+/// Those of unmounting it: it is left there, dead.
+pub(super) fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
+    let mut found = None;
+    for place in own.places()? {
+        let is_dead = || is_dead(&place.mountpoint).unwrap_or(false);
+        let is_remains = || own.is_connected() || is_dead();
+        if is_remains() {
+            remove_lazily(place.id, is_remains)?;
+            found = Some(place.mountpoint.clone());
+        }
+    }
+    Ok(found)
+}
+
+/// Whether the file system that is mounted on this path says that no process serves it any more. Waits
+/// for the answer of one that does.
+///
+/// # Errors
+/// EACCES when it is another user's, who alone is answered.
+pub(super) fn is_dead(mountpoint: &Path) -> Result<bool> {
+    let how = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_FORCE_SYNC;
+    match statx(CWD, mountpoint, how, StatxFlags::BASIC_STATS) {
+        Err(Errno::NOTCONN | Errno::CONNABORTED) => Ok(true),
+        Err(Errno::ACCESS) => Err(Error::new(
+            libc::EACCES,
+            format!(
+                "the mount on {} is another user's, who alone can see whether it is served",
+                mountpoint.display()
+            ),
+        )),
+        _ => Ok(false),
+    }
+}
+
+/// Unmounts a mount that is not in use, if `is_still_meant` says so in the last moment.
+///
+/// # Errors
+/// EBUSY when it is in use or another mount is in the way, EPERM when it is another user's, EINVAL when it
+/// is not mounted.
+pub(super) fn remove_idle(id: MountId, is_still_meant: impl Fn() -> bool) -> Result<()> {
+    let marked = UnmountFlags::EXPIRE | UnmountFlags::NOFOLLOW;
+    for _ in 0..MARKS {
+        let path = path_of(id)?;
+        let sentence = || format!("cannot unmount {}", path.display());
+        match unmount(&path, marked) {
+            Err(Errno::AGAIN) => {}
+            Err(Errno::PERM) => return fusermount(id, &path, false),
+            result => return result.map_err(Into::into).context(sentence),
+        }
+        if path_of(id)? != path || !is_still_meant() {
+            return Err(replaced(&path));
+        }
+        match unmount(&path, marked) {
+            Err(Errno::AGAIN) => {}
+            result => return result.map_err(Into::into).context(sentence),
+        }
+    }
+    Err(Error::busy("the mount is looked at all the time"))
+}
+
+/// Likewise, also where it is in use: the names go at once.
+///
+/// # Errors
+/// As for [`remove_idle`], but a mount that is in use is none.
+pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> Result<()> {
+    let path = path_of(id)?;
+    let sentence = || format!("cannot unmount {}", path.display());
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mount = open(&path, flags, Mode::empty())
+        .map_err(Into::into)
+        .context(sentence)?;
+    if mount_number(&mount) != Some(id.id) || path_of(id)? != path || !is_still_meant() {
+        return Err(replaced(&path));
+    }
+    // Where the descriptor leads is this mount, whatever is on the path by now.
+    let descriptor = format!("/proc/self/fd/{}", mount.as_raw_fd());
+    match unmount(descriptor, UnmountFlags::DETACH) {
+        Err(Errno::PERM) => {
+            drop(mount);
+            fusermount(id, &path, true)
+        }
+        result => result.map_err(Into::into).context(sentence),
+    }
+}
+
+/// Whether a mount is not in the table any more.
+fn is_gone(id: MountId) -> bool {
+    Table::own().is_ok_and(|table| table.find(id).is_none())
+}
+
+/// Whether no other mount is in the way of an unmount.
+pub(super) fn is_free(id: MountId) -> bool {
+    path_of(id).is_ok()
+}
+
+/// Where a mount is now, if an unmount of that path would hit it and nothing else.
+fn path_of(id: MountId) -> Result<PathBuf> {
+    let table = Table::own()?;
+    let Some(entry) = table.find(id) else {
+        let sentence = format!("the mount with the device {} is not mounted", id.device);
+        return Err(Error::new(libc::EINVAL, sentence));
+    };
+    match table.in_the_way(entry) {
+        None => Ok(entry.mountpoint.clone()),
+        Some(other) => Err(Error::busy(format!(
+            "cannot unmount {}: {} is mounted on {}, and would be unmounted in its place or with it; unmount that first",
+            entry.mountpoint.display(),
+            other.fstype,
+            other.mountpoint.display()
+        ))),
+    }
+}
+
+fn replaced(path: &Path) -> Error {
+    let sentence = format!("{} has another mount now", path.display());
+    Error::new(libc::EINVAL, sentence)
+}
+
+/// The number of the mount that a descriptor is in.
+fn mount_number(descriptor: &impl AsFd) -> Option<u64> {
+    let number = descriptor.as_fd().as_raw_fd();
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
+    line.trim().parse().ok()
+}
+
+/// Unmounts what this user mounted; fusermount3 is setuid root and checks that.
+fn fusermount(id: MountId, path: &Path, lazily: bool) -> Result<()> {
+    let output = Command::new(fusermount_program())
+        .arg(if lazily { "-uz" } else { "-u" })
+        .arg("--")
+        .arg(path)
+        // What it says decides below.
+        .env("LC_ALL", "C")
+        .output()
+        .context(|| "cannot run fusermount3, which unmounts for those who are not root: install the package fuse3")?;
+    if output.status.success() || is_gone(id) {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let errno = if said.contains("busy") {
+        libc::EBUSY
+    } else {
+        libc::EPERM
+    };
+    Err(Error::new(
+        errno,
+        format!("cannot unmount {}: {}", path.display(), said.trim()),
+    ))
+}
+
+/// fusermount3, where it is; its bare name when it is nowhere.
+pub(super) fn fusermount_program() -> PathBuf {
+    find_fusermount().unwrap_or_else(|| PathBuf::from("fusermount3"))
+}
+
+/// fusermount3 in PATH or in the usual places.
+pub(super) fn find_fusermount() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(USUAL_PLACES.map(PathBuf::from))
+        .map(|directory| directory.join("fusermount3"))
+        .find(|program| program.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::Options;
+    use super::super::attach::{Attached, attach};
+    use super::super::mountinfo;
+    use super::super::places::Places;
+    use super::*;
+
+    /// A mount that nobody serves yet, on a directory of its own.
+    fn mounted() -> (tempfile::TempDir, Attached, OwnedFd) {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().canonicalize().unwrap();
+        for name in ["home", "mnt"] {
+            fs::create_dir(root.join(name)).unwrap();
+        }
+        let places = Places {
+            home: root.join("home"),
+            mountpoint: root.join("mnt"),
+        };
+        let (attached, requests) = attach(&places, &Options::default()).unwrap();
+        (place, attached, requests)
+    }
+
+    fn fstype_at(path: &Path) -> Option<String> {
+        let entry = mountinfo::at(&path.canonicalize().unwrap()).unwrap();
+        entry.map(|entry| entry.fstype)
+    }
+
+    fn mount_tmpfs(path: &Path) {
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("tmpfs", path, "tmpfs", flags, None).unwrap();
+    }
+
+    #[test]
+    fn a_mount_that_never_came_to_serve_is_taken_away() {
+        let (place, attached, requests) = mounted();
+        let mnt = place.path().join("mnt");
+        assert_eq!(fstype_at(&mnt).as_deref(), Some("fuse.boxlite"));
+        drop(attached);
+        assert_eq!(fstype_at(&mnt), None);
+        drop(requests);
+    }
+
+    #[test]
+    fn a_mount_that_a_stranger_covers_is_left_with_what_covers_it() {
+        let (place, attached, requests) = mounted();
+        let mnt = place.path().join("mnt");
+        mount_tmpfs(&mnt);
+        let Detached::Not(error) = detach_own(attached.own()) else {
+            panic!("it is covered");
+        };
+        assert_eq!(error.errno(), libc::EBUSY);
+        assert!(error.sentence().contains("tmpfs is mounted on"), "{error}");
+        assert_eq!(fstype_at(&mnt).as_deref(), Some("tmpfs"));
+        unmount(&mnt, UnmountFlags::empty()).unwrap();
+        assert!(matches!(detach_own(attached.own()), Detached::Done));
+        assert_eq!(fstype_at(&mnt), None);
+        drop(requests);
+    }
+
+    #[test]
+    fn a_mount_that_was_replaced_is_not_looked_for_on_its_path() {
+        let (place, attached, requests) = mounted();
+        let mnt = place.path().join("mnt");
+        let id = attached.own().id();
+        // In use: the file system is there, and no name leads to it.
+        let used = open(&mnt, OFlags::PATH, Mode::empty()).unwrap();
+        unmount(&mnt, UnmountFlags::DETACH).unwrap();
+        mount_tmpfs(&mnt);
+        assert!(matches!(detach_own(attached.own()), Detached::Nothing));
+        for refused in [remove_idle(id, || true), remove_lazily(id, || true)] {
+            assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
+        }
+        drop(used);
+        assert!(matches!(detach_own(attached.own()), Detached::Done));
+        drop((attached, requests));
+        assert_eq!(fstype_at(&mnt).as_deref(), Some("tmpfs"));
+        unmount(&mnt, UnmountFlags::empty()).unwrap();
+    }
+
+    #[test]
+    fn a_mount_is_found_where_it_was_moved_to() {
+        let (place, attached, requests) = mounted();
+        let moved = place.path().join("moved");
+        // What is moved is the directory above; the mount goes with it.
+        fs::create_dir(place.path().join("above")).unwrap();
+        let above = place.path().join("above");
+        fs::create_dir(above.join("mnt")).unwrap();
+        let bound = above.join("mnt");
+        rustix::mount::mount_bind(place.path().join("mnt"), &bound).unwrap();
+        fs::rename(&above, &moved).unwrap();
+        assert_eq!(
+            fstype_at(&moved.join("mnt")).as_deref(),
+            Some("fuse.boxlite")
+        );
+        assert!(matches!(detach_own(attached.own()), Detached::Done));
+        assert_eq!(fstype_at(&moved.join("mnt")), None);
+        assert_eq!(fstype_at(&place.path().join("mnt")), None);
+        drop(requests);
+    }
+}

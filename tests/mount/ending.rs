@@ -86,7 +86,11 @@ impl Place {
                 "--kill-child",
                 "--mount-proc",
             ])
-            .args(["bash", "-c", &format!("{PRELUDE}{script}")])
+            .args([
+                "bash",
+                "-c",
+                &format!("{LEAVE_OTHER_MOUNTS}{PRELUDE}{script}"),
+            ])
             .env("P", place.path())
             .env("B", binary())
             .env(

@@ -12,6 +12,7 @@ mod deleting;
 mod ending;
 mod hostile;
 mod inside;
+mod kept;
 mod mounting;
 mod never_lost;
 mod restoring;

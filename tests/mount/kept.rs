@@ -1,0 +1,353 @@
+//! Exit status 0 means that it was done: what would not be kept is refused, a box that was made is one
+//! box for everybody, and no source is lost. The judges are the programs that people use.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use crate::common::*;
+
+/// A home whose box `web` has the snapshot `s` of another state than now, a mount of it, and a backup.
+fn home_and_backup() -> (TestHome, Mounted, PathBuf) {
+    let home = TestHome::new();
+    let mount = home.mount();
+    home.guest_write("web", FREE_AREA, b"then");
+    mount.snapshot("web", "s").unwrap();
+    home.guest_write("web", FREE_AREA, b"now");
+    let backup = home.beside("backup");
+    succeed(&["cp", "-r", text(&mount.at("web")), text(&backup)]);
+    (home, mount, backup)
+}
+
+/// Runs a script with $M, the mountpoint, and $BK, the backup.
+fn shell(mount: &Mounted, backup: &Path, command: &str) -> Output {
+    script(command, &[("M", mount.root()), ("BK", backup)])
+        .output()
+        .expect("a shell")
+}
+
+fn done(mount: &Mounted, backup: &Path, command: &str) {
+    let output = shell(mount, backup, command);
+    assert!(
+        output.status.success(),
+        "{command}: {output:?}\n{}",
+        mount.log()
+    );
+}
+
+fn refused(mount: &Mounted, backup: &Path, command: &str) -> String {
+    let output = shell(mount, backup, command);
+    assert!(
+        !output.status.success(),
+        "{command}: {output:?}\n{}",
+        mount.log()
+    );
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn an_ordinary_directory_is_refused_and_stays_where_it_was() {
+    let (home, mount, backup) = home_and_backup();
+    let precious = home.beside("precious");
+    fs::create_dir_all(precious.join("deep/er")).unwrap();
+    fs::write(precious.join("notes.txt"), "mine").unwrap();
+    fs::write(precious.join("deep/er/more.txt"), "mine as well").unwrap();
+    let home_dir = precious.parent().unwrap();
+    for command in [
+        "mv precious $M/",
+        "cp -r precious $M/",
+        "rsync -a precious $M/",
+    ] {
+        let said = refused(
+            &mount,
+            &backup,
+            &format!("cd {}; {command}", text(home_dir)),
+        );
+        assert!(
+            said.contains("Operation not permitted"),
+            "{command}: {said}"
+        );
+        assert_eq!(
+            fs::read_to_string(precious.join("notes.txt")).unwrap(),
+            "mine"
+        );
+        assert!(precious.join("deep/er/more.txt").exists(), "{command}");
+        eventually("nothing of it is left", || mount.names("") == ["web"]);
+    }
+    assert!(mount.log().contains("notes.txt would not be kept"));
+    home.assert_whole();
+}
+
+#[test]
+fn what_is_no_part_of_a_backup_is_refused_when_it_is_made() {
+    let (home, mount, backup) = home_and_backup();
+    for (name, command) in [
+        (
+            "notes",
+            "mkdir $M/n1; cp $BK/export.boxlite $M/n1/; echo x > $M/n1/notes.txt",
+        ),
+        ("rootfs", "mkdir $M/n2 && mkdir $M/n2/rootfs"),
+        ("disk.img", "mkdir $M/n3 && echo x > $M/n3/disk.img"),
+        (
+            "disk.img in bytes",
+            "mkdir $M/n4 && cp $BK/export.boxlite $M/n4/disk.img",
+        ),
+        (
+            "a strange box.json",
+            "mkdir $M/n5 && echo '{\"a\": 1}' > $M/n5/box.json",
+        ),
+        (
+            "a text as box.json",
+            "mkdir $M/n6 && echo notes > $M/n6/box.json",
+        ),
+        (
+            "a strange link",
+            "mkdir $M/n7 && ln -s /etc/passwd $M/n7/rootfs",
+        ),
+        (
+            "half a box.json",
+            "mkdir $M/n8 && head -c 100 $BK/box.json > $M/n8/box.json",
+        ),
+        (
+            "links followed",
+            "rm -rf w; mkdir w; cp -rL $M/web/snapshots w/ 2>/dev/null; cp -r w/snapshots/s $M/n9",
+        ),
+    ] {
+        let command = format!("cd {}; {command}", text(backup.parent().unwrap()));
+        refused(&mount, &backup, &command);
+        assert!(
+            mount.log().contains("refused") || name.contains("json"),
+            "{name}: {}",
+            mount.log()
+        );
+    }
+    assert!(mount.log().contains("copy without following links"));
+    home.assert_whole();
+}
+
+#[test]
+fn a_box_that_was_copied_is_a_box_to_the_process_that_copied_it() {
+    let (home, mount, backup) = home_and_backup();
+    let live = digest(&home.live_disk("web"));
+    let then = digest(&home.snapshot_disk("web", "s"));
+    let mut program = Process::start(&mount);
+    let copy = format!(
+        "shutil.copytree({:?}, m + 'new', symlinks=True)",
+        text(&backup)
+    );
+    program.does(&copy);
+    assert_eq!(program.names("new"), BOX_FILES);
+    program.does("len(open(m + 'new/export.boxlite', 'rb').read())");
+    program.does("os.mkdir(m + 'new/snapshots/first')");
+    assert_eq!(program.names("new/snapshots/first"), SNAPSHOT_FILES);
+    assert_eq!(digest(&home.live_disk("new")), live);
+    assert_eq!(digest(&home.snapshot_disk("new", "first")), live);
+    assert_eq!(digest(&home.snapshot_disk("new", "s")), then);
+    // Small files that file managers and servers leave undo nothing.
+    for name in [".DS_Store", "notes.txt", ".directory"] {
+        let put = format!("open(m + 'new/snapshots/first/{name}', 'wb')");
+        assert_eq!(program.fails(&put), libc::EPERM);
+    }
+    assert_eq!(digest(&home.snapshot_disk("new", "first")), live);
+    done(
+        &mount,
+        &backup,
+        "mkdir $M/n3; { cat $BK/export.boxlite; } > $M/n3/export.boxlite; mkdir $M/n3/snapshots/s",
+    );
+    assert_eq!(digest(&home.snapshot_disk("n3", "s")), live);
+    drop(program);
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn a_snapshot_that_is_copied_into_a_box_arrives_as_what_it_is() {
+    let (home, mount, backup) = home_and_backup();
+    let then = digest(&home.snapshot_disk("web", "s"));
+    mount.remove_snapshot("web", "s").unwrap();
+    for (number, command) in [
+        "cp -r $BK/snapshots/s $M/web/snapshots/N",
+        "cp -rn $BK/snapshots/s $M/web/snapshots/N",
+        "cp -a $BK/snapshots/s $M/web/snapshots/N",
+        "rsync -a $BK/snapshots/s/ $M/web/snapshots/N",
+        "rsync -r --ignore-existing $BK/snapshots/s/ $M/web/snapshots/N",
+        "rsync -ru $BK/snapshots/s/ $M/web/snapshots/N",
+        "mkdir $BK/snapshots/N; cp -a $BK/snapshots/s/. $BK/snapshots/N; tar c -C $BK/snapshots N | tar x --skip-old-files -C $M/web/snapshots",
+        "mv -n $BK/snapshots/N $M/web/snapshots/M",
+        "busybox cp -r $BK/snapshots/s $M/web/snapshots/N",
+        "python3 -c \"import shutil, sys; shutil.copytree('$BK/snapshots/s', '$M/web/snapshots/N', symlinks=True)\"",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        // The one that moves goes on with what the one before it made.
+        let name = format!("n{}", number - usize::from(command.contains("mv ")));
+        let to = format!("m{number}");
+        let command = command.replace("/N", &format!("/{name}")).replace("/M", &format!("/{to}"));
+        let command = command.replace("s N ", &format!("s {name} "));
+        if command.contains("copytree") {
+            // As long as the disk is what the snapshot would be of.
+            mount.snapshot("web", "just-now").unwrap();
+        }
+        done(&mount, &backup, &command);
+        let arrived = if command.contains("mv ") { &to } else { &name };
+        assert_eq!(digest(&home.snapshot_disk("web", arrived)), then, "{command}");
+        assert_eq!(mount.names(format!("web/snapshots/{arrived}")), SNAPSHOT_FILES);
+    }
+    assert!(!backup.join("snapshots/n6").exists(), "it was moved");
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn a_copy_that_is_stopped_for_a_while_goes_on_with_what_it_meant() {
+    let (home, mount, backup) = home_and_backup();
+    let then = digest(&home.snapshot_disk("web", "s"));
+    for number in 0..12 {
+        succeed(&[
+            "cp",
+            "-r",
+            text(&backup.join("snapshots/s")),
+            text(&backup.join(format!("snapshots/s{number}"))),
+        ]);
+    }
+    let new = mount.at("new");
+    let mut copy = Command::new("cp")
+        .args(["-r", text(&backup), text(&new)])
+        .spawn()
+        .unwrap();
+    eventually("some of it is there", || {
+        new.join("snapshots").exists() && !mount.names("new/snapshots").is_empty()
+    });
+    stop_for(&copy, 3);
+    assert!(copy.wait().unwrap().success(), "{}", mount.log());
+    assert_eq!(mount.names("new/snapshots").len(), 13);
+    for name in mount.names("new/snapshots") {
+        assert_eq!(digest(&home.snapshot_disk("new", &name)), then, "{name}");
+    }
+    mount.unmount();
+    home.assert_whole();
+}
+
+/// Stops a process, and has it go on after so many seconds: the time in which something else could have
+/// been made of what it does.
+fn stop_for(process: &Child, seconds: u64) {
+    let pid = process.id().to_string();
+    succeed(&["kill", "-STOP", &pid]);
+    std::thread::sleep(std::time::Duration::from_secs(seconds));
+    succeed(&["kill", "-CONT", &pid]);
+}
+
+#[test]
+fn a_process_that_cannot_be_told_from_others_is_refused_and_hides_nothing() {
+    let home = TestHome::new();
+    home.mount().snapshot("web", "s").unwrap();
+    let mountpoint = home.beside("mnt").canonicalize().unwrap();
+    // All callers are outside of its pid namespace.
+    let mut server = Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child", binary(), "mount", "-f"])
+        .args([home.root(), &mountpoint])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let web = mountpoint.join("web");
+    eventually("it serves", || web.exists());
+    let said = fail(&["rm", text(&web.join("box.json"))]);
+    assert!(said.contains("Operation not permitted"), "{said}");
+    assert!(web.join("box.json").exists());
+    let said = fail(&["rm", "-r", text(&web)]);
+    assert!(said.contains("Operation not permitted"), "{said}");
+    assert_eq!(names_in(&web), BOX_FILES);
+    assert_eq!(names_in(&web.join("snapshots")), ["s"]);
+    // A look at the box is a new beginning, and a snapshot alone can be removed.
+    let removed = || fs::remove_dir(web.join("snapshots/s")).is_ok();
+    eventually("the snapshot is removed", || {
+        !names_in(&web).is_empty() && removed()
+    });
+    assert_eq!(names_in(&web.join("snapshots")), [""; 0]);
+    let listed = home.wheel(&["snapshot-list", "web"]);
+    assert_eq!(listed.as_array().map(Vec::len), Some(0));
+    unmount(&mountpoint);
+    server.wait().unwrap();
+    home.assert_whole();
+}
+
+#[test]
+fn a_box_is_not_removed_while_an_archive_is_written_over_its_disk() {
+    let (home, mount, backup) = home_and_backup();
+    let mut writer = Process::start(&mount);
+    writer.does("globals().update(f=open(m + 'web/export.boxlite', 'wb', 0)) or f.write(b'')");
+    let written = format!(
+        "f.write(open({:?}, 'rb').read(300000))",
+        text(&backup.join("export.boxlite"))
+    );
+    writer.does(&written);
+    let said = refused(&mount, &backup, "rm -r $M/web");
+    assert!(said.contains("busy"), "{said}");
+    assert_eq!(mount.names("web"), BOX_FILES);
+    assert_eq!(mount.names("web/snapshots"), ["s"]);
+    drop(writer);
+    eventually("it can be removed", || {
+        shell(&mount, &backup, "ls $M/web && sleep 2.1 && rm -r $M/web")
+            .status
+            .success()
+    });
+    assert_eq!(mount.names(""), [""; 0]);
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn what_makes_names_without_contents_leaves_nothing() {
+    let (home, mount, backup) = home_and_backup();
+    refused(&mount, &backup, "cp -rs $BK $M/new");
+    eventually("links leave nothing", || mount.names("") == ["web"]);
+    shell(
+        &mount,
+        &backup,
+        "rm -rf $BK/snapshots; cp -r --attributes-only $BK $M/new",
+    );
+    eventually("attributes alone leave nothing", || {
+        mount.names("") == ["web"]
+    });
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn options_that_need_other_names_are_refused_before_anything_is_changed() {
+    let (home, mount, backup) = home_and_backup();
+    let before = home.kept();
+    for command in [
+        "rsync -a --delay-updates $BK/ $M/new",
+        "cp --backup $BK/export.boxlite $M/web/export.boxlite",
+        "rsync -b -c $BK/export.boxlite $M/web/snapshots/s/export.boxlite",
+    ] {
+        refused(&mount, &backup, command);
+        eventually("nothing of it is left", || mount.names("") == ["web"]);
+        assert_eq!(home.kept(), before, "{command}\n{}", mount.log());
+    }
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn an_archive_may_come_from_several_programs_and_under_any_name_that_uploads_have() {
+    let (home, mount, backup) = home_and_backup();
+    let live = digest(&home.live_disk("web"));
+    let long = "l".repeat(240);
+    for (name, command) in [
+        ("turns", "cd $BK; head -c 400000 export.boxlite > a; tail -c +400001 export.boxlite > b; { cat a; cat b; } > $M/turns.boxlite || true".to_owned()),
+        ("packed", "zstd -q -c $BK/export.boxlite > $M/packed.boxlite.zst".to_owned()),
+        ("win", "cat $BK/export.boxlite > $M/win.boxlite.filepart && mv $M/win.boxlite.filepart $M/win.boxlite".to_owned()),
+        ("sync", "cat $BK/export.boxlite > $M/.syncthing.sync.boxlite.tmp && mv $M/.syncthing.sync.boxlite.tmp $M/sync.boxlite".to_owned()),
+        ("browser", "cat $BK/export.boxlite > $M/browser.boxlite.crdownload && mv $M/browser.boxlite.crdownload $M/browser.boxlite".to_owned()),
+        (&long, format!("rsync $BK/export.boxlite $M/{long}.boxlite")),
+    ] {
+        done(&mount, &backup, &command);
+        assert_eq!(digest(&home.live_disk(name)), live, "{command}");
+    }
+    mount.unmount();
+    home.assert_whole();
+}

@@ -57,8 +57,8 @@ impl Tree {
                 None => self.make_snapshot(caller, &parent, name)?,
             },
         };
-        let attr = self.attr(caller, &node)?;
-        self.tell(&node);
+        let mut attr = self.attr(caller, &node)?;
+        attr.ino = self.tell(&node);
         Ok(attr)
     }
 
@@ -317,8 +317,8 @@ impl Tree {
             _ => self.create_staged(caller, &parent, name)?,
         };
         file.state.lock().open = 1;
-        self.tell(&file.node);
-        let attr = self.attr_of_made(&file);
+        let mut attr = self.attr_of_made(&file);
+        attr.ino = self.tell(&file.node);
         Ok((attr, self.opened_for_writing(file)))
     }
 
@@ -409,8 +409,8 @@ impl Tree {
                 self.remember_refused_copy(caller, &parent);
                 self.refuse(libc::EPERM, format!("{name}: links have no place here"))
             })?;
-        let attr = self.attr(caller, &node)?;
-        self.tell(&node);
+        let mut attr = self.attr(caller, &node)?;
+        attr.ino = self.tell(&node);
         Ok(attr)
     }
 

@@ -9,6 +9,7 @@ mod check;
 mod compacting;
 mod copying;
 mod deleting;
+mod guests;
 mod hostile;
 mod inside;
 mod mounting;

@@ -82,7 +82,7 @@ fn follow_links(fs: &FileSystem) {
         let here = way[way.len() - 1];
         let _ = fs.list(here, 0, &mut |entry| {
             inodes.push(entry.inode);
-            match inodes.len() < 1000 {
+            match inodes.len() < 40 {
                 true => ControlFlow::Continue(()),
                 false => ControlFlow::Break(()),
             }

@@ -21,7 +21,9 @@ use fuser::{
 };
 
 use crate::store::Spool;
-use crate::tree::{Attr, Caller, DirEntry, Kept, Kind, Opened, RenameMode, SetAttr, Tree};
+use crate::tree::{
+    Attr, Caller, DirEntry, Kept, Kind, Opened, RenameMode, SetAttr, Tree, WantedOfList,
+};
 use crate::{Error, Result};
 use parking_lot::{Condvar, Mutex};
 
@@ -388,6 +390,11 @@ fn dots(ino: u64) -> [DirEntry; 2] {
     })
 }
 
+/// How many of them are before an offset.
+fn dots_before(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
+}
+
 impl Filesystem for Mounted {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         for wanted in [
@@ -728,26 +735,32 @@ impl Filesystem for Mounted {
 
     fn readdir(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         handle: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let entries = match self.tree.listing(handle.0) {
-            Ok(entries) => entries,
-            Err(error) => return reply.error(errno(&error)),
-        };
-        let dots = dots(ino.0);
-        let all = dots.iter().chain(entries.iter()).enumerate();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (index, entry) in all.skip(start) {
-            let next = index as u64 + 1;
-            if reply.add(INodeNo(entry.ino), next, file_type(entry.kind), &entry.name) {
-                break;
+        let caller = caller(request);
+        let work = move |tree: &Arc<Tree>| {
+            for (next, entry) in (1..).zip(dots(ino.0)).skip(dots_before(offset)) {
+                if reply.add(INodeNo(entry.ino), next, file_type(entry.kind), &entry.name) {
+                    return reply.ok();
+                }
             }
+            let mut add = |entry: &DirEntry, next: u64, _: Option<&Attr>| {
+                reply.add(INodeNo(entry.ino), next, file_type(entry.kind), &entry.name)
+            };
+            let place = (ino.0, handle.0);
+            match tree.read_list(caller, place, offset, WantedOfList::Names, &mut add) {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
+        };
+        match self.tree.is_slow(ino.0) {
+            true => self.look(work),
+            false => work(&self.tree),
         }
-        reply.ok();
     }
 
     fn readdirplus(
@@ -760,41 +773,28 @@ impl Filesystem for Mounted {
     ) {
         let caller = caller(request);
         self.look(move |tree| {
-            let entries = match tree.listing(handle.0) {
-                Ok(entries) => entries,
-                Err(error) => return reply.error(errno(&error)),
-            };
-            let dots = dots(ino.0);
-            let all = dots.iter().chain(entries.iter()).enumerate();
-            let start = usize::try_from(offset).unwrap_or(usize::MAX);
-            for (index, entry) in all.skip(start) {
-                let next = index as u64 + 1;
-                let name = entry.name.as_os_str();
-                // A listing does not wait, neither for what is looked up by itself then.
-                let found = if index < dots.len() || tree.lookup_may_wait(ino.0, name) {
-                    None
-                } else {
-                    tree.lookup(caller, ino.0, name).ok()
-                };
-                let told = found.is_some();
-                // Gone since it was listed, or can't be planned: its own stat says why.
-                let attr = found.unwrap_or_else(|| tree.listed_attr(entry));
-                let full = reply.add(
+            let mut add = |entry: &DirEntry, next: u64, attr: Option<&Attr>| {
+                let unknown = || tree.listed_attr(entry);
+                let attr = attr.cloned().unwrap_or_else(unknown);
+                reply.add(
                     INodeNo(attr.ino),
                     next,
-                    name,
+                    entry.name.as_os_str(),
                     &ttl(&attr),
                     &file_attr(&attr),
                     Generation(attr.generation),
-                );
-                if full {
-                    if told {
-                        tree.forget(attr.ino, 1);
-                    }
-                    break;
+                )
+            };
+            for (next, entry) in (1..).zip(dots(ino.0)).skip(dots_before(offset)) {
+                if add(&entry, next, None) {
+                    return reply.ok();
                 }
             }
-            reply.ok();
+            let place = (ino.0, handle.0);
+            match tree.read_list(caller, place, offset, WantedOfList::Attributes, &mut add) {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
         });
     }
 

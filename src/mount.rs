@@ -99,6 +99,7 @@ fn serve(
             compression: options.compression,
             compacting: options.compacting,
             imports: options.imports,
+            links: options.links,
         },
     )?);
     tree.tell_of_mount(MountFacts {

@@ -18,6 +18,7 @@ mod flags {
     pub const EXTENTS: u32 = 0x8_0000;
     pub const EA_INODE: u32 = 0x20_0000;
     pub const INLINE_DATA: u32 = 0x1000_0000;
+    pub const CASEFOLD: u32 = 0x4000_0000;
 }
 
 /// What a file is.
@@ -201,6 +202,11 @@ impl Inode {
         self.flag(flags::INDEX)
     }
 
+    /// Whether it is a directory that takes names for the same that differ in case.
+    pub fn ignores_case(&self) -> bool {
+        self.flag(flags::CASEFOLD)
+    }
+
     /// Whether it is no file, but has the value of an attribute.
     pub fn is_attribute(&self) -> bool {
         self.flag(flags::EA_INODE)
@@ -210,8 +216,8 @@ impl Inode {
     pub fn is_fast_symlink(&self, layout: &Layout) -> bool {
         let of_attributes = match self.attribute_block() {
             0 => 0,
-            // With clusters more may be counted.
-            _ => layout.block_size / 512,
+            // Their block counts as a whole cluster.
+            _ => layout.cluster_size / 512,
         };
         self.kind == FileKind::Symlink
             && !self.is_inline()

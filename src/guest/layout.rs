@@ -51,17 +51,37 @@ pub(super) mod incompat {
 mod ro_compat {
     pub const SPARSE_SUPER: u32 = 0x1;
     pub const HUGE_FILE: u32 = 0x8;
+    pub const BIGALLOC: u32 = 0x200;
     pub const METADATA_CSUM: u32 = 0x400;
 }
 
-/// `s_feature_compat`: only two superblocks' copies are kept.
-const SPARSE_SUPER2: u32 = 0x200;
+/// Features that nobody has to know (`s_feature_compat`).
+mod compat {
+    /// Directories may have an index.
+    pub const DIR_INDEX: u32 = 0x20;
+    /// Only two superblocks' copies are kept.
+    pub const SPARSE_SUPER2: u32 = 0x200;
+}
+
+/// `s_flags`: how bytes of names count where names are hashed.
+mod flags {
+    pub const SIGNED_HASH: u32 = 0x1;
+    pub const UNSIGNED_HASH: u32 = 0x2;
+}
 
 /// What the superblock says.
 #[derive(Clone)]
 pub(super) struct Layout {
     /// Bytes of a block: 1 KiB to 64 KiB.
     pub block_size: u64,
+    /// Bytes of what is allocated at once: a block, or more of them with the feature bigalloc.
+    pub cluster_size: u64,
+    /// Whether directories may have an index.
+    pub has_indexes: bool,
+    /// Whether bytes of names are signed where they are hashed; None if the superblock does not say.
+    pub signed_hash: Option<bool>,
+    /// What hashing names begins with.
+    pub hash_seed: [u32; 4],
     /// Number of blocks.
     pub blocks: u64,
     /// Number of inodes.
@@ -119,8 +139,20 @@ impl Layout {
         let ro_compat = sb.le32(0x64);
         let old = sb.le32(0x4c) == 0;
         let large = incompat & incompat::BITS64 != 0;
+        let shifted = |at: usize| 1024 << sb.le32(at).min(63 - 10);
         Layout {
-            block_size: 1024 << sb.le32(0x18).min(63 - 10),
+            block_size: shifted(0x18),
+            cluster_size: match ro_compat & ro_compat::BIGALLOC {
+                0 => shifted(0x18),
+                _ => shifted(0x1c),
+            },
+            has_indexes: sb.le32(0x5c) & compat::DIR_INDEX != 0,
+            signed_hash: match sb.le32(0x160) {
+                flags if flags & flags::UNSIGNED_HASH != 0 => Some(false),
+                flags if flags & flags::SIGNED_HASH != 0 => Some(true),
+                _ => None,
+            },
+            hash_seed: [0, 4, 8, 12].map(|at| sb.le32(0xec + at)),
             blocks: sb.le32_and(0x4, if large { sb.le32(0x150) } else { 0 }),
             inodes: sb.le32(0x0),
             first_inode: if old { 11 } else { sb.le32(0x54) },
@@ -139,7 +171,7 @@ impl Layout {
             inodes_per_group: sb.le32(0x28),
             descriptor_size: if large { u64::from(sb.le16(0xfe)) } else { 32 },
             first_meta_group: u64::from(sb.le32(0x104)),
-            copies: if sb.le32(0x5c) & SPARSE_SUPER2 != 0 {
+            copies: if sb.le32(0x5c) & compat::SPARSE_SUPER2 != 0 {
                 Copies::Two([sb.le32(0x24c), sb.le32(0x250)])
             } else if ro_compat & ro_compat::SPARSE_SUPER != 0 {
                 Copies::Sparse
@@ -275,6 +307,13 @@ impl Layout {
         // Short descriptors end before the high part.
         Some(fields.le32_and(0x8, fields.le32(0x28)))
     }
+}
+
+/// Whether a volume has a file system, or something else that is known; it need not be whole.
+pub(super) fn is_known(volume: &Volume) -> Result<bool> {
+    let mut bytes = vec![0; SUPERBLOCK_LEN];
+    volume.peek(SUPERBLOCK_AT, &mut bytes)?;
+    Ok(Layout::is_one(&bytes) || known_as(volume)?.is_some())
 }
 
 /// What else the disk may hold, for a sentence that helps.

@@ -13,6 +13,8 @@
 //! * `inode`: what an inode says of its file.
 //! * `map`: which blocks of the disk a file's blocks are.
 //! * `directory`: names.
+//! * `index`, `name_hash`: the index of a directory, and the hashes it is sorted by.
+//! * `links`: where symbolic links lead inside of the file system.
 //! * `attribute`: extended attributes.
 //! * `file_system`: what all of it comes to: [`FileSystem`].
 //! * `fields`, `checksum`: numbers in structures, and whether they are right.
@@ -36,16 +38,20 @@ mod directory;
 mod disk;
 mod fields;
 mod file_system;
+mod index;
 mod inode;
 mod journal;
 mod layout;
+mod links;
 mod map;
+mod name_hash;
 mod partitions;
 
 pub use directory::Entry;
 pub use disk::Caches;
 pub use file_system::FileSystem;
 pub use inode::{Attributes, FileKind, Time};
+pub use links::{DEEPEST, LinkPlace};
 
 use crate::disk::Chain;
 use crate::{Error, Result};
@@ -73,15 +79,22 @@ impl Guest {
     /// damaged or not known here; the sentence says what is there instead.
     pub fn open(chain: Arc<Chain>, caches: &Arc<Caches>) -> Result<Guest> {
         let disk = Arc::new(Disk::new(chain, caches.clone()));
-        let whole = || Volume::new(disk.clone(), 0, disk.len(), "the guest's disk".into());
-        // A file system comes first: where one was made on a disk that had partitions, traces of
-        // their table may be left. The other way round, tables reach to where a superblock is.
-        let content = match FileSystem::open(whole())? {
-            Some(found) => Content::FileSystem(found),
-            None => match partitions::find(&disk)? {
-                Some(places) => Content::Partitions(Partition::all(&disk, &places)),
-                None => Content::FileSystem(FileSystem::open_or_tell(whole())?),
+        let places = partitions::find(&disk)?;
+        let whole = Volume::new(disk.clone(), 0, disk.len(), "the guest's disk".into());
+        let content = match places {
+            Some(places) if partitions::hide_a_file_system(&disk, &places)? => {
+                Content::Partitions(Partition::all(&disk, &places))
+            }
+            Some(places) => match FileSystem::open(whole) {
+                Ok(Some(found)) => Content::FileSystem(found),
+                // What is left of a file system from before the partitions.
+                Err(_) if partitions::can_be(&disk, &places) => {
+                    Content::Partitions(Partition::all(&disk, &places))
+                }
+                Err(error) => return Err(error),
+                Ok(None) => Content::Partitions(Partition::all(&disk, &places)),
             },
+            None => Content::FileSystem(FileSystem::open_or_tell(whole)?),
         };
         Ok(Guest { disk, content })
     }

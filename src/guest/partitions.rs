@@ -3,10 +3,14 @@
 use super::checksum::crc32;
 use super::disk::{Disk, Volume};
 use super::fields::Fields;
+use super::layout;
 use crate::Result;
 use std::sync::Arc;
 
+/// Bytes of what an MBR counts in, and of the sectors of most disks.
 const SECTOR: u64 = 512;
+/// The sectors that a GPT may be made for, the usual one first.
+const GPT_SECTORS: [u64; 2] = [SECTOR, 4096];
 /// The table's place in an MBR, and bytes of each of its four entries.
 const TABLE_AT: usize = 446;
 const ENTRY: usize = 16;
@@ -40,6 +44,30 @@ pub(super) fn find(disk: &Arc<Disk>) -> Result<Option<Vec<Place>>> {
         return Ok(Some(places));
     }
     mbr(&volume, &table).map(Some)
+}
+
+/// Whether partitions can be so: each begins on the disk, and not with its first sector.
+pub(super) fn can_be(disk: &Disk, places: &[Place]) -> bool {
+    let can_be = |place: &Place| (SECTOR..disk.len()).contains(&place.start);
+    !places.is_empty() && places.iter().all(can_be)
+}
+
+/// Whether partitions are what a disk has, even if it looks as if one file system takes all of it.
+///
+/// A file system that is made on a whole disk takes the first sector, and a table there with it. So a
+/// table is the newer of the two, and a superblock is left from before, if the partitions can be so
+/// and one of them has a file system that is known.
+pub(super) fn hide_a_file_system(disk: &Arc<Disk>, places: &[Place]) -> Result<bool> {
+    if !can_be(disk, places) {
+        return Ok(false);
+    }
+    for Place { start, len, .. } in places {
+        let volume = Volume::new(disk.clone(), *start, *len, "a partition".into());
+        if layout::is_known(&volume)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// One of four entries.
@@ -143,21 +171,24 @@ fn logical(volume: &Volume, extended: u64, places: &mut Vec<Place>) -> Result<()
 }
 
 /// The partitions of a GPT, by its header in the second sector or by the copy in the last; None if
-/// there is neither.
+/// there is neither. What a sector is, only the place of the header tells.
 fn gpt(volume: &Volume, len: u64) -> Result<Option<Vec<Place>>> {
-    for header in [1, (len / SECTOR).saturating_sub(1)] {
-        if let Some(places) = gpt_at(volume, header)? {
-            return Ok(Some(places));
+    for sector in GPT_SECTORS {
+        for header in [1, (len / sector).saturating_sub(1)] {
+            if let Some(places) = gpt_at(volume, sector, header)? {
+                return Ok(Some(places));
+            }
         }
     }
     Ok(None)
 }
 
-fn gpt_at(volume: &Volume, header: u64) -> Result<Option<Vec<Place>>> {
+/// The partitions of a GPT whose header is in a sector.
+fn gpt_at(volume: &Volume, sector: u64, header: u64) -> Result<Option<Vec<Place>>> {
     const MAX_TABLE: usize = 1 << 20;
-    let mut sector = [0; SECTOR as usize];
-    volume.peek(header.saturating_mul(SECTOR), &mut sector)?;
-    let fields = Fields(&sector);
+    let mut bytes = [0; SECTOR as usize];
+    volume.peek(header.saturating_mul(sector), &mut bytes)?;
+    let fields = Fields(&bytes);
     let len = fields.le32(12) as usize;
     let parts = [
         fields.bytes(0, 16),
@@ -173,7 +204,7 @@ fn gpt_at(volume: &Volume, header: u64) -> Result<Option<Vec<Place>>> {
         return Ok(None);
     }
     let mut table = vec![0; count * size];
-    let at = fields.le64(72).saturating_mul(SECTOR);
+    let at = fields.le64(72).saturating_mul(sector);
     volume.peek(at, &mut table)?;
     if crc32(&table) != fields.le32(88) {
         return Ok(None);
@@ -186,8 +217,8 @@ fn gpt_at(volume: &Volume, header: u64) -> Result<Option<Vec<Place>>> {
             let used = entry.bytes(0, 16) != [0; 16] && first <= last;
             used.then(|| Place {
                 number,
-                start: first.saturating_mul(SECTOR),
-                len: (last - first).saturating_add(1).saturating_mul(SECTOR),
+                start: first.saturating_mul(sector),
+                len: (last - first).saturating_add(1).saturating_mul(sector),
             })
         });
     Ok(Some(places.take(MAX_PARTITIONS).collect()))

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use crate::tree::{Compacting, Compression, Imports};
+use crate::tree::{Compacting, Compression, Imports, Links};
 use crate::{Error, Result};
 
 /// Options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
@@ -27,6 +27,8 @@ pub struct Options {
     pub compacting: Compacting,
     /// `max_import=SIZE` and `import=trusted|untrusted`.
     pub imports: Imports,
+    /// `links=inside|guest`.
+    pub links: Links,
 }
 
 /// An option of boxlitefs itself, as manuals and messages have it. (What every mount takes is not here.)
@@ -83,6 +85,10 @@ pub const DOCUMENTED: &[Documented] = &[
     Documented {
         form: "import=untrusted",
         effect: "archives whose options reach into the host (volumes, ports for everyone, weaker isolation) are refused; import=trusted unless said",
+    },
+    Documented {
+        form: "links=guest",
+        effect: "symbolic links in rootfs say what the guest said, to archive a tree as it is; they may lead to files of the host. links=inside unless said: they lead to the guest's own files",
     },
 ];
 
@@ -197,6 +203,13 @@ impl Options {
                     _ => return Err(wrong_value(option, "trusted or untrusted")),
                 };
             }
+            Some(("links", lead)) => {
+                self.links = match lead {
+                    "inside" => Links::Inside,
+                    "guest" => Links::Guest,
+                    _ => return Err(wrong_value(option, "inside or guest")),
+                };
+            }
             Some(("compact", "off")) => self.compacting.after = None,
             Some(("compact", seconds)) => {
                 let long = seconds.parse().ok();
@@ -225,6 +238,10 @@ impl Options {
             "compact": self.compacting.after.map(seconds),
             "max_import": self.imports.most,
             "import": if self.imports.untrusted { "untrusted" } else { "trusted" },
+            "links": match self.links {
+                Links::Inside => "inside",
+                Links::Guest => "guest",
+            },
         })
     }
 
@@ -375,6 +392,19 @@ mod tests {
             "import=yes",
             "import=Untrusted",
         ] {
+            let error = parse(wrong).unwrap_err();
+            assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
+            assert!(error.sentence().contains(wrong), "{error}");
+        }
+    }
+
+    #[test]
+    fn where_links_of_guests_lead_is_checked() {
+        assert_eq!(parse("ro").unwrap().links, Links::Inside);
+        assert_eq!(parse("links=guest").unwrap().links, Links::Guest);
+        let later = parse("links=guest,links=inside").unwrap();
+        assert_eq!(later.links, Links::Inside);
+        for wrong in ["links=", "links=host", "links=Guest"] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
             assert!(error.sentence().contains(wrong), "{error}");

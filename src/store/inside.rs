@@ -4,7 +4,9 @@
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
+#[cfg(test)]
+use std::time::UNIX_EPOCH;
 use std::time::{Duration, Instant, SystemTime};
 
 use sha2::{Digest, Sha256};
@@ -29,15 +31,11 @@ const UNUSED: Duration = Duration::from_secs(5);
 pub struct DiskState {
     source: Source,
     number: u64,
-    slot: u32,
     changed: SystemTime,
     size: u64,
 }
 
 impl DiskState {
-    /// The largest slot; there is a power of two of them.
-    pub const LAST_SLOT: u32 = (1 << 22) - 1;
-
     /// `state` is the chain's [`Store::state_number`].
     fn of(source: &Source, chain: &Chain, state: u64) -> DiskState {
         let changed = chain.changed_at();
@@ -49,9 +47,21 @@ impl DiskState {
         DiskState {
             source: source.clone(),
             number,
-            slot: number as u32 & DiskState::LAST_SLOT,
             changed,
             size,
+        }
+    }
+
+    /// A state of no disk.
+    #[cfg(test)]
+    pub fn numbered(number: u64) -> DiskState {
+        DiskState {
+            source: Source::Live {
+                box_id: String::new(),
+            },
+            number,
+            changed: UNIX_EPOCH,
+            size: 0,
         }
     }
 
@@ -63,12 +73,6 @@ impl DiskState {
     /// A number that other states have not, the same after a remount.
     pub fn number(&self) -> u64 {
         self.number
-    }
-
-    /// A small number that no other state has as long as this one is known; nearly always the same after
-    /// a remount.
-    pub fn slot(&self) -> u32 {
-        self.slot
     }
 
     /// When the disk changed last.
@@ -178,8 +182,6 @@ impl Kept {
 #[derive(Default)]
 pub(super) struct InsideCache {
     known: HashMap<Source, Kept>,
-    /// States that something still knows, by slot.
-    states: HashMap<u32, Weak<DiskState>>,
     /// What was read of guests.
     caches: Arc<Caches>,
     /// Sources that were looked into, the last one at the end.
@@ -234,7 +236,7 @@ impl Store {
         let chain = Arc::new(chain);
         let mut cache = self.insides.lock();
         let inside = Arc::new(Inside {
-            state: cache.known_as(DiskState::of(source, &chain, number)),
+            state: Arc::new(DiskState::of(source, &chain, number)),
             chain,
             guest: OnceLock::new(),
             allocated: OnceLock::new(),
@@ -309,21 +311,6 @@ impl Store {
 }
 
 impl InsideCache {
-    /// The state as it is known already, or in a slot that is free.
-    fn known_as(&mut self, mut state: DiskState) -> Arc<DiskState> {
-        self.states.retain(|_, known| known.strong_count() > 0);
-        let known = |slot| self.states.get(&slot).and_then(Weak::upgrade);
-        while let Some(other) = known(state.slot) {
-            if *other == state {
-                return other;
-            }
-            state.slot = (state.slot + 1) & DiskState::LAST_SLOT;
-        }
-        let state = Arc::new(state);
-        self.states.insert(state.slot, Arc::downgrade(&state));
-        state
-    }
-
     fn was_used(&mut self, source: &Source) {
         if let Some(kept) = self.known.get_mut(source) {
             kept.used = Instant::now();

@@ -24,6 +24,23 @@ impl Caller {
         }
     }
 
+    /// Whether it has the capability SYS_ADMIN over the whole machine, as the kernel asks for where
+    /// attributes of the name space `trusted` are read. False where that can't be told.
+    pub fn is_admin(self) -> bool {
+        const SYS_ADMIN: u64 = 1 << 21;
+        // The first user name space has this number on all machines.
+        const FIRST: &str = "user:[4026531837]";
+        if self.tid == 0 {
+            return false;
+        }
+        let status = fs::read_to_string(format!("/proc/{}/status", self.tid)).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let has = line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        let space = fs::read_link(format!("/proc/{}/ns/user", self.tid));
+        has.is_some_and(|has| has & SYS_ADMIN != 0)
+            && space.is_ok_and(|space| space.as_os_str() == FIRST)
+    }
+
     /// Whether it is gone, or about to be ended or interrupted by a signal: KILL, or one of HUP, INT,
     /// QUIT and TERM that it neither blocks nor ignores. The kernel lets nobody be interrupted while
     /// he waits for our answer, so he has to get one.

@@ -58,8 +58,8 @@ impl Tree {
                     .ok_or_else(|| self.refuse_meaningless_directory(name))?
             }
         };
-        let attr = self.attr(caller, &node)?;
-        self.tell(&node);
+        let mut attr = self.attr(caller, &node)?;
+        attr.ino = self.tell(&node);
         Ok(attr)
     }
 
@@ -377,8 +377,8 @@ impl Tree {
             _ => self.create_staged(caller, &parent, name, mode)?,
         };
         file.state.lock().open = 1;
-        self.tell(&file.node);
-        let attr = self.attr_of_made(&file);
+        let mut attr = self.attr_of_made(&file);
+        attr.ino = self.tell(&file.node);
         Ok((attr, self.opened_for_writing(file)))
     }
 
@@ -547,8 +547,8 @@ impl Tree {
                 self.remember_refused_copy(caller, &parent);
                 self.refuse(libc::EPERM, format!("{name}: links have no place here"))
             })?;
-        let attr = self.attr(caller, &node)?;
-        self.tell(&node);
+        let mut attr = self.attr(caller, &node)?;
+        attr.ino = self.tell(&node);
         Ok(attr)
     }
 

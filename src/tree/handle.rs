@@ -9,7 +9,7 @@ use super::caller::Caller;
 use super::describe;
 use super::inside::only_for_reading;
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON};
-use super::node::Node;
+use super::node::{GuestFile, Node};
 use super::staged_file::{
     Content, FileState, Place, Role, StagedFile, is_complete, is_whole, share,
 };
@@ -49,6 +49,11 @@ pub(super) enum Handle {
     Log,
     /// A listing as it was when opened.
     List(Arc<Vec<DirEntry>>),
+    /// A directory of a guest, which is listed in portions; the layers are open.
+    GuestDirectory {
+        file: GuestFile,
+        inside: Arc<Inside>,
+    },
     /// A file being written.
     Writing(Arc<StagedFile>),
 }
@@ -74,7 +79,10 @@ impl Handle {
             }
             Handle::Bytes { bytes, .. } => Some(bytes.len() as u64),
             Handle::Writing(file) => Some(file.size()),
-            Handle::Inside { .. } | Handle::Log | Handle::List(_) => None,
+            Handle::Inside { .. }
+            | Handle::Log
+            | Handle::List(_)
+            | Handle::GuestDirectory { .. } => None,
         }
     }
 }
@@ -99,30 +107,6 @@ impl Tree {
         match &*self.handle(handle).ok()? {
             Handle::Bytes { bytes, .. } => Some(bytes.len() as u64),
             _ => None,
-        }
-    }
-
-    /// Opens a directory for listing.
-    ///
-    /// # Errors
-    /// ENOENT when it is gone.
-    pub fn open_list(&self, caller: Caller, ino: u64) -> Result<u64> {
-        let node = self.node(ino)?;
-        if let Node::Box(id) = &node {
-            self.dealings.lock().look(caller, id);
-        }
-        let entries = self.list(caller, &node)?;
-        Ok(self.add_handle(Handle::List(Arc::new(entries))))
-    }
-
-    /// The listing of an open directory.
-    ///
-    /// # Errors
-    /// EBADF.
-    pub fn listing(&self, handle: u64) -> Result<Arc<Vec<DirEntry>>> {
-        match &*self.handle(handle)? {
-            Handle::List(entries) => Ok(entries.clone()),
-            _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
         }
     }
 
@@ -427,7 +411,7 @@ impl Tree {
                 let bytes = self.store.journal().read_at(offset, buf.len());
                 Ok(copy_out(&bytes, 0, buf))
             }
-            Handle::List(_) | Handle::Writing(_) => {
+            Handle::List(_) | Handle::GuestDirectory { .. } | Handle::Writing(_) => {
                 Err(Error::new(libc::EBADF, "that is not open for reading"))
             }
         }

@@ -7,16 +7,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::Tree;
 use super::attr::{Attr, DirEntry, Kept, Kind};
+use super::caller::Caller;
+use super::guest_numbers::{Access, GuestVolume};
 use super::handle::{Handle, Opened};
+use super::listing::{Add, Wanted};
 use super::node::{Derived, GuestFile, Node};
-use crate::guest::{Attributes, FileKind, FileSystem, Guest, Time};
+use super::{Links, Tree};
+use crate::guest::{Attributes, Entry, FileKind, FileSystem, Guest, LinkPlace, Time};
 use crate::store::{DiskState, Inside, Source};
 use crate::{Error, Result};
-
-/// Longest listing of a guest's directory, in bytes of names: more than any real one has.
-const LONGEST_LISTING: usize = 64 << 20;
 
 fn not_there() -> Error {
     Error::new(libc::ENOENT, "the guest has no such file")
@@ -29,49 +29,29 @@ pub(super) fn only_for_reading() -> Error {
 
 /// A file of a guest, and what it is read from.
 struct Found<'a> {
+    tree: &'a Tree,
     file: &'a GuestFile,
     inside: &'a Inside,
 }
 
 impl GuestFile {
-    /// The directory that all else is in.
-    pub(super) fn root_of(inside: &Inside) -> GuestFile {
-        let guest = inside.guest();
-        let is_file_system = guest.is_ok_and(|guest| guest.file_system().is_some());
-        GuestFile {
-            state: inside.state().clone(),
-            partition: 0,
-            inode: if is_file_system { FileSystem::ROOT } else { 0 },
-        }
-    }
-
     /// Whether it is no directory of the guest, but has the partitions, or nothing that can be read.
-    fn is_ours(&self) -> bool {
+    pub(super) fn is_ours(&self) -> bool {
         self.inode == 0
     }
 
-    fn in_same(&self, inode: u32) -> GuestFile {
-        GuestFile {
-            inode,
-            ..self.clone()
-        }
-    }
-
-    fn root_of_partition(&self, partition: u32) -> GuestFile {
-        GuestFile {
-            partition,
-            ..self.in_same(FileSystem::ROOT)
-        }
+    fn state(&self) -> &Arc<DiskState> {
+        &self.volume.state
     }
 }
 
 impl<'a> Found<'a> {
     fn file_system(&self) -> Result<&'a FileSystem> {
         let guest = self.inside.guest()?;
-        if self.file.partition == 0 {
+        if self.file.volume.partition == 0 {
             return guest.file_system().ok_or_else(not_there);
         }
-        let partition = guest.partition(self.file.partition);
+        let partition = guest.partition(self.file.volume.partition);
         partition.ok_or_else(not_there)?.file_system()
     }
 
@@ -79,67 +59,198 @@ impl<'a> Found<'a> {
         self.file_system()?.attributes(self.file.inode)
     }
 
-    fn child(&self, name: &OsStr) -> Result<GuestFile> {
-        if !self.file.is_ours() {
-            let found = self
-                .file_system()?
-                .lookup(self.file.inode, name.as_bytes())?;
-            return found
-                .map(|inode| self.file.in_same(inode))
-                .ok_or_else(not_there);
-        }
-        let guest = self.inside.guest().map_err(|_| not_there())?;
-        shown_partitions(guest)
-            .find(|number| name == OsStr::new(&partition_name(*number)))
-            .map(|number| self.file.root_of_partition(number))
-            .ok_or_else(not_there)
-    }
-
-    fn list(&self) -> Result<Vec<DirEntry>> {
-        match self.file.is_ours() {
-            true => self.list_partitions(),
-            false => self.list_directory(),
+    /// The file system, to go on to what is in this directory.
+    fn enter(&self) -> Result<&'a FileSystem> {
+        match self.file.volume.access {
+            Access::Closed => Err(Error::damaged(format!(
+                "the directory with inode {} does not say that it is where it was found; e2fsck \
+                 repairs that, and the mount option links=guest goes on all the same",
+                self.file.inode
+            ))),
+            _ => self.file_system(),
         }
     }
 
-    fn list_partitions(&self) -> Result<Vec<DirEntry>> {
-        let guest: &Guest = self.inside.guest()?;
-        let entry = |number: u32| DirEntry {
-            name: partition_name(number).into(),
-            kind: Kind::Directory,
-            ino: Node::Guest(self.file.root_of_partition(number)).ino(),
+    fn child(&self, name: &OsStr) -> Result<(GuestFile, Attr)> {
+        if self.file.is_ours() {
+            let guest = self.inside.guest().map_err(|_| not_there())?;
+            let number = shown_partitions(guest)
+                .find(|number| name == OsStr::new(&partition_name(*number)))
+                .ok_or_else(not_there)?;
+            let file = self.root_of_partition(number)?;
+            let attr = self.tree.attr_of_found(&self.other(&file))?;
+            return Ok((file, attr));
+        }
+        let found = self.enter()?.lookup(self.file.inode, name.as_bytes())?;
+        self.child_of_inode(found.ok_or_else(not_there)?)
+    }
+
+    /// What a name in this directory stands for.
+    fn child_of_inode(&self, inode: u32) -> Result<(GuestFile, Attr)> {
+        let attributes = self.enter()?.attributes(inode)?;
+        let access = self.access_of(&attributes)?;
+        let file = self.file_as(inode, access)?;
+        let attr = self.other(&file).shown(&attributes)?;
+        Ok((file, attr))
+    }
+
+    /// How what is in this directory may be used.
+    fn access_of(&self, attributes: &Attributes) -> Result<Access> {
+        let (files, directory) = (self.file_system()?, self.file.inode);
+        let inode = attributes.inode;
+        Ok(match (self.tree.links, attributes.kind) {
+            (Links::Guest, _) => Access::Plain,
+            (Links::Inside, FileKind::Directory) => {
+                // Damage shows when it is listed.
+                match files.is_entered_from(inode, directory).unwrap_or(false) {
+                    true => Access::Plain,
+                    false => Access::Closed,
+                }
+            }
+            (Links::Inside, FileKind::Symlink) => match files.link_place(inode, directory) {
+                Ok(place) => Access::of_link(place),
+                Err(_) => Access::LinkAt(0),
+            },
+            (Links::Inside, _) => Access::Plain,
+        })
+    }
+
+    /// A file of the same partition and state.
+    fn file_as(&self, inode: u32, access: Access) -> Result<GuestFile> {
+        let here = &self.file.volume;
+        let volume = match here.access == access {
+            true => here.clone(),
+            false => {
+                let GuestVolume {
+                    state, partition, ..
+                } = &**here;
+                self.tree.numbers.volume(state, *partition, access)?
+            }
         };
-        Ok(shown_partitions(guest).map(entry).collect())
+        Ok(GuestFile { volume, inode })
     }
 
-    fn list_directory(&self) -> Result<Vec<DirEntry>> {
-        let mut entries = Vec::new();
-        let mut bytes = 0;
-        let files = self.file_system()?;
-        files.list(self.file.inode, 0, &mut |entry| {
-            bytes += entry.name.len() + size_of::<DirEntry>();
-            // The kernel only goes by the kind; where the directory does not say, a stat will.
-            entries.push(DirEntry {
-                name: OsString::from_vec(entry.name.to_vec()),
-                kind: entry.kind.map_or(Kind::File, kind_of),
-                ino: Node::Guest(self.file.in_same(entry.inode)).ino(),
-            });
-            match bytes > LONGEST_LISTING {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
+    fn root_of_partition(&self, partition: u32) -> Result<GuestFile> {
+        let (numbers, state) = (&self.tree.numbers, self.file.state());
+        Ok(GuestFile {
+            volume: numbers.volume(state, partition, Access::Plain)?,
+            inode: FileSystem::ROOT,
+        })
+    }
+
+    fn other<'b>(&'b self, file: &'b GuestFile) -> Found<'b> {
+        Found { file, ..*self }
+    }
+
+    /// The target of a symbolic link, as it is shown.
+    fn link(&self) -> Result<Vec<u8>> {
+        let (files, inode) = (self.file_system()?, self.file.inode);
+        match self.file.volume.access {
+            Access::LinkAt(depth) => files.link_within(inode, LinkPlace::Depth(depth)),
+            Access::LinkIn(directory) => files.link_within(inode, LinkPlace::Directory(directory)),
+            _ => files.read_link(inode),
+        }
+    }
+
+    /// What stat shows of it.
+    fn shown(&self, attributes: &Attributes) -> Result<Attr> {
+        let size = match (attributes.kind, self.file.volume.access) {
+            // A link that can't be read says so then.
+            (FileKind::Symlink, Access::LinkAt(_) | Access::LinkIn(_)) => self
+                .link()
+                .map_or(attributes.size, |link| link.len() as u64),
+            _ => attributes.size,
+        };
+        Ok(Attr {
+            ino: Node::Guest(self.file.clone()).ino(),
+            generation: 0,
+            kind: kind_of(attributes.kind),
+            size,
+            blocks: attributes.blocks,
+            perm: attributes.permissions,
+            nlink: attributes.links,
+            uid: attributes.uid,
+            gid: attributes.gid,
+            device: u32::try_from(attributes.device).unwrap_or(0),
+            atime: time_of(attributes.accessed),
+            mtime: time_of(attributes.modified),
+            ctime: time_of(attributes.changed),
+            created: attributes.created.map_or(UNIX_EPOCH, time_of),
+            kept: match self.file.volume.access {
+                Access::Closed => Kept::Moment,
+                _ => Kept::Long,
+            },
+        })
+    }
+
+    /// Gives the names from `offset` on to `add` until it is full; whether there were any.
+    fn list_from(&self, offset: u64, wanted: Wanted, add: Add<'_, '_>) -> Result<()> {
+        let files = self.enter()?;
+        let symlinks = match self.tree.links {
+            Links::Guest => Access::Plain,
+            Links::Inside => Access::LinkAt(files.depth(self.file.inode).unwrap_or(0)),
+        };
+        let mut failed = None;
+        files.list(self.file.inode, offset, &mut |entry| match self
+            .add_entry(&entry, symlinks, wanted, add)
+        {
+            Ok(false) => ControlFlow::Continue(()),
+            Ok(true) => ControlFlow::Break(()),
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
             }
         })?;
-        if bytes > LONGEST_LISTING {
-            return Err(Error::damaged("a directory of the guest has no end"));
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn add_entry(
+        &self,
+        entry: &Entry<'_>,
+        symlinks: Access,
+        wanted: Wanted,
+        add: Add<'_, '_>,
+    ) -> Result<bool> {
+        // Where the directory does not say what a file is, its inode does.
+        let attributes = || self.file_system()?.attributes(entry.inode);
+        let kind = entry.kind.or_else(|| Some(attributes().ok()?.kind));
+        let kind = kind.map_or(Kind::File, kind_of);
+        let child = match wanted {
+            Wanted::Attributes => self.child_of_inode(entry.inode).ok(),
+            Wanted::Names => None,
+        };
+        let (file, attr) = match child {
+            Some((file, attr)) => (file, Some(attr)),
+            None => {
+                let access = match (wanted, kind) {
+                    (_, Kind::Symlink) => symlinks,
+                    // The kernel must not take what can't be looked at for the directory that it is.
+                    (Wanted::Attributes, _) => Access::Closed,
+                    (Wanted::Names, _) => Access::Plain,
+                };
+                (self.file_as(entry.inode, access)?, None)
+            }
+        };
+        let node = Node::Guest(file);
+        let listed = DirEntry {
+            name: OsString::from_vec(entry.name.to_vec()),
+            kind,
+            ino: node.ino(),
+        };
+        if wanted == Wanted::Attributes {
+            self.tree.tell(&node);
         }
-        Ok(entries)
+        let is_full = add(&listed, entry.next, attr.as_ref());
+        if is_full && wanted == Wanted::Attributes {
+            self.tree.forget(listed.ino, 1);
+        }
+        Ok(is_full)
     }
 }
 
-/// The numbers of partitions; no real disk has as many as inode numbers have no room for.
+/// The numbers of partitions.
 fn shown_partitions(guest: &Guest) -> impl Iterator<Item = u32> + '_ {
-    let numbers = guest.partitions().iter().map(|it| it.number());
-    numbers.filter(|number| *number <= 0xff)
+    guest.partitions().iter().map(|it| it.number())
 }
 
 /// What the directory of a partition is called.
@@ -203,15 +314,39 @@ impl Tree {
         file: &GuestFile,
         work: impl FnOnce(&Found<'_>) -> Result<T>,
     ) -> Result<T> {
-        let inside = self.store.look_again(&file.state)?;
-        let found = Found {
-            file,
-            inside: &inside,
-        };
-        let done = work(&found);
+        let inside = self.store.look_again(file.state())?;
+        self.with_inside(file, &inside, work)
+    }
+
+    /// Likewise, with a state that is open.
+    fn with_inside<T>(
+        &self,
+        file: &GuestFile,
+        inside: &Inside,
+        work: impl FnOnce(&Found<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let done = work(&self.found(file, inside));
         // What was read while the disk changed is not to be had, nor what seemed damaged then.
         inside.refuse_changed()?;
-        done.map_err(|error| self.noted_look(file.state.source(), error))
+        done.map_err(|error| self.noted_look(file.state().source(), error))
+    }
+
+    fn found<'a>(&'a self, file: &'a GuestFile, inside: &'a Inside) -> Found<'a> {
+        Found {
+            tree: self,
+            file,
+            inside,
+        }
+    }
+
+    /// The directory that all of a guest is in.
+    pub(super) fn root_of(&self, inside: &Inside) -> Result<GuestFile> {
+        let guest = inside.guest();
+        let is_file_system = guest.is_ok_and(|guest| guest.file_system().is_some());
+        Ok(GuestFile {
+            volume: self.numbers.volume(inside.state(), 0, Access::Plain)?,
+            inode: if is_file_system { FileSystem::ROOT } else { 0 },
+        })
     }
 
     /// Notes what can't be read of a guest. What is not there, or not any more, is no news.
@@ -226,14 +361,7 @@ impl Tree {
 
     /// Finds a name in a directory of a guest; the kernel is told of what is found.
     pub(super) fn lookup_guest(&self, parent: &GuestFile, name: &OsStr) -> Result<Attr> {
-        let (file, attr) = self.with_guest(parent, |parent| {
-            let file = parent.child(name)?;
-            let attr = self.attr_of_found(&Found {
-                file: &file,
-                inside: parent.inside,
-            })?;
-            Ok((file, attr))
-        })?;
+        let (file, attr) = self.with_guest(parent, |parent| parent.child(name))?;
         self.tell(&Node::Guest(file));
         Ok(attr)
     }
@@ -246,33 +374,16 @@ impl Tree {
     fn attr_of_found(&self, found: &Found<'_>) -> Result<Attr> {
         let file = found.file;
         let node = Node::Guest(file.clone());
-        let directory = |below| Ok(self.directory(&node, below, file.state.changed()));
+        let directory = |below| Ok(self.directory(&node, below, file.state().changed()));
         if file.is_ours() {
             let guest = found.inside.guest();
             return directory(guest.map_or(0, |guest| guest.partitions().len()));
         }
-        let found = match found.attributes() {
+        match found.attributes() {
             // A partition that can't be read is there, and says so when it is listed.
-            Err(_) if file.inode == FileSystem::ROOT && file.partition > 0 => return directory(0),
-            attributes => attributes?,
-        };
-        Ok(Attr {
-            ino: node.ino(),
-            generation: 0,
-            kind: kind_of(found.kind),
-            size: found.size,
-            blocks: found.blocks,
-            perm: found.permissions,
-            nlink: found.links,
-            uid: found.uid,
-            gid: found.gid,
-            device: u32::try_from(found.device).unwrap_or(0),
-            atime: time_of(found.accessed),
-            mtime: time_of(found.modified),
-            ctime: time_of(found.changed),
-            created: found.created.map_or(UNIX_EPOCH, time_of),
-            kept: Kept::Long,
-        })
+            Err(_) if file.inode == FileSystem::ROOT && file.volume.partition > 0 => directory(0),
+            attributes => found.shown(&attributes?),
+        }
     }
 
     /// The raw disk as a file.
@@ -289,23 +400,77 @@ impl Tree {
         Ok(attr)
     }
 
-    /// The names in a directory of a guest.
-    pub(super) fn list_guest(&self, file: &GuestFile) -> Result<Vec<DirEntry>> {
-        self.with_guest(file, |found| found.list())
+    /// The partitions in the directory that has them.
+    pub(super) fn list_partitions(&self, file: &GuestFile) -> Result<Vec<DirEntry>> {
+        self.with_guest(file, |found| {
+            let guest: &Guest = found.inside.guest()?;
+            let entry = |number: u32| {
+                Ok(DirEntry {
+                    name: partition_name(number).into(),
+                    kind: Kind::Directory,
+                    ino: Node::Guest(found.root_of_partition(number)?).ino(),
+                })
+            };
+            shown_partitions(guest).map(entry).collect()
+        })
     }
 
-    /// The target of a guest's symbolic link, as the guest has it.
-    pub(super) fn guest_link(&self, file: &GuestFile) -> Result<PathBuf> {
-        let target = self.with_guest(file, |found| {
-            found.file_system()?.read_link(found.file.inode)
+    /// Opens a directory of a guest to be listed.
+    pub(super) fn open_guest_directory(&self, file: &GuestFile) -> Result<Handle> {
+        let inside = self.inside(file.state())?;
+        self.with_inside(file, &inside, |found| {
+            found
+                .enter()?
+                .list(file.inode, u64::MAX, &mut |_| ControlFlow::Break(()))
         })?;
+        Ok(Handle::GuestDirectory {
+            file: file.clone(),
+            inside,
+        })
+    }
+
+    /// Gives the names in a directory of a guest from `offset` on to `add` until that is full.
+    pub(super) fn list_guest(
+        &self,
+        (file, inside): (&GuestFile, &Inside),
+        offset: u64,
+        wanted: Wanted,
+        add: Add<'_, '_>,
+    ) -> Result<()> {
+        let mut added = Vec::new();
+        let listed = self.with_inside(file, inside, |found| {
+            let done = found.list_from(offset, wanted, &mut |entry, next, attr| {
+                let is_full = add(entry, next, attr);
+                if !is_full {
+                    added.push(entry.ino);
+                }
+                is_full
+            });
+            // What is damaged is told of where nothing is before it.
+            match done {
+                Err(_) if !added.is_empty() => Ok(()),
+                done => done,
+            }
+        });
+        if listed.is_err() && wanted == Wanted::Attributes {
+            for ino in added {
+                self.forget(ino, 1);
+            }
+        }
+        listed
+    }
+
+    /// The target of a guest's symbolic link: what leads to the guest's own file, or, with the option
+    /// `links=guest`, what the guest said.
+    pub(super) fn guest_link(&self, file: &GuestFile) -> Result<PathBuf> {
+        let target = self.with_guest(file, |found| found.link())?;
         Ok(OsString::from_vec(target).into())
     }
 
     /// Opens a file of a guest, or the raw disk, for reading.
     pub(super) fn open_inside(&self, node: &Node) -> Result<Opened> {
         let state = match node {
-            Node::Guest(file) => &file.state,
+            Node::Guest(file) => file.state(),
             Node::DiskImage(state) => state,
             _ => return Err(not_there()),
         };
@@ -332,7 +497,7 @@ impl Tree {
     ) -> Result<usize> {
         let read = match node {
             Node::Guest(file) => {
-                let files = Found { file, inside }.file_system()?;
+                let files = self.found(file, inside).file_system()?;
                 files.read_at(file.inode, offset, buf)
             }
             _ => {
@@ -354,7 +519,7 @@ impl Tree {
         let past_the_end = || Error::new(libc::ENXIO, "there is nothing more in the file");
         let handle = self.handle(handle)?;
         if let Handle::Inside { node, inside } = &*handle {
-            let found = seek_inside(node, inside, offset, data);
+            let found = self.seek_inside(node, inside, offset, data);
             inside.refuse_changed()?;
             return found
                 .map_err(|error| self.noted_look(inside.state().source(), error))?
@@ -384,39 +549,46 @@ impl Tree {
         found.ok_or_else(|| Error::new(libc::ENODATA, "there is no such attribute"))
     }
 
-    /// The names of all of them, each ended by a NUL.
-    pub(super) fn guest_xattr_names(&self, file: &GuestFile) -> Result<Vec<u8>> {
+    /// The names of all of them, each ended by a NUL. As everywhere, `trusted.*` is for those alone who
+    /// may read it.
+    pub(super) fn guest_xattr_names(&self, caller: Caller, file: &GuestFile) -> Result<Vec<u8>> {
         if file.is_ours() {
             return Ok(Vec::new());
         }
-        let names = self.with_guest(file, |found| {
+        let mut names = self.with_guest(file, |found| {
             found.file_system()?.xattr_names(found.file.inode)
         })?;
+        let is_trusted = |name: &Vec<u8>| name.starts_with(b"trusted.");
+        if names.iter().any(is_trusted) && !caller.is_admin() {
+            names.retain(|name| !is_trusted(name));
+        }
         let ended = names.into_iter().map(|mut name| {
             name.push(0);
             name
         });
         Ok(ended.flatten().collect())
     }
-}
 
-/// Where from `offset` on a file has data, or a hole; its end is one.
-fn seek_inside(node: &Node, inside: &Inside, offset: u64, data: bool) -> Result<Option<u64>> {
-    match node {
-        Node::Guest(file) => {
-            let files = Found { file, inside }.file_system()?;
-            match data {
+    /// Where from `offset` on a file has data, or a hole; its end is one.
+    fn seek_inside(
+        &self,
+        node: &Node,
+        inside: &Inside,
+        offset: u64,
+        data: bool,
+    ) -> Result<Option<u64>> {
+        if let Node::Guest(file) = node {
+            let files = self.found(file, inside).file_system()?;
+            return match data {
                 true => files.next_data(file.inode, offset),
                 false => files.next_hole(file.inode, offset),
-            }
+            };
         }
-        _ => {
-            let end = inside.state().size();
-            if offset >= end {
-                return Ok(None);
-            }
-            let found = inside.chain().next(offset, data)?;
-            Ok(found.or_else(|| (!data).then_some(end)))
+        let end = inside.state().size();
+        if offset >= end {
+            return Ok(None);
         }
+        let found = inside.chain().next(offset, data)?;
+        Ok(found.or_else(|| (!data).then_some(end)))
     }
 }

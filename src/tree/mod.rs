@@ -12,8 +12,11 @@ mod commit;
 mod compressed;
 mod dealing;
 mod describe;
+mod guest_numbers;
 mod handle;
 mod inside;
+mod known;
+mod listing;
 mod names;
 mod node;
 mod remove;
@@ -40,12 +43,13 @@ pub use caller::Caller;
 pub use change::SetAttr;
 pub use compressed::OpenAnswer;
 pub use handle::Opened;
-use node::{Derived, GuestFile, guest_number};
+pub use listing::Wanted as WantedOfList;
+use node::Derived;
 pub use node::{Node, ROOT_INO};
 pub use rename::RenameMode;
 pub use status::MountFacts;
 
-use crate::store::{DiskState, Source, Store, Upkeep};
+use crate::store::{Source, Store, Upkeep};
 use crate::{Error, Result};
 use caller::Makers;
 use names::Names;
@@ -63,65 +67,18 @@ pub struct Options {
     pub compacting: Compacting,
     /// What archives may bring.
     pub imports: Imports,
+    /// What links of guests say.
+    pub links: Links,
 }
 
-/// What the kernel was told of, and may ask for by number until it forgets.
-#[derive(Default)]
-struct Known {
-    /// By inode number, each with how often it was told.
-    nodes: HashMap<u64, (Node, u64)>,
-    /// The states that guests' files are of, by slot. Of the files themselves, of which there may be
-    /// millions, nothing is kept: a number tells which one it is.
-    states: HashMap<u32, (Arc<DiskState>, u64)>,
-}
-
-impl Known {
-    fn node(&self, ino: u64) -> Option<Node> {
-        let Some((slot, partition, inode)) = guest_number(ino) else {
-            return self.nodes.get(&ino).map(|(node, _)| node.clone());
-        };
-        let (state, _) = self.states.get(&slot)?;
-        Some(Node::Guest(GuestFile {
-            state: state.clone(),
-            partition,
-            inode,
-        }))
-    }
-
-    fn tell(&mut self, node: &Node) {
-        match node {
-            Node::Guest(GuestFile { state, .. }) => {
-                let entry = self.states.entry(state.slot());
-                entry.or_insert_with(|| (state.clone(), 0)).1 += 1;
-            }
-            _ => {
-                let entry = self.nodes.entry(node.ino());
-                entry.or_insert_with(|| (node.clone(), 0)).1 += 1;
-            }
-        }
-    }
-
-    /// Whether the node itself is forgotten by now.
-    fn forget(&mut self, ino: u64, times: u64) -> bool {
-        if let Some((slot, ..)) = guest_number(ino) {
-            if let Some((_, told)) = self.states.get_mut(&slot) {
-                *told = told.saturating_sub(times);
-                if *told == 0 {
-                    self.states.remove(&slot);
-                }
-            }
-            return false;
-        }
-        let Some((_, told)) = self.nodes.get_mut(&ino) else {
-            return false;
-        };
-        *told = told.saturating_sub(times);
-        let is_forgotten = *told == 0;
-        if is_forgotten {
-            self.nodes.remove(&ino);
-        }
-        is_forgotten
-    }
+/// What the symbolic links in a guest are shown to say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Links {
+    /// What leads to the guest's own files, and never out of `rootfs`.
+    #[default]
+    Inside,
+    /// What the guest said, whatever that is where the mount is.
+    Guest,
 }
 
 /// A home as a tree of files.
@@ -129,7 +86,11 @@ pub struct Tree {
     store: Arc<Store>,
     names: Mutex<Option<Arc<Names>>>,
     /// Nodes the kernel knows.
-    known: Mutex<Known>,
+    known: Mutex<known::Known>,
+    /// What guests' files are numbered by.
+    numbers: guest_numbers::GuestNumbers,
+    /// Whether links of guests say what the guest said.
+    links: Links,
     staging: Mutex<staging::Staging>,
     handles: Mutex<HashMap<u64, Arc<handle::Handle>>>,
     next_handle: AtomicU64,
@@ -175,6 +136,8 @@ impl Tree {
             store,
             names: Mutex::new(None),
             known: Mutex::default(),
+            numbers: guest_numbers::GuestNumbers::default(),
+            links: options.links,
             staging: Mutex::default(),
             handles: Mutex::default(),
             next_handle: AtomicU64::new(1),
@@ -226,7 +189,8 @@ impl Tree {
         let after = self.names()?;
         if let Some(drop_pages) = self.drop_pages.get() {
             for link in links_elsewhere(&before, &after) {
-                drop_pages(link.ino());
+                let ino = self.known.lock().number(&link);
+                drop_pages(ino);
             }
         }
         Ok(())
@@ -244,15 +208,16 @@ impl Tree {
         node.ok_or_else(|| Error::new(libc::ESTALE, "that file is gone"))
     }
 
-    /// The kernel is told of a node: it may ask for it by number until it forgets.
-    fn tell(&self, node: &Node) {
-        self.known.lock().tell(node);
+    /// The kernel is told of a node: it may ask for it by number until it forgets. Returns the number.
+    fn tell(&self, node: &Node) -> u64 {
+        self.known.lock().tell(node)
     }
 
     /// The kernel forgets `times` of what it was told of a node.
     pub fn forget(&self, ino: u64, times: u64) {
         let mut known = self.known.lock();
-        if known.forget(ino, times) {
+        if let Some(node) = known.forget(ino, times) {
+            let ino = node.ino();
             self.told.lock().remove(&ino);
             self.raised.lock().remove(&ino);
             self.status.lock().forget(ino);

@@ -3,6 +3,7 @@
 
 use sha2::{Digest, Sha256};
 
+use super::guest_numbers::GuestVolume;
 use super::names::{COMPRESSED, DISK_IMAGE, ROOTFS};
 use crate::store::{DiskState, Source};
 use std::sync::Arc;
@@ -93,10 +94,8 @@ impl Derived {
 /// A file of a guest, as it was in one state of the disk.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GuestFile {
-    /// The state.
-    pub state: Arc<DiskState>,
-    /// The partition it is in; 0 for a disk without.
-    pub partition: u32,
+    /// The partition it is in, and the state.
+    pub volume: Arc<GuestVolume>,
     /// The guest's inode number; 0 for the directory of the partitions.
     pub inode: u32,
 }
@@ -104,24 +103,36 @@ pub struct GuestFile {
 /// FUSE's number of the root.
 pub const ROOT_INO: u64 = 1;
 
-/// What the numbers of guests' files have, and no others: those say by themselves what they are of.
-/// 22 bits for the state, 8 for the partition, 32 for the guest's own number.
-const OF_GUEST: u64 = 1 << 62;
+/// All numbers are smaller: programs that keep them as floating point numbers, as JavaScript does, tell
+/// them apart only up to here.
+pub const NUMBERS: u64 = 1 << 53;
 
-/// The slot of the state, the partition and the inode that a number is of, if it is a guest file's.
-pub fn guest_number(ino: u64) -> Option<(u32, u32, u32)> {
+/// What the numbers of guests' files have, and no others: those say by themselves what they are of.
+/// 20 bits for the slot of the volume, 32 for the guest's own number.
+const OF_GUEST: u64 = NUMBERS >> 1;
+
+/// The bits of a number that are a hash.
+const HASHED: u64 = OF_GUEST - 0x10;
+
+/// The slot of the volume and the inode that a number is of, if it is a guest file's.
+pub fn guest_number(ino: u64) -> Option<(u32, u32)> {
     let of_guest = ino & OF_GUEST != 0;
-    of_guest.then_some((
-        (ino >> 40) as u32 & DiskState::LAST_SLOT,
-        (ino >> 32) as u32 & 0xff,
-        ino as u32,
-    ))
+    of_guest.then_some(((ino >> 32) as u32 & 0xf_ffff, ino as u32))
+}
+
+/// The number to take where another node has this one already.
+pub fn next_number(ino: u64) -> u64 {
+    let group = ino.wrapping_add(0x10) & HASHED;
+    group.max(0x10) | (ino & 0xf)
 }
 
 impl Node {
-    /// The inode number: 1 for the root, else 58 bits of a hash of the box or snapshot, and the place
+    /// The inode number: 1 for the root, else 48 bits of a hash of the box or snapshot, and the place
     /// of the file in its directory. cp goes by inode numbers: so box.json, which says that a whole box
     /// is being copied, always comes first, and the snapshots come when the box is there.
+    ///
+    /// Two nodes may want one number, though hardly ever. The one that the kernel is told of later then
+    /// gets another.
     pub fn ino(&self) -> u64 {
         let (key, place) = match self {
             Node::Root => return ROOT_INO,
@@ -137,11 +148,8 @@ impl Node {
             Node::Link(derived, source) => (key_of(source), derived.place()),
             Node::DiskImage(state) => (format!("inside/{}", state.number()), 5),
             Node::Guest(file) => {
-                let (slot, partition) = (file.state.slot(), file.partition);
-                return OF_GUEST
-                    | u64::from(slot) << 40
-                    | u64::from(partition) << 32
-                    | u64::from(file.inode);
+                let slot = u64::from(file.volume.slot());
+                return OF_GUEST | slot << 32 | u64::from(file.inode);
             }
             Node::Snapshots(id) => (format!("box/{id}"), 15),
             Node::ViewOf(source) => (format!("view/{}", key_of(source)), 0),
@@ -152,8 +160,8 @@ impl Node {
         let digest = Sha256::digest(key.as_bytes());
         let mut first = [0; 8];
         first.copy_from_slice(&digest[..8]);
-        // 62 bits, the lowest four for the place; never 0 (no inode) or 1 (the root).
-        let group = (u64::from_le_bytes(first) >> 2) & !0xf;
+        // The lowest four bits are for the place; never 0 (no inode) or 1 (the root).
+        let group = u64::from_le_bytes(first) & HASHED;
         group.max(0x10) | place
     }
 
@@ -234,6 +242,7 @@ mod tests {
         ];
         let numbers: std::collections::BTreeSet<u64> = nodes.iter().map(Node::ino).collect();
         assert_eq!(numbers.len(), nodes.len());
+        assert!(numbers.iter().all(|number| *number < NUMBERS));
         assert_eq!(Node::Box("a".into()).ino(), Node::Box("a".into()).ino());
         assert_eq!(Node::Root.ino(), ROOT_INO);
     }

@@ -8,7 +8,7 @@ use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::caller::Caller;
 use super::describe;
 use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, STATUS, VIEW};
-use super::node::{Derived, GuestFile, Node};
+use super::node::{Derived, Node};
 use super::{Tree, text};
 use crate::home::{BoxRecord, SnapshotRecord};
 use crate::store::{Contents, Source, Usage};
@@ -71,7 +71,7 @@ impl Tree {
         } else {
             attr.generation = self.raised.lock().get(&node.ino()).copied().unwrap_or(0);
         }
-        self.tell(&node);
+        attr.ino = self.tell(&node);
         Ok(attr)
     }
 
@@ -183,7 +183,7 @@ impl Tree {
             Derived::DiskImage => Node::DiskImage(self.look_inside(source)?.state().clone()),
             Derived::Rootfs => {
                 let inside = self.look_inside(source)?;
-                Node::Guest(GuestFile::root_of(&inside))
+                Node::Guest(self.root_of(&inside)?)
             }
         })
     }
@@ -193,6 +193,12 @@ impl Tree {
     /// # Errors
     /// ESTALE or ENOENT when it is gone.
     pub fn getattr(&self, caller: Caller, ino: u64, handle: Option<u64>) -> Result<Attr> {
+        let mut attr = self.attr_of_known(caller, ino, handle)?;
+        attr.ino = ino;
+        Ok(attr)
+    }
+
+    fn attr_of_known(&self, caller: Caller, ino: u64, handle: Option<u64>) -> Result<Attr> {
         let node = self.node(ino)?;
         if let Some(size) = handle.and_then(|handle| self.size_at_open(handle)) {
             let mut attr = self.attr(caller, &node)?;
@@ -418,7 +424,7 @@ impl Tree {
     /// made the box when it comes to its snapshots.
     pub(super) fn list(&self, caller: Caller, node: &Node) -> Result<Vec<DirEntry>> {
         if let Node::Guest(directory) = node {
-            return self.list_guest(directory);
+            return self.list_partitions(directory);
         }
         if let Some(entries) = self.staged_list(caller, node) {
             return Ok(entries);
@@ -523,14 +529,6 @@ impl Tree {
             children.push((SNAPSHOTS.to_owned(), node, Kind::Directory));
         }
         Ok(children)
-    }
-
-    /// Attributes for a listed name of which nothing but its kind is known; to be asked for again.
-    pub fn listed_attr(&self, entry: &DirEntry) -> Attr {
-        let mut attr = self.file(&Node::Root, 0, SystemTime::UNIX_EPOCH);
-        attr.ino = entry.ino;
-        attr.kind = entry.kind;
-        attr
     }
 }
 

@@ -36,7 +36,7 @@ impl Tree {
     /// ESTALE when the file is gone.
     pub fn xattr_names(&self, caller: Caller, ino: u64) -> Result<Vec<u8>> {
         if let Node::Guest(file) = self.node(ino)? {
-            return self.guest_xattr_names(&file);
+            return self.guest_xattr_names(caller, &file);
         }
         let names = self.xattrs(caller, ino)?;
         Ok(names

@@ -44,6 +44,9 @@ def tree(path):
         os.link(path / "short", path / f"many/a name, number {number}")
     (path / "fast").symlink_to("target")
     (path / "slow").symlink_to("t" * 200)
+    for name, target in (("absolute", "/a/b"), ("high", "../../../short"), ("back", "../b/../../../a"),
+                         ("through", "absolute/../../../../fast")):
+        (path / "a/b" / name).symlink_to(target)
     os.mkfifo(path / "pipe")
     with open(path / "holes", "wb") as file:
         # More extents than one node has room for.
@@ -54,6 +57,19 @@ def tree(path):
         for at in (0, 20 << 10, 1 << 20, 80 << 20):
             os.pwrite(file.fileno(), bytes([CONTENTS]) * 1024, at)
     (path / "whole").write_bytes(bytes([CONTENTS]) * 40_000)
+    for base, directories, files in os.walk(path):
+        for name in directories + files:
+            os.utime(Path(base, name), (WHEN, WHEN), follow_symlinks=False)
+
+
+def many_names(path):
+    """So many that an index has two levels where blocks have 1 KiB."""
+    (path / "many").mkdir(parents=True)
+    (path / "file").write_bytes(bytes([CONTENTS]) * 30)
+    for number in range(1200):
+        os.link(path / "file", path / f"many/{number:03d}{'n' * 190}")
+    (path / "fast").symlink_to("many")
+    (path / "holes").write_bytes(b"")
     for base, directories, files in os.walk(path):
         for name in directories + files:
             os.utime(Path(base, name), (WHEN, WHEN), follow_symlinks=False)
@@ -116,6 +132,16 @@ def images(out, scratch):
         file_system(path, size, options, source, commands)
         if name.startswith("journal"):
             dirty_journal(path, "-c -v 3" if "metadata_csum" in options else "")
+    for name, options in (
+        ("no-kinds", f"-t ext2 -I 128 -O ^filetype {one.replace(' -O ', ' -O ^filetype,')}"),
+        # The short link has its attribute in a block, which takes a whole cluster.
+        ("clusters-short", f"{no_journal},^metadata_csum,bigalloc -C 4096 -I 128"),
+    ):
+        file_system(out / name, "900K", options, source, block)
+    levels = scratch / "levels"
+    many_names(levels)
+    for name, options in (("levels", "^metadata_csum"), ("levels-checksums", "metadata_csum")):
+        file_system(out / name, "900K", f"{no_journal},{options}", levels)
     # A short one for partitions.
     small = scratch / "small"
     (small / "a").mkdir(parents=True)
@@ -138,6 +164,26 @@ def images(out, scratch):
         with open(path, "r+b") as file:
             for sector in places:
                 os.pwrite(file.fileno(), part.read_bytes(), sector * 512)
+    # A file system that was there before the partitions.
+    path = out / "mbr-over"
+    file_system(path, "600K", f"{no_journal},^metadata_csum", source)
+    script = "label: dos\nlabel-id: 0x1\n1: start=600, size=256, type=83\n"
+    run("sfdisk", "-q", "--wipe=never", path, given=script.encode())
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), part.read_bytes(), 600 * 512)
+    large_sectors(out / "gpt", out / "gpt-4096")
+    with open(out / "gpt-4096", "r+b") as file:
+        os.pwrite(file.fileno(), part.read_bytes(), 40 * 4096)
+
+
+def large_sectors(path, large):
+    """The GPT of a disk as it is with sectors of 4096 bytes: each of its own has eight times the room."""
+    disk = path.read_bytes()
+    last = len(disk) // 512 - 1
+    with open(large, "wb") as file:
+        file.truncate(len(disk) * 8)
+        for sector, count in ((0, 1), (1, 1), (2, 32), (last - 32, 32), (last, 1)):
+            os.pwrite(file.fileno(), disk[sector * 512:(sector + count) * 512], sector * 4096)
 
 
 def guest(out, images):

@@ -11,17 +11,17 @@ use crate::common::*;
 use tempfile::TempDir;
 
 /// A file system mounted by the kernel, until dropped.
-struct Loop(TempDir);
+pub struct Loop(TempDir);
 
 impl Loop {
-    fn of(image: &Path) -> Loop {
+    pub fn of(image: &Path) -> Loop {
         let place = tempfile::tempdir().unwrap();
         let options = "loop,ro,noatime";
         succeed(&["mount", "-o", options, text(image), text(place.path())]);
         Loop(place)
     }
 
-    fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         self.0.path()
     }
 }
@@ -41,7 +41,7 @@ printf odd > "$(printf '\377\n\\\001')"; printf long > "$(printf 'n%.0s' $(seq 2
 truncate -s 5M sparse; for at in 1 700 701 1200; do
     head -c 4096 /dev/urandom | dd of=sparse bs=4096 seek=$at conv=notrunc status=none; done
 truncate -s 100001 'all hole'
-ln -s a/b/c/deep link; ln -s /etc/passwd absolute; ln -s "$(printf 't%.0s' $(seq 300))" 'long link'
+ln -s a/b/c/deep link; ln -s ../short 'with space/up'; ln -s "$(printf 't%.0s' $(seq 300))" 'long link'
 for mode in 4755 2711 1777 0000 0640; do echo $mode > m$mode; chmod $mode m$mode; done
 touch -d '1970-01-01 00:00:01 UTC' old; touch -d '2021-02-03 04:05:06.123456789 UTC' dated
 mkdir 0700; chmod 700 0700; echo secret > 0700/secret; chown 1234:70000 0700/secret
@@ -77,7 +77,7 @@ fn image(place: &Path, size: &str) -> PathBuf {
 }
 
 /// Makes a raw image the disk of a stopped box.
-fn give_disk(home: &TestHome, name: &str, image: &Path) {
+pub fn give_disk(home: &TestHome, name: &str, image: &Path) {
     let disk = text(image);
     let live = home.live_disk(name);
     succeed(&[
@@ -93,7 +93,7 @@ fn give_disk(home: &TestHome, name: &str, image: &Path) {
 }
 
 /// A home whose box has all kinds of files, and the image they are from.
-fn home() -> (TestHome, PathBuf) {
+pub fn home() -> (TestHome, PathBuf) {
     let home = TestHome::new();
     let image = image(home.root().parent().unwrap(), "32M");
     give_disk(&home, "web", &image);
@@ -144,7 +144,7 @@ PYTHON
 }
 
 #[track_caller]
-fn assert_same(ours: &Path, kernel: &Path) {
+pub fn assert_same(ours: &Path, kernel: &Path) {
     let (ours, kernel) = (account(ours), account(kernel));
     assert!(kernel.lines().count() > 10, "{kernel}");
     for (our, theirs) in ours.lines().zip(kernel.lines()) {

@@ -10,6 +10,7 @@ mod compacting;
 mod copying;
 mod deleting;
 mod ending;
+mod guests;
 mod hostile;
 mod inside;
 mod kept;

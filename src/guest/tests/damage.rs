@@ -20,6 +20,17 @@ fn small(options: &str) -> Image {
     }
     symlink("target", at("fast")).unwrap();
     symlink("t".repeat(200), at("slow")).unwrap();
+    fs::create_dir_all(at("a/b/c")).unwrap();
+    for (name, target) in [
+        ("absolute", "/many/directory 1"),
+        ("high", "../../../../fast"),
+        ("back", "../b/../../../a"),
+        ("through", "absolute/../../../many"),
+        ("loop", "loop/../.."),
+    ] {
+        symlink(target, at("a/b").join(name)).unwrap();
+        symlink(target, at("a").join(name)).unwrap();
+    }
     let holes = File::create(at("holes")).unwrap();
     for n in 0..200 {
         holes.write_all_at(&[7; 1024], 2048 * n).unwrap();
@@ -43,6 +54,7 @@ fn walk(guest: &Guest) {
     let mut left = vec![FileSystem::ROOT];
     let mut seen = BTreeSet::from([FileSystem::ROOT]);
     let mut buf = vec![0; 80_000];
+    follow_links(fs);
     while let Some(inode) = left.pop() {
         look_at(fs, inode, &mut buf);
         let mut count = 0;
@@ -59,6 +71,61 @@ fn walk(guest: &Guest) {
         });
         let _ = fs.lookup(inode, b"no such name");
     }
+}
+
+/// Follows every link in directories that can be entered as a program in a mount does.
+fn follow_links(fs: &FileSystem) {
+    let mut ways = vec![vec![FileSystem::ROOT]];
+    let mut count = 0;
+    while let Some(way) = ways.pop() {
+        let mut inodes = Vec::new();
+        let here = way[way.len() - 1];
+        let _ = fs.list(here, 0, &mut |entry| {
+            inodes.push(entry.inode);
+            match inodes.len() < 40 {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
+        });
+        for inode in inodes {
+            let mut below = way.clone();
+            let entered = go_into(fs, &mut below, inode, &mut 40).is_some();
+            let is_here = below.len() == way.len() + 1 && below[way.len()] == inode;
+            count += 1;
+            if entered && is_here && count < 5000 {
+                ways.push(below);
+            }
+        }
+    }
+}
+
+/// Goes on into a file; None if nobody would come further.
+fn go_into(fs: &FileSystem, way: &mut Vec<u32>, inode: u32, links: &mut u32) -> Option<()> {
+    let here = *way.last()?;
+    match fs.attributes(inode).ok()?.kind {
+        FileKind::Directory if fs.is_entered_from(inode, here).ok()? => way.push(inode),
+        FileKind::Symlink => {
+            *links = links.checked_sub(1)?;
+            let place = fs.link_place(inode, here).ok()?;
+            let words = fs.link_within(inode, place).ok()?;
+            assert!(!words.is_empty() && words[0] != b'/' && words.len() < 4096);
+            for step in words.split(|byte| *byte == b'/') {
+                match step {
+                    b"" | b"." => {}
+                    b".." => {
+                        way.pop();
+                        assert!(!way.is_empty(), "link {inode} leads out");
+                    }
+                    name => {
+                        let next = fs.lookup(*way.last()?, name).ok()??;
+                        go_into(fs, way, next, links)?;
+                    }
+                }
+            }
+        }
+        _ => return None,
+    }
+    Some(())
 }
 
 fn look_at(fs: &FileSystem, inode: u32, buf: &mut [u8]) {

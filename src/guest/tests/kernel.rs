@@ -278,6 +278,42 @@ fn ext4_with_clusters_is_as_the_kernel_says() {
 
 #[test]
 #[ignore = "needs programs"]
+fn a_short_link_with_an_attribute_block_is_as_the_kernel_says() {
+    // Short inodes have no room for attributes: the link, whose target is in its inode, has a block.
+    for options in [
+        "-t ext4 -b 4096 -I 128 -O bigalloc,^has_journal -C 65536",
+        "-t ext4 -b 1024 -I 128 -O bigalloc,^has_journal -C 16384",
+        "-t ext4 -b 4096 -I 128 -O ^has_journal",
+        "-t ext2 -b 1024 -I 128",
+    ] {
+        let image = mke2fs("64M", options, None);
+        let Some(mounted) = Mounted::at(&image.path, "rw") else {
+            return;
+        };
+        let link = mounted.path().join("link");
+        std::os::unix::fs::symlink("target", &link).unwrap();
+        succeed(
+            "setfattr",
+            &["-h", "-n", "trusted.name", "-v", "value", text(&link)],
+        );
+        drop(mounted);
+        let guest = open(&image.path);
+        let fs = guest.file_system().unwrap();
+        let link = resolve(fs, "link");
+        assert_eq!(fs.read_link(link).unwrap(), b"target", "{options}");
+        assert_eq!(fs.xattr_names(link).unwrap(), [b"trusted.name"]);
+        compare_image(&image);
+    }
+}
+
+#[test]
+#[ignore = "needs programs"]
+fn ext2_whose_directories_tell_no_kinds_is_as_the_kernel_says() {
+    compare("-t ext2 -b 1024 -O ^filetype", 1024);
+}
+
+#[test]
+#[ignore = "needs programs"]
 fn files_the_kernel_wrote_are_as_it_says() {
     let image = mke2fs("128M", "-t ext4 -b 1024 -O ea_inode,metadata_csum", None);
     let Some(mounted) = Mounted::at(&image.path, "rw") else {

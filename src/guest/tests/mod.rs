@@ -2,7 +2,9 @@
 
 mod damage;
 mod images;
+mod index;
 mod kernel;
+mod links;
 mod partitions;
 mod recovery;
 mod view;

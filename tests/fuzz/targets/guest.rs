@@ -75,12 +75,17 @@ fn look_at(guest: &Guest) {
 
 /// Asks for all there is, as far as it goes.
 fn walk(fs: &FileSystem) {
-    let mut left = vec![FileSystem::ROOT];
+    // With the directories from the root to each, if it may be entered from there.
+    let mut left = vec![(FileSystem::ROOT, vec![FileSystem::ROOT])];
     let mut seen = BTreeSet::from([FileSystem::ROOT]);
-    while let Some(inode) = left.pop() {
+    while let Some((inode, way)) = left.pop() {
         for inode in names_in(fs, inode) {
+            let mut below = way.clone();
+            if !way.is_empty() && step_into(fs, &mut below, inode, &mut 40).is_none() {
+                below.clear();
+            }
             if seen.len() < FILES && seen.insert(inode) {
-                left.push(inode);
+                left.push((inode, below));
             }
         }
         attributes_of(fs, inode);
@@ -94,6 +99,36 @@ fn walk(fs: &FileSystem) {
             _ => {}
         }
     }
+}
+
+/// Goes on into a file as a program in a mount would, whom a link must not lead out. None if nobody would
+/// come further.
+fn step_into(fs: &FileSystem, way: &mut Vec<u32>, inode: u32, left: &mut u32) -> Option<()> {
+    let here = *way.last()?;
+    match fs.attributes(inode).ok()?.kind {
+        FileKind::Directory if fs.is_entered_from(inode, here).ok()? => way.push(inode),
+        FileKind::Symlink => {
+            *left = left.checked_sub(1)?;
+            let place = fs.link_place(inode, here).ok()?;
+            let words = fs.link_within(inode, place).ok()?;
+            assert!(!words.is_empty() && words[0] != b'/' && words.len() < 4096);
+            for step in words.split(|byte| *byte == b'/') {
+                match step {
+                    b"" | b"." => {}
+                    b".." => {
+                        way.pop();
+                        assert!(!way.is_empty(), "a link leads out");
+                    }
+                    name => {
+                        let next = fs.lookup(*way.last()?, name).ok()??;
+                        step_into(fs, way, next, left)?;
+                    }
+                }
+            }
+        }
+        _ => return None,
+    }
+    Some(())
 }
 
 fn attributes_of(fs: &FileSystem, inode: u32) {

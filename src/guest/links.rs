@@ -1,0 +1,342 @@
+//! Where symbolic links lead: inside of the file system they are in, whatever they say.
+//!
+//! In a guest an absolute link begins at the guest's root, and `..` in the root is the root. Whoever
+//! follows a link from outside, in a mount, begins at his own root and goes up as far as it goes. So
+//! the words of a link are rewritten where they would lead there: what is absolute becomes as many
+//! `..` as lead to the root of the file system, and each `..` that would go above it is left out.
+//! Words that lead to the right file as they are, are kept as they are.
+//!
+//! That is right only if the way up from a directory is the one by which it was reached. So a directory
+//! may be entered by the one name that its own `..` agrees with ([`FileSystem::is_entered_from`]), and
+//! [`FileSystem::depth`] goes by `..` too. And since a link may have names in several directories, what
+//! its words are depends on where it is: [`LinkPlace`].
+
+use super::FileKind;
+use super::file_system::FileSystem;
+use crate::{Error, Result};
+use std::ops::Range;
+
+/// Directories deeper than this count as being just so deep: no words could lead to the root.
+pub const DEEPEST: u16 = 4096;
+/// The longest words that a link may have.
+const MAX_WORDS: usize = 4095;
+/// As many links as the kernel follows on one way.
+const MAX_LINKS: usize = 40;
+/// Steps looked at of the way of one link.
+const MAX_STEPS: usize = 2000;
+
+/// Where a symbolic link is, as far as its words depend on that.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LinkPlace {
+    /// In any directory that is so many steps below the root.
+    Depth(u16),
+    /// In this directory.
+    Directory(u32),
+}
+
+impl FileSystem {
+    /// Where the link `inode` in `directory` is. EIO if either is damaged.
+    pub fn link_place(&self, inode: u32, directory: u32) -> Result<LinkPlace> {
+        let own = self.read_link(inode)?;
+        let words = Words::of(&own);
+        Ok(match words.turns_back() && !words.absolute {
+            true => LinkPlace::Directory(directory),
+            false => LinkPlace::Depth(self.depth(directory)?),
+        })
+    }
+
+    /// The words of a symbolic link that lead whoever follows them from `place` to where the guest
+    /// would come, without leaving the file system. ENAMETOOLONG if they are too long; else as
+    /// [`FileSystem::read_link`].
+    pub fn link_within(&self, inode: u32, place: LinkPlace) -> Result<Vec<u8>> {
+        let own = self.read_link(inode)?;
+        let words = Words::of(&own);
+        let within = match place {
+            _ if words.absolute => {
+                let depth = match place {
+                    LinkPlace::Depth(depth) => depth,
+                    LinkPlace::Directory(directory) => self.depth(directory)?,
+                };
+                let rest = match words.turns_back() {
+                    true => words.rebuilt(&self.steps_within(vec![FileSystem::ROOT], &words)?),
+                    false => words.rest(0).to_vec(),
+                };
+                from_root(depth, &rest)?
+            }
+            LinkPlace::Depth(depth) if !words.turns_back() => {
+                match words.ups() <= usize::from(depth) {
+                    true => own,
+                    false => from_root(depth, words.rest(words.ups()))?,
+                }
+            }
+            LinkPlace::Depth(_) => {
+                return Err(self.damaged(format_args!("link {inode} has changed")));
+            }
+            LinkPlace::Directory(directory) => {
+                let kept = self.steps_within(self.way_to(directory)?, &words)?;
+                match kept.len() == words.steps.len() {
+                    true => own,
+                    false => words.rebuilt(&kept),
+                }
+            }
+        };
+        match within.len() <= MAX_WORDS {
+            true => Ok(within),
+            false => Err(too_long()),
+        }
+    }
+
+    /// How many steps a directory is below the root, [`DEEPEST`] at most.
+    pub fn depth(&self, directory: u32) -> Result<u16> {
+        let mut at = directory;
+        for depth in 0..DEEPEST {
+            if at == FileSystem::ROOT {
+                return Ok(depth);
+            }
+            at = self.parent(at)?;
+        }
+        Ok(DEEPEST)
+    }
+
+    /// Whether `child` is a directory that may be entered from `directory`: its `..` leads back there.
+    /// In a file system that is whole this is so for all names of directories.
+    pub fn is_entered_from(&self, child: u32, directory: u32) -> Result<bool> {
+        let is_another = child != FileSystem::ROOT && child != directory;
+        Ok(is_another && self.parent(child)? == directory)
+    }
+
+    /// The directories from the root to `directory`.
+    fn way_to(&self, directory: u32) -> Result<Vec<u32>> {
+        let mut way = vec![directory];
+        let mut at = directory;
+        while at != FileSystem::ROOT {
+            if way.len() > usize::from(DEEPEST) {
+                return Err(too_long());
+            }
+            at = self.parent(at)?;
+            way.push(at);
+        }
+        way.reverse();
+        Ok(way)
+    }
+
+    /// The steps of `words` without those up from the root. It begins in the last of `way`.
+    fn steps_within<'w>(&self, way: Vec<u32>, words: &Words<'w>) -> Result<Vec<&'w [u8]>> {
+        let mut walk = Walk {
+            fs: self,
+            way,
+            lost: None,
+            links: 0,
+            steps: 0,
+        };
+        let last_up = words.steps.iter().rposition(|step| *step == b"..");
+        let mut kept = Vec::new();
+        for (index, step) in words.steps.iter().enumerate() {
+            let is_kept = match *step {
+                b".." => walk.up(),
+                name => {
+                    // Nothing depends on where the steps after the last `..` lead.
+                    if last_up.is_some_and(|last| index < last) {
+                        walk.enter(name)?;
+                    }
+                    true
+                }
+            };
+            if is_kept {
+                kept.push(*step);
+            }
+        }
+        Ok(kept)
+    }
+}
+
+fn too_long() -> Error {
+    let sentence = "a symbolic link's target would be longer than a path may be";
+    Error::new(libc::ENAMETOOLONG, sentence)
+}
+
+/// As many `..` as lead to the root, and then `rest`.
+fn from_root(depth: u16, rest: &[u8]) -> Result<Vec<u8>> {
+    if usize::from(depth) * 3 > MAX_WORDS {
+        return Err(too_long());
+    }
+    let mut words = b"../".repeat(depth.into());
+    words.extend(rest);
+    if rest.is_empty() {
+        words.pop();
+    }
+    if words.is_empty() {
+        words.push(b'.');
+    }
+    Ok(words)
+}
+
+/// The target of a link, taken apart.
+struct Words<'w> {
+    own: &'w [u8],
+    absolute: bool,
+    /// Its steps, without empty ones and `.`.
+    steps: Vec<&'w [u8]>,
+    /// Where each of them is.
+    places: Vec<Range<usize>>,
+}
+
+impl<'w> Words<'w> {
+    fn of(own: &'w [u8]) -> Words<'w> {
+        let (mut steps, mut places, mut at) = (Vec::new(), Vec::new(), 0);
+        for step in own.split(|byte| *byte == b'/') {
+            let place = at..at + step.len();
+            at = place.end + 1;
+            if !step.is_empty() && step != b"." {
+                steps.push(step);
+                places.push(place);
+            }
+        }
+        Words {
+            own,
+            absolute: own.first() == Some(&b'/'),
+            steps,
+            places,
+        }
+    }
+
+    /// How many `..` it begins with.
+    fn ups(&self) -> usize {
+        self.steps.iter().take_while(|step| **step == b"..").count()
+    }
+
+    /// Whether there is a `..` further on: where that leads depends on what the steps before are.
+    fn turns_back(&self) -> bool {
+        let begin = if self.absolute { 0 } else { self.ups() };
+        let rest = self.steps.get(begin..).unwrap_or_default();
+        rest.contains(&&b".."[..])
+    }
+
+    /// The words from a step on, as they are.
+    fn rest(&self, from: usize) -> &'w [u8] {
+        let place = self.places.get(from);
+        place
+            .and_then(|place| self.own.get(place.start..))
+            .unwrap_or_default()
+    }
+
+    /// These steps as words; what said that it is a directory goes on doing so.
+    fn rebuilt(&self, steps: &[&[u8]]) -> Vec<u8> {
+        let mut words = steps.join(&b'/');
+        if !words.is_empty() && self.own.last() == Some(&b'/') {
+            words.push(b'/');
+        }
+        if words.is_empty() && !self.absolute {
+            words.push(b'.');
+        }
+        words
+    }
+}
+
+/// A way through directories, as the guest would go it.
+struct Walk<'a> {
+    fs: &'a FileSystem,
+    /// The directories from the root to where it is.
+    way: Vec<u32>,
+    /// It went where nothing is, so far below the root; nobody who follows it comes further.
+    lost: Option<usize>,
+    links: usize,
+    steps: usize,
+}
+
+impl Walk<'_> {
+    /// A step up; false if there is none, in the root.
+    fn up(&mut self) -> bool {
+        match &mut self.lost {
+            Some(0) => false,
+            Some(depth) => {
+                *depth -= 1;
+                true
+            }
+            None if self.way.len() > 1 => {
+                self.way.pop();
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// A step into what has this name, through all the links there are.
+    fn enter(&mut self, name: &[u8]) -> Result<()> {
+        if let Some(depth) = &mut self.lost {
+            *depth += 1;
+            return Ok(());
+        }
+        let below = self.way.len();
+        let mut left = vec![name.to_vec()];
+        while let Some(step) = left.pop() {
+            self.steps += 1;
+            if self.steps > MAX_STEPS {
+                let sentence = "a symbolic link leads through too many others";
+                return Err(Error::new(libc::ELOOP, sentence));
+            }
+            if step == b".." {
+                self.up();
+            } else if !self.step(&step, &mut left)? {
+                self.lost = Some(below);
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// A step to one name; `left` is what is to be gone after it. False if it leads nowhere.
+    fn step(&mut self, name: &[u8], left: &mut Vec<Vec<u8>>) -> Result<bool> {
+        let here = self.way.last().copied().unwrap_or(FileSystem::ROOT);
+        let Some(inode) = self.fs.lookup(here, name)? else {
+            return Ok(false);
+        };
+        match self.fs.attributes(inode)?.kind {
+            FileKind::Directory => {
+                let may_enter = self.fs.is_entered_from(inode, here)?;
+                if may_enter {
+                    self.way.push(inode);
+                }
+                Ok(may_enter)
+            }
+            FileKind::Symlink => {
+                self.links += 1;
+                let target = self.fs.read_link(inode)?;
+                let words = Words::of(&target);
+                if words.absolute {
+                    self.way.truncate(1);
+                }
+                left.extend(words.steps.iter().rev().map(|step| step.to_vec()));
+                Ok(self.links <= MAX_LINKS)
+            }
+            _ => Ok(false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_taken_apart_at_slashes() {
+        let words = |own: &'static str| Words::of(own.as_bytes());
+        assert!(words("/").absolute && words("/").steps.is_empty());
+        assert_eq!(words("./..//../a/./b/").ups(), 2);
+        assert_eq!(words("./..//../a/./b/").rest(2), b"a/./b/");
+        assert!(!words("../../a/b").turns_back());
+        assert!(words("../a/../b").turns_back() && words("/../b").turns_back());
+        assert!(!words("...").turns_back() && words("..").rest(1).is_empty());
+    }
+
+    #[test]
+    fn the_way_from_the_root_begins_with_the_way_to_it() {
+        let from = |depth, rest: &str| from_root(depth, rest.as_bytes()).unwrap();
+        assert_eq!(from(0, "etc/passwd"), b"etc/passwd");
+        assert_eq!(from(2, "etc/"), b"../../etc/");
+        assert_eq!(from(2, ""), b"../..");
+        assert_eq!(from(0, ""), b".");
+        let errno = from_root(DEEPEST, b"").unwrap_err().errno();
+        assert_eq!(errno, libc::ENAMETOOLONG);
+    }
+}

@@ -318,7 +318,7 @@ pub(super) fn read_snapshots(
 /// Every base disk.
 pub(super) fn read_bases(connection: &Connection) -> rusqlite::Result<Vec<BaseRecord>> {
     let mut statement =
-        connection.prepare_cached("SELECT id, source_box_id, kind, base_path FROM base_disk")?;
+        connection.prepare_cached(&format!("SELECT {BASE_COLUMNS} FROM base_disk"))?;
     statement.query_map([], base_of)?.collect()
 }
 
@@ -330,7 +330,7 @@ pub(super) fn read_bases_at(
 ) -> rusqlite::Result<Vec<BaseRecord>> {
     let read = |condition: &str, value: &str| -> rusqlite::Result<Vec<BaseRecord>> {
         let mut statement = connection.prepare_cached(&format!(
-            "SELECT id, source_box_id, kind, base_path FROM base_disk WHERE {condition}"
+            "SELECT {BASE_COLUMNS} FROM base_disk WHERE {condition}"
         ))?;
         statement.query_map([value], base_of)?.collect()
     };
@@ -347,12 +347,15 @@ pub(super) fn read_bases_of(
     connection: &Connection,
     box_id: &str,
 ) -> rusqlite::Result<Vec<BaseRecord>> {
-    let mut statement = connection.prepare_cached(
-        "SELECT id, source_box_id, kind, base_path FROM base_disk
-         WHERE id IN (SELECT base_disk_id FROM base_disk_ref WHERE box_id = ?1)",
-    )?;
+    let mut statement = connection.prepare_cached(&format!(
+        "SELECT {BASE_COLUMNS} FROM base_disk
+         WHERE id IN (SELECT base_disk_id FROM base_disk_ref WHERE box_id = ?1)"
+    ))?;
     statement.query_map([box_id], base_of)?.collect()
 }
+
+/// What [`base_of`] reads.
+const BASE_COLUMNS: &str = "id, source_box_id, kind, base_path, created_at, json";
 
 fn base_of(row: &rusqlite::Row<'_>) -> rusqlite::Result<BaseRecord> {
     Ok(BaseRecord {
@@ -360,6 +363,8 @@ fn base_of(row: &rusqlite::Row<'_>) -> rusqlite::Result<BaseRecord> {
         source_box_id: row.get(1)?,
         kind: row.get(2)?,
         base_path: row.get(3)?,
+        created_at: row.get(4)?,
+        json: row.get(5)?,
     })
 }
 

@@ -10,7 +10,9 @@ mod change;
 mod identity;
 mod options;
 mod paths;
+mod placement;
 mod reach;
+mod recorded_paths;
 mod records;
 mod remembered;
 mod shim;
@@ -26,6 +28,7 @@ pub use identity::{
 pub use options::{check_options, normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
 pub use reach::refuse_reach;
+pub use recorded_paths::{RecordedPath, RecordedIn};
 pub use records::{
     BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
 };

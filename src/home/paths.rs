@@ -29,6 +29,11 @@ pub struct Owner {
 /// A BoxLite home: a directory with `db/boxlite.db`, `boxes/` and `bases/`.
 pub struct Home {
     root: PathBuf,
+    /// The directories layers lie in, as BoxLite names them: each may be a link, and BoxLite writes where it
+    /// leads to.
+    boxes: PathBuf,
+    bases: PathBuf,
+    images: PathBuf,
     owner: Owner,
     pub(super) catalog: Mutex<CatalogReader>,
     /// One change at a time in this process; the lock file keeps other processes out.
@@ -75,6 +80,9 @@ impl Home {
                 gid: meta.gid(),
                 mode: meta.mode() & 0o7777,
             },
+            boxes: where_it_leads(root.join("boxes")),
+            bases: where_it_leads(root.join("bases")),
+            images: where_it_leads(root.join("images")),
             root,
         };
         home.catalog()?;
@@ -112,9 +120,21 @@ impl Home {
         self.owner
     }
 
-    /// `boxes/`.
+    /// Whether a path (absolute, links resolved) is that of a file of this home.
+    pub fn contains(&self, path: &Path) -> bool {
+        self.directories().any(|dir| path.starts_with(dir))
+    }
+
+    /// Where files of the home lie: its own directory, and what links in it lead to.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        [&self.root, &self.boxes, &self.bases, &self.images]
+            .into_iter()
+            .map(PathBuf::as_path)
+    }
+
+    /// `boxes/`, where that leads to if it is a link.
     pub fn boxes_dir(&self) -> PathBuf {
-        self.root.join("boxes")
+        self.boxes.clone()
     }
 
     /// `boxes/ID`. `id` must be a safe component.
@@ -148,9 +168,10 @@ impl Home {
         self.box_dir(id).join(".snapshot_pending")
     }
 
-    /// `bases/`.
+    /// `bases/`, where that leads to if it is a link. BoxLite deletes every file in it that no row names by
+    /// this very path.
     pub fn bases_dir(&self) -> PathBuf {
-        self.root.join("bases")
+        self.bases.clone()
     }
 
     /// `bases/ID.qcow2`.
@@ -224,6 +245,11 @@ impl Home {
         std::os::unix::fs::lchown(path, Some(self.owner.uid), Some(self.owner.gid))
             .context(|| format!("cannot give {} to the owner of the home", path.display()))
     }
+}
+
+/// The path of a directory with links resolved; one that is not there stays as it is.
+fn where_it_leads(dir: PathBuf) -> PathBuf {
+    fs::canonicalize(&dir).unwrap_or(dir)
 }
 
 /// Whether this process may give files away.

@@ -37,7 +37,8 @@ impl Store {
     /// EROFS, EBUSY, EIO while the disk fails.
     pub(super) fn change_alone(&self) -> Result<Change<'_>> {
         self.begin_change()?;
-        let change = self.home.change().map_err(|error| {
+        let change = self.put_paths_right().and_then(|()| self.home.change());
+        let change = change.map_err(|error| {
             match self.is_shared && error.errno() == libc::EBUSY {
                 true => Error::busy(format!(
                     "{error}. Beside it, the option shared allows snapshots, clones, imports and restores only"
@@ -57,6 +58,11 @@ impl Store {
         match self.is_shared {
             true => {
                 self.begin_change()?;
+                // A runtime has the lock: what this change writes is right, the rest waits.
+                match self.put_paths_right() {
+                    Err(error) if error.errno() != libc::EBUSY => return Err(error),
+                    _ => {}
+                }
                 let change = self.home.change_beside()?;
                 durable::sync_unflushed()?;
                 Ok(change)

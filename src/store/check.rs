@@ -9,9 +9,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::compact::amount;
-use super::layers::{Layers, Role, names_in, resolve};
+use super::layers::{ImageFile, Layers, Role, names_in, resolve};
 use super::merge::Rows;
 use super::prepare::Prepared;
+use super::remove_snapshot::is_at;
 use super::{Compression, Journal, Store, called, workspace};
 use crate::disk::{Chain, FileId};
 use crate::home::{
@@ -81,6 +82,7 @@ fn look(home: &Path) -> Result<Report> {
         notes: Vec::new(),
     };
     check.schema();
+    check.paths()?;
     check.headers();
     check.boxes();
     check.unneeded_of_boxlite();
@@ -112,7 +114,8 @@ impl Store {
                 self.journal.note(&format!("repair: {error}"));
             }
         }
-        self.free_unneeded()
+        self.free_unneeded()?;
+        self.keep_spares()
     }
 }
 
@@ -164,6 +167,30 @@ impl Check<'_> {
         if let Some(why) = self.catalog.schema().read_only.clone() {
             self.found(why);
         }
+    }
+
+    /// Rows and headers that name files of this home by other paths. BoxLite goes by those of bases, and
+    /// deletes what it does not find named.
+    fn paths(&mut self) -> Result<()> {
+        let found = match self.store.misspelled_now(Some(&self.layers)) {
+            Ok(found) => found,
+            Err(error) if error.errno() == libc::EPERM => {
+                self.found(error);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        for it in found {
+            match it.is_dangerous() {
+                true => self.found(format!(
+                    "{it}; BoxLite may delete that file at its next start; mounting the home, or check --repair, puts it right"
+                )),
+                false => self.notes.push(format!(
+                    "{it}; mounting the home, or check --repair, puts it right"
+                )),
+            }
+        }
+        Ok(())
     }
 
     /// Every image file's header.
@@ -235,7 +262,7 @@ impl Check<'_> {
                     .layers()
                     .iter()
                     .filter_map(|layer| resolve(layer.path()).ok())
-                    .filter(|path| !path.starts_with(home.root()))
+                    .filter(|path| !home.contains(path))
                     .collect();
                 for path in outside {
                     self.found(format!(
@@ -293,7 +320,17 @@ impl Check<'_> {
         let mut with_rows = BTreeSet::new();
         for row in &rows {
             let path = PathBuf::from(&row.base_path);
-            if !path.exists() {
+            let right = self.store.path_of_base(row).unwrap_or_else(|_| path.clone());
+            if !path.exists()
+                && let Some(spare) = self.layers.spares().of_base(&right)
+            {
+                self.found(format!(
+                    "base {} has no file {} any more, and its layer is still there as {}; mounting the home, or check --repair, puts it back",
+                    row.id,
+                    path.display(),
+                    spare.path.display()
+                ));
+            } else if !path.exists() {
                 let why = match self.layers.readers_of(&path).next() {
                     Some(reader) => format!("and {} reads from it", reader.path.display()),
                     None => "nothing reads from it".to_owned(),
@@ -325,20 +362,61 @@ impl Check<'_> {
             })
             .collect();
         self.findings.extend(without);
-        let unread: Vec<String> = rows
+        self.unread(&rows);
+        self.spares(&rows);
+    }
+
+    /// Bases of ours that nothing reads: BoxLite removed their last reader, or a change was cut off.
+    fn unread(&mut self, rows: &[BaseRecord]) {
+        let unread: Vec<&ImageFile> = rows
             .iter()
             .filter(|row| row.is_ours())
             .filter_map(|row| self.layers.at(&resolve(Path::new(&row.base_path)).ok()?))
             .filter(|file| file.names == 1 && self.layers.readers_of(&file.path).next().is_none())
+            .collect();
+        let bytes: u64 = unread.iter().map(|file| file.allocated).sum();
+        let sentences: Vec<String> = unread
+            .iter()
             .map(|file| {
                 format!(
-                    "{} is a leftover, nothing reads from it ({}); mounting the home frees it",
+                    "{} is a leftover, nothing reads from it ({})",
                     file.path.display(),
                     amount(file.allocated)
                 )
             })
             .collect();
-        self.findings.extend(unread);
+        if sentences.is_empty() {
+            return;
+        }
+        self.notes.push(format!(
+            "layers of boxlitefs that nothing reads, as after BoxLite removed the box or snapshot that did: {} ({}); boxlitefs compact frees them, and so does mounting the home",
+            sentences.len(),
+            amount(bytes)
+        ));
+        self.findings.extend(sentences);
+    }
+
+    /// Spare names of bases that are gone. Those of bases with rows are told of with these.
+    fn spares(&mut self, rows: &[BaseRecord]) {
+        let has_row = |base: &Path| rows.iter().any(|row| is_at(row, base));
+        let spares = self.layers.spares().all().iter();
+        let gone = spares.filter(|spare| self.layers.at(&spare.base).is_none());
+        let found: Vec<String> = gone
+            .filter_map(|spare| {
+                let (path, base) = (spare.path.display(), spare.base.display());
+                let size = amount(spare.allocated);
+                if let Some(reader) = self.layers.readers_of(&spare.base).next() {
+                    let reader = reader.path.display();
+                    return (!has_row(&spare.base)).then(|| format!(
+                        "{reader} reads from {base}, which is gone; its layer is still there as {path}, and mounting the home, or check --repair, puts it back"
+                    ));
+                }
+                (!has_row(&spare.base)).then(|| format!(
+                    "{path} is a leftover, nothing reads from it ({size}); mounting the home frees it"
+                ))
+            })
+            .collect();
+        self.findings.extend(found);
     }
 
     /// Files and directories that no row speaks of.

@@ -293,6 +293,7 @@ impl Prepared<'_> {
             }
         }
         crash_point("freeze.replaced");
+        self.store.keep_spare(&draft.base);
         Ok(FrozenDisk {
             layer: Frozen::Base {
                 path: draft.base.clone(),
@@ -359,6 +360,7 @@ impl Prepared<'_> {
         self.change.hold()?;
         durable::rename(&flat.file, &draft.base)?;
         crash_point("flat.installed");
+        self.store.keep_spare(&draft.base);
         Ok(())
     }
 

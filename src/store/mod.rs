@@ -30,6 +30,8 @@ mod rename;
 mod restore;
 mod running;
 mod snapshot;
+mod spares;
+mod spelling;
 mod spool;
 mod upkeep;
 mod usage;
@@ -37,6 +39,7 @@ mod workspace;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use parking_lot::Mutex;
 
@@ -112,6 +115,8 @@ pub struct Store {
     read_only: bool,
     /// Some changes are made also while a BoxLite runtime has the home.
     is_shared: bool,
+    /// Rows and headers were seen to name this home's files by their canonical paths.
+    paths_are_right: AtomicBool,
 }
 
 impl Store {
@@ -144,7 +149,9 @@ impl Store {
         }
         if let Some(why) = store.home.catalog()?.schema().read_only.clone() {
             store.journal.note(&format!("read only: {why}"));
-        } else if !read_only {
+        } else if read_only {
+            store.warn_of_paths("the home is only looked at; mount it without ro once");
+        } else {
             store.recover_at_mount();
         }
         Ok(store)
@@ -179,6 +186,7 @@ impl Store {
             operations: Arc::default(),
             read_only,
             is_shared: false,
+            paths_are_right: AtomicBool::new(false),
         }
     }
 

@@ -342,6 +342,7 @@ impl Prepared<'_> {
         self.change.hold()?;
         durable::rename(file, &base)?;
         crash_point("flat.installed");
+        self.store.keep_spare(&base);
         let opened = File::open(&base).context(|| format!("cannot open {}", base.display()))?;
         Ok(FrozenDisk {
             layer: Frozen::Base { path: base.clone() },

@@ -52,6 +52,12 @@ pub struct Mount {
 pub fn run(request: Mount) -> Result<()> {
     let places = Places::check(&request.home, &request.mountpoint)?;
     places::check_permission(&request.options)?;
+    if !request.options.read_only
+        && let Some(why) = places.unwritable()
+    {
+        // What mount(8) does with a write-protected device.
+        eprintln!("boxlitefs: {why}: mounting read-only");
+    }
     if request.foreground {
         let served = serve(&places, &request.options, |tree| {
             log::info!(
@@ -105,7 +111,7 @@ fn serve(
     phase.enter(Phase::Mounting);
     let config = ServeConfig {
         source: source_name(places.home.as_os_str(), places::is_root()),
-        read_only: options.read_only,
+        read_only: options.read_only || tree.is_read_only(),
         allow_other: options.allow_other,
         allow_root: options.allow_root,
         noexec: options.noexec,

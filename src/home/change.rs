@@ -159,6 +159,9 @@ fn file_id(path: &Path) -> Result<(u64, u64)> {
 /// Keeps other boxlitefs from changing the home: those that don't go by the runtime lock, too. It is the
 /// flock of our own directory.
 fn take_turn(home: &Home) -> Result<File> {
+    if let Some(error) = home.unwritable() {
+        return Err(error);
+    }
     let dir = home.make_staging_dir()?;
     home.refuse_scattered()?;
     let sentence = || format!("cannot lock {}", dir.display());

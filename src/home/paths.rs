@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::catalog::{Catalog, CatalogReader, connect_to_look, failed, has_table, read_bases};
+use super::catalog::{Catalog, CatalogReader, failed, has_table, read_bases};
+use super::looking::{connect_to_look, may_write};
 use super::records::BaseRecord;
 use crate::{Context, Error, Result};
 
@@ -113,6 +114,18 @@ impl Home {
     /// The canonical path of the home.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Why the home can't be changed by this process, where it lies as it lies; None if it can be.
+    pub fn unwritable(&self) -> Option<Error> {
+        let db = self.root.join("db");
+        let dirs = [&self.root, &db, &self.boxes, &self.bases];
+        let mut dirs = dirs.into_iter().filter(|dir| dir.is_dir());
+        dirs.find_map(|dir| {
+            let error = may_write(dir).err()?;
+            let sentence = format!("{} can't be written", dir.display());
+            Some(Error::io(sentence, error))
+        })
     }
 
     /// Whose home it is.

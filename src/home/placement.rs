@@ -57,16 +57,16 @@ impl Home {
     pub fn refuse_linked_box(&self, id: &str) -> Result<()> {
         let dir = self.box_dir(id);
         let parts = [dir.clone(), dir.join("disks"), self.snapshots_dir(id)];
-        for part in parts.iter().filter(|part| part.is_symlink()) {
-            return Err(Error::new(
+        match parts.iter().find(|part| part.is_symlink()) {
+            None => Ok(()),
+            Some(part) => Err(Error::new(
                 libc::EPERM,
                 format!(
                     "{} is a link: layers are named by where they lie, so put the directory itself there (rm the link, mv the directory)",
                     part.display()
                 ),
-            ));
+            )),
         }
-        Ok(())
     }
 }
 

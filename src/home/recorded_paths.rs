@@ -5,8 +5,9 @@ use std::path::Path;
 
 use rusqlite::Connection;
 
-use super::catalog::{connect_to_look, failed, has_table};
+use super::catalog::{failed, has_table};
 use super::change::{Change, Transaction};
+use super::looking::connect_to_look;
 use super::paths::Home;
 use crate::Result;
 

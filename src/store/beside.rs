@@ -58,12 +58,13 @@ impl Store {
         match self.is_shared {
             true => {
                 self.begin_change()?;
-                // A runtime has the lock: what this change writes is right, the rest waits.
-                match self.put_paths_right() {
-                    Err(error) if error.errno() != libc::EBUSY => return Err(error),
-                    _ => {}
+                let mut change = self.home.change_beside()?;
+                if !change.is_beside_a_runtime() && !self.has_right_paths() {
+                    drop(change);
+                    self.put_paths_right()?;
+                    change = self.home.change_beside()?;
                 }
-                let change = self.home.change_beside()?;
+                self.refuse_mounted_twice(&change)?;
                 durable::sync_unflushed()?;
                 Ok(change)
             }

@@ -45,6 +45,9 @@ pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
     for note in &report.notes {
         say(out, &format!("note: {note}"))?;
     }
+    if let Some(unread) = &report.unread {
+        say(out, &format!("note: {unread}"))?;
+    }
     let state = match report.findings.len() {
         0 => "clean".to_owned(),
         1 => "1 finding".to_owned(),
@@ -67,6 +70,8 @@ struct Report {
     findings: Vec<String>,
     /// What is no fault, and takes space.
     notes: Vec<String>,
+    /// How many layers nothing reads any more, each of which is a finding.
+    unread: Option<String>,
 }
 
 fn look(home: &Path) -> Result<Report> {
@@ -80,6 +85,7 @@ fn look(home: &Path) -> Result<Report> {
         store: &store,
         findings: Vec::new(),
         notes: Vec::new(),
+        unread: None,
     };
     check.schema();
     check.paths()?;
@@ -93,6 +99,7 @@ fn look(home: &Path) -> Result<Report> {
         boxes: check.catalog.boxes().len(),
         findings: check.findings,
         notes: check.notes,
+        unread: check.unread,
     })
 }
 
@@ -132,7 +139,7 @@ impl Prepared<'_> {
             if has_row || !is_snapshot_name(&name) || !path.is_file() {
                 continue;
             }
-            let Ok(chain) = Chain::open(&path, home.root(), home.owner().uid) else {
+            let Ok(chain) = Chain::open_in(&path, &self.store.scope_of(&path)) else {
                 continue;
             };
             let made = chain.changed_at().duration_since(std::time::UNIX_EPOCH);
@@ -156,6 +163,7 @@ struct Check<'s> {
     bases: Vec<BaseRecord>,
     findings: Vec<String>,
     notes: Vec<String>,
+    unread: Option<String>,
 }
 
 impl Check<'_> {
@@ -256,7 +264,7 @@ impl Check<'_> {
     /// Every layer of a chain opens, and none lies outside the home.
     fn chain(&mut self, what: &str, top: &Path) {
         let home = &self.store.home;
-        match Chain::open(top, home.root(), home.owner().uid) {
+        match Chain::open_in(top, &self.store.scope_of(top)) {
             Ok(chain) => {
                 let outside: Vec<PathBuf> = chain
                     .layers()
@@ -320,21 +328,21 @@ impl Check<'_> {
         let mut with_rows = BTreeSet::new();
         for row in &rows {
             let path = PathBuf::from(&row.base_path);
-            let right = self.store.path_of_base(row).unwrap_or_else(|_| path.clone());
-            if !path.exists()
-                && let Some(spare) = self.layers.spares().of_base(&right)
-            {
-                self.found(format!(
-                    "base {} has no file {} any more, and its layer is still there as {}; mounting the home, or check --repair, puts it back",
-                    row.id,
-                    path.display(),
-                    spare.path.display()
-                ));
-            } else if !path.exists() {
-                let why = match self.layers.readers_of(&path).next() {
+            let right = self
+                .store
+                .path_of_base(row)
+                .unwrap_or_else(|_| path.clone());
+            if !path.exists() {
+                let mut why = match self.layers.readers_of(&right).next() {
                     Some(reader) => format!("and {} reads from it", reader.path.display()),
                     None => "nothing reads from it".to_owned(),
                 };
+                if let Some(spare) = self.layers.spares().of_base(&right) {
+                    why = format!(
+                        "{why}; its layer is still there as {}, and mounting the home, or check --repair, puts it back",
+                        spare.path.display()
+                    );
+                }
                 self.found(format!(
                     "base {} has no file {}; {why}",
                     row.id,
@@ -379,7 +387,7 @@ impl Check<'_> {
             .iter()
             .map(|file| {
                 format!(
-                    "{} is a leftover, nothing reads from it ({})",
+                    "{} is a leftover, nothing reads from it ({}); mounting the home frees it",
                     file.path.display(),
                     amount(file.allocated)
                 )
@@ -388,8 +396,8 @@ impl Check<'_> {
         if sentences.is_empty() {
             return;
         }
-        self.notes.push(format!(
-            "layers of boxlitefs that nothing reads, as after BoxLite removed the box or snapshot that did: {} ({}); boxlitefs compact frees them, and so does mounting the home",
+        self.unread = Some(format!(
+            "layers of boxlitefs whose last reader BoxLite removed: {} ({}); boxlitefs compact frees them",
             sentences.len(),
             amount(bytes)
         ));

@@ -329,7 +329,11 @@ impl Store {
         let meta = match fs::symlink_metadata(&path) {
             Ok(meta) => meta,
             Err(e) if is_absent(&e) => return,
-            Err(e) => return scan.files.push(ImageFile::unreadable(path, role, e.to_string())),
+            Err(e) => {
+                return scan
+                    .files
+                    .push(ImageFile::unreadable(path, role, e.to_string()));
+            }
         };
         if !meta.is_file() {
             let why = "is no regular file".to_owned();

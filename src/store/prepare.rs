@@ -93,18 +93,26 @@ impl Store {
         }
     }
 
+    /// Whether a box lives in this home, by its configuration.
+    pub(super) fn is_at_home(&self, record: &BoxRecord) -> bool {
+        self.refuse_copied(record).is_ok()
+    }
+
+    fn is_box_home(&self, box_home: &Path, here: &Path) -> bool {
+        // A box that never started may have no directory at all. Whoever comes by a link is at home, too.
+        box_home == here
+            || std::fs::metadata(box_home)
+                .and_then(|there| Ok(FileId::of(&there) == FileId::of(&std::fs::metadata(here)?)))
+                .unwrap_or(false)
+    }
+
     /// In a copied home the configuration still names the original's directory, and changes by
     /// BoxLite or by us would hit the original.
-    pub(super) fn refuse_copied(&self, record: &BoxRecord) -> Result<()> {
+    fn refuse_copied(&self, record: &BoxRecord) -> Result<()> {
         let config = record.config()?;
         let box_home = config["box_home"].as_str().unwrap_or_default();
         let here = self.home.box_dir(&record.id);
-        // A box that never started may have no directory at all.
-        let same = Path::new(box_home) == here
-            || FileId::at(Path::new(box_home))
-                .and_then(|there| Ok(there == FileId::at(&here)?))
-                .unwrap_or(false);
-        if same {
+        if self.is_box_home(Path::new(box_home), &here) {
             return Ok(());
         }
         Err(Error::new(
@@ -256,10 +264,7 @@ impl Prepared<'_> {
     /// EPERM when a chain leaves the home.
     fn refuse_foreign_layers(&self) -> Result<()> {
         for chain in self.chains()? {
-            if let Some(outside) = chain
-                .iter()
-                .find(|path| !self.store.home.contains(path))
-            {
+            if let Some(outside) = chain.iter().find(|path| !self.store.home.contains(path)) {
                 return Err(self.outside(outside));
             }
         }

@@ -16,7 +16,7 @@ use super::prepare::{Prepared, now};
 use super::workspace;
 use super::{Store, called};
 use crate::disk::{FileId, Header};
-use crate::home::{Activity, BaseRecord, BoxRecord, Change, is_snapshot_name, snapshot_id};
+use crate::home::{Activity, BaseRecord, Change, is_snapshot_name, snapshot_id};
 use crate::{Context, Error, Result};
 
 impl Store {
@@ -41,7 +41,9 @@ impl Store {
         let change = self.put_paths_right().and_then(|()| self.home.change());
         match change {
             Ok(change) => {
-                if let Err(error) = self.recover_home(change, false) {
+                let recovered = self.recover_home(change, false);
+                // What was put back may name others by another path.
+                if let Err(error) = recovered.and_then(|()| self.put_paths_right()) {
                     self.journal.note(&format!("recovery stopped: {error}"));
                 }
             }
@@ -81,7 +83,9 @@ impl Store {
         };
         // One look at all layers for all boxes, before and after: the lock is held.
         let mut layers = self.scan_layers()?;
-        if self.is_at_home(&boxes) && self.put_back_bases(&mut prepared.change, &layers)? > 0 {
+        if boxes.iter().all(|record| self.is_at_home(record))
+            && self.put_back_bases(&mut prepared.change, &layers)? > 0
+        {
             layers = self.scan_layers()?;
         }
         let mut all_are_at_home = true;
@@ -126,11 +130,6 @@ impl Store {
             row.is_ours() || given_up.contains(&row.id)
         })?;
         self.tidy_spares(&prepared.change)
-    }
-
-    /// Whether all boxes are those of this home, which is no copy of another.
-    fn is_at_home(&self, boxes: &[BoxRecord]) -> bool {
-        boxes.iter().all(|record| self.refuse_copied(record).is_ok())
     }
 
     /// Directories of boxes that were being made: without a row they go, with one the mark goes.

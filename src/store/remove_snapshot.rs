@@ -23,7 +23,7 @@ impl Store {
             self.snapshot_name(box_id, snapshot_id)?,
             self.name_of(box_id)
         );
-        let result = self.delete_snapshot(box_id, snapshot_id);
+        let result = self.delete_with_room(&|| self.delete_snapshot(box_id, snapshot_id));
         self.noted(&what, result)
     }
 

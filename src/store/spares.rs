@@ -11,6 +11,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::crash::crash_point;
 use super::layers::{Layers, Role, names_in};
@@ -186,29 +187,26 @@ impl Store {
     /// # Errors
     /// EBUSY when a runtime has the lock, what SQLite says.
     pub(super) fn keep_spares(&self) -> Result<()> {
-        loop {
-            let spares = self.scan_spares()?;
-            let lacks = |row: &BaseRecord| {
-                let path = self.path_of_base(row).ok()?;
-                let is_ours = row.is_ours() && path.extension().is_some_and(|it| it == "qcow2");
-                (is_ours && spares.of_base(&path).is_none() && path.is_file()).then_some(path)
-            };
-            let lacking: Vec<PathBuf> = self.home.bases()?.iter().filter_map(lacks).collect();
-            if lacking.is_empty() {
-                return Ok(());
-            }
-            let change = self.home.change()?;
+        let spares = self.scan_spares()?;
+        let lacks = |row: &BaseRecord| {
+            let path = self.path_of_base(row).ok()?;
+            let is_ours = row.is_ours() && path.extension().is_some_and(|it| it == "qcow2");
+            (is_ours && spares.of_base(&path).is_none() && path.is_file()).then_some(path)
+        };
+        let lacking: Vec<PathBuf> = self.home.bases()?.iter().filter_map(lacks).collect();
+        for some in lacking.chunks(AT_ONCE) {
+            let _change = self.home.change()?;
             let layers = self.scan_layers()?;
-            for base in lacking.iter().take(AT_ONCE) {
-                if layers.at(base).is_some_and(|file| !is_live(&layers, file.id)) {
-                    self.renew_spare(base)?;
+            for base in some {
+                if layers
+                    .at(base)
+                    .is_some_and(|file| !is_live(&layers, file.id))
+                {
+                    self.keep_spare(base);
                 }
             }
-            drop(change);
-            if lacking.len() <= AT_ONCE {
-                return Ok(());
-            }
         }
+        Ok(())
     }
 
     /// Puts bases back that are gone from `bases/` and have a name left elsewhere: those that any header names, and
@@ -227,7 +225,10 @@ impl Store {
         }
         let mut new = Vec::new();
         for (base, file) in &gone {
-            if !rows.iter().any(|row| super::remove_snapshot::is_at(row, base)) {
+            if !rows
+                .iter()
+                .any(|row| super::remove_snapshot::is_at(row, base))
+            {
                 new.push(self.new_base(base, file)?);
             }
         }
@@ -244,6 +245,8 @@ impl Store {
             crash_point("put-back.linked");
         }
         durable::sync_dir(&dir)?;
+        // Their headers were not looked at.
+        self.paths_are_right.store(false, Ordering::Release);
         for (base, _) in &gone {
             self.keep_spare(base);
         }
@@ -357,6 +360,10 @@ impl Store {
     /// # Errors
     /// Those of the system calls.
     pub(super) fn tidy_spares(&self, change: &Change<'_>) -> Result<()> {
+        let is_right = |spare: &Spare| FileId::at(&spare.base).is_ok_and(|id| id == spare.id);
+        if self.scan_spares()?.all().iter().all(is_right) {
+            return Ok(());
+        }
         let layers = self.scan_layers()?;
         let spares = layers.spares();
         let is_known = self.named_by_rows(change, &layers)?.is_some();

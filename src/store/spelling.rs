@@ -5,7 +5,7 @@
 //! is the canonical path, and what is found otherwise is put right before anything else is changed.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use super::crash::crash_point;
@@ -106,6 +106,14 @@ impl<'s> Speller<'s> {
             return Spelling::Right;
         };
         if !path.is_absolute() {
+            return Spelling::Right;
+        }
+        // As nearly all are, and nothing to be resolved: there may be thousands.
+        let plain: PathBuf = path.components().collect();
+        let is_plain = plain.as_os_str() == path.as_os_str()
+            && !path.components().any(|part| part == Component::ParentDir);
+        let (boxes, bases) = (self.store.home.boxes_dir(), self.store.home.bases_dir());
+        if is_plain && (path.starts_with(boxes) || path.starts_with(bases)) {
             return Spelling::Right;
         }
         let known = self.directories.entry(dir.to_owned());
@@ -209,6 +217,25 @@ impl Store {
         }
     }
 
+    /// Whether it was done since the mount began.
+    pub(super) fn has_right_paths(&self) -> bool {
+        self.paths_are_right.load(Ordering::Acquire)
+    }
+
+    /// Refuses changes beside a runtime, where paths can't be put right, if the rows are those of another place
+    /// the home is mounted at. Looked at once.
+    ///
+    /// # Errors
+    /// EPERM, what SQLite says.
+    pub(super) fn refuse_mounted_twice(&self, change: &Change<'_>) -> Result<()> {
+        if self.has_right_paths() || self.is_mounted_once.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.misspelled(change.recorded_paths()?, None)?;
+        self.is_mounted_once.store(true, Ordering::Release);
+        Ok(())
+    }
+
     /// Has all rows and headers name the home's files by their canonical paths, unless this was done since
     /// the mount began.
     ///
@@ -219,7 +246,7 @@ impl Store {
     /// # Errors
     /// EBUSY when a runtime has the lock, EPERM when the home is mounted in two places, what SQLite says.
     pub(super) fn put_paths_right(&self) -> Result<()> {
-        if self.paths_are_right.load(Ordering::Acquire) {
+        if self.has_right_paths() {
             return Ok(());
         }
         let mut count = 0;

@@ -228,6 +228,7 @@ impl Rounds {
             self.store.free_unneeded()?;
         }
         self.store.keep_spares()?;
+        self.store.keep_reserve();
         let mut settled = self.hopeless.clone();
         loop {
             let mut work = self.store.mergeable()?.into_iter();

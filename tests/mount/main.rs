@@ -12,6 +12,7 @@ mod deleting;
 mod hostile;
 mod inside;
 mod mounting;
+mod moved_homes;
 mod never_lost;
 mod restoring;
 mod running;

@@ -4,9 +4,9 @@ use std::fs::{self, OpenOptions};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::common::*;
 use super::operation::*;
 use super::world::*;
+use crate::common::*;
 
 /// Where a merge may be killed.
 const MERGE_POINTS: [&str; 7] = [

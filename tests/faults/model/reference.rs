@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use blake3::Hash;
 use sha2::{Digest, Sha256};
 
-use crate::common::*;
 use super::operation::{Fill, Write};
+use crate::common::*;
 
 /// What guests write is made of these: a quarter of a cluster, so that layers share clusters.
 pub const BLOCK: u64 = 16 * 1024;

@@ -6,9 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::common::*;
 use super::operation::*;
 use super::reference::{Disk, Reader, originals};
+use crate::common::*;
 
 /// How soon what BoxLite did has to show.
 const SOON: Duration = Duration::from_secs(3);

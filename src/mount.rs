@@ -55,6 +55,12 @@ pub struct Mount {
 pub fn run(request: Mount) -> Result<()> {
     let places = Places::check(&request.home, &request.mountpoint)?;
     places::check_permission(&request.options)?;
+    if !request.options.read_only
+        && let Some(why) = places.unwritable()
+    {
+        // What mount(8) does with a write-protected device.
+        eprintln!("boxlitefs: {why}: mounting read-only");
+    }
     if request.foreground {
         let served = serve(&places, &request.options, |tree| {
             log::info!(
@@ -107,6 +113,10 @@ fn serve(
         options: options.to_json(),
     });
     phase.enter(Phase::Mounting);
+    let options = &Options {
+        read_only: options.read_only || tree.is_read_only(),
+        ..options.clone()
+    };
     let (attached, requests) = attach::attach(places, options).map_err(explain)?;
     let own = attached.own().clone();
     phase.enter(Phase::Serving(own.clone()));

@@ -13,6 +13,7 @@ mod disk_file;
 mod disk_writer;
 mod frames;
 mod members;
+mod names;
 mod stages;
 #[cfg(test)]
 mod tests;
@@ -82,8 +83,9 @@ pub struct Arrived {
 
 /// An archive being received: a plain tar or a zstd-compressed one, told apart by zstd's magic.
 ///
-/// Members: one `manifest.json`, one `disk.qcow2`, and perhaps a `guest-rootfs.qcow2` as older
-/// BoxLite wrote it, which is not kept; in any order.
+/// Members: `manifest.json` and `disk.qcow2`, in any order; of several by one name the last counts. Other
+/// regular members are read and not kept, as BoxLite does (`guest-rootfs.qcow2` of older versions, the `._` files
+/// of a Mac).
 pub struct Incoming {
     disk: PathBuf,
     decoding: Decoding,

@@ -24,6 +24,34 @@ pub struct Chain {
     changed_at: SystemTime,
 }
 
+/// Where the layers of a chain may be.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// Directories of the home, canonical.
+    pub homes: Vec<PathBuf>,
+    /// Whose files may lie elsewhere: with others' a header could make a mount that runs as root show files
+    /// its user may not read.
+    pub owner: u32,
+    /// Directories to look in first for what headers name elsewhere, each with the name it has in a home: of a
+    /// home that lies elsewhere than when it was written, such as a backup.
+    pub moved: Vec<(&'static str, PathBuf)>,
+}
+
+impl Scope {
+    /// The file of this home that a path names in the home this is a copy of.
+    fn relocated(&self, path: &Path) -> Option<PathBuf> {
+        if self.homes.iter().any(|home| path.starts_with(home)) {
+            return None;
+        }
+        path.ancestors().find_map(|above| {
+            let name = above.file_name()?;
+            let (_, dir) = self.moved.iter().find(|(known, _)| name == *known)?;
+            let here = dir.join(path.strip_prefix(above).ok()?);
+            here.is_file().then_some(here)
+        })
+    }
+}
+
 /// A run of guest bytes that come from one place.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Extent {
@@ -75,7 +103,22 @@ impl Chain {
     /// EPERM for a layer outside of `home` (symlinks resolved) that does not belong to the user
     /// `owner`; ELOOP for a cycle or more than 64 layers; EIO for a damaged layer.
     pub fn open(top: &Path, home: &Path, owner: u32) -> Result<Chain> {
-        Chain::descend(Descent::from(top), top, home, owner)
+        let home = std::fs::canonicalize(home)
+            .context(|| format!("cannot look at the home {}", home.display()))?;
+        let scope = Scope {
+            homes: vec![home],
+            owner,
+            moved: Vec::new(),
+        };
+        Chain::open_in(top, &scope)
+    }
+
+    /// Likewise, of a home whose directories may be links, or lie elsewhere than headers say.
+    ///
+    /// # Errors
+    /// As [`Chain::open`].
+    pub fn open_in(top: &Path, scope: &Scope) -> Result<Chain> {
+        Chain::descend(Descent::from(top), top, scope)
     }
 
     /// Likewise, with `copy` in the place of the file at `top`: what it names is looked for as if it were
@@ -83,25 +126,28 @@ impl Chain {
     ///
     /// # Errors
     /// As [`Chain::open`].
-    pub fn open_over(copy: File, top: &Path, home: &Path, owner: u32) -> Result<Chain> {
+    pub fn open_over(copy: File, top: &Path, scope: &Scope) -> Result<Chain> {
         let mut walk = Descent::from(top);
         walk.top = Some(copy);
-        Chain::descend(walk, top, home, owner)
+        Chain::descend(walk, top, scope)
     }
 
-    fn descend(mut walk: Descent, top: &Path, home: &Path, owner: u32) -> Result<Chain> {
-        let home = std::fs::canonicalize(home)
-            .context(|| format!("cannot look at the home {}", home.display()))?;
+    fn descend(mut walk: Descent, top: &Path, scope: &Scope) -> Result<Chain> {
         let mut chain = Vec::new();
         let mut opened = Vec::new();
         while let Some((path, file, format)) = walk.next_layer()? {
             let meta = file
                 .metadata()
                 .context(|| format!("cannot look at the image {}", path.display()))?;
-            check_owner(&path, &file, &meta, &home, owner)?;
+            check_owner(&path, &file, &meta, scope)?;
             let state = FileState::of_open(&file, &meta);
             let layer = Layer::of(&path, file, format)?;
             walk.below(&path, layer.header());
+            if let Some((below, _)) = &mut walk.next
+                && let Some(here) = scope.relocated(below)
+            {
+                *below = here;
+            }
             chain.push(layer);
             opened.push((meta, state));
         }
@@ -380,15 +426,16 @@ impl Descent {
 /// A layer outside of the home must belong to the home's owner: otherwise a header could make a
 /// mount that runs as root show files its user may not read. /proc tells where the file that is open
 /// really is, so nothing can be swapped between the check and the use.
-fn check_owner(path: &Path, file: &File, meta: &Metadata, home: &Path, owner: u32) -> Result<()> {
-    if meta.uid() == owner {
+fn check_owner(path: &Path, file: &File, meta: &Metadata, scope: &Scope) -> Result<()> {
+    if meta.uid() == scope.owner {
         return Ok(());
     }
     let real = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .context(|| format!("cannot find out where {} is", path.display()))?;
-    if real.starts_with(home) {
+    if scope.homes.iter().any(|home| real.starts_with(home)) {
         return Ok(());
     }
+    let home = scope.homes.first().map_or(Path::new(""), PathBuf::as_path);
     Err(Error::new(
         libc::EPERM,
         format!(

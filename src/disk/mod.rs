@@ -25,7 +25,7 @@ mod overlay;
 mod state;
 mod write;
 
-pub use chain::{Chain, Extent, Source, chain_paths};
+pub use chain::{Chain, Extent, Scope, Source, chain_paths};
 pub use direct::{Aligned, BLOCK, Direct};
 pub use flatten::{Flattened, WINDOW};
 pub use header::{Backing, Header, forget_dirty, rebase, rebase_this, settle_headers};

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, params_from_iter};
 
 use super::identity::{is_safe_component, is_snapshot_name};
+use super::looking::{Looking, connect_to_look};
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
 use crate::{Error, Result};
 
@@ -77,7 +77,7 @@ pub(super) struct CatalogReader {
 struct OpenDatabase {
     /// (st_dev, st_ino): a connection kept over a database that was made anew reads the old one.
     file: (u64, u64),
-    connection: Connection,
+    connection: Looking,
     /// SQLite's count of commits by others; the rows below are of this version.
     data_version: i64,
     catalog: Arc<Catalog>,
@@ -93,7 +93,9 @@ impl CatalogReader {
 
     pub(super) fn current(&mut self) -> Result<Arc<Catalog>> {
         let file = database_id(&self.database)?;
-        if self.open.as_ref().is_some_and(|open| open.file != file) {
+        let is_other =
+            |open: &OpenDatabase| open.file != file || open.connection.is_outdated(&self.database);
+        if self.open.as_ref().is_some_and(is_other) {
             self.open = None;
         }
         if let Some(open) = &mut self.open {
@@ -144,20 +146,6 @@ pub(super) fn connect(database: &Path) -> Result<Connection> {
         .and_then(|()| connection.pragma_update(None, "foreign_keys", true))
         .and_then(|()| connection.pragma_update(None, "synchronous", "FULL"))
         .map_err(|e| failed(&connection, database, e))?;
-    Ok(connection)
-}
-
-/// As [`connect`], for looking only: the last connection to close moves the WAL into the database,
-/// and who only looks writes nothing. Where there was no WAL, closing removes the empty one that
-/// opening makes.
-pub(super) fn connect_to_look(database: &Path) -> Result<Connection> {
-    let mut wal = database.as_os_str().to_owned();
-    wal.push("-wal");
-    let has_wal = fs::metadata(wal).is_ok_and(|meta| meta.len() > 0);
-    let connection = connect(database)?;
-    connection
-        .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, has_wal)
-        .map_err(|e| damaged(database, e))?;
     Ok(connection)
 }
 
@@ -332,7 +320,7 @@ fn show_one_after_the_other(snapshots: &mut [SnapshotRecord]) {
 /// Every base disk.
 pub(super) fn read_bases(connection: &Connection) -> rusqlite::Result<Vec<BaseRecord>> {
     let mut statement =
-        connection.prepare_cached("SELECT id, source_box_id, kind, base_path FROM base_disk")?;
+        connection.prepare_cached(&format!("SELECT {BASE_COLUMNS} FROM base_disk"))?;
     statement.query_map([], base_of)?.collect()
 }
 
@@ -344,7 +332,7 @@ pub(super) fn read_bases_at(
 ) -> rusqlite::Result<Vec<BaseRecord>> {
     let read = |condition: &str, value: &str| -> rusqlite::Result<Vec<BaseRecord>> {
         let mut statement = connection.prepare_cached(&format!(
-            "SELECT id, source_box_id, kind, base_path FROM base_disk WHERE {condition}"
+            "SELECT {BASE_COLUMNS} FROM base_disk WHERE {condition}"
         ))?;
         statement.query_map([value], base_of)?.collect()
     };
@@ -361,12 +349,15 @@ pub(super) fn read_bases_of(
     connection: &Connection,
     box_id: &str,
 ) -> rusqlite::Result<Vec<BaseRecord>> {
-    let mut statement = connection.prepare_cached(
-        "SELECT id, source_box_id, kind, base_path FROM base_disk
-         WHERE id IN (SELECT base_disk_id FROM base_disk_ref WHERE box_id = ?1)",
-    )?;
+    let mut statement = connection.prepare_cached(&format!(
+        "SELECT {BASE_COLUMNS} FROM base_disk
+         WHERE id IN (SELECT base_disk_id FROM base_disk_ref WHERE box_id = ?1)"
+    ))?;
     statement.query_map([box_id], base_of)?.collect()
 }
+
+/// What [`base_of`] reads.
+const BASE_COLUMNS: &str = "id, source_box_id, kind, base_path, created_at, json";
 
 fn base_of(row: &rusqlite::Row<'_>) -> rusqlite::Result<BaseRecord> {
     Ok(BaseRecord {
@@ -374,6 +365,8 @@ fn base_of(row: &rusqlite::Row<'_>) -> rusqlite::Result<BaseRecord> {
         source_box_id: row.get(1)?,
         kind: row.get(2)?,
         base_path: row.get(3)?,
+        created_at: row.get(4)?,
+        json: row.get(5)?,
     })
 }
 

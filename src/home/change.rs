@@ -35,7 +35,7 @@ const FIRST_LOCK_ID: u32 = 1_000_000;
 /// changes anything, or what he can change is known ([`Home::change_beside`]). Hold it for milliseconds.
 pub struct Change<'h> {
     home: &'h Home,
-    connection: Connection,
+    pub(super) connection: Connection,
     runtime: Runtime,
     _ours: File,
     _serial: MutexGuard<'h, ()>,
@@ -159,7 +159,11 @@ fn file_id(path: &Path) -> Result<(u64, u64)> {
 /// Keeps other boxlitefs from changing the home: those that don't go by the runtime lock, too. It is the
 /// flock of our own directory.
 fn take_turn(home: &Home) -> Result<File> {
+    if let Some(error) = home.unwritable() {
+        return Err(error);
+    }
     let dir = home.make_staging_dir()?;
+    home.refuse_scattered()?;
     let sentence = || format!("cannot lock {}", dir.display());
     let file = File::open(&dir).context(sentence)?;
     match flock_within(&file, LOCK_PATIENCE).context(sentence)? {
@@ -256,7 +260,7 @@ impl Change<'_> {
         self.home
     }
 
-    fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T> {
+    pub(super) fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T> {
         result.map_err(|e| failed(&self.connection, &self.home.database(), e))
     }
 
@@ -591,7 +595,7 @@ pub struct Transaction<'t> {
 }
 
 impl Transaction<'_> {
-    fn run(&self, statement: &str, params: impl rusqlite::Params) -> Result<usize> {
+    pub(super) fn run(&self, statement: &str, params: impl rusqlite::Params) -> Result<usize> {
         self.sql
             .prepare_cached(statement)
             .and_then(|mut statement| statement.execute(params))

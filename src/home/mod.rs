@@ -8,9 +8,12 @@ mod activity;
 mod catalog;
 mod change;
 mod identity;
+mod looking;
 mod options;
 mod paths;
+mod placement;
 mod reach;
+mod recorded_paths;
 mod records;
 mod remembered;
 mod shim;
@@ -26,8 +29,9 @@ pub use identity::{
 pub use options::{check_options, normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
 pub use reach::refuse_reach;
+pub use recorded_paths::{RecordedIn, RecordedPath};
 pub use records::{
-    BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
+    BaseFile, BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
 };
 pub use remembered::Remembered;
 pub use shim::{GUARD, Paused, Shim, run_guard};

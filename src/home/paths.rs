@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::catalog::{Catalog, CatalogReader, connect_to_look, failed, has_table, read_bases};
+use super::catalog::{Catalog, CatalogReader, failed, has_table, read_bases};
+use super::looking::{connect_to_look, may_write};
 use super::records::BaseRecord;
 use crate::{Context, Error, Result};
 
@@ -29,6 +30,11 @@ pub struct Owner {
 /// A BoxLite home: a directory with `db/boxlite.db`, `boxes/` and `bases/`.
 pub struct Home {
     root: PathBuf,
+    /// The directories layers lie in, as BoxLite names them: each may be a link, and BoxLite writes where it
+    /// leads to.
+    boxes: PathBuf,
+    bases: PathBuf,
+    images: PathBuf,
     owner: Owner,
     pub(super) catalog: Mutex<CatalogReader>,
     /// One change at a time in this process; the lock file keeps other processes out.
@@ -75,6 +81,9 @@ impl Home {
                 gid: meta.gid(),
                 mode: meta.mode() & 0o7777,
             },
+            boxes: where_it_leads(root.join("boxes")),
+            bases: where_it_leads(root.join("bases")),
+            images: where_it_leads(root.join("images")),
             root,
         };
         home.catalog()?;
@@ -107,14 +116,38 @@ impl Home {
         &self.root
     }
 
+    /// Why the home can't be changed by this process, where it lies as it lies; None if it can be.
+    pub fn unwritable(&self) -> Option<Error> {
+        let db = self.root.join("db");
+        let dirs = [&self.root, &db, &self.boxes, &self.bases];
+        let mut dirs = dirs.into_iter().filter(|dir| dir.is_dir());
+        dirs.find_map(|dir| {
+            let error = may_write(dir).err()?;
+            let sentence = format!("{} can't be written", dir.display());
+            Some(Error::io(sentence, error))
+        })
+    }
+
     /// Whose home it is.
     pub fn owner(&self) -> Owner {
         self.owner
     }
 
-    /// `boxes/`.
+    /// Whether a path (absolute, links resolved) is that of a file of this home.
+    pub fn contains(&self, path: &Path) -> bool {
+        self.directories().any(|dir| path.starts_with(dir))
+    }
+
+    /// Where files of the home lie: its own directory, and what links in it lead to.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        [&self.root, &self.boxes, &self.bases, &self.images]
+            .into_iter()
+            .map(PathBuf::as_path)
+    }
+
+    /// `boxes/`, where that leads to if it is a link.
     pub fn boxes_dir(&self) -> PathBuf {
-        self.root.join("boxes")
+        self.boxes.clone()
     }
 
     /// `boxes/ID`. `id` must be a safe component.
@@ -148,9 +181,10 @@ impl Home {
         self.box_dir(id).join(".snapshot_pending")
     }
 
-    /// `bases/`.
+    /// `bases/`, where that leads to if it is a link. BoxLite deletes every file in it that no row names by
+    /// this very path.
     pub fn bases_dir(&self) -> PathBuf {
-        self.root.join("bases")
+        self.bases.clone()
     }
 
     /// `bases/ID.qcow2`.
@@ -224,6 +258,11 @@ impl Home {
         std::os::unix::fs::lchown(path, Some(self.owner.uid), Some(self.owner.gid))
             .context(|| format!("cannot give {} to the owner of the home", path.display()))
     }
+}
+
+/// The path of a directory with links resolved; one that is not there stays as it is.
+fn where_it_leads(dir: PathBuf) -> PathBuf {
+    fs::canonicalize(&dir).unwrap_or(dir)
 }
 
 /// Whether this process may give files away.

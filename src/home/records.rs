@@ -116,9 +116,34 @@ pub struct BaseRecord {
     pub kind: String,
     /// Absolute path of the file.
     pub base_path: String,
+    /// Seconds since 1970.
+    pub created_at: i64,
+    /// `base_disk.json`, as stored.
+    pub json: String,
+}
+
+/// What the row of a base says of its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BaseFile {
+    /// When it was recorded, in seconds since 1970.
+    pub created_at: i64,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Length of the file in bytes.
+    pub size_bytes: u64,
 }
 
 impl BaseRecord {
+    /// What it says of the file; None where it does not.
+    pub fn file(&self) -> Option<BaseFile> {
+        let value: Value = serde_json::from_str(&self.json).ok()?;
+        Some(BaseFile {
+            created_at: self.created_at,
+            virtual_size: value["container_disk_bytes"].as_u64()?,
+            size_bytes: value["size_bytes"].as_u64()?,
+        })
+    }
+
     /// Whether boxlitefs made it.
     pub fn is_ours(&self) -> bool {
         self.source_box_id == OUR_SOURCE_BOX

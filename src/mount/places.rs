@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::{Options, detach, mountinfo, resolve};
+use crate::home::Home;
 use crate::{Context, Error, Result};
 
 /// The home and the mountpoint, both absolute and canonical.
@@ -25,6 +26,13 @@ impl Places {
         let mountpoint = check_mountpoint(mountpoint)?;
         check_apart(&home, &mountpoint)?;
         Ok(Places { home, mountpoint })
+    }
+}
+
+impl Places {
+    /// Why the home can't be written; None if it can be, or is none.
+    pub fn unwritable(&self) -> Option<Error> {
+        Home::open(&self.home).ok()?.unwritable()
     }
 }
 

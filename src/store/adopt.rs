@@ -113,6 +113,7 @@ impl Prepared<'_> {
                 path.display()
             )));
         }
+        self.store.keep_spare(&base);
         let mut done = BTreeSet::new();
         for reader in layers.readers_of(path) {
             let is_own = matches!(&reader.role, Role::Live { box_id } if *box_id == self.record.id);
@@ -187,6 +188,9 @@ impl Prepared<'_> {
             let link = self.store.scratch("name")?;
             durable::link(&copy, &link)?;
             self.store.replace(&link, &name.path)?;
+            if matches!(name.role, Role::Base { .. }) {
+                self.store.move_spare(&name.path)?;
+            }
         }
         durable::unlink(&copy)
     }

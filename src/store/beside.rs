@@ -37,7 +37,8 @@ impl Store {
     /// EROFS, EBUSY, EIO while the disk fails.
     pub(super) fn change_alone(&self) -> Result<Change<'_>> {
         self.begin_change()?;
-        let change = self.home.change().map_err(|error| {
+        let change = self.put_paths_right().and_then(|()| self.home.change());
+        let change = change.map_err(|error| {
             match self.is_shared && error.errno() == libc::EBUSY {
                 true => Error::busy(format!(
                     "{error}. Beside it, the option shared allows snapshots, clones, imports and restores only"
@@ -57,7 +58,13 @@ impl Store {
         match self.is_shared {
             true => {
                 self.begin_change()?;
-                let change = self.home.change_beside()?;
+                let mut change = self.home.change_beside()?;
+                if !change.is_beside_a_runtime() && !self.has_right_paths() {
+                    drop(change);
+                    self.put_paths_right()?;
+                    change = self.home.change_beside()?;
+                }
+                self.refuse_mounted_twice(&change)?;
                 durable::sync_unflushed()?;
                 Ok(change)
             }

@@ -9,9 +9,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::compact::amount;
-use super::layers::{Layers, Role, names_in, resolve};
+use super::layers::{ImageFile, Layers, Role, names_in, resolve};
 use super::merge::Rows;
 use super::prepare::Prepared;
+use super::remove_snapshot::is_at;
 use super::{Compression, Journal, Store, called, workspace};
 use crate::disk::{Chain, FileId};
 use crate::home::{
@@ -44,6 +45,9 @@ pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
     for note in &report.notes {
         say(out, &format!("note: {note}"))?;
     }
+    if let Some(unread) = &report.unread {
+        say(out, &format!("note: {unread}"))?;
+    }
     let state = match report.findings.len() {
         0 => "clean".to_owned(),
         1 => "1 finding".to_owned(),
@@ -66,6 +70,8 @@ struct Report {
     findings: Vec<String>,
     /// What is no fault, and takes space.
     notes: Vec<String>,
+    /// How many layers nothing reads any more, each of which is a finding.
+    unread: Option<String>,
 }
 
 fn look(home: &Path) -> Result<Report> {
@@ -79,8 +85,10 @@ fn look(home: &Path) -> Result<Report> {
         store: &store,
         findings: Vec::new(),
         notes: Vec::new(),
+        unread: None,
     };
     check.schema();
+    check.paths()?;
     check.headers();
     check.boxes();
     check.unneeded_of_boxlite();
@@ -91,6 +99,7 @@ fn look(home: &Path) -> Result<Report> {
         boxes: check.catalog.boxes().len(),
         findings: check.findings,
         notes: check.notes,
+        unread: check.unread,
     })
 }
 
@@ -112,7 +121,8 @@ impl Store {
                 self.journal.note(&format!("repair: {error}"));
             }
         }
-        self.free_unneeded()
+        self.free_unneeded()?;
+        self.keep_spares()
     }
 }
 
@@ -129,7 +139,7 @@ impl Prepared<'_> {
             if has_row || !is_snapshot_name(&name) || !path.is_file() {
                 continue;
             }
-            let Ok(chain) = Chain::open(&path, home.root(), home.owner().uid) else {
+            let Ok(chain) = Chain::open_in(&path, &self.store.scope_of(&path)) else {
                 continue;
             };
             let made = chain.changed_at().duration_since(std::time::UNIX_EPOCH);
@@ -153,6 +163,7 @@ struct Check<'s> {
     bases: Vec<BaseRecord>,
     findings: Vec<String>,
     notes: Vec<String>,
+    unread: Option<String>,
 }
 
 impl Check<'_> {
@@ -164,6 +175,30 @@ impl Check<'_> {
         if let Some(why) = self.catalog.schema().read_only.clone() {
             self.found(why);
         }
+    }
+
+    /// Rows and headers that name files of this home by other paths. BoxLite goes by those of bases, and
+    /// deletes what it does not find named.
+    fn paths(&mut self) -> Result<()> {
+        let found = match self.store.misspelled_now(Some(&self.layers)) {
+            Ok(found) => found,
+            Err(error) if error.errno() == libc::EPERM => {
+                self.found(error);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        for it in found {
+            match it.is_dangerous() {
+                true => self.found(format!(
+                    "{it}; BoxLite may delete that file at its next start; mounting the home, or check --repair, puts it right"
+                )),
+                false => self.notes.push(format!(
+                    "{it}; mounting the home, or check --repair, puts it right"
+                )),
+            }
+        }
+        Ok(())
     }
 
     /// Every image file's header.
@@ -229,13 +264,13 @@ impl Check<'_> {
     /// Every layer of a chain opens, and none lies outside the home.
     fn chain(&mut self, what: &str, top: &Path) {
         let home = &self.store.home;
-        match Chain::open(top, home.root(), home.owner().uid) {
+        match Chain::open_in(top, &self.store.scope_of(top)) {
             Ok(chain) => {
                 let outside: Vec<PathBuf> = chain
                     .layers()
                     .iter()
                     .filter_map(|layer| resolve(layer.path()).ok())
-                    .filter(|path| !path.starts_with(home.root()))
+                    .filter(|path| !home.contains(path))
                     .collect();
                 for path in outside {
                     self.found(format!(
@@ -293,11 +328,21 @@ impl Check<'_> {
         let mut with_rows = BTreeSet::new();
         for row in &rows {
             let path = PathBuf::from(&row.base_path);
+            let right = self
+                .store
+                .path_of_base(row)
+                .unwrap_or_else(|_| path.clone());
             if !path.exists() {
-                let why = match self.layers.readers_of(&path).next() {
+                let mut why = match self.layers.readers_of(&right).next() {
                     Some(reader) => format!("and {} reads from it", reader.path.display()),
                     None => "nothing reads from it".to_owned(),
                 };
+                if let Some(spare) = self.layers.spares().of_base(&right) {
+                    why = format!(
+                        "{why}; its layer is still there as {}, and mounting the home, or check --repair, puts it back",
+                        spare.path.display()
+                    );
+                }
                 self.found(format!(
                     "base {} has no file {}; {why}",
                     row.id,
@@ -325,11 +370,21 @@ impl Check<'_> {
             })
             .collect();
         self.findings.extend(without);
-        let unread: Vec<String> = rows
+        self.unread(&rows);
+        self.spares(&rows);
+    }
+
+    /// Bases of ours that nothing reads: BoxLite removed their last reader, or a change was cut off.
+    fn unread(&mut self, rows: &[BaseRecord]) {
+        let unread: Vec<&ImageFile> = rows
             .iter()
             .filter(|row| row.is_ours())
             .filter_map(|row| self.layers.at(&resolve(Path::new(&row.base_path)).ok()?))
             .filter(|file| file.names == 1 && self.layers.readers_of(&file.path).next().is_none())
+            .collect();
+        let bytes: u64 = unread.iter().map(|file| file.allocated).sum();
+        let sentences: Vec<String> = unread
+            .iter()
             .map(|file| {
                 format!(
                     "{} is a leftover, nothing reads from it ({}); mounting the home frees it",
@@ -338,7 +393,38 @@ impl Check<'_> {
                 )
             })
             .collect();
-        self.findings.extend(unread);
+        if sentences.is_empty() {
+            return;
+        }
+        self.unread = Some(format!(
+            "layers of boxlitefs whose last reader BoxLite removed: {} ({}); boxlitefs compact frees them",
+            sentences.len(),
+            amount(bytes)
+        ));
+        self.findings.extend(sentences);
+    }
+
+    /// Spare names of bases that are gone. Those of bases with rows are told of with these.
+    fn spares(&mut self, rows: &[BaseRecord]) {
+        let has_row = |base: &Path| rows.iter().any(|row| is_at(row, base));
+        let spares = self.layers.spares().all().iter();
+        let gone = spares.filter(|spare| self.layers.at(&spare.base).is_none());
+        let found: Vec<String> = gone
+            .filter_map(|spare| {
+                let (path, base) = (spare.path.display(), spare.base.display());
+                let size = amount(spare.allocated);
+                if let Some(reader) = self.layers.readers_of(&spare.base).next() {
+                    let reader = reader.path.display();
+                    return (!has_row(&spare.base)).then(|| format!(
+                        "{reader} reads from {base}, which is gone; its layer is still there as {path}, and mounting the home, or check --repair, puts it back"
+                    ));
+                }
+                (!has_row(&spare.base)).then(|| format!(
+                    "{path} is a leftover, nothing reads from it ({size}); mounting the home frees it"
+                ))
+            })
+            .collect();
+        self.findings.extend(found);
     }
 
     /// Files and directories that no row speaks of.

@@ -37,6 +37,7 @@ pub fn run(home: &Path, out: &mut dyn Write, meter: &dyn Meter) -> Result<()> {
     drop(store.home.change()?);
     let before = store.allocated()?;
     store.free_unneeded()?;
+    store.keep_spares()?;
     let result = store.compact(out, meter);
     let freed = before.saturating_sub(store.allocated()?);
     let root = store.home.root().display();

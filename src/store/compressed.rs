@@ -584,6 +584,14 @@ impl CompressedCache {
         }
     }
 
+    /// Lets go of a spool that nobody reads. False if there is none.
+    pub(super) fn drop_any_spool(&mut self) -> bool {
+        let unread = |spool: &Arc<Spool>| Arc::strong_count(spool) == 1;
+        let mut known = self.known.values_mut();
+        let found = known.find(|known| known.spool.as_ref().is_some_and(unread));
+        found.is_some_and(|known| known.spool.take().is_some())
+    }
+
     /// Lets go of the spool that was used least lately and that nobody reads.
     pub(super) fn drop_oldest_spool(&mut self, but: &Source) -> bool {
         for source in self.used.iter().filter(|source| *source != but) {

@@ -289,7 +289,8 @@ impl Store {
     /// Opens a chain. A change of ours may move a layer's name between reading a header and opening
     /// what it names; then the header has the new name already.
     pub(super) fn open_chain(&self, top: &Path) -> Result<Chain> {
-        let open = || Chain::open(top, self.home.root(), self.home.owner().uid);
+        let scope = self.scope_of(top);
+        let open = || Chain::open_in(top, &scope);
         match open() {
             Err(error) if error.errno() == libc::ENOENT => open().map_err(|error| {
                 // Its name is there: that it can't be read is no ENOENT, which is taken for gone.

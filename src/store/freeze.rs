@@ -94,6 +94,7 @@ impl Store {
     pub(super) fn draft_freeze(&self, box_id: &str) -> Result<Draft> {
         self.refuse_read_only()?;
         let live = self.home.live_disk(box_id);
+        self.mend_chain(box_id, &live)?;
         let header = live_header(&live)?;
         let mut draft = Draft {
             base: self.home.base_disk(&base_id()?),
@@ -121,6 +122,7 @@ impl Store {
     pub(super) fn draft_clone(&self, source: &Source) -> Result<Draft> {
         self.refuse_read_only()?;
         let top = self.top_of(source)?;
+        self.mend_chain(source.box_id(), &top)?;
         let header = live_header(&top)?;
         let holds_data = Layer::open(&top, Format::Qcow2)?.holds_data()?;
         let below = disk::chain_paths(&top)?.len() - usize::from(!holds_data);
@@ -152,6 +154,15 @@ impl Store {
                 running: None,
             }),
         }
+    }
+
+    /// Has bases that were deleted put back, where a chain can't be followed without.
+    fn mend_chain(&self, box_id: &str, top: &Path) -> Result<()> {
+        let is_broken = disk::chain_paths(top).is_err_and(|e| e.errno() == libc::ENOENT);
+        if is_broken && top.exists() {
+            drop(self.prepare(box_id)?);
+        }
+        Ok(())
     }
 
     fn refuse_active_box(&self, box_id: &str) -> Result<()> {
@@ -293,6 +304,7 @@ impl Prepared<'_> {
             }
         }
         crash_point("freeze.replaced");
+        self.store.keep_spare(&draft.base);
         Ok(FrozenDisk {
             layer: Frozen::Base {
                 path: draft.base.clone(),
@@ -359,6 +371,7 @@ impl Prepared<'_> {
         self.change.hold()?;
         durable::rename(&flat.file, &draft.base)?;
         crash_point("flat.installed");
+        self.store.keep_spare(&draft.base);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Store;
+use super::spares::{SharedSpares, Spares};
 use crate::disk::{FileId, Header, Moment};
 use crate::home::BaseRecord;
 use crate::{Context, Error, Result};
@@ -26,14 +27,16 @@ pub(super) enum Role {
 pub(super) struct ImageFile {
     pub path: PathBuf,
     pub id: FileId,
-    /// Names the inode has, ours or not.
+    /// Names the inode has, whether the home knows them or not; but not those of [`Spares`].
     pub names: u64,
     /// As long as this is the same, so is its header.
     pub stamp: Stamp,
     /// Bytes it takes on the disk.
     pub allocated: u64,
     pub role: Role,
-    /// The backing path in its header, resolved; None for an image without one.
+    /// The backing path in its header, as it stands there.
+    pub stored: Option<PathBuf>,
+    /// The same, resolved; None for an image without one.
     pub backing: Option<PathBuf>,
     /// Why the header can't be read. Such a file may depend on anything.
     pub damaged: Option<String>,
@@ -50,6 +53,7 @@ impl ImageFile {
             stamp: Stamp::default(),
             allocated: 0,
             role,
+            stored: None,
             backing: None,
         }
     }
@@ -72,11 +76,15 @@ pub(super) struct Layers {
     by_box: HashMap<String, Vec<usize>>,
     /// Who names a path in its header.
     readers: HashMap<PathBuf, Vec<usize>>,
+    spares: SharedSpares,
 }
 
 impl Layers {
-    fn new(files: Vec<ImageFile>) -> Self {
-        let mut layers = Layers::default();
+    fn new(files: Vec<ImageFile>, spares: SharedSpares) -> Self {
+        let mut layers = Layers {
+            spares,
+            ..Layers::default()
+        };
         for (index, file) in files.iter().enumerate() {
             layers.by_path.insert(file.path.clone(), index);
             layers.by_id.entry(file.id).or_default().push(index);
@@ -94,6 +102,16 @@ impl Layers {
         }
         layers.files = files;
         layers
+    }
+
+    /// The spare names of bases.
+    pub fn spares(&self) -> &Spares {
+        &self.spares
+    }
+
+    /// Every path that a header names.
+    pub fn named(&self) -> impl Iterator<Item = &Path> {
+        self.readers.keys().map(PathBuf::as_path)
     }
 
     /// Every name of every file.
@@ -152,7 +170,7 @@ impl Layers {
                 .filter(|name| gone.contains(&name.path));
             file.names = file.names.saturating_sub(lost.count() as u64);
         }
-        Layers::new(left)
+        Layers::new(left, self.spares.clone())
     }
 
     /// The paths of a file's chain, the file first. Ends at what is no image file of the home (a
@@ -221,6 +239,7 @@ struct Scan {
     /// From before the first look.
     moment: Moment,
     files: Vec<ImageFile>,
+    spares: Spares,
     directories: Directories,
 }
 
@@ -271,6 +290,7 @@ impl Store {
     pub(super) fn scan_layers(&self) -> Result<Layers> {
         let mut scan = Scan {
             moment: self.moment_now(&self.home.bases_dir()),
+            spares: self.scan_spares()?,
             ..Scan::default()
         };
         for name in names_in(&self.home.bases_dir())? {
@@ -293,7 +313,7 @@ impl Store {
                 self.look_at(path, role, &mut scan);
             }
         }
-        let layers = Layers::new(scan.files);
+        let layers = Layers::new(scan.files, SharedSpares::new(scan.spares));
         let mut headers = self.headers.lock();
         headers.known.retain(|id, _| layers.by_id.contains_key(id));
         drop(headers);
@@ -301,15 +321,18 @@ impl Store {
     }
 
     fn look_at(&self, path: PathBuf, role: Role, scan: &mut Scan) {
-        let files = &mut scan.files;
         let meta = match fs::symlink_metadata(&path) {
             Ok(meta) => meta,
             Err(e) if is_absent(&e) => return,
-            Err(e) => return files.push(ImageFile::unreadable(path, role, e.to_string())),
+            Err(e) => {
+                return scan
+                    .files
+                    .push(ImageFile::unreadable(path, role, e.to_string()));
+            }
         };
         if !meta.is_file() {
             let why = "is no regular file".to_owned();
-            return files.push(ImageFile::unreadable(path, role, why));
+            return scan.files.push(ImageFile::unreadable(path, role, why));
         }
         let id = FileId::of(&meta);
         let stamp = stamp(&meta);
@@ -318,17 +341,19 @@ impl Store {
             Err(why) => (None, Some(why)),
         };
         // A relative path counts from the directory of the name it is read by.
-        let backing = backing.map(|stored| match path.parent() {
+        let stored = backing;
+        let backing = stored.clone().map(|stored| match path.parent() {
             Some(dir) => scan.directories.resolve(dir.join(stored)),
             None => stored,
         });
-        files.push(ImageFile {
+        scan.files.push(ImageFile {
             path,
             id,
-            names: meta.nlink(),
+            names: meta.nlink().saturating_sub(scan.spares.count_of(id)),
             stamp,
             allocated: meta.blocks() * 512,
             role,
+            stored,
             backing,
             damaged,
         });

@@ -566,6 +566,8 @@ impl Prepared<'_> {
         };
         self.claim(&below.path)?;
         crash_point("merge.claimed");
+        // A live disk is written to, and no spare name may stand for it.
+        self.store.drop_spare(&below.path)?;
         // The state is as old as it was.
         durable::copy_times(&top.path, &below.path)?;
         durable::sync_file(&below.path)?;
@@ -594,6 +596,8 @@ impl Prepared<'_> {
         for (new, name) in moves {
             self.store.replace(&new, name)?;
             crash_point("merge.renamed");
+            // Before what the old file read from is freed.
+            self.store.move_spare(name)?;
         }
         self.change.transaction(|rows| {
             let mut names = wanted.names.iter();

@@ -28,8 +28,11 @@ mod remove_box;
 mod remove_snapshot;
 mod rename;
 mod restore;
+mod room;
 mod running;
 mod snapshot;
+mod spares;
+mod spelling;
 mod spool;
 mod states;
 mod upkeep;
@@ -38,6 +41,7 @@ mod workspace;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use parking_lot::Mutex;
 
@@ -54,7 +58,7 @@ pub use spool::Spool;
 pub use upkeep::{Compacting, Upkeep};
 pub use usage::Usage;
 
-use crate::disk::FileClock;
+use crate::disk::{FileClock, Scope};
 use crate::home::{BoxRecord, Catalog, Home, Remembered, SnapshotRecord};
 use crate::{Error, Result};
 
@@ -117,6 +121,10 @@ pub struct Store {
     read_only: bool,
     /// Some changes are made also while a BoxLite runtime has the home.
     is_shared: bool,
+    /// Rows and headers were seen to name this home's files by their canonical paths.
+    paths_are_right: AtomicBool,
+    /// Rows were seen not to be those of another place that the home is mounted at.
+    is_mounted_once: AtomicBool,
 }
 
 impl Store {
@@ -141,7 +149,14 @@ impl Store {
         compression: Compression,
     ) -> Result<Store> {
         let home = Home::open(path)?;
+        let unwritable = home.unwritable().filter(|_| !read_only);
+        let read_only = read_only || unwritable.is_some();
         let journal = Journal::open(&home, read_only);
+        if let Some(error) = &unwritable {
+            journal.complain(&format!(
+                "{error}: the home is only looked at, as with -o ro"
+            ));
+        }
         let mut store = Store::of(home, journal, read_only, compression);
         store.is_shared = is_shared;
         if let Some(sentence) = store.remembered.newer() {
@@ -149,8 +164,11 @@ impl Store {
         }
         if let Some(why) = store.home.catalog()?.schema().read_only.clone() {
             store.journal.note(&format!("read only: {why}"));
-        } else if !read_only {
+        } else if read_only {
+            store.warn_of_paths("the home is only looked at; mount it without ro once");
+        } else {
             store.recover_at_mount();
+            store.keep_reserve();
         }
         Ok(store)
     }
@@ -186,6 +204,8 @@ impl Store {
             operations: Arc::default(),
             read_only,
             is_shared: false,
+            paths_are_right: AtomicBool::new(false),
+            is_mounted_once: AtomicBool::new(false),
         }
     }
 
@@ -211,13 +231,14 @@ impl Store {
 
     /// EROFS when mounted read-only.
     pub(crate) fn refuse_read_only(&self) -> Result<()> {
-        if self.read_only {
-            return Err(Error::new(
-                libc::EROFS,
-                "mounted read-only; mount again without ro to make changes",
-            ));
+        if !self.read_only {
+            return Ok(());
         }
-        Ok(())
+        let sentence = match self.home.unwritable() {
+            Some(error) => format!("{error}: the home is only looked at"),
+            None => "mounted read-only; mount again without ro to make changes".to_owned(),
+        };
+        Err(Error::new(libc::EROFS, sentence))
     }
 
     /// Notes in the journal how an operation ended, and passes its result on.
@@ -252,6 +273,33 @@ impl Store {
                 path
             }
             _ => own,
+        }
+    }
+
+    /// Where the layers below a file of the home may be. Those of a box that was written elsewhere, as in a
+    /// backup of a home, are looked for in this home first: what headers name is not there any more, or
+    /// another home's, which went on.
+    pub(crate) fn scope_of(&self, top: &Path) -> Scope {
+        let boxes = self.home.boxes_dir();
+        let id = top
+            .strip_prefix(&boxes)
+            .ok()
+            .and_then(|path| path.iter().next());
+        let catalog = id.and_then(|_| self.home.catalog().ok());
+        let record = id
+            .and_then(|id| id.to_str())
+            .zip(catalog.as_ref())
+            .and_then(|(id, catalog)| catalog.box_by_id(id));
+        let is_elsewhere = record.is_some_and(|record| !self.is_at_home(record));
+        let moved = [
+            ("bases", self.home.bases_dir()),
+            ("boxes", boxes),
+            ("images", self.home.root().join("images")),
+        ];
+        Scope {
+            homes: self.home.directories().map(Path::to_owned).collect(),
+            owner: self.home.owner().uid,
+            moved: moved.into_iter().filter(|_| is_elsewhere).collect(),
         }
     }
 

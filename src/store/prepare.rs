@@ -93,18 +93,26 @@ impl Store {
         }
     }
 
+    /// Whether a box lives in this home, by its configuration.
+    pub(super) fn is_at_home(&self, record: &BoxRecord) -> bool {
+        self.refuse_copied(record).is_ok()
+    }
+
+    fn is_box_home(&self, box_home: &Path, here: &Path) -> bool {
+        // A box that never started may have no directory at all. Whoever comes by a link is at home, too.
+        box_home == here
+            || std::fs::metadata(box_home)
+                .and_then(|there| Ok(FileId::of(&there) == FileId::of(&std::fs::metadata(here)?)))
+                .unwrap_or(false)
+    }
+
     /// In a copied home the configuration still names the original's directory, and changes by
     /// BoxLite or by us would hit the original.
     fn refuse_copied(&self, record: &BoxRecord) -> Result<()> {
         let config = record.config()?;
         let box_home = config["box_home"].as_str().unwrap_or_default();
         let here = self.home.box_dir(&record.id);
-        // A box that never started may have no directory at all.
-        let same = Path::new(box_home) == here
-            || FileId::at(Path::new(box_home))
-                .and_then(|there| Ok(there == FileId::at(&here)?))
-                .unwrap_or(false);
-        if same {
+        if self.is_box_home(Path::new(box_home), &here) {
             return Ok(());
         }
         Err(Error::new(
@@ -129,7 +137,10 @@ impl Prepared<'_> {
     fn make_ready(&mut self) -> Result<()> {
         match self.change.is_beside_a_runtime() {
             true => self.refuse_unsettled()?,
-            false => self.recover()?,
+            false => {
+                self.recover()?;
+                self.put_back_own_bases()?;
+            }
         }
         self.adopt_own_chains()?;
         self.complete_refs()
@@ -235,27 +246,25 @@ impl Prepared<'_> {
     /// EPERM when rows or headers of the box speak of another home.
     pub(super) fn refuse_strangers(&self) -> Result<()> {
         self.store.refuse_copied(&self.record)?;
+        self.store.home.refuse_linked_box(&self.record.id)?;
         self.refuse_foreign_layers()
     }
 
     /// Likewise, by headers that were read already.
     pub(super) fn refuse_strangers_in(&self, layers: &Layers) -> Result<()> {
         self.store.refuse_copied(&self.record)?;
+        self.store.home.refuse_linked_box(&self.record.id)?;
         let tops = self.tops()?;
         let mut paths = tops.iter().flat_map(|top| layers.chain(top));
-        let root = self.store.home.root();
         paths
-            .find(|path| !path.starts_with(root))
+            .find(|path| !self.store.home.contains(path))
             .map_or(Ok(()), |outside| Err(self.outside(outside)))
     }
 
     /// EPERM when a chain leaves the home.
     fn refuse_foreign_layers(&self) -> Result<()> {
         for chain in self.chains()? {
-            if let Some(outside) = chain
-                .iter()
-                .find(|path| !path.starts_with(self.store.home.root()))
-            {
+            if let Some(outside) = chain.iter().find(|path| !self.store.home.contains(path)) {
                 return Err(self.outside(outside));
             }
         }
@@ -273,6 +282,18 @@ impl Prepared<'_> {
         )
     }
 
+    /// Puts bases back that were deleted, where a chain of the box can't be followed without.
+    fn put_back_own_bases(&mut self) -> Result<()> {
+        let is_broken = |top: &PathBuf| {
+            crate::disk::chain_paths(top).is_err_and(|error| error.errno() == libc::ENOENT)
+        };
+        if self.tops()?.iter().any(is_broken) {
+            let layers = self.layers()?;
+            self.store.put_back_bases(&mut self.change, &layers)?;
+        }
+        Ok(())
+    }
+
     /// Makes every base in any chain of the box referred to by the box, so that BoxLite does not
     /// collect it (it goes by references, and its own are incomplete). A base without a row gets
     /// one of ours: a crash inside BoxLite's clone leaves such.
@@ -287,7 +308,13 @@ impl Prepared<'_> {
         let mut new_refs = Vec::new();
         for path in reached {
             let id = match self.base_at(&path)? {
-                Some(row) => row.id,
+                Some(row) => {
+                    // One of an older version has no spare name yet.
+                    if row.is_ours() {
+                        self.store.keep_spare(&path);
+                    }
+                    row.id
+                }
                 None if self.change.is_beside_a_runtime() => {
                     return Err(self.cloned_just_now(&path));
                 }

@@ -37,13 +37,20 @@ impl Store {
                 self.journal.note(&sentence);
             }
         }
-        match self.home.change() {
+        // What recovery and all after it write, and look for, are canonical paths.
+        let change = self.put_paths_right().and_then(|()| self.home.change());
+        match change {
             Ok(change) => {
-                if let Err(error) = self.recover_home(change, false) {
+                let recovered = self.recover_home(change, false);
+                // What was put back may name others by another path.
+                if let Err(error) = recovered.and_then(|()| self.put_paths_right()) {
                     self.journal.note(&format!("recovery stopped: {error}"));
                 }
             }
-            Err(error) => self.journal.note(&format!("recovery waits: {error}")),
+            Err(error) => {
+                self.journal.note(&format!("recovery waits: {error}"));
+                self.warn_of_paths(&error.to_string());
+            }
         }
     }
 
@@ -52,6 +59,7 @@ impl Store {
     /// # Errors
     /// EBUSY when a runtime holds the lock, EROFS, EIO.
     pub(super) fn free_unneeded(&self) -> Result<()> {
+        self.put_paths_right()?;
         let change = self.home.change()?;
         durable::sync_unflushed()?;
         self.recover_home(change, true)
@@ -64,7 +72,8 @@ impl Store {
         let mut boxes = change.boxes()?;
         let Some(first) = boxes.pop() else {
             self.drop_rows_without_files(&mut change)?;
-            return self.free_unreached(&mut change);
+            self.free_unreached(&mut change)?;
+            return self.tidy_spares(&change);
         };
         boxes.push(first.clone());
         let mut prepared = Prepared {
@@ -73,7 +82,12 @@ impl Store {
             record: first,
         };
         // One look at all layers for all boxes, before and after: the lock is held.
-        let layers = self.scan_layers()?;
+        let mut layers = self.scan_layers()?;
+        if boxes.iter().all(|record| self.is_at_home(record))
+            && self.put_back_bases(&mut prepared.change, &layers)? > 0
+        {
+            layers = self.scan_layers()?;
+        }
         let mut all_are_at_home = true;
         let mut recovered = Vec::new();
         for record in boxes {
@@ -114,7 +128,8 @@ impl Store {
         self.drop_rows_without_files(&mut prepared.change)?;
         self.free_bases(&mut prepared.change, &|row| {
             row.is_ours() || given_up.contains(&row.id)
-        })
+        })?;
+        self.tidy_spares(&prepared.change)
     }
 
     /// Directories of boxes that were being made: without a row they go, with one the mark goes.
@@ -213,6 +228,10 @@ impl Prepared<'_> {
         }
         let layers = self.layers()?;
         let id = FileId::of(&meta);
+        // Made last, but without a flush: it may be on disk without what came before it.
+        for spare in layers.spares().all().iter().filter(|it| it.id == id) {
+            durable::unlink(&spare.path)?;
+        }
         for name in layers.names_of(id) {
             if !matches!(name.role, Role::Base { .. }) {
                 continue;

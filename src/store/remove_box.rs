@@ -23,7 +23,7 @@ impl Store {
     /// EROFS, EBUSY while the box runs or a runtime has the home, EPERM in a copied home, ENOENT.
     pub fn refuse_unready(&self, box_id: &str) -> Result<()> {
         self.refuse_read_only()?;
-        self.look_at_box(box_id).map(drop)
+        self.delete_with_room(&|| self.look_at_box(box_id).map(drop))
     }
 
     /// Likewise for a restore, which can be made beside a runtime.
@@ -41,7 +41,7 @@ impl Store {
     /// live disk, ENOENT.
     pub fn remove_box(&self, box_id: &str, gone: &BTreeSet<String>) -> Result<()> {
         let what = format!("removal of box {}", self.name_of(box_id));
-        let result = self.delete_box(box_id, gone);
+        let result = self.delete_with_room(&|| self.delete_box(box_id, gone));
         self.noted(&what, result)
     }
 

@@ -23,7 +23,7 @@ impl Store {
             self.snapshot_name(box_id, snapshot_id)?,
             self.name_of(box_id)
         );
-        let result = self.delete_snapshot(box_id, snapshot_id);
+        let result = self.delete_with_room(&|| self.delete_snapshot(box_id, snapshot_id));
         self.noted(&what, result)
     }
 
@@ -148,6 +148,7 @@ impl Store {
         }
         durable::unlink(path)?;
         crash_point("free.unlinked");
+        self.free_spare(path);
         change.transaction(|rows| rows.delete_base(&row.id))
     }
 
@@ -218,6 +219,6 @@ pub(super) fn is_at(row: &BaseRecord, path: &Path) -> bool {
 /// Whether a path of the home that something names has nothing there.
 fn is_gone_from(path: &Path, layers: &Layers, home: &Home) -> bool {
     layers.at(path).is_none()
-        && path.starts_with(home.root())
+        && home.contains(path)
         && std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
 }

@@ -132,7 +132,7 @@ impl Store {
             .copy_running(source, &record, shim, go_on)
             .map_err(what)?;
         let top = self.home.live_disk(box_id);
-        let chain = Chain::open_over(copy, &top, self.home.root(), self.home.owner().uid)?;
+        let chain = Chain::open_over(copy, &top, &self.scope_of(&top))?;
         let (about, hash) = about_of(&record, chain.changed_at())?;
         let changed = chain.changed_at();
         let export = Arc::new(Export::plan(Arc::new(chain), about)?);
@@ -346,6 +346,7 @@ impl Prepared<'_> {
         self.change.hold()?;
         durable::rename(file, &base)?;
         crash_point("flat.installed");
+        self.store.keep_spare(&base);
         let opened = File::open(&base).context(|| format!("cannot open {}", base.display()))?;
         Ok(FrozenDisk {
             layer: Frozen::Base { path: base.clone() },

@@ -227,6 +227,8 @@ impl Rounds {
         if self.store.has_unneeded(&catalog)? {
             self.store.free_unneeded()?;
         }
+        self.store.keep_spares()?;
+        self.store.keep_reserve();
         let mut settled = self.hopeless.clone();
         loop {
             let mut work = self.store.mergeable()?.into_iter();

@@ -116,6 +116,11 @@ pub struct Tree {
 }
 
 impl Tree {
+    /// Whether nothing can be changed: it was asked for, or the home can't be written.
+    pub fn is_read_only(&self) -> bool {
+        self.store.is_read_only()
+    }
+
     /// Opens a home for showing.
     ///
     /// # Errors
@@ -128,7 +133,7 @@ impl Tree {
             options.compression,
         )?;
         let store = Arc::new(store.taking(options.imports));
-        let upkeep = match options.read_only {
+        let upkeep = match store.is_read_only() {
             true => None,
             false => Upkeep::begin(&store, options.compacting),
         };

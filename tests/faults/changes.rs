@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -88,6 +89,46 @@ fn with_an_unread_snapshot() -> TestHome {
     drop(mount);
     home.wheel(&["snapshot-restore", "web", "start"]);
     home.guest_write("web", FREE_AREA, b"the box's own");
+    home
+}
+
+/// Rows and headers name the files through a link, as after the home was moved and a link put in its place.
+fn with_paths_through_a_link() -> TestHome {
+    let home = with_our_snapshot();
+    let link = home.beside("link");
+    std::os::unix::fs::symlink(home.root(), &link).unwrap();
+    let (here, there) = (text(home.root()), text(&link));
+    let database = home.database();
+    for statement in [
+        "UPDATE base_disk SET base_path = replace(base_path, ?1, ?2), json = replace(json, ?1, ?2)",
+        "UPDATE snapshot SET json = replace(json, ?1, ?2)",
+        "UPDATE box_config SET json = replace(json, ?1, ?2)",
+    ] {
+        database.execute(statement, [here, there]).unwrap();
+    }
+    let live = home.live_disk("web");
+    let base = text(&chain(&live)[1]).replace(here, there);
+    succeed(&[
+        "qemu-img",
+        "rebase",
+        "-u",
+        "-b",
+        &base,
+        "-F",
+        "qcow2",
+        text(&live),
+    ]);
+    home
+}
+
+/// A base of ours that somebody deleted: the layer of `old` has the name of the snapshot, and its spare one.
+fn with_a_deleted_base() -> TestHome {
+    let home = with_an_unread_snapshot();
+    let layer = fs::metadata(home.snapshot_disk("web", "old")).unwrap();
+    let bases = home.root().join("bases");
+    let is_it = |name: &String| fs::metadata(bases.join(name)).unwrap().ino() == layer.ino();
+    let base = names_in(&bases).into_iter().find(is_it).unwrap();
+    fs::remove_file(bases.join(base)).unwrap();
     home
 }
 
@@ -648,8 +689,28 @@ pub const REPAIR: Change = Change {
     },
 };
 
+pub const PATHS: Change = Change {
+    name: "putting paths right",
+    by: By::Repair,
+    prepare: with_paths_through_a_link,
+    act: |_| Ok(()),
+    points: &["paths.recorded", "paths.rebased"],
+    whole: |_| {},
+};
+
+pub const PUT_BACK: Change = Change {
+    name: "putting bases back",
+    by: By::Repair,
+    prepare: with_a_deleted_base,
+    act: |_| Ok(()),
+    points: &["put-back.recorded", "put-back.linked"],
+    whole: |_| {},
+};
+
 /// All of them.
-pub const CHANGES: [&Change; 25] = [
+pub const CHANGES: [&Change; 27] = [
+    &PATHS,
+    &PUT_BACK,
     &SNAPSHOT,
     &ADOPT,
     &LONG,

@@ -31,9 +31,9 @@ const FIRST_ROOM: u64 = 4;
 /// More KiB than any of the changes needs.
 const ENOUGH: u64 = 64 << 10;
 
-/// What a refused change may leave, in bytes: some lines in the log, and what the file system and SQLite
-/// keep for the next time.
-const SLACK: u64 = 512 << 10;
+/// What a refused change may leave, in bytes: some lines in the log, what the file system and SQLite
+/// keep for the next time, and the room that is kept for deleting.
+const SLACK: u64 = (512 << 10) + (1 << 20);
 
 /// A change on a disk of its own.
 struct Trial<'c> {
@@ -224,6 +224,56 @@ fn on_a_full_btrfs_a_change_is_made_or_refused() {
     try_changes(FileSystem::Btrfs);
 }
 
+// ---- what makes room ----------------------------------------------------------------------------
+
+/// Deletes snapshots and a box with nothing left on the disk.
+fn deletes_on_a_full_disk(kind: FileSystem) {
+    let home = TestHome::new();
+    let disk = SmallDisk::under(&home, kind, kind.smallest());
+    let mount = home.mount();
+    for number in 0..3u64 {
+        home.guest_write("web", FREE_AREA, &noise(number + 1, 256 << 10));
+        mount.snapshot("web", &format!("s{number}")).unwrap();
+    }
+    mount.copy("web", "other");
+    // Reading it once makes the mount keep it.
+    let compressed = mount.at("web/export.boxlite.zst");
+    succeed(&["cp", text(&compressed), text(&home.beside("out.zst"))]);
+    disk.fill(0);
+    for number in 0..3 {
+        let name = format!("s{number}");
+        mount
+            .remove_snapshot("web", &name)
+            .unwrap_or_else(|e| panic!("{name}: {e}; {}", mount.log()));
+    }
+    // The room that came back is taken, too, but for what is set aside for deleting.
+    disk.empty();
+    mount.snapshot("web", "last").unwrap();
+    mount.remove_snapshot("web", "last").unwrap();
+    disk.fill(0);
+    let removed = run(&["rm", "-r", text(&mount.at("other"))]);
+    assert!(removed.status.success(), "{removed:?}; {}", mount.log());
+    assert_eq!(mount.names(""), ["web"]);
+    disk.empty();
+    mount.unmount();
+    home.assert_whole_once_mounted();
+}
+
+#[test]
+fn on_a_full_ext4_snapshots_and_boxes_can_be_deleted() {
+    deletes_on_a_full_disk(FileSystem::Ext4);
+}
+
+#[test]
+fn on_a_full_xfs_snapshots_and_boxes_can_be_deleted() {
+    deletes_on_a_full_disk(FileSystem::Xfs);
+}
+
+#[test]
+fn on_a_full_btrfs_snapshots_and_boxes_can_be_deleted() {
+    deletes_on_a_full_disk(FileSystem::Btrfs);
+}
+
 // ---- shared blocks ------------------------------------------------------------------------------
 
 /// Bytes of a layer that is far larger than what may be used for a copy of it.
@@ -250,6 +300,8 @@ fn with_large_layers(kind: FileSystem, snapshots: usize) -> (TestHome, SmallDisk
         home.guest_write("web", FREE_AREA, &bytes);
         home.wheel(&["snapshot-create", "web", &format!("s{number}")]);
     }
+    // The room for deleting is set aside.
+    home.mount().unmount();
     (home, disk)
 }
 

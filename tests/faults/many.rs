@@ -291,7 +291,9 @@ fn a_client_that_is_killed_at_any_system_call_leaves_nothing_behind() {
         home.assert_whole_once_mounted();
         let staging = names_in(&home.root().join(".boxlitefs"));
         assert!(
-            staging.iter().all(|name| name == "log" || name == "log.1"),
+            staging
+                .iter()
+                .all(|name| matches!(name.as_str(), "log" | "log.1" | "layers" | "reserve")),
             "{client}: {staging:?}"
         );
     }

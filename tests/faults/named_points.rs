@@ -202,6 +202,16 @@ fn a_repair_that_is_cut_off_is_done_again() {
 }
 
 #[test]
+fn paths_that_are_put_right_and_cut_off_lead_to_the_same_files() {
+    survives(&PATHS);
+}
+
+#[test]
+fn bases_that_come_back_and_are_cut_off_are_put_back_again() {
+    survives(&PUT_BACK);
+}
+
+#[test]
 fn every_crash_point_in_the_store_is_tried() {
     let tried: BTreeSet<&str> = CHANGES
         .iter()

@@ -32,7 +32,7 @@ END = bytes(2 * BLOCK)
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 # What a sentence says of what is refused, by the check; `.*` is anything, `|` is or.
-UNKNOWN = "the member .* is unknown"
+NO_DISK = "it has no disk.qcow2"
 MISMATCH = "the sha256 of disk.qcow2 is not the one manifest.json says"
 CUT = "the archive ends in the middle of"
 SUM = "the checksum of the tar header after .* does not match"
@@ -532,26 +532,30 @@ class Corpus:
         add("zstd-padding-unpacks", zstd(self.good) + rle(0, 64 * MIB))
 
     def names(self):
-        dots, absolute = "has .. in its name", "has an absolute name"
         forged = b"x\n2030-01-01T00:00:00Z import of box forged\x1b[2J\x1b]0;\x07"
         for label, name, says in (
-            ("parent", b"../disk.qcow2", dots), ("parent-deep", b"a/../../disk.qcow2", dots),
-            ("parent-dot", b"./../disk.qcow2", dots), ("parent-last", b"disk.qcow2/..", dots),
-            ("parent-alone", b"..", dots), ("absolute", b"/disk.qcow2", absolute),
-            ("absolute-deep", b"/etc/cron.d/x", absolute), ("absolute-dot", b".//disk.qcow2", absolute),
-            ("elsewhere", b"etc/passwd", UNKNOWN), ("empty", b"", UNKNOWN), ("dot", b"./", UNKNOWN),
-            ("slash", b"disk.qcow2/", UNKNOWN), ("upper", b"DISK.QCOW2", UNKNOWN),
-            ("newline", b"disk.qcow2\n", UNKNOWN), ("backslash", b"..\\disk.qcow2", UNKNOWN),
-            ("not-utf8", b"\xff\xfe\xc0\xaf", UNKNOWN), ("forged", forged, UNKNOWN),
+            ("parent", b"../disk.qcow2", NO_DISK), ("parent-deep", b"a/../../disk.qcow2", NO_DISK),
+            ("parent-dot", b"./../disk.qcow2", NO_DISK), ("parent-last", b"disk.qcow2/..", NO_DISK),
+            ("parent-alone", b"..", NO_DISK), ("absolute", b"/disk.qcow2", None),
+            ("absolute-deep", b"/etc/cron.d/x", NO_DISK), ("absolute-dot", b".//disk.qcow2", None),
+            ("elsewhere", b"etc/passwd", NO_DISK), ("empty", b"", NO_DISK), ("dot", b"./", NO_DISK),
+            ("slash", b"disk.qcow2/", "a directory"), ("upper", b"DISK.QCOW2", NO_DISK),
+            ("newline", b"disk.qcow2\n", NO_DISK), ("backslash", b"..\\disk.qcow2", NO_DISK),
+            ("not-utf8", b"\xff\xfe\xc0\xaf", NO_DISK), ("forged", forged, NO_DISK),
         ):
             for how, extra in (("", b""), ("-long", long_name(name + b"\0")), ("-pax", pax([(b"path", name)]))):
                 plain = b"disk.qcow2" if extra else name
                 self.add("name", label + how, self.m + extra + member(plain, self.disk) + END, says)
         for how, extra in (("long", long_name(b"disk.qcow2\0.sh\0")), ("pax", pax([(b"path", b"disk.qcow2\0x")]))):
-            self.add("name", f"nul-{how}", self.m + extra + member(b"disk.qcow2", self.disk) + END, UNKNOWN)
+            self.add("name", f"nul-{how}", self.m + extra + member(b"disk.qcow2", self.disk) + END, "has a NUL in its name")
         self.add("name", "prefix", self.m + member(b"disk.qcow2", self.disk, magic=b"ustar\x0000", prefix=b"/etc") + END,
-                 absolute)
-        self.add("name", "long-100k", self.m + long_name(b"x" * 100_000 + b"\0") + self.d + END, UNKNOWN)
+                 NO_DISK)
+        self.add("name", "long-100k", self.m + long_name(b"x" * 100_000 + b"\0") + self.d + END, "too long for a file")
+        x, below = member(b"x", b"x"), member(b"x/y", b"y")
+        for label, extra in (("file-then-directory", x + below), ("directory-then-file", below + x)):
+            self.add("name", label, self.m + extra + self.d + END, "a file and a directory")
+        for label, name in (("below-disk", b"disk.qcow2/x"), ("below-manifest", b"manifest.json/x")):
+            self.add("name", label, member(name, b"x") + self.m + self.d + END, "makes .* a directory")
 
     def types(self):
         for kind, says in ((b"1", "a hard link"), (b"2", "a symlink"), (b"3", "a device"), (b"4", "a device"),
@@ -570,17 +574,22 @@ class Corpus:
     def members(self):
         m, d = self.m, self.d
         for label, archive, says in (
-            ("manifest-twice", m + m + d + END, "it has manifest.json twice"),
-            ("disk-twice", m + d + d + END, "it has disk.qcow2 twice"),
-            ("rootfs-twice", m + 2 * member(b"guest-rootfs.qcow2", b"x") + d + END, "it has guest-rootfs.qcow2 twice"),
-            ("manifest-twice-by-pax", m + pax([(b"path", b"manifest.json")]) + d + END, "it has manifest.json twice"),
+            ("manifest-twice", m + m + d + END, None),
+            ("disk-twice", m + d + d + END, None),
+            ("rootfs-twice", m + 2 * member(b"guest-rootfs.qcow2", b"x") + d + END, None),
+            ("manifest-twice-by-pax", m + pax([(b"path", b"manifest.json")]) + d + END, "manifest.json"),
             ("no-manifest", d + END, "it has no manifest.json"),
             ("no-disk", m + END, "it has no disk.qcow2"),
             ("none", END, "it has no manifest.json"),
             ("zeros", bytes(MIB), "it has no manifest.json"),
             ("one-zero-block", m + d + bytes(BLOCK) + m, "one zero block instead of two"),
             ("ends-early", m + END + d + END, "it has no disk.qcow2"),
-            ("unknown-third", m + d + member(b"README", b"x") + END, UNKNOWN),
+            ("unknown-third", m + d + member(b"README", b"x") + END, None),
+            ("of-a-mac", member(b"._manifest.json", b"x") + m + member(b"._disk.qcow2", b"x") + d
+             + member(b".DS_Store", b"x") + END, None),
+            ("disk-replaced", m + member(b"disk.qcow2", b"x") + d + END, None),
+            ("disk-replaced-wrongly", m + d + member(b"disk.qcow2", b"x") + END, MISMATCH),
+            ("skipped", m + member(b"../disk.qcow2", b"x") + d + END, None),
         ):
             self.add("member", label, archive, says)
 

@@ -524,7 +524,8 @@ fn an_unmount_ends_the_process_and_leaves_nothing_behind() {
     let mountpoint = mount.root().to_owned();
     mount.unmount();
     assert!(!is_mounted(&mountpoint));
-    assert_eq!(names_in(&home.root().join(".boxlitefs")), ["log"]);
+    let ours = names_in(&home.root().join(".boxlitefs"));
+    assert_eq!(ours, ["layers", "log", "reserve"]);
     home.assert_whole();
 }
 

@@ -358,6 +358,10 @@ fn what_crashes_leave_is_named_with_its_size_and_removed() {
     let layer = home.snapshot_disk("web", "start");
     fs::hard_link(layer, half.join("disk.qcow2")).unwrap();
     assert_finds(&home, &["bases/", "is a leftover", "KiB"]);
+    assert_finds(
+        &home,
+        &["last reader BoxLite removed: 1", "boxlitefs compact"],
+    );
     assert_finds(&home, &[text(&work), "killed", "3.0 MiB"]);
     assert_finds(&home, &[text(&half), "no snapshot of box web"]);
     let (status, said) = repair(&home);

@@ -15,6 +15,7 @@ mod hostile;
 mod inside;
 mod kept;
 mod mounting;
+mod moved_homes;
 mod never_lost;
 mod restoring;
 mod running;

@@ -44,6 +44,14 @@ impl DiskFile {
         })
     }
 
+    /// Forgets all that came: another disk takes its place.
+    pub(super) fn begin_anew(&mut self) -> Result<()> {
+        let path = self.path.clone();
+        std::fs::remove_file(&path).context(|| format!("cannot remove {}", path.display()))?;
+        *self = DiskFile::create(&path, self.most)?;
+        Ok(())
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }

@@ -8,6 +8,7 @@ use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
 use super::disk_file::DiskFile;
 use super::disk_writer::all_zero;
+use super::names::{Meaning, Names, shown};
 use super::{Arrived, MOST_HOLES};
 use crate::archive::Manifest;
 use crate::{Error, Result, disk};
@@ -36,7 +37,7 @@ pub(super) struct Members {
     manifest: Option<Manifest>,
     digest: Option<[u8; 32]>,
     header: Option<disk::Header>,
-    rootfs: bool,
+    names: Names,
 }
 
 /// What the next byte belongs to.
@@ -81,8 +82,8 @@ enum Kind {
     Pax,
     Manifest,
     Disk,
-    /// `guest-rootfs.qcow2` of older archives: read, not kept.
-    Rootfs,
+    /// Anything else, `guest-rootfs.qcow2` of older archives or what another system adds: read, not kept.
+    Other,
 }
 
 impl Kind {
@@ -92,7 +93,7 @@ impl Kind {
             Kind::LongName | Kind::LongLink | Kind::Pax => "an extension header",
             Kind::Manifest => "manifest.json",
             Kind::Disk => "disk.qcow2",
-            Kind::Rootfs => "guest-rootfs.qcow2",
+            Kind::Other => "a member that is ignored",
         }
     }
 }
@@ -133,7 +134,7 @@ impl Members {
             manifest: None,
             digest: None,
             header: None,
-            rootfs: false,
+            names: Names::default(),
         }
     }
 
@@ -241,7 +242,7 @@ impl Members {
     }
 
     /// The end is near: whatever is missing now stays missing.
-    fn first_zero_block(&self) -> Result<Expect> {
+    fn first_zero_block(&mut self) -> Result<Expect> {
         if !self.pending.is_empty() {
             return Err(damaged(
                 "it ends with an extension header that describes no member",
@@ -253,6 +254,7 @@ impl Members {
         if self.digest.is_none() {
             return Err(refused("it has no disk.qcow2"));
         }
+        self.check_disk()?;
         Ok(Expect::EndMark)
     }
 
@@ -311,8 +313,11 @@ impl Members {
             EntryType::GNUSparse => true,
             other => return Err(wrong_type(&name, other)),
         };
-        let kind = kind_of(&name)?;
-        self.check_first(kind)?;
+        let kind = match self.names.meaning(&name)? {
+            Meaning::Manifest => Kind::Manifest,
+            Meaning::Disk => Kind::Disk,
+            Meaning::Other => Kind::Other,
+        };
         let stored = match size {
             Some(size) => size,
             None => size_of(header)?,
@@ -326,19 +331,6 @@ impl Members {
         match sparse {
             true => self.sparse(kind, stored, header),
             false => self.start(Member::whole(kind, stored)),
-        }
-    }
-
-    fn check_first(&self, kind: Kind) -> Result<()> {
-        let twice = match kind {
-            Kind::Manifest => self.manifest.is_some(),
-            Kind::Disk => self.digest.is_some(),
-            Kind::Rootfs => self.rootfs,
-            Kind::LongName | Kind::LongLink | Kind::Pax => false,
-        };
-        match twice {
-            true => Err(refused(format!("it has {} twice", kind.name()))),
-            false => Ok(()),
         }
     }
 
@@ -380,16 +372,22 @@ impl Members {
     /// All about a member is known but its contents.
     fn start(&mut self, member: Member) -> Result<Expect> {
         match member.kind {
-            Kind::Disk => self.disk.check_room(member.stored, member.expanded)?,
+            Kind::Disk => {
+                // The last one counts, as where archives are unpacked by name.
+                if self.digest.take().is_some() {
+                    self.disk.begin_anew()?;
+                }
+                self.disk.check_room(member.stored, member.expanded)?;
+            }
             Kind::Manifest if member.expanded > MAX_MANIFEST => {
                 return Err(refused(format!(
                     "its manifest.json of {} bytes is over 1 MiB",
                     member.expanded
                 )));
             }
-            Kind::Rootfs if member.stored > MOST_HOLES => {
+            Kind::Other if member.stored > MOST_HOLES => {
                 return Err(refused(format!(
-                    "its guest-rootfs.qcow2 of {} bytes is over {} GiB",
+                    "a member that is not kept, of {} bytes, is over {} GiB",
                     member.stored,
                     MOST_HOLES >> 30
                 )));
@@ -405,7 +403,7 @@ impl Members {
         let (some, rest) = bytes.split_at(at_most(bytes.len(), left));
         match member.kind {
             Kind::Disk => self.disk.data(some)?,
-            Kind::Rootfs => {}
+            Kind::Other => {}
             _ => member.bytes.extend_from_slice(some),
         }
         let count = some.len() as u64;
@@ -435,7 +433,7 @@ impl Members {
         let zeros = offset.saturating_sub(member.at);
         match member.kind {
             Kind::Disk => self.disk.zeros(zeros)?,
-            Kind::Rootfs => {}
+            Kind::Other => {}
             // Bounded: `start` has looked at the expanded size.
             _ => member.bytes.resize(at_most(usize::MAX, offset), 0),
         }
@@ -451,10 +449,7 @@ impl Members {
             Kind::Pax => self.pending.pax = Some(pax(&member.bytes)?),
             Kind::Manifest => self.manifest = Some(Manifest::parse(&member.bytes)?),
             Kind::Disk => self.digest = Some(self.disk.end()?),
-            Kind::Rootfs => self.rootfs = true,
-        }
-        if matches!(member.kind, Kind::Manifest | Kind::Disk) {
-            self.check_disk()?;
+            Kind::Other => {}
         }
         self.last = Some(member.kind.name());
         Ok(
@@ -465,7 +460,8 @@ impl Members {
         )
     }
 
-    /// Once manifest and disk are here: is it the disk the manifest means, and can it be used?
+    /// Once all is here: is it the disk the manifest means, and can it be used? Not before: of members by one name the
+    /// last counts.
     fn check_disk(&mut self) -> Result<()> {
         let (Some(manifest), Some(digest)) = (&self.manifest, &self.digest) else {
             return Ok(());
@@ -555,28 +551,6 @@ impl Member {
     }
 }
 
-/// The one member a name stands for.
-fn kind_of(name: &[u8]) -> Result<Kind> {
-    let bare = name.strip_prefix(b"./").unwrap_or(name);
-    match bare {
-        b"manifest.json" => Ok(Kind::Manifest),
-        b"disk.qcow2" => Ok(Kind::Disk),
-        b"guest-rootfs.qcow2" => Ok(Kind::Rootfs),
-        _ if bare.starts_with(b"/") => Err(refused(format!(
-            "the member {} has an absolute name",
-            shown(name)
-        ))),
-        _ if bare.split(|byte| *byte == b'/').any(|part| part == b"..") => Err(refused(format!(
-            "the member {} has .. in its name",
-            shown(name)
-        ))),
-        _ => Err(refused(format!(
-            "the member {} is unknown; an archive has manifest.json and disk.qcow2 only",
-            shown(name)
-        ))),
-    }
-}
-
 fn wrong_type(name: &[u8], found: EntryType) -> Error {
     let what = match found {
         EntryType::Link => "a hard link",
@@ -591,13 +565,6 @@ fn wrong_type(name: &[u8], found: EntryType) -> Error {
         "the member {} is {what}; only regular files are accepted",
         shown(name)
     ))
-}
-
-/// A name from the archive, fit for a sentence.
-fn shown(name: &[u8]) -> String {
-    let text = String::from_utf8_lossy(name);
-    let short: String = text.chars().take(100).collect();
-    format!("{short:?}")
 }
 
 fn size_of(header: &Header) -> Result<u64> {
@@ -677,7 +644,7 @@ fn at_most(len: usize, limit: u64) -> usize {
     usize::try_from(limit).map_or(len, |limit| len.min(limit))
 }
 
-fn refused(why: impl AsRef<str>) -> Error {
+pub(super) fn refused(why: impl AsRef<str>) -> Error {
     Error::bad_archive(format!("the archive is refused: {}", why.as_ref()))
 }
 

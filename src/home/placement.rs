@@ -1,0 +1,113 @@
+//! Whether the parts of a home lie where changes can be made. Layers are moved and linked between `boxes/`,
+//! `bases/` and our own directory, each of which may be a link to somewhere else.
+
+use std::ffi::CString;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::Home;
+use crate::{Context, Error, Result};
+
+impl Home {
+    /// Refuses changes of a home whose parts can't exchange files, or belong to another home. Part of the
+    /// way through a change would be too late to notice.
+    ///
+    /// # Errors
+    /// EXDEV when a part lies on another file system, EPERM when it is in another home; those of looking.
+    pub(super) fn refuse_scattered(&self) -> Result<()> {
+        let staging = self.staging_dir();
+        let ours = Place::of(&staging)?;
+        for (name, dir) in [("boxes", self.boxes_dir()), ("bases", self.bases_dir())] {
+            if !dir.is_dir() {
+                continue;
+            }
+            let shown = self.root().join(name);
+            if Place::of(&dir)? != ours {
+                return Err(Error::new(
+                    libc::EXDEV,
+                    format!(
+                        "{} lies on another file system than {}: layers are moved between boxes, bases and .boxlitefs, which can only be done within one; move the whole home to one file system",
+                        led_to(&shown, &dir),
+                        staging.display()
+                    ),
+                ));
+            }
+            let parent = dir.parent().filter(|parent| *parent != self.root());
+            if let Some(other) = parent.filter(|parent| parent.join("db/boxlite.db").exists()) {
+                return Err(Error::new(
+                    libc::EPERM,
+                    format!(
+                        "{} is part of another home, {}: a change could take away what that one needs; give this home a directory of its own",
+                        led_to(&shown, &dir),
+                        other.display()
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a box that has a directory which is a link: BoxLite and boxlitefs would give its layers
+    /// different names.
+    ///
+    /// # Errors
+    /// EPERM.
+    pub fn refuse_linked_box(&self, id: &str) -> Result<()> {
+        let dir = self.box_dir(id);
+        let parts = [dir.clone(), dir.join("disks"), self.snapshots_dir(id)];
+        match parts.iter().find(|part| part.is_symlink()) {
+            None => Ok(()),
+            Some(part) => Err(Error::new(
+                libc::EPERM,
+                format!(
+                    "{} is a link: layers are named by where they lie, so put the directory itself there (rm the link, mv the directory)",
+                    part.display()
+                ),
+            )),
+        }
+    }
+}
+
+fn led_to(shown: &Path, dir: &Path) -> String {
+    if shown == dir {
+        return shown.display().to_string();
+    }
+    format!("{} leads to {}, which", shown.display(), dir.display())
+}
+
+/// Files can be moved and linked between directories of one place.
+#[derive(PartialEq, Eq)]
+struct Place {
+    device: (u32, u32),
+    /// One file system may be mounted twice, and nothing can be moved from one mount to the other. 0 where the
+    /// kernel (before 5.8) does not say.
+    mount: u64,
+}
+
+impl Place {
+    fn of(dir: &Path) -> Result<Place> {
+        let path = CString::new(dir.as_os_str().as_bytes())
+            .map_err(|_| Error::damaged("the home's path has a NUL"))?;
+        let found = statx(&path).context(|| format!("cannot look at {}", dir.display()))?;
+        let has_mount = found.stx_mask & libc::STATX_MNT_ID != 0;
+        Ok(Place {
+            device: (found.stx_dev_major, found.stx_dev_minor),
+            mount: if has_mount { found.stx_mnt_id } else { 0 },
+        })
+    }
+}
+
+fn statx(path: &std::ffi::CStr) -> io::Result<libc::statx> {
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: `path` ends with a NUL and `found` has room for what is written; it was zeroed, and is read only
+    // after success. std has no call that tells the mount.
+    unsafe {
+        let mask = libc::STATX_MNT_ID;
+        match libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, mask, found.as_mut_ptr()) {
+            0 => Ok(found.assume_init()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}

@@ -237,6 +237,11 @@ impl Remains {
             return self.other_mount();
         }
         let users = holders::users_of(self.device, None)?;
+        // What was found is of another file system, if one has the number of the device by now.
+        let (_, others) = self.mounts_now();
+        if !others.is_empty() || server.ends_within(Duration::ZERO) {
+            return None;
+        }
         Some(format!(
             "{server} goes on serving what is still open of it, by {users}: close that"
         ))

@@ -1176,7 +1176,7 @@ fn is_alone(name: &str) -> bool {
     }
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", &format!("archive::incoming::tests::{name}")])
-        .arg("--nocapture")
+        .args(["--nocapture", "--include-ignored"])
         .env(ALONE, "1")
         .output()
         .unwrap();

@@ -91,9 +91,11 @@ impl Tree {
         ))
     }
 
-    /// Whether a box of this id is there, and not only being made.
+    /// Whether a box of this id is there, or was, and is not only being made.
     fn exists(&self, id: &str) -> bool {
-        self.names().is_ok_and(|names| names.of_id(id).is_some())
+        let staging = self.staging.lock();
+        let staged = staging.boxes.get(id);
+        staged.is_none_or(|staged| staged.committed)
     }
 
     /// EPERM for a directory in a box or a snapshot being made that no backup of ours has: what would

@@ -398,13 +398,7 @@ mod tests {
             let role = role_of(&Node::Root, name);
             assert_eq!(role, Some(Role::TemporaryArchive), "{name}");
         }
-        for name in [
-            "web.filepart",
-            ".web.tmp",
-            "web.tmp",
-            ".tmp",
-            "~web.boxlite",
-        ] {
+        for name in ["web.filepart", ".web.tmp", "web.tmp", ".tmp"] {
             assert_eq!(role_of(&Node::Root, name), None, "{name}");
         }
     }

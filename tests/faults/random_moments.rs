@@ -132,7 +132,7 @@ fn whatever_is_killed_at_whatever_moment_nothing_is_lost() {
         let rounds = Rounds::of(change);
         let mut tally = Tally::default();
         // One that came after the end of a command is none.
-        for round in 0..4 * kills {
+        for round in 0..40 * kills {
             if tally.faults == kills {
                 break;
             }

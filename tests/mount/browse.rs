@@ -199,9 +199,11 @@ fn boxes_are_called_by_their_names_as_far_as_files_can_be() {
     );
     assert_eq!(
         mount.names("a%2Fb"),
-        ["box.json", "snapshots"],
-        "without a disk there is no export"
+        ["box.json", "export.boxlite", "snapshots"],
+        "without a disk there is nothing else"
     );
+    let export = fs::read(mount.at("a%2Fb/export.boxlite"));
+    assert_eq!(errno(export), libc::ENODATA);
     let gone = fs::metadata(mount.at("unnamed00001/export.boxlite"));
     assert_eq!(errno(gone), libc::ENOENT);
     let no_disk = fs::create_dir(mount.at("unnamed00001/snapshots/s"));

@@ -291,6 +291,7 @@ for n in range(int(sys.argv[2])):
 "#;
 
 #[test]
+#[ignore = "slow"]
 fn a_directory_of_hundreds_of_thousands_of_names_is_listed_and_searched() {
     let home = TestHome::new();
     let empty = tempfile::tempdir().unwrap();

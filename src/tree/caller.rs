@@ -118,17 +118,16 @@ impl Caller {
         }
     }
 
-    /// Whether it was told to make a directory below `snapshots/NAME`, as `mkdir -p` is: that makes
-    /// `NAME` first.
-    pub fn makes_below(self, name: &str) -> bool {
+    /// Whether it is rsync with an option that keeps files in a directory of its own: where that can't be
+    /// made, rsync drops what it has received and exits with 0.
+    pub fn puts_files_aside(self) -> bool {
         let words = self.command_line();
-        let is_mkdir = words.first().is_some_and(|word| word.ends_with("mkdir"));
-        let of_snapshot = format!("snapshots/{name}/");
-        is_mkdir
-            && words.iter().any(|word| {
-                let below = word.split_once(&of_snapshot);
-                below.is_some_and(|(_, below)| !below.trim_matches('/').is_empty())
-            })
+        let is_rsync = words.first().is_some_and(|word| word.ends_with("rsync"));
+        let options = ["--delay-updates", "--partial-dir"];
+        is_rsync
+            && words
+                .iter()
+                .any(|word| options.iter().any(|option| word.starts_with(option)))
     }
 
     /// Whether the call it waits in makes this name, which must not be there yet; None where that can't

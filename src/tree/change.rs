@@ -132,12 +132,6 @@ impl Tree {
     /// until then, and for good if the tool skips what is there.
     fn make_in_snapshots(&self, caller: Caller, id: &str, name: &str) -> Result<Node> {
         self.refuse_copying_over(caller, id, name)?;
-        if caller.makes_below(name) {
-            return Err(self.refuse(
-                libc::EPERM,
-                format!("{name}: nothing can be made below a snapshot; mkdir {SNAPSHOTS}/{name} takes one"),
-            ));
-        }
         if !caller.copies() {
             let snapshot = self.store.snapshot(id, name)?;
             self.staging.lock().existing(caller, id);
@@ -374,6 +368,13 @@ impl Tree {
     ) -> Result<(Attr, Opened)> {
         let parent = self.node_to_change(parent)?;
         let name = text(name)?;
+        if caller.puts_files_aside() {
+            self.remember_failure(caller, &parent);
+            return Err(self.refuse(
+                libc::EPERM,
+                format!("{name}: rsync can't keep files aside here; leave --delay-updates and --partial-dir away"),
+            ));
+        }
         let file = match &parent {
             Node::Root => self.create_in_root(caller, name)?,
             _ => self.create_staged(caller, &parent, name, mode)?,

@@ -54,6 +54,8 @@ pub(super) struct StagedBox {
     /// other names free. Nothing else of the mount is another to them.
     copiers: Makers,
     pub committed: bool,
+    /// The whole box is made here, and not only something put into one that exists.
+    is_new: bool,
     /// Something that was to become a part of it was refused.
     pub failed: bool,
     /// Directories of snapshots that something else than a snapshot is copied into, by inode.
@@ -74,6 +76,7 @@ impl StagedBox {
             makers: Makers::begin(caller),
             copiers: Makers::default(),
             committed: false,
+            is_new: true,
             failed: false,
             refused: HashSet::new(),
             arrived: HashSet::new(),
@@ -87,7 +90,18 @@ impl StagedBox {
     pub fn existing(id: String, caller: Caller) -> StagedBox {
         let mut staged = StagedBox::new(id, caller);
         staged.committed = true;
+        staged.is_new = false;
         staged
+    }
+
+    /// Whether the directory that a node is, or is in, was made by what is recorded here.
+    fn is_made_here(&self, node: &Node) -> bool {
+        let snapshot = node.snapshot_id();
+        self.is_new
+            || snapshot.is_some_and(|snapshot| {
+                let directory = Node::Snapshot(self.id.clone(), snapshot.to_owned());
+                self.children.contains_key(&directory.ino())
+            })
     }
 
     /// Whether a node is, or is in, a snapshot that is being copied in and is none yet.
@@ -276,7 +290,7 @@ impl Staging {
         let is_staged = !staged.committed
             || matches!(node, Node::Made(_))
             || staged.is_arriving(node)
-            || (staged.copiers.includes(caller) && caller.copies());
+            || (staged.is_made_here(node) && staged.copiers.includes(caller) && caller.copies());
         is_staged.then_some(staged)
     }
 

@@ -75,9 +75,9 @@ pub const SNAPSHOT_FILES: [&str; 5] = [
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The beginning of a script in a mount namespace of its own: the mounts of other tests, which were
-/// copied into it, would live on there after those tests have unmounted them.
+/// copied into it, would live on there after those tests have unmounted them. $KEEP is left.
 pub const LEAVE_OTHER_MOUNTS: &str = "findmnt -rn -o TARGET -t fuse.boxlite,fuse |
-    while read -r other; do umount -l -c \"$other\"; done\n";
+    while read -r other; do [ \"$other\" = \"${KEEP:-}\" ] || umount -l -c \"$other\"; done\n";
 
 // ---- the home ---------------------------------------------------------------------------------
 

@@ -661,6 +661,7 @@ fn as_other(home: &TestHome, script: &str) -> std::process::Output {
             text(&device),
             script,
         ])
+        .env("KEEP", home.beside("mnt").canonicalize().unwrap())
         .output()
         .expect("unshare")
 }

@@ -277,7 +277,13 @@ fn a_box_whose_layer_is_missing_is_restored_or_removed_and_frees_nothing_of_othe
     fs::remove_dir_all(home.snapshot_disk("web", "b").parent().unwrap()).unwrap();
     home.database().execute("DELETE FROM snapshot", []).unwrap();
     let parked = home.beside("parked");
-    fs::rename(&chain[1], &parked).unwrap();
+    // Also the spare names, by which it would come back.
+    let spares = home.root().join(".boxlitefs/layers");
+    let park = || {
+        fs::rename(&chain[1], &parked).unwrap();
+        let _ = fs::remove_dir_all(&spares);
+    };
+    park();
     home.wheel(&["import", text(&archive()), "other"]);
     mount.snapshot("other", "s").unwrap();
     mount.remove_snapshot("other", "s").unwrap();
@@ -290,7 +296,7 @@ fn a_box_whose_layer_is_missing_is_restored_or_removed_and_frees_nothing_of_othe
     assert_eq!(digest(&home.live_disk("web")), before);
     assert_eq!(mount.export_digest("web/export.boxlite"), before);
     // For good.
-    fs::rename(&chain[1], &parked).unwrap();
+    park();
     succeed(&["cp", text(&archive()), text(&export)]);
     assert_eq!(
         mount.export_digest("web/export.boxlite"),

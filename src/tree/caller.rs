@@ -118,6 +118,14 @@ impl Caller {
         }
     }
 
+    /// Whether it is a program that, besides other things, copies trees, and looks whether a name is free
+    /// before it makes it.
+    pub fn looks_first(self) -> bool {
+        let words = self.command_line();
+        let name = words.first().and_then(|word| word.rsplit('/').next());
+        name == Some("mc")
+    }
+
     /// Whether it is rsync with an option that keeps files in a directory of its own: where that can't be
     /// made, rsync drops what it has received and exits with 0.
     pub fn puts_files_aside(self) -> bool {

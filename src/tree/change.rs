@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use super::attr::Attr;
 use super::caller::{Caller, Makers};
 use super::handle::Opened;
-use super::names::{ARCHIVE_SUFFIX, EXPORT, HIDDEN, SNAPSHOTS, VIEW, archive_stem, decode};
+use super::names::{
+    ARCHIVE_SUFFIX, BOX_JSON, EXPORT, HIDDEN, SNAPSHOTS, VIEW, archive_stem, decode,
+};
 use super::node::{Derived, Node};
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
 use super::staging::{Child, LooseFile, StagedBox, What};
@@ -132,7 +134,9 @@ impl Tree {
     /// until then, and for good if the tool skips what is there.
     fn make_in_snapshots(&self, caller: Caller, id: &str, name: &str) -> Result<Node> {
         self.refuse_copying_over(caller, id, name)?;
-        if !caller.copies() {
+        let is_copying =
+            caller.copies() || (caller.looks_first() && self.staging.lock().is_new_by(caller, id));
+        if !is_copying {
             let snapshot = self.store.snapshot(id, name)?;
             self.staging.lock().existing(caller, id);
             return Ok(Node::Snapshot(id.to_owned(), snapshot));
@@ -497,7 +501,8 @@ impl Tree {
             let mut staging = self.staging.lock();
             if let Some(staged) = staging.made_by(caller, parent) {
                 staged.failed = true;
-                if let Node::Snapshot(..) = parent {
+                // A whole box is copied to where a snapshot was expected.
+                if matches!(parent, Node::Snapshot(..)) && name == BOX_JSON {
                     staged.refused.insert(parent.ino());
                 }
             }

@@ -53,6 +53,8 @@ pub(super) struct StagedBox {
     /// Those of them that are programs that copy: they are shown what they have made, and so find the
     /// other names free. Nothing else of the mount is another to them.
     copiers: Makers,
+    /// One of those does nothing else.
+    is_by_copier: bool,
     pub committed: bool,
     /// The whole box is made here, and not only something put into one that exists.
     is_new: bool,
@@ -75,6 +77,7 @@ impl StagedBox {
             id,
             makers: Makers::begin(caller),
             copiers: Makers::default(),
+            is_by_copier: false,
             committed: false,
             is_new: true,
             failed: false,
@@ -164,13 +167,15 @@ impl StagedBox {
 
     /// Whether a program that copies is still at it, be it stopped for hours.
     fn is_copied(&self) -> bool {
-        self.copiers.any_alive()
+        self.is_by_copier && self.copiers.any_alive()
     }
 
     /// The caller makes something in it.
     pub fn is_made_in_by(&mut self, caller: Caller) -> bool {
         let may = self.makers.take_over(caller);
-        if may && caller.copies() {
+        let copies = caller.copies();
+        self.is_by_copier |= may && copies;
+        if may && (copies || caller.looks_first()) {
             self.copiers.join(caller);
         }
         may
@@ -290,7 +295,9 @@ impl Staging {
         let is_staged = !staged.committed
             || matches!(node, Node::Made(_))
             || staged.is_arriving(node)
-            || (staged.is_made_here(node) && staged.copiers.includes(caller) && caller.copies());
+            || (staged.is_made_here(node)
+                && staged.copiers.includes(caller)
+                && (caller.copies() || caller.looks_first()));
         is_staged.then_some(staged)
     }
 
@@ -301,6 +308,13 @@ impl Staging {
         let staged = self.boxes.get_mut(&id)?;
         let may = !staged.committed || staged.is_arriving(node) || staged.makers.includes(caller);
         may.then_some(staged)
+    }
+
+    /// Whether the caller has made the whole box, a moment ago.
+    pub fn is_new_by(&mut self, caller: Caller, id: &str) -> bool {
+        self.sweep();
+        let staged = self.boxes.get_mut(id);
+        staged.is_some_and(|staged| staged.is_new && staged.makers.includes(caller))
     }
 
     /// The record of what is put into a box that exists.

@@ -161,12 +161,21 @@ impl Caller {
             libc::SYS_symlink => (argument(1), exclusive),
             _ => return Some(false),
         };
-        // The directories on the way are looked up for the same call.
-        Some(flags & exclusive == exclusive && self.last_name_at(path)? == name.as_bytes())
+        if flags & exclusive != exclusive {
+            return Some(false);
+        }
+        // The directories on the way are looked up for the same call. Of two names that are the same,
+        // one after the other, the first is such a directory, and nobody asks for the other.
+        let path = self.path_at(path)?;
+        let mut names = path
+            .rsplit(|byte| *byte == b'/')
+            .filter(|name| !name.is_empty());
+        let is_last = names.next() == Some(name.as_bytes());
+        Some(is_last && names.next() != Some(name.as_bytes()))
     }
 
-    /// The last name of the path at an address of its memory.
-    fn last_name_at(self, address: u64) -> Option<Vec<u8>> {
+    /// The path at an address of its memory.
+    fn path_at(self, address: u64) -> Option<Vec<u8>> {
         const PIECE: u64 = 256;
         let memory = fs::File::open(format!("/proc/{}/mem", self.tid)).ok()?;
         let mut path = Vec::new();
@@ -178,8 +187,7 @@ impl Caller {
             let end = piece.iter().position(|byte| *byte == 0);
             path.extend_from_slice(&piece[..end.unwrap_or(piece.len())]);
             if end.is_some() {
-                let mut names = path.split(|byte| *byte == b'/').rev();
-                return names.find(|name| !name.is_empty()).map(<[u8]>::to_vec);
+                return Some(path);
             }
         }
         None

@@ -43,6 +43,11 @@ help:
 setup:
 	@tests/setup.sh $(VENV) all
 
+# A debug build is that of the tests: without them, it would have other features and be built anew.
+build:
+	cargo build --workspace $(if $(filter release,$(BUILD)),--release,--bins --tests)
+	$(BUILT)/boxlitefs manual $(BUILT)/share
+
 check:
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check

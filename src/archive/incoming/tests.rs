@@ -614,6 +614,7 @@ fn members_by_other_names_are_ignored_and_of_one_name_the_last_counts() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn what_could_not_be_unpacked_by_name_is_refused() {
     let b = Packer::new();
     fs::write(b.path().join("x"), "x").unwrap();
@@ -636,6 +637,7 @@ fn what_could_not_be_unpacked_by_name_is_refused() {
 }
 
 #[test]
+#[ignore = "needs programs"]
 fn only_regular_members_are_accepted() {
     let b = Packer::new();
     let both = ["manifest.json", "disk.qcow2"];

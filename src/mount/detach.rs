@@ -136,8 +136,12 @@ pub(super) fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
         let is_dead = || is_dead(&place.mountpoint).unwrap_or(false);
         let is_remains = || own.is_connected() || is_dead();
         if is_remains() {
-            remove_lazily(place.id, is_remains)?;
-            found = Some(place.mountpoint.clone());
+            match remove_lazily(place.id, is_remains) {
+                Ok(()) => found = Some(place.mountpoint.clone()),
+                // Another process unmounts it at this moment, and its place may have another by now.
+                Err(error) if error.errno() == libc::EINVAL || is_gone(place.id) => {}
+                Err(error) => return Err(error),
+            }
         }
     }
     Ok(found)

@@ -48,22 +48,22 @@ build:
 	cargo build --workspace $(if $(filter release,$(BUILD)),--release,--bins --tests)
 	$(BUILT)/boxlitefs manual $(BUILT)/share
 
-check:
+.PHONY: lint
+lint:
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets -- -D warnings
+
+check: lint
 	tests/run check
 
 # T=NAME: the tests with that in their names, and what they print.
 test:
-ifdef T
 	@tests/setup.sh $(VENV) test
+ifdef T
 	tests/run $(T)
 else
-	@tests/setup.sh $(VENV) test
-	cargo fmt --all --check
-	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	$(MAKE) --no-print-directory lint
 	tests/run test
 endif
 

@@ -64,8 +64,8 @@ impl FileState {
         }
     }
 
-    /// Likewise, of a file that is open. Where the file system does not say when it was made, its
-    /// inode's generation tells it from others that had its number.
+    /// Returns the state of an open file. Where the file system keeps no birth time, the inode's
+    /// generation tells the file from earlier files with the same inode number.
     pub fn of_open(file: &File, meta: &Metadata) -> FileState {
         let state = FileState::of(meta);
         match state.born {
@@ -124,7 +124,7 @@ impl Moment {
         self.0.iter().any(|(of, now)| *of == dev && time < *now)
     }
 
-    /// Likewise, of a state that was looked at after the moment was taken.
+    /// Returns the same for a state that was read after the moment was taken.
     pub fn is_after_state(&self, state: &FileState) -> bool {
         self.is_after(state.id.dev, state.modified)
     }

@@ -83,7 +83,8 @@ pub struct SnapshotRecord {
     pub name: String,
     /// Seconds since 1970, as stored. BoxLite may give several the same.
     pub created_at: i64,
-    /// Likewise, and later than that of every snapshot of the box that was made before.
+    /// The time that is shown, in seconds since 1970: later than that of each earlier snapshot of
+    /// the box.
     pub shown_at: i64,
     /// `snapshot.json`, as stored.
     pub json: String,

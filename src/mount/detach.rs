@@ -207,7 +207,7 @@ pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> R
     if mount_number(&mount) != Some(id.id) || path_of(id)? != path || !is_still_meant() {
         return Err(replaced(&path));
     }
-    // Where the descriptor leads is this mount, whatever is on the path by now.
+    // The descriptor refers to this mount, even if another mount is on the path by now.
     let descriptor = format!("/proc/self/fd/{}", mount.as_raw_fd());
     match unmount(descriptor, UnmountFlags::DETACH) {
         Err(Errno::PERM) => {

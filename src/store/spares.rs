@@ -172,7 +172,8 @@ impl Store {
             .map_or(Ok(()), |spare| durable::unlink(&spare))
     }
 
-    /// Likewise, for a base that is freed: should a loss of power bring the name back, nothing names it.
+    /// Removes the spare name of a base that is freed. It need not be flushed: if a power loss brings
+    /// the name back, no header refers to it.
     pub(super) fn free_spare(&self, base: &Path) {
         if let Some(spare) = self.spare_of(base)
             && let Err(error) = fs::remove_file(&spare)

@@ -497,16 +497,14 @@ impl Tree {
         if derived.is_some() && mode & 0o777 == 0 {
             return Ok(());
         }
-        {
+        // A whole box is copied to where a snapshot was expected.
+        if matches!(parent, Node::Snapshot(..)) && name == BOX_JSON {
             let mut staging = self.staging.lock();
             if let Some(staged) = staging.made_by(caller, parent) {
-                staged.failed = true;
-                // A whole box is copied to where a snapshot was expected.
-                if matches!(parent, Node::Snapshot(..)) && name == BOX_JSON {
-                    staged.refused.insert(parent.ino());
-                }
+                staged.refused.insert(parent.ino());
             }
         }
+        self.remember_failure(caller, parent);
         let sentence = match derived {
             Some(_) => format!(
                 "{name}: it comes with {EXPORT}; copy without following links (cp -r, not cp -rL; \

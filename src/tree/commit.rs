@@ -132,19 +132,14 @@ impl Tree {
             name: row.name.clone(),
             created_at: Some(row.created_at),
         };
-        match &state.content {
-            Content::Archive(arrival) => {
-                let with = SnapshotContents::Archive(arrival);
-                self.store.replace_snapshot(box_id, snapshot, &with, &new)
-            }
+        let with = match &state.content {
+            Content::Archive(arrival) => SnapshotContents::Archive(arrival),
             Content::Shared {
                 source, contents, ..
-            } => {
-                let with = SnapshotContents::Shared(source, contents);
-                self.store.replace_snapshot(box_id, snapshot, &with, &new)
-            }
-            _ => Ok(()),
-        }?;
+            } => SnapshotContents::Shared(source, contents),
+            _ => return Ok(()),
+        };
+        self.store.replace_snapshot(box_id, snapshot, &with, &new)?;
         let mut staging = self.staging.lock();
         if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
             staged.arrived.insert(new.id);

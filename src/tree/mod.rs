@@ -106,8 +106,6 @@ pub struct Tree {
     writers: Mutex<HashMap<u64, (Makers, Instant)>>,
     /// Has the kernel drop the pages it has of an inode.
     drop_pages: OnceLock<DropPages>,
-    /// Snapshots just taken, by id, with who took them: a copy into one takes it back.
-    fresh: Mutex<HashMap<String, (Makers, Instant)>>,
     upkeep: Mutex<Option<Upkeep>>,
     /// Versions of `.boxlite/status`. Locked after `known` where both are.
     status: Mutex<status::Versions>,
@@ -152,7 +150,6 @@ impl Tree {
             dealings: Mutex::default(),
             writers: Mutex::default(),
             drop_pages: OnceLock::new(),
-            fresh: Mutex::default(),
             upkeep: Mutex::new(upkeep),
             status: Mutex::default(),
             facts: OnceLock::new(),

@@ -60,7 +60,6 @@ impl Tree {
                 return Ok(());
             }
         }
-        self.fresh.lock().remove(snapshot);
         self.store.remove_snapshot(id, snapshot)
     }
 

@@ -4,7 +4,6 @@
 //! ends, and on that path may be another mount by then. So it gets the device of a mount that is made
 //! here, and never learns a path.
 
-use std::collections::HashSet;
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
 use std::io::{self, IoSliceMut, Read};
@@ -67,7 +66,6 @@ pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, Ow
     let _turn = take_turn(&places.mountpoint);
     // Somebody else may have mounted since it was asked first.
     places::check_uncovered(&places.mountpoint)?;
-    let before: HashSet<u64> = Table::own()?.entries().map(|entry| entry.id.id).collect();
     let sentence = || format!("cannot mount at {shown}");
     let mode = fs::metadata(&places.mountpoint).context(sentence)?.mode();
     let requests = match mount_directly(places, options, mode) {
@@ -79,9 +77,9 @@ pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, Ow
     };
     let requests = Arc::new(requests);
     let table = Table::own()?;
-    let is_it = |entry: &&Entry| {
-        entry.is_ours() && entry.mountpoint == places.mountpoint && !before.contains(&entry.id.id)
-    };
+    // Nothing of ours was there before. What the table had then says nothing more: the kernel gives the id of
+    // a mount that ended to the next one.
+    let is_it = |entry: &&Entry| entry.is_ours() && entry.mountpoint == places.mountpoint;
     let connection = connection_of(&requests);
     let entry = table
         .entries()

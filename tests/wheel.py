@@ -7,21 +7,24 @@ Each command prints one line of JSON: what BoxLite answered, or {"error": "..."}
 `batch` reads commands from standard input, a JSON array of strings a line, and runs them all in one
 runtime; it prints a line for each and goes on after an error.
 
-    wheel.py --serve
+    wheel.py --serve SOCKET
 
-Reads requests from standard input, {"home", "commands", "answers"} a line, and runs each as a batch
-in a process of its own, whose answers go to the file `answers`. It prints a line when each is done:
-loading BoxLite takes longer than most commands, and is done once.
+Listens at SOCKET for requests, {"home", "commands"} a connection, and runs each as a batch in a process
+of its own that answers on the connection: loading BoxLite takes longer than most commands, and is done
+once. It ends when nobody has asked for a while.
 
 A runtime holds HOME/.lock for as long as this process lives.
 """
 
 import argparse
 import asyncio
+import gc
 import hashlib
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -234,24 +237,48 @@ def leave(succeeded):
     os._exit(0 if succeeded else 1)
 
 
-def serve():
+# How long a server waits for somebody to ask.
+IDLE_SECONDS = 20
+
+
+def serve(path):
     import boxlite  # noqa: F401  each child has it then
 
-    for line in sys.stdin:
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            with open(request["answers"], "w") as answers:
-                os.dup2(answers.fileno(), sys.stdout.fileno())
-            commands = [json.dumps(command) for command in request["commands"]]
-            leave(asyncio.run(batch(Judge(request["home"]), commands)))
-        os.waitpid(child, 0)
-        say({"done": True})
+    # Children are many: none is waited for, and none looks through what all of them have.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.disable()
+    gc.freeze()
+    listening = socket.socket(socket.AF_UNIX)
+    # Who can connect finds a server that answers.
+    listening.bind(path + ".new")
+    listening.listen(64)
+    listening.settimeout(IDLE_SECONDS)
+    os.rename(path + ".new", path)
+    while True:
+        try:
+            connection, _ = listening.accept()
+        except TimeoutError:
+            # Who connected just before that is told by the end of the connection, and starts another.
+            os.unlink(path)
+            return
+        if os.fork() == 0:
+            listening.close()
+            answer_request(connection)
+        connection.close()
+
+
+def answer_request(connection):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    connection.setblocking(True)
+    request = json.loads(connection.makefile().readline())
+    os.dup2(connection.fileno(), sys.stdout.fileno())
+    commands = [json.dumps(command) for command in request["commands"]]
+    leave(asyncio.run(batch(Judge(request["home"]), commands)))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        serve()
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2])
         sys.exit()
     if len(sys.argv) < 3:
         print(__doc__)

@@ -1,20 +1,21 @@
 //! BoxLite asked for one thing after another, each in a process of its own.
 //!
-//! Loading BoxLite takes longer than most of what it is asked for. So it is loaded once, by a server
-//! (`tests/wheel.py --serve`) that forks for each request; the fork has a runtime of its own and ends
-//! with it, as a program of a user does.
+//! Loading BoxLite takes longer than most of what it is asked for. So it is loaded once for all tests, by a
+//! server (`tests/wheel.py --serve`) that forks for each request; the fork has a runtime of its own and
+//! ends with it, as a program of a user does. Who finds no server starts it; it ends by itself.
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::Mutex;
+use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::python;
-
-/// Servers that nobody asks at the moment. Each ends with its input, when this process does.
-static IDLE: Mutex<Vec<Server>> = Mutex::new(Vec::new());
+use super::{PATIENCE, python};
 
 /// Has BoxLite do several things in one runtime; what it refused has an `error`.
 ///
@@ -22,10 +23,13 @@ static IDLE: Mutex<Vec<Server>> = Mutex::new(Vec::new());
 /// If it does not answer each of them: judged by its answers, not by its exit status, for it aborts
 /// now and then at exit, after its work is done.
 pub fn ask(home: &Path, commands: &[&[&str]]) -> Vec<Value> {
-    let idle = IDLE.lock().expect("the idle servers").pop();
-    let mut server = idle.unwrap_or_else(Server::start);
-    let answers = server.ask(home, commands);
-    IDLE.lock().expect("the idle servers").push(server);
+    let request = json!({"home": home, "commands": commands});
+    let answers = loop {
+        // A server may end just after it was found: then nothing was begun.
+        if let Some(answers) = ask_server(connect(), &request).expect("BoxLite's answers") {
+            break answers;
+        }
+    };
     assert_eq!(
         answers.len(),
         commands.len(),
@@ -34,49 +38,86 @@ pub fn ask(home: &Path, commands: &[&[&str]]) -> Vec<Value> {
     answers
 }
 
-struct Server {
-    _child: Child,
-    requests: ChildStdin,
-    done: BufReader<ChildStdout>,
-}
-
-impl Server {
-    fn start() -> Server {
-        let mut child = Command::new(python())
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py"))
-            .arg("--serve")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            // It would keep the test's open for a moment longer than the test.
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap_or_else(|e| {
-                let python = python();
-                panic!("cannot run {}: {e}; run `make setup`", python.display())
-            });
-        Server {
-            requests: child.stdin.take().expect("its input"),
-            done: BufReader::new(child.stdout.take().expect("its output")),
-            _child: child,
+/// None if the server had ended before it took the request.
+fn ask_server(mut server: UnixStream, request: &Value) -> io::Result<Option<Vec<Value>>> {
+    if writeln!(server, "{request}").is_err() {
+        return Ok(None);
+    }
+    let mut answers = Vec::new();
+    for line in BufReader::new(server).lines() {
+        match line {
+            // What BoxLite itself prints is not an answer.
+            Ok(line) => answers.extend(serde_json::from_str::<Value>(&line)),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset && answers.is_empty() => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
         }
     }
+    Ok(Some(answers))
+}
 
-    fn ask(&mut self, home: &Path, commands: &[&[&str]]) -> Vec<Value> {
-        let answers = tempfile::NamedTempFile::new().expect("a temporary file");
-        let request = json!({"home": home, "commands": commands, "answers": answers.path()});
-        writeln!(self.requests, "{request}").expect("BoxLite listens");
-        let mut line = String::new();
-        self.done
-            .read_line(&mut line)
-            .expect("a line when it is done");
+/// A connection to the server, which is started if it isn't there.
+fn connect() -> UnixStream {
+    let socket = socket();
+    if let Ok(connection) = UnixStream::connect(&socket) {
+        return connection;
+    }
+    // One starts it, others wait.
+    let lock = Path::new(env!("CARGO_TARGET_TMPDIR")).join("boxlite-server.lock");
+    let lock = File::create(lock).expect("the lock of BoxLite's server");
+    lock.lock().expect("the lock of BoxLite's server");
+    if let Ok(connection) = UnixStream::connect(&socket) {
+        return connection;
+    }
+    let mut server = start(&socket);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Ok(connection) = UnixStream::connect(&socket) {
+            return connection;
+        }
+        let ended = server.try_wait().expect("BoxLite's server");
         assert!(
-            !line.is_empty(),
+            ended.is_none() && Instant::now() < deadline,
             "BoxLite did not start; is the wheel in {}? `make setup` installs it",
             python().display()
         );
-        let said = std::fs::read_to_string(answers.path()).expect("its answers");
-        // What BoxLite itself prints is not an answer.
-        let lines = said.lines().map(serde_json::from_str);
-        lines.filter_map(Result::ok).collect()
+        std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Starts a server that no test waits for: it ends when nobody asks any more.
+fn start(socket: &Path) -> Child {
+    for left in [socket.to_owned(), socket.with_extension("sock.new")] {
+        let _ = std::fs::remove_file(left);
+    }
+    Command::new(python())
+        .arg(server_program())
+        .arg("--serve")
+        .arg(socket)
+        .current_dir("/")
+        // Of no test: what ends one, as Ctrl-C does, ends nothing that others use.
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|e| {
+            let python = python();
+            panic!("cannot run {}: {e}; run `make setup`", python.display())
+        })
+}
+
+/// Where the server of this checkout, with this wheel, listens. The path of a socket is short, that of a
+/// checkout may be long.
+fn socket() -> PathBuf {
+    let mut hasher = DefaultHasher::new();
+    let program = std::fs::read(server_program()).expect("tests/wheel.py");
+    (program, python(), env!("CARGO_TARGET_TMPDIR")).hash(&mut hasher);
+    let name = format!("boxlitefs-tests-{:016x}.sock", hasher.finish());
+    Path::new("/tmp").join(name)
+}
+
+fn server_program() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py")
 }

@@ -9,24 +9,49 @@ runtime; it prints a line for each and goes on after an error.
 
     wheel.py --serve SOCKET
 
-Listens at SOCKET for requests, {"home", "commands"} a connection, and runs each as a batch in a process
-of its own that answers on the connection: loading BoxLite takes longer than most commands, and is done
-once. It ends when nobody has asked for a while.
+Goes to the background as soon as it listens at SOCKET for requests, {"home", "commands"} a connection, and
+runs each as a batch in a process of its own that answers on the connection: loading BoxLite takes longer
+than most commands, and is done once. It ends when nobody has asked for a while.
+
+Where the environment has such a socket as BOXLITE_SERVER, a command is asked of that server.
 
 A runtime holds HOME/.lock for as long as this process lives.
 """
+
+import json
+import os
+import socket
+import sys
+
+
+def ask_server(path, home, words):
+    """Has the server run one command and prints its answer; None if there is no server."""
+    with socket.socket(socket.AF_UNIX) as server:
+        try:
+            server.connect(path)
+        except OSError:
+            return None
+        request = {"home": os.path.abspath(home), "commands": [words]}
+        server.sendall(json.dumps(request).encode() + b"\n")
+        answer = server.makefile().read()
+    print(answer, end="")
+    lines = answer.splitlines()
+    return bool(lines) and "error" not in json.loads(lines[-1])
+
+
+# Before the imports, which take longer than the question.
+if __name__ == "__main__" and "BOXLITE_SERVER" in os.environ and len(sys.argv) > 2 and sys.argv[2] != "hold":
+    answered = ask_server(os.environ["BOXLITE_SERVER"], sys.argv[1], sys.argv[2:])
+    if answered is not None:
+        sys.exit(0 if answered else 1)
 
 import argparse
 import asyncio
 import gc
 import hashlib
 import io
-import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import tarfile
 import tempfile
 
@@ -202,6 +227,9 @@ def parser():
     return top
 
 
+PARSER = parser()
+
+
 def say(answer):
     print(json.dumps(answer), flush=True)
 
@@ -209,7 +237,7 @@ def say(answer):
 async def one(judge, words):
     """Runs one command and prints its answer; true if it succeeded."""
     try:
-        answer = await judge.answer(parser().parse_args(words))
+        answer = await judge.answer(PARSER.parse_args(words))
         if answer is not None:
             say(answer)
         return True
@@ -244,16 +272,18 @@ IDLE_SECONDS = 20
 def serve(path):
     import boxlite  # noqa: F401  each child has it then
 
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(path)
+    listening.listen(64)
+    if os.fork() != 0:
+        os._exit(0)
+    # Of no test: what ends one, as Ctrl-C does, ends nothing that others use.
+    os.setsid()
+    listening.settimeout(IDLE_SECONDS)
     # Children are many: none is waited for, and none looks through what all of them have.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.disable()
     gc.freeze()
-    listening = socket.socket(socket.AF_UNIX)
-    # Who can connect finds a server that answers.
-    listening.bind(path + ".new")
-    listening.listen(64)
-    listening.settimeout(IDLE_SECONDS)
-    os.rename(path + ".new", path)
     while True:
         try:
             connection, _ = listening.accept()
@@ -282,6 +312,6 @@ if __name__ == "__main__":
         sys.exit()
     if len(sys.argv) < 3:
         print(__doc__)
-        parser().print_help()
+        PARSER.print_help()
         sys.exit(2)
     leave(asyncio.run(main(sys.argv[1], sys.argv[2:])))

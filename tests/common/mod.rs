@@ -18,12 +18,13 @@
 // Every test file uses a part of it.
 #![allow(dead_code, unused_imports)]
 
+mod known_images;
 mod process;
 mod session;
 mod small_disk;
 mod template;
 mod torture;
-mod wheel;
+pub mod wheel;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -42,6 +43,7 @@ use tempfile::TempDir;
 pub use process::*;
 pub use session::*;
 pub use small_disk::*;
+use known_images::Said;
 use template::Template;
 pub use torture::*;
 
@@ -149,13 +151,11 @@ impl TestHome {
     /// Every file of boxes and bases with a digest, what lies in a workspace, and how many rows there are:
     /// what must be the same when nothing was done.
     pub fn kept(&self) -> String {
-        let script = "find boxes bases locks -type f -exec sha256sum {} + | sort; \
-                      find .boxlitefs -mindepth 2 ! -name lock 2>/dev/null; true";
-        let files = Command::new("sh")
-            .args(["-c", script])
-            .current_dir(&self.root)
-            .output()
-            .expect("sh");
+        let mut files = Vec::new();
+        for directory in ["boxes", "bases", "locks", ".boxlitefs"] {
+            files_below(&self.root, Path::new(directory), &mut files);
+        }
+        files.sort();
         let database = self.database();
         let count = |table: &str| -> i64 {
             let count = format!("SELECT COUNT(*) FROM {table}");
@@ -169,7 +169,7 @@ impl TestHome {
             "base_disk_ref",
         ];
         let counts: Vec<i64> = tables.into_iter().map(count).collect();
-        format!("{}{counts:?}", String::from_utf8(files.stdout).unwrap())
+        format!("{}\n{counts:?}", files.join("\n"))
     }
 
     /// The home's directory.
@@ -427,10 +427,18 @@ impl TestHome {
             if !seen.insert(fs::metadata(&image).expect("an image").ino()) {
                 continue;
             }
-            let check = run(&["qemu-img", "check", "-U", "-q", text(&image)]);
-            assert!(check.status.success(), "{}: {check:?}", image.display());
+            check_image(&image);
         }
     }
+}
+
+/// Fails unless `qemu-img check` finds no error and no leak.
+fn check_image(image: &Path) {
+    static SAID: Said<()> = Said::new();
+    SAID.of(image, || {
+        let check = run(&["qemu-img", "check", "-U", "-q", text(image)]);
+        assert!(check.status.success(), "{}: {check:?}", image.display());
+    });
 }
 
 fn new_place() -> TempDir {
@@ -446,6 +454,28 @@ fn spawn_piped(command: &mut Command) -> Child {
         .unwrap_or_else(|e| {
             panic!("cannot run {}: {e}; set BOXLITE_PYTHON to a python with the wheel, or make target/venv", python().display())
         })
+}
+
+/// Every file below a directory of a home with a digest of its contents; of a workspace all that is in it,
+/// by name alone.
+fn files_below(root: &Path, directory: &Path, files: &mut Vec<String>) {
+    for entry in fs::read_dir(root.join(directory)).into_iter().flatten() {
+        let entry = entry.expect("an entry");
+        let path = directory.join(entry.file_name());
+        let kind = entry.file_type().expect("its kind");
+        if !path.starts_with(".boxlitefs") {
+            if kind.is_file() {
+                // A change beside may take it away meanwhile.
+                let bytes = fs::read(root.join(&path)).unwrap_or_default();
+                files.push(format!("{} {}", path.display(), blake3::hash(&bytes)));
+            }
+        } else if path.components().count() > 2 && path.file_name() != Some(OsStr::new("lock")) {
+            files.push(path.display().to_string());
+        }
+        if kind.is_dir() {
+            files_below(root, &path, files);
+        }
+    }
 }
 
 fn images_below(directory: &Path, images: &mut Vec<PathBuf>) {
@@ -651,7 +681,8 @@ impl Drop for Mounted {
     }
 }
 
-/// `boxlitefs unmount`, which must succeed.
+/// `boxlitefs unmount`, which must succeed. Mount namespaces of other tests have a copy of the mount until
+/// they detach it, as they begin: the program says so, and the process ends after that.
 pub fn unmount(mountpoint: &Path) {
     let unmount = [binary(), "unmount", text(mountpoint)];
     let deadline = Instant::now() + PATIENCE;
@@ -661,11 +692,22 @@ pub fn unmount(mountpoint: &Path) {
         // files this process had open at that moment.
         let is_busy = String::from_utf8_lossy(&done.stderr).contains(" is in use");
         if !is_busy || Instant::now() > deadline {
-            assert!(done.status.success(), "{unmount:?}: {done:?}");
+            match still_serving(&done) {
+                Some(process) => eventually("the mount's process ended", || !process.exists()),
+                None => assert!(done.status.success(), "{unmount:?}: {done:?}"),
+            }
             return;
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// The process (in /proc) that `boxlitefs unmount` says goes on serving another namespace.
+fn still_serving(done: &Output) -> Option<PathBuf> {
+    let said = String::from_utf8_lossy(&done.stderr);
+    let (_, process) = said.split_once("boxlitefs (pid ")?;
+    let (process, _) = process.split_once(") goes on serving it")?;
+    (done.status.code() == Some(3)).then(|| Path::new("/proc").join(process))
 }
 
 /// Whether a FUSE file system is mounted there.
@@ -801,19 +843,22 @@ pub fn guest_write(disk: &Path, offset: u64, bytes: &[u8]) {
 /// A digest of the bytes that the guest sees of a qcow2 image and its chain, read by qemu-img. To
 /// compare within one run.
 pub fn digest(image: &Path) -> String {
-    let raw = tempfile::NamedTempFile::new().expect("a temporary file");
-    succeed(&[
-        "qemu-img",
-        "convert",
-        "-U",
-        "-f",
-        "qcow2",
-        "-O",
-        "raw",
-        text(image),
-        text(raw.path()),
-    ]);
-    contents_digest(raw.as_file()).expect("the raw disk")
+    static SAID: Said<String> = Said::new();
+    SAID.of(image, || {
+        let raw = tempfile::NamedTempFile::new().expect("a temporary file");
+        succeed(&[
+            "qemu-img",
+            "convert",
+            "-U",
+            "-f",
+            "qcow2",
+            "-O",
+            "raw",
+            text(image),
+            text(raw.path()),
+        ]);
+        contents_digest(raw.as_file()).expect("the raw disk")
+    })
 }
 
 /// Of the size of a file and what in it is not zero, block by block: most of a disk is zeros, which need

@@ -8,14 +8,12 @@ use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use super::{PATIENCE, python};
+use super::python;
 
 /// Has BoxLite do several things in one runtime; what it refused has an `error`.
 ///
@@ -70,47 +68,27 @@ fn connect() -> UnixStream {
     if let Ok(connection) = UnixStream::connect(&socket) {
         return connection;
     }
-    let mut server = start(&socket);
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Ok(connection) = UnixStream::connect(&socket) {
-            return connection;
-        }
-        let ended = server.try_wait().expect("BoxLite's server");
-        assert!(
-            ended.is_none() && Instant::now() < deadline,
-            "BoxLite did not start; is the wheel in {}? `make setup` installs it",
-            python().display()
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// Starts a server that no test waits for: it ends when nobody asks any more.
-fn start(socket: &Path) -> Child {
-    for left in [socket.to_owned(), socket.with_extension("sock.new")] {
-        let _ = std::fs::remove_file(left);
-    }
-    Command::new(python())
+    let _ = std::fs::remove_file(&socket);
+    let started = Command::new(python())
         .arg(server_program())
         .arg("--serve")
-        .arg(socket)
+        .arg(&socket)
         .current_dir("/")
-        // Of no test: what ends one, as Ctrl-C does, ends nothing that others use.
-        .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .spawn()
-        .unwrap_or_else(|e| {
-            let python = python();
-            panic!("cannot run {}: {e}; run `make setup`", python.display())
-        })
+        .status();
+    assert!(
+        started.is_ok_and(|status| status.success()),
+        "BoxLite did not start; is the wheel in {}? `make setup` installs it",
+        python().display()
+    );
+    UnixStream::connect(&socket).expect("BoxLite's server, which just started")
 }
 
-/// Where the server of this checkout, with this wheel, listens. The path of a socket is short, that of a
-/// checkout may be long.
-fn socket() -> PathBuf {
+/// Where the server of this checkout, with this wheel, listens: `BOXLITE_SERVER` of `tests/wheel.py`. The path
+/// of a socket is short, that of a checkout may be long.
+pub fn socket() -> PathBuf {
     let mut hasher = DefaultHasher::new();
     let program = std::fs::read(server_program()).expect("tests/wheel.py");
     (program, python(), env!("CARGO_TARGET_TMPDIR")).hash(&mut hasher);

@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use crate::common::*;
 use serde_json::{Value, json};
@@ -263,7 +264,13 @@ fn try_one(
         RESTORE => "restore of box web",
         _ => name,
     };
-    let sentence = sentence_about(mount, about);
+    let mut sentence = sentence_about(mount, about);
+    // A file that is closed half way is told of once the kernel has let go of it, after its writer's end.
+    let deadline = Instant::now() + PATIENCE;
+    while one.becomes != Becomes::Taken && sentence.is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+        sentence = sentence_about(mount, about);
+    }
     match one.becomes {
         Becomes::Taken => Err(format!("it was refused: {complaint}{sentence}")),
         Becomes::Refused(message) if !complaint.contains(message) => {

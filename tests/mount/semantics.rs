@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::common::{Mounted, TestHome, archive, binary, python};
+use crate::common::{Mounted, TestHome, archive, binary, python, wheel};
 use tempfile::TempDir;
 
 const DOCUMENT: &str = include_str!("../../docs/semantics.md");
@@ -226,11 +226,12 @@ impl Place {
         let backup = in_order();
         fs::copy(archive(), backup.path().join("web.boxlite")).expect("the archive");
         let boxlite = home.beside("bin/boxlite");
-        let wheel = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py");
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py");
         let script = format!(
-            "#!/bin/sh\nexec '{}' '{}' \"$BOXLITE_HOME\" \"$@\"\n",
+            "#!/bin/sh\nBOXLITE_SERVER='{}' exec '{}' '{}' \"$BOXLITE_HOME\" \"$@\"\n",
+            wheel::socket().display(),
             python().display(),
-            wheel.display()
+            program.display()
         );
         fs::write(&boxlite, script).expect("a script");
         fs::set_permissions(&boxlite, fs::Permissions::from_mode(0o755)).expect("a program");

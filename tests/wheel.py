@@ -9,9 +9,10 @@ runtime; it prints a line for each and goes on after an error.
 
     wheel.py --serve SOCKET
 
-Goes to the background as soon as it listens at SOCKET for requests, {"home", "commands"} a connection, and
-runs each as a batch in a process of its own that answers on the connection: loading BoxLite takes longer
-than most commands, and is done once. It ends when nobody has asked for a while.
+Goes to the background as soon as it listens at SOCKET. A connection brings {"home"}, a line, and then the
+lines of a `batch`, which run in a process of its own; that says its {"pid"}, then answers on the connection
+until the lines end. Loading BoxLite takes longer than most commands, and is done once. The server ends
+when nobody has asked for a while.
 
 Where the environment has such a socket as BOXLITE_SERVER, a command is asked of that server.
 
@@ -31,11 +32,11 @@ def ask_server(path, home, words):
             server.connect(path)
         except OSError:
             return None
-        request = {"home": os.path.abspath(home), "commands": [words]}
-        server.sendall(json.dumps(request).encode() + b"\n")
-        answer = server.makefile().read()
-    print(answer, end="")
-    lines = answer.splitlines()
+        request = json.dumps({"home": os.path.abspath(home)}) + "\n" + json.dumps(words) + "\n"
+        server.sendall(request.encode())
+        server.shutdown(socket.SHUT_WR)
+        _pid, *lines = server.makefile()
+    print(*lines, sep="", end="")
     return bool(lines) and "error" not in json.loads(lines[-1])
 
 
@@ -168,6 +169,10 @@ class Judge:
         await box.snapshot.remove(arguments.name)
         return {"removed": arguments.name}
 
+    async def do_start(self, _):
+        self.start()
+        return {"started": True}
+
     async def do_hold(self, arguments):
         """Keeps the runtime, and so the lock, until standard input ends or the time is up.
 
@@ -221,6 +226,7 @@ def parser():
     command("snapshot-list", "box", help="list a box's snapshots")
     command("snapshot-restore", "box", "name", help="restore a snapshot")
     command("snapshot-remove", "box", "name", help="remove a snapshot")
+    command("start", help="start the runtime, which holds the home's lock as long as this lives")
     hold = command("hold", help="hold the home's lock until standard input ends")
     hold.add_argument("seconds", type=float, help="but no longer than this")
     command("batch", help="run the commands on standard input in one runtime")
@@ -300,10 +306,11 @@ def serve(path):
 def answer_request(connection):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection.setblocking(True)
-    request = json.loads(connection.makefile().readline())
+    lines = connection.makefile()
+    request = json.loads(next(lines))
     os.dup2(connection.fileno(), sys.stdout.fileno())
-    commands = [json.dumps(command) for command in request["commands"]]
-    leave(asyncio.run(batch(Judge(request["home"]), commands)))
+    say({"pid": os.getpid()})
+    leave(asyncio.run(batch(Judge(request["home"]), lines)))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ fn chain_hash(image: &Path) -> Option<blake3::Hash> {
 fn backing_file(bytes: &[u8], path: &Path) -> Option<Option<PathBuf>> {
     let number = |at: usize, length: usize| {
         let bytes = bytes.get(at..at + length)?;
-        let number = bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        let number = bytes
+            .iter()
+            .fold(0, |sum, byte| sum << 8 | u64::from(*byte));
         usize::try_from(number).ok()
     };
     // An image with a data file of its own, or with what is not known here, says so in these bits.

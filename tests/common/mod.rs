@@ -40,10 +40,10 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use known_images::Said;
 pub use process::*;
 pub use session::*;
 pub use small_disk::*;
-use known_images::Said;
 use template::Template;
 pub use torture::*;
 
@@ -219,23 +219,9 @@ impl TestHome {
         wheel::ask(&self.root, commands)
     }
 
-    fn wheel_command(&self, command: &[&str]) -> Command {
-        let mut wheel = Command::new(python());
-        wheel
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py"))
-            .arg(&self.root)
-            .args(command);
-        wheel
-    }
-
     /// A BoxLite runtime that holds the home until the value is dropped.
-    pub fn hold(&self) -> Holder {
-        let mut child = spawn_piped(&mut self.wheel_command(&["hold", "300"]));
-        let out = child.stdout.take().expect("its output");
-        let mut line = String::new();
-        BufReader::new(out).read_line(&mut line).expect("a line");
-        assert!(line.contains("held"), "the runtime did not start: {line}");
-        Holder { child }
+    pub fn hold(&self) -> Session {
+        Session::start(self)
     }
 
     /// Mounts the home; the mount ends with the value.
@@ -445,17 +431,6 @@ fn new_place() -> TempDir {
     tempfile::tempdir().expect("a temporary directory")
 }
 
-fn spawn_piped(command: &mut Command) -> Child {
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|e| {
-            panic!("cannot run {}: {e}; set BOXLITE_PYTHON to a python with the wheel, or make target/venv", python().display())
-        })
-}
-
 /// Every file below a directory of a home with a digest of its contents; of a workspace all that is in it,
 /// by name alone.
 fn files_below(root: &Path, directory: &Path, files: &mut Vec<String>) {
@@ -486,19 +461,6 @@ fn images_below(directory: &Path, images: &mut Vec<PathBuf>) {
         } else if path.extension() == Some(OsStr::new("qcow2")) {
             images.push(path);
         }
-    }
-}
-
-/// A runtime that holds a home.
-pub struct Holder {
-    child: Child,
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        // The end of its input tells it to go; a wheel that aborts meanwhile is gone as well.
-        drop(self.child.stdin.take());
-        end(&mut self.child);
     }
 }
 
@@ -693,7 +655,10 @@ pub fn unmount(mountpoint: &Path) {
         let is_busy = String::from_utf8_lossy(&done.stderr).contains(" is in use");
         if !is_busy || Instant::now() > deadline {
             match still_serving(&done) {
-                Some(process) => eventually("the mount's process ended", || !process.exists()),
+                // Who has ended has no program, even while the test has not waited for it.
+                Some(process) => eventually("the mount's process ended", || {
+                    fs::read_link(process.join("exe")).is_err()
+                }),
                 None => assert!(done.status.success(), "{unmount:?}: {done:?}"),
             }
             return;

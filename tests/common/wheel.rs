@@ -1,16 +1,20 @@
-//! BoxLite asked for one thing after another, each in a process of its own.
+//! BoxLite asked for one thing after another, in a process of its own.
 //!
 //! Loading BoxLite takes longer than most of what it is asked for. So it is loaded once for all tests, by a
-//! server (`tests/wheel.py --serve`) that forks for each request; the fork has a runtime of its own and
+//! server (`tests/wheel.py --serve`) that forks for each conversation; the fork has a runtime of its own and
 //! ends with it, as a program of a user does. Who finds no server starts it; it ends by itself.
 
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
 use super::python;
@@ -21,13 +25,12 @@ use super::python;
 /// If it does not answer each of them: judged by its answers, not by its exit status, for it aborts
 /// now and then at exit, after its work is done.
 pub fn ask(home: &Path, commands: &[&[&str]]) -> Vec<Value> {
-    let request = json!({"home": home, "commands": commands});
-    let answers = loop {
-        // A server may end just after it was found: then nothing was begun.
-        if let Some(answers) = ask_server(connect(), &request).expect("BoxLite's answers") {
-            break answers;
-        }
-    };
+    let mut boxlite = Conversation::begin(home);
+    for command in commands {
+        boxlite.say(command);
+    }
+    boxlite.finish();
+    let answers: Vec<Value> = std::iter::from_fn(|| boxlite.answer()).collect();
     assert_eq!(
         answers.len(),
         commands.len(),
@@ -36,23 +39,71 @@ pub fn ask(home: &Path, commands: &[&[&str]]) -> Vec<Value> {
     answers
 }
 
-/// None if the server had ended before it took the request.
-fn ask_server(mut server: UnixStream, request: &Value) -> io::Result<Option<Vec<Value>>> {
-    if writeln!(server, "{request}").is_err() {
-        return Ok(None);
-    }
-    let mut answers = Vec::new();
-    for line in BufReader::new(server).lines() {
-        match line {
-            // What BoxLite itself prints is not an answer.
-            Ok(line) => answers.extend(serde_json::from_str::<Value>(&line)),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset && answers.is_empty() => {
-                return Ok(None);
+/// BoxLite in a process of its own. Dropped, that has ended.
+pub struct Conversation {
+    connection: BufReader<UnixStream>,
+    /// None if it has ended already.
+    process: Option<OwnedFd>,
+}
+
+impl Conversation {
+    /// Its runtime starts with the first command that needs one.
+    pub fn begin(home: &Path) -> Conversation {
+        loop {
+            // A server may end just after it was found: then nothing was begun.
+            if let Ok(conversation) = Conversation::begin_with(connect(), home) {
+                return conversation;
             }
-            Err(error) => return Err(error),
         }
     }
-    Ok(Some(answers))
+
+    fn begin_with(mut server: UnixStream, home: &Path) -> io::Result<Conversation> {
+        writeln!(server, "{}", json!({"home": home}))?;
+        let mut connection = BufReader::new(server);
+        let mut line = String::new();
+        connection.read_line(&mut line)?;
+        let said: Value = serde_json::from_str(&line)?;
+        let process = said["pid"]
+            .as_i64()
+            .and_then(|pid| Pid::from_raw(pid as i32));
+        let process = process.expect("the pid of BoxLite's process");
+        Ok(Conversation {
+            connection,
+            process: pidfd_open(process, PidfdFlags::empty()).ok(),
+        })
+    }
+
+    /// Has it do something.
+    pub fn say(&mut self, command: &[&str]) {
+        let line = serde_json::to_string(command).expect("JSON");
+        writeln!(self.connection.get_mut(), "{line}").expect("BoxLite listens");
+    }
+
+    /// There is no more to do: it ends when it has answered.
+    pub fn finish(&mut self) {
+        let _ = self.connection.get_mut().shutdown(Shutdown::Write);
+    }
+
+    /// What it answers next; None if it ends.
+    pub fn answer(&mut self) -> Option<Value> {
+        let lines = self.connection.by_ref().lines();
+        // What BoxLite itself prints is not an answer.
+        lines
+            .map_while(Result::ok)
+            .find_map(|line| serde_json::from_str(&line).ok())
+    }
+}
+
+impl Drop for Conversation {
+    fn drop(&mut self) {
+        self.finish();
+        while self.answer().is_some() {}
+        // It has the home's lock until it is gone, which is after the last that it says.
+        if let Some(process) = &self.process {
+            let mut polled = [PollFd::new(process, PollFlags::IN)];
+            while poll(&mut polled, None) == Err(rustix::io::Errno::INTR) {}
+        }
+    }
 }
 
 /// A connection to the server, which is started if it isn't there.

@@ -100,6 +100,7 @@ pub fn serve(
         .run()
         .map_err(|e| Error::io("serving the mount ended", e));
     let served = served.or_else(|error| failed().and(Err(error)));
+    tree.keep_waiting();
     tree.close();
     // What was under way comes to its end, and the workspace goes with the tree.
     let deadline = Instant::now() + LAST_WORK;

@@ -34,6 +34,15 @@ impl Store {
         self.look_beside(box_id).map(drop)
     }
 
+    /// Likewise for a new box.
+    ///
+    /// # Errors
+    /// EROFS, EBUSY while a runtime has the home and that matters, EPERM in a copied home.
+    pub fn refuse_unready_for_import(&self) -> Result<()> {
+        self.refuse_read_only()?;
+        self.change_beside().map(drop)
+    }
+
     /// Removes a box with all its snapshots; `gone` has the ids of those that are known to go.
     ///
     /// # Errors

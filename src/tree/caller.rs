@@ -69,13 +69,16 @@ impl Caller {
 
 /// Programs that copy whole trees, by the name they are called by. None of them reads back what it
 /// has put somewhere.
-const COPIERS: [&str; 12] = [
-    "cp", "mv", "rsync", "tar", "bsdtar", "cpio", "pax", "unzip", "7z", "borg", "restic", "gcp",
+const COPIERS: [&str; 17] = [
+    "cp", "mv", "rsync", "tar", "bsdtar", "cpio", "bsdcpio", "pax", "unzip", "7z", "7za", "7zr",
+    "7zz", "7zzs", "borg", "restic", "gcp",
 ];
 
 /// Programs that do other things as well, with the commands by which they copy.
-const COPY_COMMANDS: [(&str, &[&str]); 3] = [
+const COPY_COMMANDS: [(&str, &[&str]); 5] = [
     ("busybox", &["cp", "mv", "tar", "cpio", "unzip"]),
+    ("toybox", &["cp", "mv", "tar", "cpio"]),
+    ("coreutils", &["cp", "mv", "install"]),
     ("gio", &["copy", "move"]),
     (
         "rclone",
@@ -116,6 +119,12 @@ impl Caller {
             (Some(_), None) => false,
             (None, _) => COPIERS.contains(&name),
         }
+    }
+
+    /// Whether it is mv, which removes an empty directory that is in the way of what it copies.
+    pub fn moves(self) -> bool {
+        let words = self.command_line();
+        words.first().and_then(|word| word.rsplit('/').next()) == Some("mv")
     }
 
     /// Whether it is a program that, besides other things, copies trees, and looks whether a name is free

@@ -68,6 +68,7 @@ impl Tree {
     fn begin_box(&self, caller: Caller, name: &str) -> Result<Node> {
         self.refuse_dotted(name)?;
         decode(name).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
+        self.refuse_new_box(name)?;
         let names = self.names()?;
         let mut staging = self.staging.lock();
         staging.sweep();
@@ -80,6 +81,14 @@ impl Tree {
         staging.names.insert(name.to_owned(), id.clone());
         staging.boxes.insert(id.clone(), staged);
         Ok(Node::Box(id))
+    }
+
+    /// Refuses at the first step what would be refused at the last: many programs don't look at what close
+    /// says.
+    fn refuse_new_box(&self, name: &str) -> Result<()> {
+        self.store
+            .refuse_unready_for_import()
+            .map_err(|error| self.refuse(error.errno(), format!("{name}: {error}")))
     }
 
     /// EPERM for `.Trash-0` and its like.
@@ -134,6 +143,16 @@ impl Tree {
     /// until then, and for good if the tool skips what is there.
     fn make_in_snapshots(&self, caller: Caller, id: &str, name: &str) -> Result<Node> {
         self.refuse_copying_over(caller, id, name)?;
+        if caller.process().is_none() {
+            return Err(self.refuse(
+                libc::EPERM,
+                format!(
+                    "snapshot {name}: this process is in a pid namespace that the mount can't see into, so \
+                     nobody can say whether it takes a snapshot or copies one; take it where the home is \
+                     mounted, or with BoxLite"
+                ),
+            ));
+        }
         let is_copying =
             caller.copies() || (caller.looks_first() && self.staging.lock().is_new_by(caller, id));
         if !is_copying {
@@ -399,6 +418,7 @@ impl Tree {
         if role == Role::NewBox {
             self.refuse_taken_box(name)?;
         }
+        self.refuse_new_box(name)?;
         let place = Place {
             parent: Node::Root,
             name: name.to_owned(),
@@ -459,6 +479,9 @@ impl Tree {
         };
         if self.replaces_disk(parent, name) {
             return self.create_over(caller, parent, name);
+        }
+        if name == EXPORT {
+            self.refuse_new_box(name)?;
         }
         let file = StagedFile::new(node, id, place);
         match self.make_staged(caller, parent, name, What::File(file.clone()))? {
@@ -603,6 +626,11 @@ impl Tree {
         }
         if let (Some(file), Some(size)) = (&file, set.size) {
             resize(file, size)?;
+        } else if let Some(file) = &file
+            && file.waits.load(Ordering::Relaxed)
+        {
+            // Somebody touches what could not be made before.
+            self.settle(file)?;
         } else if set.size.is_some_and(|size| size > 0) {
             return Err(self.refuse(
                 libc::EPERM,

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::Tree;
 use super::describe;
-use super::names::{EXPORT, SNAPSHOT_JSON, archive_stem, decode};
+use super::names::{EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete};
 use super::staging::What;
@@ -36,7 +36,7 @@ impl Tree {
             self.date_snapshot(file);
             return Ok(());
         }
-        if role == Role::Placeholder || !is_complete(&mut state)? {
+        if role == Role::Placeholder || !is_complete(&mut state, file.size())? {
             return Ok(());
         }
         let result = match role {
@@ -50,8 +50,13 @@ impl Tree {
         match result {
             Ok(()) => {
                 state.committed = true;
+                file.waits.store(false, Ordering::Relaxed);
                 file.is_there.store(true, Ordering::Relaxed);
                 state.operation = None;
+            }
+            Err(error) if file.waits.load(Ordering::Relaxed) => {
+                // It was taken before, and whoever brought it has nothing more to close.
+                return Err(error);
             }
             Err(error) => {
                 // Not noted again: the store's log has it.
@@ -73,11 +78,29 @@ impl Tree {
         // Before another close of the same file can answer: by then it is the box that is seen.
         let waiting = self.show_committed(file, &role);
         drop(state);
+        let mut result = Ok(());
         for other in waiting {
-            // A failure is in the log; the box itself is whole.
-            let _ = self.settle(&other);
+            if let Err(error) = self.settle(&other) {
+                let path = self.waiting_path(&other);
+                self.store.journal().complain(&format!(
+                    "{path} waits, for its box is there and the snapshot could not be made: {error}; \
+                     `touch` the file to try again"
+                ));
+                // The box is whole, and what was brought with it is not: no success for all of it.
+                result = Err(error);
+            }
         }
-        Ok(())
+        result
+    }
+
+    /// Where an archive waits for its box, from the root.
+    fn waiting_path(&self, file: &StagedFile) -> String {
+        let place = file.state.lock().place.clone();
+        let staging = self.staging.lock();
+        let staged = staging.boxes.get(&file.box_id);
+        let directory = staged.and_then(|staged| staged.find(&place.parent));
+        let directory = directory.map_or("?", |(name, _)| name);
+        format!("{SNAPSHOTS}/{directory}/{}", place.name)
     }
 
     fn commit_box(&self, file: &StagedFile, state: &FileState) -> Result<()> {

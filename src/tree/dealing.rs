@@ -54,6 +54,12 @@ impl Dealing {
         names.is_some_and(|names| names.contains(name))
     }
 
+    /// Whether it removed any name in a directory.
+    pub fn has_removed_in(&self, dir: &Node) -> bool {
+        let names = self.removed.get(&dir.ino());
+        names.is_some_and(|names| !names.is_empty())
+    }
+
     /// It was not allowed to remove a file: it is not to get on to the snapshots.
     pub fn removal_was_refused(&mut self) {
         self.last = Instant::now();

@@ -654,10 +654,11 @@ impl Tree {
         let waits = state.role() == Role::SnapshotDisk && self.waits_for_box(file);
         if complete && (state.role() == Role::TemporaryArchive || waits) {
             // Its name is still to come, or its box.
+            file.waits.store(true, Ordering::Relaxed);
             return;
         }
         if state.refused.is_none()
-            && let Err(error) = is_complete(&mut state)
+            && let Err(error) = is_complete(&mut state, file.size())
         {
             self.note_refusal(file, &mut state, &error);
         }

@@ -12,6 +12,7 @@ mod commit;
 mod compressed;
 mod dealing;
 mod describe;
+mod ending;
 mod guest_numbers;
 mod handle;
 mod inside;

@@ -60,7 +60,36 @@ impl Tree {
                 return Ok(());
             }
         }
+        self.refuse_left_export(caller, id, snapshot, name)?;
         self.store.remove_snapshot(id, snapshot)
+    }
+
+    /// ENOTEMPTY for who goes through the files of a snapshot and has left its export (`find -delete` but
+    /// for it, `tar --remove-files` that could not read it), and for mv, which removes an empty directory
+    /// that is in its way. `rmdir` alone deletes a snapshot.
+    fn refuse_left_export(
+        &self,
+        caller: Caller,
+        id: &str,
+        snapshot: &str,
+        name: &str,
+    ) -> Result<()> {
+        let directory = Node::Snapshot(id.to_owned(), snapshot.to_owned());
+        let mut dealings = self.dealings.lock();
+        let dealing = dealings.of(caller, id);
+        let (has_begun, is_emptied) = dealing.map_or((false, false), |dealing| {
+            let has_begun = dealing.has_removed_in(&directory);
+            (has_begun, dealing.has_removed(&directory, EXPORT))
+        });
+        if is_emptied || !(has_begun || caller.moves()) {
+            return Ok(());
+        }
+        Err(self.refuse(
+            libc::ENOTEMPTY,
+            format!(
+                "{name} is a snapshot, with its {EXPORT} in it; rmdir alone, or rm -r, deletes it"
+            ),
+        ))
     }
 
     /// `snapshots` is gone for who removes it, empty, and nobody else: a step of removing the box, for file

@@ -2,13 +2,14 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::caller::Caller;
 use super::change::{exists, not_there};
 use super::names::{EXPORT, decode};
 use super::node::{Derived, Node};
 use super::staged_file::{Place, Role, StagedFile, role_of};
-use super::staging::What;
+use super::staging::{Child, StagedBox, What};
 use super::{Tree, text};
 use crate::home::is_snapshot_name;
 use crate::store::Source;
@@ -128,6 +129,7 @@ impl Tree {
             return Ok(Moved::Nothing);
         };
         decode(to)?;
+        self.refuse_dotted(to)?;
         if names.id_of(to).is_some() || staging.names.contains_key(to) {
             return Err(exists(to));
         }
@@ -152,13 +154,15 @@ impl Tree {
         if staged.child(from_parent, from).is_none() && staged.committed {
             return Ok(Moved::Nothing);
         }
-        let is_kept = match staged.child(from_parent, from).map(|child| &child.what) {
-            Some(What::File(_)) => role_of(to_parent, to).is_some(),
-            _ => {
-                from == to
-                    || matches!(to_parent, Node::Snapshots(_))
-                    || Derived::named(to).is_some()
+        let child = staged.child(from_parent, from);
+        let is_directory = child.is_some_and(|child| matches!(child.what, What::Directory));
+        let is_kept = match child.map(|child| (&child.what, &child.node)) {
+            Some((What::File(_), _)) => role_of(to_parent, to).is_some(),
+            Some((What::Directory, Node::Snapshot(..))) => {
+                matches!(to_parent, Node::Snapshots(_)) && is_snapshot_name(to)
             }
+            Some((What::Directory, _)) => from == to && from_parent == to_parent,
+            _ => Derived::named(to).is_some(),
         };
         if !is_kept {
             return Err(self.refuse(
@@ -169,9 +173,23 @@ impl Tree {
         if !same_box {
             return Err(Error::new(libc::EXDEV, "that is another box; copy it"));
         }
-        let taken = staged.child(to_parent, to).is_some();
-        if taken && mode == RenameMode::Keep {
-            return Err(exists(to));
+        // What the box has by now is renamed as everybody else would.
+        let is_there = |child: &Child| match (&child.what, &child.node) {
+            (What::File(file), _) => file.is_there.load(Ordering::Relaxed),
+            (What::Directory, Node::Snapshot(_, id)) => staged.arrived.contains(id),
+            _ => false,
+        };
+        if staged.committed && child.is_some_and(is_there) {
+            drop(staging);
+            self.rename_real(caller, (from_parent, from), (to_parent, to), mode)?;
+            self.staging.lock().rename_made(from_parent, from, to);
+            return Ok(Moved::Other);
+        }
+        if let Some(taken) = staged.child(to_parent, to) {
+            if mode == RenameMode::Keep {
+                return Err(exists(to));
+            }
+            refuse_replacing(taken, is_directory, staged, to)?;
         }
         if !staged.children.contains_key(&to_parent.ino()) {
             return Err(not_there());
@@ -275,6 +293,29 @@ impl Tree {
             )),
             (_, false) => Err(Error::new(libc::ENOTDIR, format!("{name} is a file"))),
         }
+    }
+}
+
+/// The errno of rename(2) for what can't take the place of something that is being made.
+fn refuse_replacing(
+    taken: &Child,
+    is_directory: bool,
+    staged: &StagedBox,
+    name: &str,
+) -> Result<()> {
+    let is_full = staged
+        .children
+        .get(&taken.node.ino())
+        .is_some_and(|names| !names.is_empty());
+    match (&taken.what, is_directory) {
+        (What::Directory, false) => Err(Error::new(libc::EISDIR, format!("{name} is a directory"))),
+        (What::Directory, true) if is_full => {
+            Err(Error::new(libc::ENOTEMPTY, format!("{name} is not empty")))
+        }
+        (What::File(_) | What::Link(_), true) => {
+            Err(Error::new(libc::ENOTDIR, format!("{name} is a file")))
+        }
+        _ => Ok(()),
     }
 }
 

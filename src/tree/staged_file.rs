@@ -64,7 +64,7 @@ pub(super) fn role_of(parent: &Node, name: &str) -> Option<Role> {
 
 /// The final name in a temporary one: rsync's `.NAME.XXXXXX`, rclone's `NAME.XXXXXXXX.partial`, the
 /// `NAME.part` of browsers and of KDE, and those of other programs that upload.
-fn temporary_for(name: &str) -> Option<&str> {
+pub(super) fn temporary_for(name: &str) -> Option<&str> {
     let random = |text: &str, length: usize| {
         text.len() == length && text.bytes().all(|b| b.is_ascii_alphanumeric())
     };
@@ -140,6 +140,9 @@ pub(super) struct StagedFile {
     pub size: AtomicU64,
     /// Whether it has become what its name says: from then on that is what is seen of it.
     pub is_there: AtomicBool,
+    /// Whether all of it has come and was closed, and it waits for its name or its box: whoever brought
+    /// it was told that it is here, and may have deleted his.
+    pub waits: AtomicBool,
     pub state: Mutex<FileState>,
 }
 
@@ -176,6 +179,7 @@ impl StagedFile {
             begun: Instant::now(),
             size: AtomicU64::new(0),
             is_there: AtomicBool::new(false),
+            waits: AtomicBool::new(false),
             state: Mutex::new(FileState {
                 place,
                 content: Content::Nothing,
@@ -194,6 +198,7 @@ impl StagedFile {
     /// Its name was removed, or given to another: what comes of it from now on counts for nothing.
     pub fn was_removed(&self, name: &str) {
         let mut state = self.state.lock();
+        self.waits.store(false, Ordering::Relaxed);
         if !state.committed {
             state.content = Content::Nothing;
             let error = Error::new(libc::ENOENT, format!("{name} was removed"));
@@ -306,11 +311,17 @@ pub(super) fn share(
     }
 }
 
-/// Whether the data is complete. Nothing yet is no error, a part of an archive is.
-pub(super) fn is_complete(state: &mut FileState) -> Result<bool> {
+/// Whether the data of a file of so many bytes is complete. Nothing yet is no error, a part of an archive
+/// is, and so is a length without bytes.
+pub(super) fn is_complete(state: &mut FileState, size: u64) -> Result<bool> {
+    let only_hole = || match size {
+        0 => Ok(false),
+        _ => Err(Error::bad_archive("there is only a hole in it")),
+    };
     match &mut state.content {
-        Content::Nothing | Content::Text(_) | Content::SharedJson(_) => Ok(false),
-        Content::Archive(arrival) if arrival.is_untouched() => Ok(false),
+        Content::Text(_) | Content::SharedJson(_) => Ok(false),
+        Content::Nothing => only_hole(),
+        Content::Archive(arrival) if arrival.is_untouched() => only_hole(),
         Content::Archive(arrival) => arrival.finish().map(|()| true),
         Content::Shared {
             export, covered, ..

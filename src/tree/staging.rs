@@ -156,8 +156,12 @@ impl StagedBox {
 
     /// Whether what was made is done with: nobody who would see it is left, or whoever lives on
     /// has not come back for a while. What failed goes with its makers, so that the next try starts
-    /// anew; a directory that only was made waits for what will be put into it.
+    /// anew, but for archives that were taken: they wait for their box, or until somebody removes them.
+    /// A directory that only was made waits for what will be put into it.
     fn is_over(&self) -> bool {
+        if self.has_waiting() {
+            return false;
+        }
         if !self.committed {
             return (self.failed || self.is_hollow()) && !self.makers.any_alive();
         }
@@ -190,6 +194,14 @@ impl StagedBox {
         });
         let is_empty = |file: &Arc<StagedFile>| file.size() == 0 && Arc::strong_count(file) == 1;
         files.next().is_some_and(is_empty) && files.all(is_empty)
+    }
+
+    /// Whether an archive that was taken waits in it.
+    fn has_waiting(&self) -> bool {
+        let mut children = self.children.values().flat_map(BTreeMap::values);
+        children.any(
+            |child| matches!(&child.what, What::File(file) if file.waits.load(Ordering::Relaxed)),
+        )
     }
 
     /// Whether a file of it is open.
@@ -238,8 +250,12 @@ impl LooseFile {
         self.file.restores && self.name == EXPORT
     }
 
-    /// Likewise; a temporary file whose writer was killed before it gave it a name goes too.
+    /// Likewise; a temporary file whose writer was killed half way goes too. One that is whole waits for its
+    /// name: the next program gives it (curl, then mv), and mv may have deleted what it is a copy of.
     fn is_over(&self) -> bool {
+        if self.file.waits.load(Ordering::Relaxed) {
+            return false;
+        }
         let is_open = Arc::strong_count(&self.file) > 1;
         let waits_for_name = !self.committed && !self.is_over_export();
         match self.makers.any_alive() {
@@ -352,6 +368,16 @@ impl Staging {
         self.boxes.remove(id);
         self.names.retain(|_, box_id| box_id != id);
         self.made_in.retain(|_, box_id| box_id != id);
+    }
+
+    /// What was made in a box has another name in the same directory.
+    pub fn rename_made(&mut self, parent: &Node, from: &str, to: &str) {
+        let staged = self.box_of(parent).and_then(|id| self.boxes.get_mut(&id));
+        if let Some(names) = staged.and_then(|staged| staged.children.get_mut(&parent.ino()))
+            && let Some(child) = names.remove(from)
+        {
+            names.insert(to.to_owned(), child);
+        }
     }
 
     /// A file being made was closed for the last time.

@@ -357,3 +357,198 @@ fn an_archive_may_come_from_several_programs_and_under_any_name_that_uploads_hav
     mount.unmount();
     home.assert_whole();
 }
+
+#[test]
+fn an_archive_that_was_taken_waits_for_its_box_whatever_else_is_refused() {
+    let (home, mount, backup) = home_and_backup();
+    let of_snapshot = digest(&home.snapshot_disk("web", "s"));
+    for (name, refusal) in [
+        ("a", "touch $M/a/notes.txt"),
+        (
+            "b",
+            "head -c 50000 $BK/export.boxlite > $BK/cut; mv $BK/cut $M/b/export.boxlite",
+        ),
+        (
+            "c",
+            "mkdir $M/c/snapshots/t && head -c 50000 $BK/export.boxlite > $M/c/snapshots/t/export.boxlite",
+        ),
+    ] {
+        let begin = format!(
+            "mkdir -p $M/{name}/snapshots/s && cp $BK/snapshots/s/export.boxlite $BK/moved && \
+             mv $BK/moved $M/{name}/snapshots/s/export.boxlite"
+        );
+        done(&mount, &backup, &begin);
+        refused(&mount, &backup, refusal);
+        assert_eq!(
+            mount.names(format!("{name}/snapshots/s")),
+            ["export.boxlite"],
+            "{name}"
+        );
+        let end = format!("cp $BK/export.boxlite $M/{name}/export.boxlite");
+        done(&mount, &backup, &end);
+        assert_eq!(
+            mount.names(format!("{name}/snapshots")),
+            ["s"],
+            "{}",
+            mount.log()
+        );
+        assert_eq!(digest(&home.snapshot_disk(name, "s")), of_snapshot);
+    }
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn archives_that_still_wait_when_the_mount_ends_are_boxes_of_their_own() {
+    let (home, mount, backup) = home_and_backup();
+    let of_snapshot = digest(&home.snapshot_disk("web", "s"));
+    let live = digest(&home.live_disk("web"));
+    done(&mount, &backup, "mkdir $M/new && mv $BK/snapshots $M/new/");
+    done(&mount, &backup, "mv $BK/export.boxlite $M/up.boxlite.part");
+    assert_eq!(mount.names(""), ["new", "up.boxlite.part", "web"]);
+    mount.unmount();
+    let mount = home.mount();
+    assert_eq!(mount.names(""), ["new-s", "up", "web"]);
+    assert_eq!(digest(&home.live_disk("new-s")), of_snapshot);
+    assert_eq!(digest(&home.live_disk("up")), live);
+    drop(mount);
+    home.assert_whole();
+    assert_eq!(home.wheel(&["list"]).as_array().map(Vec::len), Some(3));
+}
+
+#[test]
+fn a_whole_archive_under_a_temporary_name_waits_for_its_name() {
+    let (home, mount, backup) = home_and_backup();
+    let live = digest(&home.live_disk("web"));
+    for (number, name) in ["p.boxlite.part", "p.boxlite.crdownload", ".p.boxlite.tmp"]
+        .into_iter()
+        .enumerate()
+    {
+        done(&mount, &backup, &format!("cp $BK/export.boxlite $M/{name}"));
+        assert!(mount.at(name).exists(), "{name}");
+        let named = format!("mv $M/{name} $M/p{number}.boxlite");
+        done(&mount, &backup, &named);
+        assert_eq!(digest(&home.live_disk(&format!("p{number}"))), live);
+    }
+    done(
+        &mount,
+        &backup,
+        "cp $BK/export.boxlite $M/gone.boxlite.part; rm $M/gone.boxlite.part",
+    );
+    assert_eq!(mount.names(""), ["p0", "p1", "p2", "web"]);
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn in_a_box_being_made_no_rename_loses_what_was_taken() {
+    let (home, mount, backup) = home_and_backup();
+    let of_snapshot = digest(&home.snapshot_disk("web", "s"));
+    let live = digest(&home.live_disk("web"));
+    done(
+        &mount,
+        &backup,
+        "mkdir -p $M/n/snapshots/a $M/n/snapshots/b; cp $BK/snapshots/s/export.boxlite $M/n/snapshots/a/; \
+         cp $BK/export.boxlite $M/n/snapshots/b/",
+    );
+    for (command, errno) in [
+        (
+            "mv -T $M/n/snapshots/a $M/n/snapshots/b",
+            "Directory not empty",
+        ),
+        (
+            "mv $M/n/snapshots/a $M/n/snapshots/.before",
+            "Operation not permitted",
+        ),
+        ("mv $M/n/snapshots/a $M/n/", "Operation not permitted"),
+        ("mv $M/n $M/.n", "Operation not permitted"),
+    ] {
+        let said = refused(&mount, &backup, command);
+        assert!(said.contains(errno), "{command}: {said}");
+    }
+    done(
+        &mount,
+        &backup,
+        "mv $M/n/snapshots/a $M/n/snapshots/c; cp $BK/export.boxlite $M/n/",
+    );
+    assert_eq!(mount.names("n/snapshots"), ["b", "c"]);
+    assert_eq!(digest(&home.snapshot_disk("n", "b")), live);
+    assert_eq!(digest(&home.snapshot_disk("n", "c")), of_snapshot);
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn who_made_a_box_renames_its_snapshots_for_everybody() {
+    let (home, mount, backup) = home_and_backup();
+    done(
+        &mount,
+        &backup,
+        "python3 -c \"import os, shutil; shutil.copytree('$BK', '$M/new', symlinks=True); \
+         os.rename('$M/new/snapshots/s', '$M/new/snapshots/renamed')\"",
+    );
+    assert_eq!(mount.names("new/snapshots"), ["renamed"]);
+    mount.unmount();
+    assert_eq!(home.wheel(&["snapshot-list", "new"])[0]["name"], "renamed");
+    home.assert_whole();
+}
+
+#[test]
+fn a_snapshot_whose_export_was_left_is_not_removed() {
+    let (home, mount, backup) = home_and_backup();
+    fs::create_dir(backup.join("s")).unwrap();
+    let before = home.kept();
+    for command in [
+        "mv -f $BK/snapshots/s $M/web/snapshots/",
+        "mv $BK/s $M/web/snapshots/",
+        "find $M/web/snapshots/s ! -name export.boxlite -delete",
+        "printf 'y\\ny\\nn\\ny\\ny\\ny\\ny\\ny\\n' | rm -ri $M/web/snapshots/s; test ! -e $M/web/snapshots/s",
+    ] {
+        refused(&mount, &backup, command);
+        assert_eq!(home.kept(), before, "{command}\n{}", mount.log());
+        assert!(
+            backup.join("snapshots/s/export.boxlite").exists(),
+            "{command}"
+        );
+    }
+    mount.remove_snapshot("web", "s").unwrap();
+    assert_eq!(mount.names("web/snapshots"), [""; 0]);
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn what_no_box_could_be_made_of_now_is_refused_at_its_first_step() {
+    let (home, mount, backup) = home_and_backup();
+    let boxlite = home.hold();
+    for command in [
+        "cat $BK/export.boxlite > $M/x.boxlite",
+        "mkdir $M/new",
+        "mv $BK/export.boxlite $M/y.boxlite",
+    ] {
+        let said = refused(&mount, &backup, command);
+        assert!(said.contains("busy"), "{command}: {said}");
+        assert_eq!(mount.names(""), ["web"]);
+    }
+    drop(boxlite);
+    done(&mount, &backup, "mv $BK/export.boxlite $M/y.boxlite");
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn a_file_that_is_only_a_hole_is_no_archive() {
+    let (home, mount, backup) = home_and_backup();
+    let before = home.kept();
+    for command in [
+        "truncate -s 593920 $BK/hole; cp --sparse=always $BK/hole $M/h.boxlite",
+        "truncate -s 593920 $M/h.boxlite",
+        "truncate -s 593920 $M/web/export.boxlite",
+    ] {
+        refused(&mount, &backup, command);
+        eventually("nothing of it is left", || mount.names("") == ["web"]);
+        eventually("nothing is changed", || home.kept() == before);
+    }
+    mount.unmount();
+    home.assert_whole();
+}

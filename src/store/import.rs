@@ -8,7 +8,7 @@ use super::clone::{refuse_taken_name, write_mark};
 use super::crash::crash_point;
 use super::layers::resolve;
 use super::snapshot::refuse_bad_name;
-use super::workspace::Scratch;
+use super::workspace::{Scratch, discard};
 use super::{Arrival, Contents, NewClone, NewSnapshotName, Source, Store, durable};
 use crate::disk::{FileId, Format, Header, Layer};
 use crate::{Context, Error, Result};
@@ -57,10 +57,11 @@ impl Store {
         let mut change = self.change_beside()?;
         refuse_taken_name(&change, &new.name)?;
         let disk = dir.join("disks/disk.qcow2");
-        std::fs::rename(arrival.disk(), &disk)
-            .context(|| format!("cannot move the disk to {}", disk.display()))?;
+        give_disk(arrival, &disk)?;
         crash_point("import.built");
-        self.install(&mut change, dir, new, None, Some(options), &[])
+        self.install(&mut change, dir, new, None, Some(options), &[])?;
+        discard(arrival.disk());
+        Ok(())
     }
 
     /// Gives a snapshot that came back from a backup the time it was taken at.
@@ -159,14 +160,17 @@ impl Store {
         let mut prepared = self.prepare_beside(box_id)?;
         prepared.refuse_taken(name)?;
         let dir = self.marked_dir()?;
-        durable::rename(arrival.disk(), &dir.join("disk.qcow2"))?;
+        give_disk(arrival, &dir.join("disk.qcow2"))?;
+        durable::sync_dir(&dir)?;
         prepared.change.hold()?;
         let place = prepared.place_of(name, &new.id);
         let path = prepared.snapshot_place(&place, Some(&dir))?;
         crash_point("import.snapshot");
         let recorded =
             prepared.record_snapshot(&new.id, name, &path, arrival.virtual_size(), new.created_at);
-        prepared.settle_place(&path, recorded).map(drop)
+        prepared.settle_place(&path, recorded)?;
+        discard(arrival.disk());
+        Ok(())
     }
 
     /// A directory in the workspace for a snapshot whose row is still to come.
@@ -176,4 +180,12 @@ impl Store {
         write_mark(&dir)?;
         Ok(dir)
     }
+}
+
+/// Gives a directory that is being built the disk of an archive, by a further name: if the rest fails, the
+/// archive has it still, and can be made into something later. Where there are no such names it is moved.
+fn give_disk(arrival: &Arrival, to: &Path) -> Result<()> {
+    std::fs::hard_link(arrival.disk(), to)
+        .or_else(|_| std::fs::rename(arrival.disk(), to))
+        .context(|| format!("cannot move the disk to {}", to.display()))
 }

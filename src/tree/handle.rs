@@ -652,9 +652,11 @@ impl Tree {
         }
         let complete = state.refused.is_none() && is_whole(&state.content);
         let waits = state.role() == Role::SnapshotDisk && self.waits_for_box(file);
+        let waits = waits || file.waits.load(Ordering::Relaxed);
         if complete && (state.role() == Role::TemporaryArchive || waits) {
             // Its name is still to come, or its box.
-            file.waits.store(true, Ordering::Relaxed);
+            let is_archive = matches!(state.content, Content::Archive(_));
+            file.waits.store(is_archive, Ordering::Relaxed);
             return;
         }
         if state.refused.is_none()

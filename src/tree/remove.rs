@@ -8,9 +8,10 @@ use super::caller::Caller;
 use super::change::not_there;
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
 use super::node::{Derived, Node};
-use super::staged_file::StagedFile;
+use super::staged_file::{Content, StagedFile};
 use super::staging::{StagedBox, Staging, What};
 use super::{Tree, text};
+use crate::store::Source;
 use crate::{Error, Result};
 
 impl Tree {
@@ -61,7 +62,30 @@ impl Tree {
             }
         }
         self.refuse_left_export(caller, id, snapshot, name)?;
+        self.refuse_shared(|source| {
+            matches!(source, Source::Snapshot { box_id, snapshot_id } if box_id == id && snapshot_id == snapshot)
+        })?;
         self.store.remove_snapshot(id, snapshot)
+    }
+
+    /// EBUSY for a state of which a copy waits for its box: mv removes what it has copied.
+    fn refuse_shared(&self, is_source: impl Fn(&Source) -> bool) -> Result<()> {
+        for file in self.staging.lock().all_files() {
+            let state = file.state.lock();
+            if let Content::Shared { source, .. } = &state.content
+                && state.open == 0
+                && is_source(source)
+            {
+                let which = self.store.describe(source);
+                return Err(self.refuse(
+                    libc::EBUSY,
+                    format!(
+                        "a copy of {which} waits for its box; copy that box's {EXPORT} first, or remove the copy"
+                    ),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// ENOTEMPTY for who goes through the files of a snapshot and has left its export (`find -delete` but
@@ -131,6 +155,7 @@ impl Tree {
         if !self.list(caller, &node)?.is_empty() {
             return Err(full());
         }
+        self.refuse_shared(|source| source.box_id() == id)?;
         self.store.remove_box(id, &gone)?;
         self.dealings.lock().forget(id);
         Ok(())
@@ -237,6 +262,7 @@ impl Tree {
         let unready = self
             .refuse_unseen(caller)
             .and_then(|()| self.refuse_written(id))
+            .and_then(|()| self.refuse_shared(|source| source.box_id() == id))
             .and_then(|()| self.store.refuse_unready(id));
         if let Err(error) = unready {
             self.dealings.lock().begin(caller, id).removal_was_refused();
@@ -311,6 +337,8 @@ fn take_staged(
     let Some(staged) = staging.face(caller, parent) else {
         return Ok(None);
     };
+    // While it is at it, the rest stays for it to remove.
+    staged.makers.take_over(caller);
     let names = staged
         .children
         .get_mut(&parent.ino())

@@ -67,7 +67,11 @@ impl Tree {
             self.rename_staged(caller, from, to, mode)?
         };
         match moved {
-            Moved::File(file) => self.settle(&file),
+            Moved::File(file) => self.settle(&file).inspect_err(|_| {
+                if file.waits.load(Ordering::Relaxed) {
+                    self.move_back(&file, from, to);
+                }
+            }),
             Moved::Other => Ok(()),
             Moved::Nothing => self.rename_real(caller, from, to, mode),
         }
@@ -119,6 +123,35 @@ impl Tree {
         }
         file.state.lock().place.name = to.to_owned();
         Ok(Moved::File(file))
+    }
+
+    /// An archive that waited, and that could not become what its new name says, waits under the old one.
+    fn move_back(
+        &self,
+        file: &Arc<StagedFile>,
+        (from_parent, from): (&Node, &str),
+        (to_parent, to): (&Node, &str),
+    ) {
+        let mut staging = self.staging.lock();
+        for loose in &mut staging.files {
+            if Arc::ptr_eq(&loose.file, file) {
+                loose.name = from.to_owned();
+            }
+        }
+        let staged = staging.boxes.get_mut(&file.box_id);
+        let children = staged.map(|staged| &mut staged.children);
+        if let Some(children) = children
+            && let Some(names) = children.get_mut(&to_parent.ino())
+            && let Some(child) = names.remove(to)
+            && let Some(names) = children.get_mut(&from_parent.ino())
+        {
+            names.insert(from.to_owned(), child);
+        }
+        drop(staging);
+        file.state.lock().place = Place {
+            parent: from_parent.clone(),
+            name: from.to_owned(),
+        };
     }
 
     /// A directory being made.

@@ -140,8 +140,9 @@ pub(super) struct StagedFile {
     pub size: AtomicU64,
     /// Whether it has become what its name says: from then on that is what is seen of it.
     pub is_there: AtomicBool,
-    /// Whether all of it has come and was closed, and it waits for its name or its box: whoever brought
-    /// it was told that it is here, and may have deleted his.
+    /// Whether all bytes of an archive have come and were closed, and it waits for its name or its box:
+    /// whoever brought it was told that it is here, and may have deleted his. What is shared with a state in
+    /// the home is there as long as that, which is not removed meanwhile.
     pub waits: AtomicBool,
     pub state: Mutex<FileState>,
 }

@@ -196,12 +196,19 @@ impl StagedBox {
         files.next().is_some_and(is_empty) && files.all(is_empty)
     }
 
-    /// Whether an archive that was taken waits in it.
+    /// Whether an archive that was taken waits in it, or the description of a snapshot that is copied into a
+    /// box that exists and whose export did not come.
     fn has_waiting(&self) -> bool {
         let mut children = self.children.values().flat_map(BTreeMap::values);
-        children.any(
+        let has_archive = children.any(
             |child| matches!(&child.what, What::File(file) if file.waits.load(Ordering::Relaxed)),
-        )
+        );
+        let is_described = |directory: &Child| {
+            let names = self.children.get(&directory.node.ino()).into_iter();
+            let mut files = names.flat_map(BTreeMap::values);
+            files.any(|child| matches!(&child.what, What::File(file) if file.size() > 0))
+        };
+        has_archive || (!self.is_new && self.arriving().any(|(_, child)| is_described(child)))
     }
 
     /// Whether a file of it is open.
@@ -429,6 +436,21 @@ impl Staging {
     /// The loose file that is this node, whoever asks.
     pub fn loose_file_at(&self, node: &Node) -> Option<&LooseFile> {
         self.files.iter().find(|file| file.file.node == *node)
+    }
+
+    /// All files being written, or waiting.
+    pub fn all_files(&self) -> Vec<Arc<StagedFile>> {
+        let made = self
+            .boxes
+            .values()
+            .flat_map(|staged| staged.children.values());
+        let made = made.flat_map(BTreeMap::values);
+        let made = made.filter_map(|child| match &child.what {
+            What::File(file) => Some(file.clone()),
+            _ => None,
+        });
+        let loose = self.files.iter().map(|loose| loose.file.clone());
+        made.chain(loose).collect()
     }
 
     /// The file being written that is this node.

@@ -865,7 +865,9 @@ fn an_untrusted_directory_with_snapshots_is_refused_as_a_whole() {
         text(&mount.at("again")),
     ]);
     assert!(said.contains("Operation not permitted"), "{said}");
-    // What was made goes with who made it, as soon as somebody looks.
+    // Its snapshot's archive was taken, and waits for a box until somebody removes it.
+    assert_eq!(mount.names("again/snapshots"), ["s"]);
+    succeed(&["rm", "-r", text(&mount.at("again"))]);
     assert_eq!(mount.names(""), ["web"]);
     assert_eq!(home.kept(), before);
     // Its disk alone may come into a box that keeps its own configuration.
@@ -926,6 +928,14 @@ fn an_archive_that_came_for_a_snapshot_is_looked_at_again_when_it_becomes_a_box(
         by_way_of_a_snapshot(&mount, &unreadable, "b"),
         libc::EBADMSG
     );
+    // They wait where they were, for a box that they can be a snapshot of.
+    for name in ["a", "b"] {
+        assert_eq!(
+            mount.names(format!("{name}/snapshots/s")),
+            ["export.boxlite"]
+        );
+        succeed(&["rm", "-r", text(&mount.at(name))]);
+    }
     assert_eq!(mount.names(""), ["web"]);
     assert_eq!(by_way_of_a_snapshot(&mount, &archive(), "c"), 0);
     assert_eq!(mount.names(""), ["c", "web"]);

@@ -386,12 +386,9 @@ fn an_archive_that_was_taken_waits_for_its_box_whatever_else_is_refused() {
         );
         let end = format!("cp $BK/export.boxlite $M/{name}/export.boxlite");
         done(&mount, &backup, &end);
-        assert_eq!(
-            mount.names(format!("{name}/snapshots")),
-            ["s"],
-            "{}",
-            mount.log()
-        );
+        eventually("it has its snapshot, and what was refused is gone", || {
+            mount.names(format!("{name}/snapshots")) == ["s"]
+        });
         assert_eq!(digest(&home.snapshot_disk(name, "s")), of_snapshot);
     }
     mount.unmount();
@@ -549,6 +546,109 @@ fn a_file_that_is_only_a_hole_is_no_archive() {
         eventually("nothing of it is left", || mount.names("") == ["web"]);
         eventually("nothing is changed", || home.kept() == before);
     }
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn a_snapshot_that_could_not_be_made_with_its_box_waits_until_it_can() {
+    let home = TestHome::new();
+    let disk = SmallDisk::under(&home, FileSystem::Ext4, "64M");
+    let mount = home.mount();
+    home.guest_write("web", FREE_AREA, b"then");
+    mount.snapshot("web", "s").unwrap();
+    home.guest_write("web", FREE_AREA, b"now");
+    let backup = home.beside("backup");
+    succeed(&["cp", "-r", text(&mount.at("web")), text(&backup)]);
+    let of_snapshot = digest(&home.snapshot_disk("web", "s"));
+    let mut has_waited = false;
+    // Somewhere between these numbers of files there is room for the box and for no snapshot.
+    for left in 2..12 {
+        let begin = "mkdir -p $M/n/snapshots/{a,b} && cp $BK/snapshots/s/export.boxlite $M/n/snapshots/a/ && \
+                     cp $BK/snapshots/s/export.boxlite $M/n/snapshots/b/";
+        done(&mount, &backup, begin);
+        let filler = disk.root().join("names");
+        fs::create_dir(&filler).unwrap();
+        take_inodes(disk.root(), &filler, left);
+        let is_made = shell(&mount, &backup, "cp $BK/export.boxlite $M/n/")
+            .status
+            .success();
+        fs::remove_dir_all(&filler).unwrap();
+        if !is_made {
+            // Nothing of it is lost: the box comes now, or the snapshots that it has room for.
+            match mount.at("n/box.json").exists() {
+                true => {
+                    has_waited = true;
+                    // One that is there already can't be touched.
+                    shell(&mount, &backup, "touch $M/n/snapshots/*/export.boxlite");
+                }
+                false => done(&mount, &backup, "cp $BK/export.boxlite $M/n/"),
+            }
+        }
+        assert_eq!(
+            mount.names("n/snapshots"),
+            ["a", "b"],
+            "{left} were free\n{}",
+            mount.log()
+        );
+        for snapshot in ["a", "b"] {
+            assert_eq!(digest(&home.snapshot_disk("n", snapshot)), of_snapshot);
+        }
+        done(&mount, &backup, "rm -r $M/n");
+    }
+    assert!(
+        has_waited,
+        "the box always came with its snapshots, or not at all"
+    );
+    mount.unmount();
+    home.assert_whole();
+}
+
+/// Makes files until the file system has room for so many more.
+fn take_inodes(root: &Path, filler: &Path, left: u64) {
+    let free = || rustix::fs::statvfs(root).unwrap().f_ffree;
+    for number in 0.. {
+        if free() <= left {
+            return;
+        }
+        fs::File::create(filler.join(number.to_string())).unwrap();
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_moved_to_a_box_being_made_is_kept_until_that_is_there() {
+    let (home, mount, backup) = home_and_backup();
+    let of_snapshot = digest(&home.snapshot_disk("web", "s"));
+    let said = refused(
+        &mount,
+        &backup,
+        "mkdir -p $M/n/snapshots && mv $M/web/snapshots/s $M/n/snapshots/",
+    );
+    assert!(said.contains("busy"), "{said}");
+    assert_eq!(digest(&home.snapshot_disk("web", "s")), of_snapshot);
+    done(&mount, &backup, "cp $M/web/export.boxlite $M/n/");
+    assert_eq!(digest(&home.snapshot_disk("n", "s")), of_snapshot);
+    mount.remove_snapshot("web", "s").unwrap();
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn the_description_of_a_snapshot_that_did_not_come_stays_until_it_is_removed() {
+    let (home, mount, backup) = home_and_backup();
+    fs::remove_file(backup.join("snapshots/s/export.boxlite")).unwrap();
+    done(&mount, &backup, "mv $BK/snapshots/s $M/web/snapshots/j");
+    let left = mount.names("web/snapshots/j");
+    assert!(left.contains(&"snapshot.json".to_owned()), "{left:?}");
+    done(
+        &mount,
+        &backup,
+        "cp $M/web/snapshots/s/export.boxlite $M/web/snapshots/j/",
+    );
+    assert_eq!(
+        digest(&home.snapshot_disk("web", "j")),
+        digest(&home.snapshot_disk("web", "s"))
+    );
     mount.unmount();
     home.assert_whole();
 }

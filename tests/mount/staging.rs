@@ -234,8 +234,8 @@ fn what_a_process_left_half_way_the_next_one_finishes() {
 }
 
 #[test]
-fn what_waits_for_its_box_goes_with_the_mount() {
-    let (home, mount, backup) = home_and_backup();
+fn what_waits_for_its_box_goes_with_a_mount_that_is_killed() {
+    let (home, mut mount, backup) = home_and_backup();
     // All but what we remember, which may be lost at any time.
     let kept = || {
         let files = home.fingerprint();
@@ -250,10 +250,12 @@ fn what_waits_for_its_box_goes_with_the_mount() {
     maker.does(&waits.replace("BACKUP", &backup));
     assert_eq!(maker.names("new/snapshots/s"), ["export.boxlite"]);
     drop(maker);
-    mount.unmount();
-    assert_eq!(kept(), before);
+    succeed(&["kill", "-KILL", &mount.process().to_string()]);
+    assert_eq!(mount.ended_by(), Some(libc::SIGKILL));
+    drop(mount);
     let mount = home.mount();
     assert_eq!(mount.names(""), ["web"]);
+    assert_eq!(kept(), before);
     mount.unmount();
     home.assert_whole();
 }

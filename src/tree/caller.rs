@@ -127,6 +127,26 @@ impl Caller {
         words.first().and_then(|word| word.rsplit('/').next()) == Some("mv")
     }
 
+    /// Whether it is a program that leaves what it copies where it is: what it brought and fails at goes with
+    /// it, since its user has it still. mv, and rsync with an option for that, delete file by file.
+    pub fn keeps_sources(self) -> bool {
+        let words = self.command_line();
+        let mut names = words
+            .iter()
+            .map(|word| word.rsplit('/').next().unwrap_or(word));
+        match names.next() {
+            Some("busybox" | "toybox" | "coreutils") => names.next() == Some("cp"),
+            Some("rsync") => !words.iter().any(|word| {
+                word.starts_with("--remove-s") || word == "--server" || word == "--daemon"
+            }),
+            Some(name) => [
+                "cp", "gcp", "tar", "bsdtar", "cpio", "bsdcpio", "pax", "unzip",
+            ]
+            .contains(&name),
+            None => false,
+        }
+    }
+
     /// Whether it is a program that, besides other things, copies trees, and looks whether a name is free
     /// before it makes it.
     pub fn looks_first(self) -> bool {

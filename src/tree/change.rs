@@ -423,7 +423,7 @@ impl Tree {
             parent: Node::Root,
             name: name.to_owned(),
         };
-        let file = StagedFile::new(self.fresh_made(), box_id()?, place);
+        let file = StagedFile::new(self.fresh_made(), box_id()?, place, caller);
         let mut staging = self.staging.lock();
         if staging.has_loose_file(&Node::Root, name) {
             // Another maker's file: this caller does not see it, or cp would have found it.
@@ -483,7 +483,7 @@ impl Tree {
         if name == EXPORT {
             self.refuse_new_box(name)?;
         }
-        let file = StagedFile::new(node, id, place);
+        let file = StagedFile::new(node, id, place, caller);
         match self.make_staged(caller, parent, name, What::File(file.clone()))? {
             Some(_) => Ok(file),
             None => self.create_over(caller, parent, name),
@@ -546,6 +546,7 @@ impl Tree {
         let mut staging = self.staging.lock();
         if let Some(staged) = staging.made_by(caller, parent) {
             staged.failed = true;
+            staged.failed_by.extend(caller.process());
         }
     }
 

@@ -63,6 +63,7 @@ impl Tree {
                 state.refuse(&error);
                 if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
                     staged.failed = true;
+                    staged.failed_by.extend(file.copier);
                 }
                 if state.open == 0 {
                     // Refused at its rename: no closing will come to let go of it.
@@ -88,6 +89,9 @@ impl Tree {
                 ));
                 // The box is whole, and what was brought with it is not: no success for all of it.
                 result = Err(error);
+                if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
+                    staged.failed_by.extend(file.copier);
+                }
             }
         }
         result

@@ -203,7 +203,7 @@ impl Tree {
             parent,
             name: name.to_owned(),
         };
-        let file = StagedFile::new(node.clone(), id, place);
+        let file = StagedFile::new(node.clone(), id, place, caller);
         file.state.lock().open = 1;
         Some(file)
     }

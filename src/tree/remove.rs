@@ -306,6 +306,9 @@ impl Tree {
             .retain(|loose| !Arc::ptr_eq(&loose.file, file));
         if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
             staged.failed |= refused;
+            if refused {
+                staged.failed_by.extend(file.copier);
+            }
             for names in staged.children.values_mut() {
                 names.retain(|_, child| child.node != file.node);
             }

@@ -134,6 +134,8 @@ pub(super) struct StagedFile {
     pub restores: bool,
     /// Who began to write, where it `restores` a box.
     pub writer: Makers,
+    /// The process that made it, where its user has what it copies in any case.
+    pub copier: Option<u32>,
     pub created: SystemTime,
     pub begun: Instant,
     /// Bytes written so far, as stat shows them.
@@ -161,21 +163,31 @@ pub(super) struct FileState {
 }
 
 impl StagedFile {
-    pub fn new(node: Node, box_id: String, place: Place) -> Arc<StagedFile> {
-        StagedFile::begin(node, box_id, None, place)
+    pub fn new(node: Node, box_id: String, place: Place, by: Caller) -> Arc<StagedFile> {
+        StagedFile::begin(node, box_id, (by, false), place)
     }
 
     /// A file that is written over the export of a box that exists, or will be.
     pub fn restoring(node: Node, box_id: String, place: Place, by: Caller) -> Arc<StagedFile> {
-        StagedFile::begin(node, box_id, Some(by), place)
+        StagedFile::begin(node, box_id, (by, true), place)
     }
 
-    fn begin(node: Node, box_id: String, over: Option<Caller>, place: Place) -> Arc<StagedFile> {
+    fn begin(
+        node: Node,
+        box_id: String,
+        (by, restores): (Caller, bool),
+        place: Place,
+    ) -> Arc<StagedFile> {
+        let process = by.process();
         Arc::new(StagedFile {
             node,
             box_id,
-            restores: over.is_some(),
-            writer: over.map_or_else(Makers::default, Makers::begin),
+            restores,
+            writer: match restores {
+                true => Makers::begin(by),
+                false => Makers::default(),
+            },
+            copier: process.filter(|_| by.keeps_sources()),
             created: SystemTime::now(),
             begun: Instant::now(),
             size: AtomicU64::new(0),

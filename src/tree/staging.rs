@@ -60,6 +60,8 @@ pub(super) struct StagedBox {
     is_new: bool,
     /// Something that was to become a part of it was refused.
     pub failed: bool,
+    /// Processes that met that.
+    pub failed_by: HashSet<u32>,
     /// Directories of snapshots that something else than a snapshot is copied into, by inode.
     pub refused: HashSet<u64>,
     /// Snapshots of it that were copied in and are there now, by id.
@@ -81,6 +83,7 @@ impl StagedBox {
             committed: false,
             is_new: true,
             failed: false,
+            failed_by: HashSet::new(),
             refused: HashSet::new(),
             arrived: HashSet::new(),
             created: SystemTime::now(),
@@ -200,9 +203,15 @@ impl StagedBox {
     /// box that exists and whose export did not come.
     fn has_waiting(&self) -> bool {
         let mut children = self.children.values().flat_map(BTreeMap::values);
-        let has_archive = children.any(
-            |child| matches!(&child.what, What::File(file) if file.waits.load(Ordering::Relaxed)),
-        );
+        // cp that fails has left its source where it was.
+        let is_copy = |file: &StagedFile| {
+            let copier = file.copier;
+            copier.is_some_and(|copier| self.failed_by.contains(&copier))
+        };
+        let has_archive = children.any(|child| match &child.what {
+            What::File(file) => file.waits.load(Ordering::Relaxed) && !is_copy(file),
+            _ => false,
+        });
         let is_described = |directory: &Child| {
             let names = self.children.get(&directory.node.ino()).into_iter();
             let mut files = names.flat_map(BTreeMap::values);

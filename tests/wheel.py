@@ -21,6 +21,7 @@ A runtime holds HOME/.lock for as long as this process lives.
 
 import json
 import os
+import select
 import socket
 import sys
 
@@ -35,7 +36,16 @@ def ask_server(path, home, words):
         request = json.dumps({"home": os.path.abspath(home)}) + "\n" + json.dumps(words) + "\n"
         server.sendall(request.encode())
         server.shutdown(socket.SHUT_WR)
-        _pid, *lines = server.makefile()
+        said = server.makefile()
+        process = None
+        try:
+            process = os.pidfd_open(json.loads(next(said))["pid"])
+        except ProcessLookupError:
+            pass  # it has ended
+        lines = list(said)
+        # It has the home's lock until it is gone, which is after the last that it says.
+        if process is not None:
+            select.select([process], [], [])
     print(*lines, sep="", end="")
     return bool(lines) and "error" not in json.loads(lines[-1])
 

@@ -70,7 +70,9 @@ impl Tree {
 
     /// EBUSY for a state of which a copy waits for its box: mv removes what it has copied.
     fn refuse_shared(&self, is_source: impl Fn(&Source) -> bool) -> Result<()> {
-        for file in self.staging.lock().all_files() {
+        // A file's state is never waited for with the lock of all in hand.
+        let files = self.staging.lock().all_files();
+        for file in files {
             let state = file.state.lock();
             if let Content::Shared { source, .. } = &state.content
                 && state.open == 0

@@ -260,6 +260,10 @@ fn a_process_that_cannot_be_told_from_others_is_refused_and_hides_nothing() {
     assert!(said.contains("Operation not permitted"), "{said}");
     assert_eq!(names_in(&web), BOX_FILES);
     assert_eq!(names_in(&web.join("snapshots")), ["s"]);
+    // It may be about to copy one, and a tool that skips what is there would leave today's in its place.
+    let said = fail(&["mkdir", text(&web.join("snapshots/t"))]);
+    assert!(said.contains("Operation not permitted"), "{said}");
+    assert_eq!(names_in(&web.join("snapshots")), ["s"]);
     // A look at the box is a new beginning, and a snapshot alone can be removed.
     eventually("the snapshot is removed", || {
         std::thread::sleep(std::time::Duration::from_millis(2200));

@@ -81,7 +81,11 @@ impl Tree {
         drop(state);
         let mut result = Ok(());
         for other in waiting {
-            if let Err(error) = self.settle(&other) {
+            // One that is still written has a close to come, which settles it.
+            let is_open = other.state.lock().open > 0;
+            if let Err(error) = self.settle(&other)
+                && !is_open
+            {
                 let path = self.waiting_path(&other);
                 self.store.journal().complain(&format!(
                     "{path} waits, for its box is there and the snapshot could not be made: {error}; \

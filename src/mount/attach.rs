@@ -77,8 +77,7 @@ pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, Ow
     };
     let requests = Arc::new(requests);
     let table = Table::own()?;
-    // Nothing of ours was there before. What the table had then says nothing more: the kernel gives the id of
-    // a mount that ended to the next one.
+    // No mount of ours was there before. The ids of earlier mounts are no help: the kernel reuses them.
     let is_it = |entry: &&Entry| entry.is_ours() && entry.mountpoint == places.mountpoint;
     let connection = connection_of(&requests);
     let entry = table

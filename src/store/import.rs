@@ -182,8 +182,8 @@ impl Store {
     }
 }
 
-/// Gives a directory that is being built the disk of an archive, by a further name: if the rest fails, the
-/// archive has it still, and can be made into something later. Where there are no such names it is moved.
+/// Puts the disk of an archive into a directory that is being built, as a hard link: if a later step fails,
+/// the archive still has its disk. On a file system without hard links it is moved.
 fn give_disk(arrival: &Arrival, to: &Path) -> Result<()> {
     std::fs::hard_link(arrival.disk(), to)
         .or_else(|_| std::fs::rename(arrival.disk(), to))

@@ -34,7 +34,7 @@ impl Store {
         self.look_beside(box_id).map(drop)
     }
 
-    /// Likewise for a new box.
+    /// Refuses if a new box could not be made now.
     ///
     /// # Errors
     /// EROFS, EBUSY while a runtime has the home and that matters, EPERM in a copied home.

@@ -74,6 +74,11 @@ const COPIERS: [&str; 17] = [
     "7zz", "7zzs", "borg", "restic", "gcp",
 ];
 
+/// Those that leave what they copy in place, whatever their options.
+const KEEP_SOURCES: [&str; 8] = [
+    "cp", "gcp", "tar", "bsdtar", "cpio", "bsdcpio", "pax", "unzip",
+];
+
 /// Programs that do other things as well, with the commands by which they copy.
 const COPY_COMMANDS: [(&str, &[&str]); 5] = [
     ("busybox", &["cp", "mv", "tar", "cpio", "unzip"]),
@@ -85,6 +90,11 @@ const COPY_COMMANDS: [(&str, &[&str]); 5] = [
         &["copy", "copyto", "move", "moveto", "sync", "bisync"],
     ),
 ];
+
+/// The file name of the first word of a command line.
+fn first_name(words: &[String]) -> Option<&str> {
+    words.first()?.rsplit('/').next()
+}
 
 impl Caller {
     /// The words of its command line; none for a caller we can't see.
@@ -121,28 +131,21 @@ impl Caller {
         }
     }
 
-    /// Whether it is mv, which removes an empty directory that is in the way of what it copies.
+    /// Whether it is mv, which calls rmdir on the directory that it is about to replace.
     pub fn moves(self) -> bool {
-        let words = self.command_line();
-        words.first().and_then(|word| word.rsplit('/').next()) == Some("mv")
+        first_name(&self.command_line()) == Some("mv")
     }
 
-    /// Whether it is a program that leaves what it copies where it is: what it brought and fails at goes with
-    /// it, since its user has it still. mv, and rsync with an option for that, delete file by file.
+    /// Whether it is a program that leaves its sources in place, so that what it copied can go if it fails.
+    /// mv, and rsync with an option for that, remove the source of each file as soon as that is copied.
     pub fn keeps_sources(self) -> bool {
         let words = self.command_line();
-        let mut names = words
-            .iter()
-            .map(|word| word.rsplit('/').next().unwrap_or(word));
-        match names.next() {
-            Some("busybox" | "toybox" | "coreutils") => names.next() == Some("cp"),
+        match first_name(&words) {
+            Some("busybox" | "toybox" | "coreutils") => first_name(&words[1..]) == Some("cp"),
             Some("rsync") => !words.iter().any(|word| {
                 word.starts_with("--remove-s") || word == "--server" || word == "--daemon"
             }),
-            Some(name) => [
-                "cp", "gcp", "tar", "bsdtar", "cpio", "bsdcpio", "pax", "unzip",
-            ]
-            .contains(&name),
+            Some(name) => KEEP_SOURCES.contains(&name),
             None => false,
         }
     }
@@ -150,9 +153,7 @@ impl Caller {
     /// Whether it is a program that, besides other things, copies trees, and looks whether a name is free
     /// before it makes it.
     pub fn looks_first(self) -> bool {
-        let words = self.command_line();
-        let name = words.first().and_then(|word| word.rsplit('/').next());
-        name == Some("mc")
+        first_name(&self.command_line()) == Some("mc")
     }
 
     /// Whether it is rsync with an option that keeps files in a directory of its own: where that can't be

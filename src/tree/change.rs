@@ -83,8 +83,8 @@ impl Tree {
         Ok(Node::Box(id))
     }
 
-    /// Refuses at the first step what would be refused at the last: many programs don't look at what close
-    /// says.
+    /// Refuses a new box at the first step if it would be refused at the last: many programs ignore the
+    /// result of close.
     fn refuse_new_box(&self, name: &str) -> Result<()> {
         self.store
             .refuse_unready_for_import()
@@ -545,8 +545,7 @@ impl Tree {
     fn remember_failure(&self, caller: Caller, parent: &Node) {
         let mut staging = self.staging.lock();
         if let Some(staged) = staging.made_by(caller, parent) {
-            staged.failed = true;
-            staged.failed_by.extend(caller.process());
+            staged.fail(caller.process());
         }
     }
 
@@ -630,7 +629,7 @@ impl Tree {
         } else if let Some(file) = &file
             && file.waits.load(Ordering::Relaxed)
         {
-            // Somebody touches what could not be made before.
+            // `touch` tries again to make what an archive is for.
             self.settle(file)?;
         } else if set.size.is_some_and(|size| size > 0) {
             return Err(self.refuse(

@@ -55,15 +55,14 @@ impl Tree {
                 state.operation = None;
             }
             Err(error) if file.waits.load(Ordering::Relaxed) => {
-                // It was taken before, and whoever brought it has nothing more to close.
+                // An earlier close succeeded for it, so it is kept.
                 return Err(error);
             }
             Err(error) => {
                 // Not noted again: the store's log has it.
                 state.refuse(&error);
                 if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
-                    staged.failed = true;
-                    staged.failed_by.extend(file.copier);
+                    staged.fail(file.copier);
                 }
                 if state.open == 0 {
                     // Refused at its rename: no closing will come to let go of it.
@@ -81,7 +80,7 @@ impl Tree {
         drop(state);
         let mut result = Ok(());
         for other in waiting {
-            // One that is still written has a close to come, which settles it.
+            // A file that is still open is settled by its own close.
             let is_open = other.state.lock().open > 0;
             if let Err(error) = self.settle(&other)
                 && !is_open
@@ -91,17 +90,17 @@ impl Tree {
                     "{path} waits, for its box is there and the snapshot could not be made: {error}; \
                      `touch` the file to try again"
                 ));
-                // The box is whole, and what was brought with it is not: no success for all of it.
+                // The box was made, but not all of its snapshots: the close fails.
                 result = Err(error);
                 if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
-                    staged.failed_by.extend(file.copier);
+                    staged.fail(file.copier);
                 }
             }
         }
         result
     }
 
-    /// Where an archive waits for its box, from the root.
+    /// Returns the path of a waiting archive below its box, for the log.
     fn waiting_path(&self, file: &StagedFile) -> String {
         let place = file.state.lock().place.clone();
         let staging = self.staging.lock();
@@ -307,11 +306,8 @@ impl Tree {
                 staging.names.retain(|_, id| *id != file.box_id);
                 if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
                     staged.committed = true;
-                    let children = staged.children.values().flat_map(|names| names.values());
-                    waiting.extend(children.filter_map(|child| match &child.what {
-                        What::File(other) if !Arc::ptr_eq(other, file) => Some(other.clone()),
-                        _ => None,
-                    }));
+                    let others = staged.files().filter(|other| !Arc::ptr_eq(other, file));
+                    waiting.extend(others.cloned());
                 }
             }
         }

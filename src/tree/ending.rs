@@ -1,5 +1,5 @@
-//! The end of a mount: archives that were taken and still wait for their box, or for their final name, become
-//! boxes of their own. Whoever brought one was told that it is here, and may have deleted his.
+//! The end of a mount: complete archives that still wait for their box, or for their final name, become
+//! boxes of their own. The program that copied one got success from close, so its source may be gone.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,7 +13,7 @@ use crate::store::NewClone;
 use crate::{Error, Result};
 
 impl Tree {
-    /// Makes boxes of the archives that wait. The log says which became what, and which could not.
+    /// Makes a box of each waiting archive. The log has the name of each box, and each failure.
     pub fn keep_waiting(&self) {
         for (file, wanted) in self.waiting_archives() {
             let journal = self.store.journal();
@@ -28,7 +28,7 @@ impl Tree {
         }
     }
 
-    /// The archives that wait, each with what it is called.
+    /// Returns the waiting archives, each with a name for the log and for its box.
     fn waiting_archives(&self) -> Vec<(Arc<StagedFile>, String)> {
         let staging = self.staging.lock();
         let mut waiting = Vec::new();
@@ -53,7 +53,7 @@ impl Tree {
         waiting
     }
 
-    /// Makes a box of one, with a name that is free; returns that.
+    /// Makes a box of a waiting archive, and returns the name of the box.
     fn keep(&self, file: &StagedFile, wanted: &str) -> Result<String> {
         let mut state = file.state.lock();
         let stem = temporary_for(wanted).unwrap_or(wanted);
@@ -68,13 +68,10 @@ impl Tree {
             id: box_id()?,
             name: decode(&name)?,
         };
-        match &state.content {
-            Content::Archive(arrival) => self.store.import_box(arrival, &new),
-            Content::Shared {
-                source, contents, ..
-            } => self.store.clone_box(source, contents, &new),
-            _ => return Err(Error::new(libc::ENODATA, "it has no bytes")),
-        }?;
+        let Content::Archive(arrival) = &state.content else {
+            return Err(Error::new(libc::ENODATA, "it has no bytes"));
+        };
+        self.store.import_box(arrival, &new)?;
         state.committed = true;
         state.content = Content::Nothing;
         file.waits.store(false, Ordering::Relaxed);

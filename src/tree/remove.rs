@@ -9,7 +9,7 @@ use super::change::not_there;
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
 use super::node::{Derived, Node};
 use super::staged_file::{Content, StagedFile};
-use super::staging::{StagedBox, Staging, What};
+use super::staging::{Staging, What};
 use super::{Tree, text};
 use crate::store::Source;
 use crate::{Error, Result};
@@ -90,9 +90,9 @@ impl Tree {
         Ok(())
     }
 
-    /// ENOTEMPTY for who goes through the files of a snapshot and has left its export (`find -delete` but
-    /// for it, `tar --remove-files` that could not read it), and for mv, which removes an empty directory
-    /// that is in its way. `rmdir` alone deletes a snapshot.
+    /// ENOTEMPTY for a process that removed other files of a snapshot and not its export (`find ! -name
+    /// export.boxlite -delete`, a `tar --remove-files` that could not read it), and for mv, which calls rmdir
+    /// on the directory that it is about to replace. `rmdir` alone deletes a snapshot.
     fn refuse_left_export(
         &self,
         caller: Caller,
@@ -182,7 +182,9 @@ impl Tree {
                 return Ok(false);
             };
             let ino = Node::Box(id.clone()).ino();
-            refuse_full(staging.boxes.get(&id), ino, name)?;
+            if let Some(staged) = staging.boxes.get(&id) {
+                staged.refuse_full(ino, name)?;
+            }
             staging.names.remove(name);
             staging.boxes.remove(&id);
             staging.made_in.retain(|_, box_id| *box_id != id);
@@ -197,7 +199,7 @@ impl Tree {
             return Err(Error::new(libc::ENOTDIR, "that is not a directory"));
         }
         let ino = child.node.ino();
-        refuse_full(Some(staged), ino, name)?;
+        staged.refuse_full(ino, name)?;
         staged.children.remove(&ino);
         if let Some(names) = staged.children.get_mut(&parent.ino()) {
             names.remove(name);
@@ -307,25 +309,14 @@ impl Tree {
             .files
             .retain(|loose| !Arc::ptr_eq(&loose.file, file));
         if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
-            staged.failed |= refused;
             if refused {
-                staged.failed_by.extend(file.copier);
+                staged.fail(file.copier);
             }
             for names in staged.children.values_mut() {
                 names.retain(|_, child| child.node != file.node);
             }
         }
     }
-}
-
-fn refuse_full(staged: Option<&StagedBox>, ino: u64, name: &str) -> Result<()> {
-    let full = staged
-        .and_then(|staged| staged.children.get(&ino))
-        .is_some_and(|names| !names.is_empty());
-    if full {
-        return Err(Error::new(libc::ENOTEMPTY, format!("{name} is not empty")));
-    }
-    Ok(())
 }
 
 /// Takes a name that is being made out of its directory.
@@ -342,7 +333,7 @@ fn take_staged(
     let Some(staged) = staging.face(caller, parent) else {
         return Ok(None);
     };
-    // While it is at it, the rest stays for it to remove.
+    // What remains stays as long as this process removes it.
     staged.makers.take_over(caller);
     let names = staged
         .children

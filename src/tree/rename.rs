@@ -125,7 +125,7 @@ impl Tree {
         Ok(Moved::File(file))
     }
 
-    /// An archive that waited, and that could not become what its new name says, waits under the old one.
+    /// Gives a waiting archive its old name back, after it could not become what the new name says.
     fn move_back(
         &self,
         file: &Arc<StagedFile>,
@@ -138,14 +138,8 @@ impl Tree {
                 loose.name = from.to_owned();
             }
         }
-        let staged = staging.boxes.get_mut(&file.box_id);
-        let children = staged.map(|staged| &mut staged.children);
-        if let Some(children) = children
-            && let Some(names) = children.get_mut(&to_parent.ino())
-            && let Some(child) = names.remove(to)
-            && let Some(names) = children.get_mut(&from_parent.ino())
-        {
-            names.insert(from.to_owned(), child);
+        if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+            staged.move_child((to_parent, to), (from_parent, from));
         }
         drop(staging);
         file.state.lock().place = Place {
@@ -206,7 +200,7 @@ impl Tree {
         if !same_box {
             return Err(Error::new(libc::EXDEV, "that is another box; copy it"));
         }
-        // What the box has by now is renamed as everybody else would.
+        // What is in the box by now is renamed in the box, for everybody.
         let is_there = |child: &Child| match (&child.what, &child.node) {
             (What::File(file), _) => file.is_there.load(Ordering::Relaxed),
             (What::Directory, Node::Snapshot(_, id)) => staged.arrived.contains(id),
@@ -214,30 +208,27 @@ impl Tree {
         };
         if staged.committed && child.is_some_and(is_there) {
             drop(staging);
-            self.rename_real(caller, (from_parent, from), (to_parent, to), mode)?;
-            self.staging.lock().rename_made(from_parent, from, to);
+            let (from, to) = ((from_parent, from), (to_parent, to));
+            self.rename_real(caller, from, to, mode)?;
+            let mut staging = self.staging.lock();
+            let id = staging.box_of(from_parent);
+            if let Some(staged) = id.and_then(|id| staging.boxes.get_mut(&id)) {
+                staged.move_child(from, to);
+            }
             return Ok(Moved::Other);
         }
         if let Some(taken) = staged.child(to_parent, to) {
             if mode == RenameMode::Keep {
                 return Err(exists(to));
             }
-            refuse_replacing(taken, is_directory, staged, to)?;
+            refuse_overwriting(taken, is_directory, staged, to)?;
         }
-        if !staged.children.contains_key(&to_parent.ino()) {
-            return Err(not_there());
-        }
-        let child = staged
-            .children
-            .get_mut(&from_parent.ino())
-            .and_then(|names| names.remove(from))
-            .ok_or_else(not_there)?;
-        let file = match &child.what {
-            What::File(file) => Some(file.clone()),
+        let file = match child.map(|child| &child.what) {
+            Some(What::File(file)) => Some(file.clone()),
             _ => None,
         };
-        if let Some(names) = staged.children.get_mut(&to_parent.ino()) {
-            names.insert(to.to_owned(), child);
+        if !staged.move_child((from_parent, from), (to_parent, to)) {
+            return Err(not_there());
         }
         drop(staging);
         let Some(file) = file else {
@@ -330,21 +321,15 @@ impl Tree {
 }
 
 /// The errno of rename(2) for what can't take the place of something that is being made.
-fn refuse_replacing(
+fn refuse_overwriting(
     taken: &Child,
     is_directory: bool,
     staged: &StagedBox,
     name: &str,
 ) -> Result<()> {
-    let is_full = staged
-        .children
-        .get(&taken.node.ino())
-        .is_some_and(|names| !names.is_empty());
     match (&taken.what, is_directory) {
         (What::Directory, false) => Err(Error::new(libc::EISDIR, format!("{name} is a directory"))),
-        (What::Directory, true) if is_full => {
-            Err(Error::new(libc::ENOTEMPTY, format!("{name} is not empty")))
-        }
+        (What::Directory, true) => staged.refuse_full(taken.node.ino(), name),
         (What::File(_) | What::Link(_), true) => {
             Err(Error::new(libc::ENOTDIR, format!("{name} is a file")))
         }

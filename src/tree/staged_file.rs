@@ -134,7 +134,7 @@ pub(super) struct StagedFile {
     pub restores: bool,
     /// Who began to write, where it `restores` a box.
     pub writer: Makers,
-    /// The process that made it, where its user has what it copies in any case.
+    /// The process that made it, if that is a program that leaves its source in place.
     pub copier: Option<u32>,
     pub created: SystemTime,
     pub begun: Instant,
@@ -142,9 +142,9 @@ pub(super) struct StagedFile {
     pub size: AtomicU64,
     /// Whether it has become what its name says: from then on that is what is seen of it.
     pub is_there: AtomicBool,
-    /// Whether all bytes of an archive have come and were closed, and it waits for its name or its box:
-    /// whoever brought it was told that it is here, and may have deleted his. What is shared with a state in
-    /// the home is there as long as that, which is not removed meanwhile.
+    /// Whether it is a complete archive that was closed and waits for its final name or its box. The program
+    /// that copied it got success, so its source may be gone. False for [`Content::Shared`]: its source is
+    /// in the home, and is not removed meanwhile.
     pub waits: AtomicBool,
     pub state: Mutex<FileState>,
 }
@@ -324,8 +324,8 @@ pub(super) fn share(
     }
 }
 
-/// Whether the data of a file of so many bytes is complete. Nothing yet is no error, a part of an archive
-/// is, and so is a length without bytes.
+/// Whether the data is complete; `size` is the file's length in bytes. An empty file is no error. A part
+/// of an archive is an error, and so is a file that is only a hole.
 pub(super) fn is_complete(state: &mut FileState, size: u64) -> Result<bool> {
     let only_hole = || match size {
         0 => Ok(false),

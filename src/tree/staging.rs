@@ -58,10 +58,10 @@ pub(super) struct StagedBox {
     pub committed: bool,
     /// The whole box is made here, and not only something put into one that exists.
     is_new: bool,
-    /// Something that was to become a part of it was refused.
-    pub failed: bool,
-    /// Processes that met that.
-    pub failed_by: HashSet<u32>,
+    /// A part of it was refused.
+    failed: bool,
+    /// The processes that got such a refusal.
+    failed_by: HashSet<u32>,
     /// Directories of snapshots that something else than a snapshot is copied into, by inode.
     pub refused: HashSet<u64>,
     /// Snapshots of it that were copied in and are there now, by id.
@@ -188,30 +188,61 @@ impl StagedBox {
         may
     }
 
-    /// Whether files were made in it and not one of them got a byte.
-    fn is_hollow(&self) -> bool {
+    /// A part of it was refused, to this process if it is known.
+    pub fn fail(&mut self, process: Option<u32>) {
+        self.failed = true;
+        self.failed_by.extend(process);
+    }
+
+    /// The files being written in it, or waiting.
+    pub fn files(&self) -> impl Iterator<Item = &Arc<StagedFile>> {
         let children = self.children.values().flat_map(BTreeMap::values);
-        let mut files = children.filter_map(|child| match &child.what {
+        children.filter_map(|child| match &child.what {
             What::File(file) => Some(file),
             _ => None,
-        });
+        })
+    }
+
+    /// Gives a child another name, and maybe another directory; false if either directory is gone.
+    pub fn move_child(&mut self, from: (&Node, &str), to: (&Node, &str)) -> bool {
+        if !self.children.contains_key(&to.0.ino()) {
+            return false;
+        }
+        let names = self.children.get_mut(&from.0.ino());
+        let Some(child) = names.and_then(|names| names.remove(from.1)) else {
+            return false;
+        };
+        let names = self.children.entry(to.0.ino()).or_default();
+        names.insert(to.1.to_owned(), child);
+        true
+    }
+
+    /// ENOTEMPTY for a directory with names in it.
+    pub fn refuse_full(&self, directory: u64, name: &str) -> Result<()> {
+        let names = self.children.get(&directory);
+        if names.is_some_and(|names| !names.is_empty()) {
+            return Err(Error::new(libc::ENOTEMPTY, format!("{name} is not empty")));
+        }
+        Ok(())
+    }
+
+    /// Whether files were made in it and not one of them got a byte.
+    fn is_hollow(&self) -> bool {
+        let mut files = self.files();
         let is_empty = |file: &Arc<StagedFile>| file.size() == 0 && Arc::strong_count(file) == 1;
         files.next().is_some_and(is_empty) && files.all(is_empty)
     }
 
-    /// Whether an archive that was taken waits in it, or the description of a snapshot that is copied into a
-    /// box that exists and whose export did not come.
+    /// Whether a complete archive waits in it, or a snapshot.json without the export that it describes, in
+    /// a box that exists.
     fn has_waiting(&self) -> bool {
-        let mut children = self.children.values().flat_map(BTreeMap::values);
-        // cp that fails has left its source where it was.
+        // The user of a cp that failed still has the source.
         let is_copy = |file: &StagedFile| {
             let copier = file.copier;
             copier.is_some_and(|copier| self.failed_by.contains(&copier))
         };
-        let has_archive = children.any(|child| match &child.what {
-            What::File(file) => file.waits.load(Ordering::Relaxed) && !is_copy(file),
-            _ => false,
-        });
+        let mut files = self.files();
+        let has_archive = files.any(|file| file.waits.load(Ordering::Relaxed) && !is_copy(file));
         let is_described = |directory: &Child| {
             let names = self.children.get(&directory.node.ino()).into_iter();
             let mut files = names.flat_map(BTreeMap::values);
@@ -222,8 +253,7 @@ impl StagedBox {
 
     /// Whether a file of it is open.
     fn is_written(&self) -> bool {
-        let mut children = self.children.values().flat_map(BTreeMap::values);
-        children.any(|child| matches!(&child.what, What::File(file) if Arc::strong_count(file) > 1))
+        self.files().any(|file| Arc::strong_count(file) > 1)
     }
 }
 
@@ -266,8 +296,9 @@ impl LooseFile {
         self.file.restores && self.name == EXPORT
     }
 
-    /// Likewise; a temporary file whose writer was killed half way goes too. One that is whole waits for its
-    /// name: the next program gives it (curl, then mv), and mv may have deleted what it is a copy of.
+    /// Whether it is done with. A temporary file goes if its writer was killed half way. A complete one
+    /// waits for its final name, which another program may give it (curl, then mv); mv may have deleted its
+    /// source.
     fn is_over(&self) -> bool {
         if self.file.waits.load(Ordering::Relaxed) {
             return false;
@@ -386,16 +417,6 @@ impl Staging {
         self.made_in.retain(|_, box_id| box_id != id);
     }
 
-    /// What was made in a box has another name in the same directory.
-    pub fn rename_made(&mut self, parent: &Node, from: &str, to: &str) {
-        let staged = self.box_of(parent).and_then(|id| self.boxes.get_mut(&id));
-        if let Some(names) = staged.and_then(|staged| staged.children.get_mut(&parent.ino()))
-            && let Some(child) = names.remove(from)
-        {
-            names.insert(to.to_owned(), child);
-        }
-    }
-
     /// A file being made was closed for the last time.
     pub fn touch(&mut self, file: &Arc<StagedFile>) {
         if let Some(staged) = self.boxes.get_mut(&file.box_id) {
@@ -449,17 +470,9 @@ impl Staging {
 
     /// All files being written, or waiting.
     pub fn all_files(&self) -> Vec<Arc<StagedFile>> {
-        let made = self
-            .boxes
-            .values()
-            .flat_map(|staged| staged.children.values());
-        let made = made.flat_map(BTreeMap::values);
-        let made = made.filter_map(|child| match &child.what {
-            What::File(file) => Some(file.clone()),
-            _ => None,
-        });
-        let loose = self.files.iter().map(|loose| loose.file.clone());
-        made.chain(loose).collect()
+        let made = self.boxes.values().flat_map(StagedBox::files);
+        let loose = self.files.iter().map(|loose| &loose.file);
+        made.chain(loose).cloned().collect()
     }
 
     /// The file being written that is this node.

@@ -1,7 +1,7 @@
-//! What qemu-img said of images, by their bytes: tests ask for the same image again after every change that
-//! should have left it alone, and a program takes longer to start than to read it.
+//! Results of qemu-img, remembered by the bytes of the image. A test asks about the same image after each
+//! change that must leave it alone, and qemu-img takes longer to start than the image takes to read.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -13,32 +13,31 @@ const MOST_BYTES: usize = 16 << 20;
 /// So is a chain of more images.
 const MOST_LAYERS: usize = 32;
 
-/// What a judge said of an image and its chain, of those bytes under those paths.
-pub struct Said<T>(Mutex<Option<HashMap<blake3::Hash, T>>>);
+/// Results by the hash of an image and its chain: their paths and bytes.
+pub struct Results<T>(Mutex<BTreeMap<[u8; 32], T>>);
 
-impl<T: Clone> Said<T> {
-    pub const fn new() -> Said<T> {
-        Said(Mutex::new(None))
+impl<T: Clone> Results<T> {
+    pub const fn new() -> Results<T> {
+        Results(Mutex::new(BTreeMap::new()))
     }
 
-    /// What was said before of the same bytes, else what `ask` says now.
+    /// Returns the result for the image: a remembered one if its bytes are the same, else that of `ask`.
     pub fn of(&self, image: &Path, ask: impl FnOnce() -> T) -> T {
-        let Some(bytes) = chain_hash(image) else {
+        let Some(hash) = chain_hash(image) else {
             return ask();
         };
-        let known = |said: &Option<HashMap<_, T>>| said.as_ref()?.get(&bytes).cloned();
-        if let Some(said) = known(&self.0.lock().expect("what was said")) {
-            return said;
-        }
-        let said = ask();
-        let mut all = self.0.lock().expect("what was said");
-        all.get_or_insert_default().insert(bytes, said.clone());
-        said
+        let known = self.0.lock().expect("the results").get(&hash).cloned();
+        known.unwrap_or_else(|| {
+            let result = ask();
+            let mut results = self.0.lock().expect("the results");
+            results.insert(hash, result.clone());
+            result
+        })
     }
 }
 
-/// Of the paths and bytes of an image and of all that it reads from; None for what this does not follow.
-fn chain_hash(image: &Path) -> Option<blake3::Hash> {
+/// Hashes the paths and bytes of an image and its backing chain. None for an image that this can't follow.
+fn chain_hash(image: &Path) -> Option<[u8; 32]> {
     let mut hasher = blake3::Hasher::new();
     let mut left = MOST_BYTES;
     let mut path = image.to_owned();
@@ -50,7 +49,7 @@ fn chain_hash(image: &Path) -> Option<blake3::Hash> {
         hasher.update(&bytes);
         match backing_file(&bytes, &path)? {
             Some(backing) => path = backing,
-            None => return Some(hasher.finalize()),
+            None => return Some(hasher.finalize().into()),
         }
     }
     None

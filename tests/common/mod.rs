@@ -38,9 +38,9 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
-use known_images::Said;
+use known_images::Results;
 pub use process::*;
 pub use session::*;
 pub use small_disk::*;
@@ -420,8 +420,8 @@ impl TestHome {
 
 /// Fails unless `qemu-img check` finds no error and no leak.
 fn check_image(image: &Path) {
-    static SAID: Said<()> = Said::new();
-    SAID.of(image, || {
+    static CHECKS: Results<()> = Results::new();
+    CHECKS.of(image, || {
         let check = run(&["qemu-img", "check", "-U", "-q", text(image)]);
         assert!(check.status.success(), "{}: {check:?}", image.display());
     });
@@ -643,8 +643,8 @@ impl Drop for Mounted {
     }
 }
 
-/// `boxlitefs unmount`, which must succeed. Mount namespaces of other tests have a copy of the mount until
-/// they detach it, as they begin: the program says so, and the process ends after that.
+/// Runs `boxlitefs unmount`, which must succeed. The mount namespace of another test may have a copy of the
+/// mount until that test detaches it: then the exit status is 3, and the process ends a little later.
 pub fn unmount(mountpoint: &Path) {
     let unmount = [binary(), "unmount", text(mountpoint)];
     let deadline = Instant::now() + PATIENCE;
@@ -655,7 +655,7 @@ pub fn unmount(mountpoint: &Path) {
         let is_busy = String::from_utf8_lossy(&done.stderr).contains(" is in use");
         if !is_busy || Instant::now() > deadline {
             match still_serving(&done) {
-                // Who has ended has no program, even while the test has not waited for it.
+                // A process that has ended and was not waited for is a zombie: in /proc, without exe.
                 Some(process) => eventually("the mount's process ended", || {
                     fs::read_link(process.join("exe")).is_err()
                 }),
@@ -808,26 +808,30 @@ pub fn guest_write(disk: &Path, offset: u64, bytes: &[u8]) {
 /// A digest of the bytes that the guest sees of a qcow2 image and its chain, read by qemu-img. To
 /// compare within one run.
 pub fn digest(image: &Path) -> String {
-    static SAID: Said<String> = Said::new();
-    SAID.of(image, || {
-        let raw = tempfile::NamedTempFile::new().expect("a temporary file");
-        succeed(&[
-            "qemu-img",
-            "convert",
-            "-U",
-            "-f",
-            "qcow2",
-            "-O",
-            "raw",
-            text(image),
-            text(raw.path()),
-        ]);
-        contents_digest(raw.as_file()).expect("the raw disk")
+    static DIGESTS: Results<String> = Results::new();
+    DIGESTS.of(image, || {
+        contents_digest(raw_disk(image).as_file()).expect("the raw disk")
     })
 }
 
-/// Of the size of a file and what in it is not zero, block by block: most of a disk is zeros, which need
-/// not be read where they are a hole.
+/// The bytes that the guest sees of a qcow2 image and its chain, read by qemu-img.
+pub fn raw_disk(image: &Path) -> NamedTempFile {
+    let raw = NamedTempFile::new().expect("a temporary file");
+    succeed(&[
+        "qemu-img",
+        "convert",
+        "-U",
+        "-f",
+        "qcow2",
+        "-O",
+        "raw",
+        text(image),
+        text(raw.path()),
+    ]);
+    raw
+}
+
+/// A digest of a file's size and of its blocks that are not zero. Most of a disk is holes, which are skipped.
 fn contents_digest(file: &File) -> io::Result<String> {
     const BLOCK: usize = 64 << 10;
     static ZEROS: [u8; BLOCK] = [0; BLOCK];

@@ -63,9 +63,10 @@ fn move_rows(root: &Path, original: &Path) {
 fn templates() -> &'static Path {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     MADE.get_or_init(|| {
-        let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py");
         let mut hasher = DefaultHasher::new();
-        fs::read(scripts).expect("tests/wheel.py").hash(&mut hasher);
+        fs::read(wheel::program())
+            .expect("tests/wheel.py")
+            .hash(&mut hasher);
         (python(), DISK_SIZE, include_str!("template.rs")).hash(&mut hasher);
         let all = Path::new(env!("CARGO_TARGET_TMPDIR")).join("templates");
         fs::create_dir_all(&all).expect("the directory of templates");

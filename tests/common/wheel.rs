@@ -121,7 +121,7 @@ fn connect() -> UnixStream {
     }
     let _ = std::fs::remove_file(&socket);
     let started = Command::new(python())
-        .arg(server_program())
+        .arg(program())
         .arg("--serve")
         .arg(&socket)
         .current_dir("/")
@@ -141,12 +141,13 @@ fn connect() -> UnixStream {
 /// of a socket is short, that of a checkout may be long.
 pub fn socket() -> PathBuf {
     let mut hasher = DefaultHasher::new();
-    let program = std::fs::read(server_program()).expect("tests/wheel.py");
+    let program = std::fs::read(program()).expect("tests/wheel.py");
     (program, python(), env!("CARGO_TARGET_TMPDIR")).hash(&mut hasher);
     let name = format!("boxlitefs-tests-{:016x}.sock", hasher.finish());
     Path::new("/tmp").join(name)
 }
 
-fn server_program() -> PathBuf {
+/// `tests/wheel.py`.
+pub fn program() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py")
 }

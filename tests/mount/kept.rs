@@ -10,13 +10,18 @@ use crate::common::*;
 /// A home whose box `web` has the snapshot `s` of another state than now, a mount of it, and a backup.
 fn home_and_backup() -> (TestHome, Mounted, PathBuf) {
     let home = TestHome::new();
+    let (mount, backup) = mount_and_backup(&home);
+    (home, mount, backup)
+}
+
+fn mount_and_backup(home: &TestHome) -> (Mounted, PathBuf) {
     let mount = home.mount();
     home.guest_write("web", FREE_AREA, b"then");
     mount.snapshot("web", "s").unwrap();
     home.guest_write("web", FREE_AREA, b"now");
     let backup = home.beside("backup");
     succeed(&["cp", "-r", text(&mount.at("web")), text(&backup)]);
-    (home, mount, backup)
+    (mount, backup)
 }
 
 /// Runs a script with $M, the mountpoint, and $BK, the backup.
@@ -558,12 +563,7 @@ fn a_file_that_is_only_a_hole_is_no_archive() {
 fn a_snapshot_that_could_not_be_made_with_its_box_waits_until_it_can() {
     let home = TestHome::new();
     let disk = SmallDisk::under(&home, FileSystem::Ext4, "64M");
-    let mount = home.mount();
-    home.guest_write("web", FREE_AREA, b"then");
-    mount.snapshot("web", "s").unwrap();
-    home.guest_write("web", FREE_AREA, b"now");
-    let backup = home.beside("backup");
-    succeed(&["cp", "-r", text(&mount.at("web")), text(&backup)]);
+    let (mount, backup) = mount_and_backup(&home);
     let of_snapshot = digest(&home.snapshot_disk("web", "s"));
     let mut has_waited = false;
     // Somewhere between these numbers of files there is room for the box and for no snapshot.

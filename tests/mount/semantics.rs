@@ -226,12 +226,11 @@ impl Place {
         let backup = in_order();
         fs::copy(archive(), backup.path().join("web.boxlite")).expect("the archive");
         let boxlite = home.beside("bin/boxlite");
-        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py");
         let script = format!(
             "#!/bin/sh\nBOXLITE_SERVER='{}' exec '{}' '{}' \"$BOXLITE_HOME\" \"$@\"\n",
             wheel::socket().display(),
             python().display(),
-            program.display()
+            wheel::program().display()
         );
         fs::write(&boxlite, script).expect("a script");
         fs::set_permissions(&boxlite, fs::Permissions::from_mode(0o755)).expect("a program");

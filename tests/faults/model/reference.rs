@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -220,22 +220,7 @@ fn disk_in(archive: &[u8]) -> io::Result<Vec<u8>> {
 
 /// What the guest sees of an image and its chain, read by qemu-img.
 fn guest_bytes(image: &Path) -> Vec<u8> {
-    let mut raw = tempfile::NamedTempFile::new().expect("a temporary file");
-    succeed(&[
-        "qemu-img",
-        "convert",
-        "-U",
-        "-f",
-        "qcow2",
-        "-O",
-        "raw",
-        text(image),
-        text(raw.path()),
-    ]);
-    let mut bytes = Vec::new();
-    raw.seek(SeekFrom::Start(0)).expect("a seek");
-    raw.read_to_end(&mut bytes).expect("its bytes");
-    bytes
+    fs::read(raw_disk(image).path()).expect("its bytes")
 }
 
 /// An export that is read in two parts, with other things in between.

@@ -194,7 +194,8 @@ fn errno_beside(database: &Path) -> i32 {
 fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
     let code = error.sqlite_error_code();
     let errno = match code {
-        // The last errno may be that of a file that was only looked for.
+        // The last errno may be that of a file that was only looked for, but for these.
+        Some(_) if matches!(errno, libc::EMFILE | libc::ENFILE) => errno,
         Some(rusqlite::ErrorCode::CannotOpen) => errno_beside(database),
         _ => errno,
     };
@@ -209,6 +210,9 @@ fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
         Some(rusqlite::ErrorCode::DiskFull) => FULL,
         _ if errno == libc::ENOSPC => FULL,
         _ if errno == libc::EDQUOT => (errno, "cannot grow, its owner may use no more of the disk"),
+        _ if matches!(errno, libc::EMFILE | libc::ENFILE) => {
+            (errno, "cannot be opened, too many files are open")
+        }
         _ if errno == libc::EROFS => (errno, "cannot be written"),
         _ if errno == libc::EIO => (errno, "cannot be used, the disk fails (Input/output error)"),
         Some(rusqlite::ErrorCode::ReadOnly) => (libc::EROFS, "cannot be written"),

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
@@ -16,12 +17,25 @@ pub struct Caller {
 const MOST_ANCESTORS: usize = 64;
 
 impl Caller {
-    /// The caller's process (thread group). None for a caller we can't see.
+    /// Whether it is in a pid namespace that the mount can't see into: all such callers look alike.
+    pub fn is_outside(self) -> bool {
+        self.tid == 0
+    }
+
+    /// The caller's process (thread group). None for a caller outside, for one that has ended, and while
+    /// the mount may open no more files.
     pub fn process(self) -> Option<u32> {
         match self.tid {
             0 => None,
             tid => status_field(tid, "Tgid:"),
         }
+    }
+
+    /// Whether its process can be told from others, now and later. Errors: those of opening files, and
+    /// ESRCH where it has ended.
+    pub fn identify(self) -> io::Result<()> {
+        let process = read_status_field(self.tid, "Tgid:")?;
+        pidfd_open(process).map(drop)
     }
 
     /// Whether it has the capability SYS_ADMIN over the whole machine, as the kernel asks for where
@@ -48,8 +62,13 @@ impl Caller {
         if self.tid == 0 {
             return false;
         }
-        let Ok(status) = fs::read_to_string(format!("/proc/{}/status", self.tid)) else {
-            return true;
+        let status = match fs::read_to_string(format!("/proc/{}/status", self.tid)) {
+            Ok(status) => status,
+            // Not where the mount may open no more files, which says nothing of the caller.
+            Err(error) => {
+                return error.kind() == io::ErrorKind::NotFound
+                    || error.raw_os_error() == Some(libc::ESRCH);
+            }
         };
         let mask = |field: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(field));
@@ -252,18 +271,18 @@ impl Makers {
         self.members.retain(|_, process| is_alive(process));
         match caller.process() {
             Some(process) => {
-                if let Some(fd) = pidfd_open(process) {
+                if let Ok(fd) = pidfd_open(process) {
                     self.members.insert(process, fd);
                 }
             }
-            None => self.unseen = true,
+            None => self.unseen |= caller.is_outside(),
         }
     }
 
     /// Whether the caller is one of them; a descendant of a member becomes one.
     pub fn includes(&mut self, caller: Caller) -> bool {
         let Some(process) = caller.process() else {
-            return self.unseen;
+            return self.unseen && caller.is_outside();
         };
         if self.members.get(&process).is_some_and(is_alive) {
             return true;
@@ -307,25 +326,27 @@ impl Makers {
     }
 }
 
-/// A number in /proc/PID/status.
+/// A number in /proc/PID/status; None where it can't be read.
 fn status_field(pid: u32, field: &str) -> Option<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix(field))?
-        .trim()
-        .parse()
-        .ok()
+    read_status_field(pid, field).ok()
 }
 
-fn pidfd_open(pid: u32) -> Option<OwnedFd> {
-    let pid = libc::pid_t::try_from(pid).ok()?;
+fn read_status_field(pid: u32, field: &str) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let value = status.lines().find_map(|line| line.strip_prefix(field));
+    value
+        .and_then(|value| value.trim().parse().ok())
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))
+}
+
+fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
     // SAFETY: pidfd_open takes two integers; a result that is not -1 is a new descriptor that
     // nobody else owns. Neither std nor libc has a wrapper.
     unsafe {
         match libc::syscall(libc::SYS_pidfd_open, pid, 0) {
-            fd if fd >= 0 => Some(OwnedFd::from_raw_fd(i32::try_from(fd).ok()?)),
-            _ => None,
+            fd if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd as i32)),
+            _ => Err(io::Error::last_os_error()),
         }
     }
 }

@@ -143,7 +143,7 @@ impl Tree {
     /// until then, and for good if the tool skips what is there.
     fn make_in_snapshots(&self, caller: Caller, id: &str, name: &str) -> Result<Node> {
         self.refuse_copying_over(caller, id, name)?;
-        if caller.process().is_none() {
+        if caller.is_outside() {
             return Err(self.refuse(
                 libc::EPERM,
                 format!(

@@ -277,16 +277,21 @@ impl Tree {
     }
 
     /// EPERM for a process that can't be told from others: a box goes name by name, and nobody could
-    /// say whose steps belong together.
+    /// say whose steps belong together. EMFILE where it can't be told for want of descriptors.
     fn refuse_unseen(&self, caller: Caller) -> Result<()> {
-        if caller.process().is_some() {
-            return Ok(());
+        if caller.is_outside() {
+            return Err(Error::new(
+                libc::EPERM,
+                "this process is in a pid namespace that the mount can't see into; remove the box \
+                 from where it is mounted",
+            ));
         }
-        Err(Error::new(
-            libc::EPERM,
-            "this process is in a pid namespace that the mount can't see into; remove the box from \
-             where it is mounted",
-        ))
+        caller.identify().map_err(|error| {
+            Error::new(
+                error.raw_os_error().unwrap_or(libc::EIO),
+                format!("cannot look at process {}: {error}; try again", caller.tid),
+            )
+        })
     }
 
     /// EBUSY while an archive is written over the disk of the box.

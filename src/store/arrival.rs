@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::Store;
 use super::upkeep::UnderWay;
+use super::waiting::WaitingArchive;
 use super::workspace::discard;
 use crate::archive::{Allowance, Incoming, MOST_HOLES, Manifest, Progress};
 use crate::home::{check_options, normalize_imported, refuse_reach};
@@ -41,6 +42,10 @@ pub struct Arrival {
     /// The archive is complete, and right for what it is wanted for.
     complete: bool,
     refused: Option<(i32, String)>,
+    /// A note says that it waits.
+    has_note: bool,
+    /// Its disk and its note stay when it is dropped.
+    is_left: bool,
     _under_way: UnderWay,
 }
 
@@ -71,6 +76,8 @@ impl Store {
             imports: self.imports,
             complete: false,
             refused: None,
+            has_note: false,
+            is_left: false,
             _under_way: self.foreground.begin(),
         })
     }
@@ -126,7 +133,7 @@ impl Arrival {
         let manifest = self.manifest()?;
         let options = match &manifest.options {
             Some(options) => options.clone(),
-            None => json!({"rootfs": {"Image": manifest.image}}),
+            None => plain_options(manifest),
         };
         check_options(&options)?;
         // What ports mean depends on the version.
@@ -135,6 +142,17 @@ impl Arrival {
             refuse_reach(&options)?;
         }
         Ok(options)
+    }
+
+    /// The options for a box of its own, where it came for its disk alone: where its options are not
+    /// allowed here, those of a box that has only an image.
+    ///
+    /// # Errors
+    /// EBADMSG while it is incomplete.
+    pub(super) fn options_of_its_own(&self) -> Result<Value> {
+        let manifest = self.manifest()?;
+        let plain = || normalize_imported(plain_options(manifest), None);
+        Ok(self.box_options().unwrap_or_else(|_| plain()))
     }
 
     fn feed_spooled(&mut self) -> Result<()> {
@@ -236,6 +254,21 @@ impl Arrival {
             .map_or(0, |arrived| arrived.header.virtual_size)
     }
 
+    /// Whether a note says that it waits.
+    pub(super) fn has_note(&self) -> bool {
+        self.has_note
+    }
+
+    /// A note says so from now on.
+    pub(super) fn set_note(&mut self) {
+        self.has_note = true;
+    }
+
+    /// Its disk and its note stay from now on, whatever becomes of this.
+    pub(super) fn leave(&mut self) {
+        self.is_left = true;
+    }
+
     /// Where the unpacked disk is; moving it away is how it is taken.
     pub(super) fn disk(&self) -> &Path {
         &self.disk
@@ -258,9 +291,20 @@ impl Arrival {
 
 impl Drop for Arrival {
     fn drop(&mut self) {
+        if self.is_left {
+            return;
+        }
+        if self.has_note {
+            discard(&WaitingArchive::note_of(&self.disk));
+        }
         // Not there when it became a box's.
         discard(&self.disk);
     }
+}
+
+/// The options of a box of which nothing but its image is known.
+fn plain_options(manifest: &Manifest) -> Value {
+    json!({"rootfs": {"Image": manifest.image}})
 }
 
 /// Pieces that came before their turn, at their offsets in an unlinked file.

@@ -13,6 +13,7 @@ use super::layers::{ImageFile, Layers, Role, names_in, resolve};
 use super::merge::Rows;
 use super::prepare::Prepared;
 use super::remove_snapshot::is_at;
+use super::waiting::waiting_in;
 use super::{Compression, Journal, Store, called, workspace};
 use crate::disk::{Chain, FileId};
 use crate::home::{
@@ -464,6 +465,13 @@ impl Check<'_> {
             }
         }
         for dir in workspace::abandoned(&home.staging_dir()) {
+            for archive in waiting_in(&dir) {
+                found.push(format!(
+                    "the archive {} in {} waited for its box when boxlitefs was killed; mounting the home makes a box of it",
+                    archive.name,
+                    dir.display()
+                ));
+            }
             found.push(format!(
                 "{} was left by a boxlitefs that was killed ({}); mounting the home removes it",
                 dir.display(),

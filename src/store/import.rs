@@ -39,28 +39,24 @@ impl Store {
         if !arrival.is_complete() {
             return Err(Error::bad_archive("the archive is incomplete"));
         }
-        let options = arrival.box_options()?;
-        let dir = self.scratch("box")?;
-        self.install_imported(arrival, new, options, &dir)
+        self.import_disk(arrival.disk(), arrival.box_options()?, new)
     }
 
-    fn install_imported(
-        &self,
-        arrival: &Arrival,
-        new: &NewClone,
-        options: Value,
-        dir: &Path,
-    ) -> Result<()> {
-        self.home.make_dir(dir)?;
+    /// Makes a box of a disk in the workspace, which it no longer needs there.
+    ///
+    /// # Errors
+    /// EEXIST when the name is taken, EBUSY.
+    pub(super) fn import_disk(&self, disk: &Path, options: Value, new: &NewClone) -> Result<()> {
+        let dir = self.scratch("box")?;
+        self.home.make_dir(&dir)?;
         self.home.make_dir(&dir.join("disks"))?;
-        self.home.give_to_owner(arrival.disk())?;
+        self.home.give_to_owner(disk)?;
         let mut change = self.change_beside()?;
         refuse_taken_name(&change, &new.name)?;
-        let disk = dir.join("disks/disk.qcow2");
-        give_disk(arrival, &disk)?;
+        give_disk(disk, &dir.join("disks/disk.qcow2"))?;
         crash_point("import.built");
-        self.install(&mut change, dir, new, None, Some(options), &[])?;
-        discard(arrival.disk());
+        self.install(&mut change, &dir, new, None, Some(options), &[])?;
+        discard(disk);
         Ok(())
     }
 
@@ -160,7 +156,7 @@ impl Store {
         let mut prepared = self.prepare_beside(box_id)?;
         prepared.refuse_taken(name)?;
         let dir = self.marked_dir()?;
-        give_disk(arrival, &dir.join("disk.qcow2"))?;
+        give_disk(arrival.disk(), &dir.join("disk.qcow2"))?;
         durable::sync_dir(&dir)?;
         prepared.change.hold()?;
         let place = prepared.place_of(name, &new.id);
@@ -184,8 +180,8 @@ impl Store {
 
 /// Puts the disk of an archive into a directory that is being built, as a hard link: if a later step fails,
 /// the archive still has its disk. On a file system without hard links it is moved.
-fn give_disk(arrival: &Arrival, to: &Path) -> Result<()> {
-    std::fs::hard_link(arrival.disk(), to)
-        .or_else(|_| std::fs::rename(arrival.disk(), to))
+fn give_disk(disk: &Path, to: &Path) -> Result<()> {
+    std::fs::hard_link(disk, to)
+        .or_else(|_| std::fs::rename(disk, to))
         .context(|| format!("cannot move the disk to {}", to.display()))
 }

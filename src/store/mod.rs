@@ -37,6 +37,7 @@ mod spool;
 mod states;
 mod upkeep;
 mod usage;
+mod waiting;
 mod workspace;
 
 use std::path::{Path, PathBuf};

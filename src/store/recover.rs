@@ -13,7 +13,8 @@ use super::clone::UNRECORDED;
 use super::durable;
 use super::layers::{Layers, Role, names_in, resolve};
 use super::prepare::Prepared;
-use super::workspace;
+use super::waiting::remove_but_waiting;
+use super::workspace::{self, Abandoned};
 use super::{Store, called};
 use crate::disk::{FileId, Header};
 use crate::home::{Activity, BaseRecord, Change, is_snapshot_name, snapshot_id};
@@ -31,27 +32,34 @@ impl Store {
             // may be an old one, of anybody's file: each step flushes what it needs, and tells its own.
             self.journal.note(&error.to_string());
         }
-        for dir in abandoned {
-            if let Err(e) = fs::remove_dir_all(&dir) {
-                let sentence = format!("cannot remove the leftover {}: {e}", dir.display());
-                self.journal.note(&sentence);
+        let abandoned: Vec<Abandoned> = abandoned
+            .into_iter()
+            .filter_map(Abandoned::take_over)
+            .collect();
+        for workspace in &abandoned {
+            if let Err(error) = remove_but_waiting(workspace.dir()) {
+                self.journal.note(&error.to_string());
             }
         }
         // What recovery and all after it write, and look for, are canonical paths.
         let change = self.put_paths_right().and_then(|()| self.home.change());
-        match change {
+        let has_recovered = match change {
             Ok(change) => {
                 let recovered = self.recover_home(change, false);
                 // What was put back may name others by another path.
-                if let Err(error) = recovered.and_then(|()| self.put_paths_right()) {
+                let recovered = recovered.and_then(|()| self.put_paths_right());
+                if let Err(error) = &recovered {
                     self.journal.note(&format!("recovery stopped: {error}"));
                 }
+                recovered.is_ok()
             }
             Err(error) => {
                 self.journal.note(&format!("recovery waits: {error}"));
                 self.warn_of_paths(&error.to_string());
+                false
             }
-        }
+        };
+        self.keep_left_archives(abandoned, has_recovered);
     }
 
     /// Frees all that nothing needs any more, after recovering what can be.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::waiting::remove_but_waiting;
 use super::{Store, durable};
 use crate::home::{Home, base_id, flock_exclusive, start_time};
 use crate::{Context, Result};
@@ -59,8 +60,44 @@ fn make_locked(home: &Home, dir: &Path) -> Result<File> {
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        // What can't be removed now is removed by the next mount.
-        let _ = fs::remove_dir_all(&self.dir);
+        // What can't be removed now is removed by the next mount, which makes boxes of archives that wait.
+        let _ = remove_but_waiting(&self.dir);
+    }
+}
+
+/// Whether a name in a workspace is that of the file that its owner has locked.
+pub(super) fn is_lock(name: &str) -> bool {
+    name == LOCK
+}
+
+/// A workspace of a process that is dead. As long as this is there, nobody else takes it for abandoned.
+pub(super) struct Abandoned {
+    dir: PathBuf,
+    _lock: Option<File>,
+}
+
+impl Abandoned {
+    /// Takes a workspace over; None where another mount has done that.
+    pub fn take_over(dir: PathBuf) -> Option<Abandoned> {
+        let lock = OpenOptions::new().read(true).open(dir.join(LOCK)).ok();
+        if let Some(lock) = &lock {
+            flock_exclusive(lock).ok()?;
+        }
+        Some(Abandoned { dir, _lock: lock })
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Removes it.
+    ///
+    /// # Errors
+    /// Those of removing files.
+    pub fn remove(self) -> Result<()> {
+        fs::remove_dir_all(&self.dir)
+            .context(|| format!("cannot remove the leftover {}", self.dir.display()))
     }
 }
 

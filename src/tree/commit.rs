@@ -43,9 +43,12 @@ impl Tree {
             Role::BoxDisk if file.restores => self.commit_restore(file, &state),
             Role::NewBox | Role::BoxDisk => self.commit_box(file, &state),
             Role::SnapshotDisk if file.restores => self.replace_snapshot(file, &state),
-            Role::SnapshotDisk if self.waits_for_box(file) => return Ok(()),
+            Role::SnapshotDisk if self.waits_for_box(file) => {
+                return self.note_waiting(file, &mut state);
+            }
             Role::SnapshotDisk => self.commit_snapshot(file, &state),
-            Role::TemporaryArchive | Role::Json | Role::Placeholder => return Ok(()),
+            Role::TemporaryArchive => return self.note_waiting(file, &mut state),
+            Role::Json | Role::Placeholder => return Ok(()),
         };
         match result {
             Ok(()) => {

@@ -6,72 +6,89 @@ use std::sync::atomic::Ordering;
 
 use super::Tree;
 use super::names::{archive_stem, decode};
-use super::staged_file::{Content, StagedFile, temporary_for};
-use super::staging::What;
-use crate::home::box_id;
-use crate::store::NewClone;
+use super::node::Node;
+use super::staged_file::{Content, FileState, StagedFile, temporary_for};
 use crate::{Error, Result};
+
+/// The name of a box made of an archive that has no name of its own.
+const NAMELESS: &str = "archive";
 
 impl Tree {
     /// Makes a box of each waiting archive. The log has the name of each box, and each failure.
     pub fn keep_waiting(&self) {
-        for (file, wanted) in self.waiting_archives() {
+        for file in self.waiting_archives() {
+            let mut state = file.state.lock();
+            let wanted = self.name_of_waiting(&file, &state);
             let journal = self.store.journal();
-            match self.keep(&file, &wanted) {
+            match self.keep(&file, &mut state, &wanted) {
                 Ok(name) => journal.note(&format!(
                     "the archive {wanted} waited when the mount ended; it is the box {name} now"
                 )),
                 Err(error) => journal.complain(&format!(
-                    "the archive {wanted} waited when the mount ended, and is lost: {error}"
+                    "the archive {wanted} waited when the mount ended, and waits for the next mount: {error}"
                 )),
             }
         }
     }
 
-    /// Returns the waiting archives, each with a name for the log and for its box.
-    fn waiting_archives(&self) -> Vec<(Arc<StagedFile>, String)> {
-        let staging = self.staging.lock();
-        let mut waiting = Vec::new();
-        for loose in &staging.files {
-            waiting.push((loose.file.clone(), loose.name.clone()));
-        }
-        for (id, staged) in &staging.boxes {
-            let of_box = staging.names.iter().find(|(_, of)| *of == id);
-            let of_box = of_box.map_or_else(|| self.store.name_of(id), |(name, _)| name.clone());
-            for (directory, names) in &staged.children {
-                let mut others = staged.children.values().flatten();
-                let directory = others.find(|(_, child)| child.node.ino() == *directory);
-                let directory = directory.map_or_else(String::new, |(name, _)| format!("-{name}"));
-                for child in names.values() {
-                    if let What::File(file) = &child.what {
-                        waiting.push((file.clone(), format!("{of_box}{directory}")));
-                    }
-                }
+    /// Makes sure that an archive that waits outlives this process, also one that is killed. Does nothing
+    /// for what shares a disk of this home: nothing was removed for it.
+    ///
+    /// # Errors
+    /// ENOSPC, EIO; the file is refused then.
+    pub(super) fn note_waiting(&self, file: &StagedFile, state: &mut FileState) -> Result<()> {
+        let wanted = self.name_of_waiting(file, state);
+        let Content::Archive(arrival) = &mut state.content else {
+            return Ok(());
+        };
+        let noted = self.store.note_waiting(arrival, &wanted);
+        noted.inspect_err(|error| {
+            state.refuse(error);
+            let mut staging = self.staging.lock();
+            if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+                staged.fail(file.copier);
             }
-        }
-        waiting.retain(|(file, _)| file.waits.load(Ordering::Relaxed));
+        })
+    }
+
+    fn waiting_archives(&self) -> Vec<Arc<StagedFile>> {
+        let staging = self.staging.lock();
+        let loose = staging.files.iter().map(|loose| &loose.file);
+        let in_boxes = staging.boxes.values().flat_map(|staged| staged.files());
+        let mut waiting: Vec<Arc<StagedFile>> = loose.chain(in_boxes).cloned().collect();
+        waiting.retain(|file| file.waits.load(Ordering::Relaxed));
         waiting
     }
 
-    /// Makes a box of a waiting archive, and returns the name of the box.
-    fn keep(&self, file: &StagedFile, wanted: &str) -> Result<String> {
-        let mut state = file.state.lock();
-        let stem = temporary_for(wanted).unwrap_or(wanted);
-        let stem = archive_stem(stem).unwrap_or(stem).trim_start_matches('.');
-        let names = self.names()?;
-        let mut candidates =
-            std::iter::once(stem.to_owned()).chain((2..).map(|number| format!("{stem}-{number}")));
-        let name = candidates
-            .find(|name| names.id_of(name).is_none())
-            .ok_or_else(|| Error::new(libc::EEXIST, "no name is free"))?;
-        let new = NewClone {
-            id: box_id()?,
-            name: decode(&name)?,
+    /// Returns the name of a box that would be made of an archive: that of its file, or those of the box
+    /// and the snapshot that it is copied into.
+    fn name_of_waiting(&self, file: &StagedFile, state: &FileState) -> String {
+        let name = &state.place.name;
+        let staging = self.staging.lock();
+        let Some(staged) = staging.boxes.get(&file.box_id) else {
+            let stem = temporary_for(name).unwrap_or(name);
+            let stem = archive_stem(stem).unwrap_or(stem).trim_start_matches('.');
+            return decode(stem).unwrap_or_else(|_| NAMELESS.to_owned());
         };
-        let Content::Archive(arrival) = &state.content else {
+        let of_box = staging.names.iter().find(|(_, id)| **id == file.box_id);
+        let of_box = of_box.map_or_else(
+            || self.store.name_of(&file.box_id),
+            |(name, _)| decode(name).unwrap_or_else(|_| NAMELESS.to_owned()),
+        );
+        match staged.find(&state.place.parent) {
+            Some((snapshot, _)) if matches!(state.place.parent, Node::Snapshot(..)) => {
+                format!("{of_box}-{snapshot}")
+            }
+            _ => of_box,
+        }
+    }
+
+    /// Makes a box of a waiting archive, and returns the name of the box.
+    fn keep(&self, file: &StagedFile, state: &mut FileState, wanted: &str) -> Result<String> {
+        let Content::Archive(arrival) = &mut state.content else {
             return Err(Error::new(libc::ENODATA, "it has no bytes"));
         };
-        self.store.import_box(arrival, &new)?;
+        let name = self.store.keep_archive(arrival, wanted)?;
         state.committed = true;
         state.content = Content::Nothing;
         file.waits.store(false, Ordering::Relaxed);

@@ -25,3 +25,4 @@ mod power_loss;
 mod random_moments;
 mod record;
 mod server;
+mod waiting;

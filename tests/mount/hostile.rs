@@ -883,6 +883,17 @@ fn an_untrusted_directory_with_snapshots_is_refused_as_a_whole() {
             .is_some_and(|line| line.contains("restore of box web")),
         "{log}"
     );
+    // A snapshot of it has that box's configuration, and one whose box never comes has none.
+    let directory = mount.at("new/snapshots/s");
+    succeed(&["mkdir", "-p", text(&directory)]);
+    let of_snapshot = backup.join("snapshots/s/export.boxlite");
+    succeed(&["mv", text(&of_snapshot), text(&directory)]);
+    mount.unmount();
+    let mount = home.mount();
+    let shown = fs::read_to_string(mount.at("new-s/box.json")).expect("box.json");
+    assert!(!shown.contains("/etc"), "{shown}");
+    mount.unmount();
+    home.assert_whole();
 }
 
 #[test]

@@ -52,6 +52,11 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// Whether it is not what another is.
+    pub fn differs_from(&self, other: &Disk) -> bool {
+        self.original != other.original || self.written != other.written
+    }
+
     /// As an original has it.
     pub fn original(which: usize) -> Disk {
         Disk {

@@ -1,0 +1,243 @@
+//! Archives that were copied whole and wait for their box or their final name. The program that copied
+//! one got success from close, and may have removed its source. So each has a note beside its disk in the
+//! workspace, and outlives a mount that is killed: the next mount makes a box of it.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::crash::crash_point;
+use super::layers::{ImageFile, Role, names_in};
+use super::workspace::{Abandoned, discard};
+use super::{Arrival, NewClone, Store, durable};
+use crate::disk::FileId;
+use crate::home::{Catalog, box_id};
+use crate::{Context, Error, Result};
+
+/// Suffix of the note beside a disk.
+const NOTE: &str = "waiting";
+
+/// A complete archive in the workspace: its disk, and what a box made of it gets.
+pub(super) struct WaitingArchive {
+    disk: PathBuf,
+    /// The name its box gets, if that is free.
+    pub name: String,
+    options: Value,
+}
+
+impl WaitingArchive {
+    /// The path of the note on the archive whose disk this is.
+    pub fn note_of(disk: &Path) -> PathBuf {
+        disk.with_extension(NOTE)
+    }
+
+    /// Writes the note; it and the disk are durable when this returns.
+    fn write_note(&self) -> Result<()> {
+        durable::sync_file(&self.disk)?;
+        let note = WaitingArchive::note_of(&self.disk);
+        let text = json!({"name": self.name, "options": self.options}).to_string();
+        // A note that ends in the middle is none, so it has no other name meanwhile.
+        fs::write(&note, text).context(|| format!("cannot write {}", note.display()))?;
+        durable::sync_file(&note)?;
+        // The workspace's own name was not flushed before, nor that of the directory it is in.
+        let places = note.ancestors().skip(1).take(3);
+        places.into_iter().try_for_each(durable::sync_dir)
+    }
+
+    /// Returns the archive that a note is about; None for one that ends in the middle, and where the disk
+    /// has become a box's.
+    fn read(note: &Path) -> Option<WaitingArchive> {
+        let text = fs::read_to_string(note).ok()?;
+        let mut value: Value = serde_json::from_str(&text).ok()?;
+        let disk = note.with_extension("");
+        disk.is_file().then_some(())?;
+        Some(WaitingArchive {
+            name: value["name"].as_str()?.to_owned(),
+            options: value["options"].take(),
+            disk,
+        })
+    }
+
+    fn discard(&self) {
+        discard(&WaitingArchive::note_of(&self.disk));
+        discard(&self.disk);
+    }
+}
+
+/// The archives that wait in a workspace.
+pub(super) fn waiting_in(workspace: &Path) -> Vec<WaitingArchive> {
+    let names = names_in(workspace).unwrap_or_default();
+    let notes = names.iter().map(|name| workspace.join(name));
+    let notes = notes.filter(|path| path.extension().is_some_and(|end| end == NOTE));
+    notes
+        .filter_map(|note| WaitingArchive::read(&note))
+        .collect()
+}
+
+/// Removes a workspace, but for the archives that wait in it.
+///
+/// # Errors
+/// Those of removing files.
+pub(super) fn remove_but_waiting(workspace: &Path) -> Result<()> {
+    let sentence = || format!("cannot remove the leftover {}", workspace.display());
+    let waiting = waiting_in(workspace);
+    if waiting.is_empty() {
+        return fs::remove_dir_all(workspace).context(sentence);
+    }
+    let is_kept = |path: &Path| {
+        let mut disks = waiting.iter().map(|archive| &archive.disk);
+        disks.any(|disk| path == disk || path == WaitingArchive::note_of(disk))
+    };
+    for name in names_in(workspace)? {
+        let path = workspace.join(&name);
+        if !is_kept(&path) && !super::workspace::is_lock(&name) {
+            discard(&path);
+        }
+    }
+    Ok(())
+}
+
+/// What a further name of a disk in the workspace says.
+#[derive(PartialEq, Eq)]
+enum Taken {
+    /// It is the disk of a box or a snapshot.
+    Yes,
+    /// It is nobody else's.
+    No,
+    /// It has another name, which no row knows: that of a change that did not end.
+    Perhaps,
+}
+
+impl Store {
+    /// Notes that a complete archive waits, and which name a box made of it gets. Durable when this
+    /// returns.
+    ///
+    /// # Errors
+    /// EBADMSG for an archive that is not complete; ENOSPC, EIO.
+    pub fn note_waiting(&self, arrival: &mut Arrival, name: &str) -> Result<()> {
+        if arrival.has_note() {
+            return Ok(());
+        }
+        let archive = WaitingArchive {
+            disk: arrival.disk().to_owned(),
+            name: name.to_owned(),
+            options: arrival.options_of_its_own()?,
+        };
+        archive.write_note().inspect_err(|_| {
+            discard(&WaitingArchive::note_of(&archive.disk));
+        })?;
+        arrival.set_note();
+        crash_point("waiting.noted");
+        Ok(())
+    }
+
+    /// Makes a box of an archive that waits, as the mount ends; returns the box's name. Where that fails,
+    /// the archive stays for the next mount.
+    ///
+    /// # Errors
+    /// Those of importing a box.
+    pub fn keep_archive(&self, arrival: &mut Arrival, name: &str) -> Result<String> {
+        self.note_waiting(arrival, name)?;
+        let archive = WaitingArchive {
+            disk: arrival.disk().to_owned(),
+            name: name.to_owned(),
+            options: arrival.options_of_its_own()?,
+        };
+        // From here on the note decides.
+        arrival.leave();
+        let made = self.make_box_of(&archive)?;
+        archive.discard();
+        Ok(made)
+    }
+
+    /// Makes a box of each archive that waited when a mount was killed. `has_recovered`: what a killed
+    /// process left elsewhere was looked at.
+    pub(super) fn keep_left_archives(&self, left: Vec<Abandoned>, has_recovered: bool) {
+        for workspace in left {
+            for archive in waiting_in(workspace.dir()) {
+                self.keep_left_archive(&archive, has_recovered);
+            }
+            if waiting_in(workspace.dir()).is_empty()
+                && let Err(error) = workspace.remove()
+            {
+                self.journal.note(&error.to_string());
+            }
+        }
+    }
+
+    fn keep_left_archive(&self, archive: &WaitingArchive, has_recovered: bool) {
+        let name = &archive.name;
+        let made = match self.is_taken(&archive.disk) {
+            Ok(Taken::Yes) => {
+                archive.discard();
+                return;
+            }
+            Ok(Taken::Perhaps) if !has_recovered => Err(Error::busy(
+                "it may be a box's already, which recovery has to tell",
+            )),
+            Ok(Taken::Perhaps) => Err(Error::busy("a change to its disk did not end")),
+            Ok(Taken::No) => self.make_box_of(archive),
+            Err(error) => Err(error),
+        };
+        match made {
+            Ok(made) => {
+                self.journal.note(&format!(
+                    "the archive {name} waited when its mount was killed; it is the box {made} now"
+                ));
+                archive.discard();
+            }
+            Err(error) => self.journal.complain(&format!(
+                "the archive {name} waited when its mount was killed, and waits for the next mount: {error}"
+            )),
+        }
+    }
+
+    /// Makes a box of an archive, under its name or, where that is taken, with a number after it.
+    fn make_box_of(&self, archive: &WaitingArchive) -> Result<String> {
+        let catalog = self.home.catalog()?;
+        let is_free = |name: &String| {
+            let mut boxes = catalog.boxes().iter();
+            !boxes.any(|record| record.name.as_deref() == Some(name) || record.id == *name)
+        };
+        let wanted = &archive.name;
+        let numbered = (2..).map(|number| format!("{wanted}-{number}"));
+        let name = std::iter::once(wanted.clone())
+            .chain(numbered)
+            .find(is_free)
+            .ok_or_else(|| Error::new(libc::EEXIST, "no name is free"))?;
+        let new = NewClone {
+            id: box_id()?,
+            name: name.clone(),
+        };
+        self.import_disk(&archive.disk, archive.options.clone(), &new)?;
+        Ok(name)
+    }
+
+    /// Whether the disk of an archive has become a box's or a snapshot's.
+    fn is_taken(&self, disk: &Path) -> Result<Taken> {
+        let meta = fs::metadata(disk).context(|| format!("cannot look at {}", disk.display()))?;
+        if meta.nlink() == 1 {
+            return Ok(Taken::No);
+        }
+        let layers = self.scan_layers()?;
+        let catalog = self.home.catalog()?;
+        let mut names = layers.names_of(FileId::of(&meta));
+        match names.any(|file| self.is_recorded(file, &catalog)) {
+            true => Ok(Taken::Yes),
+            false => Ok(Taken::Perhaps),
+        }
+    }
+
+    fn is_recorded(&self, file: &ImageFile, catalog: &Catalog) -> bool {
+        match &file.role {
+            Role::Live { box_id } => catalog.box_by_id(box_id).is_some(),
+            Role::Snapshot { box_id, .. } => {
+                let mut rows = catalog.snapshots_of(box_id).iter();
+                rows.any(|row| self.snapshot_layer(row) == file.path)
+            }
+            Role::Base { .. } => true,
+        }
+    }
+}

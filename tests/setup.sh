@@ -44,6 +44,7 @@ unzip unzip
 curl curl
 scp openssh-client
 sshd openssh-server
+sshfs sshfs
 javac default-jdk-headless
 restic restic
 rclone rclone

@@ -110,6 +110,27 @@ const COPY_COMMANDS: [(&str, &[&str]); 5] = [
     ),
 ];
 
+/// Programs that make a directory tree available to others, who make its calls: which of them is at
+/// it, and what for, can't be told.
+const FILE_SERVERS: [&str; 16] = [
+    "sftp-server",
+    "internal-sftp",
+    "sshd",
+    "sshd-session",
+    "smbd",
+    "nfsd",
+    "ganesha.nfsd",
+    "unfsd",
+    "bindfs",
+    "mergerfs",
+    "unionfs",
+    "virtiofsd",
+    "diod",
+    "vsftpd",
+    "proftpd",
+    "pure-ftpd",
+];
+
 /// The file name of the first word of a command line.
 fn first_name(words: &[String]) -> Option<&str> {
     words.first()?.rsplit('/').next()
@@ -150,6 +171,21 @@ impl Caller {
         }
     }
 
+    /// Whether it is a file server, whose clients may be programs that copy.
+    pub fn serves_others(self) -> bool {
+        let words = self.command_line();
+        let Some(name) = first_name(&words) else {
+            // A thread of the kernel has no command line: its name is all there is.
+            let name = fs::read_to_string(format!("/proc/{}/comm", self.tid));
+            return name.is_ok_and(|name| FILE_SERVERS.contains(&name.trim_end()));
+        };
+        match name {
+            "rclone" => matches!(words.get(1).map(String::as_str), Some("serve" | "mount")),
+            // `sshd: user@notty` and the like.
+            name => FILE_SERVERS.contains(&name.split([':', ' ']).next().unwrap_or(name)),
+        }
+    }
+
     /// Whether it is mv, which calls rmdir on the directory that it is about to replace.
     pub fn moves(self) -> bool {
         first_name(&self.command_line()) == Some("mv")
@@ -175,16 +211,13 @@ impl Caller {
         first_name(&self.command_line()) == Some("mc")
     }
 
-    /// Whether it is rsync with an option that keeps files in a directory of its own: where that can't be
-    /// made, rsync drops what it has received and exits with 0.
-    pub fn puts_files_aside(self) -> bool {
+    /// Whether it is rsync that puts files aside in a directory of a name that users choose: where that
+    /// can't be made, rsync drops what it has received and exits with 0.
+    pub fn puts_files_elsewhere(self) -> bool {
         let words = self.command_line();
         let is_rsync = words.first().is_some_and(|word| word.ends_with("rsync"));
-        let options = ["--delay-updates", "--partial-dir"];
-        is_rsync
-            && words
-                .iter()
-                .any(|word| options.iter().any(|option| word.starts_with(option)))
+        let has = |option: &str| words.iter().any(|word| word.starts_with(option));
+        is_rsync && has("--delay-updates") && has("--partial-dir")
     }
 
     /// Whether the call it waits in makes this name, which must not be there yet; None where that can't

@@ -15,7 +15,7 @@ use super::names::{
 };
 use super::node::{Derived, Node};
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
-use super::staging::{Child, LooseFile, StagedBox, What};
+use super::staging::{Child, LooseFile, StagedBox, Unlisted, What};
 use super::{Tree, text};
 use crate::home::{box_id, is_snapshot_name, snapshot_id};
 use crate::store::Source;
@@ -47,6 +47,11 @@ impl Tree {
     pub fn mkdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
         let parent = self.node_to_change(parent)?;
         let name = text(name)?;
+        if let Some(aside) = self.make_aside(caller, &parent, name)? {
+            let mut attr = self.attr(caller, &aside)?;
+            attr.ino = self.tell(&aside);
+            return Ok(attr);
+        }
         let node = match &parent {
             Node::Root => self.begin_box(caller, name)?,
             Node::Box(id) if name == SNAPSHOTS && self.has_removed(caller, &parent, name) => {
@@ -124,7 +129,7 @@ impl Tree {
             ),
             Node::Box(_) => format!(
                 "{name}: a box is made of {EXPORT}, box.json and {SNAPSHOTS}; other directories are \
-                 not kept, so keep them elsewhere (rsync: without --delay-updates and --partial-dir)"
+                 not kept, so keep them elsewhere"
             ),
             _ => return Err(self.refuse_meaningless_directory(name)),
         };
@@ -157,7 +162,13 @@ impl Tree {
             caller.copies() || (caller.looks_first() && self.staging.lock().is_new_by(caller, id));
         if !is_copying {
             let snapshot = self.store.snapshot(id, name)?;
-            self.staging.lock().existing(caller, id);
+            let mut staging = self.staging.lock();
+            let staged = staging.existing(caller, id);
+            if caller.serves_others() {
+                staged
+                    .unlisted
+                    .insert(snapshot.clone(), Unlisted::by(caller));
+            }
             return Ok(Node::Snapshot(id.to_owned(), snapshot));
         }
         let parent = Node::Snapshots(id.to_owned());
@@ -390,18 +401,20 @@ impl Tree {
         mode: u32,
     ) -> Result<(Attr, Opened)> {
         let parent = self.node_to_change(parent)?;
-        let name = text(name)?;
-        if caller.puts_files_aside() {
+        let (parent, name) = self.change_aside(caller, parent, text(name)?);
+        let name = name.as_ref();
+        if caller.puts_files_elsewhere() {
             self.remember_failure(caller, &parent);
             return Err(self.refuse(
                 libc::EPERM,
-                format!("{name}: rsync can't keep files aside here; leave --delay-updates and --partial-dir away"),
+                format!("{name}: rsync can't put files aside in a directory of that name here; leave --partial-dir away"),
             ));
         }
         let file = match &parent {
             Node::Root => self.create_in_root(caller, name)?,
             _ => self.create_staged(caller, &parent, name, mode)?,
         };
+        self.was_made(caller, &parent, name);
         file.state.lock().open = 1;
         let mut attr = self.attr_of_made(&file);
         attr.ino = self.tell(&file.node);
@@ -576,6 +589,7 @@ impl Tree {
                 self.remember_refused_copy(caller, &parent);
                 self.refuse(libc::EPERM, format!("{name}: links have no place here"))
             })?;
+        self.was_made(caller, &parent, name);
         let mut attr = self.attr(caller, &node)?;
         attr.ino = self.tell(&node);
         Ok(attr)
@@ -646,10 +660,12 @@ fn is_ours(parent: &Node, name: &str, target: &Path) -> bool {
     if !matches!(parent, Node::Box(_) | Node::Snapshot(..)) {
         return false;
     }
-    // A box may be made of a snapshot's directory, whose links lead from further below.
-    let target = target
-        .to_str()
-        .map(|target| target.trim_start_matches("../"));
+    // A box may be made of a snapshot's directory, whose links lead from further below. And rsync's daemon
+    // puts this in front of links, where it is not confined (munge symlinks).
+    let target = target.to_str().map(|target| {
+        let target = target.strip_prefix("/rsyncd-munged/").unwrap_or(target);
+        target.trim_start_matches("../")
+    });
     let below = target.and_then(|target| target.strip_prefix(&format!("{HIDDEN}/{VIEW}/")));
     Derived::named(name).is_some()
         && below.is_some_and(|below| below.rsplit('/').next() == Some(name))

@@ -175,6 +175,9 @@ impl Tree {
         self.store.replace_snapshot(box_id, snapshot, &with, &new)?;
         let mut staging = self.staging.lock();
         if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+            if let Some(made) = staged.unlisted.remove(snapshot) {
+                staged.unlisted.insert(new.id.clone(), made);
+            }
             staged.arrived.insert(new.id);
         }
         Ok(())

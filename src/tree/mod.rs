@@ -5,6 +5,7 @@
 //! `staging`, open files are `handle`s, what was written becomes a box in `commit`, and `change`,
 //! `rename` and `remove` have what alters names; `dealing` remembers who removed which of them.
 
+mod aside;
 mod attr;
 mod caller;
 mod change;

@@ -23,6 +23,9 @@ impl Tree {
     pub fn rmdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
         let parent = self.node_to_change(parent)?;
         let name = text(name).map_err(|_| not_there())?;
+        if self.remove_aside(&parent, name)? {
+            return Ok(());
+        }
         if self.remove_staged_dir(caller, &parent, name)? {
             return Ok(());
         }
@@ -216,6 +219,8 @@ impl Tree {
     pub fn unlink(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
         let parent = self.node_to_change(parent)?;
         let name = text(name).map_err(|_| not_there())?;
+        let (parent, name) = self.change_aside(caller, parent, name);
+        let name = name.as_ref();
         let taken = {
             let mut staging = self.staging.lock();
             let is_of_box = matches!(name, BOX_JSON | EXPORT | SNAPSHOT_JSON);

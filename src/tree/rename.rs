@@ -53,6 +53,9 @@ impl Tree {
         if from_parent == to_parent && from_name == to_name {
             return Ok(());
         }
+        let (from_parent, from_name) = self.change_aside(caller, from_parent, from_name);
+        let (to_parent, to_name) = self.change_aside(caller, to_parent, to_name);
+        let (from_name, to_name) = (from_name.as_ref(), to_name.as_ref());
         let from = (&from_parent, from_name);
         let to = (&to_parent, to_name);
         let is_loose = {

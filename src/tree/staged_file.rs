@@ -7,6 +7,7 @@ use std::time::{Instant, SystemTime};
 
 use parking_lot::Mutex;
 
+use super::aside::ASIDE_PREFIX;
 use super::caller::{Caller, Makers};
 use super::describe;
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, archive_stem};
@@ -62,12 +63,15 @@ pub(super) fn role_of(parent: &Node, name: &str) -> Option<Role> {
     }
 }
 
-/// The final name in a temporary one: rsync's `.NAME.XXXXXX`, rclone's `NAME.XXXXXXXX.partial`, the
+/// The final name in a temporary one: rsync's `.NAME.XXXXXX` and `.~tmp~/NAME`, rclone's `NAME.XXXXXXXX.partial`, the
 /// `NAME.part` of browsers and of KDE, and those of other programs that upload.
 pub(super) fn temporary_for(name: &str) -> Option<&str> {
     let random = |text: &str, length: usize| {
         text.len() == length && text.bytes().all(|b| b.is_ascii_alphanumeric())
     };
+    if let Some(inner) = name.strip_prefix(ASIDE_PREFIX) {
+        return Some(inner);
+    }
     let ends = [".part", ".filepart", ".crdownload", ".partial~"];
     let inner = if let Some(inner) = ends.iter().find_map(|end| name.strip_suffix(end)) {
         inner

@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::Tree;
+use super::aside::AsideDirectory;
 use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::caller::{Caller, Makers};
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
@@ -64,12 +65,30 @@ pub(super) struct StagedBox {
     failed_by: HashSet<u32>,
     /// Directories of snapshots that something else than a snapshot is copied into, by inode.
     pub refused: HashSet<u64>,
+    /// Snapshots, by id, that a file server has taken and not listed since.
+    pub unlisted: HashMap<String, Unlisted>,
     /// Snapshots of it that were copied in and are there now, by id.
     pub arrived: HashSet<String>,
     pub created: SystemTime,
     used: Instant,
     /// Children by the inode of their directory; a directory has an entry from its making on.
     pub children: HashMap<u64, BTreeMap<String, Child>>,
+}
+
+/// A snapshot that a file server has taken. A program behind it may be copying one, and would leave out what
+/// it finds: to that server the names in it are free, but for those that it has made there.
+pub(super) struct Unlisted {
+    server: Makers,
+    made: HashSet<String>,
+}
+
+impl Unlisted {
+    pub fn by(server: Caller) -> Unlisted {
+        Unlisted {
+            server: Makers::begin(server),
+            made: HashSet::new(),
+        }
+    }
 }
 
 impl StagedBox {
@@ -85,6 +104,7 @@ impl StagedBox {
             failed: false,
             failed_by: HashSet::new(),
             refused: HashSet::new(),
+            unlisted: HashMap::new(),
             arrived: HashSet::new(),
             created: SystemTime::now(),
             used: Instant::now(),
@@ -324,6 +344,8 @@ pub(super) struct Staging {
     pub files: Vec<LooseFile>,
     /// The box each made node is in.
     pub made_in: HashMap<u64, String>,
+    /// Directories for files put aside.
+    pub asides: Vec<AsideDirectory>,
 }
 
 impl Staging {
@@ -339,6 +361,7 @@ impl Staging {
             self.let_go(&id);
         }
         self.files.retain(|file| !file.is_over());
+        self.sweep_asides();
     }
 
     /// The box being made that a node is in.
@@ -390,6 +413,15 @@ impl Staging {
         staged.makers.join(caller);
         staged.touch();
         staged
+    }
+
+    /// What is known of a snapshot that this caller has taken and not listed.
+    fn unlisted_by(&mut self, caller: Caller, directory: &Node) -> Option<&mut Unlisted> {
+        let Node::Snapshot(id, snapshot) = directory else {
+            return None;
+        };
+        let unlisted = self.boxes.get_mut(id)?.unlisted.get_mut(snapshot)?;
+        unlisted.server.includes(caller).then_some(unlisted)
     }
 
     /// The caller is about to remove what has become a box: from now on he sees it as all do.
@@ -518,13 +550,17 @@ impl Tree {
         )
     }
 
-    /// What is being put into a box that exists, where the box has nothing of that name: all see it.
-    pub(super) fn arriving_child(&self, parent: &Node, name: &str) -> Option<Node> {
-        let Node::Snapshots(id) = parent else {
-            return None;
-        };
+    /// What is being put into a box that exists, where the box has nothing of that name: all see a snapshot,
+    /// and its maker a temporary file.
+    pub(super) fn arriving_child(&self, caller: Caller, parent: &Node, name: &str) -> Option<Node> {
         let mut staging = self.staging.lock();
         staging.sweep();
+        let Node::Snapshots(id) = parent else {
+            let staged = staging.boxes.get_mut(parent.box_id()?)?;
+            let is_maker = staged.makers.includes(caller);
+            let child = staged.child(parent, name).filter(|_| is_maker);
+            return child.map(|child| child.node.clone());
+        };
         let mut arriving = staging.boxes.get(id)?.arriving();
         arriving.find_map(|(of, child)| (of == name).then(|| child.node.clone()))
     }
@@ -565,6 +601,31 @@ impl Tree {
             }
         }
         caller.makes_exclusively(name) == Some(true)
+    }
+
+    /// Whether a name is free to the caller, a file server that has taken this snapshot and not listed it.
+    pub(super) fn is_unlisted(&self, caller: Caller, directory: &Node, name: &str) -> bool {
+        let mut staging = self.staging.lock();
+        let unlisted = staging.unlisted_by(caller, directory);
+        unlisted.is_some_and(|unlisted| !unlisted.made.contains(name))
+    }
+
+    /// The caller has made a name, which is free to it no more.
+    pub(super) fn was_made(&self, caller: Caller, directory: &Node, name: &str) {
+        if let Some(unlisted) = self.staging.lock().unlisted_by(caller, directory) {
+            unlisted.made.insert(name.to_owned());
+        }
+    }
+
+    /// The caller lists a directory: from now on it finds all that is in it.
+    pub(super) fn was_listed(&self, caller: Caller, directory: &Node) {
+        let mut staging = self.staging.lock();
+        if staging.unlisted_by(caller, directory).is_some()
+            && let Node::Snapshot(id, snapshot) = directory
+            && let Some(staged) = staging.boxes.get_mut(id)
+        {
+            staged.unlisted.remove(snapshot);
+        }
     }
 
     /// Attributes as staging has them.

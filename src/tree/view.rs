@@ -33,7 +33,8 @@ impl Tree {
             return self.lookup_guest(directory, name);
         }
         let name = text(name).map_err(|_| not_there())?;
-        let node = self.child(caller, &parent, name).map_err(|error| {
+        let (parent, name) = self.beside_aside(parent, name);
+        let node = self.child(caller, &parent, &name).map_err(|error| {
             // The kernel may have kept the directory's name a moment too long, and another has it
             // by now: after ESTALE it looks again, from the root on.
             match &parent {
@@ -83,14 +84,20 @@ impl Tree {
 
     /// What a name in a directory stands for, for this caller.
     pub(super) fn child(&self, caller: Caller, parent: &Node, name: &str) -> Result<Node> {
+        if let Some(aside) = self.aside_child(parent, name) {
+            return Ok(aside);
+        }
         if let Some(answer) = self.staged_child(caller, parent, name) {
             return answer;
         }
-        if self.has_removed(caller, parent, name) || self.is_made_by_copy(caller, parent, name) {
+        if self.has_removed(caller, parent, name)
+            || self.is_made_by_copy(caller, parent, name)
+            || self.is_unlisted(caller, parent, name)
+        {
             return Err(not_there());
         }
         self.real_child(parent, name).or_else(|error| {
-            let arriving = self.arriving_child(parent, name);
+            let arriving = self.arriving_child(caller, parent, name);
             arriving
                 .filter(|_| error.errno() == libc::ENOENT)
                 .ok_or(error)
@@ -248,7 +255,10 @@ impl Tree {
     }
 
     pub(super) fn attr(&self, caller: Caller, node: &Node) -> Result<Attr> {
-        if let Some(attr) = self.staged_attr(caller, node) {
+        if let Some(attr) = self
+            .aside_attr(node)
+            .or_else(|| self.staged_attr(caller, node))
+        {
             return Ok(attr);
         }
         let mut attr = self.real_attr(node)?;
@@ -423,6 +433,16 @@ impl Tree {
     /// Every name in a directory, in the order it is listed: `snapshots` last, so that `cp -r` has
     /// made the box when it comes to its snapshots.
     pub(super) fn list(&self, caller: Caller, node: &Node) -> Result<Vec<DirEntry>> {
+        if let Node::Made(_) = node {
+            return self.list_aside(node);
+        }
+        self.was_listed(caller, node);
+        let mut entries = self.list_all(caller, node)?;
+        self.fold_aside(node, &mut entries);
+        Ok(entries)
+    }
+
+    fn list_all(&self, caller: Caller, node: &Node) -> Result<Vec<DirEntry>> {
         if let Node::Guest(directory) = node {
             return self.list_partitions(directory);
         }

@@ -329,7 +329,7 @@ fn options_that_need_other_names_are_refused_before_anything_is_changed() {
     let (home, mount, backup) = home_and_backup();
     let before = home.kept();
     for command in [
-        "rsync -a --delay-updates $BK/ $M/new",
+        "rsync -a --delay-updates --partial-dir=.aside $BK/ $M/new",
         "cp --backup $BK/export.boxlite $M/web/export.boxlite",
         "rsync -b -c $BK/export.boxlite $M/web/snapshots/s/export.boxlite",
     ] {
@@ -337,6 +337,61 @@ fn options_that_need_other_names_are_refused_before_anything_is_changed() {
         eventually("nothing of it is left", || mount.names("") == ["web"]);
         assert_eq!(home.kept(), before, "{command}\n{}", mount.log());
     }
+    mount.unmount();
+    home.assert_whole();
+}
+
+/// rsync's daemon on a pipe, with $M as the module `m`, and a server whose options don't show on its command
+/// line: in the variables DAEMON and SERVER.
+const RSYNCS: &str = r#"
+    printf '[m]\npath = %s\nread only = no\nuse chroot = no\nuid = 0\ngid = 0\n' "$M" > "$BK.conf"
+    daemon() { rsync -a --delay-updates --rsh="sh -c 'exec rsync --server --daemon --config=$BK.conf .'" "$1" "x::m/$2"; }
+    hidden() { rsync -a -s --delay-updates --rsh="sh -c 'shift; exec \"\$@\"' -" "$1" "x:$M/$2"; }
+    local_() { rsync -a --delay-updates "$1" "$M/$2"; }
+"#;
+
+#[test]
+fn rsync_may_put_files_aside_until_all_have_come() {
+    let (home, mount, backup) = home_and_backup();
+    let live = digest(&home.live_disk("web"));
+    let then = digest(&home.snapshot_disk("web", "s"));
+    for how in ["local_", "hidden", "daemon"] {
+        let run = |command: &str| done(&mount, &backup, &format!("{RSYNCS}\n{command}"));
+        run(&format!("{how} $BK/ {how}"));
+        assert_eq!(mount.names(how), BOX_FILES, "{how}");
+        assert_eq!(digest(&home.live_disk(how)), live, "{how}");
+        assert_eq!(digest(&home.snapshot_disk(how, "s")), then, "{how}");
+        assert_eq!(
+            home.wheel(&["snapshot-list", how])[0]["created_at"],
+            home.wheel(&["snapshot-list", "web"])[0]["created_at"],
+            "{how}"
+        );
+        // An archive to the root, and one over the disk of a box.
+        run(&format!(
+            "mkdir -p $BK.d && cp $BK/snapshots/s/export.boxlite $BK.d/{how}2.boxlite && \
+             {how} $BK.d/{how}2.boxlite ''"
+        ));
+        assert_eq!(digest(&home.live_disk(&format!("{how}2"))), then, "{how}");
+        run(&format!(
+            "cp $BK/snapshots/s/export.boxlite $BK.d/ && touch -d tomorrow $BK.d/export.boxlite && \
+             {how} $BK.d/export.boxlite {how}/"
+        ));
+        assert_eq!(digest(&home.live_disk(how)), then, "{how}");
+    }
+    // What is left of one that was killed is seen, and goes with the box that was to be.
+    done(
+        &mount,
+        &backup,
+        "python3 -c \"
+import os, shutil
+os.makedirs('$M/cut/snapshots/s/.~tmp~')
+shutil.copy('$BK/export.boxlite', '$M/cut/snapshots/s/.~tmp~/export.boxlite')\"",
+    );
+    assert_eq!(mount.names("cut/snapshots/s"), [".~tmp~"]);
+    assert_eq!(mount.names("cut/snapshots/s/.~tmp~"), ["export.boxlite"]);
+    refused(&mount, &backup, "rmdir $M/cut/snapshots/s/.~tmp~");
+    done(&mount, &backup, "rm -r $M/cut");
+    assert!(mount.names("").iter().all(|name| !name.starts_with('.')));
     mount.unmount();
     home.assert_whole();
 }

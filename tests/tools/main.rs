@@ -8,3 +8,4 @@ mod documents;
 mod first_contact;
 mod matrix;
 mod operating;
+mod servers;

@@ -45,14 +45,14 @@ setup:
 
 # A debug build is that of the tests: without them, it would have other features and be built anew.
 build:
-	cargo build --workspace $(if $(filter release,$(BUILD)),--release,--bins --tests)
+	$(if $(filter release,$(BUILD)),cargo build --workspace --release,tests/run build)
 	$(BUILT)/boxlitefs manual $(BUILT)/share
 
 .PHONY: lint
 lint:
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	tests/run lint
 
 check: lint
 	tests/run check

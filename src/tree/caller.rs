@@ -186,6 +186,15 @@ impl Caller {
         }
     }
 
+    /// Whether it is a program that copies whole trees in the order of their directories, and its command line
+    /// says nothing of a file of this name. rsync goes by the alphabet, and its server is not told.
+    pub fn copies_tree_without(self, name: &str) -> bool {
+        let words = self.command_line();
+        self.copies()
+            && first_name(&words) != Some("rsync")
+            && !words.iter().any(|word| word.ends_with(name))
+    }
+
     /// Whether it is mv, which calls rmdir on the directory that it is about to replace.
     pub fn moves(self) -> bool {
         first_name(&self.command_line()) == Some("mv")

@@ -313,6 +313,18 @@ impl Tree {
         let source = Source::Live {
             box_id: id.to_owned(),
         };
+        // A whole box that is copied over another may begin with any of its files.
+        if caller.copies_tree_without(EXPORT) {
+            self.remember_refused_copy(caller, &Node::Export(source.clone()));
+            return Err(self.refuse(
+                libc::EPERM,
+                format!(
+                    "{EXPORT}: a whole directory is copied over {}; copy it to a new name, or {EXPORT} alone \
+                     to restore",
+                    self.store.describe(&source)
+                ),
+            ));
+        }
         if !self.store.has_disk(&source) {
             return Err(self.refuse(
                 libc::ENODATA,

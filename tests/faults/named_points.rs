@@ -228,8 +228,9 @@ fn every_crash_point_in_the_store_is_tried() {
     }
     assert!(!named.is_empty());
     let mut tried: BTreeSet<String> = tried.into_iter().map(str::to_owned).collect();
-    // Those that need a runtime that has the home, or a box that runs.
+    // Those that need a runtime that has the home, a box that runs, or a copy that has not ended.
     for (point, test) in [
+        ("waiting.noted", include_str!("waiting.rs")),
         ("beside.exchanged", include_str!("../mount/shared.rs")),
         ("running.paused", include_str!("../mount/running.rs")),
         ("running.copied", include_str!("../mount/running.rs")),

@@ -357,8 +357,15 @@ fn a_copy_onto_a_box_that_is_there_is_refused_and_changes_nothing() {
         )
     };
     let before = states();
+    // cp goes by inode numbers, others by the order that the directory has.
+    let disordered = home.beside("disordered");
+    fs::create_dir(&disordered).unwrap();
+    for name in ["export.boxlite", "snapshots", "box.json"] {
+        succeed(&["cp", "-a", text(&backup.join(name)), text(&disordered)]);
+    }
     let environment = [
         ("MNT", mount.root()),
+        ("DISORDERED", &*disordered),
         ("BACKUP", &*backup),
         ("OUT", backup.parent().expect("it")),
     ];
@@ -378,7 +385,13 @@ fn a_copy_onto_a_box_that_is_there_is_refused_and_changes_nothing() {
         ("rsync -a $BACKUP/ $MNT/web2", true),
         ("rsync -a $MNT/web $MNT/web2", true),
         ("busybox cp -r $MNT/web $MNT/web2", true),
-        // In whatever order its directory lists them, but for the export before all else.
+        ("cp -aT $DISORDERED $MNT/web2", true),
+        ("busybox cp -r $DISORDERED/. $MNT/web2", true),
+        (
+            "tar c -C $DISORDERED export.boxlite snapshots box.json | tar x -C $MNT/web2",
+            true,
+        ),
+        // In whatever order the words have, but for the export before all else.
         (
             "busybox cp -r $BACKUP/snapshots $BACKUP/export.boxlite $BACKUP/box.json $MNT/web2",
             true,

@@ -74,7 +74,7 @@ test-all: test
 test-rest: setup
 	tests/run rest
 	$(MAKE) --no-print-directory fresh-machine BUILD=debug
-	$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=60
+	$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=15
 
 model: export NEXTEST_PROFILE := torture
 model: export MODEL_STEPS := $(or $(MODEL_STEPS),10000)

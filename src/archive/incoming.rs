@@ -14,9 +14,11 @@ mod disk_writer;
 mod frames;
 mod members;
 mod names;
+mod refusal;
 mod stages;
 #[cfg(test)]
 mod tests;
+mod unpacking;
 
 use std::path::{Path, PathBuf};
 

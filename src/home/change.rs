@@ -13,9 +13,9 @@ use rusqlite::{Connection, params};
 use serde_json::{Value, json};
 
 use super::catalog::{
-    connect, data_version, database_id, failed, read_bases, read_bases_at, read_bases_of,
-    read_boxes, read_schema, read_snapshots,
+    database_id, read_bases, read_bases_at, read_bases_of, read_boxes, read_schema, read_snapshots,
 };
+use super::connection::{connect, data_version, failed};
 use super::identity::rfc3339;
 use super::paths::Home;
 use super::records::{

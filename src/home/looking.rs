@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
-use super::catalog::{connect, damaged, data_version, failed};
+use super::connection::{connect, damaged, data_version, failed};
 use super::identity::base_id;
 use crate::{Context, Error, Result};
 

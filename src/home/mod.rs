@@ -7,6 +7,7 @@
 mod activity;
 mod catalog;
 mod change;
+mod connection;
 mod identity;
 mod looking;
 mod options;

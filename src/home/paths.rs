@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::catalog::{Catalog, CatalogReader, failed, has_table, read_bases};
+use super::catalog::{Catalog, CatalogReader, has_table, read_bases};
+use super::connection::failed;
 use super::looking::{connect_to_look, may_write};
 use super::records::BaseRecord;
 use crate::{Context, Error, Result};

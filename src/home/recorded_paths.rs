@@ -5,8 +5,9 @@ use std::path::Path;
 
 use rusqlite::Connection;
 
-use super::catalog::{failed, has_table};
+use super::catalog::has_table;
 use super::change::{Change, Transaction};
+use super::connection::failed;
 use super::looking::connect_to_look;
 use super::paths::Home;
 use crate::Result;

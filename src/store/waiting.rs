@@ -2,9 +2,10 @@
 //! one got success from close, and may have removed its source. So each has a note beside its disk in the
 //! workspace, and outlives a mount that is killed: the next mount makes a box of it.
 
-use std::fs;
+use std::fs::{self, File, FileTimes};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
@@ -112,14 +113,21 @@ enum Taken {
 
 impl Store {
     /// Notes that a complete archive waits, and which name a box made of it gets. Durable when this
-    /// returns.
+    /// returns. `made` is the time that its file shows: so it does when it has become a box or a snapshot,
+    /// and a tool that compares finds what it has copied.
     ///
     /// # Errors
     /// EBADMSG for an archive that is not complete; ENOSPC, EIO.
-    pub fn note_waiting(&self, arrival: &mut Arrival, name: &str) -> Result<()> {
+    pub fn note_waiting(&self, arrival: &mut Arrival, name: &str, made: SystemTime) -> Result<()> {
         if arrival.has_note() {
             return Ok(());
         }
+        let times = FileTimes::new().set_modified(made);
+        File::options()
+            .write(true)
+            .open(arrival.disk())
+            .and_then(|disk| disk.set_times(times))
+            .context(|| format!("cannot set the times of {}", arrival.disk().display()))?;
         let archive = WaitingArchive {
             disk: arrival.disk().to_owned(),
             name: name.to_owned(),
@@ -139,7 +147,7 @@ impl Store {
     /// # Errors
     /// Those of importing a box.
     pub fn keep_archive(&self, arrival: &mut Arrival, name: &str) -> Result<String> {
-        self.note_waiting(arrival, name)?;
+        self.note_waiting(arrival, name, SystemTime::now())?;
         let archive = WaitingArchive {
             disk: arrival.disk().to_owned(),
             name: name.to_owned(),

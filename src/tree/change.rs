@@ -319,8 +319,8 @@ impl Tree {
             return Err(self.refuse(
                 libc::EPERM,
                 format!(
-                    "{EXPORT}: a whole directory is copied over {}; copy it to a new name, or {EXPORT} alone \
-                     to restore",
+                    "{EXPORT}: a whole directory may be copied over {}; copy that to a new name; to \
+                     restore, name {EXPORT} in the command",
                     self.store.describe(&source)
                 ),
             ));
@@ -506,7 +506,8 @@ impl Tree {
             return self.create_over(caller, parent, name);
         }
         if name == EXPORT {
-            self.refuse_new_box(name)?;
+            self.refuse_new_box(name)
+                .inspect_err(|_| self.remember_failure(caller, parent))?;
         }
         let file = StagedFile::new(node, id, place, caller);
         match self.make_staged(caller, parent, name, What::File(file.clone()))? {

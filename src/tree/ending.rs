@@ -41,7 +41,7 @@ impl Tree {
         let Content::Archive(arrival) = &mut state.content else {
             return Ok(());
         };
-        let noted = self.store.note_waiting(arrival, &wanted);
+        let noted = self.store.note_waiting(arrival, &wanted, file.created);
         noted.inspect_err(|error| {
             state.refuse(error);
             let mut staging = self.staging.lock();

@@ -65,7 +65,8 @@ fn mount_recovered(home: &TestHome, change: &Change, whole: &Boxes, boxes: &mut 
 /// The mount lists these boxes and snapshots, and no other.
 pub fn assert_shows(mount: &Mounted, boxes: &Boxes) {
     let names: Vec<&String> = boxes.keys().collect();
-    assert_eq!(mount.names("").iter().collect::<Vec<_>>(), names);
+    let shown = mount.names("");
+    assert_eq!(shown.iter().collect::<Vec<_>>(), names, "{}", mount.log());
     for (name, contents) in boxes {
         let snapshots: Vec<&String> = contents.snapshots.keys().collect();
         let shown = mount.names(format!("{name}/snapshots"));

@@ -448,12 +448,20 @@ fn an_archive_that_was_taken_waits_for_its_box_whatever_else_is_refused() {
             ["export.boxlite"],
             "{name}"
         );
+        let time = || {
+            let export = mount.at(format!("{name}/snapshots/s/export.boxlite"));
+            let meta = fs::metadata(export).ok()?;
+            meta.modified().ok()
+        };
+        let shown = time();
         let end = format!("cp $BK/export.boxlite $M/{name}/export.boxlite");
         done(&mount, &backup, &end);
         eventually("it has its snapshot, and what was refused is gone", || {
             mount.names(format!("{name}/snapshots")) == ["s"]
         });
         assert_eq!(digest(&home.snapshot_disk(name, "s")), of_snapshot);
+        // rclone reads again what has another time than it had.
+        assert_eq!(time(), shown);
     }
     mount.unmount();
     home.assert_whole();

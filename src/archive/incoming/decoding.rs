@@ -15,6 +15,7 @@ use super::Arrived;
 use super::blocks::{BLOCK_MAX, Blocks};
 use super::frames::{self, Frames};
 use super::members::Members;
+use super::unpacking::Unpacking;
 use crate::{Context, Error, Result};
 
 /// Bytes of the tar that must be missing beyond those under way: for fewer no thread is started.
@@ -45,10 +46,7 @@ impl Decoding {
         Decoding {
             at: At::Here(Box::new(Decoder {
                 packing: Packing::Unknown(Vec::new()),
-                unpacking: Unpacking {
-                    members,
-                    arrived: None,
-                },
+                unpacking: Unpacking::of(members),
             })),
             blocks: Blocks::new(),
             coming: 0,
@@ -261,42 +259,5 @@ impl Decoder {
             Packing::Zstd(_) if members.ended() => "its last zstd frame".into(),
             _ => members.place(),
         }
-    }
-}
-
-/// The decoded side: what [`Frames`] and plain tars feed.
-pub(super) struct Unpacking {
-    pub(super) members: Members,
-    pub(super) arrived: Option<Arrived>,
-}
-
-impl Unpacking {
-    /// Takes bytes of the tar; past its end, only zeros.
-    pub(super) fn tar(&mut self, bytes: &[u8]) -> Result<()> {
-        self.members.push(bytes)
-    }
-
-    /// The packing could end here: after every byte of a plain tar, at the end of a zstd frame.
-    pub(super) fn boundary(&mut self) -> Result<()> {
-        if self.arrived.is_none() && self.members.ended() {
-            self.arrived = Some(self.members.complete()?);
-        }
-        Ok(())
-    }
-
-    /// Zero bytes outside any zstd frame: padding, which only a complete archive may have.
-    pub(super) fn padding(&mut self) -> Result<()> {
-        match self.arrived {
-            Some(_) => Ok(()),
-            None => Err(Error::bad_archive(format!(
-                "the archive is damaged in {}: there are zeros where a zstd frame must begin",
-                self.members.place()
-            ))),
-        }
-    }
-
-    /// At least so many bytes of the tar are still to come.
-    fn missing(&self) -> u64 {
-        self.members.missing()
     }
 }

@@ -2,7 +2,7 @@
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
-use super::decoding::Unpacking;
+use super::unpacking::Unpacking;
 use crate::{Context, Error, Result};
 
 /// First bytes of a zstd frame.

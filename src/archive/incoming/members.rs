@@ -9,6 +9,7 @@ use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 use super::disk_file::DiskFile;
 use super::disk_writer::all_zero;
 use super::names::{Meaning, Names, shown};
+use super::refusal::{damaged, refused};
 use super::{Arrived, MOST_HOLES};
 use crate::archive::Manifest;
 use crate::{Error, Result, disk};
@@ -642,12 +643,4 @@ fn without_nul(mut name: Vec<u8>) -> Vec<u8> {
 
 fn at_most(len: usize, limit: u64) -> usize {
     usize::try_from(limit).map_or(len, |limit| len.min(limit))
-}
-
-pub(super) fn refused(why: impl AsRef<str>) -> Error {
-    Error::bad_archive(format!("the archive is refused: {}", why.as_ref()))
-}
-
-fn damaged(why: impl AsRef<str>) -> Error {
-    Error::bad_archive(format!("the archive is damaged: {}", why.as_ref()))
 }

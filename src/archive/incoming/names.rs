@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use super::members::refused;
+use super::refusal::refused;
 use crate::Result;
 
 /// Longest name of a file.

@@ -88,3 +88,16 @@ pub struct DirEntry {
     /// Its inode number.
     pub ino: u64,
 }
+
+/// What is wanted of each name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// The name, what kind of file it is of, and its number.
+    Names,
+    /// Attributes too; the kernel is told of each file it gets.
+    Attributes,
+}
+
+/// Takes an entry, the offset behind it and its attributes; those are None where they are not wanted,
+/// or can't be had. True if there was no room for it.
+pub type Add<'a, 'f> = &'a mut (dyn FnMut(&DirEntry, u64, Option<&Attr>) -> bool + 'f);

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use super::attr::Attr;
 use super::caller::{Caller, Makers};
-use super::handle::Opened;
 use super::names::{
-    ARCHIVE_SUFFIX, BOX_JSON, EXPORT, HIDDEN, SNAPSHOTS, VIEW, archive_stem, decode,
+    ARCHIVE_SUFFIX, BOX_JSON, EXPORT, HIDDEN, SNAPSHOTS, VIEW, archive_stem, decode, exists,
+    not_there,
 };
 use super::node::{Derived, Node};
+use super::open_file::Opened;
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
 use super::staging::{Child, LooseFile, StagedBox, Unlisted, What};
 use super::{Tree, text};
@@ -29,14 +30,6 @@ const FRESH: Duration = Duration::from_secs(60);
 pub struct SetAttr {
     /// The size in bytes: truncate(2), or O_TRUNC, which comes without a handle.
     pub size: Option<u64>,
-}
-
-pub(super) fn exists(name: &str) -> Error {
-    Error::new(libc::EEXIST, format!("{name} is there already"))
-}
-
-pub(super) fn not_there() -> Error {
-    Error::new(libc::ENOENT, "there is no such file")
 }
 
 impl Tree {

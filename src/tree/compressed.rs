@@ -7,9 +7,9 @@ use parking_lot::Mutex;
 
 use super::Tree;
 use super::caller::Caller;
-use super::handle::{Handle, Opened};
 use super::names::{HIDDEN, SNAPSHOTS, VIEW};
 use super::node::{Derived, Node};
+use super::open_file::{Handle, Opened};
 use crate::store::{Form, OpenedCompressed, Packed, Source, Waiter};
 use crate::{Error, Result};
 

@@ -7,12 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::attr::{Attr, DirEntry, Kept, Kind};
+use super::attr::{Add, Attr, DirEntry, Kept, Kind, Wanted};
 use super::caller::Caller;
 use super::guest_numbers::{Access, GuestVolume};
-use super::handle::{Handle, Opened};
-use super::listing::{Add, Wanted};
 use super::node::{Derived, GuestFile, Node};
+use super::open_file::{Handle, Opened};
 use super::{Links, Tree};
 use crate::guest::{Attributes, Entry, FileKind, FileSystem, Guest, LinkPlace, Time};
 use crate::store::{DiskState, Inside, Source};

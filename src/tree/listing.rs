@@ -7,28 +7,15 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::Tree;
-use super::attr::{Attr, DirEntry};
+use super::attr::{Add, Attr, DirEntry, Wanted};
 use super::caller::Caller;
-use super::handle::Handle;
 use super::node::Node;
+use super::open_file::Handle;
 use crate::{Error, Result};
 
 /// Where a listing begins. Smaller offsets are for `.` and `..`, which are not listed here; those of
 /// guests' directories are larger anyway.
 pub const FIRST: u64 = 2;
-
-/// What is wanted of each name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
-    /// The name, what kind of file it is of, and its number.
-    Names,
-    /// Attributes too; the kernel is told of each file it gets.
-    Attributes,
-}
-
-/// Takes an entry, the offset behind it and its attributes; those are None where they are not wanted,
-/// or can't be had. True if there was no room for it.
-pub type Add<'a, 'f> = &'a mut (dyn FnMut(&DirEntry, u64, Option<&Attr>) -> bool + 'f);
 
 impl Tree {
     /// Opens a directory for listing.

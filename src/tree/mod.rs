@@ -21,6 +21,8 @@ mod known;
 mod listing;
 mod names;
 mod node;
+mod open_file;
+mod putting_aside;
 mod remove;
 mod rename;
 mod staged_file;
@@ -40,14 +42,14 @@ use parking_lot::Mutex;
 
 pub use crate::home::Space;
 pub use crate::store::{Compacting, Compression, Imports};
-pub use attr::{Attr, DirEntry, Kept, Kind};
+pub use attr::{Attr, DirEntry, Kept, Kind, Wanted as WantedOfList};
 pub use caller::Caller;
 pub use change::SetAttr;
 pub use compressed::OpenAnswer;
-pub use handle::Opened;
-pub use listing::Wanted as WantedOfList;
+
 use node::Derived;
 pub use node::{Node, ROOT_INO};
+pub use open_file::Opened;
 pub use rename::RenameMode;
 pub use status::MountFacts;
 
@@ -94,7 +96,7 @@ pub struct Tree {
     /// Whether links of guests say what the guest said.
     links: Links,
     staging: Mutex<staging::Staging>,
-    handles: Mutex<HashMap<u64, Arc<handle::Handle>>>,
+    handles: Mutex<HashMap<u64, Arc<open_file::Handle>>>,
     next_handle: AtomicU64,
     next_made: AtomicU64,
     /// What the kernel was last told an export's inode has, and its generation.

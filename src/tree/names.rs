@@ -146,6 +146,14 @@ impl Names {
     }
 }
 
+pub(super) fn exists(name: &str) -> Error {
+    Error::new(libc::EEXIST, format!("{name} is there already"))
+}
+
+pub(super) fn not_there() -> Error {
+    Error::new(libc::ENOENT, "there is no such file")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,8 +5,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 
 use super::caller::Caller;
-use super::change::not_there;
-use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
+use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, not_there};
 use super::node::{Derived, Node};
 use super::staged_file::{Content, StagedFile};
 use super::staging::{Staging, What};

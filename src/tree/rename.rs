@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::caller::Caller;
-use super::change::{exists, not_there};
-use super::names::{EXPORT, decode};
+use super::names::{EXPORT, decode, exists, not_there};
 use super::node::{Derived, Node};
 use super::staged_file::{Place, Role, StagedFile, role_of};
 use super::staging::{Child, StagedBox, What};

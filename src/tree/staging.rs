@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::Tree;
-use super::aside::AsideDirectory;
+use super::aside::{ASIDE_PREFIX, AsideDirectory};
 use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::caller::{Caller, Makers};
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
@@ -517,6 +517,48 @@ impl Staging {
             What::File(file) => Some(file.clone()),
             _ => None,
         }
+    }
+}
+
+impl Staging {
+    /// The directory for files put aside in another.
+    pub(super) fn aside_in(&self, dir: &Node) -> Option<&AsideDirectory> {
+        self.asides.iter().find(|aside| aside.dir == *dir)
+    }
+
+    /// The directory whose files are put aside in this one.
+    pub(super) fn dir_of_aside(&self, node: &Node) -> Option<&Node> {
+        let mut asides = self.asides.iter();
+        asides
+            .find(|aside| aside.node == *node)
+            .map(|aside| &aside.dir)
+    }
+
+    /// Lets go of directories whose makers are gone and left nothing in them.
+    pub(super) fn sweep_asides(&mut self) {
+        if self.asides.is_empty() {
+            return;
+        }
+        let asides = std::mem::take(&mut self.asides);
+        self.asides = asides
+            .into_iter()
+            .filter(|aside| aside.makers.any_alive() || !self.put_aside(&aside.dir).is_empty())
+            .collect();
+    }
+
+    /// The files put aside in a directory, with the names that they will have.
+    pub(super) fn put_aside(&self, dir: &Node) -> Vec<(String, Node)> {
+        let loose = self.files.iter().filter(|loose| loose.dir == *dir);
+        let loose = loose.map(|loose| (loose.name.as_str(), &loose.file.node));
+        let staged = self.box_of(dir).and_then(|id| self.boxes.get(&id));
+        let names = staged.and_then(|staged| staged.children.get(&dir.ino()));
+        let names = names.into_iter().flatten();
+        let staged = names.map(|(name, child)| (name.as_str(), &child.node));
+        let aside = loose.chain(staged).filter_map(|(name, node)| {
+            let name = name.strip_prefix(ASIDE_PREFIX)?;
+            Some((name.to_owned(), node.clone()))
+        });
+        aside.collect()
     }
 }
 

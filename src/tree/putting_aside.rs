@@ -1,0 +1,136 @@
+//! The calls that make, fill and remove directories for [files put aside](super::aside).
+
+use std::borrow::Cow;
+
+use super::Tree;
+use super::aside::{ASIDE, ASIDE_PREFIX, AsideDirectory};
+use super::attr::{Attr, DirEntry, Kept, Kind};
+use super::caller::{Caller, Makers};
+use super::names::{exists, not_there};
+use super::node::Node;
+use crate::{Error, Result};
+
+impl Tree {
+    /// Where a name in a directory is kept: for one in a directory of files put aside, beside that.
+    pub(super) fn beside_aside<'n>(&self, parent: Node, name: &'n str) -> (Node, Cow<'n, str>) {
+        let dir = match parent {
+            Node::Made(_) => self.staging.lock().dir_of_aside(&parent).cloned(),
+            _ => None,
+        };
+        match dir {
+            Some(dir) => (dir, format!("{ASIDE_PREFIX}{name}").into()),
+            None => (parent, name.into()),
+        }
+    }
+
+    /// The same, for a caller that changes something there: the directory stays as long as it runs.
+    pub(super) fn change_aside<'n>(
+        &self,
+        caller: Caller,
+        parent: Node,
+        name: &'n str,
+    ) -> (Node, Cow<'n, str>) {
+        if let Node::Made(_) = parent {
+            let mut staging = self.staging.lock();
+            let mut asides = staging.asides.iter_mut();
+            if let Some(aside) = asides.find(|aside| aside.node == parent) {
+                aside.makers.join(caller);
+            }
+        }
+        self.beside_aside(parent, name)
+    }
+
+    /// mkdir(2) of a directory for files put aside; None for any other.
+    ///
+    /// # Errors
+    /// EEXIST.
+    pub(super) fn make_aside(
+        &self,
+        caller: Caller,
+        dir: &Node,
+        name: &str,
+    ) -> Result<Option<Node>> {
+        if name != ASIDE || !matches!(dir, Node::Root | Node::Box(_) | Node::Snapshot(..)) {
+            return Ok(None);
+        }
+        let node = self.fresh_made();
+        let mut staging = self.staging.lock();
+        staging.sweep();
+        if staging.aside_in(dir).is_some() {
+            return Err(exists(name));
+        }
+        staging.asides.push(AsideDirectory {
+            node: node.clone(),
+            dir: dir.clone(),
+            makers: Makers::begin(caller),
+        });
+        Ok(Some(node))
+    }
+
+    /// rmdir(2) of such a directory; false where there is none.
+    ///
+    /// # Errors
+    /// ENOTEMPTY.
+    pub(super) fn remove_aside(&self, dir: &Node, name: &str) -> Result<bool> {
+        let mut staging = self.staging.lock();
+        if name != ASIDE || staging.aside_in(dir).is_none() {
+            return Ok(false);
+        }
+        if !staging.put_aside(dir).is_empty() {
+            return Err(Error::new(libc::ENOTEMPTY, format!("{name} is not empty")));
+        }
+        staging.asides.retain(|aside| aside.dir != *dir);
+        Ok(true)
+    }
+
+    /// The directory for files put aside that a name in a directory is.
+    pub(super) fn aside_child(&self, dir: &Node, name: &str) -> Option<Node> {
+        if name != ASIDE {
+            return None;
+        }
+        let mut staging = self.staging.lock();
+        staging.sweep();
+        staging.aside_in(dir).map(|aside| aside.node.clone())
+    }
+
+    /// Attributes of a directory for files put aside; None for any other node.
+    pub(super) fn aside_attr(&self, node: &Node) -> Option<Attr> {
+        if !matches!(node, Node::Made(_)) {
+            return None;
+        }
+        self.staging.lock().dir_of_aside(node)?;
+        let mut attr = self.directory(node, 0, std::time::SystemTime::now());
+        attr.kept = Kept::Not;
+        Some(attr)
+    }
+
+    /// What is in a directory for files put aside.
+    ///
+    /// # Errors
+    /// ENOENT where the node is none.
+    pub(super) fn list_aside(&self, node: &Node) -> Result<Vec<DirEntry>> {
+        let staging = self.staging.lock();
+        let dir = staging.dir_of_aside(node).ok_or_else(not_there)?;
+        let files = staging.put_aside(dir).into_iter();
+        let entries = files.map(|(name, node)| DirEntry {
+            name: name.into(),
+            kind: Kind::File,
+            ino: node.ino(),
+        });
+        Ok(entries.collect())
+    }
+
+    /// The listing of a directory as its callers see it: files put aside are in a directory of their own.
+    pub(super) fn fold_aside(&self, dir: &Node, entries: &mut Vec<DirEntry>) {
+        let staging = self.staging.lock();
+        let Some(aside) = staging.aside_in(dir) else {
+            return;
+        };
+        entries.retain(|entry| !entry.name.to_string_lossy().starts_with(ASIDE_PREFIX));
+        entries.push(DirEntry {
+            name: ASIDE.into(),
+            kind: Kind::Directory,
+            ino: aside.node.ino(),
+        });
+    }
+}

@@ -1,6 +1,6 @@
 //! The guest's disk as file systems read it: a part of a chain, in pieces that are kept for a while.
 
-use super::directory::NameIndexes;
+use super::name_indexes::NameIndexes;
 use crate::disk::Chain;
 use crate::{Error, Result};
 use quick_cache::Weighter;

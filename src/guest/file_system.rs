@@ -2,8 +2,8 @@
 
 use super::disk::{Use, Volume};
 use super::inode::{Attributes, FileKind, Inode};
-use super::journal::{Journal, Replacement};
-use super::layout::{self, Layout, SUPERBLOCK_AT, SUPERBLOCK_LEN, incompat};
+use super::layout::Layout;
+use super::replaced::{Replaced, Replacement};
 use crate::{Error, Result};
 use std::fmt::Display;
 
@@ -25,8 +25,8 @@ const MAX_RUNS: u64 = 1 << 16;
 /// caller to do, after reading, with [`Chain::unchanged`](crate::disk::Chain::unchanged).
 pub struct FileSystem {
     pub(super) volume: Volume,
-    layout: Layout,
-    journal: Journal,
+    pub(super) layout: Layout,
+    pub(super) replaced: Replaced,
     /// What the names of this one are kept by.
     pub(super) number: u64,
 }
@@ -34,63 +34,6 @@ pub struct FileSystem {
 impl FileSystem {
     /// The inode of the root directory.
     pub const ROOT: u32 = 2;
-
-    /// Opens what is in the volume; None if it has no ext file system.
-    pub(super) fn open(volume: Volume) -> Result<Option<FileSystem>> {
-        let mut bytes = vec![0; SUPERBLOCK_LEN];
-        volume.peek(SUPERBLOCK_AT, &mut bytes)?;
-        if !Layout::is_one(&bytes) {
-            return Ok(None);
-        }
-        let layout = Layout::parse(&bytes, &volume)?;
-        let number = volume.caches().number();
-        let mut fs = FileSystem {
-            volume,
-            layout,
-            journal: Journal::default(),
-            number,
-        };
-        fs.take_journal()?;
-        // The root is what everything else is found by.
-        fs.directory(FileSystem::ROOT)?;
-        Ok(Some(fs))
-    }
-
-    /// The same, or EIO that says what is there instead.
-    pub(super) fn open_or_tell(volume: Volume) -> Result<FileSystem> {
-        let known = layout::known_as(&volume)?;
-        let name = volume.name().to_owned();
-        FileSystem::open(volume)?.ok_or_else(|| {
-            let what = known.unwrap_or("no file system that is known here");
-            Error::damaged(format!(
-                "{name} has {what}; only ext2, ext3 and ext4 can be read"
-            ))
-        })
-    }
-
-    /// From now on, what is in the journal counts.
-    fn take_journal(&mut self) -> Result<()> {
-        if !self.layout.has(incompat::RECOVER) {
-            return Ok(());
-        }
-        if self.layout.journal_inode == 0 {
-            return Err(self.damaged("it was not unmounted, and its journal is elsewhere"));
-        }
-        let inode = self.any_inode(self.layout.journal_inode)?;
-        self.journal = Journal::load(self, &inode)?;
-        if self.journal.is_empty() {
-            return Ok(());
-        }
-        // The superblock itself may be in the journal.
-        let mut bytes = vec![0; SUPERBLOCK_LEN];
-        self.read_blocks(Use::Metadata, 0, SUPERBLOCK_AT, &mut bytes)?;
-        let layout = Layout::parse(&bytes, &self.volume)?;
-        if layout.block_size != self.layout.block_size {
-            return Err(self.damaged("the journal would change the size of its blocks"));
-        }
-        self.layout = layout;
-        Ok(())
-    }
 
     pub(super) fn layout(&self) -> &Layout {
         &self.layout
@@ -135,12 +78,12 @@ impl FileSystem {
         if end > self.layout.blocks.saturating_mul(size) {
             return Err(self.damaged(format_args!("there is no block {block}")));
         }
-        if self.journal.is_empty() {
+        if self.replaced.is_empty() {
             return self.volume.read(what, start, buf);
         }
         while !buf.is_empty() {
             let (block, within) = (start / size, start % size);
-            let (len, replacement) = match self.journal.replacement(block) {
+            let (len, replacement) = match self.replaced.replacement(block) {
                 Some(replacement) => (size - within, Some(replacement)),
                 None => (self.until_replaced(block) - within, None),
             };
@@ -157,7 +100,7 @@ impl FileSystem {
 
     /// Bytes from the beginning of `block` to the next one that is replaced, at least one block.
     fn until_replaced(&self, block: u64) -> u64 {
-        let next = self.journal.next_replaced(block).unwrap_or(u64::MAX);
+        let next = self.replaced.next_replaced(block).unwrap_or(u64::MAX);
         (next - block).saturating_mul(self.layout.block_size)
     }
 
@@ -174,7 +117,7 @@ impl FileSystem {
     }
 
     /// An inode, whatever it is for.
-    fn any_inode(&self, number: u32) -> Result<Inode> {
+    pub(super) fn any_inode(&self, number: u32) -> Result<Inode> {
         if number == 0 || number > self.layout.inodes {
             return Err(self.damaged(format_args!("there is no inode {number}")));
         }

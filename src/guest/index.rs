@@ -4,7 +4,7 @@
 //! order. Where anything about it can't be so, it is as if there were none.
 
 use super::checksum::crc32c;
-use super::directory::Entry;
+use super::entry::Entry;
 use super::fields::Fields;
 use super::file_system::FileSystem;
 use super::inode::Inode;

@@ -8,11 +8,10 @@ use super::disk::Use;
 use super::fields::Fields;
 use super::file_system::FileSystem;
 use super::inode::Inode;
+use super::replaced::{MAGIC, Replaced, Replacement};
 use crate::Result;
 use std::collections::{BTreeMap, HashMap};
 
-/// What every block of the journal that is not of the file system begins with.
-const MAGIC: u32 = 0xc03b_3998;
 /// Bytes of magic, kind and sequence number.
 const HEADER: usize = 12;
 /// Most blocks of a journal that are looked at.
@@ -41,50 +40,13 @@ mod incompat {
     pub const READ: u32 = 0x1 | BITS64 | 0x4 | CSUM_V2 | CSUM_V3 | FAST_COMMIT;
 }
 
-/// A block in the journal that is to be read for another.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Replacement {
-    /// Where it is.
-    pub block: u64,
-    /// Whether its first four bytes are the journal's magic, which it could not have there.
-    pub escaped: bool,
-}
-
-impl Replacement {
-    /// The first four bytes of an escaped block.
-    pub const ESCAPED: [u8; 4] = MAGIC.to_be_bytes();
-}
-
-/// Which blocks are to be read in the journal.
-#[derive(Default)]
-pub(super) struct Journal {
-    replaced: BTreeMap<u64, Replacement>,
-}
-
-impl Journal {
-    /// What is in the journal of `inode`. EIO if it can't be read; a journal that ends in the middle
-    /// of a transaction is as usual, and counts up to the last one that is complete.
-    pub fn load(fs: &FileSystem, inode: &Inode) -> Result<Journal> {
-        let log = Log::open(fs, inode)?;
-        match log.start {
-            0 => Ok(Journal::default()),
-            start => Reading::new(&log).read(start),
-        }
-    }
-
-    /// Whether nothing is replaced.
-    pub fn is_empty(&self) -> bool {
-        self.replaced.is_empty()
-    }
-
-    /// What to read for `block`, if not itself.
-    pub fn replacement(&self, block: u64) -> Option<Replacement> {
-        self.replaced.get(&block).copied()
-    }
-
-    /// The first block from `block` on that is replaced.
-    pub fn next_replaced(&self, block: u64) -> Option<u64> {
-        self.replaced.range(block..).next().map(|(block, _)| *block)
+/// What is in the journal of `inode`. EIO if it can't be read; a journal that ends in the middle of a
+/// transaction is as usual, and counts up to the last one that is complete.
+pub(super) fn load(fs: &FileSystem, inode: &Inode) -> Result<Replaced> {
+    let log = Log::open(fs, inode)?;
+    match log.start {
+        0 => Ok(Replaced::default()),
+        start => Reading::new(&log).read(start),
     }
 }
 
@@ -247,7 +209,7 @@ impl<'a> Reading<'a> {
         }
     }
 
-    fn read(mut self, start: u32) -> Result<Journal> {
+    fn read(mut self, start: u32) -> Result<Replaced> {
         let mut at = start;
         while self.left > 0 {
             self.left -= 1;
@@ -358,7 +320,7 @@ impl<'a> Reading<'a> {
     }
 
     /// What counts of all that was written.
-    fn finish(self) -> Journal {
+    fn finish(self) -> Replaced {
         let mut replaced = BTreeMap::new();
         for write in self.writes {
             let revoked = self.revoked.get(&write.block);
@@ -366,7 +328,7 @@ impl<'a> Reading<'a> {
                 replaced.insert(write.block, write.by);
             }
         }
-        Journal { replaced }
+        Replaced { blocks: replaced }
     }
 }
 

@@ -9,14 +9,15 @@
 //! * `disk`: what is read of the chain, and kept for a while.
 //! * `partitions`: MBR and GPT.
 //! * `layout`: the superblock, and where the rest is.
-//! * `journal`: what was written to the journal and not yet to its place.
+//! * `journal`, `replaced`: what was written to the journal and not yet to its place.
 //! * `inode`: what an inode says of its file.
 //! * `map`: which blocks of the disk a file's blocks are.
-//! * `directory`: names.
+//! * `entry`, `directory`: names.
 //! * `index`, `name_hash`: the index of a directory, and the hashes it is sorted by.
+//! * `name_indexes`: indexes made here, of directories that have none.
 //! * `links`: where symbolic links lead inside of the file system.
 //! * `attribute`: extended attributes.
-//! * `file_system`: what all of it comes to: [`FileSystem`].
+//! * `file_system`, `opening`: what all of it comes to: [`FileSystem`], and how it is opened.
 //! * `fields`, `checksum`: numbers in structures, and whether they are right.
 //!
 //! **Nothing on the disk is trusted.** Whoever has root in a guest can write what he likes there. So
@@ -36,6 +37,7 @@ mod attribute;
 mod checksum;
 mod directory;
 mod disk;
+mod entry;
 mod fields;
 mod file_system;
 mod index;
@@ -45,10 +47,13 @@ mod layout;
 mod links;
 mod map;
 mod name_hash;
+mod name_indexes;
+mod opening;
 mod partitions;
+mod replaced;
 
-pub use directory::Entry;
 pub use disk::Caches;
+pub use entry::Entry;
 pub use file_system::FileSystem;
 pub use inode::{Attributes, FileKind, Time};
 pub use links::{DEEPEST, LinkPlace};

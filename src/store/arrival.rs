@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::Store;
 use super::upkeep::UnderWay;
-use super::waiting::WaitingArchive;
+use super::waiting_archive::WaitingArchive;
 use super::workspace::discard;
 use crate::archive::{Allowance, Incoming, MOST_HOLES, Manifest, Progress};
 use crate::home::{check_options, normalize_imported, refuse_reach};

@@ -12,9 +12,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::clone::UNRECORDED;
 use super::crash::crash_point;
 use super::layers::Role;
+use super::marks::UNRECORDED;
 use super::prepare::Prepared;
 use super::{Store, called, durable};
 use crate::disk::{FileId, Header};

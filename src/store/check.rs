@@ -9,11 +9,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::compact::amount;
-use super::layers::{ImageFile, Layers, Role, names_in, resolve};
+use super::layers::{ImageFile, Layers, Role, is_row_of, resolve};
+use super::listing::names_in;
 use super::merge::Rows;
 use super::prepare::Prepared;
-use super::remove_snapshot::is_at;
-use super::waiting::waiting_in;
+use super::waiting_archive::waiting_in;
 use super::{Compression, Journal, Store, called, workspace};
 use crate::disk::{Chain, FileId};
 use crate::home::{
@@ -407,7 +407,7 @@ impl Check<'_> {
 
     /// Spare names of bases that are gone. Those of bases with rows are told of with these.
     fn spares(&mut self, rows: &[BaseRecord]) {
-        let has_row = |base: &Path| rows.iter().any(|row| is_at(row, base));
+        let has_row = |base: &Path| rows.iter().any(|row| is_row_of(row, base));
         let spares = self.layers.spares().all().iter();
         let gone = spares.filter(|spare| self.layers.at(&spare.base).is_none());
         let found: Vec<String> = gone

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use super::crash::crash_point;
 use super::freeze::{Draft, FrozenDisk};
+use super::marks::{UNRECORDED, mark_unrecorded};
+use super::names::{refuse_bad_name, refuse_taken_name};
 use super::prepare::{Prepared, now};
-use super::snapshot::refuse_bad_name;
 use super::workspace::Scratch;
 use super::{Contents, Source, Store, durable};
+use crate::Result;
 use crate::disk;
 use crate::home::{BoxRecord, Change, NewBox, container_id, normalize_imported};
-use crate::{Context, Error, Result};
 
 /// A box about to be made.
 #[derive(Clone, Debug)]
@@ -30,24 +31,6 @@ pub struct NewSnapshotName {
     pub name: String,
     /// Seconds since 1970; None for now.
     pub created_at: Option<i64>,
-}
-
-/// Left in the directory of a box or a snapshot until its row is recorded, and before its row goes:
-/// without a row, a directory with this file is ours to remove, and any other is not.
-pub(super) const UNRECORDED: &str = ".boxlitefs-unrecorded";
-
-/// Leaves that mark in a directory whose row goes in the next step; on disk when this returns.
-pub(super) fn mark_unrecorded(dir: &Path) -> Result<()> {
-    write_mark(dir)?;
-    durable::sync_dir(dir)
-}
-
-/// Leaves that mark in a directory that is flushed later.
-pub(super) fn write_mark(dir: &Path) -> Result<()> {
-    let mark = dir.join(UNRECORDED);
-    std::fs::File::create(&mark)
-        .and_then(|file| file.sync_all())
-        .context(|| format!("cannot make {}", mark.display()))
 }
 
 impl Store {
@@ -220,17 +203,6 @@ fn place(dir: &Path, target: &Path) -> Result<()> {
     durable::sync_dir(&dir.join("disks"))?;
     mark_unrecorded(dir)?;
     durable::rename(dir, target)
-}
-
-/// EEXIST when a box has this name, or it is a box's id.
-pub(super) fn refuse_taken_name(change: &Change<'_>, name: &str) -> Result<()> {
-    if change.is_name_taken(name)? {
-        return Err(Error::new(
-            libc::EEXIST,
-            format!("there is a box {name} already"),
-        ));
-    }
-    Ok(())
 }
 
 impl Prepared<'_> {

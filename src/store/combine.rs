@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use super::Store;
 use super::layers::resolve;
-use super::upkeep::BehindAll;
+use super::priority::BehindAll;
 use super::workspace::discard;
 use crate::disk::{self, Chain, FileId, Flattened};
 use crate::{Context, Result};

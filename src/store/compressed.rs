@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::running::Form;
+use super::export::Form;
 use super::spool::{Spool, Spooling};
 use super::{Contents, Source, Store};
 use crate::archive::{

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use super::running::Form;
 use super::states::LayerStates;
 use super::{Source, Store, called};
 use crate::archive::{About, Export};
@@ -92,6 +91,16 @@ enum Look {
     ToRead,
     /// For its size and its time, at once.
     ToShow,
+}
+
+/// Which file of a box is read. Each has a copy of its own: a state of one need not wait for readers of the
+/// other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// `export.boxlite`.
+    Plain,
+    /// `export.boxlite.zst`.
+    Compressed,
 }
 
 /// What an archive says of a box, and the hash of that.

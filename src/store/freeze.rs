@@ -9,7 +9,6 @@ use super::crash::crash_point;
 use super::durable;
 use super::layers::resolve;
 use super::prepare::{Prepared, now};
-use super::running::RunningState;
 use super::workspace::discard;
 use super::{Contents, Source, Store, called};
 use crate::disk::{self, FileId, Format, Header, Layer};
@@ -67,6 +66,13 @@ pub(super) struct Draft {
     flat: Option<Combined>,
     /// The state of a disk that was running when it was read.
     pub running: Option<RunningState>,
+}
+
+/// The state of a running box's disk, written out as an image in the workspace.
+pub(super) struct RunningState {
+    pub image: Combined,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
 }
 
 impl Store {

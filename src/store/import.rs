@@ -4,10 +4,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::clone::{refuse_taken_name, write_mark};
 use super::crash::crash_point;
 use super::layers::resolve;
-use super::snapshot::refuse_bad_name;
+use super::marks::write_mark;
+use super::names::refuse_bad_name;
+use super::names::refuse_taken_name;
 use super::workspace::{Scratch, discard};
 use super::{Arrival, Contents, NewClone, NewSnapshotName, Source, Store, durable};
 use crate::disk::{FileId, Format, Header, Layer};

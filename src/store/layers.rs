@@ -6,7 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Store;
-use super::spares::{SharedSpares, Spares};
+use super::listing::{is_absent, names_in};
+use super::spare_names::{SharedSpares, Spares};
 use crate::disk::{FileId, Header, Moment};
 use crate::home::BaseRecord;
 use crate::{Context, Error, Result};
@@ -212,14 +213,6 @@ pub(super) fn stamp(meta: &fs::Metadata) -> Stamp {
     )
 }
 
-/// Nothing has that name. Any other error says nothing of what is there.
-fn is_absent(error: &std::io::Error) -> bool {
-    matches!(
-        error.kind(),
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
-    )
-}
-
 /// The path with its directory's symlinks resolved: two spellings of a name become one. The last
 /// component stays, for hard links are told apart by it.
 ///
@@ -389,20 +382,8 @@ impl Store {
     }
 }
 
-/// Names in a directory; none when it is not there.
-pub(super) fn names_in(dir: &Path) -> Result<Vec<String>> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if is_absent(&e) => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io(format!("cannot list {}", dir.display()), e)),
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let entry = entry.context(|| format!("cannot list {}", dir.display()))?;
-        if let Ok(name) = entry.file_name().into_string() {
-            names.push(name);
-        }
-    }
-    names.sort();
-    Ok(names)
+/// Whether the row of a base is that of the file with this (resolved) name.
+pub(super) fn is_row_of(row: &BaseRecord, path: &Path) -> bool {
+    let row = Path::new(&row.base_path);
+    row == path || (row.file_name() == path.file_name() && resolve(row).is_ok_and(|p| p == path))
 }

@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::layers::{Layers, resolve};
-use super::remove_snapshot::is_at;
+use super::layers::{Layers, is_row_of, resolve};
 use super::{Store, called};
 use crate::disk::FileId;
 use crate::home::{Activity, BaseRecord, BoxRecord, Change, NewBase, SnapshotRecord, base_id};
@@ -356,7 +355,7 @@ impl Prepared<'_> {
     /// The row of the base with this (resolved) path.
     pub fn base_at(&self, path: &Path) -> Result<Option<BaseRecord>> {
         let mut rows = self.change.bases_at(path)?.into_iter();
-        Ok(rows.find(|row| is_at(row, path)))
+        Ok(rows.find(|row| is_row_of(row, path)))
     }
 
     /// All image files of the home as they are now.

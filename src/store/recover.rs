@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::clone::UNRECORDED;
 use super::durable;
-use super::layers::{Layers, Role, names_in, resolve};
+use super::layers::{Layers, Role, resolve};
+use super::listing::names_in;
+use super::marks::UNRECORDED;
 use super::prepare::Prepared;
-use super::waiting::remove_but_waiting;
-use super::workspace::{self, Abandoned};
+use super::workspace::{self, Abandoned, remove_but_waiting};
 use super::{Store, called};
 use crate::disk::{FileId, Header};
 use crate::home::{Activity, BaseRecord, Change, is_snapshot_name, snapshot_id};

@@ -5,9 +5,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::clone::{UNRECORDED, mark_unrecorded};
 use super::crash::crash_point;
-use super::layers::{Directories, names_in};
+use super::layers::Directories;
+use super::listing::names_in;
+use super::marks::{UNRECORDED, mark_unrecorded};
 use super::prepare::Prepared;
 use super::workspace::discard;
 use super::{Store, called, durable};

@@ -4,10 +4,10 @@ use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::Store;
-use super::clone::mark_unrecorded;
 use super::crash::crash_point;
 use super::durable;
-use super::layers::{Layers, Role, resolve};
+use super::layers::{Layers, Role, is_row_of, resolve};
+use super::marks::mark_unrecorded;
 use super::prepare::Prepared;
 use crate::Result;
 use crate::home::{BaseRecord, Change, Home, SnapshotRecord};
@@ -124,7 +124,7 @@ impl Store {
                 if !matches!(file.role, Role::Base { .. }) || is_needed || file.names != 1 {
                     return None;
                 }
-                let row = rows.iter().find(|row| is_at(row, &file.path))?;
+                let row = rows.iter().find(|row| is_row_of(row, &file.path))?;
                 Some((row.clone(), file.path.clone()))
             });
             let Some((row, path)) = free else {
@@ -208,12 +208,6 @@ impl Store {
         }
         named
     }
-}
-
-/// Whether the row of a base is that of the file with this (resolved) name.
-pub(super) fn is_at(row: &BaseRecord, path: &Path) -> bool {
-    let row = Path::new(&row.base_path);
-    row == path || (row.file_name() == path.file_name() && resolve(row).is_ok_and(|p| p == path))
 }
 
 /// Whether a path of the home that something names has nothing there.

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::clone::{UNRECORDED, refuse_taken_name};
 use super::crash::crash_point;
-use super::snapshot::refuse_bad_name;
+use super::marks::UNRECORDED;
+use super::names::refuse_bad_name;
+use super::names::refuse_taken_name;
 use super::{Store, durable};
 use crate::Result;
 

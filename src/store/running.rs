@@ -15,8 +15,8 @@ use parking_lot::Mutex;
 
 use super::adopt::copy_contents;
 use super::crash::crash_point;
-use super::export::about_of;
-use super::freeze::{Frozen, FrozenDisk};
+use super::export::{Form, about_of};
+use super::freeze::{Frozen, FrozenDisk, RunningState};
 use super::prepare::Prepared;
 use super::{Contents, Source, Store, called, durable, layers};
 use crate::archive::Export;
@@ -29,16 +29,6 @@ const KEPT: Duration = Duration::from_secs(5);
 /// How often somebody who waits is looked at, and whether copies are still read.
 const LOOKED_AT: Duration = Duration::from_millis(10);
 const SWEPT: Duration = Duration::from_secs(1);
-
-/// Which file of a box is read. Each has a copy of its own: a state of one need not wait for readers of the
-/// other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Form {
-    /// `export.boxlite`.
-    Plain,
-    /// `export.boxlite.zst`.
-    Compressed,
-}
 
 /// Copies that are kept, and the boxes of which one is being made.
 #[derive(Default)]
@@ -282,13 +272,6 @@ fn refuse_to_go_on(paused: &Paused, go_on: &dyn Fn() -> bool) -> Result<()> {
         true => Ok(()),
         false => Err(Error::new(libc::EINTR, "interrupted while waiting")),
     }
-}
-
-/// The state of a running box's disk, written out as an image in the workspace.
-pub(super) struct RunningState {
-    image: super::combine::Combined,
-    /// Virtual size in bytes.
-    virtual_size: u64,
 }
 
 impl Store {

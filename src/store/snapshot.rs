@@ -3,13 +3,14 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use super::clone::UNRECORDED;
 use super::crash::crash_point;
 use super::durable;
 use super::freeze::{Frozen, FrozenDisk};
+use super::marks::UNRECORDED;
+use super::names::refuse_bad_name;
 use super::prepare::{Prepared, now};
 use super::{Store, called};
-use crate::home::{NewSnapshot, is_snapshot_name, snapshot_id};
+use crate::home::{NewSnapshot, snapshot_id};
 use crate::{Context, Error, Result};
 
 impl Store {
@@ -46,19 +47,6 @@ impl Store {
             })
             .unwrap_or_else(|| box_id.to_owned())
     }
-}
-
-/// EINVAL for a name BoxLite would refuse.
-pub(super) fn refuse_bad_name(name: &str) -> Result<()> {
-    if is_snapshot_name(name) {
-        return Ok(());
-    }
-    Err(Error::new(
-        libc::EINVAL,
-        format!(
-            "{name:?} can't be a snapshot's name: BoxLite wants 1 to 255 bytes, no leading dot, no / or \\"
-        ),
-    ))
 }
 
 impl Prepared<'_> {

@@ -6,15 +6,14 @@
 //! That it never stands for another state than its base is what matters: it goes before a base becomes a live
 //! disk, and is on disk before what the old file read from is freed.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::crash::crash_point;
-use super::layers::{Layers, Role, names_in};
+use super::layers::{Layers, Role, is_row_of};
+use super::spare_names::Spare;
 use super::{Store, durable};
 use crate::disk::{FileId, Header};
 use crate::home::{BaseRecord, Change};
@@ -23,88 +22,7 @@ use crate::{Context, Result};
 /// Names made with the lock held once.
 const AT_ONCE: usize = 256;
 
-/// Every spare name at one moment.
-#[derive(Default)]
-pub(super) struct Spares {
-    names: Vec<Spare>,
-    by_id: HashMap<FileId, usize>,
-    by_base: HashMap<PathBuf, usize>,
-}
-
-/// One of them.
-#[derive(Clone, Debug)]
-pub(super) struct Spare {
-    /// `.boxlitefs/layers/ID.qcow2`.
-    pub path: PathBuf,
-    /// `bases/ID.qcow2`, whether that is there or not.
-    pub base: PathBuf,
-    /// The file.
-    pub id: FileId,
-    /// Bytes it takes on the disk.
-    pub allocated: u64,
-}
-
-impl Spares {
-    /// All spare names.
-    pub fn all(&self) -> &[Spare] {
-        &self.names
-    }
-
-    /// How many of a file's names are spare ones.
-    pub fn count_of(&self, id: FileId) -> u64 {
-        self.by_id.get(&id).map_or(0, |count| *count as u64)
-    }
-
-    /// The spare name of a base.
-    pub fn of_base(&self, base: &Path) -> Option<&Spare> {
-        self.by_base
-            .get(base)
-            .and_then(|index| self.names.get(*index))
-    }
-
-    fn add(&mut self, spare: Spare) {
-        *self.by_id.entry(spare.id).or_default() += 1;
-        self.by_base.insert(spare.base.clone(), self.names.len());
-        self.names.push(spare);
-    }
-}
-
 impl Store {
-    fn spares_dir(&self) -> PathBuf {
-        self.home.staging_dir().join("layers")
-    }
-
-    /// The spare name of a base.
-    fn spare_of(&self, base: &Path) -> Option<PathBuf> {
-        (base.parent() == Some(self.home.bases_dir().as_path()))
-            .then(|| Some(self.spares_dir().join(base.file_name()?)))?
-    }
-
-    /// Every spare name. What is no regular file, or belongs to somebody else than the home, is none: a
-    /// mount may be root's.
-    pub(super) fn scan_spares(&self) -> Result<Spares> {
-        let mut spares = Spares::default();
-        let dir = self.spares_dir();
-        if dir.is_symlink() {
-            return Ok(spares);
-        }
-        for name in names_in(&dir)? {
-            let path = dir.join(&name);
-            let Ok(meta) = fs::symlink_metadata(&path) else {
-                continue;
-            };
-            if name.ends_with(".qcow2") && meta.is_file() && meta.uid() == self.home.owner().uid {
-                spares.add(Spare {
-                    path,
-                    base: self.home.bases_dir().join(name),
-                    id: FileId::of(&meta),
-                    allocated: meta.blocks() * 512,
-                });
-            }
-        }
-        Ok(spares)
-    }
-
     /// Gives a base of ours its spare name, if it has not got it. What can't be done is done without.
     pub(super) fn keep_spare(&self, base: &Path) {
         if let Err(error) = self.renew_spare(base) {
@@ -226,10 +144,7 @@ impl Store {
         }
         let mut new = Vec::new();
         for (base, file) in &gone {
-            if !rows
-                .iter()
-                .any(|row| super::remove_snapshot::is_at(row, base))
-            {
+            if !rows.iter().any(|row| is_row_of(row, base)) {
                 new.push(self.new_base(base, file)?);
             }
         }
@@ -321,7 +236,7 @@ impl Store {
         for base in gone {
             let row = rows
                 .iter()
-                .find(|row| row.is_ours() && super::remove_snapshot::is_at(row, base));
+                .find(|row| row.is_ours() && is_row_of(row, base));
             let Some(made) = row.and_then(BaseRecord::file) else {
                 continue;
             };
@@ -396,6 +311,3 @@ fn name_of(path: &Path) -> String {
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default()
 }
-
-/// Kept with the layers they are names of.
-pub(super) type SharedSpares = Arc<Spares>;

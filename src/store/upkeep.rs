@@ -1,7 +1,6 @@
 //! What a mount does by itself once it is left alone: bases that nobody needs any more are freed, and
 //! layers are merged. Slowly, behind everybody else, and not while anything else is going on.
 
-use std::cell::Cell;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,6 +11,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::Store;
 use super::merge::Merge;
+use super::priority::{is_upkeep, set_upkeep, step_back};
 use crate::disk::FileId;
 use crate::home::Catalog;
 use crate::{Error, Result};
@@ -42,11 +42,6 @@ const AGAIN: Duration = Duration::from_secs(60);
 /// How often it is looked whether others are done.
 const PAUSE: Duration = Duration::from_millis(100);
 
-thread_local! {
-    /// Whether this thread's changes are upkeep and not somebody's wish.
-    static IS_UPKEEP: Cell<bool> = const { Cell::new(false) };
-}
-
 /// What others do in this mount, for which upkeep waits.
 #[derive(Default)]
 pub(super) struct Foreground {
@@ -60,7 +55,7 @@ pub(super) struct UnderWay(Arc<Foreground>);
 impl Foreground {
     /// Something is done now.
     pub fn touch(&self) {
-        if !IS_UPKEEP.get() {
+        if !is_upkeep() {
             *self.last.lock() = Some(Instant::now());
         }
     }
@@ -172,7 +167,7 @@ struct Rounds {
 
 impl Rounds {
     fn run(&mut self) {
-        IS_UPKEEP.set(true);
+        set_upkeep();
         step_back();
         let mut begun = Instant::now();
         loop {
@@ -284,43 +279,4 @@ impl Rounds {
     fn is_quiet_for_now(&self) -> bool {
         self.is_quiet(self.after.min(Duration::from_secs(1)))
     }
-}
-
-/// A low priority of setpriority(2): there is no way back from it for who is not root, and this thread
-/// holds the lock at times.
-const LOW: libc::c_int = 10;
-/// `ioprio_set(2)`: of this thread, what its nice says, or: when nobody else has anything for the disk.
-const IOPRIO_WHO_PROCESS: libc::c_int = 1;
-const IOPRIO_AS_NICE: libc::c_int = 0;
-const IOPRIO_IDLE: libc::c_int = 3 << 13;
-
-/// Lets everybody else go first at the processor. What the kernel does not grant is done without.
-fn step_back() {
-    // SAFETY: takes no memory; 0 is the calling thread (Linux's nice is a thread's).
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LOW) };
-}
-
-/// As long as this lives, upkeep uses the disk only when nobody else does. Not while it holds the lock:
-/// others would wait for who waits for them.
-pub(super) struct BehindAll(());
-
-impl BehindAll {
-    /// From now on, if this thread does upkeep.
-    pub fn begin() -> Option<BehindAll> {
-        IS_UPKEEP.get().then(|| {
-            set_disk_priority(IOPRIO_IDLE);
-            BehindAll(())
-        })
-    }
-}
-
-impl Drop for BehindAll {
-    fn drop(&mut self) {
-        set_disk_priority(IOPRIO_AS_NICE);
-    }
-}
-
-fn set_disk_priority(priority: libc::c_int) {
-    // SAFETY: takes no memory; 0 is the calling thread.
-    unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, priority) };
 }

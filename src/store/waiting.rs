@@ -4,101 +4,17 @@
 
 use std::fs::{self, File, FileTimes};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::SystemTime;
 
-use serde_json::{Value, json};
-
 use super::crash::crash_point;
-use super::layers::{ImageFile, Role, names_in};
+use super::layers::{ImageFile, Role};
+use super::waiting_archive::{WaitingArchive, waiting_in};
 use super::workspace::{Abandoned, discard};
-use super::{Arrival, NewClone, Store, durable};
+use super::{Arrival, NewClone, Store};
 use crate::disk::FileId;
 use crate::home::{Catalog, box_id};
 use crate::{Context, Error, Result};
-
-/// Suffix of the note beside a disk.
-const NOTE: &str = "waiting";
-
-/// A complete archive in the workspace: its disk, and what a box made of it gets.
-pub(super) struct WaitingArchive {
-    disk: PathBuf,
-    /// The name its box gets, if that is free.
-    pub name: String,
-    options: Value,
-}
-
-impl WaitingArchive {
-    /// The path of the note on the archive whose disk this is.
-    pub fn note_of(disk: &Path) -> PathBuf {
-        disk.with_extension(NOTE)
-    }
-
-    /// Writes the note; it and the disk are durable when this returns.
-    fn write_note(&self) -> Result<()> {
-        durable::sync_file(&self.disk)?;
-        let note = WaitingArchive::note_of(&self.disk);
-        let text = json!({"name": self.name, "options": self.options}).to_string();
-        // A note that ends in the middle is none, so it has no other name meanwhile.
-        fs::write(&note, text).context(|| format!("cannot write {}", note.display()))?;
-        durable::sync_file(&note)?;
-        // The workspace's own name was not flushed before, nor that of the directory it is in.
-        let places = note.ancestors().skip(1).take(3);
-        places.into_iter().try_for_each(durable::sync_dir)
-    }
-
-    /// Returns the archive that a note is about; None for one that ends in the middle, and where the disk
-    /// has become a box's.
-    fn read(note: &Path) -> Option<WaitingArchive> {
-        let text = fs::read_to_string(note).ok()?;
-        let mut value: Value = serde_json::from_str(&text).ok()?;
-        let disk = note.with_extension("");
-        disk.is_file().then_some(())?;
-        Some(WaitingArchive {
-            name: value["name"].as_str()?.to_owned(),
-            options: value["options"].take(),
-            disk,
-        })
-    }
-
-    fn discard(&self) {
-        discard(&WaitingArchive::note_of(&self.disk));
-        discard(&self.disk);
-    }
-}
-
-/// The archives that wait in a workspace.
-pub(super) fn waiting_in(workspace: &Path) -> Vec<WaitingArchive> {
-    let names = names_in(workspace).unwrap_or_default();
-    let notes = names.iter().map(|name| workspace.join(name));
-    let notes = notes.filter(|path| path.extension().is_some_and(|end| end == NOTE));
-    notes
-        .filter_map(|note| WaitingArchive::read(&note))
-        .collect()
-}
-
-/// Removes a workspace, but for the archives that wait in it.
-///
-/// # Errors
-/// Those of removing files.
-pub(super) fn remove_but_waiting(workspace: &Path) -> Result<()> {
-    let sentence = || format!("cannot remove the leftover {}", workspace.display());
-    let waiting = waiting_in(workspace);
-    if waiting.is_empty() {
-        return fs::remove_dir_all(workspace).context(sentence);
-    }
-    let is_kept = |path: &Path| {
-        let mut disks = waiting.iter().map(|archive| &archive.disk);
-        disks.any(|disk| path == disk || path == WaitingArchive::note_of(disk))
-    };
-    for name in names_in(workspace)? {
-        let path = workspace.join(&name);
-        if !is_kept(&path) && !super::workspace::is_lock(&name) {
-            discard(&path);
-        }
-    }
-    Ok(())
-}
 
 /// What a further name of a disk in the workspace says.
 #[derive(PartialEq, Eq)]
@@ -156,7 +72,7 @@ impl Store {
         // From here on the note decides.
         arrival.leave();
         let made = self.make_box_of(&archive)?;
-        archive.discard();
+        discard_archive(&archive);
         Ok(made)
     }
 
@@ -179,7 +95,7 @@ impl Store {
         let name = &archive.name;
         let made = match self.is_taken(&archive.disk) {
             Ok(Taken::Yes) => {
-                archive.discard();
+                discard_archive(archive);
                 return;
             }
             Ok(Taken::Perhaps) if !has_recovered => Err(Error::busy(
@@ -194,7 +110,7 @@ impl Store {
                 self.journal.note(&format!(
                     "the archive {name} waited when its mount was killed; it is the box {made} now"
                 ));
-                archive.discard();
+                discard_archive(archive);
             }
             Err(error) => self.journal.complain(&format!(
                 "the archive {name} waited when its mount was killed, and waits for the next mount: {error}"
@@ -248,4 +164,10 @@ impl Store {
             Role::Base { .. } => true,
         }
     }
+}
+
+/// Removes an archive that has become a box, and its note before it.
+fn discard_archive(archive: &WaitingArchive) {
+    discard(&WaitingArchive::note_of(&archive.disk));
+    discard(&archive.disk);
 }

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::waiting::remove_but_waiting;
+use super::listing::names_in;
+use super::waiting_archive::{WaitingArchive, waiting_in};
 use super::{Store, durable};
 use crate::home::{Home, base_id, flock_exclusive, start_time};
 use crate::{Context, Result};
@@ -65,9 +66,27 @@ impl Drop for Workspace {
     }
 }
 
-/// Whether a name in a workspace is that of the file that its owner has locked.
-pub(super) fn is_lock(name: &str) -> bool {
-    name == LOCK
+/// Removes a workspace, but for the archives that wait in it.
+///
+/// # Errors
+/// Those of removing files.
+pub(super) fn remove_but_waiting(workspace: &Path) -> Result<()> {
+    let sentence = || format!("cannot remove the leftover {}", workspace.display());
+    let waiting = waiting_in(workspace);
+    if waiting.is_empty() {
+        return fs::remove_dir_all(workspace).context(sentence);
+    }
+    let is_kept = |path: &Path| {
+        let mut disks = waiting.iter().map(|archive| &archive.disk);
+        disks.any(|disk| path == disk || path == WaitingArchive::note_of(disk))
+    };
+    for name in names_in(workspace)? {
+        let path = workspace.join(&name);
+        if !is_kept(&path) && name != LOCK {
+            discard(&path);
+        }
+    }
+    Ok(())
 }
 
 /// A workspace of a process that is dead. As long as this is there, nobody else takes it for abandoned.

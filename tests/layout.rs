@@ -1,0 +1,239 @@
+//! The layout of the crate: files take from files below them, never in a ring, and rooms from rooms below
+//! them. What a file takes is read from its paths that begin with `crate`, `super` or `self`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The rooms, from the top down. A file takes from its own room and from those after it.
+const ROOMS: [&str; 10] = [
+    "command_line",
+    "mount",
+    "fuse",
+    "tree",
+    "store",
+    "guest",
+    "archive",
+    "disk",
+    "home",
+    "mountinfo",
+];
+
+/// A module by the names that lead to it: `store/merge.rs` is `["store", "merge"]`.
+type Module = Vec<String>;
+
+/// What each file takes from others: names by the module they are in.
+struct Imports(BTreeMap<Module, BTreeMap<Module, BTreeSet<String>>>);
+
+impl Imports {
+    fn of_crate() -> Imports {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let mut texts = BTreeMap::new();
+        read_modules(&source, &source, &mut texts);
+        let modules: BTreeSet<Module> = texts.keys().cloned().collect();
+        let of_file = |(module, text): (&Module, &String)| {
+            let mut taken: BTreeMap<Module, BTreeSet<String>> = BTreeMap::new();
+            for path in paths_in(text, module) {
+                if let Some((from, name)) = split(&path, &modules)
+                    && !from.starts_with(module)
+                    && !module.starts_with(&from)
+                {
+                    taken.entry(from).or_default().insert(name);
+                }
+            }
+            (module.clone(), taken)
+        };
+        Imports(texts.iter().map(of_file).collect())
+    }
+
+    /// A ring of files that begins and ends with one, if it is in any.
+    fn ring_from(&self, start: &Module) -> Option<Vec<Module>> {
+        let mut ways = vec![vec![start.clone()]];
+        let mut seen = BTreeSet::new();
+        while let Some(way) = ways.pop() {
+            let last = way.last()?;
+            for next in self.0.get(last).into_iter().flat_map(BTreeMap::keys) {
+                let mut longer = way.clone();
+                longer.push(next.clone());
+                if next == start {
+                    return Some(longer);
+                }
+                if seen.insert(next.clone()) {
+                    ways.push(longer);
+                }
+            }
+        }
+        None
+    }
+
+    /// What one file takes from another, as a sentence.
+    fn sentence(&self, from: &Module, to: &Module) -> String {
+        let names = &self.0[from][to];
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (from, to) = (from.join("/"), to.join("/"));
+        format!("src/{from} takes {} from src/{to}", names.join(", "))
+    }
+}
+
+/// Reads every file below `dir` but those of tests.
+fn read_modules(dir: &Path, source: &Path, texts: &mut BTreeMap<Module, String>) {
+    let entries = fs::read_dir(dir).expect("a directory of the crate");
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("a name").path()).collect();
+    paths.sort();
+    for path in paths {
+        let stem = path
+            .file_stem()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned();
+        if stem == "tests" || stem == "main" {
+            continue;
+        }
+        if path.is_dir() {
+            read_modules(&path, source, texts);
+            continue;
+        }
+        let place = dir.strip_prefix(source).expect("it is below");
+        let mut module: Module = place
+            .iter()
+            .map(|part| part.to_string_lossy().into_owned())
+            .collect();
+        if stem != "mod" && stem != "lib" {
+            module.push(stem);
+        }
+        let text = fs::read_to_string(&path).expect("a file of the crate");
+        let text = text
+            .split("#[cfg(test)]\nmod tests {")
+            .next()
+            .unwrap_or_default();
+        let lines = text
+            .lines()
+            .map(|line| line.split("//").next().unwrap_or_default());
+        texts.insert(module, lines.collect::<Vec<_>>().join("\n"));
+    }
+}
+
+/// Every path in a file that begins with `crate`, `super` or `self`, as names from the crate's root on.
+fn paths_in(text: &str, module: &Module) -> Vec<Module> {
+    let mut paths = Vec::new();
+    for start in ["crate::", "super::", "self::"] {
+        for (at, _) in text.match_indices(start) {
+            let before = text[..at].chars().next_back();
+            // Not in the middle of a name or a path: `super::super::x` is taken from its beginning.
+            if before.is_some_and(|before| before.is_alphanumeric() || "_:".contains(before)) {
+                continue;
+            }
+            let mut base = module.clone();
+            let mut rest = &text[at..];
+            while let Some(after) = rest.strip_prefix("super::") {
+                base.pop();
+                rest = after;
+            }
+            if let Some(after) = rest.strip_prefix("crate::") {
+                base.clear();
+                rest = after;
+            }
+            let rest = rest.strip_prefix("self::").unwrap_or(rest);
+            expand(rest, &base, &mut paths);
+        }
+    }
+    paths
+}
+
+/// Adds the paths that `text` begins with: one, or those of a list in braces. Returns what is after them.
+fn expand<'t>(text: &'t str, base: &Module, paths: &mut Vec<Module>) -> &'t str {
+    let text = text.trim_start();
+    if let Some(mut rest) = text.strip_prefix('{') {
+        loop {
+            rest = expand(rest, base, paths).trim_start();
+            match rest.strip_prefix(',') {
+                Some(after) => rest = after,
+                None => return rest.strip_prefix('}').unwrap_or(rest),
+            }
+        }
+    }
+    let end = text.find(|c: char| !c.is_alphanumeric() && c != '_');
+    let (name, rest) = text.split_at(end.unwrap_or(text.len()));
+    if name.is_empty() {
+        return rest;
+    }
+    let mut path = base.clone();
+    if name != "self" {
+        path.push(name.to_owned());
+    }
+    match rest.strip_prefix("::") {
+        Some(rest) => expand(rest, &path, paths),
+        None => {
+            paths.push(path);
+            rest
+        }
+    }
+}
+
+/// The module that a path leads into, and the name that is taken from it.
+fn split(path: &Module, modules: &BTreeSet<Module>) -> Option<(Module, String)> {
+    let len = (1..=path.len())
+        .rev()
+        .find(|len| modules.contains(&path[..*len]))?;
+    let name = path.get(len).cloned();
+    Some((
+        path[..len].to_vec(),
+        name.unwrap_or_else(|| "all".to_owned()),
+    ))
+}
+
+#[test]
+fn no_file_takes_from_one_that_takes_from_it() {
+    let imports = Imports::of_crate();
+    assert!(imports.0.len() > 100, "{} files were read", imports.0.len());
+    for module in imports.0.keys() {
+        if let Some(ring) = imports.ring_from(module) {
+            let steps = ring
+                .windows(2)
+                .map(|step| imports.sentence(&step[0], &step[1]));
+            panic!("a ring of files:\n{}", steps.collect::<Vec<_>>().join("\n"));
+        }
+    }
+}
+
+#[test]
+fn no_room_takes_from_one_above_it() {
+    let imports = Imports::of_crate();
+    let rank = |module: &Module| {
+        ROOMS
+            .iter()
+            .position(|room| Some(*room) == module.first().map(String::as_str))
+    };
+    let mut arrows = 0;
+    for (from, taken) in &imports.0 {
+        for to in taken.keys() {
+            let (Some(above), Some(below)) = (rank(from), rank(to)) else {
+                continue;
+            };
+            arrows += usize::from(above < below);
+            assert!(above <= below, "{}", imports.sentence(from, to));
+        }
+    }
+    assert!(arrows > 50, "{arrows} arrows between rooms were seen");
+}
+
+#[test]
+fn what_a_file_takes_is_read_from_its_paths() {
+    let text = "use super::{Store, durable};\nuse crate::disk::{self, chain::{Chain, Run as R}};\n\
+                fn f() -> super::super::guest::Map { super::merge::go() }";
+    let module = ["store", "layers"].map(str::to_owned).to_vec();
+    let paths = paths_in(text, &module);
+    let paths: BTreeSet<String> = paths.iter().map(|path| path.join("::")).collect();
+    let wanted = [
+        "store::Store",
+        "store::durable",
+        "disk",
+        "disk::chain::Chain",
+        "disk::chain::Run",
+        "guest::Map",
+        "store::merge::go",
+    ];
+    for path in wanted {
+        assert!(paths.contains(path), "{path} is not in {paths:?}");
+    }
+}

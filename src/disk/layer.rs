@@ -3,6 +3,9 @@
 //! imago reads the mapping tables and inflates compressed clusters; data is read from our own
 //! descriptor, at the host offsets that imago names.
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
 use super::header::{be64, open_image};
 use super::{FileId, Format, Header, holes, read_zero_padded};
 use crate::{Context, Error, Result};
@@ -11,7 +14,6 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapp
 use parking_lot::Mutex;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -160,22 +162,20 @@ impl Layer {
     /// The same by SEEK_DATA. A file system without that shows all as data.
     fn sought_run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
         let end = at + max;
-        let data = match seek(&self.file, at, libc::SEEK_DATA) {
+        let data = match seek(&self.file, SeekFrom::Data(at)) {
             Ok(data) => data,
-            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok((Run::Zero, max)),
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                return Ok((Run::Data { host: at }, max));
-            }
-            Err(e) => return Err(e),
+            Err(Errno::NXIO) => return Ok((Run::Zero, max)),
+            Err(Errno::INVAL) => return Ok((Run::Data { host: at }, max)),
+            Err(error) => return Err(error.into()),
         };
         if data > at {
             return Ok((Run::Zero, data.min(end) - at));
         }
         // ENXIO: somebody cut the file at `at` meanwhile; `Chain::unchanged` will say so.
-        let hole = match seek(&self.file, at, libc::SEEK_HOLE) {
+        let hole = match seek(&self.file, SeekFrom::Hole(at)) {
             Ok(hole) => hole.clamp(at + 1, end),
-            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => end,
-            Err(e) => return Err(e),
+            Err(Errno::NXIO) => end,
+            Err(error) => return Err(error.into()),
         };
         Ok((Run::Data { host: at }, hole - at))
     }
@@ -321,15 +321,6 @@ fn check_l1_entries(file: &File, header: &Header, file_len: u64, path: &Path) ->
         )));
     }
     Ok(())
-}
-
-/// lseek(2) for SEEK_DATA and SEEK_HOLE, which std does not have. Moves the descriptor's offset,
-/// which nothing here uses: all reads are at explicit offsets.
-fn seek(file: &File, at: u64, whence: libc::c_int) -> io::Result<u64> {
-    let at = libc::off_t::try_from(at).map_err(|_| io::Error::from_raw_os_error(libc::ENXIO))?;
-    // SAFETY: the descriptor is open as long as `file` is; no memory is passed.
-    let found = unsafe { libc::lseek(file.as_raw_fd(), at, whence) };
-    u64::try_from(found).map_err(|_| io::Error::last_os_error())
 }
 
 #[cfg(test)]

@@ -290,12 +290,11 @@ fn is_local(path: &Path) -> bool {
     let Ok(file) = open(path).or_else(|_| open(path.parent().unwrap_or(path))) else {
         return false;
     };
-    let mut found = std::mem::MaybeUninit::<libc::statfs>::zeroed();
-    // SAFETY: the descriptor is open, and the kernel writes a statfs, of which `found` has the size.
-    let done = unsafe { libc::fstatfs(file.as_raw_fd(), found.as_mut_ptr()) };
-    // SAFETY: it is plain numbers, for which zeros are as good as what the kernel wrote.
-    let kind = unsafe { found.assume_init() }.f_type;
-    done == 0 && LOCAL.iter().any(|local| i128::from(*local) == kind as i128)
+    let found = rustix::fs::fstatfs(&file);
+    found.is_ok_and(|found| {
+        let kind = i128::from(found.f_type);
+        LOCAL.iter().any(|local| i128::from(*local) == kind)
+    })
 }
 
 #[cfg(test)]

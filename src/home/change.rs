@@ -3,7 +3,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -246,12 +245,9 @@ fn holder_of(home: &Home) -> Result<Option<u32>> {
 /// # Errors
 /// EWOULDBLOCK when somebody has it.
 pub fn flock_exclusive(file: &File) -> std::io::Result<()> {
-    // SAFETY: flock takes a descriptor, which `file` keeps open, and no memory. std's try_lock is
-    // not promised to be flock, and BoxLite uses flock.
-    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
+    // std's try_lock is not promised to be flock, and BoxLite uses flock.
+    let operation = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    rustix::fs::flock(file, operation).map_err(std::io::Error::from)
 }
 
 impl Change<'_> {

@@ -1,7 +1,6 @@
 //! Connections for looking at BoxLite's database, wherever it lies. SQLite wants to make a file beside it; on
 //! read-only media, and in somebody else's backup, it can't.
 
-use std::ffi::CString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::ops::Deref;
@@ -12,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
+use rustix::fs::{Access, AtFlags, CWD, accessat};
 
 use super::connection::{connect, damaged, data_version, failed};
 use super::identity::base_id;
@@ -128,14 +128,7 @@ fn keep_wal(connection: &Connection, database: &Path, keep: bool) -> Result<()> 
 
 /// Whether this process may make files in a directory, by its permissions and by how it is mounted.
 pub(super) fn may_write(dir: &Path) -> io::Result<()> {
-    let path = CString::new(dir.as_os_str().as_bytes())?;
-    // SAFETY: `path` ends with a NUL and lives until the call returns; std has no call for it.
-    let found =
-        unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK, libc::AT_EACCESS) };
-    match found {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    accessat(CWD, dir, Access::WRITE_OK, AtFlags::EACCESS).map_err(io::Error::from)
 }
 
 /// Reads a database beside which nothing can be made: the file itself where all is in it, else a copy of it

@@ -268,8 +268,7 @@ fn where_it_leads(dir: PathBuf) -> PathBuf {
 
 /// Whether this process may give files away.
 fn rights_of_root() -> bool {
-    // SAFETY: geteuid has no preconditions and cannot fail; std has no call for it.
-    unsafe { libc::geteuid() == 0 }
+    rustix::process::geteuid().is_root()
 }
 
 #[cfg(test)]

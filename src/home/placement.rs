@@ -1,11 +1,9 @@
 //! Whether the parts of a home lie where changes can be made. Layers are moved and linked between `boxes/`,
 //! `bases/` and our own directory, each of which may be a link to somewhere else.
 
-use std::ffi::CString;
-use std::io;
-use std::mem::MaybeUninit;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::Home;
 use crate::{Context, Error, Result};
@@ -88,26 +86,13 @@ struct Place {
 
 impl Place {
     fn of(dir: &Path) -> Result<Place> {
-        let path = CString::new(dir.as_os_str().as_bytes())
-            .map_err(|_| Error::damaged("the home's path has a NUL"))?;
-        let found = statx(&path).context(|| format!("cannot look at {}", dir.display()))?;
-        let has_mount = found.stx_mask & libc::STATX_MNT_ID != 0;
+        let found = statx(CWD, dir, AtFlags::empty(), StatxFlags::MNT_ID)
+            .map_err(std::io::Error::from)
+            .context(|| format!("cannot look at {}", dir.display()))?;
+        let has_mount = found.stx_mask & StatxFlags::MNT_ID.bits() != 0;
         Ok(Place {
             device: (found.stx_dev_major, found.stx_dev_minor),
             mount: if has_mount { found.stx_mnt_id } else { 0 },
         })
-    }
-}
-
-fn statx(path: &std::ffi::CStr) -> io::Result<libc::statx> {
-    let mut found = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: `path` ends with a NUL and `found` has room for what is written; it was zeroed, and is read only
-    // after success. std has no call that tells the mount.
-    unsafe {
-        let mask = libc::STATX_MNT_ID;
-        match libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, mask, found.as_mut_ptr()) {
-            0 => Ok(found.assume_init()),
-            _ => Err(io::Error::last_os_error()),
-        }
     }
 }

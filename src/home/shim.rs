@@ -3,11 +3,14 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::activity::{live_process, start_time};
 use super::paths::Home;
@@ -118,7 +121,7 @@ impl Paused {
         let by_us = !process.is_stopped();
         if by_us {
             self.guard.watch(&process)?;
-            let stopped = process.signal(libc::SIGSTOP);
+            let stopped = process.signal(Signal::STOP);
             stopped.map_err(|e| {
                 Error::busy(format!("process {} can't be paused: {e}", process.pid))
             })?;
@@ -213,14 +216,9 @@ struct Process {
 impl Process {
     /// The process with this number, which must have begun at `started`, where that is known.
     fn open(pid: u32, started: Option<u64>) -> std::io::Result<Process> {
-        // SAFETY: pidfd_open takes two integers and returns a descriptor or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let fd = i32::try_from(fd).unwrap_or(-1);
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: the kernel just gave us this descriptor, and nobody else has it.
-        let handle = unsafe { OwnedFd::from_raw_fd(fd) };
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let number = number.ok_or_else(|| std::io::Error::from_raw_os_error(libc::ESRCH))?;
+        let handle = pidfd_open(number, PidfdFlags::empty())?;
         // Looked at with the descriptor open: the number is that process's as long as it lives.
         let now = start_time(pid).filter(|now| started.is_none_or(|started| started == *now));
         match now {
@@ -233,28 +231,15 @@ impl Process {
         }
     }
 
-    fn signal(&self, signal: i32) -> std::io::Result<()> {
-        // SAFETY: takes a descriptor, which `handle` keeps open, and integers; no siginfo, no flags.
-        let sent = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.handle.as_raw_fd(),
-                signal,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
-        match sent {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
+    fn signal(&self, signal: Signal) -> std::io::Result<()> {
+        pidfd_send_signal(&self.handle, signal).map_err(std::io::Error::from)
     }
 
     /// Sets it going, unless somebody else wants it to stand still, too: to a stopped process that signal waits.
     fn go_on(&self) {
         if !self.is_to_stop() {
             // It ended: nothing to set going.
-            let _ = self.signal(libc::SIGCONT);
+            let _ = self.signal(Signal::CONT);
         }
     }
 
@@ -469,13 +454,13 @@ fn has_input(patience: Duration) -> bool {
     let milliseconds = i32::try_from(patience.as_millis())
         .unwrap_or(i32::MAX)
         .max(1);
-    let mut poll = libc::pollfd {
-        fd: 0,
-        events: libc::POLLIN,
-        revents: 0,
+    let input = std::io::stdin();
+    let mut input = [PollFd::new(&input, PollFlags::IN)];
+    let patience = Timespec {
+        tv_sec: i64::from(milliseconds / 1000),
+        tv_nsec: i64::from(milliseconds % 1000) * 1_000_000,
     };
-    // SAFETY: one entry, which lives until the call returns.
-    unsafe { libc::poll(&mut poll, 1, milliseconds) > 0 }
+    poll(&mut input, Some(&patience)).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]
@@ -489,23 +474,23 @@ mod tests {
         assert!(Process::open(child.id(), Some(started + 1)).is_err());
         let process = Process::open(child.id(), Some(started)).unwrap();
         assert!(!process.is_stopped());
-        process.signal(libc::SIGSTOP).unwrap();
+        process.signal(Signal::STOP).unwrap();
         while !process.is_stopped() {
             std::thread::sleep(Duration::from_millis(1));
         }
         // Somebody else wants it to stand still as well.
         assert!(!process.is_to_stop());
-        process.signal(libc::SIGSTOP).unwrap();
+        process.signal(Signal::STOP).unwrap();
         assert!(process.is_to_stop());
         process.go_on();
         assert!(process.is_stopped());
-        process.signal(libc::SIGCONT).unwrap();
+        process.signal(Signal::CONT).unwrap();
         while process.is_stopped() {
             std::thread::sleep(Duration::from_millis(1));
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(process.signal(libc::SIGCONT).is_err());
+        assert!(process.signal(Signal::CONT).is_err());
         assert!(process.is_stopped(), "what is gone writes nothing");
     }
 }

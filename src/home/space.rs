@@ -1,10 +1,7 @@
 //! How much room there is on the home's file system.
 
-use std::mem::MaybeUninit;
-use std::os::unix::ffi::OsStrExt;
-
 use super::Home;
-use crate::{Context, Error, Result};
+use crate::{Context, Result};
 
 /// Space on the file system the home is on.
 #[derive(Clone, Copy, Debug)]
@@ -42,9 +39,9 @@ impl Home {
     /// What statvfs says.
     pub fn space(&self) -> Result<Space> {
         let root = self.root();
-        let path = std::ffi::CString::new(root.as_os_str().as_bytes())
-            .map_err(|_| Error::damaged("the home's path has a NUL"))?;
-        let found = statvfs(&path).context(|| format!("cannot look at {}", root.display()))?;
+        let found = rustix::fs::statvfs(root)
+            .map_err(std::io::Error::from)
+            .context(|| format!("cannot look at {}", root.display()))?;
         Ok(Space {
             block_size: u32::try_from(found.f_frsize).unwrap_or(4096),
             blocks: found.f_blocks,
@@ -53,17 +50,5 @@ impl Home {
             files: found.f_files,
             files_free: found.f_ffree,
         })
-    }
-}
-
-fn statvfs(path: &std::ffi::CStr) -> std::io::Result<libc::statvfs> {
-    let mut found = MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: `path` ends with a NUL and `found` has room for what is written; it is read only
-    // after success.
-    unsafe {
-        match libc::statvfs(path.as_ptr(), found.as_mut_ptr()) {
-            0 => Ok(found.assume_init()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
     }
 }

@@ -140,8 +140,7 @@ fn check_apart(home: &Path, mountpoint: &Path) -> Result<()> {
 
 /// Whether this process acts as root.
 pub(super) fn is_root() -> bool {
-    // SAFETY: geteuid only returns a number and can't fail.
-    (unsafe { libc::geteuid() }) == 0
+    rustix::process::geteuid().is_root()
 }
 
 /// Checks that FUSE is there and this user may mount with these options.

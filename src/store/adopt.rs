@@ -4,8 +4,10 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{SeekFrom as Sought, seek};
+use rustix::io::Errno;
 
 use super::crash::crash_point;
 use super::durable;
@@ -247,18 +249,9 @@ pub(super) fn can_share(source: &File, target: &File) -> bool {
 
 /// Start and end of the next run of data at or after `offset`; None when only a hole is left.
 fn next_data(file: &File, offset: u64) -> std::io::Result<Option<(u64, u64)>> {
-    let seek = |offset: u64, whence: i32| {
-        let offset = libc::off_t::try_from(offset).unwrap_or(libc::off_t::MAX);
-        // SAFETY: lseek takes a descriptor, which `file` keeps open, and integers; std has no call
-        // for these two kinds of seeking.
-        match unsafe { libc::lseek(file.as_raw_fd(), offset, whence) } {
-            -1 => Err(std::io::Error::last_os_error()),
-            found => Ok(u64::try_from(found).unwrap_or(0)),
-        }
-    };
-    match seek(offset, libc::SEEK_DATA) {
-        Ok(start) => Ok(Some((start, seek(start, libc::SEEK_HOLE)?))),
-        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-        Err(e) => Err(e),
+    match seek(file, Sought::Data(offset)) {
+        Ok(start) => Ok(Some((start, seek(file, Sought::Hole(start))?))),
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }

@@ -6,11 +6,11 @@
 //! a restore, nothing. So: from [`Change::hold`] on it records nothing, the live disk is exchanged
 //! for another in one step, and what comes out of that shows whether it was the one that was meant.
 
-use std::ffi::CString;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::crash::crash_point;
 use super::layers::Role;
@@ -189,20 +189,5 @@ impl Prepared<'_> {
 
 /// renameat2(RENAME_EXCHANGE): each gets the other's name, in one step; ENOENT when one is not there.
 fn exchange(one: &Path, other: &Path) -> io::Result<()> {
-    let one = CString::new(one.as_os_str().as_bytes())?;
-    let other = CString::new(other.as_os_str().as_bytes())?;
-    // SAFETY: both are NUL-terminated and live until the call returns; std has no call for it.
-    let done = unsafe {
-        libc::renameat2(
-            libc::AT_FDCWD,
-            one.as_ptr(),
-            libc::AT_FDCWD,
-            other.as_ptr(),
-            libc::RENAME_EXCHANGE,
-        )
-    };
-    match done {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(io::Error::from)
 }

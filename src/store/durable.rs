@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes, Metadata};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
@@ -63,11 +62,9 @@ pub(super) fn sync_parent(path: &Path) -> Result<()> {
 pub(super) fn sync_file_system(path: &Path) -> Result<()> {
     let sentence = || format!("cannot flush the file system of {}", path.display());
     let dir = File::open(path).context(sentence)?;
-    // SAFETY: syncfs takes a descriptor, which `dir` keeps open, and no memory; std has no call for it.
-    match unsafe { libc::syncfs(dir.as_raw_fd()) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()).context(sentence),
-    }
+    rustix::fs::syncfs(&dir)
+        .map_err(std::io::Error::from)
+        .context(sentence)
 }
 
 fn parent(path: &Path) -> Result<&Path> {

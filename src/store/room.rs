@@ -4,7 +4,6 @@
 //! kept for this, and is filled again once there is room.
 
 use std::fs::{self, OpenOptions};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
@@ -91,12 +90,8 @@ impl Store {
         let made = options.write(true).create_new(true).mode(0o600).open(&path);
         let kept = made.and_then(|file| {
             // Not posix_fallocate, which writes all of it where the file system can't do it.
-            // SAFETY: takes a descriptor, which `file` keeps open, and integers; std has no call for it.
-            let result = unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, RESERVE.cast_signed()) };
-            match result {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            }
+            let flags = rustix::fs::FallocateFlags::empty();
+            rustix::fs::fallocate(&file, flags, 0, RESERVE).map_err(std::io::Error::from)
         });
         let kept = kept
             .map_err(|e| e.to_string())

@@ -3,8 +3,11 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags};
 
 /// The thread that made a request, as the kernel names it: 0 when it is outside our pid namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -382,26 +385,19 @@ fn read_status_field(pid: u32, field: &str) -> io::Result<u32> {
 }
 
 fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
-    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
-    // SAFETY: pidfd_open takes two integers; a result that is not -1 is a new descriptor that
-    // nobody else owns. Neither std nor libc has a wrapper.
-    unsafe {
-        match libc::syscall(libc::SYS_pidfd_open, pid, 0) {
-            fd if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd as i32)),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
+    rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)
 }
 
 /// A pidfd becomes readable when its process ends; a later process of the same number has another.
 fn is_alive(process: &OwnedFd) -> bool {
-    let mut poll = libc::pollfd {
-        fd: process.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
+    let mut process = [PollFd::new(process, PollFlags::IN)];
+    let at_once = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
     };
-    // SAFETY: one pollfd, alive for the call; a timeout of 0 returns at once.
-    unsafe { libc::poll(&mut poll, 1, 0) == 0 }
+    matches!(poll(&mut process, Some(&at_once)), Ok(0))
 }
 
 #[cfg(test)]

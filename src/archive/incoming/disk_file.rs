@@ -1,7 +1,6 @@
 //! The file a disk is unpacked into: hashed as the archive has it, stored with holes for zeros.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -139,13 +138,6 @@ impl DiskFile {
 
 /// Bytes a user without privileges may still write to the file system of `file`.
 fn free_space(file: &File) -> std::io::Result<u64> {
-    let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the descriptor is open and `stat` has room for what fstatvfs fills in.
-    let stat = unsafe {
-        if libc::fstatvfs(file.as_raw_fd(), stat.as_mut_ptr()) != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        stat.assume_init()
-    };
+    let stat = rustix::fs::fstatvfs(file)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

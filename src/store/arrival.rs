@@ -42,8 +42,8 @@ pub struct Arrival {
     /// The archive is complete, and right for what it is wanted for.
     complete: bool,
     refused: Option<(i32, String)>,
-    /// A note says that it waits.
-    has_note: bool,
+    /// A note says that it waits, and which name a box made of it gets.
+    note: Option<String>,
     /// Its disk and its note stay when it is dropped.
     is_left: bool,
     _under_way: UnderWay,
@@ -76,7 +76,7 @@ impl Store {
             imports: self.imports,
             complete: false,
             refused: None,
-            has_note: false,
+            note: None,
             is_left: false,
             _under_way: self.foreground.begin(),
         })
@@ -254,14 +254,14 @@ impl Arrival {
             .map_or(0, |arrived| arrived.header.virtual_size)
     }
 
-    /// Whether a note says that it waits.
-    pub(super) fn has_note(&self) -> bool {
-        self.has_note
+    /// The name in the note that says that it waits; None where there is no note.
+    pub(super) fn note(&self) -> Option<&str> {
+        self.note.as_deref()
     }
 
-    /// A note says so from now on.
-    pub(super) fn set_note(&mut self) {
-        self.has_note = true;
+    /// A note says so from now on, with this name.
+    pub(super) fn set_note(&mut self, name: &str) {
+        self.note = Some(name.to_owned());
     }
 
     /// Its disk and its note stay from now on, whatever becomes of this.
@@ -294,7 +294,7 @@ impl Drop for Arrival {
         if self.is_left {
             return;
         }
-        if self.has_note {
+        if self.note.is_some() {
             discard(&WaitingArchive::note_of(&self.disk));
         }
         // Not there when it became a box's.

@@ -60,6 +60,7 @@ pub use import::SnapshotContents;
 pub use inside::{DiskState, Inside};
 pub use journal::Journal;
 pub use operations::{Operation, Operations, Running};
+pub use remove_box::{Gone, SeenDisk};
 pub use spool::Spool;
 pub use upkeep::{Compacting, Upkeep};
 pub use usage::Usage;

@@ -1,9 +1,10 @@
 //! `rm -r web`: a box goes, and with it every snapshot of it. Layers that others read from stay.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::crash::crash_point;
 use super::layers::Directories;
@@ -12,11 +13,40 @@ use super::marks::{UNRECORDED, mark_unrecorded};
 use super::prepare::Prepared;
 use super::workspace::discard;
 use super::{Store, called, durable};
-use crate::home::BaseRecord;
+use crate::disk::FileId;
+use crate::home::{BaseRecord, SnapshotRecord};
 use crate::mountinfo;
 use crate::{Context, Error, Result};
 
+/// What is meant to go with a box: what its remover has seen of it.
+#[derive(Clone, Debug, Default)]
+pub struct Gone {
+    /// Its snapshots: id → name.
+    pub snapshots: BTreeMap<String, String>,
+    /// Its live disk when the removal began.
+    pub disk: Option<SeenDisk>,
+}
+
+/// A live disk as it was seen; another disk, or one that was written to, is not equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SeenDisk {
+    file: FileId,
+    /// Length in bytes.
+    length: u64,
+    modified: SystemTime,
+}
+
 impl Store {
+    /// The live disk of a box as it is now; None where it has none.
+    pub fn see_disk(&self, box_id: &str) -> Option<SeenDisk> {
+        let meta = fs::metadata(self.home.live_disk(box_id)).ok()?;
+        Some(SeenDisk {
+            file: FileId::of(&meta),
+            length: meta.len(),
+            modified: meta.modified().ok()?,
+        })
+    }
+
     /// Whether a change of the box would be refused as things are: before something is begun that ends
     /// in one.
     ///
@@ -44,12 +74,12 @@ impl Store {
         self.change_beside().map(drop)
     }
 
-    /// Removes a box with all its snapshots; `gone` has the ids of those that are known to go.
+    /// Removes a box with all its snapshots, if it is what its remover has seen.
     ///
     /// # Errors
-    /// ENOTEMPTY when it has a snapshot beside `gone`, EBUSY, EPERM when another box reads from its
+    /// ENOTEMPTY when it has a snapshot beside `gone` or another disk, EBUSY, EPERM when another box reads from its
     /// live disk, ENOENT.
-    pub fn remove_box(&self, box_id: &str, gone: &BTreeSet<String>) -> Result<()> {
+    pub fn remove_box(&self, box_id: &str, gone: &Gone) -> Result<()> {
         let what = format!("removal of box {}", self.name_of(box_id));
         let result = self.delete_with_room(&|| self.delete_box(box_id, gone));
         self.noted(&what, result)
@@ -60,9 +90,18 @@ impl Store {
     /// from any more. A crash before the transaction leaves the box as it was, with a mark that
     /// recovery takes away; after it a marked directory without a row, which recovery removes, as
     /// BoxLite's own start does.
-    fn delete_box(&self, box_id: &str, gone: &BTreeSet<String>) -> Result<()> {
+    fn delete_box(&self, box_id: &str, gone: &Gone) -> Result<()> {
         let mut prepared = self.prepare(box_id)?;
         prepared.refuse_other_snapshots(gone)?;
+        if gone.disk.is_some() && gone.disk != self.see_disk(box_id) {
+            return Err(Error::new(
+                libc::ENOTEMPTY,
+                format!(
+                    "the disk of box {} changed since its removal began; remove it again",
+                    called(&prepared.record)
+                ),
+            ));
+        }
         let dir = self.home.box_dir(box_id);
         if let Some(mountpoint) = mountinfo::below(&dir)? {
             return Err(Error::busy(format!(
@@ -146,9 +185,11 @@ impl Store {
 }
 
 impl Prepared<'_> {
-    fn refuse_other_snapshots(&self, gone: &BTreeSet<String>) -> Result<()> {
+    fn refuse_other_snapshots(&self, gone: &Gone) -> Result<()> {
         let snapshots = self.snapshots()?;
-        match snapshots.iter().find(|row| !gone.contains(&row.id)) {
+        // One that got another name meanwhile is meant to stay.
+        let is_gone = |row: &SnapshotRecord| gone.snapshots.get(&row.id) == Some(&row.name);
+        match snapshots.iter().find(|row| !is_gone(row)) {
             None => Ok(()),
             Some(row) => Err(Error::new(
                 libc::ENOTEMPTY,

@@ -11,7 +11,7 @@ use super::crash::crash_point;
 use super::layers::{ImageFile, Role};
 use super::waiting_archive::{WaitingArchive, waiting_in};
 use super::workspace::{Abandoned, discard};
-use super::{Arrival, NewClone, Store};
+use super::{Arrival, Contents, NewClone, Source, Store};
 use crate::disk::FileId;
 use crate::home::{Catalog, box_id};
 use crate::{Context, Error, Result};
@@ -35,7 +35,7 @@ impl Store {
     /// # Errors
     /// EBADMSG for an archive that is not complete; ENOSPC, EIO.
     pub fn note_waiting(&self, arrival: &mut Arrival, name: &str, made: SystemTime) -> Result<()> {
-        if arrival.has_note() {
+        if arrival.note() == Some(name) {
             return Ok(());
         }
         let times = FileTimes::new().set_modified(made);
@@ -49,10 +49,14 @@ impl Store {
             name: name.to_owned(),
             options: arrival.options_of_its_own()?,
         };
-        archive.write_note().inspect_err(|_| {
-            discard(&WaitingArchive::note_of(&archive.disk));
-        })?;
-        arrival.set_note();
+        match archive.write_note() {
+            Err(error) if arrival.note().is_some() => {
+                log::warn!("the archive {name} keeps the name that it had: {error}");
+                return Ok(());
+            }
+            noted => noted.inspect_err(|_| discard(&WaitingArchive::note_of(&archive.disk)))?,
+        }
+        arrival.set_note(name);
         crash_point("waiting.noted");
         Ok(())
     }
@@ -74,6 +78,20 @@ impl Store {
         let made = self.make_box_of(&archive)?;
         discard_archive(&archive);
         Ok(made)
+    }
+
+    /// Makes a box of a copy of a state of this home that waits, as the mount ends; returns the box's name.
+    ///
+    /// # Errors
+    /// Those of cloning a box.
+    pub fn keep_copy(&self, source: &Source, read: &Contents, name: &str) -> Result<String> {
+        let name = self.free_name(name)?;
+        let new = NewClone {
+            id: box_id()?,
+            name: name.clone(),
+        };
+        self.clone_box(source, read, &new)?;
+        Ok(name)
     }
 
     /// Makes a box of each archive that waited when a mount was killed. `has_recovered`: what a killed
@@ -120,23 +138,27 @@ impl Store {
 
     /// Makes a box of an archive, under its name or, where that is taken, with a number after it.
     fn make_box_of(&self, archive: &WaitingArchive) -> Result<String> {
-        let catalog = self.home.catalog()?;
-        let is_free = |name: &String| {
-            let mut boxes = catalog.boxes().iter();
-            !boxes.any(|record| record.name.as_deref() == Some(name) || record.id == *name)
-        };
-        let wanted = &archive.name;
-        let numbered = (2..).map(|number| format!("{wanted}-{number}"));
-        let name = std::iter::once(wanted.clone())
-            .chain(numbered)
-            .find(is_free)
-            .ok_or_else(|| Error::new(libc::EEXIST, "no name is free"))?;
+        let name = self.free_name(&archive.name)?;
         let new = NewClone {
             id: box_id()?,
             name: name.clone(),
         };
         self.import_disk(&archive.disk, archive.options.clone(), &new)?;
         Ok(name)
+    }
+
+    /// A name for a box, or the same with a number after it where that is taken.
+    fn free_name(&self, wanted: &str) -> Result<String> {
+        let catalog = self.home.catalog()?;
+        let is_free = |name: &String| {
+            let mut boxes = catalog.boxes().iter();
+            !boxes.any(|record| record.name.as_deref() == Some(name) || record.id == *name)
+        };
+        let numbered = (2..).map(|number| format!("{wanted}-{number}"));
+        std::iter::once(wanted.to_owned())
+            .chain(numbered)
+            .find(is_free)
+            .ok_or_else(|| Error::new(libc::EEXIST, "no name is free"))
     }
 
     /// Whether the disk of an archive has become a box's or a snapshot's.

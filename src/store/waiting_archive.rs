@@ -31,9 +31,11 @@ impl WaitingArchive {
         durable::sync_file(&self.disk)?;
         let note = WaitingArchive::note_of(&self.disk);
         let text = json!({"name": self.name, "options": self.options}).to_string();
-        // A note that ends in the middle is none, so it has no other name meanwhile.
-        fs::write(&note, text).context(|| format!("cannot write {}", note.display()))?;
-        durable::sync_file(&note)?;
+        // Another may be there, with the name that the archive had.
+        let new = self.disk.with_extension("note");
+        fs::write(&new, text).context(|| format!("cannot write {}", new.display()))?;
+        durable::sync_file(&new)?;
+        fs::rename(&new, &note).context(|| format!("cannot write {}", note.display()))?;
         // The workspace's own name was not flushed before, nor that of the directory it is in.
         let places = note.ancestors().skip(1).take(3);
         places.into_iter().try_for_each(durable::sync_dir)

@@ -13,7 +13,7 @@ use super::listing::names_in;
 use super::waiting_archive::{WaitingArchive, waiting_in};
 use super::{Store, durable};
 use crate::home::{Home, base_id, flock_exclusive, start_time};
-use crate::{Context, Result};
+use crate::{Context, Error, Result};
 
 /// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
 const PREFIX: &str = "work-";
@@ -115,8 +115,13 @@ impl Abandoned {
     /// # Errors
     /// Those of removing files.
     pub fn remove(self) -> Result<()> {
-        fs::remove_dir_all(&self.dir)
-            .context(|| format!("cannot remove the leftover {}", self.dir.display()))
+        match fs::remove_dir_all(&self.dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(
+                format!("cannot remove the leftover {}", self.dir.display()),
+                error,
+            )),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -16,6 +16,8 @@ pub(super) const ASIDE_PREFIX: &str = ".~tmp~/";
 
 /// A directory for files put aside.
 pub(super) struct AsideDirectory {
+    /// Its name: `.~tmp~`, or that of rsync's `--partial-dir`.
+    pub name: String,
     pub node: Node,
     /// The root, a box or a snapshot: where its files will be.
     pub dir: Node,

@@ -212,6 +212,9 @@ impl Caller {
             Some("rsync") => !words.iter().any(|word| {
                 word.starts_with("--remove-s") || word == "--server" || word == "--daemon"
             }),
+            Some("rclone") => words
+                .iter()
+                .any(|word| matches!(word.as_str(), "copy" | "copyto" | "sync" | "bisync")),
             Some(name) => KEEP_SOURCES.contains(&name),
             None => false,
         }
@@ -223,13 +226,24 @@ impl Caller {
         first_name(&self.command_line()) == Some("mc")
     }
 
-    /// Whether it is rsync that puts files aside in a directory of a name that users choose: where that
-    /// can't be made, rsync drops what it has received and exits with 0.
+    /// Whether it is rsync.
+    pub fn is_rsync(self) -> bool {
+        first_name(&self.command_line()) == Some("rsync")
+    }
+
+    /// Whether it is rsync that puts files aside in a directory whose name does not begin with a dot: where
+    /// that can't be made, rsync drops what it has received and exits with 0.
     pub fn puts_files_elsewhere(self) -> bool {
+        const OPTION: &str = "--partial-dir";
         let words = self.command_line();
         let is_rsync = words.first().is_some_and(|word| word.ends_with("rsync"));
-        let has = |option: &str| words.iter().any(|word| word.starts_with(option));
-        is_rsync && has("--delay-updates") && has("--partial-dir")
+        let at = words.iter().position(|word| word.starts_with(OPTION));
+        let directory = at.and_then(|at| match words[at].strip_prefix("--partial-dir=") {
+            Some(directory) => Some(directory),
+            None => words.get(at + 1).map(String::as_str),
+        });
+        let is_kept = directory.is_none_or(|name| name.starts_with('.') && !name.contains('/'));
+        is_rsync && !is_kept && words.iter().any(|word| word.starts_with("--delay-updates"))
     }
 
     /// Whether the call it waits in makes this name, which must not be there yet; None where that can't

@@ -155,6 +155,7 @@ impl Tree {
             caller.copies() || (caller.looks_first() && self.staging.lock().is_new_by(caller, id));
         if !is_copying {
             let snapshot = self.store.snapshot(id, name)?;
+            self.dealings.lock().end(caller, id);
             let mut staging = self.staging.lock();
             let staged = staging.existing(caller, id);
             if caller.serves_others() {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::caller::{Caller, Makers};
 use super::node::Node;
+use crate::store::{Gone, SeenDisk};
 
 /// A process that lists a box so long after it last did something to it looks at it anew; a
 /// shorter time may lie between two portions of a listing.
@@ -17,8 +18,9 @@ pub(super) struct Dealing {
     last: Instant,
     /// Names it removed, by the inode of their directory: gone for it alone.
     removed: HashMap<u64, BTreeSet<String>>,
-    /// Ids of the snapshots it removed after box.json: they go with the box or not at all.
-    pub deferred: BTreeSet<String>,
+    /// What goes with the box: the snapshots it removed after box.json, which go so or not at all, and the disk
+    /// that was there when it began.
+    pub gone: Gone,
     refused_removal: bool,
     refused_copy: Option<Instant>,
 }
@@ -29,7 +31,7 @@ impl Dealing {
             makers: Makers::begin(caller),
             last: Instant::now(),
             removed: HashMap::new(),
-            deferred: BTreeSet::new(),
+            gone: Gone::default(),
             refused_removal: false,
             refused_copy: None,
         }
@@ -39,9 +41,10 @@ impl Dealing {
         !self.makers.any_alive()
     }
 
-    /// It removed a name.
-    pub fn remove(&mut self, dir: &Node, name: &str) {
+    /// It removed a name; `disk` is that of the box now.
+    pub fn remove(&mut self, dir: &Node, name: &str, disk: Option<SeenDisk>) {
         self.last = Instant::now();
+        self.gone.disk = self.gone.disk.or(disk);
         self.removed
             .entry(dir.ino())
             .or_default()
@@ -157,6 +160,13 @@ impl Dealings {
             .of(caller, box_id)
             .is_some_and(|dealing| dealing.last.elapsed() > ANEW);
         if is_anew && let Some(dealings) = self.of_box.get_mut(box_id) {
+            dealings.retain_mut(|dealing| !dealing.makers.includes(caller));
+        }
+    }
+
+    /// The caller does something to a box that nobody does who removes it: it sees the box whole again.
+    pub fn end(&mut self, caller: Caller, box_id: &str) {
+        if let Some(dealings) = self.of_box.get_mut(box_id) {
             dealings.retain_mut(|dealing| !dealing.makers.includes(caller));
         }
     }

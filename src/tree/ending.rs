@@ -51,8 +51,28 @@ impl Tree {
         })
     }
 
+    /// The archives that wait in a box being made may have another name than their notes say.
+    pub(super) fn note_names(&self, box_id: &str) {
+        let files: Vec<Arc<StagedFile>> = {
+            let staging = self.staging.lock();
+            let staged = staging.boxes.get(box_id);
+            staged
+                .into_iter()
+                .flat_map(|staged| staged.files().cloned())
+                .collect()
+        };
+        for file in files {
+            let mut state = file.state.lock();
+            if file.waits.load(Ordering::Relaxed) {
+                // There is a note, so it does not fail.
+                let _ = self.note_waiting(&file, &mut state);
+            }
+        }
+    }
+
     fn waiting_archives(&self) -> Vec<Arc<StagedFile>> {
-        let staging = self.staging.lock();
+        let mut staging = self.staging.lock();
+        staging.sweep();
         let loose = staging.files.iter().map(|loose| &loose.file);
         let in_boxes = staging.boxes.values().flat_map(|staged| staged.files());
         let mut waiting: Vec<Arc<StagedFile>> = loose.chain(in_boxes).cloned().collect();
@@ -66,6 +86,9 @@ impl Tree {
         let name = &state.place.name;
         let staging = self.staging.lock();
         let Some(staged) = staging.boxes.get(&file.box_id) else {
+            if let Some(id) = state.place.parent.box_id() {
+                return self.store.name_of(id);
+            }
             let stem = temporary_for(name).unwrap_or(name);
             let stem = archive_stem(stem).unwrap_or(stem).trim_start_matches('.');
             return decode(stem).unwrap_or_else(|_| NAMELESS.to_owned());
@@ -85,10 +108,13 @@ impl Tree {
 
     /// Makes a box of a waiting archive, and returns the name of the box.
     fn keep(&self, file: &StagedFile, state: &mut FileState, wanted: &str) -> Result<String> {
-        let Content::Archive(arrival) = &mut state.content else {
-            return Err(Error::new(libc::ENODATA, "it has no bytes"));
+        let name = match &mut state.content {
+            Content::Archive(arrival) => self.store.keep_archive(arrival, wanted)?,
+            Content::Shared {
+                source, contents, ..
+            } => self.store.keep_copy(source, contents, wanted)?,
+            _ => return Err(Error::new(libc::ENODATA, "it has no bytes")),
         };
-        let name = self.store.keep_archive(arrival, wanted)?;
         state.committed = true;
         state.content = Content::Nothing;
         file.waits.store(false, Ordering::Relaxed);

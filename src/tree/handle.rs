@@ -591,8 +591,7 @@ impl Tree {
         let waits = waits || file.waits.load(Ordering::Relaxed);
         if complete && (state.role() == Role::TemporaryArchive || waits) {
             // Its name is still to come, or its box.
-            let is_archive = matches!(state.content, Content::Archive(_));
-            file.waits.store(is_archive, Ordering::Relaxed);
+            file.waits.store(true, Ordering::Relaxed);
             return;
         }
         if state.refused.is_none()
@@ -604,6 +603,20 @@ impl Tree {
         let refused = state.refused.is_some();
         drop(state);
         self.drop_staged_file(file, refused);
+    }
+
+    /// Has the log say why an archive that is about to be removed was none. Its last close may be told of
+    /// later than its removal.
+    pub(super) fn note_unfinished(&self, file: &Arc<StagedFile>) {
+        let mut state = file.state.lock();
+        let is_archive = matches!(state.content, Content::Archive(_));
+        if is_archive
+            && !state.committed
+            && state.refused.is_none()
+            && let Err(error) = is_complete(&mut state, file.size())
+        {
+            self.note_refusal(file, &mut state, &error);
+        }
     }
 
     /// Attributes right after making a file.

@@ -50,7 +50,9 @@ impl Tree {
         dir: &Node,
         name: &str,
     ) -> Result<Option<Node>> {
-        if name != ASIDE || !matches!(dir, Node::Root | Node::Box(_) | Node::Snapshot(..)) {
+        // Of another name it may be rsync's --partial-dir, which its server's command line need not tell.
+        let is_aside = name == ASIDE || (name.starts_with('.') && caller.is_rsync());
+        if !is_aside || !matches!(dir, Node::Root | Node::Box(_) | Node::Snapshot(..)) {
             return Ok(None);
         }
         let node = self.fresh_made();
@@ -60,6 +62,7 @@ impl Tree {
             return Err(exists(name));
         }
         staging.asides.push(AsideDirectory {
+            name: name.to_owned(),
             node: node.clone(),
             dir: dir.clone(),
             makers: Makers::begin(caller),
@@ -73,7 +76,7 @@ impl Tree {
     /// ENOTEMPTY.
     pub(super) fn remove_aside(&self, dir: &Node, name: &str) -> Result<bool> {
         let mut staging = self.staging.lock();
-        if name != ASIDE || staging.aside_in(dir).is_none() {
+        if staging.aside_in(dir).is_none_or(|aside| aside.name != name) {
             return Ok(false);
         }
         if !staging.put_aside(dir).is_empty() {
@@ -85,12 +88,13 @@ impl Tree {
 
     /// The directory for files put aside that a name in a directory is.
     pub(super) fn aside_child(&self, dir: &Node, name: &str) -> Option<Node> {
-        if name != ASIDE {
+        if !name.starts_with('.') {
             return None;
         }
         let mut staging = self.staging.lock();
         staging.sweep();
-        staging.aside_in(dir).map(|aside| aside.node.clone())
+        let aside = staging.aside_in(dir).filter(|aside| aside.name == name);
+        aside.map(|aside| aside.node.clone())
     }
 
     /// Attributes of a directory for files put aside; None for any other node.
@@ -120,15 +124,24 @@ impl Tree {
         Ok(entries.collect())
     }
 
-    /// The listing of a directory as its callers see it: files put aside are in a directory of their own.
+    /// The listing of a directory as its callers see it: with the archives that wait in a box that exists, and
+    /// those that are put aside in a directory of their own.
     pub(super) fn fold_aside(&self, dir: &Node, entries: &mut Vec<DirEntry>) {
         let staging = self.staging.lock();
+        if let Node::Box(_) | Node::Snapshot(..) = dir {
+            let waiting = staging.waiting_at(dir).into_iter();
+            entries.extend(waiting.map(|(name, node)| DirEntry {
+                name: name.into(),
+                kind: Kind::File,
+                ino: node.ino(),
+            }));
+        }
         let Some(aside) = staging.aside_in(dir) else {
             return;
         };
         entries.retain(|entry| !entry.name.to_string_lossy().starts_with(ASIDE_PREFIX));
         entries.push(DirEntry {
-            name: ASIDE.into(),
+            name: aside.name.clone().into(),
             kind: Kind::Directory,
             ino: aside.node.ino(),
         });

@@ -44,6 +44,10 @@ impl Tree {
     /// Deletes a snapshot at once, unless the whole box is being removed: then when that is.
     fn remove_snapshot(&self, caller: Caller, id: &str, snapshot: &str, name: &str) -> Result<()> {
         let a_box = Node::Box(id.to_owned());
+        // It may be mv, which makes room for what it brings.
+        self.refuse_unseen(caller)
+            .map_err(|error| self.refuse(error.errno(), format!("snapshot {name}: {error}")))?;
+        let disk = self.store.see_disk(id);
         {
             let mut dealings = self.dealings.lock();
             let mut dealing = dealings.of(caller, id);
@@ -56,8 +60,9 @@ impl Tree {
                 ));
             }
             if let Some(dealing) = dealing.filter(|d| d.has_removed(&a_box, BOX_JSON)) {
-                dealing.remove(&Node::Snapshots(id.to_owned()), name);
-                dealing.deferred.insert(snapshot.to_owned());
+                dealing.remove(&Node::Snapshots(id.to_owned()), name, disk);
+                let snapshots = &mut dealing.gone.snapshots;
+                snapshots.insert(snapshot.to_owned(), name.to_owned());
                 drop(dealings);
                 self.raise_generation(&Node::Snapshot(id.to_owned(), snapshot.to_owned()));
                 return Ok(());
@@ -127,8 +132,8 @@ impl Tree {
         let is_deferred = {
             let mut dealings = self.dealings.lock();
             let dealing = dealings.of(caller, id);
-            let deferred = dealing.map(|dealing| dealing.deferred.clone());
-            move |snapshot: &str| deferred.as_ref().is_some_and(|ids| ids.contains(snapshot))
+            let gone = dealing.map(|dealing| dealing.gone.snapshots.clone());
+            move |snapshot: &str| gone.as_ref().is_some_and(|ids| ids.contains_key(snapshot))
         };
         let mut snapshots = names.catalog().snapshots_of(id).iter();
         if snapshots.any(|snapshot| !is_deferred(&snapshot.id)) {
@@ -153,7 +158,7 @@ impl Tree {
             let dealing = dealings.of(caller, id);
             dealing
                 .filter(|dealing| dealing.has_removed(&node, BOX_JSON))
-                .map(|dealing| dealing.deferred.clone())
+                .map(|dealing| dealing.gone.clone())
         };
         let gone = is_removing.ok_or_else(full)?;
         if !self.list(caller, &node)?.is_empty() {
@@ -232,6 +237,7 @@ impl Tree {
         };
         match taken {
             Some(What::File(file)) => {
+                self.note_unfinished(&file);
                 file.was_removed(name);
                 if !file.restores || name != EXPORT {
                     return Ok(());
@@ -276,7 +282,11 @@ impl Tree {
             self.dealings.lock().begin(caller, id).removal_was_refused();
             return Err(self.refuse(error.errno(), format!("removal of {name}: {error}")));
         }
-        self.dealings.lock().begin(caller, id).remove(dir, name);
+        let disk = self.store.see_disk(id);
+        self.dealings
+            .lock()
+            .begin(caller, id)
+            .remove(dir, name, disk);
         Ok(())
     }
 
@@ -286,8 +296,8 @@ impl Tree {
         if caller.is_outside() {
             return Err(Error::new(
                 libc::EPERM,
-                "this process is in a pid namespace that the mount can't see into; remove the box \
-                 from where it is mounted",
+                "this process is in a pid namespace that the mount can't see into; remove it where \
+                 the home is mounted",
             ));
         }
         caller.identify().map_err(|error| {

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::aside::ASIDE_PREFIX;
 use super::caller::Caller;
 use super::names::{EXPORT, decode, exists, not_there};
 use super::node::{Derived, Node};
@@ -74,7 +75,15 @@ impl Tree {
                     self.move_back(&file, from, to);
                 }
             }),
-            Moved::Other => Ok(()),
+            Moved::Other => {
+                let id = {
+                    let staging = self.staging.lock();
+                    let of_root = staging.names.get(to.1).filter(|_| *to.0 == Node::Root);
+                    of_root.cloned().or_else(|| staging.box_of(to.0))
+                };
+                id.into_iter().for_each(|id| self.note_names(&id));
+                Ok(())
+            }
             Moved::Nothing => self.rename_real(caller, from, to, mode),
         }
     }
@@ -92,7 +101,9 @@ impl Tree {
         }
         let role = role_of(to_dir, to);
         match (to_dir, &role) {
-            (Node::Root, Some(Role::NewBox)) => self.refuse_taken_box(to)?,
+            (Node::Root, Some(Role::NewBox)) => self
+                .refuse_taken_box(to)
+                .inspect_err(|_| self.staging.lock().fail_loose(from_dir, from))?,
             (_, None | Some(Role::Json | Role::Placeholder)) => {
                 return Err(Error::new(
                     libc::EPERM,
@@ -107,7 +118,9 @@ impl Tree {
         }
         let mut staging = self.staging.lock();
         if staging.is_written(to_dir, to)
-            || (*to_dir == Node::Root && staging.has_loose_file(to_dir, to))
+            || (*to_dir == Node::Root
+                && !to.starts_with(ASIDE_PREFIX)
+                && staging.has_loose_file(to_dir, to))
         {
             return Err(exists(to));
         }

@@ -147,8 +147,8 @@ pub(super) struct StagedFile {
     /// Whether it has become what its name says: from then on that is what is seen of it.
     pub is_there: AtomicBool,
     /// Whether it is a complete archive that was closed and waits for its final name or its box. The program
-    /// that copied it got success, so its source may be gone. False for [`Content::Shared`]: its source is
-    /// in the home, and is not removed meanwhile.
+    /// that copied it got success, so its source may be gone. That of [`Content::Shared`] is in the home, and
+    /// is not removed meanwhile.
     pub waits: AtomicBool,
     pub state: Mutex<FileState>,
 }

@@ -286,6 +286,8 @@ pub(super) struct LooseFile {
     pub file: Arc<StagedFile>,
     pub makers: Makers,
     pub committed: bool,
+    /// Its final name was refused.
+    pub failed: bool,
     used: Instant,
 }
 
@@ -297,6 +299,7 @@ impl LooseFile {
             file,
             makers: Makers::begin(caller),
             committed: false,
+            failed: false,
             used: Instant::now(),
         }
     }
@@ -318,10 +321,10 @@ impl LooseFile {
 
     /// Whether it is done with. A temporary file goes if its writer was killed half way. A complete one
     /// waits for its final name, which another program may give it (curl, then mv); mv may have deleted its
-    /// source.
+    /// source. What a program copied that leaves its sources, and whose name was refused, goes with it.
     fn is_over(&self) -> bool {
         if self.file.waits.load(Ordering::Relaxed) {
-            return false;
+            return self.failed && self.file.copier.is_some() && !self.makers.any_alive();
         }
         let is_open = Arc::strong_count(&self.file) > 1;
         let waits_for_name = !self.committed && !self.is_over_export();
@@ -392,7 +395,11 @@ impl Staging {
         self.sweep();
         let id = self.box_of(node)?;
         let staged = self.boxes.get_mut(&id)?;
-        let may = !staged.committed || staged.is_arriving(node) || staged.makers.includes(caller);
+        // What copies snapshots into a box that exists has not made the box.
+        let is_another = !staged.is_new && matches!(node, Node::Box(_));
+        let may = !staged.committed
+            || staged.is_arriving(node)
+            || (!is_another && staged.makers.includes(caller));
         may.then_some(staged)
     }
 
@@ -485,6 +492,23 @@ impl Staging {
     /// Whether there is a loose file of this name, whoever wrote it.
     pub fn has_loose_file(&self, dir: &Node, name: &str) -> bool {
         self.files.iter().any(|file| file.is_at(dir, name))
+    }
+
+    /// A loose file could not get its final name.
+    pub fn fail_loose(&mut self, dir: &Node, name: &str) {
+        for loose in self.files.iter_mut().filter(|file| file.is_at(dir, name)) {
+            loose.failed = true;
+        }
+    }
+
+    /// The archives that wait in a directory of a box that exists, for their final name.
+    pub fn waiting_at(&self, dir: &Node) -> Vec<(String, Node)> {
+        let waiting = self.files.iter().filter(|loose| {
+            loose.dir == *dir && !loose.is_over_export() && loose.file.waits.load(Ordering::Relaxed)
+        });
+        waiting
+            .map(|loose| (loose.name.clone(), loose.file.node.clone()))
+            .collect()
     }
 
     /// Takes out the loose file that this caller sees by this name.

@@ -51,7 +51,13 @@ fn archives_that_wait_outlive_a_mount_that_is_killed() {
     assert!(shell(
         &mount,
         &backup,
-        "mkdir $M/new && mv $BK/snapshots $M/new/ && mv $BK/export.boxlite $M/up.boxlite.part"
+        "mkdir $M/first && mv $BK/snapshots $M/first/ && mv $BK/export.boxlite $M/first.boxlite.part"
+    ));
+    // What is noted is the last name.
+    assert!(shell(
+        &mount,
+        &backup,
+        "mv $M/first $M/new && mv $M/first.boxlite.part $M/up.boxlite.part"
     ));
     kill(mount);
     let (status, said) = home.check();

@@ -405,6 +405,47 @@ fn a_snapshot_taken_while_the_box_is_deleted_keeps_it() {
 }
 
 #[test]
+fn a_box_that_changes_while_it_is_deleted_stays() {
+    let home = home_with_snapshot();
+    let mount = home.mount();
+    let steps = |deleting: &mut Process| {
+        for name in [
+            "box.json",
+            "export.boxlite",
+            "export.boxlite.zst",
+            "rootfs",
+            "disk.img",
+        ] {
+            deleting.does(&format!("os.remove(m + 'web/{name}')"));
+        }
+        deleting.does("[os.rmdir(m + 'web/snapshots' + name) for name in ['/s', '']]");
+    };
+    // Its disk, by another mount, BoxLite or a guest.
+    let mut deleting = Process::start(&mount);
+    steps(&mut deleting);
+    home.guest_write("web", FREE_AREA, b"meanwhile");
+    assert_eq!(deleting.fails("os.rmdir(m + 'web')"), libc::ENOTEMPTY);
+    drop(deleting);
+    // A snapshot's name.
+    let mut deleting = Process::start(&mount);
+    steps(&mut deleting);
+    let (from, to) = (mount.at("web/snapshots/s"), mount.at("web/snapshots/kept"));
+    fs::rename(from, to).unwrap();
+    assert_eq!(deleting.fails("os.rmdir(m + 'web')"), libc::ENOTEMPTY);
+    drop(deleting);
+    assert_eq!(mount.names("web/snapshots"), ["kept"]);
+    // A process that takes a snapshot does not delete the box any more.
+    let mut program = Process::start(&mount);
+    program.does("os.remove(m + 'web/box.json')");
+    program.does("os.mkdir(m + 'web/snapshots/new')");
+    program.does("os.rmdir(m + 'web/snapshots/new')");
+    assert_eq!(mount.names("web/snapshots"), ["kept"]);
+    drop(program);
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
 fn two_who_delete_the_same_box_do_not_harm_anything() {
     let home = home_with_snapshot();
     let mount = home.mount();

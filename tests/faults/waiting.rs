@@ -35,6 +35,14 @@ fn kill(mut mount: Mounted) {
     assert!(mount.has_crashed());
 }
 
+/// Moves the backup's archive to a temporary name in a mount, which is killed then: it is to be the box `up`.
+fn leave_waiting(home: &TestHome, backup: &Path) {
+    let mount = home.mount();
+    let moved = "mv $BK/export.boxlite $M/up.boxlite.part";
+    assert!(shell(&mount, backup, moved));
+    kill(mount);
+}
+
 /// Mounts the home and unmounts it; what it holds then.
 fn after_a_mount(home: &TestHome) -> Boxes {
     home.mount().unmount();
@@ -123,13 +131,7 @@ fn an_archive_that_waits_is_one_box_or_snapshot_wherever_the_mount_is_killed() {
 fn what_waited_becomes_one_box_wherever_the_next_mount_is_killed() {
     let (home, backup) = home_and_backup();
     let live = contents(&home)["web"].live.clone();
-    let mount = home.mount();
-    assert!(shell(
-        &mount,
-        &backup,
-        "mv $BK/export.boxlite $M/up.boxlite.part"
-    ));
-    kill(mount);
+    leave_waiting(&home, &backup);
     home.put_aside("waiting");
     for point in ["import.built", "install.renamed", "install.recorded"] {
         home.put_back("waiting");
@@ -147,13 +149,7 @@ fn what_waited_becomes_one_box_wherever_the_next_mount_is_killed() {
 #[test]
 fn two_mounts_at_once_make_one_box_of_what_waited() {
     let (home, backup) = home_and_backup();
-    let mount = home.mount();
-    assert!(shell(
-        &mount,
-        &backup,
-        "mv $BK/export.boxlite $M/up.boxlite.part"
-    ));
-    kill(mount);
+    leave_waiting(&home, &backup);
     let others: Vec<_> = ["a", "b", "c"]
         .map(|name| {
             let mountpoint = home.beside(name);
@@ -175,13 +171,7 @@ fn two_mounts_at_once_make_one_box_of_what_waited() {
 #[test]
 fn what_waited_is_kept_until_there_is_room_for_a_box_of_it() {
     let (home, backup) = home_and_backup();
-    let mount = home.mount();
-    assert!(shell(
-        &mount,
-        &backup,
-        "mv $BK/export.boxlite $M/up.boxlite.part"
-    ));
-    kill(mount);
+    leave_waiting(&home, &backup);
     let database = home.database();
     let refuse = "CREATE TRIGGER full BEFORE INSERT ON box_config
         BEGIN SELECT RAISE(ABORT, 'no room'); END";

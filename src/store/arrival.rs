@@ -144,12 +144,24 @@ impl Arrival {
         Ok(options)
     }
 
+    /// Describes it as an archive that waits and is to become a box of this name.
+    ///
+    /// # Errors
+    /// EBADMSG while it is incomplete.
+    pub(super) fn as_waiting(&self, name: &str) -> Result<WaitingArchive> {
+        Ok(WaitingArchive {
+            disk: self.disk.clone(),
+            name: name.to_owned(),
+            options: self.options_of_its_own()?,
+        })
+    }
+
     /// The options for a box of its own, where it came for its disk alone: where its options are not
     /// allowed here, those of a box that has only an image.
     ///
     /// # Errors
     /// EBADMSG while it is incomplete.
-    pub(super) fn options_of_its_own(&self) -> Result<Value> {
+    fn options_of_its_own(&self) -> Result<Value> {
         let manifest = self.manifest()?;
         let plain = || normalize_imported(plain_options(manifest), None);
         Ok(self.box_options().unwrap_or_else(|_| plain()))

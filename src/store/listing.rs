@@ -3,8 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::Context;
-use crate::{Error, Result};
+use crate::{Context, Error, Result};
 
 /// Names in a directory; none when it is not there.
 pub(super) fn names_in(dir: &Path) -> Result<Vec<String>> {

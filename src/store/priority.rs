@@ -31,8 +31,8 @@ pub(super) fn step_back() {
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LOW) };
 }
 
-/// As long as this lives, upkeep uses the disk only when nobody else does. Not while it holds the lock:
-/// others would wait for who waits for them.
+/// While this lives, upkeep uses the disk only when nobody else does. Not to be held together with the
+/// runtime lock, which avoids priority inversion.
 pub(super) struct BehindAll(());
 
 impl BehindAll {

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use super::crash::crash_point;
 use super::layers::{ImageFile, Role};
 use super::waiting_archive::{WaitingArchive, waiting_in};
-use super::workspace::{Abandoned, discard};
+use super::workspace::{Abandoned, discard, remove_but_waiting};
 use super::{Arrival, Contents, NewClone, Source, Store};
 use crate::disk::FileId;
 use crate::home::{Catalog, box_id};
@@ -44,11 +44,7 @@ impl Store {
             .open(arrival.disk())
             .and_then(|disk| disk.set_times(times))
             .context(|| format!("cannot set the times of {}", arrival.disk().display()))?;
-        let archive = WaitingArchive {
-            disk: arrival.disk().to_owned(),
-            name: name.to_owned(),
-            options: arrival.options_of_its_own()?,
-        };
+        let archive = arrival.as_waiting(name)?;
         match archive.write_note() {
             Err(error) if arrival.note().is_some() => {
                 log::warn!("the archive {name} keeps the name that it had: {error}");
@@ -68,11 +64,7 @@ impl Store {
     /// Those of importing a box.
     pub fn keep_archive(&self, arrival: &mut Arrival, name: &str) -> Result<String> {
         self.note_waiting(arrival, name, SystemTime::now())?;
-        let archive = WaitingArchive {
-            disk: arrival.disk().to_owned(),
-            name: name.to_owned(),
-            options: arrival.options_of_its_own()?,
-        };
+        let archive = arrival.as_waiting(name)?;
         // From here on the note decides.
         arrival.leave();
         let made = self.make_box_of(&archive)?;
@@ -85,13 +77,9 @@ impl Store {
     /// # Errors
     /// Those of cloning a box.
     pub fn keep_copy(&self, source: &Source, read: &Contents, name: &str) -> Result<String> {
-        let name = self.free_name(name)?;
-        let new = NewClone {
-            id: box_id()?,
-            name: name.clone(),
-        };
+        let new = self.new_box(name)?;
         self.clone_box(source, read, &new)?;
-        Ok(name)
+        Ok(new.name)
     }
 
     /// Makes a box of each archive that waited when a mount was killed. `has_recovered`: what a killed
@@ -101,9 +89,7 @@ impl Store {
             for archive in waiting_in(workspace.dir()) {
                 self.keep_left_archive(&archive, has_recovered);
             }
-            if waiting_in(workspace.dir()).is_empty()
-                && let Err(error) = workspace.remove()
-            {
+            if let Err(error) = remove_but_waiting(workspace.dir()) {
                 self.journal.note(&error.to_string());
             }
         }
@@ -138,27 +124,27 @@ impl Store {
 
     /// Makes a box of an archive, under its name or, where that is taken, with a number after it.
     fn make_box_of(&self, archive: &WaitingArchive) -> Result<String> {
-        let name = self.free_name(&archive.name)?;
-        let new = NewClone {
-            id: box_id()?,
-            name: name.clone(),
-        };
+        let new = self.new_box(&archive.name)?;
         self.import_disk(&archive.disk, archive.options.clone(), &new)?;
-        Ok(name)
+        Ok(new.name)
     }
 
-    /// A name for a box, or the same with a number after it where that is taken.
-    fn free_name(&self, wanted: &str) -> Result<String> {
+    /// Chooses the id and the name of a box: the wanted name, with a number after it if that is taken.
+    fn new_box(&self, wanted: &str) -> Result<NewClone> {
         let catalog = self.home.catalog()?;
         let is_free = |name: &String| {
             let mut boxes = catalog.boxes().iter();
             !boxes.any(|record| record.name.as_deref() == Some(name) || record.id == *name)
         };
         let numbered = (2..).map(|number| format!("{wanted}-{number}"));
-        std::iter::once(wanted.to_owned())
+        let name = std::iter::once(wanted.to_owned())
             .chain(numbered)
             .find(is_free)
-            .ok_or_else(|| Error::new(libc::EEXIST, "no name is free"))
+            .ok_or_else(|| Error::new(libc::EEXIST, "no name is free"))?;
+        Ok(NewClone {
+            id: box_id()?,
+            name,
+        })
     }
 
     /// Whether the disk of an archive has become a box's or a snapshot's.

@@ -13,7 +13,7 @@ use super::listing::names_in;
 use super::waiting_archive::{WaitingArchive, waiting_in};
 use super::{Store, durable};
 use crate::home::{Home, base_id, flock_exclusive, start_time};
-use crate::{Context, Error, Result};
+use crate::{Context, Result};
 
 /// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
 const PREFIX: &str = "work-";
@@ -66,7 +66,7 @@ impl Drop for Workspace {
     }
 }
 
-/// Removes a workspace, but for the archives that wait in it.
+/// Removes a workspace, but for the archives that wait in it; not finding it is fine.
 ///
 /// # Errors
 /// Those of removing files.
@@ -74,7 +74,10 @@ pub(super) fn remove_but_waiting(workspace: &Path) -> Result<()> {
     let sentence = || format!("cannot remove the leftover {}", workspace.display());
     let waiting = waiting_in(workspace);
     if waiting.is_empty() {
-        return fs::remove_dir_all(workspace).context(sentence);
+        return match fs::remove_dir_all(workspace) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed.context(sentence),
+        };
     }
     let is_kept = |path: &Path| {
         let mut disks = waiting.iter().map(|archive| &archive.disk);
@@ -108,20 +111,6 @@ impl Abandoned {
     /// Its directory.
     pub fn dir(&self) -> &Path {
         &self.dir
-    }
-
-    /// Removes it.
-    ///
-    /// # Errors
-    /// Those of removing files.
-    pub fn remove(self) -> Result<()> {
-        match fs::remove_dir_all(&self.dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(
-                format!("cannot remove the leftover {}", self.dir.display()),
-                error,
-            )),
-            _ => Ok(()),
-        }
     }
 }
 

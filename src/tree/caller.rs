@@ -238,8 +238,8 @@ impl Caller {
         let words = self.command_line();
         let is_rsync = words.first().is_some_and(|word| word.ends_with("rsync"));
         let at = words.iter().position(|word| word.starts_with(OPTION));
-        let directory = at.and_then(|at| match words[at].strip_prefix("--partial-dir=") {
-            Some(directory) => Some(directory),
+        let directory = at.and_then(|at| match words[at].split_once('=') {
+            Some((_, directory)) => Some(directory),
             None => words.get(at + 1).map(String::as_str),
         });
         let is_kept = directory.is_none_or(|name| name.starts_with('.') && !name.contains('/'));

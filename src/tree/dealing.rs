@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::caller::{Caller, Makers};
 use super::node::Node;
-use crate::store::{Gone, SeenDisk};
+use crate::store::Gone;
 
 /// A process that lists a box so long after it last did something to it looks at it anew; a
 /// shorter time may lie between two portions of a listing.
@@ -41,10 +41,9 @@ impl Dealing {
         !self.makers.any_alive()
     }
 
-    /// It removed a name; `disk` is that of the box now.
-    pub fn remove(&mut self, dir: &Node, name: &str, disk: Option<SeenDisk>) {
+    /// It removed a name.
+    pub fn remove(&mut self, dir: &Node, name: &str) {
         self.last = Instant::now();
-        self.gone.disk = self.gone.disk.or(disk);
         self.removed
             .entry(dir.ino())
             .or_default()

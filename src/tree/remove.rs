@@ -47,7 +47,6 @@ impl Tree {
         // It may be mv, which makes room for what it brings.
         self.refuse_unseen(caller)
             .map_err(|error| self.refuse(error.errno(), format!("snapshot {name}: {error}")))?;
-        let disk = self.store.see_disk(id);
         {
             let mut dealings = self.dealings.lock();
             let mut dealing = dealings.of(caller, id);
@@ -60,7 +59,7 @@ impl Tree {
                 ));
             }
             if let Some(dealing) = dealing.filter(|d| d.has_removed(&a_box, BOX_JSON)) {
-                dealing.remove(&Node::Snapshots(id.to_owned()), name, disk);
+                dealing.remove(&Node::Snapshots(id.to_owned()), name);
                 let snapshots = &mut dealing.gone.snapshots;
                 snapshots.insert(snapshot.to_owned(), name.to_owned());
                 drop(dealings);
@@ -282,16 +281,17 @@ impl Tree {
             self.dealings.lock().begin(caller, id).removal_was_refused();
             return Err(self.refuse(error.errno(), format!("removal of {name}: {error}")));
         }
-        let disk = self.store.see_disk(id);
-        self.dealings
-            .lock()
-            .begin(caller, id)
-            .remove(dir, name, disk);
+        let mut dealings = self.dealings.lock();
+        let dealing = dealings.begin(caller, id);
+        let seen = &mut dealing.gone.disk;
+        *seen = seen.or_else(|| self.store.see_disk(id));
+        dealing.remove(dir, name);
         Ok(())
     }
 
     /// EPERM for a process that can't be told from others: a box goes name by name, and nobody could
-    /// say whose steps belong together. EMFILE where it can't be told for want of descriptors.
+    /// say whose steps belong together. EMFILE if the mount has no descriptor left to look
+    /// at the process.
     fn refuse_unseen(&self, caller: Caller) -> Result<()> {
         if caller.is_outside() {
             return Err(Error::new(

@@ -550,7 +550,7 @@ impl Staging {
         self.asides.iter().find(|aside| aside.dir == *dir)
     }
 
-    /// The directory whose files are put aside in this one.
+    /// Returns the directory that the files put aside in this one belong to.
     pub(super) fn dir_of_aside(&self, node: &Node) -> Option<&Node> {
         let mut asides = self.asides.iter();
         asides
@@ -671,6 +671,9 @@ impl Tree {
 
     /// Whether a name is free to the caller, a file server that has taken this snapshot and not listed it.
     pub(super) fn is_unlisted(&self, caller: Caller, directory: &Node, name: &str) -> bool {
+        if !matches!(directory, Node::Snapshot(..)) {
+            return false;
+        }
         let mut staging = self.staging.lock();
         let unlisted = staging.unlisted_by(caller, directory);
         unlisted.is_some_and(|unlisted| !unlisted.made.contains(name))

@@ -705,6 +705,18 @@ fn wait(child: &mut Child, limit: Duration) -> Option<std::process::ExitStatus> 
 
 // ---- the judges -------------------------------------------------------------------------------
 
+/// Mounts a home and gives its box `web` the snapshot `s` of another state than now; returns the mount and a
+/// backup of the box.
+pub fn mount_and_backup(home: &TestHome) -> (Mounted, PathBuf) {
+    let mount = home.mount();
+    home.guest_write("web", FREE_AREA, b"then");
+    mount.snapshot("web", "s").expect("a snapshot");
+    home.guest_write("web", FREE_AREA, b"now");
+    let backup = home.beside("backup");
+    succeed(&["cp", "-r", text(&mount.at("web")), text(&backup)]);
+    (mount, backup)
+}
+
 /// The program under test: that of this build, or `$BOXLITEFS_PROGRAM`, one that was built otherwise.
 pub fn binary() -> &'static str {
     static PROGRAM: OnceLock<String> = OnceLock::new();

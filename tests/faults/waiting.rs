@@ -13,12 +13,7 @@ use super::server::FaultyDisk;
 /// A home whose box `web` has the snapshot `s` of another state than now, and a backup of the box.
 fn home_and_backup() -> (TestHome, PathBuf) {
     let home = TestHome::new();
-    let mount = home.mount();
-    home.guest_write("web", FREE_AREA, b"then");
-    mount.snapshot("web", "s").unwrap();
-    home.guest_write("web", FREE_AREA, b"now");
-    let backup = home.beside("backup");
-    succeed(&["cp", "-r", text(&mount.at("web")), text(&backup)]);
+    let (mount, backup) = mount_and_backup(&home);
     mount.unmount();
     (home, backup)
 }

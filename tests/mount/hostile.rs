@@ -883,7 +883,7 @@ fn an_untrusted_directory_with_snapshots_is_refused_as_a_whole() {
             .is_some_and(|line| line.contains("restore of box web")),
         "{log}"
     );
-    // A snapshot of it has that box's configuration, and one whose box never comes has none.
+    // A snapshot gets the configuration of its box. If that never comes, it gets none of the archive's.
     let directory = mount.at("new/snapshots/s");
     succeed(&["mkdir", "-p", text(&directory)]);
     let of_snapshot = backup.join("snapshots/s/export.boxlite");

@@ -14,16 +14,6 @@ fn home_and_backup() -> (TestHome, Mounted, PathBuf) {
     (home, mount, backup)
 }
 
-fn mount_and_backup(home: &TestHome) -> (Mounted, PathBuf) {
-    let mount = home.mount();
-    home.guest_write("web", FREE_AREA, b"then");
-    mount.snapshot("web", "s").unwrap();
-    home.guest_write("web", FREE_AREA, b"now");
-    let backup = home.beside("backup");
-    succeed(&["cp", "-r", text(&mount.at("web")), text(&backup)]);
-    (mount, backup)
-}
-
 /// Runs a script with $M, the mountpoint, and $BK, the backup.
 fn shell(mount: &Mounted, backup: &Path, command: &str) -> Output {
     script(command, &[("M", mount.root()), ("BK", backup)])
@@ -533,7 +523,7 @@ fn archives_that_still_wait_when_the_mount_ends_are_boxes_of_their_own() {
         "cat $BK/export.boxlite > $M/web/.export.boxlite.AbCdEf",
     );
     done(&mount, &backup, "mv $BK/export.boxlite $M/up.boxlite.part");
-    // What was copied inside of the mount as well, though its source is there.
+    // What was copied inside the mount as well, though its source is there.
     done(
         &mount,
         &backup,

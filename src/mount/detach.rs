@@ -56,12 +56,7 @@ impl OwnMount {
     /// Whether the kernel still has the file system, mounted or in use. As long as it has, no other has
     /// its device number.
     pub fn is_connected(&self) -> bool {
-        let mut request = [PollFd::new(&*self.requests, PollFlags::empty())];
-        let at_once = Timespec::default();
-        match poll(&mut request, Some(&at_once)) {
-            Ok(_) => !request[0].revents().contains(PollFlags::ERR),
-            Err(_) => true,
-        }
+        is_connected(&self.requests)
     }
 
     /// Where it is mounted now, also by bind mounts: the last one first.
@@ -69,6 +64,16 @@ impl OwnMount {
         let table = Table::own()?;
         let ours = table.of_device(self.id.device).rev();
         Ok(ours.filter(|entry| entry.is_ours()).cloned().collect())
+    }
+}
+
+/// Whether the kernel still has the file system whose requests come from this descriptor of /dev/fuse.
+pub(super) fn is_connected(requests: &OwnedFd) -> bool {
+    let mut request = [PollFd::new(requests, PollFlags::empty())];
+    let at_once = Timespec::default();
+    match poll(&mut request, Some(&at_once)) {
+        Ok(_) => !request[0].revents().contains(PollFlags::ERR),
+        Err(_) => true,
     }
 }
 

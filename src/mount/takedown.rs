@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use super::holders::{self, Place, Process};
 use super::mountinfo::{Device, Entry, Table};
@@ -17,6 +17,9 @@ use crate::{Context, Error, Result};
 
 /// How long a process that ends is waited for without a word about it.
 const MOMENT: Duration = Duration::from_secs(1);
+
+/// How long a process that was killed may take to be gone.
+const KILLED: Duration = Duration::from_millis(200);
 
 /// How long it is waited for in all: it finishes what is under way, ten seconds at most.
 const FAREWELL: Duration = Duration::from_secs(12);
@@ -74,8 +77,11 @@ pub fn remove_dead(mountpoint: &Path) -> Result<()> {
     let Some(entry) = table.at(&path).filter(|entry| entry.is_ours()) else {
         return Ok(());
     };
-    // What is asked may not answer; a process that can be seen needs no asking.
-    if Server::of(entry.id.device).is_some() || !detach::is_dead(&path)? {
+    // What is asked may not answer; a process that can be seen needs no asking. One that was just killed
+    // has a moment to be gone.
+    let server = Server::of(entry.id.device);
+    let is_served = server.is_some_and(|server| !server.ends_within(KILLED));
+    if is_served || !detach::is_dead(&path)? {
         return Ok(());
     }
     detach::remove_lazily(entry.id, || detach::is_dead(&path).unwrap_or(false))
@@ -248,14 +254,36 @@ impl Remains {
     }
 }
 
-/// The FUSE connections that a process serves, where the kernel tells.
+/// The FUSE connections that a process serves, where the kernel tells. A connection whose mount is gone is
+/// none: the next mount of anybody may have its number.
 fn connections_of(pid: u32) -> Vec<u32> {
     let infos = fs::read_dir(format!("/proc/{pid}/fdinfo"));
     let infos = infos.into_iter().flatten().flatten();
-    infos
-        .filter_map(|info| fs::read_to_string(info.path()).ok())
-        .flat_map(|text| attach::connections(&text).collect::<Vec<_>>())
+    let connections = infos.filter_map(|info| {
+        let text = fs::read_to_string(info.path()).ok()?;
+        let descriptor = info.file_name().to_str()?.parse().ok()?;
+        Some((descriptor, text))
+    });
+    connections
+        .flat_map(|(descriptor, text)| {
+            let found: Vec<u32> = attach::connections(&text).collect();
+            let is_live = !found.is_empty() && !is_disconnected(pid, descriptor);
+            found.into_iter().filter(move |_| is_live)
+        })
         .collect()
+}
+
+/// Whether the kernel has given up the FUSE connection that this is a descriptor of, in another process.
+/// False where it can't be told.
+fn is_disconnected(pid: u32, descriptor: i32) -> bool {
+    let taken = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| {
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        pidfd_getfd(&process, descriptor, PidfdGetfdFlags::empty())
+    });
+    match taken {
+        Some(Ok(requests)) => !detach::is_connected(&requests),
+        _ => false,
+    }
 }
 
 /// The process that serves a FUSE connection.

@@ -438,6 +438,44 @@ fn what_a_unit_runs_after_a_crash_unmounts_what_is_dead_and_nothing_else() {
     }
 }
 
+#[test]
+fn a_dead_mount_is_told_from_an_earlier_one_that_had_its_number() {
+    let place = Place::new();
+    // The kernel gives the number of a file system that is gone to the next one, also while the process
+    // that served it is there.
+    place.run(
+        r#"
+        for try in $(seq 100); do
+            $B mount "$H" "$M"
+            OLD=$(server "$M")
+            NUMBER=$(connection "$M")
+            # A directory's end is not waited for, as a file's is.
+            exec 5<"$M/web"
+            umount -l "$M"
+            kill -STOP $OLD
+            exec 5<&-
+            $B mount "$H" "$M"
+            [ "$(connection "$M")" != "$NUMBER" ] || break
+            # Another test was faster.
+            $B unmount "$M"
+            kill -CONT $OLD
+            gone $OLD
+        done
+        is "$(connection "$M")" "$NUMBER"
+        NEW=$(server "$M")
+        kill -KILL $NEW
+        gone $NEW
+        $B unmount --dead "$M"
+        is "$(on "$M")" ''
+        $B mount "$H" "$M"
+        serves "$M"
+        $B unmount "$M"
+        lives $OLD
+        kill -CONT $OLD
+        gone $OLD"#,
+    );
+}
+
 // ---- boxlitefs unmount -------------------------------------------------------------------------------
 
 #[test]

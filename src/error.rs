@@ -1,4 +1,4 @@
-//! The one error type: an errno for the kernel, a sentence for the person, and what caused it.
+//! The one error type: an errno for the kernel, a message for the person, and what caused it.
 
 use std::fmt;
 use std::io;
@@ -6,31 +6,31 @@ use std::io;
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong: the errno a user would look up, and a sentence that says what was wrong with
-/// what, and what to do. The sentence reaches the log in the mount and the terminal.
+/// What went wrong: the errno a user would look up, and a message that says what was wrong with
+/// what, and what to do. The message reaches the log in the mount and the terminal.
 #[derive(Debug)]
 pub struct Error {
     errno: i32,
-    sentence: String,
+    message: String,
     source: Option<Box<dyn std::error::Error + Send + Sync + 'static>>,
 }
 
 impl Error {
     /// An error of our own finding. `errno` is a positive `libc::E…` value.
-    pub fn new(errno: i32, sentence: impl Into<String>) -> Self {
+    pub fn new(errno: i32, message: impl Into<String>) -> Self {
         Error {
             errno,
-            sentence: sentence.into(),
+            message: message.into(),
             source: None,
         }
     }
 
     /// An error that a system call or library reported; the errno is its own where it has one,
     /// EIO otherwise.
-    pub fn io(sentence: impl Into<String>, source: io::Error) -> Self {
+    pub fn io(message: impl Into<String>, source: io::Error) -> Self {
         Error {
             errno: source.raw_os_error().unwrap_or(libc::EIO),
-            sentence: sentence.into(),
+            message: message.into(),
             source: Some(Box::new(source)),
         }
     }
@@ -57,30 +57,30 @@ impl Error {
         self.errno
     }
 
-    /// The bare sentence, without the cause.
-    pub fn sentence(&self) -> &str {
-        &self.sentence
+    /// The bare message, without the cause.
+    pub fn message(&self) -> &str {
+        &self.message
     }
 
     /// EIO: something on disk is not as it must be.
-    pub fn damaged(sentence: impl Into<String>) -> Self {
-        Error::new(libc::EIO, sentence)
+    pub fn damaged(message: impl Into<String>) -> Self {
+        Error::new(libc::EIO, message)
     }
 
     /// EBADMSG: an archive, or an image in one, is refused.
-    pub fn bad_archive(sentence: impl Into<String>) -> Self {
-        Error::new(libc::EBADMSG, sentence)
+    pub fn bad_archive(message: impl Into<String>) -> Self {
+        Error::new(libc::EBADMSG, message)
     }
 
     /// EBUSY: somebody else uses it now.
-    pub fn busy(sentence: impl Into<String>) -> Self {
-        Error::new(libc::EBUSY, sentence)
+    pub fn busy(message: impl Into<String>) -> Self {
+        Error::new(libc::EBUSY, message)
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.sentence)?;
+        f.write_str(&self.message)?;
         if let Some(source) = &self.source {
             write!(f, ": {source}")?;
         }
@@ -102,13 +102,13 @@ pub(crate) fn not_panicking<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// Says what was being done when an `io::Error` came.
 pub trait Context<T> {
-    /// Wraps the error with a sentence, keeping its errno.
-    fn context<S: Into<String>>(self, sentence: impl FnOnce() -> S) -> Result<T>;
+    /// Wraps the error with a message, keeping its errno.
+    fn context<S: Into<String>>(self, message: impl FnOnce() -> S) -> Result<T>;
 }
 
 impl<T> Context<T> for io::Result<T> {
-    fn context<S: Into<String>>(self, sentence: impl FnOnce() -> S) -> Result<T> {
-        self.map_err(|e| Error::io(sentence(), e))
+    fn context<S: Into<String>>(self, message: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|e| Error::io(message(), e))
     }
 }
 

@@ -9,7 +9,7 @@
 //!                     └─→ guest ─→ disk            the guest's file systems (the only room that knows ext4)
 //! ```
 //!
-//! * [`error`]: the one error type, errno and sentence.
+//! * [`error`]: the one error type, errno and message.
 //! * [`home`]: what BoxLite keeps on disk.
 //! * [`disk`]: one qcow2 layer, and chains of them.
 //! * [`guest`]: the guest's file systems inside of a disk.
@@ -23,11 +23,13 @@
 pub mod archive;
 pub mod disk;
 pub mod error;
+pub mod event_log;
 pub mod fuse;
 pub mod guest;
 pub mod home;
 pub mod mount;
 mod mountinfo;
+pub mod progress;
 pub mod store;
 pub mod tree;
 

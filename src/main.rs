@@ -59,7 +59,7 @@ fn run_mount(mut arguments: MountArguments) -> Result<()> {
 }
 
 fn run_unmount(mountpoint: &Path) -> ExitCode {
-    let unmounted = mount::unmount(mountpoint, |sentence| eprintln!("boxlitefs: {sentence}"));
+    let unmounted = mount::unmount(mountpoint, |message| eprintln!("boxlitefs: {message}"));
     match unmounted {
         Ok(Unmounted::Entirely) => ExitCode::SUCCESS,
         Ok(Unmounted::OnlyHere(error)) => failed(error, STILL_SERVED),

@@ -152,8 +152,8 @@ fn serve(
 /// Takes away what is left of the mount when it is not served any more.
 fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
     detach::remove_remains(own).map_err(|error| {
-        let sentence = format!("a mount that nobody serves is left: {}", error.sentence());
-        Error::new(error.errno(), sentence)
+        let message = format!("a mount that nobody serves is left: {}", error.message());
+        Error::new(error.errno(), message)
     })
 }
 

@@ -44,8 +44,8 @@ fn main() -> ExitCode {
         return run_remount(&request, read_only);
     }
     let Some(boxlitefs) = find_boxlitefs() else {
-        let sentence = "boxlitefs is neither beside mount.boxlite nor in PATH: install it";
-        return failed(sentence, SYSTEM_ERROR);
+        let message = "boxlitefs is neither beside mount.boxlite nor in PATH: install it";
+        return failed(message, SYSTEM_ERROR);
     };
     let mut command = command_for(&boxlitefs, &request);
     let owner = other_owner(&request);
@@ -85,8 +85,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn failed(sentence: &str, status: u8) -> ExitCode {
-    eprintln!("mount.boxlite: {sentence}");
+fn failed(message: &str, status: u8) -> ExitCode {
+    eprintln!("mount.boxlite: {message}");
     ExitCode::from(status)
 }
 
@@ -203,8 +203,8 @@ fn run_remount(request: &Request, read_only: bool) -> ExitCode {
     let mount = match mount_on(&request.directory) {
         Ok(Some(mount)) => mount,
         Ok(None) => {
-            let sentence = format!("{shown} is not a mount of boxlitefs: nothing was remounted");
-            return failed(&sentence, MOUNT_FAILURE);
+            let message = format!("{shown} is not a mount of boxlitefs: nothing was remounted");
+            return failed(&message, MOUNT_FAILURE);
         }
         Err(error) => return failed(&format!("cannot reach {shown}: {error}"), MOUNT_FAILURE),
     };
@@ -215,10 +215,10 @@ fn run_remount(request: &Request, read_only: bool) -> ExitCode {
         status.contains("\"ro\": true")
     };
     if !read_only && mounted_read_only() {
-        let sentence = format!(
+        let message = format!(
             "{shown} was mounted with ro, and what serves it opened the home only for reading: unmount it, and mount it without ro"
         );
-        return failed(&sentence, MOUNT_FAILURE);
+        return failed(&message, MOUNT_FAILURE);
     }
     let flags = remount_flags(request, read_only);
     if request.verbose {

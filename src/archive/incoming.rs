@@ -195,18 +195,18 @@ impl Drop for Incoming {
 /// An error to be returned as often as asked for.
 struct Refusal {
     errno: i32,
-    sentence: String,
+    message: String,
 }
 
 impl Refusal {
     fn of(error: &Error) -> Refusal {
         Refusal {
             errno: error.errno(),
-            sentence: error.to_string(),
+            message: error.to_string(),
         }
     }
 
     fn error(&self) -> Error {
-        Error::new(self.errno, self.sentence.clone())
+        Error::new(self.errno, self.message.clone())
     }
 }

@@ -44,7 +44,7 @@ const FILES: [(&str, &str); 5] = [
     ),
     (
         "MOUNTPOINT/.boxlite/log",
-        "what was done and what failed, a sentence each",
+        "what was done and what failed, a message each",
     ),
     ("MOUNTPOINT/.boxlite/status", "what is going on, as JSON"),
 ];
@@ -106,11 +106,11 @@ pub fn write(share: &Path) -> Result<()> {
 
 fn put(share: &Path, place: &str, bytes: &[u8]) -> Result<()> {
     let path = share.join(place);
-    let sentence = || format!("cannot write {}", path.display());
+    let message = || format!("cannot write {}", path.display());
     if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory).context(sentence)?;
+        fs::create_dir_all(directory).context(message)?;
     }
-    fs::write(&path, bytes).context(sentence)
+    fs::write(&path, bytes).context(message)
 }
 
 /// The command line as people are to see it: without what is hidden.

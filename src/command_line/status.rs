@@ -42,8 +42,8 @@ pub fn run(arguments: &StatusArguments) -> Result<()> {
     let places = mount::mountpoints()?;
     match &*places {
         [] => {
-            let sentence = "boxlitefs is mounted nowhere: `boxlitefs mount DIRECTORY` mounts it";
-            Err(Error::new(libc::ENOENT, sentence))
+            let message = "boxlitefs is mounted nowhere: `boxlitefs mount DIRECTORY` mounts it";
+            Err(Error::new(libc::ENOENT, message))
         }
         [place] if arguments.watch => watch(place),
         _ if arguments.watch => Err(Error::new(
@@ -102,20 +102,20 @@ fn text(place: &Path) -> Result<String> {
 /// whose process is stopped can't be ended, nor can its process.
 fn asked(place: &Path) -> Result<String> {
     let shown = place.display();
-    let sentence = || format!("cannot ask the mount on {shown}");
-    let asking = Command::new(std::env::current_exe().context(sentence)?)
+    let message = || format!("cannot ask the mount on {shown}");
+    let asking = Command::new(std::env::current_exe().context(message)?)
         .args(["status", "--json", "--"])
         .arg(place)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .context(sentence)?;
+        .context(message)?;
     let (sender, answer) = mpsc::channel();
     std::thread::spawn(move || sender.send(asking.wait_with_output()));
     match answer.recv_timeout(PATIENCE) {
         Ok(output) => {
-            let output = output.context(sentence)?;
+            let output = output.context(message)?;
             let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
             match output.status.success() {
                 true => Ok(text(&output.stdout)),

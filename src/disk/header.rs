@@ -103,10 +103,10 @@ impl Place {
 }
 
 impl Header {
-    /// Reads the header of `file`; `path` is for the sentence of an error only. `Ok(None)`: no qcow2
+    /// Reads the header of `file`; `path` is for the message of an error only. `Ok(None)`: no qcow2
     /// magic, so this is a raw image. EIO: it is qcow2, but insane, or with a feature that is
     /// refused (extended L2 entries, encryption, external data file, a compression other than
-    /// deflate, dirty or corrupt, unknown incompatible bits); the sentence names it.
+    /// deflate, dirty or corrupt, unknown incompatible bits); the message names it.
     pub fn read(file: &File, path: &Path) -> Result<Option<Header>> {
         let unreadable = || format!("cannot read the header of {}", path.display());
         let mut fixed = [0u8; V3_HEADER_LENGTH as usize];
@@ -355,9 +355,9 @@ fn refuse_features(bits: u64, path: &Path) -> Result<()> {
             "has extended L2 entries, which are not supported",
         ),
     ];
-    for (bit, sentence) in known {
+    for (bit, message) in known {
         if bits & bit != 0 {
-            return Err(Error::damaged(format!("{} {sentence}", path.display())));
+            return Err(Error::damaged(format!("{} {message}", path.display())));
         }
     }
     if bits != 0 {
@@ -473,19 +473,18 @@ fn rebase_opened(file: &File, image: &Path, new_backing: &Path) -> Result<()> {
 pub fn forget_dirty(copy: &File, of: &Path) -> Result<()> {
     const VERSION: u64 = 4;
     const INCOMPATIBLE: u64 = 72;
-    let sentence = || format!("cannot copy {}", of.display());
+    let message = || format!("cannot copy {}", of.display());
     let mut version = [0; 4];
     let mut bits = [0; 8];
-    copy.read_exact_at(&mut version, VERSION)
-        .context(sentence)?;
+    copy.read_exact_at(&mut version, VERSION).context(message)?;
     copy.read_exact_at(&mut bits, INCOMPATIBLE)
-        .context(sentence)?;
+        .context(message)?;
     let known = u64::from_be_bytes(bits);
     if u32::from_be_bytes(version) < 3 || known & 1 == 0 {
         return Ok(());
     }
     copy.write_all_at(&(known & !1).to_be_bytes(), INCOMPATIBLE)
-        .context(sentence)
+        .context(message)
 }
 
 /// The format at `target` must be the stored one: a "raw" extension over a qcow2 silently reads
@@ -595,7 +594,7 @@ fn write_again(file: &File, image: &Path) -> Result<()> {
     sync(file, image)
 }
 
-/// fsync with a sentence.
+/// fsync with a message.
 fn sync(file: &File, image: &Path) -> Result<()> {
     file.sync_all()
         .context(|| format!("cannot sync {}", image.display()))

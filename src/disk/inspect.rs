@@ -185,7 +185,7 @@ impl Image<'_> {
             u64::from(claims.claimed(cluster))
         })?;
         windows
-            .noted()
+            .log_outcome()
             .try_for_each(|window| self.check_compressed(&claims, window))
     }
 
@@ -481,7 +481,7 @@ impl Windows {
     }
 
     /// The clusters of each.
-    fn noted(&self) -> impl Iterator<Item = Range<u64>> {
+    fn log_outcome(&self) -> impl Iterator<Item = Range<u64>> {
         let starts = (0..self.clusters).step_by(COUNT_WINDOW as usize);
         let noted = starts.zip(&self.noted).filter(|(_, noted)| **noted);
         noted.map(|(first, _)| first..first.saturating_add(COUNT_WINDOW).min(self.clusters))

@@ -87,8 +87,8 @@ impl FileSystem {
     pub(super) fn parent(&self, directory: u32) -> Result<u32> {
         let inode = self.inode(directory)?;
         if inode.kind != FileKind::Directory {
-            let sentence = format!("inode {directory} is not a directory");
-            return Err(Error::new(libc::ENOTDIR, sentence));
+            let message = format!("inode {directory} is not a directory");
+            return Err(Error::new(libc::ENOTDIR, message));
         }
         let parent = match inode.is_inline() {
             true => Some(Fields(inode.block()).le32(0)),

@@ -139,7 +139,7 @@ pub(super) struct Volume {
 }
 
 impl Volume {
-    /// `len` bytes from `start` on, as far as the disk reaches; `name` is how sentences call it.
+    /// `len` bytes from `start` on, as far as the disk reaches; `name` is how messages call it.
     pub fn new(disk: Arc<Disk>, start: u64, len: u64, name: String) -> Volume {
         let len = len.min(disk.len().saturating_sub(start));
         Volume {
@@ -160,7 +160,7 @@ impl Volume {
         self.len
     }
 
-    /// How sentences call it.
+    /// How messages call it.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -21,7 +21,7 @@ const MAX_RUNS: u64 = 1 << 16;
 /// is the time each call takes.
 ///
 /// Every call may fail with EIO, if the file system is damaged or the disk can't be read; the
-/// sentence says what is wrong. No call asks whether the disk changed meanwhile: that is for the
+/// message says what is wrong. No call asks whether the disk changed meanwhile: that is for the
 /// caller to do, after reading, with [`Chain::unchanged`](crate::disk::Chain::unchanged).
 pub struct FileSystem {
     pub(super) volume: Volume,
@@ -199,8 +199,8 @@ impl FileSystem {
     pub(super) fn directory(&self, number: u32) -> Result<Inode> {
         let inode = self.inode(number)?;
         if inode.kind != FileKind::Directory {
-            let sentence = format!("inode {number} is not a directory");
-            return Err(Error::new(libc::ENOTDIR, sentence));
+            let message = format!("inode {number} is not a directory");
+            return Err(Error::new(libc::ENOTDIR, message));
         }
         self.check_readable(&inode)?;
         Ok(inode)
@@ -229,8 +229,8 @@ impl FileSystem {
     pub fn read_link(&self, inode: u32) -> Result<Vec<u8>> {
         let inode = self.inode(inode)?;
         if inode.kind != FileKind::Symlink {
-            let sentence = format!("inode {} is not a symbolic link", inode.number);
-            return Err(Error::new(libc::EINVAL, sentence));
+            let message = format!("inode {} is not a symbolic link", inode.number);
+            return Err(Error::new(libc::EINVAL, message));
         }
         self.check_readable(&inode)?;
         let size = inode.size(&self.layout);

@@ -316,7 +316,7 @@ pub(super) fn is_known(volume: &Volume) -> Result<bool> {
     Ok(Layout::is_one(&bytes) || known_as(volume)?.is_some())
 }
 
-/// What else the disk may hold, for a sentence that helps.
+/// What else the disk may hold, for a message that helps.
 pub(super) fn known_as(volume: &Volume) -> Result<Option<&'static str>> {
     for (at, magic, name) in [
         (0, &b"XFSB"[..], "an XFS file system"),

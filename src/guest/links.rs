@@ -151,8 +151,8 @@ impl FileSystem {
 }
 
 fn too_long() -> Error {
-    let sentence = "a symbolic link's target would be longer than a path may be";
-    Error::new(libc::ENAMETOOLONG, sentence)
+    let message = "a symbolic link's target would be longer than a path may be";
+    Error::new(libc::ENAMETOOLONG, message)
 }
 
 /// As many `..` as lead to the root, and then `rest`.
@@ -272,8 +272,8 @@ impl Walk<'_> {
         while let Some(step) = left.pop() {
             self.steps += 1;
             if self.steps > MAX_STEPS {
-                let sentence = "a symbolic link leads through too many others";
-                return Err(Error::new(libc::ELOOP, sentence));
+                let message = "a symbolic link leads through too many others";
+                return Err(Error::new(libc::ELOOP, message));
             }
             if step == b".." {
                 self.up();

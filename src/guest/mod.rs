@@ -22,7 +22,7 @@
 //!
 //! **Nothing on the disk is trusted.** Whoever has root in a guest can write what he likes there. So
 //! every number is checked before it is used to count, to index or to allocate; what is damaged is
-//! EIO with a sentence, for the one file or directory that it concerns if possible.
+//! EIO with a message, for the one file or directory that it concerns if possible.
 //!
 //! **Memory** is bounded by constants: of what was read, 32 MiB of structures, 4 MiB of contents and
 //! 16 MiB of names for all guests together ([`Caches`]), and per call a few blocks.
@@ -81,7 +81,7 @@ pub enum Content {
 impl Guest {
     /// Looks at what is on the disk that `chain` makes: a file system all over it, or a table of
     /// partitions, which are not looked into yet. EIO if there is neither, or the file system is
-    /// damaged or not known here; the sentence says what is there instead.
+    /// damaged or not known here; the message says what is there instead.
     pub fn open(chain: Arc<Chain>, caches: &Arc<Caches>) -> Result<Guest> {
         let disk = Arc::new(Disk::new(chain, caches.clone()));
         let places = partitions::find(&disk)?;

@@ -13,7 +13,7 @@ use super::records::BoxRecord;
 pub enum Activity {
     /// Nobody writes to its disk.
     Idle,
-    /// Somebody may; the sentence says who.
+    /// Somebody may; the message says who.
     Active(String),
 }
 

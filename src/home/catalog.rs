@@ -23,7 +23,7 @@ const OLDEST_WRITABLE_SCHEMA: i64 = 7;
 pub struct Schema {
     /// `schema_version.version`.
     pub version: i64,
-    /// Why changes are refused, as a sentence; None when they are not.
+    /// Why changes are refused, as a message; None when they are not.
     pub read_only: Option<String>,
 }
 

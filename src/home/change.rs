@@ -163,9 +163,9 @@ fn take_turn(home: &Home) -> Result<File> {
     }
     let dir = home.make_staging_dir()?;
     home.refuse_scattered()?;
-    let sentence = || format!("cannot lock {}", dir.display());
-    let file = File::open(&dir).context(sentence)?;
-    match flock_within(&file, LOCK_PATIENCE).context(sentence)? {
+    let message = || format!("cannot lock {}", dir.display());
+    let file = File::open(&dir).context(message)?;
+    match flock_within(&file, LOCK_PATIENCE).context(message)? {
         true => Ok(file),
         false => Err(Error::busy(format!(
             "another boxlitefs is changing {}; try again",
@@ -822,13 +822,13 @@ impl Transaction<'_> {
 }
 
 /// A violated UNIQUE constraint is a name that is taken.
-fn taken(error: Error, sentence: &str) -> Error {
+fn taken(error: Error, message: &str) -> Error {
     let constraint = std::error::Error::source(&error)
         .and_then(|source| source.downcast_ref::<rusqlite::Error>())
         .and_then(rusqlite::Error::sqlite_error_code)
         == Some(rusqlite::ErrorCode::ConstraintViolation);
     if constraint {
-        Error::new(libc::EEXIST, sentence)
+        Error::new(libc::EEXIST, message)
     } else {
         error
     }

@@ -1,4 +1,4 @@
-//! Connections to BoxLite's database, and sentences for what SQLite says of it.
+//! Connections to BoxLite's database, and messages for what SQLite says of it.
 
 use std::fs;
 use std::path::Path;
@@ -26,7 +26,7 @@ pub(super) fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "data_version", |row| row.get(0))
 }
 
-/// A sentence for what SQLite says of the database.
+/// A message for what SQLite says of the database.
 pub(super) fn damaged(database: &Path, error: rusqlite::Error) -> Error {
     told(database, error, 0)
 }

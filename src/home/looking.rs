@@ -190,15 +190,15 @@ impl Drop for PrivateDir {
 /// Of a copy that has no name any more when this returns: it holds the secrets of boxes.
 fn open_copy(database: &Path) -> Result<Connection> {
     let dir = std::env::temp_dir().join(format!("boxlitefs-{}", base_id()?));
-    let sentence = || format!("cannot copy {} to {}", database.display(), dir.display());
+    let message = || format!("cannot copy {} to {}", database.display(), dir.display());
     DirBuilder::new()
         .mode(0o700)
         .create(&dir)
-        .context(sentence)?;
+        .context(message)?;
     let dir_guard = PrivateDir(dir.clone());
     let copy = dir.join("boxlite.db");
-    copy_private(database, &copy).context(sentence)?;
-    copy_private(&beside(database, "-wal"), &beside(&copy, "-wal")).context(sentence)?;
+    copy_private(database, &copy).context(message)?;
+    copy_private(&beside(database, "-wal"), &beside(&copy, "-wal")).context(message)?;
     let connection = connect(&copy)?;
     keep_wal(&connection, database, true)?;
     // Nobody else has it: then SQLite keeps what it knows of the WAL in memory, and needs no name after the

@@ -324,7 +324,7 @@ fn check_variant(
     Err(mismatch(at, &one_of(words, variants)))
 }
 
-/// A name from an archive, fit for a sentence.
+/// A name from an archive, fit for a message.
 fn shown(name: &str) -> String {
     let short: String = name.chars().take(100).collect();
     format!("{short:?}")

@@ -124,8 +124,8 @@ impl Home {
         let mut dirs = dirs.into_iter().filter(|dir| dir.is_dir());
         dirs.find_map(|dir| {
             let error = may_write(dir).err()?;
-            let sentence = format!("{} can't be written", dir.display());
-            Some(Error::io(sentence, error))
+            let message = format!("{} can't be written", dir.display());
+            Some(Error::io(message, error))
         })
     }
 
@@ -227,11 +227,11 @@ impl Home {
         if !dir.is_dir() {
             self.make_dir(&dir)?;
         }
-        let sentence = || format!("cannot set the mode of {}", dir.display());
-        let mode = fs::metadata(&dir).context(sentence)?.mode() & 0o7777;
+        let message = || format!("cannot set the mode of {}", dir.display());
+        let mode = fs::metadata(&dir).context(message)?.mode() & 0o7777;
         // What is prepared in it may hold secrets.
         if mode & 0o077 != 0 {
-            fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).context(sentence)?;
+            fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).context(message)?;
         }
         Ok(dir)
     }

@@ -79,7 +79,7 @@ fn refused(place: &str, why: &str) -> Error {
     )
 }
 
-/// What an option opens, for the sentence.
+/// What an option opens, for the message.
 fn reach_of(place: &str) -> &'static str {
     match place {
         "ports" => "publishes a port on more than the loopback address",

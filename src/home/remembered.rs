@@ -56,10 +56,10 @@ impl Remembered {
         }
         let mut newer = None;
         if let Err(error) = &connection {
-            let sentence = format!("{} is not used: {error}", path.display());
+            let message = format!("{} is not used: {error}", path.display());
             match error {
-                Unusable::Newer { .. } => newer = Some(sentence),
-                Unusable::Sqlite(_) => log::info!("{sentence}"),
+                Unusable::Newer { .. } => newer = Some(message),
+                Unusable::Sqlite(_) => log::info!("{message}"),
             }
         }
         Remembered {
@@ -70,7 +70,7 @@ impl Remembered {
         }
     }
 
-    /// A sentence, if a newer boxlitefs made the database: it is left as it is, and done without.
+    /// A message, if a newer boxlitefs made the database: it is left as it is, and done without.
     pub fn newer(&self) -> Option<&str> {
         self.newer.as_deref()
     }
@@ -352,10 +352,10 @@ mod tests {
         assert_eq!(columns, 4);
         let before = std::fs::read(home.remembered()).unwrap();
         let older = Remembered::open(&home, false);
-        let sentence = older.newer().expect("a sentence");
+        let message = older.newer().expect("a message");
         assert!(
-            sentence.contains("newer boxlitefs") && sentence.contains("boxlitefs.db"),
-            "{sentence}"
+            message.contains("newer boxlitefs") && message.contains("boxlitefs.db"),
+            "{message}"
         );
         older.learn_digest(&[6; 32], &[5; 32]);
         assert_eq!(older.digest(&[4; 32]), None);

@@ -73,8 +73,8 @@ impl Shim {
     /// EBUSY when somebody else writes to the disk, when the process ended, may not be stopped from here or
     /// does not stop.
     pub fn pause(self, disk: &Path) -> Result<Paused> {
-        let sentence = || format!("cannot look at {}", disk.display());
-        let file = File::open(disk).context(sentence)?;
+        let message = || format!("cannot look at {}", disk.display());
+        let file = File::open(disk).context(message)?;
         let mut paused = Paused {
             processes: Vec::new(),
             disk_was: (0, 0, 0),
@@ -89,7 +89,7 @@ impl Shim {
         // A thread that is about to stop is shown as if it stood still, and runs once more.
         std::thread::sleep(MOMENT);
         paused.ran = paused.runs();
-        paused.disk_was = stamp(&paused.disk).context(sentence)?;
+        paused.disk_was = stamp(&paused.disk).context(message)?;
         Ok(paused)
     }
 }
@@ -333,7 +333,7 @@ struct Guard {
 
 impl Guard {
     fn begin() -> Result<Guard> {
-        let sentence = || "cannot start the process that sets a paused virtual machine going";
+        let message = || "cannot start the process that sets a paused virtual machine going";
         let mut child = Command::new("/proc/self/exe")
             .arg(GUARD)
             .stdin(Stdio::piped())
@@ -341,9 +341,9 @@ impl Guard {
             .stderr(Stdio::null())
             .current_dir("/")
             .spawn()
-            .context(sentence)?;
+            .context(message)?;
         let pipes = child.stdin.take().zip(child.stdout.take());
-        let (orders, answers) = pipes.ok_or_else(|| Error::damaged(sentence()))?;
+        let (orders, answers) = pipes.ok_or_else(|| Error::damaged(message()))?;
         let mut guard = Guard {
             child,
             orders,

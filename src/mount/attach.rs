@@ -66,14 +66,14 @@ pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, Ow
     let _turn = take_turn(&places.mountpoint);
     // Somebody else may have mounted since it was asked first.
     places::check_uncovered(&places.mountpoint)?;
-    let sentence = || format!("cannot mount at {shown}");
-    let mode = fs::metadata(&places.mountpoint).context(sentence)?.mode();
+    let message = || format!("cannot mount at {shown}");
+    let mode = fs::metadata(&places.mountpoint).context(message)?.mode();
     let requests = match mount_directly(places, options, mode) {
         // Who is not root mounts through fusermount3, which is setuid.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
             mount_by_fusermount(places, options)?
         }
-        mounted => mounted.context(sentence)?,
+        mounted => mounted.context(message)?,
     };
     let requests = Arc::new(requests);
     let table = Table::own()?;
@@ -85,13 +85,13 @@ pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, Ow
         .filter(is_it)
         .rfind(|entry| connection.is_none_or(|minor| entry.id.device.minor == minor));
     let Some(entry) = entry else {
-        let sentence = format!("{shown} was unmounted by somebody else as soon as it was mounted");
-        return Err(Error::new(libc::ENOTCONN, sentence));
+        let message = format!("{shown} was unmounted by somebody else as soon as it was mounted");
+        return Err(Error::new(libc::ENOTCONN, message));
     };
     let attached = Attached {
         own: OwnMount::new(entry.id, requests.clone()),
     };
-    let for_session = requests.try_clone().context(sentence)?;
+    let for_session = requests.try_clone().context(message)?;
     Ok((attached, for_session))
 }
 
@@ -154,7 +154,7 @@ fn access(options: &Options) -> &'static [&'static str] {
 
 /// Through fusermount3, which sends the descriptor back on the socket that is its standard input.
 fn mount_by_fusermount(places: &Places, options: &Options) -> Result<OwnedFd> {
-    let sentence = || "cannot run fusermount3, which mounts for those who are not root: install the package fuse3";
+    let message = || "cannot run fusermount3, which mounts for those who are not root: install the package fuse3";
     let (ours, its) = UnixStream::pair().context(|| "cannot make a socket")?;
     let mut fusermount = Command::new(fusermount_program())
         .arg("-o")
@@ -167,14 +167,14 @@ fn mount_by_fusermount(places: &Places, options: &Options) -> Result<OwnedFd> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .context(sentence)?;
+        .context(message)?;
     let received = receive(&ours);
     let mut said = String::new();
     if let Some(stderr) = &mut fusermount.stderr {
         // It is told as far as it can be read.
         let _ = stderr.read_to_string(&mut said);
     }
-    fusermount.wait().context(sentence)?;
+    fusermount.wait().context(message)?;
     received.map_err(|error| {
         let errno = match said.to_lowercase() {
             said if said.contains("not permitted") || said.contains("denied") => libc::EPERM,

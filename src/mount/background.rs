@@ -1,6 +1,6 @@
 //! A mount in the background: one process serves, the one that was called waits until it does.
 //!
-//! The child says one thing through a pipe: `ok`, or the errno and sentence of what failed. When
+//! The child says one thing through a pipe: `ok`, or the errno and message of what failed. When
 //! it dies without a word the pipe ends, and the parent says so.
 
 use std::fs::File;
@@ -99,8 +99,8 @@ fn run_child(writer: PipeWriter, serve: impl FnOnce(&Word) -> Result<()>) -> i32
 
 /// What the child's `ERRNO SENTENCE` means; None when it said nothing of the kind.
 fn refusal(word: &str) -> Option<Error> {
-    let (errno, sentence) = word.split_once(' ')?;
-    Some(Error::new(errno.parse().ok()?, sentence))
+    let (errno, message) = word.split_once(' ')?;
+    Some(Error::new(errno.parse().ok()?, message))
 }
 
 fn fork() -> io::Result<libc::pid_t> {
@@ -159,7 +159,7 @@ mod tests {
     fn a_failure_told_through_the_pipe_keeps_errno_and_sentence() {
         let error = refusal("16 the home is busy: close it").unwrap();
         assert_eq!(error.errno(), libc::EBUSY);
-        assert_eq!(error.sentence(), "the home is busy: close it");
+        assert_eq!(error.message(), "the home is busy: close it");
         assert!(refusal("").is_none());
         assert!(refusal("killed").is_none());
     }

@@ -181,18 +181,18 @@ pub(super) fn remove_idle(id: MountId, is_still_meant: impl Fn() -> bool) -> Res
     let marked = UnmountFlags::EXPIRE | UnmountFlags::NOFOLLOW;
     for _ in 0..MARKS {
         let path = path_of(id)?;
-        let sentence = || format!("cannot unmount {}", path.display());
+        let message = || format!("cannot unmount {}", path.display());
         match unmount(&path, marked) {
             Err(Errno::AGAIN) => {}
             Err(Errno::PERM) => return fusermount(id, &path, false),
-            result => return result.map_err(Into::into).context(sentence),
+            result => return result.map_err(Into::into).context(message),
         }
         if path_of(id)? != path || !is_still_meant() {
             return Err(replaced(&path));
         }
         match unmount(&path, marked) {
             Err(Errno::AGAIN) => {}
-            result => return result.map_err(Into::into).context(sentence),
+            result => return result.map_err(Into::into).context(message),
         }
     }
     Err(Error::busy("the mount is looked at all the time"))
@@ -204,11 +204,11 @@ pub(super) fn remove_idle(id: MountId, is_still_meant: impl Fn() -> bool) -> Res
 /// As for [`remove_idle`], but a mount that is in use is none.
 pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> Result<()> {
     let path = path_of(id)?;
-    let sentence = || format!("cannot unmount {}", path.display());
+    let message = || format!("cannot unmount {}", path.display());
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mount = open(&path, flags, Mode::empty())
         .map_err(Into::into)
-        .context(sentence)?;
+        .context(message)?;
     if mount_number(&mount) != Some(id.id) || path_of(id)? != path || !is_still_meant() {
         return Err(replaced(&path));
     }
@@ -219,7 +219,7 @@ pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> R
             drop(mount);
             fusermount(id, &path, true)
         }
-        result => result.map_err(Into::into).context(sentence),
+        result => result.map_err(Into::into).context(message),
     }
 }
 
@@ -237,8 +237,8 @@ pub(super) fn is_free(id: MountId) -> bool {
 fn path_of(id: MountId) -> Result<PathBuf> {
     let table = Table::own()?;
     let Some(entry) = table.find(id) else {
-        let sentence = format!("the mount with the device {} is not mounted", id.device);
-        return Err(Error::new(libc::EINVAL, sentence));
+        let message = format!("the mount with the device {} is not mounted", id.device);
+        return Err(Error::new(libc::EINVAL, message));
     };
     match table.in_the_way(entry) {
         None => Ok(entry.mountpoint.clone()),
@@ -252,8 +252,8 @@ fn path_of(id: MountId) -> Result<PathBuf> {
 }
 
 fn replaced(path: &Path) -> Error {
-    let sentence = format!("{} has another mount now", path.display());
-    Error::new(libc::EINVAL, sentence)
+    let message = format!("{} has another mount now", path.display());
+    Error::new(libc::EINVAL, message)
 }
 
 /// The number of the mount that a descriptor is in.
@@ -357,7 +357,7 @@ mod tests {
             panic!("it is covered");
         };
         assert_eq!(error.errno(), libc::EBUSY);
-        assert!(error.sentence().contains("tmpfs is mounted on"), "{error}");
+        assert!(error.message().contains("tmpfs is mounted on"), "{error}");
         assert_eq!(fstype_at(&mnt).as_deref(), Some("tmpfs"));
         unmount(&mnt, UnmountFlags::empty()).unwrap();
         assert!(matches!(detach_own(attached.own()), Detached::Done));

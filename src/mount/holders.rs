@@ -12,10 +12,10 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::mountinfo::{Device, MountId, Table};
 
-/// How many holders a sentence names.
+/// How many holders a message names.
 const NAMED: usize = 3;
 
-/// How much of a command line a sentence has, in characters.
+/// How much of a command line a message has, in characters.
 const COMMAND: usize = 60;
 
 /// A process.
@@ -92,7 +92,7 @@ pub(super) fn mounts_of(device: Device) -> Vec<Place> {
     places
 }
 
-/// What has something of a file system open, or its working directory there, as a sentence names it. None
+/// What has something of a file system open, or its working directory there, as a message names it. None
 /// where nothing can be seen.
 pub(super) fn users_of(device: Device, mountpoint: Option<&Path>) -> Option<String> {
     let own = std::process::id();

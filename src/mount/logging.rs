@@ -209,7 +209,7 @@ impl Log for SystemLog {
     fn flush(&self) {}
 }
 
-/// `<30>boxlitefs[123]: sentence`.
+/// `<30>boxlitefs[123]: message`.
 fn line(record: &Record<'_>, pid: u32) -> String {
     let mut line = String::new();
     let priority = DAEMON | priority(record.level());

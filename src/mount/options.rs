@@ -36,7 +36,7 @@ pub struct Options {
 pub struct Documented {
     /// As it is written, such as `cache=SIZE`.
     pub form: &'static str,
-    /// What it does, in a sentence without a full stop.
+    /// What it does, in a message without a full stop.
     pub effect: &'static str,
 }
 
@@ -362,7 +362,7 @@ mod tests {
         ] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
-            assert!(error.sentence().contains(wrong), "{error}");
+            assert!(error.message().contains(wrong), "{error}");
         }
     }
 
@@ -394,7 +394,7 @@ mod tests {
         ] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
-            assert!(error.sentence().contains(wrong), "{error}");
+            assert!(error.message().contains(wrong), "{error}");
         }
     }
 
@@ -407,7 +407,7 @@ mod tests {
         for wrong in ["links=", "links=host", "links=Guest"] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
-            assert!(error.sentence().contains(wrong), "{error}");
+            assert!(error.message().contains(wrong), "{error}");
         }
     }
 
@@ -428,7 +428,7 @@ mod tests {
         ] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
-            assert!(error.sentence().contains(wrong), "{error}");
+            assert!(error.message().contains(wrong), "{error}");
         }
     }
 
@@ -436,8 +436,8 @@ mod tests {
     fn an_unknown_option_is_named_and_the_known_ones_are_listed() {
         let error = parse("ro,uid=1000").unwrap_err();
         assert_eq!(error.errno(), libc::EINVAL);
-        assert!(error.sentence().contains("\"uid=1000\""));
-        assert!(error.sentence().contains("allow_other"));
+        assert!(error.message().contains("\"uid=1000\""));
+        assert!(error.message().contains("allow_other"));
         assert!(parse("gid=5").is_err());
         assert!(parse("ro ").is_err());
         assert!(parse("allow_other=1").is_err());
@@ -450,7 +450,7 @@ mod tests {
                 None => assert!(parse(option.form).is_ok(), "{}", option.form),
                 Some((name, _)) => {
                     let error = parse(&format!("{name}=?")).unwrap_err();
-                    assert!(error.sentence().contains("needs"), "{error}");
+                    assert!(error.message().contains("needs"), "{error}");
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! What must be true before a mount is tried, each failure a sentence that says what to do.
+//! What must be true before a mount is tried, each failure a message that says what to do.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -79,9 +79,9 @@ fn check_mountpoint(mountpoint: &Path) -> Result<PathBuf> {
             Some(entry) if entry.is_ours() => format!("`boxlitefs unmount --dead {shown}`"),
             _ => format!("`fusermount3 -u {shown}`, or as root `umount -l {shown}`"),
         };
-        let sentence =
+        let message =
             format!("a FUSE mount whose process is gone is still on {shown}: remove it with {how}");
-        return Err(Error::new(libc::ENOTCONN, sentence));
+        return Err(Error::new(libc::ENOTCONN, message));
     }
     check_uncovered(&path)?;
     match looked {
@@ -104,7 +104,7 @@ fn check_mountpoint(mountpoint: &Path) -> Result<PathBuf> {
 /// EBUSY when there is one.
 pub(super) fn check_uncovered(mountpoint: &Path) -> Result<()> {
     let shown = mountpoint.display();
-    let sentence = match mountinfo::at(mountpoint)? {
+    let message = match mountinfo::at(mountpoint)? {
         Some(entry) if entry.is_ours() => format!(
             "boxlitefs is already mounted on {shown}: use it, or unmount it with `boxlitefs unmount {shown}`"
         ),
@@ -114,13 +114,13 @@ pub(super) fn check_uncovered(mountpoint: &Path) -> Result<()> {
         ),
         _ => return Ok(()),
     };
-    Err(Error::busy(sentence))
+    Err(Error::busy(message))
 }
 
 /// Neither may lie inside the other: the mount would hide the home it needs, or BoxLite would
 /// find the mount among its files.
 fn check_apart(home: &Path, mountpoint: &Path) -> Result<()> {
-    let sentence = if mountpoint.starts_with(home) {
+    let message = if mountpoint.starts_with(home) {
         format!(
             "the mountpoint {} lies inside the BoxLite home {}: name a directory outside it",
             mountpoint.display(),
@@ -135,7 +135,7 @@ fn check_apart(home: &Path, mountpoint: &Path) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::new(libc::EINVAL, sentence))
+    Err(Error::new(libc::EINVAL, message))
 }
 
 /// Whether this process acts as root.
@@ -226,10 +226,10 @@ mod tests {
         fs::write(&file, "").unwrap();
         let error = check_home(&place.path().join("none")).unwrap_err();
         assert_eq!(error.errno(), libc::ENOENT);
-        assert!(error.sentence().contains("BOXLITE_HOME"));
+        assert!(error.message().contains("BOXLITE_HOME"));
         assert_eq!(check_home(&file).unwrap_err().errno(), libc::ENOTDIR);
         let error = check_mountpoint(&place.path().join("none")).unwrap_err();
-        assert!(error.sentence().contains("mkdir"));
+        assert!(error.message().contains("mkdir"));
         assert_eq!(error.errno(), libc::ENOENT);
         assert_eq!(check_mountpoint(&file).unwrap_err().errno(), libc::ENOTDIR);
         let below_a_file = check_mountpoint(&file.join("x")).unwrap_err();

@@ -29,7 +29,7 @@ const FAREWELL: Duration = Duration::from_secs(12);
 pub enum Unmounted {
     /// The mount is gone, and so is the process that served it, as far as that can be seen.
     Entirely,
-    /// The mount is gone, but what was mounted is still served: the sentence says what has it.
+    /// The mount is gone, but what was mounted is still served: the message says what has it.
     OnlyHere(Error),
 }
 
@@ -57,9 +57,9 @@ pub fn unmount(mountpoint: &Path, tell: impl Fn(&str)) -> Result<Unmounted> {
         server,
     };
     let held = remains.wait_for_the_end(&tell);
-    Ok(held.map_or(Unmounted::Entirely, |sentence| {
+    Ok(held.map_or(Unmounted::Entirely, |message| {
         Unmounted::OnlyHere(Error::busy(format!(
-            "{shown} is unmounted here, but {sentence}"
+            "{shown} is unmounted here, but {message}"
         )))
     }))
 }
@@ -90,7 +90,7 @@ pub fn remove_dead(mountpoint: &Path) -> Result<()> {
 /// The mount of boxlitefs on a path.
 fn target(mountpoint: &Path, path: &Path, table: &Table) -> Result<Entry> {
     let shown = mountpoint.display();
-    let sentence = match table.at(path) {
+    let message = match table.at(path) {
         Some(entry) if entry.is_ours() => return Ok(entry.clone()),
         Some(entry) => format!(
             "{shown} is a mount of {}, not of boxlitefs: unmount it with umount",
@@ -98,7 +98,7 @@ fn target(mountpoint: &Path, path: &Path, table: &Table) -> Result<Entry> {
         ),
         None => none_there(mountpoint, path, table),
     };
-    Err(Error::new(libc::EINVAL, sentence))
+    Err(Error::new(libc::EINVAL, message))
 }
 
 /// Why there is nothing to unmount on a path, and which mount may have been meant.
@@ -330,9 +330,9 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let error = unmount(place.path());
         assert_eq!(error.errno(), libc::EINVAL);
-        assert!(error.sentence().contains("nothing is mounted"));
+        assert!(error.message().contains("nothing is mounted"));
         let error = unmount(Path::new("/proc"));
-        assert!(error.sentence().contains("a mount of proc"));
+        assert!(error.message().contains("a mount of proc"));
         let error = unmount(&place.path().join("none"));
         assert_eq!(error.errno(), libc::ENOENT);
     }

@@ -200,13 +200,13 @@ impl Prepared<'_> {
 
 /// Copies a file, holes and all, sharing its blocks where the file system can.
 fn copy_file(from: &Path, to: &Path) -> Result<()> {
-    let sentence = || format!("cannot copy {}", from.display());
-    let source = File::open(from).context(sentence)?;
+    let message = || format!("cannot copy {}", from.display());
+    let source = File::open(from).context(message)?;
     let target = fs::OpenOptions::new()
         .write(true)
         .create_new(true)
         .open(to)
-        .context(sentence)?;
+        .context(message)?;
     copy_contents(&source, &target, from, &mut || Ok(()))
 }
 
@@ -222,21 +222,21 @@ pub(super) fn copy_contents(
     name: &Path,
     go_on: &mut dyn FnMut() -> Result<()>,
 ) -> Result<()> {
-    let sentence = || format!("cannot copy {}", name.display());
+    let message = || format!("cannot copy {}", name.display());
     if disk::share_contents(source, target) {
         return go_on();
     }
-    let length = source.metadata().context(sentence)?.len();
-    target.set_len(length).context(sentence)?;
+    let length = source.metadata().context(message)?.len();
+    target.set_len(length).context(message)?;
     let (mut from, mut to) = (source, target);
     let mut offset = 0;
-    while let Some((start, end)) = next_data(source, offset).context(sentence)? {
+    while let Some((start, end)) = next_data(source, offset).context(message)? {
         let end = end.min(start + PIECE);
         go_on()?;
-        from.seek(SeekFrom::Start(start)).context(sentence)?;
-        to.seek(SeekFrom::Start(start)).context(sentence)?;
+        from.seek(SeekFrom::Start(start)).context(message)?;
+        to.seek(SeekFrom::Start(start)).context(message)?;
         // std uses copy_file_range here, which shares blocks on btrfs and xfs.
-        std::io::copy(&mut from.take(end - start), &mut to).context(sentence)?;
+        std::io::copy(&mut from.take(end - start), &mut to).context(message)?;
         offset = end;
     }
     Ok(())

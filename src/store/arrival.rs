@@ -288,7 +288,7 @@ impl Arrival {
 
     fn refused(&self) -> Result<()> {
         match &self.refused {
-            Some((errno, sentence)) => Err(Error::new(*errno, sentence.clone())),
+            Some((errno, message)) => Err(Error::new(*errno, message.clone())),
             None => Ok(()),
         }
     }
@@ -329,15 +329,15 @@ struct Spool {
 
 impl Spool {
     fn create(path: &Path, most: Option<u64>) -> Result<Spool> {
-        let sentence = || format!("cannot make the spool {}", path.display());
+        let message = || format!("cannot make the spool {}", path.display());
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
             .mode(0o600)
             .open(path)
-            .context(sentence)?;
-        fs::remove_file(path).context(sentence)?;
+            .context(message)?;
+        fs::remove_file(path).context(message)?;
         Ok(Spool {
             file,
             pieces: BTreeMap::new(),

@@ -16,7 +16,7 @@ use super::crash::crash_point;
 use super::layers::Role;
 use super::marks::UNRECORDED;
 use super::prepare::Prepared;
-use super::{Store, called, durable};
+use super::{Store, display_name, durable};
 use crate::disk::{FileId, Header};
 use crate::home::Change;
 use crate::{Context, Error, Result};
@@ -77,7 +77,7 @@ impl Prepared<'_> {
     /// EBUSY where recovery would have to come first: beside a runtime, what a crash left can't be told
     /// from what BoxLite is doing.
     pub(super) fn refuse_unsettled(&self) -> Result<()> {
-        let name = called(&self.record);
+        let name = display_name(&self.record);
         let home = &self.store.home;
         self.refuse_pending()?;
         if home.box_dir(&self.record.id).join(UNRECORDED).exists() {
@@ -105,7 +105,7 @@ impl Prepared<'_> {
     fn unsettled(&self) -> Error {
         Error::busy(format!(
             "a change of box {} was cut off, and is undone once no BoxLite runtime has the home; end the program that has it open, and try again",
-            called(&self.record)
+            display_name(&self.record)
         ))
     }
 
@@ -116,7 +116,7 @@ impl Prepared<'_> {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             _ => Err(Error::busy(format!(
                 "BoxLite is taking a snapshot of box {}, or ended in the middle of one ({}); try again, or start BoxLite anew",
-                called(&self.record),
+                display_name(&self.record),
                 marker.display()
             ))),
         }
@@ -126,7 +126,7 @@ impl Prepared<'_> {
     pub(super) fn cloned_just_now(&self, base: &Path) -> Error {
         Error::busy(format!(
             "box {} reads from {}, which has no row: BoxLite is cloning the box, or ended in the middle of that; try again, or end the program that has the home open",
-            called(&self.record),
+            display_name(&self.record),
             base.display()
         ))
     }
@@ -182,7 +182,7 @@ impl Prepared<'_> {
         }
         Err(Error::busy(format!(
             "the disk of box {} would get another size, which is not done while a BoxLite runtime has the home; end the program that has it open, or import under a new name",
-            called(&self.record)
+            display_name(&self.record)
         )))
     }
 }

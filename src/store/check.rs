@@ -14,7 +14,7 @@ use super::listing::names_in;
 use super::merge::Rows;
 use super::prepare::Prepared;
 use super::waiting_archive::waiting_in;
-use super::{Compression, Journal, Store, called, workspace};
+use super::{Compression, EventLog, Store, display_name, workspace};
 use crate::disk::{Chain, FileId};
 use crate::home::{
     Activity, BaseRecord, BoxRecord, Catalog, Home, SnapshotRecord, is_snapshot_name, snapshot_id,
@@ -77,8 +77,8 @@ struct Report {
 
 fn look(home: &Path) -> Result<Report> {
     let home = Home::open(home)?;
-    let journal = Journal::open(&home, true);
-    let store = Store::to_look(home, journal);
+    let events = EventLog::open(&home, true);
+    let store = Store::to_look(home, events);
     let mut check = Check {
         catalog: store.home.catalog()?,
         layers: store.scan_layers()?,
@@ -119,7 +119,7 @@ impl Store {
                 .prepare(&record.id)
                 .and_then(|mut prepared| prepared.record_orphans());
             if let Err(error) = repaired {
-                self.journal.note(&format!("repair: {error}"));
+                self.events.info(&format!("repair: {error}"));
             }
         }
         self.free_unneeded()?;
@@ -148,9 +148,9 @@ impl Prepared<'_> {
             let size = chain.virtual_size();
             drop(chain);
             self.record_snapshot(&snapshot_id()?, &name, &path, size, Some(made))?;
-            self.store.journal.note(&format!(
+            self.store.events.info(&format!(
                 "box {}: recorded snapshot {name}, whose layer had no row",
-                called(&self.record)
+                display_name(&self.record)
             ));
         }
         Ok(())
@@ -219,17 +219,17 @@ impl Check<'_> {
             self.configuration(record);
             let live = self.store.home.live_disk(&record.id);
             if live.exists() {
-                self.chain(&format!("box {}", called(record)), &live);
+                self.chain(&format!("box {}", display_name(record)), &live);
                 self.one_name(record, &live);
             } else if !catalog.snapshots_of(&record.id).is_empty() {
                 self.found(format!(
                     "box {} has snapshots but no disk at {}",
-                    called(record),
+                    display_name(record),
                     live.display()
                 ));
             }
             for snapshot in catalog.snapshots_of(&record.id) {
-                let what = format!("snapshot {} of box {}", snapshot.name, called(record));
+                let what = format!("snapshot {} of box {}", snapshot.name, display_name(record));
                 let path = self.store.snapshot_layer(snapshot);
                 if path.is_file() {
                     self.chain(&what, &path);
@@ -241,7 +241,7 @@ impl Check<'_> {
     }
 
     fn configuration(&mut self, record: &BoxRecord) {
-        let name = called(record);
+        let name = display_name(record);
         match record.config() {
             Ok(config) => {
                 let box_home = config["box_home"].as_str().unwrap_or_default().to_owned();
@@ -296,7 +296,7 @@ impl Check<'_> {
         for name in names {
             self.found(format!(
                 "{name} is also the live disk of box {}: a change was cut off; mounting the home undoes it",
-                called(record)
+                display_name(record)
             ));
         }
     }
@@ -384,7 +384,7 @@ impl Check<'_> {
             .filter(|file| file.names == 1 && self.layers.readers_of(&file.path).next().is_none())
             .collect();
         let bytes: u64 = unread.iter().map(|file| file.allocated).sum();
-        let sentences: Vec<String> = unread
+        let messages: Vec<String> = unread
             .iter()
             .map(|file| {
                 format!(
@@ -394,15 +394,15 @@ impl Check<'_> {
                 )
             })
             .collect();
-        if sentences.is_empty() {
+        if messages.is_empty() {
             return;
         }
         self.unread = Some(format!(
             "layers of boxlitefs whose last reader BoxLite removed: {} ({}); boxlitefs compact frees them",
-            sentences.len(),
+            messages.len(),
             amount(bytes)
         ));
-        self.findings.extend(sentences);
+        self.findings.extend(messages);
     }
 
     /// Spare names of bases that are gone. Those of bases with rows are told of with these.
@@ -445,7 +445,7 @@ impl Check<'_> {
             if home.pending_marker(&id).exists() {
                 found.push(format!(
                     "box {} was left by BoxLite in the middle of a snapshot",
-                    called(record)
+                    display_name(record)
                 ));
             }
             for name in names_in(&home.snapshots_dir(&id))? {
@@ -458,7 +458,7 @@ impl Check<'_> {
                     found.push(format!(
                         "{} belongs to no snapshot of box {} ({}); boxlitefs check --repair makes one of it, or removes it where nothing is lost",
                         dir.display(),
-                        called(record),
+                        display_name(record),
                         amount(taken(&dir))
                     ));
                 }

@@ -42,10 +42,10 @@ impl Store {
     pub fn clone_box(&self, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
         let what = format!("clone {} of {}", new.name, self.describe(source));
         let result = self.make_clone(source, read, new);
-        self.noted(&what, result)
+        self.events.log_outcome(&what, result)
     }
 
-    /// A source in a sentence.
+    /// A source in a message.
     pub(crate) fn describe(&self, source: &Source) -> String {
         let name = self.name_of(source.box_id());
         match source {
@@ -166,7 +166,7 @@ impl Store {
             self.describe(source)
         );
         let result = self.make_shared(source, read, box_id, new);
-        self.noted(&what, result)
+        self.events.log_outcome(&what, result)
     }
 
     /// Order: the source as for a clone; references of the new reader; then as a snapshot.

@@ -73,19 +73,19 @@ impl Store {
             changed: plan.chain.changed_at(),
             below: plan.chain.layers().get(plan.upper).map(|layer| layer.id()),
         };
-        let sentence = || format!("cannot write {}", combined.file.display());
-        let out = File::create_new(&combined.file).context(sentence)?;
+        let message = || format!("cannot write {}", combined.file.display());
+        let out = File::create_new(&combined.file).context(message)?;
         plan.image.write_to(&out, pace)?;
         plan.chain.unchanged()?;
-        let mode = fs::metadata(&plan.top).context(sentence)?.permissions();
-        out.set_permissions(mode).context(sentence)?;
+        let mode = fs::metadata(&plan.top).context(message)?.permissions();
+        out.set_permissions(mode).context(message)?;
         self.home.give_to_owner(&combined.file)?;
         // The time of the state, which a top that is being written to does not have any more.
         let times = FileTimes::new()
             .set_accessed(combined.changed)
             .set_modified(combined.changed);
-        out.set_times(times).context(sentence)?;
-        out.sync_all().context(sentence)?;
+        out.set_times(times).context(message)?;
+        out.sync_all().context(message)?;
         self.note_stand_in(&out, &plan.chain, plan.upper)?;
         Ok(combined)
     }

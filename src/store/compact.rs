@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::merge::{Merge, Merged, Rows, merges, shortening};
-use super::{Compression, Operation, Store};
+use super::{Compression, Store};
 use crate::disk::FileId;
 use crate::home::Catalog;
+use crate::progress::Operation;
 use crate::{Context, Error, Result};
 
 /// How long whoever has a layer open is waited for: a mount lets go of what nobody reads.
@@ -101,7 +102,7 @@ impl Store {
                 continue;
             };
             match self.merge_metered(&merge, meter) {
-                Ok(merged) => say(out, &self.sentence(&merge, merged))?,
+                Ok(merged) => say(out, &self.message(&merge, merged))?,
                 Err(error) => {
                     settled.extend(merge.top_id());
                     match error.errno() {
@@ -110,7 +111,7 @@ impl Store {
                         libc::EBUSY => waits.push((merge, error)),
                         _ => {
                             let failed = format!("{} stays as it is", self.readers(&merge));
-                            self.journal.note(&format!("{failed}: {error}"));
+                            self.events.info(&format!("{failed}: {error}"));
                             say(out, &failed)?;
                             failure = failure.and(Err(error));
                         }
@@ -191,14 +192,14 @@ impl Store {
         }
     }
 
-    pub(super) fn sentence(&self, merge: &Merge, merged: Merged) -> String {
-        let mut sentence = format!("{}: {} layers became one", self.readers(merge), merge.len());
+    pub(super) fn message(&self, merge: &Merge, merged: Merged) -> String {
+        let mut message = format!("{}: {} layers became one", self.readers(merge), merge.len());
         if let Ok(freed @ 1..) = u64::try_from(merged.freed) {
-            let _ = write!(sentence, ", {} freed", amount(freed));
+            let _ = write!(message, ", {} freed", amount(freed));
         } else if let Ok(more @ 1..) = u64::try_from(-merged.freed) {
-            let _ = write!(sentence, ", {} more than before", amount(more));
+            let _ = write!(message, ", {} more than before", amount(more));
         }
-        self.journal.note(&sentence);
-        sentence
+        self.events.info(&message);
+        message
     }
 }

@@ -60,11 +60,11 @@ pub(super) fn sync_parent(path: &Path) -> Result<()> {
 
 /// Flushes all that anybody has done to the file system that a directory is on.
 pub(super) fn sync_file_system(path: &Path) -> Result<()> {
-    let sentence = || format!("cannot flush the file system of {}", path.display());
-    let dir = File::open(path).context(sentence)?;
+    let message = || format!("cannot flush the file system of {}", path.display());
+    let dir = File::open(path).context(message)?;
     rustix::fs::syncfs(&dir)
         .map_err(std::io::Error::from)
-        .context(sentence)
+        .context(message)
 }
 
 fn parent(path: &Path) -> Result<&Path> {
@@ -111,10 +111,10 @@ pub(super) fn remove_dir(path: &Path) -> Result<()> {
 /// change when its file was made.
 pub(super) fn copy_times(from: &Path, to: &Path) -> Result<()> {
     let meta = fs::metadata(from).context(|| format!("cannot look at {}", from.display()))?;
-    let sentence = || format!("cannot set the times of {}", to.display());
+    let message = || format!("cannot set the times of {}", to.display());
     File::open(to)
         .and_then(|file| set_times(&file, &meta))
-        .context(sentence)
+        .context(message)
 }
 
 /// Gives a file the times that `of` has.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use super::states::LayerStates;
-use super::{Source, Store, called};
+use super::{Source, Store, display_name};
 use crate::archive::{About, Export};
 use crate::disk::{Chain, LONGEST_TICK};
 use crate::home::{BoxRecord, Catalog};
@@ -217,7 +217,7 @@ impl Store {
             libc::ENODATA,
             format!(
                 "box {} has no disk yet; start it once with BoxLite",
-                called(record)
+                display_name(record)
             ),
         ))
     }
@@ -359,11 +359,11 @@ impl Store {
 
 /// What is shown of an export that can't be opened.
 fn unreadable(top: &Path, record: &BoxRecord, size: u64) -> Result<Contents> {
-    let sentence = || format!("cannot look at {}", top.display());
-    let meta = fs::metadata(top).context(sentence)?;
+    let message = || format!("cannot look at {}", top.display());
+    let meta = fs::metadata(top).context(message)?;
     Ok(Contents {
         size,
-        changed: meta.modified().context(sentence)?,
+        changed: meta.modified().context(message)?,
         about: hash_of(record),
         state: 0,
     })

@@ -10,7 +10,7 @@ use super::durable;
 use super::layers::resolve;
 use super::prepare::{Prepared, now};
 use super::workspace::discard;
-use super::{Contents, Source, Store, called};
+use super::{Contents, Source, Store, display_name};
 use crate::disk::{self, FileId, Format, Header, Layer};
 use crate::home::{NewBase, base_id};
 use crate::{Context, Error, Result};
@@ -342,7 +342,7 @@ impl Prepared<'_> {
                 None => Ok(()),
             });
             if let Err(error) = undone {
-                self.store.journal.note(&format!(
+                self.store.events.info(&format!(
                     "{error}; {} is freed when the home is mounted next",
                     base.display()
                 ));
@@ -354,7 +354,7 @@ impl Prepared<'_> {
     pub(super) fn replaced_just_now(&self) -> Error {
         Error::busy(format!(
             "the disk of box {} was changed just now; try again",
-            called(&self.record)
+            display_name(&self.record)
         ))
     }
 
@@ -364,10 +364,10 @@ impl Prepared<'_> {
         let Some(flat) = &draft.flat else {
             return Ok(());
         };
-        let sentence = || format!("cannot look at {}", top.display());
-        let meta = fs::symlink_metadata(top).context(sentence)?;
+        let message = || format!("cannot look at {}", top.display());
+        let meta = fs::symlink_metadata(top).context(message)?;
         let is_same = FileId::of(&meta) == flat.top
-            && meta.modified().context(sentence)? == flat.changed
+            && meta.modified().context(message)? == flat.changed
             && flat.lies_on_chain_of(top)?;
         if !is_same {
             return Err(self.replaced_just_now());

@@ -30,7 +30,8 @@ impl Store {
     /// allowed here, EEXIST when the name is taken, EBUSY.
     pub fn import_box(&self, arrival: &Arrival, new: &NewClone) -> Result<()> {
         let result = self.make_imported(arrival, new);
-        self.noted(&format!("import of box {}", new.name), result)
+        self.events
+            .log_outcome(&format!("import of box {}", new.name), result)
     }
 
     /// Order: the directory is built in the workspace, where the disk was unpacked and checked;
@@ -133,7 +134,7 @@ impl Store {
     ) -> Result<()> {
         let name = &new.name;
         let result = self.make_imported_snapshot(arrival, box_id, new);
-        self.noted(
+        self.events.log_outcome(
             &format!("import of snapshot {name} of box {}", self.name_of(box_id)),
             result,
         )

@@ -523,8 +523,8 @@ impl Prepared<'_> {
         let Some(top) = wanted.layers.first() else {
             return Ok(());
         };
-        let sentence = || format!("cannot look at {}", old.display());
-        let meta = std::fs::symlink_metadata(old).context(sentence)?;
+        let message = || format!("cannot look at {}", old.display());
+        let meta = std::fs::symlink_metadata(old).context(message)?;
         let (length, modified, _) = stamp(&meta);
         let is_same = (length, modified) == (top.stamp.0, top.stamp.1);
         if is_same && !is_open_for_writing(old) {

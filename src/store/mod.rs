@@ -18,13 +18,11 @@ mod export;
 mod freeze;
 mod import;
 mod inside;
-mod journal;
 mod layers;
 mod listing;
 mod marks;
 mod merge;
 mod names;
-mod operations;
 mod prepare;
 mod priority;
 mod recover;
@@ -58,15 +56,15 @@ pub use compressed::{CacheUsage, Compression, OpenedCompressed, Packed, Waiter};
 pub use export::{Contents, Form};
 pub use import::SnapshotContents;
 pub use inside::{DiskState, Inside};
-pub use journal::Journal;
-pub use operations::{Operation, Operations, Running};
 pub use remove_box::{Gone, SeenDisk};
 pub use spool::Spool;
 pub use upkeep::{Compacting, Upkeep};
 pub use usage::Usage;
 
 use crate::disk::{FileClock, Scope};
+use crate::event_log::EventLog;
 use crate::home::{BoxRecord, Catalog, Home, Remembered, SnapshotRecord};
+use crate::progress::Operations;
 use crate::{Error, Result};
 
 /// A disk state that can be read, cloned and exported.
@@ -109,7 +107,7 @@ impl Source {
 /// A home and all that is needed to change it.
 pub struct Store {
     home: Home,
-    journal: Journal,
+    events: EventLog,
     headers: Mutex<layers::HeaderCache>,
     exports: Mutex<export::ExportCache>,
     workspace: Mutex<Option<workspace::Workspace>>,
@@ -158,19 +156,19 @@ impl Store {
         let home = Home::open(path)?;
         let unwritable = home.unwritable().filter(|_| !read_only);
         let read_only = read_only || unwritable.is_some();
-        let journal = Journal::open(&home, read_only);
+        let events = EventLog::open(&home, read_only);
         if let Some(error) = &unwritable {
-            journal.complain(&format!(
+            events.warn(&format!(
                 "{error}: the home is only looked at, as with -o ro"
             ));
         }
-        let mut store = Store::of(home, journal, read_only, compression);
+        let mut store = Store::of(home, events, read_only, compression);
         store.is_shared = is_shared;
-        if let Some(sentence) = store.remembered.newer() {
-            store.journal.note_once(sentence);
+        if let Some(message) = store.remembered.newer() {
+            store.events.info_once(message);
         }
         if let Some(why) = store.home.catalog()?.schema().read_only.clone() {
-            store.journal.note(&format!("read only: {why}"));
+            store.events.info(&format!("read only: {why}"));
         } else if read_only {
             store.warn_of_paths("the home is only looked at; mount it without ro once");
         } else {
@@ -186,15 +184,15 @@ impl Store {
     }
 
     /// A home that is only looked at.
-    fn to_look(home: Home, journal: Journal) -> Store {
-        Store::of(home, journal, true, Compression::default())
+    fn to_look(home: Home, events: EventLog) -> Store {
+        Store::of(home, events, true, Compression::default())
     }
 
-    fn of(home: Home, journal: Journal, read_only: bool, compression: Compression) -> Store {
+    fn of(home: Home, events: EventLog, read_only: bool, compression: Compression) -> Store {
         Store {
             remembered: Remembered::open(&home, read_only),
             home,
-            journal,
+            events,
             headers: Mutex::default(),
             exports: Mutex::default(),
             workspace: Mutex::new(None),
@@ -222,8 +220,8 @@ impl Store {
     }
 
     /// The log a user sees in the mount.
-    pub fn journal(&self) -> &Journal {
-        &self.journal
+    pub fn events(&self) -> &EventLog {
+        &self.events
     }
 
     /// What is going on.
@@ -241,20 +239,11 @@ impl Store {
         if !self.read_only {
             return Ok(());
         }
-        let sentence = match self.home.unwritable() {
+        let message = match self.home.unwritable() {
             Some(error) => format!("{error}: the home is only looked at"),
             None => "mounted read-only; mount again without ro to make changes".to_owned(),
         };
-        Err(Error::new(libc::EROFS, sentence))
-    }
-
-    /// Notes in the journal how an operation ended, and passes its result on.
-    pub(crate) fn noted<T>(&self, what: &str, result: Result<T>) -> Result<T> {
-        match &result {
-            Ok(_) => self.journal.note(what),
-            Err(error) => self.journal.complain(&format!("{what} failed: {error}")),
-        }
-        result
+        Err(Error::new(libc::EROFS, message))
     }
 
     /// Where the layer of a snapshot is: what BoxLite's row says, if that is among the snapshots of
@@ -331,7 +320,7 @@ impl Store {
     }
 }
 
-/// How a box is called in sentences: its name, or its id where it has none.
-pub(crate) fn called(record: &BoxRecord) -> &str {
+/// How a box is called in messages: its name, or its id where it has none.
+pub(crate) fn display_name(record: &BoxRecord) -> &str {
     record.name.as_deref().unwrap_or(&record.id)
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::layers::{Layers, is_row_of, resolve};
-use super::{Store, called};
+use super::{Store, display_name};
 use crate::disk::FileId;
 use crate::home::{Activity, BaseRecord, BoxRecord, Change, NewBase, SnapshotRecord, base_id};
 use crate::{Error, Result};
@@ -87,7 +87,7 @@ impl Store {
             Activity::Idle => Ok(()),
             Activity::Active(why) => Err(Error::busy(format!(
                 "box {} is busy: {why}; stop it first",
-                called(record)
+                display_name(record)
             ))),
         }
     }
@@ -118,7 +118,7 @@ impl Store {
             libc::EPERM,
             format!(
                 "box {} says it lives in {box_home}, not in {}: this home is a copy, and changes could hit the original; export its boxes and import them into a new home",
-                called(record),
+                display_name(record),
                 here.display()
             ),
         ))
@@ -275,7 +275,7 @@ impl Prepared<'_> {
             libc::EPERM,
             format!(
                 "the disk of box {} reads from {}, outside this home; nothing is changed, for that file may be another home's. Export the box and import it again to make it whole",
-                called(&self.record),
+                display_name(&self.record),
                 layer.display()
             ),
         )

@@ -15,7 +15,7 @@ use super::listing::names_in;
 use super::marks::UNRECORDED;
 use super::prepare::Prepared;
 use super::workspace::{self, Abandoned, remove_but_waiting};
-use super::{Store, called};
+use super::{Store, display_name};
 use crate::disk::{FileId, Header};
 use crate::home::{Activity, BaseRecord, Change, is_snapshot_name, snapshot_id};
 use crate::{Context, Error, Result};
@@ -30,7 +30,7 @@ impl Store {
         {
             // Its owner was killed: what he had done, and had not come to flush, is built on below. The error
             // may be an old one, of anybody's file: each step flushes what it needs, and tells its own.
-            self.journal.note(&error.to_string());
+            self.events.info(&error.to_string());
         }
         let abandoned: Vec<Abandoned> = abandoned
             .into_iter()
@@ -38,7 +38,7 @@ impl Store {
             .collect();
         for workspace in &abandoned {
             if let Err(error) = remove_but_waiting(workspace.dir()) {
-                self.journal.note(&error.to_string());
+                self.events.info(&error.to_string());
             }
         }
         // What recovery and all after it write, and look for, are canonical paths.
@@ -49,12 +49,12 @@ impl Store {
                 // What was put back may name others by another path.
                 let recovered = recovered.and_then(|()| self.put_paths_right());
                 if let Err(error) = &recovered {
-                    self.journal.note(&format!("recovery stopped: {error}"));
+                    self.events.info(&format!("recovery stopped: {error}"));
                 }
                 recovered.is_ok()
             }
             Err(error) => {
-                self.journal.note(&format!("recovery waits: {error}"));
+                self.events.info(&format!("recovery waits: {error}"));
                 self.warn_of_paths(&error.to_string());
                 false
             }
@@ -102,7 +102,7 @@ impl Store {
             prepared.record = record;
             if let Err(error) = prepared.refuse_strangers_in(&layers) {
                 all_are_at_home = false;
-                self.journal.note(&error.to_string());
+                self.events.info(&error.to_string());
                 continue;
             }
             if self.home.activity(&prepared.record) != Activity::Idle {
@@ -111,9 +111,9 @@ impl Store {
             match prepared.recover() {
                 Ok(()) => recovered.push(prepared.record.clone()),
                 Err(error) => {
-                    let name = called(&prepared.record);
-                    self.journal
-                        .note(&format!("recovery of box {name} failed: {error}"));
+                    let name = display_name(&prepared.record);
+                    self.events
+                        .info(&format!("recovery of box {name} failed: {error}"));
                 }
             }
         }
@@ -152,8 +152,8 @@ impl Store {
             match change.box_by_id(&id) {
                 Ok(_) => durable::unlink(&mark)?,
                 Err(error) if error.errno() == libc::ENOENT => {
-                    self.journal
-                        .note(&format!("removed box {id}, which was not finished"));
+                    self.events
+                        .info(&format!("removed box {id}, which was not finished"));
                     fs::remove_dir_all(&dir)
                         .context(|| format!("cannot remove {}", dir.display()))?;
                 }
@@ -188,7 +188,7 @@ impl Prepared<'_> {
             // Its half-made copy is BoxLite's to remove: only it knows whether the copy is whole.
             return Err(Error::busy(format!(
                 "BoxLite was copying a snapshot of box {} when it ended; start BoxLite once, it cleans up",
-                called(&self.record)
+                display_name(&self.record)
             )));
         }
         let live = home.live_disk(&self.record.id);
@@ -196,7 +196,7 @@ impl Prepared<'_> {
             let taken = self.pending_layer(&value).ok_or_else(|| {
                 Error::busy(format!(
                     "BoxLite left box {} in the middle of a snapshot ({}); start BoxLite once, it recovers it",
-                    called(&self.record),
+                    display_name(&self.record),
                     marker.display()
                 ))
             })?;
@@ -205,9 +205,9 @@ impl Prepared<'_> {
                 // Anything else in it is not ours to remove.
                 let _ = durable::remove_dir(dir);
             }
-            self.store.journal.note(&format!(
+            self.store.events.info(&format!(
                 "box {}: brought back the disk from a snapshot that BoxLite had not finished",
-                called(&self.record)
+                display_name(&self.record)
             ));
         }
         durable::unlink(&marker)
@@ -248,7 +248,7 @@ impl Prepared<'_> {
                 return Err(Error::damaged(format!(
                     "{} is the live disk of box {} and others read from it; nothing is changed. Stop using the box and export what reads from it",
                     name.path.display(),
-                    called(&self.record)
+                    display_name(&self.record)
                 )));
             }
             let rows = self.change.bases()?;
@@ -312,9 +312,9 @@ impl Prepared<'_> {
             let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);
             self.adopt(&path)?;
             self.record_snapshot(&snapshot_id()?, name, &path, virtual_size, None)?;
-            self.store.journal.note(&format!(
+            self.store.events.info(&format!(
                 "box {}: recorded snapshot {name}, which BoxLite had made but not recorded",
-                called(&self.record)
+                display_name(&self.record)
             ));
         } else if mark.exists() || has_another_name(&layers, &path)? {
             durable::unlink(&path)?;

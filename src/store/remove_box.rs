@@ -12,7 +12,7 @@ use super::listing::names_in;
 use super::marks::{UNRECORDED, mark_unrecorded};
 use super::prepare::Prepared;
 use super::workspace::discard;
-use super::{Store, called, durable};
+use super::{Store, display_name, durable};
 use crate::disk::FileId;
 use crate::home::{BaseRecord, SnapshotRecord};
 use crate::mountinfo;
@@ -82,7 +82,7 @@ impl Store {
     pub fn remove_box(&self, box_id: &str, gone: &Gone) -> Result<()> {
         let what = format!("removal of box {}", self.name_of(box_id));
         let result = self.delete_with_room(&|| self.delete_box(box_id, gone));
-        self.noted(&what, result)
+        self.events.log_outcome(&what, result)
     }
 
     /// Order: adopt the layers that others read from, complete the references of all; a mark in the
@@ -98,7 +98,7 @@ impl Store {
                 libc::ENOTEMPTY,
                 format!(
                     "the disk of box {} changed since its removal began; remove it again",
-                    called(&prepared.record)
+                    display_name(&prepared.record)
                 ),
             ));
         }
@@ -147,7 +147,7 @@ impl Store {
         });
         drop(prepared);
         if let Err(error) = tidied {
-            self.journal.note(&format!(
+            self.events.info(&format!(
                 "{error}; what is left of the box goes when the home is mounted next"
             ));
         }
@@ -195,7 +195,7 @@ impl Prepared<'_> {
                 libc::ENOTEMPTY,
                 format!(
                     "box {} has a snapshot {} that was not there when its removal began; remove it again",
-                    called(&self.record),
+                    display_name(&self.record),
                     row.name
                 ),
             )),

@@ -24,7 +24,7 @@ impl Store {
             self.name_of(box_id)
         );
         let result = self.delete_with_room(&|| self.delete_snapshot(box_id, snapshot_id));
-        self.noted(&what, result)
+        self.events.log_outcome(&what, result)
     }
 
     /// How a snapshot is called in the log.
@@ -60,8 +60,8 @@ impl Store {
         // The snapshot is gone; what follows does not bring it back.
         self.remove_snapshot_dir(layer.parent());
         if let Err(error) = prepared.free_surplus() {
-            self.journal
-                .note(&format!("{error}; its space is not freed"));
+            self.events
+                .info(&format!("{error}; its space is not freed"));
         }
         Ok(())
     }

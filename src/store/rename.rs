@@ -17,7 +17,7 @@ impl Store {
     pub fn rename_box(&self, box_id: &str, name: &str) -> Result<()> {
         let what = format!("rename of box {} to {name}", self.name_of(box_id));
         let result = self.give_name(box_id, name);
-        self.noted(&what, result)
+        self.events.log_outcome(&what, result)
     }
 
     /// One update of one row: nothing else has the name of a box.
@@ -45,7 +45,7 @@ impl Store {
             self.name_of(box_id)
         );
         let result = self.move_snapshot(box_id, snapshot_id, name);
-        self.noted(&what, result)
+        self.events.log_outcome(&what, result)
     }
 
     /// Order: adopt the layer if any chain names its path; a marked directory with a further name of
@@ -91,8 +91,8 @@ impl Store {
             && let Err(error) =
                 durable::unlink(&dir.join(UNRECORDED)).and_then(|()| durable::remove_dir(dir))
         {
-            self.journal
-                .note(&format!("{error}; the rest is left there"));
+            self.events
+                .info(&format!("{error}; the rest is left there"));
         }
     }
 }

@@ -8,7 +8,7 @@ use super::crash::crash_point;
 use super::freeze::open_disk;
 use super::layers::{ImageFile, Layers};
 use super::prepare::Prepared;
-use super::{Arrival, Contents, Source, Store, called, durable};
+use super::{Arrival, Contents, Source, Store, display_name, durable};
 use crate::disk::FileId;
 use crate::home::BaseRecord;
 use crate::{Error, Result};
@@ -26,7 +26,7 @@ impl Store {
             self.describe(source)
         );
         let result = self.restore_state(box_id, source, read);
-        self.noted(&what, result)
+        self.events.log_outcome(&what, result)
     }
 
     /// Order: freeze the source (or adopt the snapshot's layer), an overlay on it in the workspace, the
@@ -73,7 +73,7 @@ impl Store {
     /// EBADMSG when it is not complete, EBUSY, ENODATA for a box that has no disk.
     pub fn restore_archive(&self, box_id: &str, arrival: &Arrival) -> Result<()> {
         let result = self.restore_arrived(box_id, arrival);
-        self.noted(
+        self.events.log_outcome(
             &format!("restore of box {} from an archive", self.name_of(box_id)),
             result,
         )
@@ -119,7 +119,7 @@ impl Prepared<'_> {
     /// The live disk that another is to take the place of. EPERM where something reads from it: that
     /// would become another disk, too.
     fn replaceable(&self) -> Result<PathBuf> {
-        let name = called(&self.record);
+        let name = display_name(&self.record);
         let live = self.live().ok_or_else(|| {
             Error::new(
                 libc::ENODATA,
@@ -145,9 +145,9 @@ impl Prepared<'_> {
         let rootfs = self.store.home.guest_rootfs(&self.record.id);
         let tidied = durable::unlink(&rootfs).and_then(|()| self.free_surplus());
         if let Err(error) = tidied {
-            let name = called(&self.record);
-            let sentence = format!("box {name} was restored, but {error}");
-            self.store.journal.note(&sentence);
+            let name = display_name(&self.record);
+            let message = format!("box {name} was restored, but {error}");
+            self.store.events.info(&message);
         }
     }
 

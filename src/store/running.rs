@@ -18,7 +18,7 @@ use super::crash::crash_point;
 use super::export::{Form, about_of};
 use super::freeze::{Frozen, FrozenDisk, RunningState};
 use super::prepare::Prepared;
-use super::{Contents, Source, Store, called, durable, layers};
+use super::{Contents, Source, Store, display_name, durable, layers};
 use crate::archive::Export;
 use crate::disk::{self, Chain, FileId};
 use crate::home::{Activity, BoxRecord, Paused, base_id};
@@ -86,7 +86,7 @@ impl Store {
         if self.read_only {
             return Err(Error::busy(format!(
                 "box {} runs, and a mount that is read-only has no place for a copy of its disk; stop it first, or mount without ro",
-                called(&record)
+                display_name(&record)
             )));
         }
         let turn = self
@@ -112,11 +112,11 @@ impl Store {
             return self.open_export(source);
         }
         let what = |error: Error| {
-            let sentence = format!(
+            let message = format!(
                 "box {} runs, and its disk can't be copied: {error}",
-                called(&record)
+                display_name(&record)
             );
-            Error::new(error.errno(), sentence)
+            Error::new(error.errno(), message)
         };
         let copy = self
             .copy_running(source, &record, shim, go_on)
@@ -140,9 +140,9 @@ impl Store {
             .lock()
             .insert((box_id.clone(), form), kept);
         self.sweep_later();
-        self.journal.note(&format!(
+        self.events.info(&format!(
             "box {} runs: it was paused for a moment, and its disk copied",
-            called(&record)
+            display_name(&record)
         ));
         Ok((export, contents))
     }
@@ -156,8 +156,8 @@ impl Store {
         go_on: &dyn Fn() -> bool,
     ) -> Result<File> {
         let live = self.existing_top(source, record)?;
-        let sentence = || format!("cannot copy {}", live.display());
-        let original = File::open(&live).context(sentence)?;
+        let message = || format!("cannot copy {}", live.display());
+        let original = File::open(&live).context(message)?;
         let copy = self.unnamed_file("running")?;
         self.refuse_no_room(&original, &copy)?;
         let paused = shim.pause(&live)?;
@@ -168,11 +168,11 @@ impl Store {
         let mut still = || refuse_to_go_on(&paused, go_on);
         copy_contents(&original, &copy, &live, &mut still)?;
         paused.still()?;
-        let meta = original.metadata().context(sentence)?;
+        let meta = original.metadata().context(message)?;
         drop(paused);
         crash_point("running.copied");
         disk::forget_dirty(&copy, &live)?;
-        durable::set_times(&copy, &meta).context(sentence)?;
+        durable::set_times(&copy, &meta).context(message)?;
         Ok(copy)
     }
 

@@ -9,7 +9,7 @@ use super::freeze::{Frozen, FrozenDisk};
 use super::marks::UNRECORDED;
 use super::names::refuse_bad_name;
 use super::prepare::{Prepared, now};
-use super::{Store, called};
+use super::{Store, display_name};
 use crate::home::{NewSnapshot, snapshot_id};
 use crate::{Context, Error, Result};
 
@@ -20,7 +20,7 @@ impl Store {
     /// EINVAL for a name BoxLite would refuse, EEXIST, EBUSY, ENODATA for a box without a disk.
     pub fn snapshot(&self, box_id: &str, name: &str) -> Result<String> {
         let result = self.take_snapshot(box_id, name);
-        self.noted(
+        self.events.log_outcome(
             &format!("snapshot {name} of box {}", self.name_of(box_id)),
             result,
         )
@@ -43,7 +43,7 @@ impl Store {
             .and_then(|catalog| {
                 catalog
                     .box_by_id(box_id)
-                    .map(|record| called(record).to_owned())
+                    .map(|record| display_name(record).to_owned())
             })
             .unwrap_or_else(|| box_id.to_owned())
     }
@@ -59,7 +59,10 @@ impl Prepared<'_> {
         {
             return Err(Error::new(
                 libc::EEXIST,
-                format!("box {} has a snapshot {name} already", called(&self.record)),
+                format!(
+                    "box {} has a snapshot {name} already",
+                    display_name(&self.record)
+                ),
             ));
         }
         let dir = self.store.home.snapshots_dir(&self.record.id).join(name);
@@ -121,7 +124,7 @@ impl Prepared<'_> {
         let removed = durable::unlink(path).and_then(|()| durable::unlink(&mark));
         if let Err(error) = removed.and_then(|()| path.parent().map_or(Ok(()), durable::remove_dir))
         {
-            self.store.journal.note(&error.to_string());
+            self.store.events.info(&error.to_string());
         }
     }
 
@@ -161,11 +164,11 @@ impl Prepared<'_> {
 
     fn copy_empty_overlay(&self, frozen: &FrozenDisk, path: &Path) -> Result<()> {
         let copy = self.store.scratch("overlay")?;
-        let sentence = || format!("cannot copy {}", frozen.top.display());
-        let mode = frozen.file.metadata().context(sentence)?.permissions();
-        let mut out = File::create_new(&*copy).context(sentence)?;
-        std::io::copy(&mut &*frozen.file, &mut out).context(sentence)?;
-        out.set_permissions(mode).context(sentence)?;
+        let message = || format!("cannot copy {}", frozen.top.display());
+        let mode = frozen.file.metadata().context(message)?.permissions();
+        let mut out = File::create_new(&*copy).context(message)?;
+        std::io::copy(&mut &*frozen.file, &mut out).context(message)?;
+        out.set_permissions(mode).context(message)?;
         self.store.home.give_to_owner(&copy)?;
         durable::copy_times(&frozen.top, &copy)?;
         durable::sync_file(&copy)?;

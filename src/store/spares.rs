@@ -45,13 +45,13 @@ impl Store {
             Err(_) => false,
         };
         self.make_spares_dir()?;
-        let sentence = || format!("cannot link {} to {}", base.display(), spare.display());
+        let message = || format!("cannot link {} to {}", base.display(), spare.display());
         if !is_there {
-            return fs::hard_link(base, &spare).context(sentence);
+            return fs::hard_link(base, &spare).context(message);
         }
         let link = self.scratch("spare")?;
-        fs::hard_link(base, &*link).context(sentence)?;
-        fs::rename(&*link, &spare).context(sentence)
+        fs::hard_link(base, &*link).context(message)?;
+        fs::rename(&*link, &spare).context(message)
     }
 
     fn make_spares_dir(&self) -> Result<()> {
@@ -167,7 +167,7 @@ impl Store {
             self.keep_spare(base);
         }
         let names: Vec<String> = gone.iter().map(|(base, _)| name_of(base)).collect();
-        self.journal.complain(&format!(
+        self.events.warn(&format!(
             "{} layers had been deleted from {} and are back: {}",
             gone.len(),
             dir.display(),

@@ -208,12 +208,12 @@ impl Store {
             Ok(found) => {
                 let count = found.iter().filter(|it| it.is_dangerous()).count();
                 if let Some(one) = found.iter().find(|it| it.is_dangerous()) {
-                    self.journal.complain(&format!(
+                    self.events.warn(&format!(
                         "BoxLite's next start may delete layers of this home: it was moved or is reached through a link, and {count} rows name layers by other paths ({one}). This can't be mended now, for {why}"
                     ));
                 }
             }
-            Err(error) => self.journal.complain(&error.to_string()),
+            Err(error) => self.events.warn(&error.to_string()),
         }
     }
 
@@ -263,7 +263,7 @@ impl Store {
             }
         }
         if count > 0 {
-            self.journal.note(&format!(
+            self.events.info(&format!(
                 "{count} rows and headers named files of this home by another path, as after it was moved; they name {} now",
                 self.home.root().display()
             ));
@@ -311,7 +311,7 @@ impl Store {
             match disk::rebase_this(image, *id, &it.right) {
                 Ok(()) => done += 1,
                 Err(error) if error.errno() == libc::EOPNOTSUPP => {
-                    self.journal.note(&error.to_string());
+                    self.events.info(&error.to_string());
                 }
                 Err(error) => return Err(error),
             }

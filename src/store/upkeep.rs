@@ -132,8 +132,8 @@ impl Upkeep {
             }),
             Err(error) => {
                 store
-                    .journal
-                    .note(&format!("layers are not merged by this mount: {error}"));
+                    .events
+                    .info(&format!("layers are not merged by this mount: {error}"));
                 None
             }
         }
@@ -259,7 +259,7 @@ impl Rounds {
         };
         match self.store.merge(merge, &mut pace) {
             Ok(merged) => {
-                self.store.sentence(merge, merged);
+                self.store.message(merge, merged);
                 Ok(())
             }
             Err(error) if error.errno() == libc::ENODATA => {

@@ -90,7 +90,7 @@ impl Store {
                 self.keep_left_archive(&archive, has_recovered);
             }
             if let Err(error) = remove_but_waiting(workspace.dir()) {
-                self.journal.note(&error.to_string());
+                self.events.info(&error.to_string());
             }
         }
     }
@@ -111,12 +111,12 @@ impl Store {
         };
         match made {
             Ok(made) => {
-                self.journal.note(&format!(
+                self.events.info(&format!(
                     "the archive {name} waited when its mount was killed; it is the box {made} now"
                 ));
                 discard_archive(archive);
             }
-            Err(error) => self.journal.complain(&format!(
+            Err(error) => self.events.warn(&format!(
                 "the archive {name} waited when its mount was killed, and waits for the next mount: {error}"
             )),
         }

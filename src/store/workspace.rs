@@ -71,12 +71,12 @@ impl Drop for Workspace {
 /// # Errors
 /// Those of removing files.
 pub(super) fn remove_but_waiting(workspace: &Path) -> Result<()> {
-    let sentence = || format!("cannot remove the leftover {}", workspace.display());
+    let message = || format!("cannot remove the leftover {}", workspace.display());
     let waiting = waiting_in(workspace);
     if waiting.is_empty() {
         return match fs::remove_dir_all(workspace) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            removed => removed.context(sentence),
+            removed => removed.context(message),
         };
     }
     let is_kept = |path: &Path| {
@@ -202,15 +202,15 @@ impl Store {
     /// Those of making it.
     pub(super) fn unnamed_file(&self, what: &str) -> Result<File> {
         let path = self.fresh_path(what)?;
-        let sentence = || format!("cannot make the spool {}", path.display());
+        let message = || format!("cannot make the spool {}", path.display());
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
             .mode(0o600)
             .open(&path)
-            .context(sentence)?;
-        fs::remove_file(&path).context(sentence)?;
+            .context(message)?;
+        fs::remove_file(&path).context(message)?;
         Ok(file)
     }
 

@@ -110,7 +110,7 @@ impl Tree {
     /// EPERM for a directory in a box or a snapshot being made that no backup of ours has: what would
     /// be put into it would not be kept.
     fn refuse_directory(&self, parent: &Node, name: &str) -> Result<()> {
-        let sentence = match parent {
+        let message = match parent {
             Node::Box(_) if name == SNAPSHOTS => return Ok(()),
             Node::Box(id) if self.exists(id) => {
                 return Err(self.refuse_meaningless_directory(name));
@@ -126,7 +126,7 @@ impl Tree {
             ),
             _ => return Err(self.refuse_meaningless_directory(name)),
         };
-        Err(self.refuse(libc::EPERM, sentence))
+        Err(self.refuse(libc::EPERM, message))
     }
 
     fn refuse_meaningless_directory(&self, name: &str) -> Error {
@@ -209,7 +209,7 @@ impl Tree {
         if role_of(parent, name).is_some() || Derived::named(name).is_some() {
             self.remember_refused_copy(caller, parent);
         }
-        let sentence = match parent {
+        let message = match parent {
             Node::Snapshot(..) => format!(
                 "{name}: nothing can be put into a snapshot that exists; copy the snapshot to another name"
             ),
@@ -217,7 +217,7 @@ impl Tree {
                 "{name}: nothing can be put into a box that exists; copy to a new name to make another"
             ),
         };
-        self.refuse(libc::EPERM, sentence)
+        self.refuse(libc::EPERM, message)
     }
 
     /// EPERM unless the snapshot is what the box's disk is, so that nothing is lost where a snapshot
@@ -329,8 +329,8 @@ impl Tree {
             ));
         }
         self.store.refuse_unready_for_restore(id).map_err(|error| {
-            let sentence = format!("restore of {}: {error}", self.store.describe(&source));
-            self.refuse(error.errno(), sentence)
+            let message = format!("restore of {}: {error}", self.store.describe(&source));
+            self.refuse(error.errno(), message)
         })
     }
 
@@ -548,7 +548,7 @@ impl Tree {
             }
         }
         self.remember_failure(caller, parent);
-        let sentence = match derived {
+        let message = match derived {
             Some(_) => format!(
                 "{name}: it comes with {EXPORT}; copy without following links (cp -r, not cp -rL; \
                  copytree(…, symlinks=True))"
@@ -558,7 +558,7 @@ impl Tree {
                  an archive that is copied to NEW{ARCHIVE_SUFFIX}"
             ),
         };
-        Err(self.refuse(libc::EPERM, sentence))
+        Err(self.refuse(libc::EPERM, message))
     }
 
     /// Something of a box being made was refused: what comes of the rest goes with its makers.

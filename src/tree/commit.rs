@@ -89,7 +89,7 @@ impl Tree {
                 && !is_open
             {
                 let path = self.waiting_path(&other);
-                self.store.journal().complain(&format!(
+                self.store.events().warn(&format!(
                     "{path} waits, for its box is there and the snapshot could not be made: {error}; \
                      `touch` the file to try again"
                 ));
@@ -270,8 +270,8 @@ impl Tree {
             && created_at != row.created_at
             && let Err(error) = self.store.date_snapshot(&box_id, &snapshot_id, created_at)
         {
-            let sentence = format!("snapshot {} keeps the time of its copy: {error}", row.name);
-            self.store.journal().note(&sentence);
+            let message = format!("snapshot {} keeps the time of its copy: {error}", row.name);
+            self.store.events().info(&message);
         }
     }
 

@@ -99,8 +99,8 @@ impl Tree {
             {
                 let what = tree.store.describe(&opened_by);
                 tree.store
-                    .journal()
-                    .complain(&format!("compressed export of {what} failed: {error}"));
+                    .events()
+                    .warn(&format!("compressed export of {what} failed: {error}"));
             }
             answer(opened);
         };

@@ -19,12 +19,12 @@ impl Tree {
         for file in self.waiting_archives() {
             let mut state = file.state.lock();
             let wanted = self.name_of_waiting(&file, &state);
-            let journal = self.store.journal();
+            let events = self.store.events();
             match self.keep(&file, &mut state, &wanted) {
-                Ok(name) => journal.note(&format!(
+                Ok(name) => events.info(&format!(
                     "the archive {wanted} waited when the mount ended; it is the box {name} now"
                 )),
-                Err(error) => journal.complain(&format!(
+                Err(error) => events.warn(&format!(
                     "the archive {wanted} waited when the mount ended, and waits for the next mount: {error}"
                 )),
             }

@@ -90,7 +90,7 @@ impl Tree {
                 let go_on = || !caller.is_dying();
                 let opened = self.store.open_any_export(source, Form::Plain, &go_on);
                 let (export, contents) = opened.inspect_err(|error| {
-                    self.store.journal().complain(&format!(
+                    self.store.events().warn(&format!(
                         "export of {} failed: {error}",
                         self.store.describe(source)
                     ));
@@ -150,7 +150,7 @@ impl Tree {
     /// after ESTALE: a write makes the inode longer, and whoever reads the export meanwhile would get
     /// zeros after its end.
     fn open_for_restore(&self, caller: Caller, node: &Node, flags: i32) -> Error {
-        let sentence = match node {
+        let message = match node {
             Node::Export(Source::Live { box_id }) if flags & libc::O_APPEND == 0 => {
                 let directory = Node::Box(box_id.clone());
                 let begun = self.create_over(caller, &directory, EXPORT);
@@ -186,7 +186,7 @@ impl Tree {
         if !matches!(node, Node::Export(Source::Live { .. })) {
             self.remember_refused_copy(caller, node);
         }
-        self.refuse(libc::EPERM, sentence)
+        self.refuse(libc::EPERM, message)
     }
 
     /// The file that is being written over an export by this handle.
@@ -199,12 +199,12 @@ impl Tree {
 
     /// EIO for whoever reads an export of a disk that is not as it was.
     pub(super) fn changed_under_reader(&self, source: &Source) -> Error {
-        let sentence = format!(
+        let message = format!(
             "the disk, name or configuration of {} changed while it was read (was the box started?); read it again",
             self.store.describe(source)
         );
-        self.store.journal().note(&sentence);
-        Error::new(libc::EIO, sentence)
+        self.store.events().info(&message);
+        Error::new(libc::EIO, message)
     }
 
     /// The contents of an open export: of the given handle, or of one that has the node open, best
@@ -290,9 +290,9 @@ impl Tree {
             ));
         }
         if flags & libc::O_APPEND != 0 || state.committed {
-            let sentence = format!("nothing can be added to {}", state.place.name);
+            let message = format!("nothing can be added to {}", state.place.name);
             drop(state);
-            return Err(self.refuse(libc::EPERM, sentence));
+            return Err(self.refuse(libc::EPERM, message));
         }
         state.open += 1;
         drop(state);
@@ -344,7 +344,7 @@ impl Tree {
             Handle::Inside { node, inside } => self.read_inside(node, inside, offset, buf),
             Handle::Bytes { bytes, .. } => Ok(copy_out(bytes, offset, buf)),
             Handle::Log => {
-                let bytes = self.store.journal().read_at(offset, buf.len());
+                let bytes = self.store.events().read_at(offset, buf.len());
                 Ok(copy_out(&bytes, 0, buf))
             }
             Handle::List(_) | Handle::GuestDirectory { .. } | Handle::Writing(_) => {
@@ -373,7 +373,7 @@ impl Tree {
 
     fn noted_read(&self, source: &Source, read: Result<usize>) -> Result<usize> {
         read.inspect_err(|error| {
-            self.store.journal().complain(&format!(
+            self.store.events().warn(&format!(
                 "reading the export of {} failed: {error}",
                 self.store.describe(source)
             ));
@@ -537,8 +537,8 @@ impl Tree {
     fn note_refusal(&self, file: &StagedFile, state: &mut FileState, error: &Error) {
         if state.refused.is_none() {
             let what = self.what_arrives(file, &state.place.name);
-            let sentence = format!("{what} failed: {error}");
-            self.store.journal().complain(&sentence);
+            let message = format!("{what} failed: {error}");
+            self.store.events().warn(&message);
         }
         state.refuse(error);
     }
@@ -580,8 +580,8 @@ impl Tree {
             drop(state);
             if let Err(error) = partial {
                 self.store
-                    .journal()
-                    .complain(&format!("refused: a description: {error}"));
+                    .events()
+                    .warn(&format!("refused: a description: {error}"));
                 self.drop_staged_file(file, true);
             }
             return;

@@ -352,8 +352,8 @@ impl Tree {
     fn noted_look(&self, source: &Source, error: Error) -> Error {
         if !matches!(error.errno(), libc::ESTALE | libc::ENOENT | libc::ENODATA) {
             let what = self.store.describe(source);
-            let sentence = format!("looking into {what}: {error}");
-            self.store.journal().note_once(&sentence);
+            let message = format!("looking into {what}: {error}");
+            self.store.events().info_once(&message);
         }
         error
     }
@@ -526,7 +526,7 @@ impl Tree {
         }
         // What we make has no holes.
         let end = match &*handle {
-            Handle::Log => self.store.journal().len(),
+            Handle::Log => self.store.events().len(),
             other => other.size().ok_or_else(past_the_end)?,
         };
         match offset < end {

@@ -252,12 +252,10 @@ impl Tree {
     }
 
     /// Notes a refusal in the log and makes an error of it.
-    fn refuse(&self, errno: i32, sentence: impl Into<String>) -> Error {
-        let sentence = sentence.into();
-        self.store
-            .journal()
-            .complain(&format!("refused: {sentence}"));
-        Error::new(errno, sentence)
+    fn refuse(&self, errno: i32, message: impl Into<String>) -> Error {
+        let message = message.into();
+        self.store.events().warn(&format!("refused: {message}"));
+        Error::new(errno, message)
     }
 
     /// Does what a listing of the root does, with all locks that takes, and forgets what it found.

@@ -6,7 +6,8 @@ use super::attr::DirEntry;
 use super::node::{GuestFile, Node};
 use super::staged_file::StagedFile;
 use crate::archive::Export;
-use crate::store::{Contents, Inside, Operation, Packed, Source, Spool};
+use crate::progress::Operation;
+use crate::store::{Contents, Inside, Packed, Source, Spool};
 
 /// An open file.
 pub(super) enum Handle {

@@ -279,8 +279,8 @@ impl Tree {
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken(caller, to_parent, to, mode)?;
                 if !is_snapshot_name(to) {
-                    let sentence = format!("{to:?} can't be a snapshot's name");
-                    return Err(self.refuse(libc::EPERM, sentence));
+                    let message = format!("{to:?} can't be a snapshot's name");
+                    return Err(self.refuse(libc::EPERM, message));
                 }
                 self.with_links(|| self.store.rename_snapshot(id, snapshot, to))
             }

@@ -13,7 +13,8 @@ use super::describe;
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, archive_stem};
 use super::node::Node;
 use crate::archive::Export;
-use crate::store::{Arrival, Contents, Operation, Source};
+use crate::progress::Operation;
+use crate::store::{Arrival, Contents, Source};
 use crate::{Error, Result};
 
 /// Bytes of a small text (snapshot.json) that are kept.
@@ -162,7 +163,7 @@ pub(super) struct FileState {
     pub operation: Option<Operation>,
     /// Whether it has become what its name says.
     pub committed: bool,
-    /// The refusal, once there is one: errno and sentence. It is sticky.
+    /// The refusal, once there is one: errno and message. It is sticky.
     pub refused: Option<(i32, String)>,
 }
 
@@ -236,7 +237,7 @@ impl FileState {
 
     pub fn refused(&self) -> Result<()> {
         match &self.refused {
-            Some((errno, sentence)) => Err(Error::new(*errno, sentence.clone())),
+            Some((errno, message)) => Err(Error::new(*errno, message.clone())),
             None => Ok(()),
         }
     }

@@ -272,10 +272,10 @@ impl Tree {
     fn real_attr(&self, node: &Node) -> Result<Attr> {
         match node {
             Node::Root => self.root_attr(),
-            Node::Hidden => Ok(self.directory(node, 0, self.store.journal().changed_at())),
+            Node::Hidden => Ok(self.directory(node, 0, self.store.events().changed_at())),
             Node::Log => {
-                let journal = self.store.journal();
-                Ok(self.file(node, journal.len(), journal.changed_at()))
+                let events = self.store.events();
+                Ok(self.file(node, events.len(), events.changed_at()))
             }
             Node::Status(number) => self.status_attr(node, *number),
             Node::Made(_) => Err(not_there()),

@@ -193,7 +193,7 @@ impl TestHome {
         }
     }
 
-    /// As [`TestHome::wheel`], for what BoxLite may refuse: the error is its sentence.
+    /// As [`TestHome::wheel`], for what BoxLite may refuse: the error is its message.
     pub fn try_wheel(&self, command: &[&str]) -> Result<Value, String> {
         let answer = self.try_wheel_batch(&[command]).remove(0);
         match answer.get("error") {

@@ -29,7 +29,7 @@ impl Session {
         }
     }
 
-    /// Has BoxLite do something; the error is its sentence.
+    /// Has BoxLite do something; the error is its message.
     pub fn ask(&mut self, command: &[&str]) -> Result<Value, String> {
         self.0.say(command);
         let answer = self.0.answer();

@@ -103,12 +103,12 @@ pub fn each_in_parallel<T: Sync>(cases: &[T], work: impl Fn(&T) + Sync) {
     });
 }
 
-/// What went wrong in a case, as a sentence, where one panics.
+/// What went wrong in a case, as a message, where one panics.
 pub fn attempt(case: impl FnOnce()) -> Result<(), String> {
-    catch_unwind(AssertUnwindSafe(case)).map_err(|why| sentence(&*why))
+    catch_unwind(AssertUnwindSafe(case)).map_err(|why| message(&*why))
 }
 
-fn sentence(why: &(dyn Any + Send)) -> String {
+fn message(why: &(dyn Any + Send)) -> String {
     let text = why.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| why.downcast_ref::<&str>().copied());
     text.unwrap_or("it panicked").to_owned()

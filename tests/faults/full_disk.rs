@@ -177,12 +177,12 @@ impl Trial<'_> {
 
 /// Whether a complaint is that of a full disk.
 fn tells(said: &str) -> bool {
-    let sentences = [
+    let messages = [
         "No space left on device",
         "the disk is full",
         "there is no room",
     ];
-    sentences.iter().any(|sentence| said.contains(sentence))
+    messages.iter().any(|message| said.contains(message))
 }
 
 /// Tries some of the changes on a file system.

@@ -249,14 +249,14 @@ fn ways(call: Call) -> &'static [(i32, bool)] {
 /// Whether a complaint is that of the errno: a tool's, or that of boxlitefs on a terminal. A database whose
 /// header can't be read is a damaged one to SQLite.
 fn tells(said: &str, errno: i32) -> bool {
-    let sentences: &[&str] = match errno {
+    let messages: &[&str] = match errno {
         libc::EIO => &["Input/output error", "disk I/O error", "is damaged"],
         libc::ENOSPC => &["No space left on device", "the disk is full"],
         libc::EDQUOT => &["Disk quota exceeded", "may use no more of the disk"],
         libc::EROFS => &["Read-only file system", "cannot be written"],
         other => panic!("errno {other}"),
     };
-    sentences.iter().any(|sentence| said.contains(sentence))
+    messages.iter().any(|message| said.contains(message))
 }
 
 /// Has `each` of these faults of each change met, in an order by chance.

@@ -88,7 +88,7 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
         let failed = belief["failed"].as_array().unwrap();
         tally
             .losses
-            .extend(failed.iter().map(|sentence| sentence.to_string()));
+            .extend(failed.iter().map(|message| message.to_string()));
         for (name, of) in belief["boxes"].as_object().unwrap() {
             let snapshots = texts(&of["snapshots"]);
             expected.insert(
@@ -423,18 +423,18 @@ fn a_mount_that_may_open_no_more_files_says_so_and_recovers() {
             text(&mount.at("new.boxlite")),
         ]));
     }
-    for sentence in &said {
-        assert!(sentence.contains("Too many open files"), "{said:?}");
+    for message in &said {
+        assert!(message.contains("Too many open files"), "{said:?}");
     }
     // With a few more, each call gets a step further before it fails.
     for more in 1..16 {
         limit_files(&mount, had + more);
         let name = format!("web/snapshots/more{more}");
         let made = run(&["mkdir", text(&mount.at(&name))]);
-        let sentence = String::from_utf8_lossy(&made.stderr).into_owned();
+        let message = String::from_utf8_lossy(&made.stderr).into_owned();
         assert!(
-            made.status.success() || sentence.contains("Too many open files"),
-            "{more} more: {sentence}{}",
+            made.status.success() || message.contains("Too many open files"),
+            "{more} more: {message}{}",
             mount.log()
         );
     }

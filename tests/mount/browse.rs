@@ -321,7 +321,7 @@ fn refusal(arguments: &[&str]) -> String {
     let output = run(&[&[binary()], arguments].concat());
     assert_eq!(output.status.code(), Some(1), "{arguments:?}");
     let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(said.trim_end().lines().count(), 1, "one sentence: {said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "one message: {said}");
     said
 }
 

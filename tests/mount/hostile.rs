@@ -1,5 +1,5 @@
 //! Archives that mean harm or are broken (`tests/hostile/make.py` makes them): every one is refused
-//! with a sentence that names the check, nothing of it is left, and the mount goes on. And who may
+//! with a message that names the check, nothing of it is left, and the mount goes on. And who may
 //! see what of a mount.
 
 use std::fs::{self, File};
@@ -19,7 +19,7 @@ struct Hostile {
     group: String,
     archive: PathBuf,
     becomes: Becomes,
-    /// Lists of texts, of which the sentence has to have one, in order.
+    /// Lists of texts, of which the message has to have one, in order.
     says: Vec<Vec<String>>,
     heavy: bool,
 }
@@ -86,10 +86,10 @@ impl Hostile {
         all.find(|one| one.name == name).expect(name)
     }
 
-    /// Whether a sentence says of it what it should.
-    fn is_told_by(&self, sentence: &str) -> bool {
+    /// Whether a message says of it what it should.
+    fn is_told_by(&self, message: &str) -> bool {
         self.says.iter().any(|texts| {
-            let mut rest = Some(sentence);
+            let mut rest = Some(message);
             texts.iter().all(|text| {
                 rest = rest.and_then(|rest| rest.split_once(text.as_str()).map(|(_, after)| after));
                 rest.is_some()
@@ -149,7 +149,7 @@ fn bring(mount: &Mounted, one: &Hostile, way: usize, name: &str) -> Output {
         .expect("bash")
 }
 
-/// The last sentence of the log that has `part` in it.
+/// The last message of the log that has `part` in it.
 fn sentence_about(mount: &Mounted, part: &str) -> String {
     let log = mount.log();
     let line = log.lines().rfind(|line| line.contains(part));
@@ -270,22 +270,22 @@ fn try_one(
         RESTORE => "restore of box web",
         _ => name,
     };
-    let mut sentence = sentence_about(mount, about);
+    let mut message = sentence_about(mount, about);
     // A file that is closed half way is told of once the kernel has let go of it, after its writer's end.
     let deadline = Instant::now() + PATIENCE;
-    while one.becomes != Becomes::Taken && sentence.is_empty() && Instant::now() < deadline {
+    while one.becomes != Becomes::Taken && message.is_empty() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
-        sentence = sentence_about(mount, about);
+        message = sentence_about(mount, about);
     }
     match one.becomes {
-        Becomes::Taken => Err(format!("it was refused: {complaint}{sentence}")),
+        Becomes::Taken => Err(format!("it was refused: {complaint}{message}")),
         Becomes::Refused(message) if !complaint.contains(message) => {
-            Err(format!("{complaint}instead of {message}: {sentence}"))
+            Err(format!("{complaint}instead of {message}: {message}"))
         }
         _ if !complaint.contains("Bad message") && one.becomes == Becomes::Either => {
-            Err(format!("{complaint}instead of EBADMSG: {sentence}"))
+            Err(format!("{complaint}instead of EBADMSG: {message}"))
         }
-        _ if !one.is_told_by(&sentence) => Err(format!("the log says {sentence:?}")),
+        _ if !one.is_told_by(&message) => Err(format!("the log says {message:?}")),
         _ => Ok(()),
     }
 }
@@ -826,11 +826,11 @@ fn an_untrusted_archive_reaches_nothing_of_the_host_whatever_brings_it() {
                 said.contains("Operation not permitted"),
                 "{command} {options}: {said}"
             );
-            let sentence = sentence_about(&mount, &name);
-            assert!(sentence.contains(named), "{sentence}");
+            let message = sentence_about(&mount, &name);
+            assert!(message.contains(named), "{message}");
             assert!(
-                sentence.contains("import=trusted if you trust it"),
-                "{sentence}"
+                message.contains("import=trusted if you trust it"),
+                "{message}"
             );
             assert_eq!(home.kept(), before, "{command} {options}");
         }
@@ -931,8 +931,8 @@ fn an_archive_that_came_for_a_snapshot_is_looked_at_again_when_it_becomes_a_box(
     };
     let mount = home.mount_with(&["-o", "import=untrusted"], &[]);
     assert_eq!(by_way_of_a_snapshot(&mount, &reaching, "a"), libc::EPERM);
-    let sentence = sentence_about(&mount, "import of box a");
-    assert!(sentence.contains("box_options.volumes"), "{sentence}");
+    let message = sentence_about(&mount, "import of box a");
+    assert!(message.contains("box_options.volumes"), "{message}");
     assert_eq!(
         by_way_of_a_snapshot(&mount, &unreadable, "b"),
         libc::EBADMSG

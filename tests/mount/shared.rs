@@ -1011,10 +1011,10 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
                 home.wheel(&["list"]);
             }
             drop(home.mount());
-            let mut lost = |sentence: String| {
+            let mut lost = |message: String| {
                 tally
                     .losses
-                    .push(format!("{what}, cut off at {point}: {sentence}"));
+                    .push(format!("{what}, cut off at {point}: {message}"));
             };
             let may_be = match what {
                 "restore" => vec![&live, &old],
@@ -1040,10 +1040,10 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
                     let wanted = if snapshot == "old" { &old } else { &live };
                     tally.compared += 1;
                     if contents != *wanted {
-                        let sentence = format!("{name}'s snapshot {snapshot} has other contents");
+                        let message = format!("{name}'s snapshot {snapshot} has other contents");
                         tally
                             .losses
-                            .push(format!("{what}, cut off at {point}: {sentence}"));
+                            .push(format!("{what}, cut off at {point}: {message}"));
                     }
                 }
                 if name == "copy" && found.live != live {

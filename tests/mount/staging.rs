@@ -431,7 +431,7 @@ fn a_copy_onto_a_box_that_is_there_is_refused_and_changes_nothing() {
         let has_said = log(&mount) > lines;
         assert!(
             has_said || !errors_are_logged,
-            "{command}: a sentence is logged"
+            "{command}: a message is logged"
         );
     }
     mount.unmount();

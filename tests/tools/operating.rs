@@ -504,13 +504,13 @@ fn a_service_tells_when_it_serves_that_it_is_alive_and_that_it_ends_and_logs_for
     let journal = fs::read_to_string(journal).unwrap();
     assert!(log.lines().count() >= 2, "{log}");
     for line in log.lines() {
-        let (_, sentence) = line.split_once(' ').unwrap();
-        let of_journal = journal.lines().find(|line| line.ends_with(sentence));
-        let of_journal = of_journal.unwrap_or_else(|| panic!("{sentence}: {journal}"));
+        let (_, message) = line.split_once(' ').unwrap();
+        let of_journal = journal.lines().find(|line| line.ends_with(message));
+        let of_journal = of_journal.unwrap_or_else(|| panic!("{message}: {journal}"));
         assert!(
             ["<6>", "<4>"]
                 .iter()
-                .any(|priority| *of_journal == format!("{priority}{sentence}")),
+                .any(|priority| *of_journal == format!("{priority}{message}")),
             "{of_journal}"
         );
     }

@@ -33,7 +33,7 @@ pub(super) struct Members {
     gathered: usize,
     /// What extension members say about the next member.
     pending: Pending,
-    /// The member that came last, for sentences.
+    /// The member that came last, for messages.
     last: Option<&'static str>,
     manifest: Option<Manifest>,
     digest: Option<[u8; 32]>,
@@ -88,7 +88,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// The name in sentences.
+    /// The name in messages.
     fn name(self) -> &'static str {
         match self {
             Kind::LongName | Kind::LongLink | Kind::Pax => "an extension header",
@@ -170,7 +170,7 @@ impl Members {
         }
     }
 
-    /// What the next byte belongs to, for sentences.
+    /// What the next byte belongs to, for messages.
     pub(super) fn place(&self) -> String {
         match &self.expect {
             Expect::Map(member) => format!("the sparse map of {}", member.kind.name()),

@@ -106,7 +106,7 @@ impl Names {
     }
 }
 
-/// A name from the archive, fit for a sentence.
+/// A name from the archive, fit for a message.
 pub(super) fn shown(name: &[u8]) -> String {
     let text = String::from_utf8_lossy(name);
     let short: String = text.chars().take(100).collect();

@@ -1,4 +1,4 @@
-//! The sentences about archives that are not taken.
+//! The messages about archives that are not taken.
 
 use crate::Error;
 

@@ -176,7 +176,7 @@ impl Packer {
         fs::remove_file(to).unwrap();
     }
 
-    /// The archive must be refused with a sentence that has `why`; which write said so.
+    /// The archive must be refused with a message that has `why`; which write said so.
     fn must_refuse(&self, archive: &[u8], errno: i32, why: &str) -> usize {
         let mut at = 0;
         for piece in [1 << 20, 1000] {
@@ -488,8 +488,8 @@ fn a_truncated_archive_is_never_complete() {
     }
     let (mut incoming, _) = b.begin();
     incoming.write(&tar[..10_000]).unwrap();
-    let sentence = incoming.finish().unwrap_err().to_string();
-    assert!(sentence.contains("disk.qcow2, after 9488 of"), "{sentence}");
+    let message = incoming.finish().unwrap_err().to_string();
+    assert!(message.contains("disk.qcow2, after 9488 of"), "{message}");
 }
 
 #[test]

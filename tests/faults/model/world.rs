@@ -161,10 +161,10 @@ impl<'a> World<'a> {
     }
 
     /// Says what is being done.
-    pub fn note(&self, sentence: String) {
+    pub fn note(&self, message: String) {
         let place = text(self.home.root().parent().expect("a place")).to_owned() + "/";
-        let sentence = sentence.replace(&place, "").replace("mnt/", "");
-        self.trace.borrow_mut().push(sentence);
+        let message = message.replace(&place, "").replace("mnt/", "");
+        self.trace.borrow_mut().push(message);
     }
 
     // ---- what is there ----

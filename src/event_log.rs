@@ -1,4 +1,4 @@
-//! The log a user sees in the mount: what was done and what failed, a sentence each.
+//! The log a user sees in the mount: one message for each thing that was done or failed.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
+use crate::Result;
 use crate::home::{Home, rfc3339_at};
 
 /// Bytes of the log kept in memory and shown.
@@ -18,7 +19,7 @@ const SHOWN: usize = 256 * 1024;
 const ROTATE: u64 = 1024 * 1024;
 
 /// The log, in memory for the mount and in `.boxlitefs/log` for after a crash.
-pub struct Journal {
+pub struct EventLog {
     inner: Mutex<Inner>,
 }
 
@@ -30,9 +31,9 @@ struct Inner {
     file: Option<File>,
 }
 
-impl Journal {
+impl EventLog {
     /// Continues the home's log. Where it can't be written (read-only), it is kept in memory.
-    pub fn open(home: &Home, read_only: bool) -> Journal {
+    pub fn open(home: &Home, read_only: bool) -> EventLog {
         let path = home.staging_dir().join("log");
         let mut inner = Inner {
             shown: VecDeque::new(),
@@ -50,40 +51,49 @@ impl Journal {
             inner.path = Some(path);
             inner.file = Some(file);
         }
-        Journal {
+        EventLog {
             inner: Mutex::new(inner),
         }
     }
 
-    /// Adds a sentence with the time. What an archive or a name put into it can't pass for another line,
+    /// Adds a message with the time. What an archive or a name put into it can't pass for another line,
     /// or give orders to a terminal.
-    pub fn note(&self, sentence: &str) {
-        self.add(log::Level::Info, sentence);
+    pub fn info(&self, message: &str) {
+        self.add(log::Level::Info, message);
     }
 
     /// Adds one that says that something failed; the system's log has it as a warning.
-    pub fn complain(&self, sentence: &str) {
-        self.add(log::Level::Warn, sentence);
+    pub fn warn(&self, message: &str) {
+        self.add(log::Level::Warn, message);
     }
 
-    fn add(&self, level: log::Level, sentence: &str) {
-        let sentence = printable(sentence);
-        log::log!(level, "{sentence}");
+    fn add(&self, level: log::Level, message: &str) {
+        let message = printable(message);
+        log::log!(level, "{message}");
         let now = SystemTime::now();
-        let line = format!("{} {sentence}\n", rfc3339_at(now));
+        let line = format!("{} {message}\n", rfc3339_at(now));
         let mut inner = self.inner.lock();
         inner.changed = now;
-        inner.last = sentence;
+        inner.last = message;
         inner.append(line.as_bytes());
         inner.write_file(line.as_bytes());
     }
 
-    /// Adds a sentence, unless it is the last one already: whoever walks through what is damaged asks
+    /// Adds a message, unless it is the last one already: whoever walks through what is damaged asks
     /// for it many times.
-    pub fn note_once(&self, sentence: &str) {
-        if self.inner.lock().last != printable(sentence) {
-            self.note(sentence);
+    pub fn info_once(&self, message: &str) {
+        if self.inner.lock().last != printable(message) {
+            self.info(message);
         }
+    }
+
+    /// Logs how an operation ended, as a warning if it failed. Returns its result.
+    pub fn log_outcome<T>(&self, what: &str, result: Result<T>) -> Result<T> {
+        match &result {
+            Ok(_) => self.info(what),
+            Err(error) => self.warn(&format!("{what} failed: {error}")),
+        }
+        result
     }
 
     /// Bytes shown.
@@ -96,7 +106,7 @@ impl Journal {
         self.len() == 0
     }
 
-    /// When the last sentence was added.
+    /// When the last message was added.
     pub fn changed_at(&self) -> SystemTime {
         self.inner.lock().changed
     }
@@ -115,7 +125,7 @@ impl Journal {
     }
 }
 
-/// The log's file, for its owner alone: a sentence may tell what an archive is called.
+/// The log's file, for its owner alone: a message may tell what an archive is called.
 fn open_to_append(path: &Path) -> std::io::Result<File> {
     OpenOptions::new()
         .append(true)
@@ -124,11 +134,11 @@ fn open_to_append(path: &Path) -> std::io::Result<File> {
         .open(path)
 }
 
-/// The sentence with everything escaped that does not stand for itself: control characters (of which
+/// The message with everything escaped that does not stand for itself: control characters (of which
 /// line ends become blanks), and those that change the direction of what follows.
-fn printable(sentence: &str) -> String {
-    let mut text = String::with_capacity(sentence.len());
-    for c in sentence.chars() {
+fn printable(message: &str) -> String {
+    let mut text = String::with_capacity(message.len());
+    for c in message.chars() {
         match c {
             '\n' | '\r' => text.push(' '),
             '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => text.extend(c.escape_unicode()),

@@ -19,13 +19,13 @@ use fuser::{
     ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
     Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
+use parking_lot::{Condvar, Mutex};
 
-use crate::store::Spool;
+use crate::exports::Spool;
 use crate::tree::{
     Attr, Caller, DirEntry, Kept, Kind, Opened, RenameMode, SetAttr, Tree, WantedOfList,
 };
 use crate::{Error, Result};
-use parking_lot::{Condvar, Mutex};
 
 /// Threads that take requests from the kernel and answer what needs no disk.
 const REQUEST_THREADS: usize = 4;

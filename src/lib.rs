@@ -24,6 +24,8 @@ pub mod archive;
 pub mod disk;
 pub mod error;
 pub mod event_log;
+pub mod exports;
+mod files;
 pub mod fuse;
 pub mod guest;
 pub mod home;

@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
+
+use crate::files::priority::is_upkeep;
 
 /// All that is going on.
 #[derive(Default)]
@@ -103,6 +105,44 @@ impl Operation {
 impl Drop for Operation {
     fn drop(&mut self) {
         self.all.running.lock().remove(&self.number);
+    }
+}
+
+/// What others do in this mount, for which upkeep waits.
+#[derive(Default)]
+pub struct Foreground {
+    under_way: AtomicUsize,
+    last: Mutex<Option<Instant>>,
+}
+
+/// Something that is going on as long as this lives.
+pub struct UnderWay(Arc<Foreground>);
+
+impl Foreground {
+    /// Something is done now.
+    pub fn touch(&self) {
+        if !is_upkeep() {
+            *self.last.lock() = Some(Instant::now());
+        }
+    }
+
+    /// Something begins.
+    pub fn begin(self: &Arc<Self>) -> UnderWay {
+        self.under_way.fetch_add(1, Ordering::Relaxed);
+        UnderWay(self.clone())
+    }
+
+    /// Whether nothing is going on, nor was for so long.
+    pub(crate) fn is_quiet(&self, long: Duration) -> bool {
+        let last = *self.last.lock();
+        self.under_way.load(Ordering::Relaxed) == 0 && last.is_none_or(|at| at.elapsed() >= long)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -6,16 +6,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms, from the top down. A file takes from its own room and from those after it.
-const ROOMS: [&str; 12] = [
+const ROOMS: [&str; 14] = [
     "command_line",
     "mount",
     "fuse",
     "tree",
     "store",
+    "exports",
+    "progress",
+    "files",
     "guest",
     "archive",
     "disk",
-    "progress",
     "event_log",
     "home",
     "mountinfo",

@@ -89,7 +89,7 @@ pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, Ow
         return Err(Error::new(libc::ENOTCONN, message));
     };
     let attached = Attached {
-        own: OwnMount::new(entry.id, requests.clone()),
+        own: OwnMount::new(entry, requests.clone()),
     };
     let for_session = requests.try_clone().context(message)?;
     Ok((attached, for_session))

@@ -38,14 +38,20 @@ const USUAL_PLACES: [&str; 3] = ["/usr/bin", "/bin", "/sbin"];
 #[derive(Clone)]
 pub(super) struct OwnMount {
     id: MountId,
+    /// What it is mounted from.
+    source: PathBuf,
     /// Where its requests come from.
     requests: Arc<OwnedFd>,
 }
 
 impl OwnMount {
-    /// The mount with this number, whose requests come from this descriptor of /dev/fuse.
-    pub fn new(id: MountId, requests: Arc<OwnedFd>) -> OwnMount {
-        OwnMount { id, requests }
+    /// The mount of this entry, whose requests come from this descriptor of /dev/fuse.
+    pub fn new(entry: &Entry, requests: Arc<OwnedFd>) -> OwnMount {
+        OwnMount {
+            id: entry.id,
+            source: entry.source.clone(),
+            requests,
+        }
     }
 
     /// Which mount it is.
@@ -138,6 +144,11 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
 pub(super) fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
     let mut found = None;
     for place in own.places()? {
+        // The kernel gives the device number of a mount that is gone to the next one, and a dead mount of
+        // another home may have it by now.
+        if !own.is_connected() && place.source != own.source {
+            continue;
+        }
         let is_dead = || is_dead(&place.mountpoint).unwrap_or(false);
         let is_remains = || own.is_connected() || is_dead();
         if is_remains() {
@@ -383,6 +394,38 @@ mod tests {
         drop((attached, requests));
         assert_eq!(fstype_at(&mnt).as_deref(), Some("tmpfs"));
         unmount(&mnt, UnmountFlags::empty()).unwrap();
+    }
+
+    #[test]
+    fn a_dead_mount_of_another_home_is_left_although_it_has_got_the_number() {
+        for _ in 0..100 {
+            let (place, attached, requests) = mounted();
+            let own = attached.own().clone();
+            unmount(place.path().join("mnt"), UnmountFlags::empty()).unwrap();
+            let (other, dead, other_requests) = mounted();
+            let has_the_number = dead.own().id().device == own.id().device;
+            // What serves it is killed: nothing takes it away.
+            let kept = (dead.own().id(), other.path().join("mnt"));
+            drop(other_requests);
+            std::mem::forget(dead);
+            if !has_the_number {
+                remove_lazily(kept.0, || true).unwrap();
+                continue;
+            }
+            // The descriptor that `dead` keeps is the last one of its connection.
+            std::fs::write(
+                format!("/sys/fs/fuse/connections/{}/abort", own.id().device.minor),
+                "1",
+            )
+            .unwrap();
+            assert!(is_dead(&kept.1).unwrap());
+            assert_eq!(remove_remains(&own).unwrap(), None);
+            assert_eq!(fstype_at(&kept.1).as_deref(), Some("fuse.boxlite"));
+            remove_lazily(kept.0, || true).unwrap();
+            drop((attached, requests));
+            return;
+        }
+        panic!("other mounts were faster each time");
     }
 
     #[test]

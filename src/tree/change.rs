@@ -18,8 +18,9 @@ use super::open_file::Opened;
 use super::staged_file::{Content, Place, Role, StagedFile, role_of};
 use super::staging::{Child, LooseFile, StagedBox, Unlisted, What};
 use super::{Tree, text};
+use crate::exports::Source;
 use crate::home::{box_id, is_snapshot_name, snapshot_id};
-use crate::store::Source;
+use crate::store;
 use crate::{Error, Result};
 
 /// How long a program that opened an export for writing may set the file's size, times and mode.
@@ -84,8 +85,7 @@ impl Tree {
     /// Refuses a new box at the first step if it would be refused at the last: many programs ignore the
     /// result of close.
     fn refuse_new_box(&self, name: &str) -> Result<()> {
-        self.store
-            .refuse_unready_for_import()
+        store::refuse_unready_for_import(&self.store)
             .map_err(|error| self.refuse(error.errno(), format!("{name}: {error}")))
     }
 
@@ -154,7 +154,7 @@ impl Tree {
         let is_copying =
             caller.copies() || (caller.looks_first() && self.staging.lock().is_new_by(caller, id));
         if !is_copying {
-            let snapshot = self.store.snapshot(id, name)?;
+            let snapshot = store::snapshot_box(&self.store, id, name)?;
             self.dealings.lock().end(caller, id);
             let mut staging = self.staging.lock();
             let staged = staging.existing(caller, id);
@@ -169,8 +169,7 @@ impl Tree {
         if self.real_child(&parent, name).is_ok() {
             return Err(exists(name));
         }
-        self.store
-            .refuse_unready_for_restore(id)
+        store::refuse_unready_for_restore(&self.store, id)
             .map_err(|error| self.refuse(error.errno(), format!("snapshot {name}: {error}")))?;
         self.staging.lock().existing(caller, id);
         self.make_staged(caller, &parent, name, What::Directory)?
@@ -224,7 +223,7 @@ impl Tree {
     /// that is copied takes its place.
     fn refuse_replacing(&self, caller: Caller, id: &str, snapshot: &str, name: &str) -> Result<()> {
         self.refuse_copying_over(caller, id, name)?;
-        if self.store.is_live(id, snapshot)? {
+        if store::is_live(&self.store, id, snapshot)? {
             return Ok(());
         }
         let source = Source::Snapshot {
@@ -232,7 +231,7 @@ impl Tree {
             snapshot_id: snapshot.to_owned(),
         };
         self.remember_refused_copy(caller, &Node::Export(source.clone()));
-        let which = self.store.describe(&source);
+        let which = self.store.exports().disks.describe(&source);
         Err(self.refuse(
             libc::EPERM,
             format!(
@@ -315,21 +314,24 @@ impl Tree {
                 format!(
                     "{EXPORT}: a whole directory may be copied over {}; copy that to a new name; to \
                      restore, name {EXPORT} in the command",
-                    self.store.describe(&source)
+                    self.store.exports().disks.describe(&source)
                 ),
             ));
         }
-        if !self.store.has_disk(&source) {
+        if !self.store.exports().disks.has_disk(&source) {
             return Err(self.refuse(
                 libc::ENODATA,
                 format!(
                     "{} has no disk yet; start it once with BoxLite, or import under a new name",
-                    self.store.describe(&source)
+                    self.store.exports().disks.describe(&source)
                 ),
             ));
         }
-        self.store.refuse_unready_for_restore(id).map_err(|error| {
-            let message = format!("restore of {}: {error}", self.store.describe(&source));
+        store::refuse_unready_for_restore(&self.store, id).map_err(|error| {
+            let message = format!(
+                "restore of {}: {error}",
+                self.store.exports().disks.describe(&source)
+            );
             self.refuse(error.errno(), message)
         })
     }

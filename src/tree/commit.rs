@@ -4,14 +4,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Tree;
-use super::describe;
 use super::names::{EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
 use super::node::Node;
 use super::staged_file::{Content, FileState, Role, StagedFile, is_complete};
 use super::staging::What;
+use super::{Tree, describe};
+use crate::exports::Source;
 use crate::home::snapshot_id;
-use crate::store::{NewClone, NewSnapshotName, SnapshotContents, Source};
+use crate::store::{self, NewClone, NewSnapshotName, SnapshotContents};
 use crate::{Error, Result};
 
 impl Tree {
@@ -126,10 +126,10 @@ impl Tree {
             name: decode(&shown)?,
         };
         match &state.content {
-            Content::Archive(arrival) => self.store.import_box(arrival, &new),
+            Content::Archive(arrival) => store::import_box(&self.store, arrival, &new),
             Content::Shared {
                 source, contents, ..
-            } => self.store.clone_box(source, contents, &new),
+            } => store::clone_box(&self.store, source, contents, &new),
             _ => Ok(()),
         }
     }
@@ -145,10 +145,10 @@ impl Tree {
             return Err(self.refuse_copied_box(EXPORT));
         }
         match &state.content {
-            Content::Archive(arrival) => self.store.restore_archive(&file.box_id, arrival),
+            Content::Archive(arrival) => store::restore_archive(&self.store, &file.box_id, arrival),
             Content::Shared {
                 source, contents, ..
-            } => self.store.restore(&file.box_id, source, contents),
+            } => store::restore_box(&self.store, &file.box_id, source, contents),
             _ => Ok(()),
         }
     }
@@ -172,7 +172,7 @@ impl Tree {
             } => SnapshotContents::Shared(source, contents),
             _ => return Ok(()),
         };
-        self.store.replace_snapshot(box_id, snapshot, &with, &new)?;
+        store::replace_snapshot(&self.store, box_id, snapshot, &with, &new)?;
         let mut staging = self.staging.lock();
         if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
             if let Some(made) = staged.unlisted.remove(snapshot) {
@@ -213,12 +213,12 @@ impl Tree {
             created_at: json.and_then(|json| self.created_at_of(&json)),
         };
         match &state.content {
-            Content::Archive(arrival) => self.store.import_snapshot(arrival, box_id, &new),
+            Content::Archive(arrival) => store::import_snapshot(&self.store, arrival, box_id, &new),
             Content::Shared {
                 source, contents, ..
             } => {
                 new.created_at = new.created_at.or_else(|| self.created_at_of_source(source));
-                self.store.share_snapshot(source, contents, box_id, &new)
+                store::share_snapshot(&self.store, source, contents, box_id, &new)
             }
             _ => Ok(()),
         }?;
@@ -268,7 +268,7 @@ impl Tree {
         };
         if let Some(created_at) = self.created_at_of(json)
             && created_at != row.created_at
-            && let Err(error) = self.store.date_snapshot(&box_id, &snapshot_id, created_at)
+            && let Err(error) = store::date_snapshot(&self.store, &box_id, &snapshot_id, created_at)
         {
             let message = format!("snapshot {} keeps the time of its copy: {error}", row.name);
             self.store.events().info(&message);

@@ -10,7 +10,7 @@ use super::caller::Caller;
 use super::names::{HIDDEN, SNAPSHOTS, VIEW};
 use super::node::{Derived, Node};
 use super::open_file::{Handle, Opened};
-use crate::store::{Form, OpenedCompressed, Packed, Source, Waiter};
+use crate::exports::{Form, OpenedCompressed, Packed, Source, Waiter};
 use crate::{Error, Result};
 
 /// Takes the answer to an open that may have to wait.
@@ -46,7 +46,8 @@ impl Tree {
     /// Whether a virtual machine is paused before an export is opened, or the clock of its file
     /// system waited for.
     fn waits_first(&self, source: &Source, form: Form) -> bool {
-        self.store.pauses(source, form) || self.store.may_wait(source)
+        self.store.exports().copies.pauses(source, form)
+            || self.store.exports().states.may_wait(source)
     }
 
     /// Opens in a thread of its own what something is waited for first.
@@ -87,17 +88,23 @@ impl Tree {
         let done = move |opened: Result<OpenedCompressed>| {
             let opened = opened.and_then(|opened| {
                 if told.is_some_and(|told| told != opened.contents) {
-                    tree.store.keep_running(&opened_by, Form::Compressed);
+                    tree.store
+                        .exports()
+                        .copies
+                        .keep(&opened_by, Form::Compressed);
                     // The kernel looks the name up again, gets a new inode, and opens that.
                     return Err(Error::new(libc::ESTALE, "the size is known just now"));
                 }
-                tree.store.served_running(&opened_by, Form::Compressed);
+                tree.store
+                    .exports()
+                    .copies
+                    .was_served(&opened_by, Form::Compressed);
                 Ok(tree.opened_compressed(opened_by.clone(), opened))
             });
             if let Err(error) = &opened
                 && !matches!(error.errno(), libc::ESTALE | libc::EINTR)
             {
-                let what = tree.store.describe(&opened_by);
+                let what = tree.store.exports().disks.describe(&opened_by);
                 tree.store
                     .events()
                     .warn(&format!("compressed export of {what} failed: {error}"));
@@ -108,7 +115,7 @@ impl Tree {
             is_dying: Box::new(move || caller.is_dying()),
             answer: Box::new(done),
         };
-        self.store.open_compressed(&source, waiter);
+        self.store.exports().compressed.open(&source, waiter);
     }
 
     fn opened_compressed(&self, source: Source, opened: OpenedCompressed) -> Opened {
@@ -121,7 +128,10 @@ impl Tree {
             Packed::Spooled(spool) => Some(spool.clone()),
             Packed::Streamed(_) => None,
         };
-        let what = format!("compressed export of {}", self.store.describe(&source));
+        let what = format!(
+            "compressed export of {}",
+            self.store.exports().disks.describe(&source)
+        );
         let operation = self.store.operations().begin(what, Some(contents.size));
         let handle = Handle::Compressed {
             source,

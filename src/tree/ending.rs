@@ -8,6 +8,7 @@ use super::Tree;
 use super::names::{archive_stem, decode};
 use super::node::Node;
 use super::staged_file::{Content, FileState, StagedFile, temporary_for};
+use crate::store;
 use crate::{Error, Result};
 
 /// The name of a box made of an archive that has no name of its own.
@@ -41,7 +42,7 @@ impl Tree {
         let Content::Archive(arrival) = &mut state.content else {
             return Ok(());
         };
-        let noted = self.store.note_waiting(arrival, &wanted, file.created);
+        let noted = store::note_waiting(arrival, &wanted, file.created);
         noted.inspect_err(|error| {
             state.refuse(error);
             let mut staging = self.staging.lock();
@@ -87,7 +88,7 @@ impl Tree {
         let staging = self.staging.lock();
         let Some(staged) = staging.boxes.get(&file.box_id) else {
             if let Some(id) = state.place.parent.box_id() {
-                return self.store.name_of(id);
+                return self.store.exports().disks.name_of(id);
             }
             let stem = temporary_for(name).unwrap_or(name);
             let stem = archive_stem(stem).unwrap_or(stem).trim_start_matches('.');
@@ -95,7 +96,7 @@ impl Tree {
         };
         let of_box = staging.names.iter().find(|(_, id)| **id == file.box_id);
         let of_box = of_box.map_or_else(
-            || self.store.name_of(&file.box_id),
+            || self.store.exports().disks.name_of(&file.box_id),
             |(name, _)| decode(name).unwrap_or_else(|_| NAMELESS.to_owned()),
         );
         match staged.find(&state.place.parent) {
@@ -109,10 +110,10 @@ impl Tree {
     /// Makes a box of a waiting archive, and returns the name of the box.
     fn keep(&self, file: &StagedFile, state: &mut FileState, wanted: &str) -> Result<String> {
         let name = match &mut state.content {
-            Content::Archive(arrival) => self.store.keep_archive(arrival, wanted)?,
+            Content::Archive(arrival) => store::keep_archive(&self.store, arrival, wanted)?,
             Content::Shared {
                 source, contents, ..
-            } => self.store.keep_copy(source, contents, wanted)?,
+            } => store::keep_copy(&self.store, source, contents, wanted)?,
             _ => return Err(Error::new(libc::ENODATA, "it has no bytes")),
         };
         state.committed = true;

@@ -13,8 +13,8 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
+use crate::exports::DiskState;
 use crate::guest::LinkPlace;
-use crate::store::DiskState;
 use crate::{Error, Result};
 
 /// How many slots there are: a power of two.

@@ -3,10 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Tree;
 use super::attr::Attr;
 use super::caller::Caller;
-use super::describe;
 use super::inside::only_for_reading;
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON};
 use super::node::Node;
@@ -14,7 +12,9 @@ use super::open_file::{Handle, Opened};
 use super::staged_file::{
     Content, FileState, Place, Role, StagedFile, is_complete, is_whole, share,
 };
-use crate::store::{Contents, Form, Packed, Source, Wanted};
+use super::{Tree, describe};
+use crate::exports::{Contents, Form, Packed, Source};
+use crate::store::{self, ImportTarget};
 use crate::{Error, Result};
 
 /// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
@@ -74,35 +74,43 @@ impl Tree {
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::BoxJson(id) => {
-                let bytes = describe::box_json(&self.record(id)?, self.store.usage_of_box(id)?)?;
+                let bytes =
+                    describe::box_json(&self.record(id)?, store::usage_of_box(&self.store, id)?)?;
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::SnapshotJson(id, snapshot) => {
                 let row = self.snapshot(id, snapshot)?;
-                let usage = self.store.usage_of(&Source::Snapshot {
-                    box_id: id.clone(),
-                    snapshot_id: snapshot.clone(),
-                })?;
+                let usage = store::usage_of(
+                    &self.store,
+                    &Source::Snapshot {
+                        box_id: id.clone(),
+                        snapshot_id: snapshot.clone(),
+                    },
+                )?;
                 let bytes = describe::snapshot_json(&row, usage)?;
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::Export(source) => {
                 let go_on = || !caller.is_dying();
-                let opened = self.store.open_any_export(source, Form::Plain, &go_on);
+                let opened = self
+                    .store
+                    .exports()
+                    .copies
+                    .open(source, Form::Plain, &go_on);
                 let (export, contents) = opened.inspect_err(|error| {
                     self.store.events().warn(&format!(
                         "export of {} failed: {error}",
-                        self.store.describe(source)
+                        self.store.exports().disks.describe(source)
                     ));
                 })?;
                 if self.told(&node).is_some_and(|told| told != contents) {
                     // The kernel looks the name up again, gets a new inode, and opens that.
-                    self.store.keep_running(source, Form::Plain);
+                    self.store.exports().copies.keep(source, Form::Plain);
                     return Err(Error::new(libc::ESTALE, "the disk changed just now"));
                 }
-                self.store.served_running(source, Form::Plain);
+                self.store.exports().copies.was_served(source, Form::Plain);
                 let source = source.clone();
-                let what = format!("export of {}", self.store.describe(&source));
+                let what = format!("export of {}", self.store.exports().disks.describe(&source));
                 let operation = self.store.operations().begin(what, Some(contents.size));
                 let handle = Handle::Export {
                     source,
@@ -175,7 +183,7 @@ impl Tree {
             }
             Node::Export(source) => format!(
                 "{} stays as it is; to restore it, copy its export over that of its box",
-                self.store.describe(source)
+                self.store.exports().disks.describe(source)
             ),
             Node::BoxJson(_) => "box.json is only for reading".into(),
             Node::Guest(_) | Node::DiskImage(_) => {
@@ -201,7 +209,7 @@ impl Tree {
     pub(super) fn changed_under_reader(&self, source: &Source) -> Error {
         let message = format!(
             "the disk, name or configuration of {} changed while it was read (was the box started?); read it again",
-            self.store.describe(source)
+            self.store.exports().disks.describe(source)
         );
         self.store.events().info(&message);
         Error::new(libc::EIO, message)
@@ -375,7 +383,7 @@ impl Tree {
         read.inspect_err(|error| {
             self.store.events().warn(&format!(
                 "reading the export of {} failed: {error}",
-                self.store.describe(source)
+                self.store.exports().disks.describe(source)
             ));
         })
     }
@@ -452,8 +460,12 @@ impl Tree {
             _ => None,
         };
         let is_box = !file.restores && !matches!(state.place.parent, Node::Snapshot(..));
-        let wanted = if is_box { Wanted::Box } else { Wanted::Disk };
-        let mut arrival = self.store.receive(wanted)?;
+        let wanted = if is_box {
+            ImportTarget::Box
+        } else {
+            ImportTarget::Disk
+        };
+        let mut arrival = store::receive(&self.store, wanted)?;
         let what = self.what_arrives(file, &state.place.name);
         state.operation = Some(self.store.operations().begin(what, None));
         if let Some((export, covered)) = start {
@@ -510,7 +522,7 @@ impl Tree {
                 if state.role() == Role::Json && state.describes(node) =>
             {
                 let source = node.source().ok_or_else(unfit)?;
-                if !self.store.has_disk(&source) {
+                if !self.store.exports().disks.has_disk(&source) {
                     // It is to be read: what it says is refused then.
                     return Err(unfit());
                 }
@@ -549,7 +561,10 @@ impl Tree {
             box_id: file.box_id.clone(),
         };
         match self.staged_name(&file.box_id) {
-            _ if file.restores => format!("restore of {}", self.store.describe(&source)),
+            _ if file.restores => format!(
+                "restore of {}",
+                self.store.exports().disks.describe(&source)
+            ),
             Ok(of_box) => format!("import of {of_box}/{name}"),
             Err(_) => format!("import of {name}"),
         }
@@ -561,7 +576,7 @@ impl Tree {
             return;
         };
         if let Handle::Export { export, .. } = &*handle {
-            self.store.note_digest(export);
+            self.store.exports().compressed.note_digest(export);
         }
         let Handle::Writing(file) = &*handle else {
             return;

@@ -13,8 +13,8 @@ use super::guest_numbers::{Access, GuestVolume};
 use super::node::{Derived, GuestFile, Node};
 use super::open_file::{Handle, Opened};
 use super::{Links, Tree};
+use crate::exports::{DiskState, OpenDisk, Source};
 use crate::guest::{Attributes, Entry, FileKind, FileSystem, Guest, LinkPlace, Time};
-use crate::store::{DiskState, Inside, Source};
 use crate::{Error, Result};
 
 fn not_there() -> Error {
@@ -30,7 +30,7 @@ pub(super) fn only_for_reading() -> Error {
 struct Found<'a> {
     tree: &'a Tree,
     file: &'a GuestFile,
-    inside: &'a Inside,
+    inside: &'a OpenDisk,
 }
 
 impl GuestFile {
@@ -283,9 +283,11 @@ fn time_of(time: Time) -> SystemTime {
 
 impl Tree {
     /// What `rootfs` or `disk.img` in the view of a disk state stands for now.
-    pub(super) fn look_inside(&self, source: &Source) -> Result<Arc<Inside>> {
+    pub(super) fn look_inside(&self, source: &Source) -> Result<Arc<OpenDisk>> {
         self.store
-            .look_inside(source)
+            .exports()
+            .views
+            .open(source)
             .map_err(|error| self.noted_look(source, error))
     }
 
@@ -295,14 +297,16 @@ impl Tree {
         let derived = name.to_str().and_then(Derived::named);
         let looks_inside = matches!(derived, Some(Derived::Rootfs | Derived::DiskImage));
         match self.node(parent) {
-            Ok(Node::ViewOf(source)) if looks_inside => self.store.look_may_wait(&source),
+            Ok(Node::ViewOf(source)) if looks_inside => {
+                self.store.exports().views.may_wait(&source)
+            }
             _ => false,
         }
     }
 
     /// The state a file is in, open and unchanged.
-    fn inside(&self, state: &DiskState) -> Result<Arc<Inside>> {
-        let inside = self.store.look_again(state)?;
+    fn inside(&self, state: &DiskState) -> Result<Arc<OpenDisk>> {
+        let inside = self.store.exports().views.reopen(state)?;
         inside.refuse_changed()?;
         Ok(inside)
     }
@@ -313,7 +317,7 @@ impl Tree {
         file: &GuestFile,
         work: impl FnOnce(&Found<'_>) -> Result<T>,
     ) -> Result<T> {
-        let inside = self.store.look_again(file.state())?;
+        let inside = self.store.exports().views.reopen(file.state())?;
         self.with_inside(file, &inside, work)
     }
 
@@ -321,7 +325,7 @@ impl Tree {
     fn with_inside<T>(
         &self,
         file: &GuestFile,
-        inside: &Inside,
+        inside: &OpenDisk,
         work: impl FnOnce(&Found<'_>) -> Result<T>,
     ) -> Result<T> {
         let done = work(&self.found(file, inside));
@@ -330,7 +334,7 @@ impl Tree {
         done.map_err(|error| self.noted_look(file.state().source(), error))
     }
 
-    fn found<'a>(&'a self, file: &'a GuestFile, inside: &'a Inside) -> Found<'a> {
+    fn found<'a>(&'a self, file: &'a GuestFile, inside: &'a OpenDisk) -> Found<'a> {
         Found {
             tree: self,
             file,
@@ -339,7 +343,7 @@ impl Tree {
     }
 
     /// The directory that all of a guest is in.
-    pub(super) fn root_of(&self, inside: &Inside) -> Result<GuestFile> {
+    pub(super) fn root_of(&self, inside: &OpenDisk) -> Result<GuestFile> {
         let guest = inside.guest();
         let is_file_system = guest.is_ok_and(|guest| guest.file_system().is_some());
         Ok(GuestFile {
@@ -351,7 +355,7 @@ impl Tree {
     /// Notes what can't be read of a guest. What is not there, or not any more, is no news.
     fn noted_look(&self, source: &Source, error: Error) -> Error {
         if !matches!(error.errno(), libc::ESTALE | libc::ENOENT | libc::ENODATA) {
-            let what = self.store.describe(source);
+            let what = self.store.exports().disks.describe(source);
             let message = format!("looking into {what}: {error}");
             self.store.events().info_once(&message);
         }
@@ -431,7 +435,7 @@ impl Tree {
     /// Gives the names in a directory of a guest from `offset` on to `add` until that is full.
     pub(super) fn list_guest(
         &self,
-        (file, inside): (&GuestFile, &Inside),
+        (file, inside): (&GuestFile, &OpenDisk),
         offset: u64,
         wanted: Wanted,
         add: Add<'_, '_>,
@@ -490,7 +494,7 @@ impl Tree {
     pub(super) fn read_inside(
         &self,
         node: &Node,
-        inside: &Inside,
+        inside: &OpenDisk,
         offset: u64,
         buf: &mut [u8],
     ) -> Result<usize> {
@@ -572,7 +576,7 @@ impl Tree {
     fn seek_inside(
         &self,
         node: &Node,
-        inside: &Inside,
+        inside: &OpenDisk,
         offset: u64,
         data: bool,
     ) -> Result<Option<u64>> {

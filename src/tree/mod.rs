@@ -38,25 +38,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime};
 
+use caller::Makers;
+use names::Names;
+use node::Derived;
 use parking_lot::Mutex;
 
+use crate::exports::Source;
+use crate::store::{BackgroundCompaction, Store};
+use crate::{Error, Result};
+
+pub use crate::exports::Compression;
 pub use crate::home::Space;
-pub use crate::store::{Compacting, Compression, Imports};
+pub use crate::store::{Compacting, Imports};
 pub use attr::{Attr, DirEntry, Kept, Kind, Wanted as WantedOfList};
 pub use caller::Caller;
 pub use change::SetAttr;
 pub use compressed::OpenAnswer;
 
-use node::Derived;
 pub use node::{Node, ROOT_INO};
 pub use open_file::Opened;
 pub use rename::RenameMode;
 pub use status::MountFacts;
-
-use crate::store::{Source, Store, Upkeep};
-use crate::{Error, Result};
-use caller::Makers;
-use names::Names;
 
 /// How a home is shown.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,7 +102,7 @@ pub struct Tree {
     next_handle: AtomicU64,
     next_made: AtomicU64,
     /// What the kernel was last told an export's inode has, and its generation.
-    told: Mutex<HashMap<u64, (crate::store::Contents, u64)>>,
+    told: Mutex<HashMap<u64, (crate::exports::Contents, u64)>>,
     /// Generations of inodes whose directory the kernel was told is gone, and is there again.
     raised: Mutex<HashMap<u64, u64>>,
     /// What processes did to boxes that exist, name by name. Locked after `staging` where both are.
@@ -110,7 +112,7 @@ pub struct Tree {
     writers: Mutex<HashMap<u64, (Makers, Instant)>>,
     /// Has the kernel drop the pages it has of an inode.
     drop_pages: OnceLock<DropPages>,
-    upkeep: Mutex<Option<Upkeep>>,
+    upkeep: Mutex<Option<BackgroundCompaction>>,
     /// Versions of `.boxlite/status`. Locked after `known` where both are.
     status: Mutex<status::Versions>,
     /// What whoever mounted told, and when.
@@ -137,7 +139,7 @@ impl Tree {
         let store = Arc::new(store.taking(options.imports));
         let upkeep = match store.is_read_only() {
             true => None,
-            false => Upkeep::begin(&store, options.compacting),
+            false => BackgroundCompaction::begin(&store, options.compacting),
         };
         Ok(Tree {
             store,
@@ -167,7 +169,7 @@ impl Tree {
         match &*names {
             Some(known) if Arc::ptr_eq(known.catalog(), &catalog) => Ok(known.clone()),
             known => {
-                self.store.forget_gone_exports(&catalog);
+                self.store.exports().forget_gone(&catalog);
                 let fresh = Arc::new(Names::of(catalog));
                 for link in known
                     .iter()
@@ -281,7 +283,7 @@ impl Tree {
     /// Nobody reads any more: whoever still waits for an archive is told so.
     pub fn close(&self) {
         drop(self.upkeep.lock().take());
-        self.store.stop_compressing();
+        self.store.exports().compressed.stop();
     }
 
     /// The node of a file that is to be changed, or in which something is.

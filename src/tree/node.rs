@@ -1,12 +1,13 @@
 //! What the inodes of the mount are. A node is identified by what it stands for, never by a path,
 //! and its inode number follows from that: stable across remounts, renames and staging.
 
+use std::sync::Arc;
+
 use sha2::{Digest, Sha256};
 
 use super::guest_numbers::GuestVolume;
 use super::names::{COMPRESSED, DISK_IMAGE, ROOTFS};
-use crate::store::{DiskState, Source};
-use std::sync::Arc;
+use crate::exports::{DiskState, Source};
 
 /// A file or directory of the mount.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -6,8 +6,8 @@ use super::attr::DirEntry;
 use super::node::{GuestFile, Node};
 use super::staged_file::StagedFile;
 use crate::archive::Export;
+use crate::exports::{Contents, OpenDisk, Packed, Source, Spool};
 use crate::progress::Operation;
-use crate::store::{Contents, Inside, Packed, Source, Spool};
 
 /// An open file.
 pub(super) enum Handle {
@@ -28,7 +28,7 @@ pub(super) enum Handle {
         operation: Operation,
     },
     /// A file of a guest, or the raw disk; the layers are open.
-    Inside { node: Node, inside: Arc<Inside> },
+    Inside { node: Node, inside: Arc<OpenDisk> },
     /// A description as it was when opened.
     Bytes { node: Node, bytes: Vec<u8> },
     /// The log.
@@ -38,7 +38,7 @@ pub(super) enum Handle {
     /// A directory of a guest, which is listed in portions; the layers are open.
     GuestDirectory {
         file: GuestFile,
-        inside: Arc<Inside>,
+        inside: Arc<OpenDisk>,
     },
     /// A file being written.
     Writing(Arc<StagedFile>),

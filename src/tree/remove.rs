@@ -10,7 +10,8 @@ use super::node::{Derived, Node};
 use super::staged_file::{Content, StagedFile};
 use super::staging::{Staging, What};
 use super::{Tree, text};
-use crate::store::Source;
+use crate::exports::Source;
+use crate::store;
 use crate::{Error, Result};
 
 impl Tree {
@@ -71,7 +72,7 @@ impl Tree {
         self.refuse_shared(|source| {
             matches!(source, Source::Snapshot { box_id, snapshot_id } if box_id == id && snapshot_id == snapshot)
         })?;
-        self.store.remove_snapshot(id, snapshot)
+        store::remove_snapshot(&self.store, id, snapshot)
     }
 
     /// EBUSY for a state of which a copy waits for its box: mv removes what it has copied.
@@ -84,7 +85,7 @@ impl Tree {
                 && state.open == 0
                 && is_source(source)
             {
-                let which = self.store.describe(source);
+                let which = self.store.exports().disks.describe(source);
                 return Err(self.refuse(
                     libc::EBUSY,
                     format!(
@@ -164,7 +165,7 @@ impl Tree {
             return Err(full());
         }
         self.refuse_shared(|source| source.box_id() == id)?;
-        self.store.remove_box(id, &gone)?;
+        store::remove_box(&self.store, id, &gone)?;
         self.dealings.lock().forget(id);
         Ok(())
     }
@@ -276,7 +277,7 @@ impl Tree {
             .refuse_unseen(caller)
             .and_then(|()| self.refuse_written(id))
             .and_then(|()| self.refuse_shared(|source| source.box_id() == id))
-            .and_then(|()| self.store.refuse_unready(id));
+            .and_then(|()| store::refuse_unready(&self.store, id));
         if let Err(error) = unready {
             self.dealings.lock().begin(caller, id).removal_was_refused();
             return Err(self.refuse(error.errno(), format!("removal of {name}: {error}")));
@@ -284,7 +285,7 @@ impl Tree {
         let mut dealings = self.dealings.lock();
         let dealing = dealings.begin(caller, id);
         let seen = &mut dealing.gone.disk;
-        *seen = seen.or_else(|| self.store.see_disk(id));
+        *seen = seen.or_else(|| store::see_disk(&self.store, id));
         dealing.remove(dir, name);
         Ok(())
     }

@@ -11,8 +11,9 @@ use super::node::{Derived, Node};
 use super::staged_file::{Place, Role, StagedFile, role_of};
 use super::staging::{Child, StagedBox, What};
 use super::{Tree, text};
+use crate::exports::Source;
 use crate::home::is_snapshot_name;
-use crate::store::Source;
+use crate::store;
 use crate::{Error, Result};
 
 /// renameat2's flags.
@@ -274,7 +275,7 @@ impl Tree {
                 self.refuse_dotted(to)?;
                 // Not EINVAL: that is a directory moved into itself, and mv says so.
                 let name = decode(to).map_err(|error| self.refuse(libc::EPERM, error.to_string()))?;
-                self.with_links(|| self.store.rename_box(id, &name))
+                self.with_links(|| store::rename_box(&self.store, id, &name))
             }
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken(caller, to_parent, to, mode)?;
@@ -282,7 +283,7 @@ impl Tree {
                     let message = format!("{to:?} can't be a snapshot's name");
                     return Err(self.refuse(libc::EPERM, message));
                 }
-                self.with_links(|| self.store.rename_snapshot(id, snapshot, to))
+                self.with_links(|| store::rename_snapshot(&self.store, id, snapshot, to))
             }
             (Node::Snapshot(..), Node::Root) => copied(),
             (Node::Export(_), Node::Root) if role_of(to_parent, to) == Some(Role::NewBox) => {

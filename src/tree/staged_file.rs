@@ -13,8 +13,9 @@ use super::describe;
 use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, archive_stem};
 use super::node::Node;
 use crate::archive::Export;
+use crate::exports::{Contents, Source};
 use crate::progress::Operation;
-use crate::store::{Arrival, Contents, Source};
+use crate::store::ImportStream;
 use crate::{Error, Result};
 
 /// Bytes of a small text (snapshot.json) that are kept.
@@ -114,7 +115,7 @@ pub(super) enum Content {
     /// Nothing.
     Nothing,
     /// Bytes of an archive.
-    Archive(Box<Arrival>),
+    Archive(Box<ImportStream>),
     /// The start of an export, asked for with copy_file_range: no byte moved.
     Shared {
         source: Source,

@@ -131,7 +131,7 @@ impl Tree {
             })
             .collect();
         let catalog = store.home().catalog().ok();
-        let cache = store.cache_usage();
+        let cache = store.exports().compressed.usage();
         let memory = Memory::of_this_process();
         json!({
             "version": env!("CARGO_PKG_VERSION"),

@@ -6,12 +6,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::attr::{Attr, DirEntry, Kept, Kind};
 use super::caller::Caller;
-use super::describe;
 use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, STATUS, VIEW};
 use super::node::{Derived, Node};
-use super::{Tree, text};
+use super::{Tree, describe, text};
+use crate::exports::{Contents, Form, Source};
 use crate::home::{BoxRecord, SnapshotRecord};
-use crate::store::{Contents, Source, Usage};
+use crate::store::Usage;
 use crate::{Error, Result};
 
 fn not_there() -> Error {
@@ -119,7 +119,8 @@ impl Tree {
                 Node::ViewOf(live(names.id_of(name).ok_or_else(not_there)?))
             }
             Node::ViewOf(source) if Derived::named(name).is_some() => {
-                let derived = Derived::named(name).filter(|_| self.store.has_disk(source));
+                let derived =
+                    Derived::named(name).filter(|_| self.store.exports().disks.has_disk(source));
                 self.derived(derived.ok_or_else(not_there)?, source)?
             }
             Node::ViewOf(Source::Live { box_id }) if name == SNAPSHOTS => {
@@ -171,7 +172,7 @@ impl Tree {
         // The export of a box that never started can't be opened: so a copy of the box fails, and a
         // move that could not bring it back removes nothing.
         let is_shown = match derived {
-            Some(_) => self.store.has_disk(&source),
+            Some(_) => self.store.exports().disks.has_disk(&source),
             None => name == EXPORT,
         };
         if !is_shown {
@@ -248,8 +249,8 @@ impl Tree {
     /// What an export's bytes are of, plain or compressed. None when there is no disk.
     pub(super) fn contents(&self, node: &Node) -> Result<Option<Contents>> {
         match node {
-            Node::Export(source) => self.store.export_contents(source),
-            Node::Compressed(source) => self.store.compressed_contents(source),
+            Node::Export(source) => self.store.exports().copies.contents(source, Form::Plain),
+            Node::Compressed(source) => self.store.exports().compressed.contents(source),
             _ => Ok(None),
         }
     }
@@ -359,6 +360,8 @@ impl Tree {
     /// When the disk state changed last; a box without a disk has only when it was made.
     fn disk_time(&self, source: &Source, record: &BoxRecord) -> SystemTime {
         self.store
+            .exports()
+            .disks
             .changed_at(source)
             .unwrap_or_else(|| at(record.created_at))
     }
@@ -484,7 +487,11 @@ impl Tree {
                 let mut children =
                     vec![(BOX_JSON.to_owned(), Node::BoxJson(id.clone()), Kind::File)];
                 let of_disk = exports(live(id)).into_iter();
-                let shown = if self.store.has_disk(&live(id)) { 4 } else { 1 };
+                let shown = if self.store.exports().disks.has_disk(&live(id)) {
+                    4
+                } else {
+                    1
+                };
                 children.extend(of_disk.take(shown));
                 let snapshots = Node::Snapshots(id.clone());
                 children.push((SNAPSHOTS.to_owned(), snapshots, Kind::Directory));
@@ -507,7 +514,7 @@ impl Tree {
                     box_id: id.clone(),
                     snapshot_id: snapshot.clone(),
                 };
-                if self.store.has_disk(&source) {
+                if self.store.exports().disks.has_disk(&source) {
                     children.extend(exports(source));
                 }
                 children
@@ -533,7 +540,7 @@ impl Tree {
     fn view_of(&self, source: &Source) -> Result<Vec<(String, Node, Kind)>> {
         self.record(source.box_id())?;
         let mut children = Vec::new();
-        if self.store.has_disk(source) {
+        if self.store.exports().disks.has_disk(source) {
             for derived in Derived::ALL {
                 // What is inside follows from looking there, which a listing alone does not.
                 let (kind, node) = match derived {

@@ -1,0 +1,309 @@
+//! This process's own directory under `.boxlitefs/`, where changes are prepared, and the removal
+//! of those that dead processes left.
+
+use std::fs::{self, File, OpenOptions};
+use std::ops::Deref;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::files::durable;
+use crate::files::listing::names_in;
+use crate::files::waiting_archive::{WaitingArchive, waiting_in};
+use crate::home::{Home, base_id, flock_exclusive, start_time};
+use crate::{Context, Result};
+
+/// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
+const PREFIX: &str = "work-";
+
+/// Prefix of one that is not locked yet; who makes it is next, a pid and its start time.
+const UNLOCKED: &str = "new-";
+
+/// How long that may take; a directory of that kind that is older was left by a crash.
+const LOCKING: Duration = Duration::from_secs(3600);
+
+/// Held locked by the process that owns the workspace.
+const LOCK: &str = "lock";
+
+/// A directory that only this process uses; removed when it ends, or by the next mount.
+struct OwnDirectory {
+    dir: PathBuf,
+    _lock: File,
+}
+
+impl OwnDirectory {
+    fn create(home: &Home) -> Result<OwnDirectory> {
+        let place = home.make_staging_dir()?;
+        let id = base_id()?;
+        let pid = std::process::id();
+        let started = start_time(pid).unwrap_or(0);
+        let unlocked = place.join(format!("{UNLOCKED}{pid}-{started}-{id}"));
+        let dir = place.join(format!("{PREFIX}{id}"));
+        let made = make_locked(home, &unlocked).and_then(|lock| {
+            fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
+            Ok(lock)
+        });
+        let lock = made.inspect_err(|_| discard(&unlocked))?;
+        Ok(OwnDirectory { dir, _lock: lock })
+    }
+}
+
+/// Makes a workspace, locked before it has the name that another mount would remove it by.
+fn make_locked(home: &Home, dir: &Path) -> Result<File> {
+    home.make_dir(dir)?;
+    let path = dir.join(LOCK);
+    let lock = File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
+    flock_exclusive(&lock).context(|| format!("cannot lock {}", path.display()))?;
+    Ok(lock)
+}
+
+impl Drop for OwnDirectory {
+    fn drop(&mut self) {
+        // What can't be removed now is removed by the next mount, which makes boxes of archives that wait.
+        let _ = remove_but_waiting(&self.dir);
+    }
+}
+
+/// Removes a workspace, but for the archives that wait in it; not finding it is fine.
+///
+/// # Errors
+/// Those of removing files.
+pub fn remove_but_waiting(workspace: &Path) -> Result<()> {
+    let message = || format!("cannot remove the leftover {}", workspace.display());
+    let waiting = waiting_in(workspace);
+    if waiting.is_empty() {
+        return match fs::remove_dir_all(workspace) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed.context(message),
+        };
+    }
+    let is_kept = |path: &Path| {
+        let mut disks = waiting.iter().map(|archive| &archive.disk);
+        disks.any(|disk| path == disk || path == WaitingArchive::note_of(disk))
+    };
+    for name in names_in(workspace)? {
+        let path = workspace.join(&name);
+        if !is_kept(&path) && name != LOCK {
+            discard(&path);
+        }
+    }
+    Ok(())
+}
+
+/// A workspace of a process that is dead. As long as this is there, nobody else takes it for abandoned.
+pub struct Abandoned {
+    dir: PathBuf,
+    _lock: Option<File>,
+}
+
+impl Abandoned {
+    /// Takes a workspace over; None where another mount has done that.
+    pub fn take_over(dir: PathBuf) -> Option<Abandoned> {
+        let lock = OpenOptions::new().read(true).open(dir.join(LOCK)).ok();
+        if let Some(lock) = &lock {
+            flock_exclusive(lock).ok()?;
+        }
+        Some(Abandoned { dir, _lock: lock })
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+/// A path in the workspace. What is there when this is dropped, a file or a directory with all that is in
+/// it, goes: it was moved to where it belongs, or the change failed.
+pub struct Scratch(PathBuf);
+
+impl Deref for Scratch {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        discard(&self.0);
+    }
+}
+
+/// What could not be removed when it should have been.
+static LEFT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes a file or directory of the workspace, if it is there. What can't be removed now, for the disk
+/// fails, say, is removed when the next change begins, or with the workspace.
+pub fn discard(path: &Path) {
+    let removed = match path.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    };
+    if let Err(error) = removed
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        log::warn!("cannot remove {}: {error}", path.display());
+        LEFT.lock().push(path.to_owned());
+    }
+}
+
+fn discard_again() {
+    let left = std::mem::take(&mut *LEFT.lock());
+    left.iter().for_each(|path| discard(path));
+}
+
+/// Workspaces in a home's staging directory of processes that are dead.
+pub fn abandoned(staging: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(staging) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok())
+        .filter(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let old = || entry.metadata().is_ok_and(|meta| is_old(&meta));
+            match name.strip_prefix(UNLOCKED) {
+                Some(rest) => !is_made_by_the_living(rest) || old(),
+                None => name.starts_with(PREFIX) && !is_owned(&entry.path()),
+            }
+        })
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// Whether the process is there that a name, `PID-STARTED-ID`, says is making it: another one may have got
+/// its pid. Where it is of another name space and not seen, what it makes is taken away, and its change fails
+/// and can be made again.
+fn is_made_by_the_living(name: &str) -> bool {
+    let mut fields = name.split('-');
+    let pid = fields.next().and_then(|pid| pid.parse().ok());
+    let started = fields.next().and_then(|started| started.parse().ok());
+    started.is_some_and(|started: u64| pid.and_then(start_time) == Some(started))
+}
+
+fn is_old(meta: &fs::Metadata) -> bool {
+    let age = meta.modified().ok().and_then(|time| time.elapsed().ok());
+    age.is_some_and(|age| age > LOCKING)
+}
+
+fn is_owned(dir: &Path) -> bool {
+    let open = OpenOptions::new().read(true).open(dir.join(LOCK));
+    open.is_ok_and(|file| flock_exclusive(&file).is_err())
+}
+
+/// Where this process prepares changes: a directory of its own, made when it is first needed.
+pub struct Workspace {
+    home: Arc<Home>,
+    own: Mutex<Option<OwnDirectory>>,
+}
+
+impl Workspace {
+    /// Returns the workspace of a home. Makes nothing yet.
+    pub fn new(home: Arc<Home>) -> Workspace {
+        Workspace {
+            home,
+            own: Mutex::new(None),
+        }
+    }
+
+    /// A new file in the workspace that has no name any more: it goes with the last who has it open.
+    ///
+    /// # Errors
+    /// Those of making it.
+    pub fn unnamed_file(&self, what: &str) -> Result<File> {
+        let path = self.fresh_path(what)?;
+        let message = || format!("cannot make the spool {}", path.display());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .context(message)?;
+        fs::remove_file(&path).context(message)?;
+        Ok(file)
+    }
+
+    /// Moves `new` over `target`; on disk when this returns. Where that can't be made certain, `target` is
+    /// what it was: a guest would go on writing to a file that a loss of power takes away. The old one has
+    /// a name in the workspace meanwhile; a crash leaves it there.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn replace(&self, new: &Path, target: &Path) -> Result<()> {
+        let aside = self.scratch("old")?;
+        fs::hard_link(target, &*aside)
+            .context(|| format!("cannot link {} to {}", target.display(), aside.display()))?;
+        let replaced = durable::rename(new, target);
+        if replaced.is_err() {
+            // Does nothing where both are the same file still.
+            let _ = durable::rename(&aside, target);
+        }
+        replaced
+    }
+
+    /// As [`Workspace::fresh_path`], for what goes if it is still there in the end.
+    ///
+    /// # Errors
+    /// Those of making the workspace.
+    pub fn scratch(&self, what: &str) -> Result<Scratch> {
+        self.fresh_path(what).map(Scratch)
+    }
+
+    /// A path in the workspace that nobody has used, for a file or directory about to be made.
+    ///
+    /// # Errors
+    /// Those of making the workspace.
+    pub fn fresh_path(&self, what: &str) -> Result<PathBuf> {
+        Ok(self.make()?.join(format!("{what}-{}", base_id()?)))
+    }
+
+    /// The workspace, made if there is none yet.
+    ///
+    /// # Errors
+    /// Those of making it.
+    pub fn make(&self) -> Result<PathBuf> {
+        discard_again();
+        let mut own = self.own.lock();
+        let own = match &mut *own {
+            Some(own) => own,
+            none => none.insert(OwnDirectory::create(&self.home)?),
+        };
+        Ok(own.dir.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn a_workspace_whose_maker_is_dead_is_abandoned_even_if_another_has_its_pid() {
+        let place = tempfile::tempdir().unwrap();
+        let pid = std::process::id();
+        let started = start_time(pid).unwrap();
+        let dead = BTreeSet::from([
+            format!("new-{pid}-{}-b", started + 1),
+            format!("new-{}-{started}-c", u32::MAX),
+            "new-d".to_owned(),
+        ]);
+        let others = [format!("new-{pid}-{started}-a"), "kept".to_owned()];
+        for name in dead.iter().chain(&others) {
+            fs::create_dir(place.path().join(name)).unwrap();
+        }
+
+        let found: BTreeSet<String> = abandoned(place.path())
+            .iter()
+            .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+            .collect();
+
+        assert_eq!(found, dead);
+    }
+}

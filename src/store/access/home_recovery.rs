@@ -1,0 +1,151 @@
+//! Recovery of all boxes, and the removal of what nothing needs any more.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+
+use crate::exports::display_name;
+use crate::files::durable;
+use crate::files::listing::names_in;
+use crate::files::markers::UNRECORDED;
+use crate::home::{Activity, BaseRecord, Change};
+use crate::store::Store;
+use crate::store::access::lock::refuse_strangers_in;
+use crate::store::access::locked_box::LockedBox;
+use crate::store::access::path_spelling::put_paths_right;
+use crate::store::access::recovery::recover_box;
+use crate::store::layers::collect::{free_bases, free_unreached};
+use crate::store::layers::put_back::{put_back_bases, tidy_spares};
+use crate::store::layers::references::drop_leftover_refs;
+use crate::{Context, Result};
+
+/// Frees all that nothing needs any more, after recovering what can be.
+///
+/// # Errors
+/// EBUSY when a runtime holds the lock, EROFS, EIO.
+pub fn free_unneeded(store: &Store) -> Result<()> {
+    put_paths_right(store)?;
+    let change = store.home().change()?;
+    durable::sync_unflushed()?;
+    recover_home(store, change, true)
+}
+
+/// Recovers all boxes that are idle, and frees what nothing needs any more. `thorough`: also what
+/// BoxLite made of a box and would free with it.
+pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Result<()> {
+    remove_unrecorded(store, &change)?;
+    let mut boxes = change.boxes()?;
+    let Some(first) = boxes.pop() else {
+        drop_rows_without_files(store, &mut change)?;
+        free_unreached(store, &mut change)?;
+        return tidy_spares(store, &change);
+    };
+    boxes.push(first.clone());
+    let mut locked = LockedBox {
+        store: store,
+        change,
+        record: first,
+    };
+    // One look at all layers for all boxes, before and after: the lock is held.
+    let mut layers = store.layers.scan()?;
+    if boxes
+        .iter()
+        .all(|record| store.exports.disks.is_at_home(record))
+        && put_back_bases(store, &mut locked.change, &layers)? > 0
+    {
+        layers = store.layers.scan()?;
+    }
+    let mut all_are_at_home = true;
+    let mut recovered = Vec::new();
+    for record in boxes {
+        locked.record = record;
+        if let Err(error) = refuse_strangers_in(&locked, &layers) {
+            all_are_at_home = false;
+            store.events().info(&error.to_string());
+            continue;
+        }
+        if store.home().activity(&locked.record) != Activity::Idle {
+            continue;
+        }
+        match recover_box(&mut locked) {
+            Ok(()) => recovered.push(locked.record.clone()),
+            Err(error) => {
+                let name = display_name(&locked.record);
+                store
+                    .events()
+                    .info(&format!("recovery of box {name} failed: {error}"));
+            }
+        }
+    }
+    if !all_are_at_home {
+        // Paths in rows and headers may be those of another home.
+        return Ok(());
+    }
+    let layers = store.layers.scan()?;
+    let mut given_up = BTreeSet::new();
+    let mut refs = locked.change.refs()?;
+    let bases = locked.change.bases()?.into_iter();
+    let bases: HashMap<String, BaseRecord> = bases.map(|row| (row.id.clone(), row)).collect();
+    for record in recovered {
+        let referred = refs.remove(&record.id).unwrap_or_default();
+        let referred = referred.iter().filter_map(|id| bases.get(id).cloned());
+        locked.record = record;
+        let dropped = drop_leftover_refs(&mut locked, &layers, referred.collect(), thorough)?;
+        given_up.extend(dropped.into_iter().map(|row| row.id));
+    }
+    drop_rows_without_files(store, &mut locked.change)?;
+    free_bases(store, &mut locked.change, &|row| {
+        row.is_ours() || given_up.contains(&row.id)
+    })?;
+    tidy_spares(store, &locked.change)
+}
+
+/// Directories of boxes that were being made: without a row they go, with one the mark goes.
+/// Directories without a row that we did not make are left for BoxLite, or for their owner.
+fn remove_unrecorded(store: &Store, change: &Change<'_>) -> Result<()> {
+    for id in names_in(&store.home().boxes_dir())? {
+        let dir = store.home().box_dir(&id);
+        let mark = dir.join(UNRECORDED);
+        if !mark.exists() {
+            continue;
+        }
+        match change.box_by_id(&id) {
+            Ok(_) => durable::unlink(&mark)?,
+            Err(error) if error.errno() == libc::ENOENT => {
+                store
+                    .events()
+                    .info(&format!("removed box {id}, which was not finished"));
+                fs::remove_dir_all(&dir).context(|| format!("cannot remove {}", dir.display()))?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// CatalogIndex of bases of ours whose file is gone and that no header names.
+fn drop_rows_without_files(store: &Store, change: &mut Change<'_>) -> Result<()> {
+    let layers = store.layers.scan()?;
+    let gone: Vec<String> = change
+        .bases()?
+        .into_iter()
+        .filter(|row| {
+            let Ok(path) = store.layers.path_of_base(row) else {
+                return false;
+            };
+            let is_absent = || {
+                fs::symlink_metadata(&path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+            };
+            row.is_ours()
+                && layers.at(&path).is_none()
+                && is_absent()
+                && path.parent() == Some(store.home().bases_dir().as_path())
+                && layers.damaged().is_none()
+                && layers.readers_of(&path).next().is_none()
+        })
+        .map(|row| row.id)
+        .collect();
+    if gone.is_empty() {
+        return Ok(());
+    }
+    change.transaction(|rows| gone.iter().try_for_each(|id| rows.delete_base(id)))
+}

@@ -1,0 +1,11 @@
+//! The right to change a home or a box: the lock, what refuses a change, and recovery before it.
+
+pub(super) mod home_recovery;
+pub(super) mod lock;
+pub(super) mod locked_box;
+pub(super) mod names;
+pub(super) mod path_spelling;
+pub(super) mod preflight;
+pub(super) mod recovery;
+pub(super) mod room;
+pub(super) mod shared;

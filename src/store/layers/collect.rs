@@ -1,0 +1,158 @@
+//! Freeing bases that nothing needs any more.
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::{Path, PathBuf};
+
+use crate::Result;
+use crate::files::crash_points::crash_point;
+use crate::files::durable;
+use crate::files::listing::resolve;
+use crate::home::{BaseRecord, Catalog, Change, Home, SnapshotRecord};
+use crate::store::Store;
+use crate::store::layers::catalog_index::CatalogIndex;
+use crate::store::layers::graph::{LayerGraph, Role, is_row_of};
+
+/// Frees the bases we made that no header names any more and that are no snapshot's layer.
+/// The file goes first: a row of ours without a file is recognised as a leftover by the next
+/// recovery, while a file without a row could be BoxLite's (a crash inside its clone leaves such,
+/// and it can be a box's only disk).
+pub fn free_unreached(store: &Store, change: &mut Change<'_>) -> Result<()> {
+    free_bases(store, change, &BaseRecord::is_ours)
+}
+
+/// Likewise, of those that `may_go` says; one of BoxLite's only when no box refers to it any more.
+/// That one is made ours first, so that a crash leaves nothing of BoxLite's half gone.
+pub fn free_bases(
+    store: &Store,
+    change: &mut Change<'_>,
+    may_go: &dyn Fn(&BaseRecord) -> bool,
+) -> Result<()> {
+    let mut layers = store.layers.scan()?;
+    let Some(named) = named_by_rows(store, change, &layers)? else {
+        return Ok(());
+    };
+    let mut rows = change.bases()?;
+    rows.retain(may_go);
+    let referred = change.referred_bases()?;
+    rows.retain(|row| row.is_ours() || !referred.contains(&row.id));
+    loop {
+        let free = layers.files().iter().find_map(|file| {
+            // One name known and one name in all: no snapshot, no live disk, no backup.
+            let is_needed =
+                layers.readers_of(&file.path).next().is_some() || named.contains(&file.path);
+            if !matches!(file.role, Role::Base { .. }) || is_needed || file.names != 1 {
+                return None;
+            }
+            let row = rows.iter().find(|row| is_row_of(row, &file.path))?;
+            Some((row.clone(), file.path.clone()))
+        });
+        let Some((row, path)) = free else {
+            return Ok(());
+        };
+        drop_base(store, change, &row, &path)?;
+        layers = layers.without(&[path]);
+    }
+}
+
+/// Removes a base that nothing reads from and that has no other name: the file, then the row.
+pub fn drop_base(
+    store: &Store,
+    change: &mut Change<'_>,
+    row: &BaseRecord,
+    path: &Path,
+) -> Result<()> {
+    if !row.is_ours() {
+        change.transaction(|rows| rows.claim_base(&row.id))?;
+        crash_point("free.claimed");
+    }
+    durable::unlink(path)?;
+    crash_point("free.unlinked");
+    store.spares.free(path);
+    change.transaction(|rows| rows.delete_base(&row.id))
+}
+
+/// Every path that a snapshot's row names. None while it can't be told what else is needed: a header
+/// that can't be read may name anything, a layer that a box reads and that is not there may have
+/// another name, and a box whose rows say it has a disk that is not where it belongs may have it put aside.
+pub fn named_by_rows(
+    store: &Store,
+    change: &Change<'_>,
+    layers: &LayerGraph,
+) -> Result<Option<BTreeSet<PathBuf>>> {
+    if layers.damaged().is_some() {
+        return Ok(None);
+    }
+    let mut tops = layers.files().iter().filter(|file| file.box_id().is_some());
+    let is_broken = |top: &Path| {
+        let chain = layers.chain(top);
+        chain
+            .iter()
+            .any(|path| is_gone_from(path, layers, &store.home()))
+    };
+    if tops.any(|top| is_broken(&top.path)) {
+        return Ok(None);
+    }
+    let snapshots = change.snapshots()?;
+    let mut started = change.referring_boxes()?;
+    started.extend(snapshots.iter().map(|snapshot| snapshot.box_id.clone()));
+    let boxes = change.boxes()?;
+    let has_disk = |id: &str| layers.at(&store.home().live_disk(id)).is_some();
+    if boxes
+        .iter()
+        .any(|record| started.contains(&record.id) && !has_disk(&record.id))
+    {
+        return Ok(None);
+    }
+    let boxes: HashSet<&str> = boxes.iter().map(|record| record.id.as_str()).collect();
+    let mut named = BTreeSet::new();
+    for snapshot in snapshots
+        .iter()
+        .filter(|it| boxes.contains(it.box_id.as_str()))
+    {
+        if layers
+            .at(&store.exports.disks.snapshot_layer(snapshot))
+            .is_none()
+        {
+            return Ok(None);
+        }
+        named.extend(named_by(store, snapshot));
+    }
+    Ok(Some(named))
+}
+
+/// The paths that a snapshot's row names: of its layer in this home, and as it is spelled, wherever
+/// that is.
+pub fn named_by(store: &Store, snapshot: &SnapshotRecord) -> Vec<PathBuf> {
+    let mut named = vec![store.exports.disks.snapshot_layer(snapshot)];
+    let recorded = PathBuf::from(snapshot.base_path().unwrap_or_default());
+    if !named.contains(&recorded) {
+        named.extend(resolve(&recorded));
+    }
+    named
+}
+
+/// Whether a path of the home that something names has nothing there.
+fn is_gone_from(path: &Path, layers: &LayerGraph, home: &Home) -> bool {
+    layers.at(path).is_none()
+        && home.contains(path)
+        && std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+}
+
+/// Whether there is a base with a row that nothing seems to need. Looks without the lock.
+pub fn has_unneeded(store: &Store, catalog: &Catalog) -> Result<bool> {
+    let layers = store.layers.scan()?;
+    let named = named_in(store, catalog);
+    let bases = store.home().bases()?;
+    let rows = CatalogIndex::new(catalog.boxes(), &bases, &named);
+    let mut files = layers.files().iter();
+    Ok(files.any(|file| rows.is_unneeded(file, &layers)))
+}
+
+/// Every path that a snapshot's row names.
+pub fn named_in(store: &Store, catalog: &Catalog) -> BTreeSet<PathBuf> {
+    let boxes = catalog.boxes().iter();
+    let snapshots = boxes.flat_map(|record| catalog.snapshots_of(&record.id));
+    snapshots
+        .flat_map(|snapshot| named_by(store, snapshot))
+        .collect()
+}

@@ -1,0 +1,187 @@
+//! What a change needs that takes long to make: made before the lock is taken.
+
+use std::path::{Path, PathBuf};
+
+use crate::disk::{Format, Layer};
+use crate::exports::{Contents, Source};
+use crate::files::durable;
+use crate::files::listing::resolve;
+use crate::files::workspace::discard;
+use crate::home::base_id;
+use crate::store::Store;
+use crate::store::access::lock::lock_box;
+use crate::store::layers::flatten::{FlattenedLayers, plan_flatten, write_flattened};
+use crate::store::layers::live_disk::live_header;
+use crate::store::layers::merge::merge_layers;
+use crate::store::layers::mergeable::{BACKING_LEFT, MOST_BACKING, mergeable};
+use crate::store::layers::running::{RunningState, write_running};
+use crate::{Error, Result, disk};
+
+/// What a change needs that takes long to make: made before the lock is taken. What it assumed is
+/// looked at again under the lock.
+pub struct Draft {
+    /// Where the frozen layer will be.
+    pub base: PathBuf,
+    /// The overlay that will replace the live disk, where that will be frozen.
+    pub overlay: Option<PathBuf>,
+    pub virtual_size: u64,
+    /// The upper layers of its chain as one, where that is too long to be stacked upon.
+    pub flat: Option<FlattenedLayers>,
+    /// The state of a disk that was running when it was read.
+    pub running: Option<RunningState>,
+}
+
+/// For what starts from `source`, of which `read` was read: a copy of a running box's disk, else `make`.
+pub fn draft_of(
+    store: &Store,
+    source: &Source,
+    read: &Contents,
+    make: &dyn Fn() -> Result<Draft>,
+) -> Result<Draft> {
+    store.refuse_read_only()?;
+    let Some(export) = store.exports.copies.copy_read_as(source, read) else {
+        return make();
+    };
+    Ok(Draft {
+        base: store.home().base_disk(&base_id()?),
+        overlay: None,
+        virtual_size: 0,
+        flat: None,
+        running: Some(write_running(store, &export)?),
+    })
+}
+
+/// For freezing the live disk of a box.
+pub fn draft_freeze(store: &Store, box_id: &str) -> Result<Draft> {
+    store.refuse_read_only()?;
+    let live = store.home().live_disk(box_id);
+    mend_chain(store, box_id, &live)?;
+    let header = live_header(&live)?;
+    let mut draft = Draft {
+        base: store.home().base_disk(&base_id()?),
+        overlay: None,
+        virtual_size: header.virtual_size,
+        flat: None,
+        running: None,
+    };
+    let holds_data = Layer::open(&live, Format::Qcow2)?.holds_data()?;
+    if holds_data && disk::chain_paths(&live)?.len() > MOST_BACKING {
+        refuse_active_box(store, box_id)?;
+        draft.flat = shortened(store, &live)?;
+    }
+    let overlay = store.workspace().fresh_path("overlay")?;
+    draft.overlay = Some(overlay.clone());
+    disk::create_overlay(&overlay, &draft.base, Format::Qcow2, header.virtual_size)?;
+    store.home().give_to_owner(&overlay)?;
+    // Most of what is dirty is written back here, so that the flush under the lock is short.
+    durable::sync_file(&live)?;
+    Ok(draft)
+}
+
+/// For a new box that starts from a disk state. Of one whose chain is too long the upper layers are
+/// written out as one instead, and the source left alone.
+pub fn draft_clone(store: &Store, source: &Source) -> Result<Draft> {
+    store.refuse_read_only()?;
+    let top = store.exports.disks.top_of(source)?;
+    mend_chain(store, source.box_id(), &top)?;
+    let header = live_header(&top)?;
+    let holds_data = Layer::open(&top, Format::Qcow2)?.holds_data()?;
+    let below = disk::chain_paths(&top)?.len() - usize::from(!holds_data);
+    if below <= MOST_BACKING {
+        return draft_share(store, source);
+    }
+    refuse_active_box(store, source.box_id())?;
+    let Some(flat) = shortened(store, &top)? else {
+        return draft_share(store, source);
+    };
+    Ok(Draft {
+        base: store.home().base_disk(&base_id()?),
+        overlay: None,
+        virtual_size: header.virtual_size,
+        flat: Some(flat),
+        running: None,
+    })
+}
+
+/// For a snapshot that shares the layer of a disk state, however long its chain.
+pub fn draft_share(store: &Store, source: &Source) -> Result<Draft> {
+    match source {
+        Source::Live { box_id } => draft_freeze(store, box_id),
+        Source::Snapshot { .. } => Ok(Draft {
+            base: store.home().base_disk(&base_id()?),
+            overlay: None,
+            virtual_size: 0,
+            flat: None,
+            running: None,
+        }),
+    }
+}
+
+/// Has bases that were deleted put back, where a chain can't be followed without.
+fn mend_chain(store: &Store, box_id: &str, top: &Path) -> Result<()> {
+    let is_broken = disk::chain_paths(top).is_err_and(|e| e.errno() == libc::ENOENT);
+    if is_broken && top.exists() {
+        drop(lock_box(store, box_id)?);
+    }
+    Ok(())
+}
+
+fn refuse_active_box(store: &Store, box_id: &str) -> Result<()> {
+    match store.home().catalog()?.box_by_id(box_id) {
+        Some(record) => store.exports.disks.refuse_active(record),
+        None => Err(Error::new(libc::ENOENT, "the box is gone")),
+    }
+}
+
+/// Makes a chain that is too long to start from short enough, whichever way writes less: layers that
+/// nothing else needs are merged, or as many upper layers as it takes are written out as one. None
+/// if it became short enough by merging.
+fn shortened(store: &Store, top: &Path) -> Result<Option<FlattenedLayers>> {
+    loop {
+        let layers = store.layers.scan()?;
+        let chain = disk::chain_paths(top)?;
+        let chain: Vec<PathBuf> = chain.iter().flat_map(|path| resolve(path)).collect();
+        if chain.len() <= MOST_BACKING {
+            return Ok(None);
+        }
+        let upper = (chain.len() + 1).saturating_sub(BACKING_LEFT);
+        let written = chain.iter().take(upper);
+        let written: u64 = written
+            .filter_map(|path| Some(layers.at(path)?.allocated))
+            .sum();
+        let mut merges = mergeable(store)?.into_iter();
+        let merge = merges
+            .find(|merge| merge.frees() && merge.is_in(&chain) && merge.allocated() <= written);
+        let merged = merge.map(|merge| merge_layers(store, &merge, &mut |_| Ok(())));
+        if let Some(Ok(_)) = merged {
+            continue;
+        }
+        // Where somebody reads, say, it is done without.
+        let combining = plan_flatten(store, top, upper)?;
+        return write_flattened(store, combining, &mut |_| Ok(())).map(Some);
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // Moved into place, or not needed.
+        if let Some(overlay) = &self.overlay {
+            discard(overlay);
+        }
+    }
+}
+
+/// EIO when a disk state is not what was read of it: what was copied would not be what is made.
+pub fn refuse_changed(store: &Store, source: &Source, read: &Contents) -> Result<()> {
+    let is_copied = || store.exports.copies.copy_read_as(source, read).is_some();
+    if is_copied() || store.exports.plain.contents_now(source)? == Some(*read) {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::EIO,
+        format!(
+            "{} changed while it was copied; copy it again",
+            store.exports.disks.describe(source)
+        ),
+    ))
+}

@@ -1,0 +1,39 @@
+//! Any disk state as something that an overlay can start from.
+
+use crate::Result;
+use crate::exports::Source;
+use crate::store::access::locked_box::LockedBox;
+use crate::store::layers::draft::Draft;
+use crate::store::layers::freeze::{freeze_live, frozen_flat, frozen_snapshot};
+use crate::store::layers::frozen::FrozenDisk;
+use crate::store::layers::running::freeze_running;
+
+/// The source as something an overlay can start from.
+pub fn freeze_source(
+    locked: &mut LockedBox<'_>,
+    source: &Source,
+    draft: &Draft,
+) -> Result<FrozenDisk> {
+    if let Some(state) = &draft.running {
+        return freeze_running(locked, state);
+    }
+    // Of a snapshot it is no matter whether the box runs; its live disk is left alone then.
+    if let Source::Live { .. } = source {
+        locked.store.exports.disks.refuse_active(&locked.record)?;
+    }
+    let layer = match source {
+        Source::Live { box_id } => locked.store.home().live_disk(box_id),
+        Source::Snapshot { snapshot_id, .. } => locked
+            .store
+            .exports
+            .disks
+            .snapshot_layer(&locked.snapshot(snapshot_id)?),
+    };
+    if let Some(flat) = frozen_flat(locked, draft, &layer)? {
+        return Ok(flat);
+    }
+    match source {
+        Source::Live { .. } => freeze_live(locked, draft),
+        Source::Snapshot { .. } => frozen_snapshot(locked, &layer),
+    }
+}

@@ -1,0 +1,391 @@
+//! Who depends on whom: every image file of the home and the backing path its header names.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::Result;
+use crate::disk::{FileId, Header, Moment};
+use crate::exports::States;
+use crate::files::listing::{is_absent, names_in, resolve};
+use crate::home::{BaseRecord, Home};
+use crate::store::layers::spare_names::{SharedSpares, SpareNames, Spares};
+
+/// What a file is to BoxLite.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `boxes/ID/disks/disk.qcow2`.
+    Live { box_id: String },
+    /// `boxes/ID/snapshots/NAME/disk.qcow2`.
+    Snapshot { box_id: String, name: String },
+    /// `bases/ID.qcow2`.
+    Base { id: String },
+}
+
+/// One name of an image file.
+#[derive(Clone, Debug)]
+pub struct ImageFile {
+    pub path: PathBuf,
+    pub id: FileId,
+    /// Names the inode has, whether the home knows them or not; but not those of [`Spares`].
+    pub names: u64,
+    /// As long as this is the same, so is its header.
+    pub stamp: Stamp,
+    /// Bytes it takes on the disk.
+    pub allocated: u64,
+    pub role: Role,
+    /// The backing path in its header, as it stands there.
+    pub stored: Option<PathBuf>,
+    /// The same, resolved; None for an image without one.
+    pub backing: Option<PathBuf>,
+    /// Why the header can't be read. Such a file may depend on anything.
+    pub damaged: Option<String>,
+}
+
+impl ImageFile {
+    /// A name whose file can't be looked at: it may read from anything.
+    fn unreadable(path: PathBuf, role: Role, why: String) -> ImageFile {
+        ImageFile {
+            damaged: Some(format!("{}: {why}", path.display())),
+            path,
+            id: FileId { dev: 0, ino: 0 },
+            names: 0,
+            stamp: Stamp::default(),
+            allocated: 0,
+            role,
+            stored: None,
+            backing: None,
+        }
+    }
+
+    /// The box whose directory it is in.
+    pub fn box_id(&self) -> Option<&str> {
+        match &self.role {
+            Role::Live { box_id } | Role::Snapshot { box_id, .. } => Some(box_id),
+            Role::Base { .. } => None,
+        }
+    }
+}
+
+/// All image files of a home at one moment.
+#[derive(Default)]
+pub struct LayerGraph {
+    files: Vec<ImageFile>,
+    by_path: HashMap<PathBuf, usize>,
+    by_id: HashMap<FileId, Vec<usize>>,
+    by_box: HashMap<String, Vec<usize>>,
+    /// Who names a path in its header.
+    readers: HashMap<PathBuf, Vec<usize>>,
+    spares: SharedSpares,
+}
+
+impl LayerGraph {
+    fn new(files: Vec<ImageFile>, spares: SharedSpares) -> Self {
+        let mut layers = LayerGraph {
+            spares,
+            ..LayerGraph::default()
+        };
+        for (index, file) in files.iter().enumerate() {
+            layers.by_path.insert(file.path.clone(), index);
+            layers.by_id.entry(file.id).or_default().push(index);
+            if let Some(box_id) = file.box_id() {
+                let of_box = layers.by_box.entry(box_id.to_owned());
+                of_box.or_default().push(index);
+            }
+            if let Some(backing) = &file.backing {
+                layers
+                    .readers
+                    .entry(backing.clone())
+                    .or_default()
+                    .push(index);
+            }
+        }
+        layers.files = files;
+        layers
+    }
+
+    /// The spare names of bases.
+    pub fn spares(&self) -> &Spares {
+        &self.spares
+    }
+
+    /// Every path that a header names.
+    pub fn named(&self) -> impl Iterator<Item = &Path> {
+        self.readers.keys().map(PathBuf::as_path)
+    }
+
+    /// Every name of every file.
+    pub fn files(&self) -> &[ImageFile] {
+        &self.files
+    }
+
+    /// The file with this (resolved) name.
+    pub fn at(&self, path: &Path) -> Option<&ImageFile> {
+        self.by_path.get(path).map(|index| &self.files[*index])
+    }
+
+    fn all<'l>(&'l self, indexes: Option<&'l Vec<usize>>) -> impl Iterator<Item = &'l ImageFile> {
+        let indexes = indexes.into_iter().flatten();
+        indexes.filter_map(|index| self.files.get(*index))
+    }
+
+    /// Names of one inode.
+    pub fn names_of(&self, id: FileId) -> impl Iterator<Item = &ImageFile> {
+        self.all(self.by_id.get(&id))
+    }
+
+    /// The files in the directory of a box.
+    pub fn of_box(&self, box_id: &str) -> impl Iterator<Item = &ImageFile> + use<'_> {
+        self.all(self.by_box.get(box_id))
+    }
+
+    /// Files whose header names this path.
+    pub fn readers_of(&self, path: &Path) -> impl Iterator<Item = &ImageFile> + use<'_> {
+        self.all(self.readers.get(path))
+    }
+
+    /// The boxes that have a chain through `path`.
+    pub fn boxes_above(&self, path: &Path) -> BTreeSet<String> {
+        let mut boxes = BTreeSet::new();
+        let mut seen = HashSet::from([path]);
+        let mut next: Vec<&Path> = vec![path];
+        while let Some(path) = next.pop() {
+            boxes.extend(self.at(path).and_then(ImageFile::box_id).map(str::to_owned));
+            let readers = self
+                .all(self.readers.get(path))
+                .map(|file| file.path.as_path());
+            next.extend(readers.filter(|path| seen.insert(path)));
+        }
+        boxes
+    }
+
+    /// The same without some paths.
+    pub fn without(&self, gone: &[PathBuf]) -> LayerGraph {
+        let files = self.files.iter();
+        let left = files.filter(|file| !gone.contains(&file.path));
+        let mut left: Vec<ImageFile> = left.cloned().collect();
+        for file in &mut left {
+            let lost = self
+                .names_of(file.id)
+                .filter(|name| gone.contains(&name.path));
+            file.names = file.names.saturating_sub(lost.count() as u64);
+        }
+        LayerGraph::new(left, self.spares.clone())
+    }
+
+    /// The paths of a file's chain, the file first. Ends at what is no image file of the home (a
+    /// raw image, a file outside) with that path last, and before a path comes twice.
+    pub fn chain<'l>(&'l self, top: &'l Path) -> Vec<&'l Path> {
+        let mut chain = vec![top];
+        let mut at = top;
+        while let Some(backing) = self.at(at).and_then(|file| file.backing.as_deref()) {
+            if chain.contains(&backing) {
+                break;
+            }
+            chain.push(backing);
+            at = backing;
+        }
+        chain
+    }
+
+    /// The first file whose header can't be read: it may depend on anything, so nothing is freed.
+    pub fn damaged(&self) -> Option<&ImageFile> {
+        self.files.iter().find(|file| file.damaged.is_some())
+    }
+}
+
+/// Length, modification and change time (ns): a rebase, ours or anyone's, changes the last.
+pub type Stamp = (u64, i128, i128);
+
+pub fn stamp(meta: &fs::Metadata) -> Stamp {
+    let nanoseconds = |s: i64, ns: i64| i128::from(s) * 1_000_000_000 + i128::from(ns);
+    (
+        meta.len(),
+        nanoseconds(meta.mtime(), meta.mtime_nsec()),
+        nanoseconds(meta.ctime(), meta.ctime_nsec()),
+    )
+}
+
+/// What is found while all files are looked at.
+#[derive(Default)]
+struct Scan {
+    /// From before the first look.
+    moment: Moment,
+    files: Vec<ImageFile>,
+    spares: Spares,
+    directories: Directories,
+}
+
+/// Directories that were resolved: thousands of headers name files in the same few.
+#[derive(Default)]
+pub struct Directories {
+    resolved: HashMap<PathBuf, Option<PathBuf>>,
+}
+
+impl Directories {
+    /// Like [`resolve`], for paths that may point nowhere: those stay as they are.
+    pub fn resolve(&mut self, path: PathBuf) -> PathBuf {
+        let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+            return path;
+        };
+        let known = match self.resolved.get(dir) {
+            Some(known) => known,
+            None => {
+                let resolved = fs::canonicalize(dir).ok();
+                self.resolved.entry(dir.to_owned()).or_insert(resolved)
+            }
+        };
+        match known {
+            Some(dir) => dir.join(name),
+            None => path,
+        }
+    }
+}
+
+/// Whether the row of a base is that of the file with this (resolved) name.
+pub fn is_row_of(row: &BaseRecord, path: &Path) -> bool {
+    let row = Path::new(&row.base_path);
+    row == path || (row.file_name() == path.file_name() && resolve(row).is_ok_and(|p| p == path))
+}
+
+/// Headers that were read, valid while the file is the same to stat.
+type HeaderCache = HashMap<FileId, (Stamp, std::result::Result<Option<PathBuf>, String>)>;
+
+/// Finds all image files of a home, and reads the headers that changed.
+pub struct LayerScanner {
+    home: Arc<Home>,
+    states: Arc<States>,
+    spares: Arc<SpareNames>,
+    headers: Mutex<HeaderCache>,
+}
+
+impl LayerScanner {
+    /// Returns one that has read no header.
+    pub fn new(home: Arc<Home>, states: Arc<States>, spares: Arc<SpareNames>) -> LayerScanner {
+        LayerScanner {
+            home,
+            states,
+            spares,
+            headers: Mutex::default(),
+        }
+    }
+
+    /// The resolved path that the row of a base names.
+    ///
+    /// # Errors
+    /// ENOENT when its directory is gone.
+    pub fn path_of_base(&self, row: &BaseRecord) -> Result<PathBuf> {
+        let path = PathBuf::from(&row.base_path);
+        match path.parent() == Some(self.home.bases_dir().as_path()) {
+            // The home's own path is resolved.
+            true => Ok(path),
+            false => resolve(&path),
+        }
+    }
+
+    /// Every image file in `bases/` and `boxes/`, with rows or without.
+    ///
+    /// # Errors
+    /// Those of reading the directories.
+    pub fn scan(&self) -> Result<LayerGraph> {
+        let mut scan = Scan {
+            moment: self.states.moment_now(&self.home.bases_dir()),
+            spares: self.spares.scan()?,
+            ..Scan::default()
+        };
+        for name in names_in(&self.home.bases_dir())? {
+            if let Some(id) = name.strip_suffix(".qcow2") {
+                let role = Role::Base { id: id.to_owned() };
+                self.look_at(self.home.base_disk(id), role, &mut scan);
+            }
+        }
+        for box_id in names_in(&self.home.boxes_dir())? {
+            let role = Role::Live {
+                box_id: box_id.clone(),
+            };
+            self.look_at(self.home.live_disk(&box_id), role, &mut scan);
+            for name in names_in(&self.home.snapshots_dir(&box_id))? {
+                let path = self.home.snapshot_disk(&box_id, &name);
+                let role = Role::Snapshot {
+                    box_id: box_id.clone(),
+                    name,
+                };
+                self.look_at(path, role, &mut scan);
+            }
+        }
+        let layers = LayerGraph::new(scan.files, SharedSpares::new(scan.spares));
+        let mut headers = self.headers.lock();
+        headers.retain(|id, _| layers.by_id.contains_key(id));
+        drop(headers);
+        Ok(layers)
+    }
+
+    fn look_at(&self, path: PathBuf, role: Role, scan: &mut Scan) {
+        let meta = match fs::symlink_metadata(&path) {
+            Ok(meta) => meta,
+            Err(e) if is_absent(&e) => return,
+            Err(e) => {
+                return scan
+                    .files
+                    .push(ImageFile::unreadable(path, role, e.to_string()));
+            }
+        };
+        if !meta.is_file() {
+            let why = "is no regular file".to_owned();
+            return scan.files.push(ImageFile::unreadable(path, role, why));
+        }
+        let id = FileId::of(&meta);
+        let stamp = stamp(&meta);
+        let (backing, damaged) = match self.backing_of(&path, id, stamp, &scan.moment) {
+            Ok(backing) => (backing, None),
+            Err(why) => (None, Some(why)),
+        };
+        // A relative path counts from the directory of the name it is read by.
+        let stored = backing;
+        let backing = stored.clone().map(|stored| match path.parent() {
+            Some(dir) => scan.directories.resolve(dir.join(stored)),
+            None => stored,
+        });
+        scan.files.push(ImageFile {
+            path,
+            id,
+            names: meta.nlink().saturating_sub(scan.spares.count_of(id)),
+            stamp,
+            allocated: meta.blocks() * 512,
+            role,
+            stored,
+            backing,
+            damaged,
+        });
+    }
+
+    /// The backing path a header names, as stored.
+    fn backing_of(
+        &self,
+        path: &Path,
+        id: FileId,
+        stamp: Stamp,
+        moment: &Moment,
+    ) -> std::result::Result<Option<PathBuf>, String> {
+        if let Some((known, backing)) = self.headers.lock().get(&id)
+            && *known == stamp
+        {
+            return backing.clone();
+        }
+        let backing = match Header::open(path) {
+            Ok(Some(header)) => Ok(header.backing.map(|backing| backing.path)),
+            // Cut short or overwritten: what it read from can't be told.
+            Ok(None) => Err(format!("{} is not a qcow2 image", path.display())),
+            Err(error) => Err(error.to_string()),
+        };
+        // A header that changed a moment ago may change once more without a mark.
+        if moment.is_after(id.dev, stamp.2) {
+            self.headers.lock().insert(id, (stamp, backing.clone()));
+        }
+        backing
+    }
+}

@@ -1,0 +1,399 @@
+//! Merging: a layer that nothing but the layer above it needs becomes one with that, and the space of
+//! what was written twice comes back. Likewise a live disk takes in so many of the layers below it that
+//! a virtual machine can start from it again.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::disk::{FileId, Format, Header, Layer};
+use crate::files::crash_points::crash_point;
+use crate::files::durable;
+use crate::files::listing::resolve;
+use crate::files::workspace::Scratch;
+use crate::home::{is_open, is_open_for_writing};
+use crate::store::Store;
+use crate::store::access::lock::{lock_box, switch_to};
+use crate::store::access::locked_box::LockedBox;
+use crate::store::layers::adopt::rebase;
+use crate::store::layers::catalog_index::CatalogIndex;
+use crate::store::layers::collect::{drop_base, named_by_rows};
+use crate::store::layers::flatten::{FlattenedLayers, Pace, plan_flatten, write_flattened};
+use crate::store::layers::graph::stamp;
+use crate::store::layers::mergeable::{MergePlan, merges, shortening};
+use crate::store::layers::references::free_surplus;
+use crate::{Context, Error, Result};
+
+/// How a merge is done.
+enum MergeStrategy {
+    /// The layers below the top hold nothing: the header of the top names the layer below them.
+    Rebase(PathBuf),
+    /// The top is a live disk that holds nothing: the layer below takes its place.
+    Promote,
+    /// All are written out as one.
+    Copy(FlattenedLayers),
+}
+
+/// What a merge did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Merged {
+    /// Bytes of the disk that came back; negative for a live disk that got a copy of what others keep.
+    pub freed: i64,
+}
+
+/// Makes layers one. Whatever can't be merged now, for a box runs or somebody reads, is an error that
+/// says why; nothing is changed then.
+///
+/// Order: the box's chains are made ready; what the layers have together is written into the
+/// workspace, unlocked; ready again, and seen to be as before; each name of the top is moved over
+/// by a name of the new file; the bases that nothing reads any more go, as any other. A crash leaves
+/// each name with the old file or the new one, which say the same, and bases of ours that nothing
+/// reads, which recovery frees.
+///
+/// # Errors
+/// EBUSY, ENOSPC, EIO, what `pace` says; ENODATA if it would give no space back.
+pub fn merge_layers(store: &Store, wanted: &MergePlan, pace: &mut Pace<'_>) -> Result<Merged> {
+    let wanted = {
+        let locked = ready_all(store, &wanted.boxes)?;
+        merge_again(&locked, wanted)?.ok_or_else(|| changed(wanted))?
+    };
+    // Whatever changes them from here on shows when they are looked at again.
+    store.exports.states.wait_for_clock(&wanted.stamped());
+    let way = strategy(store, &wanted, pace)?;
+    crash_point("merge.locked");
+    store.exports.plain.let_go_of_unread();
+    store.exports.views.let_go_of_unused();
+    let mut locked = ready_all(store, &wanted.boxes)?;
+    let now = merge_again(&locked, &wanted)?;
+    if !now.is_some_and(|now| now.starts_with(&wanted)) {
+        return Err(changed(&wanted));
+    }
+    refuse_open(&wanted)?;
+    // What goes is given back after the lock: to free large files takes its time.
+    let parts = wanted.layers.iter();
+    let kept: Vec<File> = parts
+        .filter_map(|part| File::open(&part.path).ok())
+        .collect();
+    let old = match way {
+        MergeStrategy::Rebase(_) => None,
+        MergeStrategy::Promote | MergeStrategy::Copy(_) => keep_live(&locked, &wanted)?,
+    };
+    let merged = match way {
+        MergeStrategy::Rebase(below) => rebase_over(&mut locked, &wanted, &below),
+        MergeStrategy::Promote => promote(&mut locked, &wanted),
+        MergeStrategy::Copy(combined) => replace_top(&mut locked, &wanted, combined),
+    };
+    if let Err(error) = merged {
+        // A guest must not go on writing to a file that a loss of power takes away.
+        if let Some(old) = &old {
+            let _ = bring_back(&wanted, old);
+        }
+        return Err(error);
+    }
+    if let Some(old) = &old {
+        refuse_written(&wanted, old)?;
+    }
+    let gone = drop_merged(&mut locked, &wanted)?;
+    drop(locked);
+    drop((kept, old));
+    let before = wanted.layers.first().map_or(0, |part| part.allocated) + gone;
+    let after = allocated(wanted.top());
+    let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+    Ok(Merged {
+        freed: signed(before) - signed(after),
+    })
+}
+
+/// The lock, and all of these boxes ready for a change.
+fn ready_all<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBox<'s>> {
+    let mut boxes = boxes.iter();
+    let Some(first) = boxes.next() else {
+        return Err(Error::damaged("no box reads these layers"));
+    };
+    let mut locked = lock_box(store, first)?;
+    boxes.try_for_each(|id| switch_to(&mut locked, id))?;
+    Ok(locked)
+}
+
+/// How to merge; what has to be written is.
+fn strategy(store: &Store, wanted: &MergePlan, pace: &mut Pace<'_>) -> Result<MergeStrategy> {
+    if wanted.frees
+        && let Some(below) = skipped(wanted)?
+    {
+        return Ok(MergeStrategy::Rebase(below));
+    }
+    if is_promotable(wanted)? {
+        return Ok(MergeStrategy::Promote);
+    }
+    let plan = plan_flatten(store, wanted.top(), wanted.layers.len())?;
+    let lengths: u64 = wanted.layers.iter().map(|part| part.stamp.0).sum();
+    if wanted.frees && plan.len() > lengths {
+        return Err(no_gain(wanted));
+    }
+    refuse_full(store, plan.len())?;
+    let combined = write_flattened(store, plan, pace)?;
+    if wanted.frees && allocated(&combined.file) > wanted.allocated() {
+        return Err(no_gain(wanted));
+    }
+    Ok(MergeStrategy::Copy(combined))
+}
+
+/// ENOSPC unless there is room for that many bytes and some more.
+fn refuse_full(store: &Store, bytes: u64) -> Result<()> {
+    let space = store.home().space()?;
+    let left = space.available_bytes().saturating_sub(bytes);
+    // What guests and others write meanwhile.
+    if left >= (space.bytes() / 100).min(1 << 30) {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::ENOSPC,
+        format!("layers are merged by writing {bytes} bytes first, and there is no room for them"),
+    ))
+}
+
+fn no_gain(wanted: &MergePlan) -> Error {
+    Error::new(
+        libc::ENODATA,
+        format!(
+            "{} and what lies below it take less room as they are",
+            wanted.top().display()
+        ),
+    )
+}
+
+/// Bytes that a file takes on the disk.
+pub fn allocated(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512)
+}
+
+pub fn changed(wanted: &MergePlan) -> Error {
+    Error::busy(format!(
+        "{} or what it lies on was changed just now; try again",
+        wanted.top().display()
+    ))
+}
+
+/// The layer that the top reads the same from without those between, which hold nothing.
+fn skipped(wanted: &MergePlan) -> Result<Option<PathBuf>> {
+    let Some((top, below)) = wanted.layers.split_first() else {
+        return Ok(None);
+    };
+    let Some(last) = below.last() else {
+        return Ok(None);
+    };
+    let header = qcow2_header(&last.path)?;
+    let Some(base) = header.backing_path(&last.path) else {
+        return Ok(None);
+    };
+    let base = resolve(&base)?;
+    // A header that says qcow2 can't name a raw image.
+    let Some(base_header) = Header::open(&base)? else {
+        return Ok(None);
+    };
+    let seen = qcow2_header(&top.path)?
+        .virtual_size
+        .min(base_header.virtual_size);
+    for part in below {
+        let layer = Layer::open(&part.path, Format::Qcow2)?;
+        // Beyond its end a layer reads as zeros, whatever lies below.
+        if layer.virtual_size() < seen || layer.holds_data()? {
+            return Ok(None);
+        }
+    }
+    Ok(Some(base))
+}
+
+/// Whether the layer below can be the live disk itself.
+fn is_promotable(wanted: &MergePlan) -> Result<bool> {
+    let [top, below, ..] = wanted.layers.as_slice() else {
+        return Ok(false);
+    };
+    if !wanted.is_live || !wanted.frees {
+        return Ok(false);
+    }
+    let same_size =
+        qcow2_header(&top.path)?.virtual_size == qcow2_header(&below.path)?.virtual_size;
+    Ok(same_size && !Layer::open(&top.path, Format::Qcow2)?.holds_data()?)
+}
+
+fn qcow2_header(path: &Path) -> Result<Header> {
+    Header::open(path)?
+        .ok_or_else(|| Error::damaged(format!("{} is not a qcow2 image", path.display())))
+}
+
+/// The same merge, as things are now.
+fn merge_again(locked: &LockedBox<'_>, wanted: &MergePlan) -> Result<Option<MergePlan>> {
+    let layers = locked.layers()?;
+    let Some(named) = named_by_rows(locked.store, &locked.change, &layers)? else {
+        return Err(Error::busy(
+            "nothing is merged while it can't be told who reads what; boxlitefs check says why",
+        ));
+    };
+    let (boxes, bases) = (locked.change.boxes()?, locked.change.bases()?);
+    let rows = CatalogIndex::new(&boxes, &bases, &named);
+    let found = match wanted.frees {
+        true => merges(&layers, &rows)
+            .into_iter()
+            .find(|merge| merge.top_id() == wanted.top_id()),
+        false => shortening(&layers, &rows, wanted.top()),
+    };
+    let Some(mut found) = found else {
+        return Ok(None);
+    };
+    for name in &found.names {
+        if let Some(row) = rows.bases.get(name)
+            && locked.change.has_digest(&row.id)?
+        {
+            return Ok(None);
+        }
+    }
+    found.layers.truncate(wanted.layers.len());
+    Ok((found.layers.len() > 1).then_some(found))
+}
+
+/// EBUSY while anybody has one of the layers open.
+fn refuse_open(wanted: &MergePlan) -> Result<()> {
+    match wanted.layers.iter().find(|part| is_open(&part.path)) {
+        None => Ok(()),
+        Some(part) => Err(Error::busy(format!(
+            "{} is being read",
+            part.path.display()
+        ))),
+    }
+}
+
+/// Another name for a live disk that is about to be replaced.
+fn keep_live(locked: &LockedBox<'_>, wanted: &MergePlan) -> Result<Option<Scratch>> {
+    if !wanted.is_live {
+        return Ok(None);
+    }
+    let kept = locked.store.workspace().scratch("old")?;
+    durable::link(wanted.top(), &kept)?;
+    Ok(Some(kept))
+}
+
+/// EBUSY, and the live disk is the one it was, if that was written to while it was replaced. A guest
+/// is not started while we hold the lock; but somebody may just then have used a program like
+/// qemu-io on the disk, which knows no locks of BoxLite's.
+fn refuse_written(wanted: &MergePlan, old: &Path) -> Result<()> {
+    let Some(top) = wanted.layers.first() else {
+        return Ok(());
+    };
+    let message = || format!("cannot look at {}", old.display());
+    let meta = std::fs::symlink_metadata(old).context(message)?;
+    let (length, modified, _) = stamp(&meta);
+    let is_same = (length, modified) == (top.stamp.0, top.stamp.1);
+    if is_same && !is_open_for_writing(old) {
+        return Ok(());
+    }
+    bring_back(wanted, old)?;
+    Err(Error::busy(format!(
+        "{} was written to just now",
+        wanted.top().display()
+    )))
+}
+
+/// Makes the live disk the one it was.
+fn bring_back(wanted: &MergePlan, old: &Path) -> Result<()> {
+    if let Some(below) = wanted.layers.get(1)
+        && FileId::at(wanted.top())? == below.id
+    {
+        // The base that was moved over it gets its name back first.
+        durable::link(wanted.top(), &below.path)?;
+    }
+    durable::rename(old, wanted.top())
+}
+
+/// Has the top name the layer below those that hold nothing. A crash leaves the old or the new name.
+fn rebase_over(locked: &mut LockedBox<'_>, wanted: &MergePlan, below: &Path) -> Result<()> {
+    let layers = locked.layers()?;
+    if let Some(top) = layers.at(wanted.top()) {
+        rebase(locked, &layers, top, below)?;
+    }
+    crash_point("merge.rebased");
+    Ok(())
+}
+
+/// Moves the layer below over a live disk that holds nothing. A crash before leaves a base that is
+/// ours; after it a row of ours without a file.
+fn promote(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<()> {
+    let [top, below, ..] = wanted.layers.as_slice() else {
+        return Ok(());
+    };
+    claim_base(locked, &below.path)?;
+    crash_point("merge.claimed");
+    // A live disk is written to, and no spare name may stand for it.
+    locked.store.spares.drop_durably(&below.path)?;
+    // The state is as old as it was.
+    durable::copy_times(&top.path, &below.path)?;
+    durable::sync_file(&below.path)?;
+    durable::rename(&below.path, &top.path)?;
+    durable::sync_dir(&locked.store.home().bases_dir())?;
+    crash_point("merge.promoted");
+    Ok(())
+}
+
+/// Moves a name of the new file over each name of the top. All names are made first, so that the
+/// moves are one after the other.
+fn replace_top(
+    locked: &mut LockedBox<'_>,
+    wanted: &MergePlan,
+    combined: FlattenedLayers,
+) -> Result<()> {
+    if !combined.lies_on_chain_of(wanted.top())? {
+        return Err(changed(wanted));
+    }
+    let length = std::fs::metadata(&combined.file).map_or(0, |meta| meta.len());
+    let mut moves = Vec::new();
+    for name in &wanted.names {
+        let link = locked.store.workspace().scratch("name")?;
+        durable::link(&combined.file, &link)?;
+        moves.push((link, name));
+    }
+    // Its own name was one too many.
+    drop(combined);
+    crash_point("merge.written");
+    for (new, name) in moves {
+        locked.store.workspace().replace(&new, name)?;
+        crash_point("merge.renamed");
+        // Before what the old file read from is freed.
+        locked.store.spares.follow(name)?;
+    }
+    locked.change.transaction(|rows| {
+        let mut names = wanted.names.iter();
+        names.try_for_each(|name| rows.resize_layer(&name.display().to_string(), length))
+    })
+}
+
+/// Makes a base ours, if it is not.
+pub fn claim_base(locked: &mut LockedBox<'_>, path: &Path) -> Result<()> {
+    match locked.base_at(path)?.filter(|row| !row.is_ours()) {
+        None => Ok(()),
+        Some(row) => locked.change.transaction(|rows| rows.claim_base(&row.id)),
+    }
+}
+
+/// Removes the bases below the top that nothing reads any more, and what refers to them. Returns how
+/// many bytes they had.
+fn drop_merged(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<u64> {
+    if !wanted.frees {
+        free_surplus(locked)?;
+        return Ok(0);
+    }
+    let mut layers = locked.layers()?;
+    let mut gone = 0;
+    for part in wanted.layers.iter().skip(1) {
+        let path = &part.path;
+        let is_needed = layers.readers_of(path).next().is_some()
+            || layers.at(path).is_some_and(|file| file.names != 1);
+        let Some(row) = locked.base_at(path)?.filter(|_| !is_needed) else {
+            break;
+        };
+        drop_base(locked.store, &mut locked.change, &row, path)?;
+        layers = layers.without(std::slice::from_ref(path));
+        gone += part.allocated;
+    }
+    Ok(gone)
+}

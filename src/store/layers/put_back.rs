@@ -1,0 +1,240 @@
+//! A further name of every layer of ours, below `.boxlitefs/layers/`. It takes no room, and goes only when we
+//! free the layer. So what somebody else deletes in `bases/` (BoxLite's collection of orphans gone wrong, a
+//! slip of `rm`) comes back with the next mount, the next change, or `boxlitefs check --repair`.
+//!
+//! A spare name is made when its layer is where it belongs, and is not flushed: without it, everything works.
+//! That it never stands for another state than its base is what matters: it goes before a base becomes a live
+//! disk, and is on disk before what the old file read from is freed.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+use crate::disk::{FileId, Header};
+use crate::files::crash_points::crash_point;
+use crate::files::durable;
+use crate::home::{BaseRecord, Change};
+use crate::store::Store;
+use crate::store::layers::bases::new_base;
+use crate::store::layers::collect::named_by_rows;
+use crate::store::layers::graph::{LayerGraph, Role, is_row_of};
+use crate::store::layers::spare_names::Spare;
+use crate::{Context, Result};
+
+/// Names made with the lock held once.
+const AT_ONCE: usize = 256;
+
+/// Gives spare names to all bases of ours that have none: those of an older version.
+///
+/// # Errors
+/// EBUSY when a runtime has the lock, what SQLite says.
+pub fn keep_spares(store: &Store) -> Result<()> {
+    let spares = store.spares.scan()?;
+    let lacks = |row: &BaseRecord| {
+        let path = store.layers.path_of_base(row).ok()?;
+        let is_ours = row.is_ours() && path.extension().is_some_and(|it| it == "qcow2");
+        (is_ours && spares.of_base(&path).is_none() && path.is_file()).then_some(path)
+    };
+    let lacking: Vec<PathBuf> = store.home().bases()?.iter().filter_map(lacks).collect();
+    for some in lacking.chunks(AT_ONCE) {
+        let _change = store.home().change()?;
+        let layers = store.layers.scan()?;
+        for base in some {
+            if layers
+                .at(base)
+                .is_some_and(|file| !is_live(&layers, file.id))
+            {
+                store.spares.keep(base);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Puts bases back that are gone from `bases/` and have a name left elsewhere: those that any header names, and
+/// all of ours. Returns how many.
+///
+/// Order: rows for those that have none, then the names, flushed. A crash leaves rows of ours without
+/// files, which headers name, and the next time does the rest.
+///
+/// # Errors
+/// Those of the system calls and of SQLite.
+pub fn put_back_bases(
+    store: &Store,
+    change: &mut Change<'_>,
+    layers: &LayerGraph,
+) -> Result<usize> {
+    let rows = change.bases()?;
+    let gone = gone_with_a_name(store, change, layers, &rows)?;
+    if gone.is_empty() {
+        return Ok(0);
+    }
+    let mut new = Vec::new();
+    for (base, file) in &gone {
+        if !rows.iter().any(|row| is_row_of(row, base)) {
+            new.push(new_base(base, file)?);
+        }
+    }
+    change.transaction(|rows| new.iter().try_for_each(|base| rows.insert_base(base)))?;
+    crash_point("put-back.recorded");
+    let dir = store.home().bases_dir();
+    if !dir.is_dir() {
+        store.home().make_dir(&dir)?;
+        durable::sync_parent(&dir)?;
+    }
+    for (base, file) in &gone {
+        fs::hard_link(file, base)
+            .context(|| format!("cannot link {} to {}", file.display(), base.display()))?;
+        crash_point("put-back.linked");
+    }
+    durable::sync_dir(&dir)?;
+    // Their headers were not looked at.
+    store.access.paths_are_right.store(false, Ordering::Release);
+    for (base, _) in &gone {
+        store.spares.keep(base);
+    }
+    let names: Vec<String> = gone.iter().map(|(base, _)| name_of(base)).collect();
+    store.events().warn(&format!(
+        "{} layers had been deleted from {} and are back: {}",
+        gone.len(),
+        dir.display(),
+        names.join(", ")
+    ));
+    Ok(gone.len())
+}
+
+/// Bases that are gone, each with a name that its file has left.
+pub fn gone_with_a_name(
+    store: &Store,
+    change: &Change<'_>,
+    layers: &LayerGraph,
+    rows: &[BaseRecord],
+) -> Result<Vec<(PathBuf, PathBuf)>> {
+    let wanted = gone_bases(store, layers, rows);
+    let spares = layers.spares();
+    let mut found = Vec::new();
+    let mut without = Vec::new();
+    for base in wanted {
+        match spares.of_base(&base) {
+            Some(spare) if !is_live(layers, spare.id) => {
+                found.push((base, spare.path.clone()));
+            }
+            Some(_) => {}
+            None => without.push(base),
+        }
+    }
+    if !without.is_empty() {
+        found.extend(snapshots_of_gone(store, change, layers, rows, &without)?);
+    }
+    Ok(found)
+}
+
+/// Bases that a header names, or a row of ours, and that have no file.
+fn gone_bases(store: &Store, layers: &LayerGraph, rows: &[BaseRecord]) -> BTreeSet<PathBuf> {
+    let dir = store.home().bases_dir();
+    let named = layers.named().map(Path::to_owned);
+    let ours = rows.iter().filter(|row| row.is_ours());
+    let ours = ours.filter_map(|row| store.layers.path_of_base(row).ok());
+    named
+        .chain(ours)
+        .filter(|path| {
+            path.parent() == Some(dir.as_path())
+                && path.extension().is_some_and(|it| it == "qcow2")
+                && fs::symlink_metadata(path)
+                    .is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+        })
+        .collect()
+}
+
+/// For bases of an older version, which had no spare names: the snapshots that were made with them. Only
+/// where nothing else can be meant: the rows were made at the same moment, and say the same of the file,
+/// of one file and one base alone.
+fn snapshots_of_gone(
+    store: &Store,
+    change: &Change<'_>,
+    layers: &LayerGraph,
+    rows: &[BaseRecord],
+    gone: &[PathBuf],
+) -> Result<Vec<(PathBuf, PathBuf)>> {
+    /// Seconds between the row of a base and that of its snapshot.
+    const STEP: std::ops::RangeInclusive<i64> = 0..=1;
+    let snapshots = change.snapshots()?;
+    let mut matches: Vec<(PathBuf, PathBuf, FileId)> = Vec::new();
+    for base in gone {
+        let row = rows
+            .iter()
+            .find(|row| row.is_ours() && is_row_of(row, base));
+        let Some(made) = row.and_then(BaseRecord::file) else {
+            continue;
+        };
+        for snapshot in &snapshots {
+            let path = store.exports.disks.snapshot_layer(snapshot);
+            let Some(file) = layers.at(&path) else {
+                continue;
+            };
+            let has_base = layers
+                .names_of(file.id)
+                .any(|name| !matches!(name.role, Role::Snapshot { .. }));
+            let is_same = STEP.contains(&(snapshot.created_at - made.created_at))
+                && file.stamp.0 == made.size_bytes
+                && Header::open(&path)
+                    .is_ok_and(|it| it.is_some_and(|it| it.virtual_size == made.virtual_size));
+            let is_new = !matches
+                .iter()
+                .any(|(of, _, id)| of == base && *id == file.id);
+            if is_same && is_new && !has_base && file.backing.as_ref() != Some(base) {
+                matches.push((base.clone(), path, file.id));
+            }
+        }
+    }
+    let is_alone = |base: &Path, id: FileId| {
+        let is_other = |(of, _, it): &&(PathBuf, PathBuf, FileId)| of == base || *it == id;
+        matches.iter().filter(is_other).count() == 1
+    };
+    let alone = matches.iter().filter(|(base, _, id)| is_alone(base, *id));
+    Ok(alone
+        .map(|(base, path, _)| (base.clone(), path.clone()))
+        .collect())
+}
+
+/// Removes spare names that stand for nothing any more, and has those follow whose base is another file by
+/// now. Nothing is removed while it can't be told what is needed.
+///
+/// # Errors
+/// Those of the system calls.
+pub fn tidy_spares(store: &Store, change: &Change<'_>) -> Result<()> {
+    let is_right = |spare: &Spare| FileId::at(&spare.base).is_ok_and(|id| id == spare.id);
+    if store.spares.scan()?.all().iter().all(is_right) {
+        return Ok(());
+    }
+    let layers = store.layers.scan()?;
+    let spares = layers.spares();
+    let is_known = named_by_rows(store, change, &layers)?.is_some();
+    for spare in spares.all() {
+        match layers.at(&spare.base) {
+            Some(base) if base.id == spare.id => {}
+            Some(base) if !is_live(&layers, base.id) => store.spares.keep(&spare.base),
+            Some(_) => {}
+            None if is_live(&layers, spare.id) => durable::unlink(&spare.path)?,
+            None if is_known && layers.readers_of(&spare.base).next().is_none() => {
+                durable::unlink(&spare.path)?;
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file is a live disk, which is written to and stands for no layer.
+pub fn is_live(layers: &LayerGraph, id: FileId) -> bool {
+    layers
+        .names_of(id)
+        .any(|name| matches!(name.role, Role::Live { .. }))
+}
+
+pub fn name_of(path: &Path) -> String {
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}

@@ -1,0 +1,83 @@
+//! The state of a running box's disk as a layer of the home.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::archive::Export;
+use crate::files::crash_points::crash_point;
+use crate::files::durable;
+use crate::files::listing::resolve;
+use crate::home::base_id;
+use crate::store::Store;
+use crate::store::access::locked_box::LockedBox;
+use crate::store::access::shared::replaced_just_now;
+use crate::store::layers::flatten::{FlattenedLayers, plan_flatten_of, write_flattened};
+use crate::store::layers::frozen::{Frozen, FrozenDisk, record_frozen};
+use crate::store::layers::mergeable::{BACKING_LEFT, MOST_BACKING};
+use crate::{Context, Error, Result, disk};
+
+/// Writes the copy's top layer out as a proper image: what was copied may have been cut off in the middle of
+/// a change of its tables. So many layers as it takes to come to one that is no box's own.
+pub fn write_running(store: &Store, export: &Export) -> Result<RunningState> {
+    let chain = export.chain();
+    let boxes = store.home().boxes_dir();
+    let is_outside =
+        |layer: &disk::Layer| resolve(layer.path()).is_ok_and(|path| !path.starts_with(&boxes));
+    let mut upper = 1;
+    while chain
+        .layers()
+        .get(upper)
+        .is_some_and(|layer| !is_outside(layer))
+    {
+        upper += 1;
+    }
+    // A live disk on top of it has to start.
+    let len = chain.layers().len();
+    if len - upper + 2 > MOST_BACKING {
+        upper = (len + 1).saturating_sub(BACKING_LEFT).max(upper);
+    }
+    let virtual_size = chain.virtual_size();
+    let live = chain.layers().first().map(|layer| layer.path().to_owned());
+    let live = live.ok_or_else(|| Error::damaged("the disk has no layers"))?;
+    let plan = plan_flatten_of(chain.clone(), &live, upper)?;
+    Ok(RunningState {
+        image: write_flattened(store, plan, &mut |_| Ok(()))?,
+        virtual_size,
+    })
+}
+
+/// Puts the written state into `bases/`. Order: the row, then the file: without a reader, recovery frees both.
+pub fn freeze_running(locked: &mut LockedBox<'_>, state: &RunningState) -> Result<FrozenDisk> {
+    let base = locked.store.home().base_disk(&base_id()?);
+    let file = &state.image.file;
+    if let Some(below) = state.image.below {
+        let layers = locked.layers()?;
+        let is_there = layers.names_of(below).next().is_some()
+            || disk::chain_paths(file)?
+                .get(1)
+                .is_some_and(|path| path.is_file());
+        if !is_there {
+            return Err(replaced_just_now(locked));
+        }
+    }
+    record_frozen(locked, &base, file, state.virtual_size, None)?;
+    crash_point("flat.recorded");
+    locked.change.hold()?;
+    durable::rename(file, &base)?;
+    crash_point("flat.installed");
+    locked.store.spares.keep(&base);
+    let opened = File::open(&base).context(|| format!("cannot open {}", base.display()))?;
+    Ok(FrozenDisk {
+        layer: Frozen::Base { path: base.clone() },
+        virtual_size: state.virtual_size,
+        top: base,
+        file: Arc::new(opened),
+    })
+}
+
+/// The state of a running box's disk, written out as an image in the workspace.
+pub struct RunningState {
+    pub image: FlattenedLayers,
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+}

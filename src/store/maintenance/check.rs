@@ -1,0 +1,503 @@
+//! `boxlitefs check`: every row has its files, every file its row, every chain resolves, every
+//! qcow2 header is sane, leftovers are named. Looks only; changes nothing and takes no lock.
+//! `check --repair` then removes or adopts what can be, under the lock.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fmt::Display;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::disk::{Chain, FileId};
+use crate::event_log::EventLog;
+use crate::exports::{Compression, display_name};
+use crate::files::listing::{names_in, resolve};
+use crate::files::waiting_archive::waiting_in;
+use crate::files::workspace;
+use crate::home::{
+    Activity, BaseRecord, BoxRecord, Catalog, Home, SnapshotRecord, is_snapshot_name, snapshot_id,
+};
+use crate::store::Store;
+use crate::store::access::home_recovery::free_unneeded;
+use crate::store::access::lock::lock_box;
+use crate::store::access::locked_box::LockedBox;
+use crate::store::access::path_spelling::misspelled_now;
+use crate::store::layers::catalog_index::CatalogIndex;
+use crate::store::layers::collect::named_in;
+use crate::store::layers::graph::{ImageFile, LayerGraph, Role, is_row_of};
+use crate::store::layers::put_back::keep_spares;
+use crate::store::layers::snapshot_place::record_snapshot;
+use crate::store::maintenance::compact::amount;
+use crate::{Context, Result};
+
+/// Checks a home and prints a line for each finding, then a summary. True when there is none. With
+/// `repair`, what can be mended is, and what is left counts.
+///
+/// # Errors
+/// When the check could not be made: no home, a damaged database, or `out` can't be written. EBUSY when
+/// something is to be repaired while a BoxLite runtime has the home.
+pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
+    let mut report = look(home)?;
+    if repair && !(report.findings.is_empty() && report.notes.is_empty()) {
+        let store = Store::open(home, false, Compression::default())?;
+        repair_home(&store)?;
+        drop(store);
+        let before = std::mem::replace(&mut report, look(home)?);
+        let left: HashSet<&String> = report.findings.iter().chain(&report.notes).collect();
+        let found = before.findings.iter().chain(&before.notes);
+        for mended in found.filter(|finding| !left.contains(finding)) {
+            say(out, &format!("repaired: {mended}"))?;
+        }
+    }
+    for finding in &report.findings {
+        say(out, finding)?;
+    }
+    for note in &report.notes {
+        say(out, &format!("note: {note}"))?;
+    }
+    if let Some(unread) = &report.unread {
+        say(out, &format!("note: {unread}"))?;
+    }
+    let state = match report.findings.len() {
+        0 => "clean".to_owned(),
+        1 => "1 finding".to_owned(),
+        many => format!("{many} findings"),
+    };
+    say(
+        out,
+        &format!("{}: {} boxes, {state}", report.root.display(), report.boxes),
+    )?;
+    Ok(report.findings.is_empty())
+}
+
+fn say(out: &mut dyn Write, line: &str) -> Result<()> {
+    writeln!(out, "{line}").context(|| "cannot print what was found")
+}
+
+struct Report {
+    root: PathBuf,
+    boxes: usize,
+    findings: Vec<String>,
+    /// What is no fault, and takes space.
+    notes: Vec<String>,
+    /// How many layers nothing reads any more, each of which is a finding.
+    unread: Option<String>,
+}
+
+fn look(home: &Path) -> Result<Report> {
+    let home = Home::open(home)?;
+    let events = EventLog::open(&home, true);
+    let store = Store::to_look(home, events);
+    let mut check = Check {
+        catalog: store.home().catalog()?,
+        layers: store.layers.scan()?,
+        bases: store.home().bases()?,
+        store: &store,
+        findings: Vec::new(),
+        notes: Vec::new(),
+        unread: None,
+    };
+    check.schema();
+    check.paths()?;
+    check.headers();
+    check.boxes();
+    check.unneeded_of_boxlite();
+    check.bases();
+    check.leftovers()?;
+    Ok(Report {
+        root: store.home().root().to_owned(),
+        boxes: check.catalog.boxes().len(),
+        findings: check.findings,
+        notes: check.notes,
+        unread: check.unread,
+    })
+}
+
+/// Removes what a crash left and nothing needs, gives rows to bases that are read, and makes
+/// snapshots of layers that lie in a snapshot's place without a row. Boxes that run are left alone.
+fn repair_home(store: &Store) -> Result<()> {
+    // Says why, where nothing can be changed now.
+    drop(store.home().change()?);
+    let catalog = store.home().catalog()?;
+    for record in catalog.boxes() {
+        if store.home().activity(record) != Activity::Idle {
+            continue;
+        }
+        let repaired =
+            lock_box(store, &record.id).and_then(|mut locked| record_orphans(&mut locked));
+        if let Err(error) = repaired {
+            store.events().info(&format!("repair: {error}"));
+        }
+    }
+    free_unneeded(store)?;
+    keep_spares(store)
+}
+
+/// LayerGraph in a snapshot's place that have no row, and whose chain can be read: recovery has left them
+/// because they may be the only copy of a state. They become snapshots, which the user can
+/// look at and delete.
+fn record_orphans(locked: &mut LockedBox<'_>) -> Result<()> {
+    let home = &locked.store.home();
+    let rows = locked.snapshots()?;
+    for name in names_in(&home.snapshots_dir(&locked.record.id))? {
+        let path = home.snapshot_disk(&locked.record.id, &name);
+        let has_row = rows.iter().any(|row| row.name == name);
+        if has_row || !is_snapshot_name(&name) || !path.is_file() {
+            continue;
+        }
+        let Ok(chain) = Chain::open_in(&path, &locked.store.exports.disks.scope_of(&path)) else {
+            continue;
+        };
+        let made = chain.changed_at().duration_since(std::time::UNIX_EPOCH);
+        let made = made.map_or(0, |age| i64::try_from(age.as_secs()).unwrap_or(0));
+        let size = chain.virtual_size();
+        drop(chain);
+        record_snapshot(locked, &snapshot_id()?, &name, &path, size, Some(made))?;
+        locked.store.events().info(&format!(
+            "box {}: recorded snapshot {name}, whose layer had no row",
+            display_name(&locked.record)
+        ));
+    }
+    Ok(())
+}
+
+struct Check<'s> {
+    store: &'s Store,
+    catalog: std::sync::Arc<Catalog>,
+    layers: LayerGraph,
+    bases: Vec<BaseRecord>,
+    findings: Vec<String>,
+    notes: Vec<String>,
+    unread: Option<String>,
+}
+
+impl Check<'_> {
+    fn found(&mut self, what: impl Display) {
+        self.findings.push(what.to_string());
+    }
+
+    fn schema(&mut self) {
+        if let Some(why) = self.catalog.schema().read_only.clone() {
+            self.found(why);
+        }
+    }
+
+    /// CatalogIndex and headers that name files of this home by other paths. BoxLite goes by those of bases, and
+    /// deletes what it does not find named.
+    fn paths(&mut self) -> Result<()> {
+        let found = match misspelled_now(self.store, Some(&self.layers)) {
+            Ok(found) => found,
+            Err(error) if error.errno() == libc::EPERM => {
+                self.found(error);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        for it in found {
+            match it.is_dangerous() {
+                true => self.found(format!(
+                    "{it}; BoxLite may delete that file at its next start; mounting the home, or check --repair, puts it right"
+                )),
+                false => self.notes.push(format!(
+                    "{it}; mounting the home, or check --repair, puts it right"
+                )),
+            }
+        }
+        Ok(())
+    }
+
+    /// Every image file's header.
+    fn headers(&mut self) {
+        let damaged: Vec<String> = self
+            .layers
+            .files()
+            .iter()
+            .filter_map(|file| file.damaged.clone())
+            .collect();
+        self.findings.extend(damaged);
+    }
+
+    fn boxes(&mut self) {
+        let catalog = self.catalog.clone();
+        for record in catalog.boxes() {
+            self.configuration(record);
+            let live = self.store.home().live_disk(&record.id);
+            if live.exists() {
+                self.chain(&format!("box {}", display_name(record)), &live);
+                self.one_name(record, &live);
+            } else if !catalog.snapshots_of(&record.id).is_empty() {
+                self.found(format!(
+                    "box {} has snapshots but no disk at {}",
+                    display_name(record),
+                    live.display()
+                ));
+            }
+            for snapshot in catalog.snapshots_of(&record.id) {
+                let what = format!("snapshot {} of box {}", snapshot.name, display_name(record));
+                let path = self.store.exports.disks.snapshot_layer(snapshot);
+                if path.is_file() {
+                    self.chain(&what, &path);
+                } else {
+                    self.found(format!("{what} has no file {}", path.display()));
+                }
+            }
+        }
+    }
+
+    fn configuration(&mut self, record: &BoxRecord) {
+        let name = display_name(record);
+        match record.config() {
+            Ok(config) => {
+                let box_home = config["box_home"].as_str().unwrap_or_default().to_owned();
+                let here = self.store.home().box_dir(&record.id);
+                if !here.is_dir() {
+                    self.found(format!("box {name} has no directory {}", here.display()));
+                } else if FileId::at(Path::new(&box_home)).ok() != FileId::at(&here).ok() {
+                    self.found(format!(
+                        "box {name} says it lives in {box_home}, not in {}: this home is a copy, changes are refused",
+                        here.display()
+                    ));
+                }
+            }
+            Err(error) => self.found(error),
+        }
+        if let Err(error) = record.state() {
+            self.found(error);
+        }
+    }
+
+    /// Every layer of a chain opens, and none lies outside the home.
+    fn chain(&mut self, what: &str, top: &Path) {
+        let home = self.store.home();
+        match Chain::open_in(top, &self.store.exports.disks.scope_of(top)) {
+            Ok(chain) => {
+                let outside: Vec<PathBuf> = chain
+                    .layers()
+                    .iter()
+                    .filter_map(|layer| resolve(layer.path()).ok())
+                    .filter(|path| !home.contains(path))
+                    .collect();
+                for path in outside {
+                    self.found(format!(
+                        "{what} reads from {}, outside this home; changes are refused",
+                        path.display()
+                    ));
+                }
+            }
+            Err(error) => self.found(format!("{what}: {error}")),
+        }
+    }
+
+    /// A live disk with a name in `bases/` is a change that did not come to its end.
+    fn one_name(&mut self, record: &BoxRecord, live: &Path) {
+        let Ok(id) = FileId::at(live) else { return };
+        let names: Vec<String> = self
+            .layers
+            .names_of(id)
+            .filter(|name| name.path != live)
+            .map(|name| name.path.display().to_string())
+            .collect();
+        for name in names {
+            self.found(format!(
+                "{name} is also the live disk of box {}: a change was cut off; mounting the home undoes it",
+                display_name(record)
+            ));
+        }
+    }
+
+    /// Bases that BoxLite made, keeps for a box, and nothing reads: it frees them with that box.
+    fn unneeded_of_boxlite(&mut self) {
+        let named = named_in(self.store, &self.catalog);
+        let bases: Vec<BaseRecord> = self
+            .bases
+            .iter()
+            .filter(|row| !row.is_ours())
+            .cloned()
+            .collect();
+        let rows = CatalogIndex::new(self.catalog.boxes(), &bases, &named);
+        let files = self.layers.files().iter();
+        let unneeded = files.filter(|file| rows.is_unneeded(file, &self.layers));
+        let notes = unneeded.map(|file| {
+            format!(
+                "nothing reads from BoxLite's {} any more ({}); boxlitefs compact frees it",
+                file.path.display(),
+                amount(file.allocated)
+            )
+        });
+        self.notes.extend(notes);
+    }
+
+    /// CatalogIndex of bases and their files.
+    fn bases(&mut self) {
+        let rows = std::mem::take(&mut self.bases);
+        let mut with_rows = BTreeSet::new();
+        for row in &rows {
+            let path = PathBuf::from(&row.base_path);
+            let right = self
+                .store
+                .layers
+                .path_of_base(row)
+                .unwrap_or_else(|_| path.clone());
+            if !path.exists() {
+                let mut why = match self.layers.readers_of(&right).next() {
+                    Some(reader) => format!("and {} reads from it", reader.path.display()),
+                    None => "nothing reads from it".to_owned(),
+                };
+                if let Some(spare) = self.layers.spares().of_base(&right) {
+                    why = format!(
+                        "{why}; its layer is still there as {}, and mounting the home, or check --repair, puts it back",
+                        spare.path.display()
+                    );
+                }
+                self.found(format!(
+                    "base {} has no file {}; {why}",
+                    row.id,
+                    path.display()
+                ));
+            } else if let Ok(path) = resolve(&path) {
+                with_rows.insert(path);
+            }
+        }
+        let without: Vec<String> = self
+            .layers
+            .files()
+            .iter()
+            .filter(|file| matches!(file.role, Role::Base { .. }) && !with_rows.contains(&file.path))
+            .map(|file| {
+                let read = match self.layers.readers_of(&file.path).next() {
+                    Some(_) => "it is read from, so it stays",
+                    None => "nothing reads from it; it is kept, for it can be what a crash left of a box's disk",
+                };
+                format!(
+                    "{} ({}) has no row in the database; {read}",
+                    file.path.display(),
+                    amount(file.allocated)
+                )
+            })
+            .collect();
+        self.findings.extend(without);
+        self.unread(&rows);
+        self.spares(&rows);
+    }
+
+    /// Bases of ours that nothing reads: BoxLite removed their last reader, or a change was cut off.
+    fn unread(&mut self, rows: &[BaseRecord]) {
+        let unread: Vec<&ImageFile> = rows
+            .iter()
+            .filter(|row| row.is_ours())
+            .filter_map(|row| self.layers.at(&resolve(Path::new(&row.base_path)).ok()?))
+            .filter(|file| file.names == 1 && self.layers.readers_of(&file.path).next().is_none())
+            .collect();
+        let bytes: u64 = unread.iter().map(|file| file.allocated).sum();
+        let messages: Vec<String> = unread
+            .iter()
+            .map(|file| {
+                format!(
+                    "{} is a leftover, nothing reads from it ({}); mounting the home frees it",
+                    file.path.display(),
+                    amount(file.allocated)
+                )
+            })
+            .collect();
+        if messages.is_empty() {
+            return;
+        }
+        self.unread = Some(format!(
+            "layers of boxlitefs whose last reader BoxLite removed: {} ({}); boxlitefs compact frees them",
+            messages.len(),
+            amount(bytes)
+        ));
+        self.findings.extend(messages);
+    }
+
+    /// Spare names of bases that are gone. Those of bases with rows are told of with these.
+    fn spares(&mut self, rows: &[BaseRecord]) {
+        let has_row = |base: &Path| rows.iter().any(|row| is_row_of(row, base));
+        let spares = self.layers.spares().all().iter();
+        let gone = spares.filter(|spare| self.layers.at(&spare.base).is_none());
+        let found: Vec<String> = gone
+            .filter_map(|spare| {
+                let (path, base) = (spare.path.display(), spare.base.display());
+                let size = amount(spare.allocated);
+                if let Some(reader) = self.layers.readers_of(&spare.base).next() {
+                    let reader = reader.path.display();
+                    return (!has_row(&spare.base)).then(|| format!(
+                        "{reader} reads from {base}, which is gone; its layer is still there as {path}, and mounting the home, or check --repair, puts it back"
+                    ));
+                }
+                (!has_row(&spare.base)).then(|| format!(
+                    "{path} is a leftover, nothing reads from it ({size}); mounting the home frees it"
+                ))
+            })
+            .collect();
+        self.findings.extend(found);
+    }
+
+    /// Files and directories that no row speaks of.
+    fn leftovers(&mut self) -> Result<()> {
+        let home = self.store.home();
+        let mut found = Vec::new();
+        for id in names_in(&home.boxes_dir())? {
+            let dir = home.box_dir(&id);
+            let Some(record) = self.catalog.box_by_id(&id) else {
+                found.push(format!(
+                    "{} belongs to no box ({}); BoxLite removes it at its next start",
+                    dir.display(),
+                    amount(taken(&dir))
+                ));
+                continue;
+            };
+            if home.pending_marker(&id).exists() {
+                found.push(format!(
+                    "box {} was left by BoxLite in the middle of a snapshot",
+                    display_name(record)
+                ));
+            }
+            for name in names_in(&home.snapshots_dir(&id))? {
+                let dir = home.snapshots_dir(&id).join(&name);
+                let mut rows = self.catalog.snapshots_of(&id).iter();
+                let is_of = |row: &SnapshotRecord| {
+                    row.name == name
+                        || self.store.exports.disks.snapshot_layer(row).parent() == Some(&dir)
+                };
+                if !rows.any(is_of) {
+                    found.push(format!(
+                        "{} belongs to no snapshot of box {} ({}); boxlitefs check --repair makes one of it, or removes it where nothing is lost",
+                        dir.display(),
+                        display_name(record),
+                        amount(taken(&dir))
+                    ));
+                }
+            }
+        }
+        for dir in workspace::abandoned(&home.staging_dir()) {
+            for archive in waiting_in(&dir) {
+                found.push(format!(
+                    "the archive {} in {} waited for its box when boxlitefs was killed; mounting the home makes a box of it",
+                    archive.name,
+                    dir.display()
+                ));
+            }
+            found.push(format!(
+                "{} was left by a boxlitefs that was killed ({}); mounting the home removes it",
+                dir.display(),
+                amount(taken(&dir))
+            ));
+        }
+        self.findings.extend(found);
+        Ok(())
+    }
+}
+
+/// Bytes that what is below a directory takes on the disk; names it shares with others count, too.
+pub fn taken(dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return 0;
+    };
+    let of_entry = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => taken(&entry.path()),
+        Ok(meta) => meta.blocks() * 512,
+        Err(_) => 0,
+    };
+    entries.filter_map(|entry| entry.ok()).map(of_entry).sum()
+}

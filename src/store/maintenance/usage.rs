@@ -1,0 +1,138 @@
+//! What boxes and snapshots take on the disk: bytes that go with them, and bytes that others need, too.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::Result;
+use crate::disk::FileId;
+use crate::exports::Source;
+use crate::home::Catalog;
+use crate::store::Store;
+use crate::store::layers::graph::LayerGraph;
+
+/// How long an answer is good for while rows stay the same: whoever reads of all boxes, one after the other, has all files
+/// looked at once a second and not once for each.
+const LASTING: Duration = Duration::from_secs(1);
+
+/// Bytes on the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Of layers that nothing else reads.
+    pub own: u64,
+    /// Of layers that others read, too.
+    pub shared: u64,
+}
+
+/// The answer of a moment ago.
+#[derive(Default)]
+pub struct UsageCache(Option<(Instant, Arc<Catalog>, Arc<Usages>)>);
+
+#[derive(Default)]
+struct Usages {
+    boxes: HashMap<String, Usage>,
+    states: HashMap<Source, Usage>,
+}
+
+/// What a box takes, with all its snapshots.
+///
+/// # Errors
+/// Those of looking at the files.
+pub fn usage_of_box(store: &Store, box_id: &str) -> Result<Usage> {
+    let usages = usages(store)?;
+    Ok(usages.boxes.get(box_id).copied().unwrap_or_default())
+}
+
+/// What a live disk or a snapshot takes.
+///
+/// # Errors
+/// Likewise.
+pub fn usage_of(store: &Store, source: &Source) -> Result<Usage> {
+    let usages = usages(store)?;
+    Ok(usages.states.get(source).copied().unwrap_or_default())
+}
+
+fn usages(store: &Store) -> Result<Arc<Usages>> {
+    let catalog = store.home().catalog()?;
+    if let Some((at, of, usages)) = &store.usage.lock().0
+        && at.elapsed() < LASTING
+        && Arc::ptr_eq(of, &catalog)
+    {
+        return Ok(usages.clone());
+    }
+    let layers = store.layers.scan()?;
+    let usages = Arc::new(Usages::of(states(store, &layers, &catalog)));
+    store.usage.lock().0 = Some((Instant::now(), catalog, usages.clone()));
+    Ok(usages)
+}
+
+/// Each disk state with the files of its chain, as far as they are the home's layers.
+pub fn states(
+    store: &Store,
+    layers: &LayerGraph,
+    catalog: &Catalog,
+) -> Vec<(Source, HashMap<FileId, u64>)> {
+    let mut states = Vec::new();
+    for record in catalog.boxes() {
+        let box_id = record.id.clone();
+        let live = store.home().live_disk(&box_id);
+        let snapshots = catalog.snapshots_of(&box_id).iter().map(|snapshot| {
+            let source = Source::Snapshot {
+                box_id: box_id.clone(),
+                snapshot_id: snapshot.id.clone(),
+            };
+            (source, store.exports.disks.snapshot_layer(snapshot))
+        });
+        let live = (
+            Source::Live {
+                box_id: box_id.clone(),
+            },
+            live,
+        );
+        for (source, top) in std::iter::once(live).chain(snapshots) {
+            let files = layers.chain(&top).into_iter();
+            let files = files.filter_map(|path| layers.at(path));
+            let files = files.map(|file| (file.id, file.allocated)).collect();
+            states.push((source, files));
+        }
+    }
+    states
+}
+
+impl Usages {
+    fn of(states: Vec<(Source, HashMap<FileId, u64>)>) -> Usages {
+        // How many states read a file, and which boxes.
+        let mut readers: HashMap<FileId, (usize, HashSet<&str>)> = HashMap::new();
+        let mut files: HashMap<&str, HashMap<FileId, u64>> = HashMap::new();
+        for (source, chain) in &states {
+            let of_box = files.entry(source.box_id()).or_default();
+            for (id, bytes) in chain {
+                let (count, boxes) = readers.entry(*id).or_default();
+                *count += 1;
+                boxes.insert(source.box_id());
+                of_box.insert(*id, *bytes);
+            }
+        }
+        let sum = |files: &HashMap<FileId, u64>, is_own: &dyn Fn(&FileId) -> bool| {
+            let mut usage = Usage::default();
+            for (id, bytes) in files {
+                match is_own(id) {
+                    true => usage.own += bytes,
+                    false => usage.shared += bytes,
+                }
+            }
+            usage
+        };
+        let by_one_box = |id: &FileId| readers.get(id).is_some_and(|(_, boxes)| boxes.len() == 1);
+        let by_one_state = |id: &FileId| readers.get(id).is_some_and(|(count, _)| *count == 1);
+        let boxes = files
+            .iter()
+            .map(|(id, files)| ((*id).to_owned(), sum(files, &by_one_box)))
+            .collect();
+        let states = states
+            .iter()
+            .map(|(source, files)| (source.clone(), sum(files, &by_one_state)))
+            .collect();
+        Usages { boxes, states }
+    }
+}

@@ -1,0 +1,128 @@
+//! `cp -r web web2`: a new box that starts from a state of another, copy-on-write.
+
+use crate::Result;
+use crate::exports::{Contents, Source};
+use crate::files::crash_points::crash_point;
+use crate::files::workspace::Scratch;
+use crate::store::Store;
+use crate::store::access::lock::{lock_source, switch_to_target};
+use crate::store::access::locked_box::LockedBox;
+use crate::store::access::names::{refuse_bad_name, refuse_taken_name};
+use crate::store::layers::draft::{draft_clone, draft_of, draft_share, refuse_changed};
+use crate::store::layers::freeze_source::freeze_source;
+use crate::store::layers::frozen::{FrozenDisk, make_overlay};
+use crate::store::layers::snapshot_place::{name_layer, refuse_taken};
+use crate::store::verbs::install::{NewClone, install};
+
+/// A snapshot about to be made of something that was copied.
+#[derive(Clone, Debug)]
+pub struct NewSnapshotName {
+    /// The id it gets, chosen by the caller ([`crate::home::snapshot_id`]).
+    pub id: String,
+    /// The name it gets.
+    pub name: String,
+    /// Seconds since 1970; None for now.
+    pub created_at: Option<i64>,
+}
+
+/// Makes a box that starts from `source`: no data moves, whatever its size. `read` is what was read
+/// of the source.
+///
+/// # Errors
+/// EEXIST when the name is taken, EBUSY, ENODATA, ENOENT, EIO when the source is not as it was read.
+pub fn clone_box(store: &Store, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
+    let what = format!(
+        "clone {} of {}",
+        new.name,
+        store.exports.disks.describe(source)
+    );
+    let result = make_clone(store, source, read, new);
+    store.events().log_outcome(&what, result)
+}
+
+/// Order: freeze the source (or adopt the snapshot's layer), build the box in the workspace,
+/// move its directory into `boxes/`, then everything of it in one transaction. A crash before
+/// the transaction leaves a directory without a row, which is removed (BoxLite's own start
+/// removes it too). The row first would leave a box without a disk.
+fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
+    let draft = draft_of(store, source, read, &|| draft_clone(store, source))?;
+    let mut locked = lock_source(store, source.box_id())?;
+    refuse_changed(store, source, read)?;
+    refuse_taken_name(&locked.change, &new.name)?;
+    let frozen = freeze_source(&mut locked, source, &draft)?;
+    crash_point("clone.frozen");
+    let dir = build_box(&locked, &frozen)?;
+    crash_point("clone.built");
+    let record = locked.record.clone();
+    let bases = locked.bases_reached(&dir.join("disks/disk.qcow2"))?;
+    install(
+        store,
+        &mut locked.change,
+        &dir,
+        new,
+        Some(&record),
+        None,
+        &bases,
+    )
+}
+
+/// Makes a state of one box a snapshot of another, which shares its layer: how the snapshots of
+/// a cloned box come along. `read` is what was read of the source.
+///
+/// # Errors
+/// EINVAL, EEXIST, EBUSY, ENOENT, EIO when the source is not as it was read.
+pub fn share_snapshot(
+    store: &Store,
+    source: &Source,
+    read: &Contents,
+    box_id: &str,
+    new: &NewSnapshotName,
+) -> Result<()> {
+    let name = &new.name;
+    let what = format!(
+        "snapshot {name} of box {} from {}",
+        store.exports.disks.name_of(box_id),
+        store.exports.disks.describe(source)
+    );
+    let result = make_shared(store, source, read, box_id, new);
+    store.events().log_outcome(&what, result)
+}
+
+/// Order: the source as for a clone; references of the new reader; then as a snapshot.
+/// Surplus references, which a crash leaves, are harmless.
+fn make_shared(
+    store: &Store,
+    source: &Source,
+    read: &Contents,
+    box_id: &str,
+    new: &NewSnapshotName,
+) -> Result<()> {
+    let name = &new.name;
+    refuse_bad_name(name)?;
+    let draft = draft_of(store, source, read, &|| draft_share(store, source))?;
+    let mut locked = lock_source(store, source.box_id())?;
+    refuse_changed(store, source, read)?;
+    let frozen = freeze_source(&mut locked, source, &draft)?;
+    switch_to_target(&mut locked, box_id)?;
+    refuse_taken(&locked, name)?;
+    let bases = locked.bases_reached(frozen.backing().0)?;
+    locked.change.transaction(|rows| {
+        bases
+            .iter()
+            .try_for_each(|base| rows.insert_ref(base, box_id))
+    })?;
+    crash_point("share.referred");
+    name_layer(&mut locked, &frozen, &new.id, name, new.created_at)?;
+    Ok(())
+}
+
+/// A box's directory in the workspace whose disk is an empty overlay on the frozen state.
+fn build_box(locked: &LockedBox<'_>, frozen: &FrozenDisk) -> Result<Scratch> {
+    let home = &locked.store.home();
+    let dir = locked.store.workspace().scratch("box")?;
+    home.make_dir(&dir)?;
+    home.make_dir(&dir.join("disks"))?;
+    let overlay = dir.join("disks/disk.qcow2");
+    make_overlay(locked, frozen, &overlay)?;
+    Ok(dir)
+}

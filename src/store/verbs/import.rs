@@ -1,0 +1,193 @@
+//! `cp b.boxlite MNT/NEW.boxlite`: a box, or a snapshot of one, from an archive that arrived.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::disk::{FileId, Format, Header, Layer};
+use crate::exports::{Contents, Source};
+use crate::files::crash_points::crash_point;
+use crate::files::durable;
+use crate::files::listing::resolve;
+use crate::files::workspace::discard;
+use crate::store::Store;
+use crate::store::access::lock::{begin_shared_change, lock_shared};
+use crate::store::access::names::{refuse_bad_name, refuse_taken_name};
+use crate::store::layers::snapshot_place::{
+    marked_dir, place_of, record_snapshot, refuse_taken, settle_place, snapshot_place,
+};
+use crate::store::verbs::clone::{NewSnapshotName, share_snapshot};
+use crate::store::verbs::import_stream::ImportStream;
+use crate::store::verbs::install::{NewClone, install};
+use crate::store::verbs::remove_snapshot::remove_snapshot;
+use crate::{Context, Error, Result};
+
+/// What a snapshot is made of that is copied in.
+pub enum SnapshotContents<'a> {
+    /// A complete archive.
+    Archive(&'a ImportStream),
+    /// A disk state of this home, and what its export was read as.
+    Shared(&'a Source, &'a Contents),
+}
+
+/// Makes a box of a complete archive.
+///
+/// # Errors
+/// EBADMSG when it is not complete or BoxLite could not read its options, EPERM when those are not
+/// allowed here, EEXIST when the name is taken, EBUSY.
+pub fn import_box(store: &Store, arrival: &ImportStream, new: &NewClone) -> Result<()> {
+    let result = make_imported(store, arrival, new);
+    store
+        .events()
+        .log_outcome(&format!("import of box {}", new.name), result)
+}
+
+/// Order: the directory is built in the workspace, where the disk was unpacked and checked;
+/// then as for a clone.
+fn make_imported(store: &Store, arrival: &ImportStream, new: &NewClone) -> Result<()> {
+    store.refuse_read_only()?;
+    if !arrival.is_complete() {
+        return Err(Error::bad_archive("the archive is incomplete"));
+    }
+    import_disk(store, arrival.disk(), arrival.box_options()?, new)
+}
+
+/// Makes a box of a disk in the workspace, which it no longer needs there.
+///
+/// # Errors
+/// EEXIST when the name is taken, EBUSY.
+pub fn import_disk(store: &Store, disk: &Path, options: Value, new: &NewClone) -> Result<()> {
+    let dir = store.workspace().scratch("box")?;
+    store.home().make_dir(&dir)?;
+    store.home().make_dir(&dir.join("disks"))?;
+    store.home().give_to_owner(disk)?;
+    let mut change = begin_shared_change(store)?;
+    refuse_taken_name(&change, &new.name)?;
+    give_disk(disk, &dir.join("disks/disk.qcow2"))?;
+    crash_point("import.built");
+    install(store, &mut change, &dir, new, None, Some(options), &[])?;
+    discard(disk);
+    Ok(())
+}
+
+/// Gives a snapshot that came back from a backup the time it was taken at.
+///
+/// # Errors
+/// EBUSY, or what the database says.
+pub fn date_snapshot(store: &Store, box_id: &str, id: &str, created_at: i64) -> Result<()> {
+    begin_shared_change(store)?.transaction(|rows| rows.date_snapshot(box_id, id, created_at))
+}
+
+/// Whether a snapshot is what the box's disk is: the layer that it reads from, and nothing over it.
+///
+/// # Errors
+/// ENOENT when the snapshot is gone, EIO.
+pub fn is_live(store: &Store, box_id: &str, snapshot_id: &str) -> Result<bool> {
+    let snapshot = Source::Snapshot {
+        box_id: box_id.to_owned(),
+        snapshot_id: snapshot_id.to_owned(),
+    };
+    let layer = FileId::at(&store.exports.disks.top_of(&snapshot)?)?;
+    let live = store.home().live_disk(box_id);
+    let Some(backing) = Header::open(&live)?.and_then(|header| header.backing_path(&live)) else {
+        return Ok(false);
+    };
+    Ok(FileId::at(&resolve(&backing)?)? == layer
+        && !Layer::open(&live, Format::Qcow2)?.holds_data()?)
+}
+
+/// Puts a snapshot that is copied in the place of one that is what the box's disk is. The archive
+/// is complete by then, so that only the file system can fail; then the snapshot is gone, and
+/// its contents are those of the disk.
+///
+/// # Errors
+/// EPERM when the disk changed meanwhile, and those of removing and importing a snapshot.
+pub fn replace_snapshot(
+    store: &Store,
+    box_id: &str,
+    snapshot_id: &str,
+    with: &SnapshotContents,
+    new: &NewSnapshotName,
+) -> Result<()> {
+    if !is_live(store, box_id, snapshot_id)? {
+        return Err(Error::new(
+            libc::EPERM,
+            format!(
+                "the box changed since snapshot {} was taken, so the snapshot stays; copy to another name",
+                new.name
+            ),
+        ));
+    }
+    remove_snapshot(store, box_id, snapshot_id)?;
+    match with {
+        SnapshotContents::Archive(arrival) => import_snapshot(store, arrival, box_id, new),
+        SnapshotContents::Shared(source, read) => share_snapshot(store, source, read, box_id, new),
+    }
+}
+
+/// Makes a snapshot of a box of a complete archive: how the snapshots of a
+/// whole box's backup come back.
+///
+/// # Errors
+/// EBADMSG, EINVAL, EEXIST, EBUSY.
+pub fn import_snapshot(
+    store: &Store,
+    arrival: &ImportStream,
+    box_id: &str,
+    new: &NewSnapshotName,
+) -> Result<()> {
+    let name = &new.name;
+    let result = make_imported_snapshot(store, arrival, box_id, new);
+    store.events().log_outcome(
+        &format!(
+            "import of snapshot {name} of box {}",
+            store.exports.disks.name_of(box_id)
+        ),
+        result,
+    )
+}
+
+/// Order: the directory is built in the workspace with a mark in it and moved into place, then
+/// the row, then the mark goes. A crash before the row leaves a marked directory without one:
+/// recovery removes it.
+fn make_imported_snapshot(
+    store: &Store,
+    arrival: &ImportStream,
+    box_id: &str,
+    new: &NewSnapshotName,
+) -> Result<()> {
+    let name = &new.name;
+    refuse_bad_name(name)?;
+    if !arrival.is_complete() {
+        return Err(Error::bad_archive("the archive is incomplete"));
+    }
+    store.home().give_to_owner(arrival.disk())?;
+    let mut locked = lock_shared(store, box_id)?;
+    refuse_taken(&locked, name)?;
+    let dir = marked_dir(store)?;
+    give_disk(arrival.disk(), &dir.join("disk.qcow2"))?;
+    durable::sync_dir(&dir)?;
+    locked.change.hold()?;
+    let place = place_of(&locked, name, &new.id);
+    let path = snapshot_place(&locked, &place, Some(&dir))?;
+    crash_point("import.snapshot");
+    let recorded = record_snapshot(
+        &mut locked,
+        &new.id,
+        name,
+        &path,
+        arrival.virtual_size(),
+        new.created_at,
+    );
+    settle_place(&locked, &path, recorded)?;
+    discard(arrival.disk());
+    Ok(())
+}
+
+/// Puts the disk of an archive into a directory that is being built, as a hard link: if a later step fails,
+/// the archive still has its disk. On a file system without hard links it is moved.
+fn give_disk(disk: &Path, to: &Path) -> Result<()> {
+    std::fs::hard_link(disk, to)
+        .or_else(|_| std::fs::rename(disk, to))
+        .context(|| format!("cannot move the disk to {}", to.display()))
+}

@@ -1,0 +1,12 @@
+//! One file for each change that a user can ask for, in its crash-safe order.
+
+pub(super) mod clone;
+pub(super) mod import;
+pub(super) mod import_stream;
+pub(super) mod install;
+pub(super) mod remove_box;
+pub(super) mod remove_snapshot;
+pub(super) mod rename;
+pub(super) mod restore;
+pub(super) mod snapshot;
+pub(super) mod waiting;

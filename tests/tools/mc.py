@@ -13,6 +13,7 @@ import sys
 import time
 
 KEYS = {"copy": "\x1b[15~", "move": "\x1b[17~", "delete": "\x1b[19~"}
+DIALOGS = {"copy": "to:", "move": "to:", "delete": "Delete"}
 QUIT = "\x1b[21~"
 QUIET = 0.3  # seconds without output after which mc may be waiting for a key
 LIMIT = 60
@@ -25,9 +26,9 @@ def main(verb, source, target=None):
         os.environ["TERM"] = "xterm"
         os.execvp("mc", ["mc", "--nosubshell", "--nomouse", "--nocolor", directory, "/"])
     screen = Screen(process, terminal)
-    screen.wait()
+    screen.wait("Quit")  # the names of its keys, at the bottom
     screen.press("\x13" + name)  # searches the panel
-    screen.press(KEYS[verb])
+    screen.press(KEYS[verb], DIALOGS[verb])
     if target is not None:
         screen.press(target + "\r")
     else:
@@ -61,16 +62,16 @@ class Screen:
         self.terminal = terminal
         self.last = ""
 
-    def press(self, keys):
+    def press(self, keys, until=""):
         os.write(self.terminal, keys.encode())
-        self.wait()
+        self.wait(until)
 
-    def wait(self):
-        """Reads what mc draws until it waits for a key."""
+    def wait(self, until=""):
+        """Reads what mc draws until it has drawn a word and waits for a key."""
         drawn, deadline = b"", time.monotonic() + LIMIT
         while time.monotonic() < deadline:
             if not select.select([self.terminal], [], [], QUIET)[0]:
-                if self.is_waiting():
+                if until.encode() in drawn and self.is_waiting():
                     break
                 continue
             try:
@@ -81,13 +82,17 @@ class Screen:
         self.last = re.sub(r"\x1b[\[(][0-9;?]*[A-Za-z]", " ", text)
 
     def is_waiting(self):
-        """Whether it sleeps for a key, and not in the middle of a copy."""
+        """Whether it sleeps for a key: in a copy it runs, or sleeps elsewhere."""
         try:
             with open(f"/proc/{self.process}/wchan") as file:
                 where = file.read()
+            with open(f"/proc/{self.process}/stat") as file:
+                state = file.read().rpartition(")")[2].split()[0]
         except OSError:
             return True
-        return where in ("", "0") or "poll" in where or "select" in where
+        if state == "Z":
+            return True
+        return state == "S" and (where in ("", "0") or "poll" in where or "select" in where)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 //! known before a byte of the disk is read.
 
 use super::digest::Digest;
-use super::manifest::{About, manifest_bytes, unix_seconds};
+use crate::archive::manifest::{About, manifest_bytes, unix_seconds};
 use crate::disk::{Chain, Flattened};
 use crate::{Error, Result};
 use std::ops::Range;

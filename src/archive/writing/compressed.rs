@@ -12,7 +12,7 @@ use std::sync::Arc;
 use zstd::bulk::Compressor;
 use zstd::zstd_safe::{self, CParameter};
 
-use super::Export;
+use super::export::Export;
 use crate::disk::{Source, WINDOW};
 use crate::{Error, Result};
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 
 use super::FileId;
-use super::header::futimens;
+use super::file::FileTimes;
 
 /// The longest tick of any file system (FAT): a file that was seen unchanged for so long shows the
 /// next change, whatever its clock says.
@@ -210,11 +210,7 @@ impl FileClock {
                 probe
             }
         }?;
-        let now = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: libc::UTIME_NOW,
-        };
-        futimens(&probe, &[now, now]).ok()?;
+        FileTimes::now().set(&probe).ok()?;
         Some(FileState::of(&probe.metadata().ok()?).modified)
     }
 

@@ -13,7 +13,7 @@ use zstd::bulk::Compressor;
 use zstd::zstd_safe::{self, CParameter};
 
 use super::export::Export;
-use crate::disk::{Source, WINDOW};
+use crate::disk::{DataSource, WINDOW};
 use crate::{Error, Result};
 
 /// Guest bytes whose data share a frame; also the most bytes of header and tables in one.
@@ -160,9 +160,9 @@ impl Compressed {
         hasher.update(b"where");
         for extent in chain.extents(guest.clone())? {
             let (kind, layer, place) = match extent.source {
-                Source::Zero => (0u8, None, 0),
-                Source::Data { layer, host } => (1, Some(layer), host),
-                Source::Compressed { layer } => (2, Some(layer), extent.guest),
+                DataSource::Zero => (0u8, None, 0),
+                DataSource::Data { layer, host } => (1, Some(layer), host),
+                DataSource::Compressed { layer } => (2, Some(layer), extent.guest),
             };
             if self.live && layer == Some(0) {
                 return Ok(Origin::Live);

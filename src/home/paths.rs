@@ -209,7 +209,7 @@ impl Home {
     }
 
     /// `db/boxlitefs.db`: what we worked out before; may be deleted at any time.
-    pub fn remembered(&self) -> PathBuf {
+    pub fn size_cache_file(&self) -> PathBuf {
         self.root.join("db/boxlitefs.db")
     }
 

@@ -6,10 +6,11 @@ use std::path::Path;
 use rusqlite::Connection;
 
 use super::catalog::has_table;
-use super::change::{Change, Transaction};
 use super::connection::failed;
 use super::looking::connect_to_look;
 use super::paths::Home;
+use super::queries::Queries;
+use super::transactions::Transaction;
 use crate::Result;
 
 /// Which value of a row holds a path.
@@ -95,7 +96,7 @@ impl Home {
     }
 }
 
-impl Change<'_> {
+impl Queries {
     /// Every path in the rows.
     ///
     /// # Errors

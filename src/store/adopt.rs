@@ -100,7 +100,7 @@ impl Prepared<'_> {
         };
         self.record_base(&base, path, &layers.boxes_above(path))?;
         crash_point("adopt.recorded");
-        self.change.hold()?;
+        self.change.begin_exclusive()?;
         match known {
             None => {
                 durable::link(path, &base)?;
@@ -137,7 +137,7 @@ impl Prepared<'_> {
                 && *box_id != self.record.id
                 && let Ok(record) = self.change.box_by_id(box_id)
             {
-                self.change.keep(&record)?;
+                self.change.watch(&record)?;
                 self.store.refuse_active(&record)?;
             }
         }

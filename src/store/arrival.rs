@@ -12,7 +12,7 @@ use super::upkeep::UnderWay;
 use super::waiting_archive::WaitingArchive;
 use super::workspace::discard;
 use crate::archive::{Allowance, Incoming, MOST_HOLES, Manifest, Progress};
-use crate::home::{check_options, normalize_imported, refuse_reach};
+use crate::home::{check_options, normalize_imported, reject_host_access};
 use crate::{Context, Error, Result};
 
 /// Bytes fed at once from the spool or for a gap.
@@ -139,7 +139,7 @@ impl Arrival {
         // What ports mean depends on the version.
         let options = normalize_imported(options, Some(manifest.version));
         if self.imports.untrusted {
-            refuse_reach(&options)?;
+            reject_host_access(&options)?;
         }
         Ok(options)
     }

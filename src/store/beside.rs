@@ -58,11 +58,11 @@ impl Store {
         match self.is_shared {
             true => {
                 self.begin_change()?;
-                let mut change = self.home.change_beside()?;
-                if !change.is_beside_a_runtime() && !self.has_right_paths() {
+                let mut change = self.home.change_shared()?;
+                if !change.is_shared() && !self.has_right_paths() {
                     drop(change);
                     self.put_paths_right()?;
-                    change = self.home.change_beside()?;
+                    change = self.home.change_shared()?;
                 }
                 self.refuse_mounted_twice(&change)?;
                 durable::sync_unflushed()?;
@@ -136,10 +136,10 @@ impl Prepared<'_> {
     ///
     /// A crash leaves the one or the other in place, and what came out in the workspace.
     pub(super) fn replace_live(&mut self, new: &Path, live: &Path, old: FileId) -> Result<()> {
-        if !self.change.is_beside_a_runtime() {
+        if !self.change.is_shared() {
             return self.store.replace(new, live);
         }
-        self.change.hold()?;
+        self.change.begin_exclusive()?;
         self.refuse_pending()?;
         self.store.refuse_active(&self.record)?;
         let ours = FileId::at(new)?;
@@ -177,7 +177,7 @@ impl Prepared<'_> {
     /// moves the disk away, and makes the next one as large.
     pub(super) fn refuse_other_size(&self, live: &Path, size: u64) -> Result<()> {
         let is_same = || Ok(Header::open(live)?.is_some_and(|header| header.virtual_size == size));
-        if !self.change.is_beside_a_runtime() || is_same()? {
+        if !self.change.is_shared() || is_same()? {
             return Ok(());
         }
         Err(Error::busy(format!(

@@ -19,7 +19,7 @@ use crate::archive::{
     Compressed, Export, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key,
 };
 use crate::error::not_panicking;
-use crate::home::{Catalog, Remembered};
+use crate::home::{Catalog, SizeCache};
 use crate::{Error, Result};
 
 /// Archives made at a time: each takes all cores and its share of memory.
@@ -234,7 +234,7 @@ impl Drop for Turn<'_> {
 
 /// Sizes remembered on disk, and those learnt meanwhile.
 struct Sizes<'a> {
-    remembered: &'a Remembered,
+    remembered: &'a SizeCache,
     /// Whether the state they are of may be remembered.
     is_lasting: bool,
     learnt: Mutex<HashMap<FrameKey, u32>>,
@@ -246,7 +246,7 @@ impl Sizes<'_> {
             return;
         }
         let frames: Vec<_> = learnt.drain().collect();
-        self.remembered.learn_frames(&frames);
+        self.remembered.put_frames(&frames);
     }
 }
 
@@ -462,7 +462,7 @@ impl Store {
                 }
                 // Nobody waits for this.
                 if self.is_lasting(compressed.export().chain()) {
-                    self.remembered.learn_archive(
+                    self.remembered.put_archive(
                         &compressed.state_key(),
                         frames.total(),
                         &frames.bytes(),
@@ -518,13 +518,13 @@ impl Store {
         // the time of the last, would leave a checksum of what is not there any more.
         let mut layers = export.chain().layers().iter();
         if layers.all(|layer| layer.file().sync_data().is_ok()) {
-            self.remembered.learn_digest(&key, &digest);
+            self.remembered.put_digest(&key, &digest);
         }
     }
 
     /// What finished archives take, and may take.
     pub fn cache_usage(&self) -> CacheUsage {
-        let remembered = std::fs::metadata(self.home.remembered());
+        let remembered = std::fs::metadata(self.home.size_cache_file());
         let cache = self.compressed.lock();
         let spools = cache.known.values().filter(|known| known.spool.is_some());
         CacheUsage {

@@ -267,7 +267,7 @@ impl Prepared<'_> {
             return Err(self.replaced_just_now());
         }
         if let Some(layer) = below {
-            self.change.hold()?;
+            self.change.begin_exclusive()?;
             return Ok(FrozenDisk {
                 layer,
                 virtual_size,
@@ -323,7 +323,7 @@ impl Prepared<'_> {
 
     /// The live disk gets its second name, and the overlay its first.
     fn freeze_as(&mut self, base: &Path, overlay: &Path, live: &Path, old: FileId) -> Result<()> {
-        self.change.hold()?;
+        self.change.begin_exclusive()?;
         durable::link(live, base)?;
         crash_point("freeze.linked");
         if FileId::at(base)? != old {
@@ -335,7 +335,7 @@ impl Prepared<'_> {
     /// Beside a runtime nobody undoes later what did not come to its end: the second name, which nothing
     /// reads by, and the row go now. Else recovery does it, before the next change.
     fn not_frozen(&mut self, base: &Path, error: Error) -> Error {
-        if self.change.is_beside_a_runtime() {
+        if self.change.is_shared() {
             let row = self.base_at(base).ok().flatten();
             let undone = durable::unlink(base).and_then(|()| match row {
                 Some(row) => self.change.transaction(|rows| rows.delete_base(&row.id)),
@@ -374,7 +374,7 @@ impl Prepared<'_> {
         }
         self.record_frozen(&draft.base, &flat.file, draft.virtual_size, reader)?;
         crash_point("flat.recorded");
-        self.change.hold()?;
+        self.change.begin_exclusive()?;
         durable::rename(&flat.file, &draft.base)?;
         crash_point("flat.installed");
         self.store.keep_spare(&draft.base);

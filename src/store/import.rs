@@ -160,7 +160,7 @@ impl Store {
         let dir = self.marked_dir()?;
         give_disk(arrival.disk(), &dir.join("disk.qcow2"))?;
         durable::sync_dir(&dir)?;
-        prepared.change.hold()?;
+        prepared.change.begin_exclusive()?;
         let place = prepared.place_of(name, &new.id);
         let path = prepared.snapshot_place(&place, Some(&dir))?;
         crash_point("import.snapshot");

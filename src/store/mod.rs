@@ -63,7 +63,7 @@ pub use usage::Usage;
 
 use crate::disk::{FileClock, Scope};
 use crate::event_log::EventLog;
-use crate::home::{BoxRecord, Catalog, Home, Remembered, SnapshotRecord};
+use crate::home::{BoxRecord, Catalog, Home, SizeCache, SnapshotRecord};
 use crate::progress::Operations;
 use crate::{Error, Result};
 
@@ -111,7 +111,7 @@ pub struct Store {
     headers: Mutex<layers::HeaderCache>,
     exports: Mutex<export::ExportCache>,
     workspace: Mutex<Option<workspace::Workspace>>,
-    remembered: Remembered,
+    remembered: SizeCache,
     compression: Compression,
     imports: Imports,
     compressed: Mutex<compressed::CompressedCache>,
@@ -190,7 +190,7 @@ impl Store {
 
     fn of(home: Home, events: EventLog, read_only: bool, compression: Compression) -> Store {
         Store {
-            remembered: Remembered::open(&home, read_only),
+            remembered: SizeCache::open(&home, read_only),
             home,
             events,
             headers: Mutex::default(),

@@ -128,13 +128,13 @@ impl Store {
 impl Prepared<'_> {
     /// Makes sure that the box may be changed, and stays so.
     fn refuse_unfit(&self) -> Result<()> {
-        self.change.keep(&self.record)?;
+        self.change.watch(&self.record)?;
         self.store.refuse_active(&self.record)?;
         self.refuse_strangers()
     }
 
     fn make_ready(&mut self) -> Result<()> {
-        match self.change.is_beside_a_runtime() {
+        match self.change.is_shared() {
             true => self.refuse_unsettled()?,
             false => {
                 self.recover()?;
@@ -165,12 +165,12 @@ impl Prepared<'_> {
 
     /// A box that runs is left alone: neither recovered, nor is the header of its disk touched.
     fn make_source_ready(&mut self) -> Result<()> {
-        self.change.keep(&self.record)?;
+        self.change.watch(&self.record)?;
         self.refuse_strangers()?;
         if self.store.home.activity(&self.record) == Activity::Idle {
             return self.make_ready();
         }
-        if self.store.home.shim(&self.record).is_none() {
+        if self.store.home.vm_process(&self.record).is_none() {
             return self.store.refuse_active(&self.record);
         }
         self.refuse_pending()?;
@@ -183,7 +183,7 @@ impl Prepared<'_> {
     /// # Errors
     /// ENOENT; beside a runtime as [`Store::prepare`].
     pub fn turn_to_add(&mut self, box_id: &str) -> Result<()> {
-        if self.change.is_beside_a_runtime() {
+        if self.change.is_shared() {
             self.turn_to_look(box_id)?;
             return self.refuse_unsettled();
         }
@@ -314,7 +314,7 @@ impl Prepared<'_> {
                     }
                     row.id
                 }
-                None if self.change.is_beside_a_runtime() => {
+                None if self.change.is_shared() => {
                     return Err(self.cloned_just_now(&path));
                 }
                 None => {

@@ -155,7 +155,7 @@ impl Prepared<'_> {
     /// needs now; also BoxLite's, which goes by references and would keep them for ever.
     /// Beside a runtime that waits: BoxLite's next step may need what nothing needs now.
     pub(super) fn free_surplus(&mut self) -> Result<()> {
-        if self.change.is_beside_a_runtime() {
+        if self.change.is_shared() {
             return Ok(());
         }
         let surplus = self.drop_surplus_refs(&self.layers()?)?;

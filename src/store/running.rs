@@ -57,7 +57,8 @@ impl Store {
         };
         self.kept_running(box_id, form).is_none()
             && self.record_of(source).is_ok_and(|record| {
-                self.home.shim(&record).is_some() && self.home.activity(&record) != Activity::Idle
+                self.home.vm_process(&record).is_some()
+                    && self.home.activity(&record) != Activity::Idle
             })
     }
 
@@ -79,7 +80,7 @@ impl Store {
             return Ok(kept);
         }
         let record = self.record_of(source)?;
-        let Some(shim) = self.home.shim(&record) else {
+        let Some(shim) = self.home.vm_process(&record) else {
             return self.open_export(source);
         };
         self.foreground.touch();
@@ -152,7 +153,7 @@ impl Store {
         &self,
         source: &Source,
         record: &BoxRecord,
-        shim: crate::home::Shim,
+        shim: crate::home::VmProcess,
         go_on: &dyn Fn() -> bool,
     ) -> Result<File> {
         let live = self.existing_top(source, record)?;
@@ -326,7 +327,7 @@ impl Prepared<'_> {
         }
         self.record_frozen(&base, file, state.virtual_size, None)?;
         crash_point("flat.recorded");
-        self.change.hold()?;
+        self.change.begin_exclusive()?;
         durable::rename(file, &base)?;
         crash_point("flat.installed");
         self.store.keep_spare(&base);

@@ -91,9 +91,9 @@ impl Prepared<'_> {
         created_at: Option<i64>,
     ) -> Result<String> {
         // By its mark recovery knows a directory whose name no snapshot has.
-        let is_beside = self.change.is_beside_a_runtime();
+        let is_beside = self.change.is_shared();
         let marked = is_beside.then(|| self.store.marked_dir()).transpose()?;
-        self.change.hold()?;
+        self.change.begin_exclusive()?;
         let path = self.snapshot_place(&self.place_of(name, id), marked.as_deref())?;
         crash_point("snapshot.directory");
         let named = match &frozen.layer {
@@ -112,7 +112,7 @@ impl Prepared<'_> {
     pub(super) fn settle_place<T>(&self, path: &Path, recorded: Result<T>) -> Result<T> {
         match &recorded {
             Ok(_) => durable::unlink(&path.with_file_name(UNRECORDED))?,
-            Err(_) if self.change.is_beside_a_runtime() => self.take_place_back(path),
+            Err(_) if self.change.is_shared() => self.take_place_back(path),
             Err(_) => {}
         }
         recorded
@@ -132,7 +132,7 @@ impl Prepared<'_> {
     /// name at that moment, does not use: it puts the live disk there, over this one, or where this one
     /// would be taken back from.
     pub(super) fn place_of(&self, name: &str, id: &str) -> String {
-        match self.change.is_beside_a_runtime() {
+        match self.change.is_shared() {
             true => format!(".{id}"),
             false => name.to_owned(),
         }

@@ -56,7 +56,7 @@ const HARMLESS: &[(&str, Harmless)] = &[
 ///
 /// # Errors
 /// EPERM: the archive may be right, but is not wanted here.
-pub fn refuse_reach(options: &Value) -> Result<()> {
+pub fn reject_host_access(options: &Value) -> Result<()> {
     if let Some(place) = unknown_option(options) {
         return Err(refused(&place, "is not known here"));
     }
@@ -64,7 +64,7 @@ pub fn refuse_reach(options: &Value) -> Result<()> {
         let mut parts = place.split('.');
         let value = parts.try_fold(options, |value, name| value.get(name));
         if value.is_some_and(|value| !harmless(value)) {
-            return Err(refused(&format!("box_options.{place}"), reach_of(place)));
+            return Err(refused(&format!("box_options.{place}"), harm_of(place)));
         }
     }
     Ok(())
@@ -80,7 +80,7 @@ fn refused(place: &str, why: &str) -> Error {
 }
 
 /// What an option opens, for the message.
-fn reach_of(place: &str) -> &'static str {
+fn harm_of(place: &str) -> &'static str {
     match place {
         "ports" => "publishes a port on more than the loopback address",
         "rootfs.RootfsPath" | "volumes" | "mounts" => "reaches for files of the host",
@@ -197,7 +197,7 @@ mod tests {
         ] {
             check_options(&options).unwrap();
             let options = normalize_imported(options, Some(5));
-            refuse_reach(&options).unwrap_or_else(|e| panic!("{options}: {e}"));
+            reject_host_access(&options).unwrap_or_else(|e| panic!("{options}: {e}"));
         }
     }
 
@@ -274,17 +274,17 @@ mod tests {
         for (place, value, named) in cases {
             let options = with(place, value);
             check_options(&options).unwrap();
-            let error = refuse_reach(&normalize_imported(options, Some(5))).unwrap_err();
+            let error = reject_host_access(&normalize_imported(options, Some(5))).unwrap_err();
             assert_eq!(error.errno(), libc::EPERM, "{place}");
             assert!(error.to_string().contains(named), "{error}");
         }
         let mut options = usual();
         options["advanced"]["capabilities"] = json!({"add": ["SYS_ADMIN"], "drop": []});
-        let error = refuse_reach(&options).unwrap_err();
+        let error = reject_host_access(&options).unwrap_err();
         assert!(error.to_string().contains("capabilities.add"), "{error}");
         // No archive below version 5 means an address.
         let old = with("/ports", port(json!("127.0.0.1")));
-        refuse_reach(&normalize_imported(old, Some(4))).unwrap_err();
+        reject_host_access(&normalize_imported(old, Some(4))).unwrap_err();
     }
 
     #[test]
@@ -299,12 +299,12 @@ mod tests {
             let mut options = usual();
             options.pointer_mut(place).unwrap()["future\u{1b}[2J"] = json!(false);
             check_options(&options).unwrap();
-            let error = refuse_reach(&options).unwrap_err();
+            let error = reject_host_access(&options).unwrap_err();
             assert_eq!(error.errno(), libc::EPERM, "{place}");
             assert!(error.to_string().contains("future\\u{1b}"), "{error}");
         }
         let port = json!([{"guest_port": 80, "host_ip": "::1", "path": "/run/x"}]);
-        let error = refuse_reach(&with("/ports", port)).unwrap_err();
+        let error = reject_host_access(&with("/ports", port)).unwrap_err();
         assert!(error.to_string().contains("ports[0].\"path\""), "{error}");
     }
 }

@@ -27,7 +27,7 @@ const VERSIONS: &[&str] = &["
     CREATE TABLE disk (key BLOB PRIMARY KEY, sha256 BLOB NOT NULL, used INTEGER NOT NULL);"];
 
 /// What was worked out before.
-pub struct Remembered {
+pub struct SizeCache {
     path: PathBuf,
     /// None where it can't be used.
     connection: Mutex<Option<Connection>>,
@@ -36,15 +36,15 @@ pub struct Remembered {
     writable: bool,
 }
 
-impl Remembered {
+impl SizeCache {
     /// Opens the database of a home, or makes it unless `read_only`. What can't be opened is done
     /// without, and a damaged one is made anew.
-    pub fn open(home: &Home, read_only: bool) -> Remembered {
-        Remembered::of(home, read_only, VERSIONS)
+    pub fn open(home: &Home, read_only: bool) -> SizeCache {
+        SizeCache::of(home, read_only, VERSIONS)
     }
 
-    fn of(home: &Home, read_only: bool, versions: &[&str]) -> Remembered {
-        let path = home.remembered();
+    fn of(home: &Home, read_only: bool, versions: &[&str]) -> SizeCache {
+        let path = home.size_cache_file();
         let mut connection = open(&path, read_only, versions);
         if connection.is_err() && !read_only && is_ours_to_replace(&connection) {
             let _ = std::fs::remove_file(&path);
@@ -62,7 +62,7 @@ impl Remembered {
                 Unusable::Sqlite(_) => log::info!("{message}"),
             }
         }
-        Remembered {
+        SizeCache {
             path,
             newer,
             connection: Mutex::new(connection.ok()),
@@ -81,7 +81,7 @@ impl Remembered {
     }
 
     /// Remembers compressed sizes of frames.
-    pub fn learn_frames(&self, frames: &[([u8; 16], u32)]) {
+    pub fn put_frames(&self, frames: &[([u8; 16], u32)]) {
         self.change(|transaction, now| {
             let mut insert =
                 transaction.prepare_cached("INSERT OR REPLACE INTO frame VALUES (?1, ?2, ?3)")?;
@@ -104,7 +104,7 @@ impl Remembered {
     }
 
     /// Remembers the length of a compressed archive and the sizes of all its frames.
-    pub fn learn_archive(&self, key: &[u8; 32], size: u64, sizes: &[u8]) {
+    pub fn put_archive(&self, key: &[u8; 32], size: u64, sizes: &[u8]) {
         self.change(|transaction, now| {
             transaction.execute(
                 "INSERT OR REPLACE INTO archive VALUES (?1, ?2, ?3, ?4)",
@@ -129,7 +129,7 @@ impl Remembered {
     }
 
     /// Remembers the sha256 of a flattened disk.
-    pub fn learn_digest(&self, key: &[u8; 32], sha256: &[u8; 32]) {
+    pub fn put_digest(&self, key: &[u8; 32], sha256: &[u8; 32]) {
         self.change(|transaction, now| {
             transaction.execute(
                 "INSERT OR REPLACE INTO disk VALUES (?1, ?2, ?3)",
@@ -276,72 +276,72 @@ mod tests {
     fn what_was_learnt_is_known_to_the_next_who_opens_it() {
         let dir = tempfile::tempdir().unwrap();
         let home = home(dir.path());
-        let remembered = Remembered::open(&home, false);
-        assert_eq!(remembered.frame(&[1; 16]), None);
-        remembered.learn_frames(&[([1; 16], 7), ([2; 16], 8)]);
-        remembered.learn_archive(&[3; 32], 1 << 40, b"sizes");
-        remembered.learn_digest(&[4; 32], &[5; 32]);
-        drop(remembered);
+        let cache = SizeCache::open(&home, false);
+        assert_eq!(cache.frame(&[1; 16]), None);
+        cache.put_frames(&[([1; 16], 7), ([2; 16], 8)]);
+        cache.put_archive(&[3; 32], 1 << 40, b"sizes");
+        cache.put_digest(&[4; 32], &[5; 32]);
+        drop(cache);
         for read_only in [true, false] {
-            let remembered = Remembered::open(&home, read_only);
-            assert_eq!(remembered.frame(&[2; 16]), Some(8));
-            assert_eq!(remembered.archive(&[3; 32]).as_deref(), Some(&b"sizes"[..]));
-            assert_eq!(remembered.archive_size(&[3; 32]), Some(1 << 40));
-            assert_eq!(remembered.digest(&[4; 32]), Some([5; 32]));
+            let cache = SizeCache::open(&home, read_only);
+            assert_eq!(cache.frame(&[2; 16]), Some(8));
+            assert_eq!(cache.archive(&[3; 32]).as_deref(), Some(&b"sizes"[..]));
+            assert_eq!(cache.archive_size(&[3; 32]), Some(1 << 40));
+            assert_eq!(cache.digest(&[4; 32]), Some([5; 32]));
         }
-        let remembered = Remembered::open(&home, false);
-        remembered.forget_archive(&[3; 32]);
-        assert_eq!(remembered.archive(&[3; 32]), None);
-        assert_eq!(remembered.frame(&[1; 16]), None);
+        let cache = SizeCache::open(&home, false);
+        cache.forget_archive(&[3; 32]);
+        assert_eq!(cache.archive(&[3; 32]), None);
+        assert_eq!(cache.frame(&[1; 16]), None);
     }
 
     #[test]
     fn a_read_only_mount_makes_no_database_and_does_without() {
         let dir = tempfile::tempdir().unwrap();
         let home = home(dir.path());
-        let remembered = Remembered::open(&home, true);
-        remembered.learn_digest(&[4; 32], &[5; 32]);
-        assert_eq!(remembered.digest(&[4; 32]), None);
-        assert!(!home.remembered().exists());
+        let cache = SizeCache::open(&home, true);
+        cache.put_digest(&[4; 32], &[5; 32]);
+        assert_eq!(cache.digest(&[4; 32]), None);
+        assert!(!home.size_cache_file().exists());
     }
 
     #[test]
     fn a_damaged_database_is_made_anew_and_a_newer_one_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let home = home(dir.path());
-        std::fs::write(home.remembered(), vec![b'x'; 8192]).unwrap();
-        let remembered = Remembered::open(&home, false);
-        remembered.learn_digest(&[4; 32], &[5; 32]);
-        assert_eq!(remembered.digest(&[4; 32]), Some([5; 32]));
-        drop(remembered);
-        let connection = Connection::open(home.remembered()).unwrap();
+        std::fs::write(home.size_cache_file(), vec![b'x'; 8192]).unwrap();
+        let cache = SizeCache::open(&home, false);
+        cache.put_digest(&[4; 32], &[5; 32]);
+        assert_eq!(cache.digest(&[4; 32]), Some([5; 32]));
+        drop(cache);
+        let connection = Connection::open(home.size_cache_file()).unwrap();
         connection.pragma_update(None, "user_version", 99).unwrap();
         drop(connection);
-        let before = std::fs::read(home.remembered()).unwrap();
-        let remembered = Remembered::open(&home, false);
-        remembered.learn_digest(&[6; 32], &[5; 32]);
-        assert_eq!(remembered.digest(&[4; 32]), None);
-        assert_eq!(std::fs::read(home.remembered()).unwrap(), before);
+        let before = std::fs::read(home.size_cache_file()).unwrap();
+        let cache = SizeCache::open(&home, false);
+        cache.put_digest(&[6; 32], &[5; 32]);
+        assert_eq!(cache.digest(&[4; 32]), None);
+        assert_eq!(std::fs::read(home.size_cache_file()).unwrap(), before);
     }
 
     #[test]
     fn a_newer_version_takes_over_what_an_older_one_learnt_and_the_older_one_then_does_without() {
         let dir = tempfile::tempdir().unwrap();
         let home = home(dir.path());
-        let older = Remembered::open(&home, false);
+        let older = SizeCache::open(&home, false);
         assert_eq!(older.newer(), None);
-        older.learn_digest(&[4; 32], &[5; 32]);
+        older.put_digest(&[4; 32], &[5; 32]);
         drop(older);
         let step = "ALTER TABLE disk ADD COLUMN note TEXT; CREATE TABLE more (x)";
         let next: Vec<&str> = VERSIONS.iter().copied().chain([step]).collect();
         // Read-only, nothing is brought up to date, and what is there is used.
-        let looking = Remembered::of(&home, true, &next);
+        let looking = SizeCache::of(&home, true, &next);
         assert_eq!(looking.digest(&[4; 32]), Some([5; 32]));
         drop(looking);
-        let newer = Remembered::of(&home, false, &next);
+        let newer = SizeCache::of(&home, false, &next);
         assert_eq!(newer.digest(&[4; 32]), Some([5; 32]));
         drop(newer);
-        let columns: i64 = Connection::open(home.remembered())
+        let columns: i64 = Connection::open(home.size_cache_file())
             .unwrap()
             .query_row(
                 "SELECT count(*) FROM pragma_table_info('disk')",
@@ -350,16 +350,16 @@ mod tests {
             )
             .unwrap();
         assert_eq!(columns, 4);
-        let before = std::fs::read(home.remembered()).unwrap();
-        let older = Remembered::open(&home, false);
+        let before = std::fs::read(home.size_cache_file()).unwrap();
+        let older = SizeCache::open(&home, false);
         let message = older.newer().expect("a message");
         assert!(
             message.contains("newer boxlitefs") && message.contains("boxlitefs.db"),
             "{message}"
         );
-        older.learn_digest(&[6; 32], &[5; 32]);
+        older.put_digest(&[6; 32], &[5; 32]);
         assert_eq!(older.digest(&[4; 32]), None);
-        assert_eq!(std::fs::read(home.remembered()).unwrap(), before);
+        assert_eq!(std::fs::read(home.size_cache_file()).unwrap(), before);
     }
 
     #[test]
@@ -367,9 +367,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let home = home(dir.path());
         let elsewhere = dir.path().join("elsewhere");
-        std::os::unix::fs::symlink(&elsewhere, home.remembered()).unwrap();
-        let remembered = Remembered::open(&home, false);
-        remembered.learn_digest(&[4; 32], &[5; 32]);
+        std::os::unix::fs::symlink(&elsewhere, home.size_cache_file()).unwrap();
+        let cache = SizeCache::open(&home, false);
+        cache.put_digest(&[4; 32], &[5; 32]);
         assert!(!elsewhere.exists());
     }
 
@@ -377,13 +377,13 @@ mod tests {
     fn old_rows_go_when_there_are_too_many() {
         let dir = tempfile::tempdir().unwrap();
         let home = home(dir.path());
-        let remembered = Remembered::open(&home, false);
+        let cache = SizeCache::open(&home, false);
         for number in 0..=MOST_ARCHIVES {
             let mut key = [0; 32];
             key[..8].copy_from_slice(&number.to_le_bytes());
-            remembered.learn_digest(&key, &[5; 32]);
+            cache.put_digest(&key, &[5; 32]);
         }
-        let connection = Connection::open(home.remembered()).unwrap();
+        let connection = Connection::open(home.size_cache_file()).unwrap();
         let count: i64 = connection
             .query_row("SELECT count(*) FROM disk", [], |row| row.get(0))
             .unwrap();

@@ -30,7 +30,7 @@ const OVER: &str = "over";
 
 /// A process that is certain to be the one that was meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shim {
+pub struct VmProcess {
     pid: u32,
     /// Clock ticks since boot.
     started: u64,
@@ -38,9 +38,9 @@ pub struct Shim {
 
 impl Home {
     /// The process of a box's virtual machine, if `shim.pid` says when it began and it lives.
-    pub fn shim(&self, record: &BoxRecord) -> Option<Shim> {
+    pub fn vm_process(&self, record: &BoxRecord) -> Option<VmProcess> {
         let (pid, started) = live_process(&self.box_dir(&record.id).join("shim.pid"))?;
-        Some(Shim {
+        Some(VmProcess {
             pid,
             started: started?,
         })
@@ -65,7 +65,7 @@ struct Stopped {
     by_us: bool,
 }
 
-impl Shim {
+impl VmProcess {
     /// Stops the process, what it started, and all their threads, and waits until they do stand still. Whoever
     /// had them stopped before has to set them going. `disk` is the file they write to.
     ///
@@ -95,10 +95,9 @@ impl Shim {
 }
 
 impl Paused {
-    fn stop_all(&mut self, shim: Shim) -> Result<()> {
-        let root = Process::open(shim.pid, Some(shim.started)).map_err(|error| {
-            Error::busy(format!("process {} can't be paused: {error}", shim.pid))
-        })?;
+    fn stop_all(&mut self, vm: VmProcess) -> Result<()> {
+        let root = Process::open(vm.pid, Some(vm.started))
+            .map_err(|error| Error::busy(format!("process {} can't be paused: {error}", vm.pid)))?;
         self.stop(root)?;
         // What it started meanwhile is found by the next look; what is stopped starts nothing.
         loop {

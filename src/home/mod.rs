@@ -8,6 +8,7 @@ mod activity;
 mod catalog;
 mod change;
 mod connection;
+mod guard;
 mod host_access;
 mod identity;
 mod lock;
@@ -15,6 +16,7 @@ mod looking;
 mod options;
 mod paths;
 mod placement;
+mod process;
 mod queries;
 mod recorded_paths;
 mod records;
@@ -24,9 +26,10 @@ mod space;
 mod transactions;
 mod vm_process;
 
-pub use activity::{Activity, is_open, is_open_for_writing, start_time};
+pub use activity::{Activity, is_open, is_open_for_writing};
 pub use catalog::{Catalog, Schema};
 pub use change::Change;
+pub use guard::{GUARD, run_guard};
 pub use host_access::reject_host_access;
 pub use identity::{
     base_id, box_id, container_id, is_safe_component, is_snapshot_name, rfc3339, rfc3339_at,
@@ -35,6 +38,7 @@ pub use identity::{
 pub use lock::flock_exclusive;
 pub use options::{check_options, normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
+pub use process::start_time;
 pub use queries::Queries;
 pub use recorded_paths::{RecordedIn, RecordedPath};
 pub use records::{
@@ -43,4 +47,4 @@ pub use records::{
 pub use size_cache::SizeCache;
 pub use space::Space;
 pub use transactions::Transaction;
-pub use vm_process::{GUARD, Paused, VmProcess, run_guard};
+pub use vm_process::{Paused, VmProcess};

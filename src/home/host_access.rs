@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
-use super::options::unknown_option;
+use super::option_types::unknown_option;
 use crate::{Error, Result};
 
 /// Whether a value is as harmless as what BoxLite would put there itself.

@@ -12,12 +12,13 @@ mod guard;
 mod host_access;
 mod identity;
 mod lock;
-mod looking;
+mod option_types;
 mod options;
 mod paths;
 mod placement;
 mod process;
 mod queries;
+mod read_connection;
 mod recorded_paths;
 mod records;
 mod shared_access;
@@ -36,7 +37,8 @@ pub use identity::{
     snapshot_id,
 };
 pub use lock::flock_exclusive;
-pub use options::{check_options, normalize_imported, redact_secrets};
+pub use option_types::check_options;
+pub use options::{normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
 pub use process::start_time;
 pub use queries::Queries;

@@ -7,9 +7,9 @@ use rusqlite::Connection;
 
 use super::catalog::has_table;
 use super::connection::failed;
-use super::looking::connect_to_look;
 use super::paths::Home;
 use super::queries::Queries;
+use super::read_connection::connect_for_reading;
 use super::transactions::Transaction;
 use crate::Result;
 
@@ -91,7 +91,7 @@ impl Home {
     /// EIO when the database is damaged.
     pub fn recorded_paths(&self) -> Result<Vec<RecordedPath>> {
         let database = self.database();
-        let connection = connect_to_look(&database)?;
+        let connection = connect_for_reading(&database)?;
         read_paths(&connection).map_err(|e| failed(&connection, &database, e))
     }
 }

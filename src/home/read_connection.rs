@@ -25,13 +25,13 @@ const TRIES: usize = 5;
 const TICK: Duration = Duration::from_secs(2);
 
 /// A connection for looking.
-pub(super) struct Looking {
+pub(super) struct ReadConnection {
     connection: Connection,
     /// Of what the files were, where SQLite does not see for itself that they changed.
-    apart: Option<Apart>,
+    unlocked: Option<UnlockedRead>,
 }
 
-impl Deref for Looking {
+impl Deref for ReadConnection {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
@@ -40,21 +40,21 @@ impl Deref for Looking {
 }
 
 /// The state of the files that were read without SQLite's locks.
-struct Apart {
+struct UnlockedRead {
     files: Files,
     /// When they were read, if they had changed just before.
     unsettled: Option<Instant>,
 }
 
-impl Looking {
+impl ReadConnection {
     /// Whether the files are others by now than those this connection reads.
     pub fn is_outdated(&self, database: &Path) -> bool {
-        let Some(apart) = &self.apart else {
+        let Some(unlocked) = &self.unlocked else {
             return false;
         };
-        let is_late = apart.unsettled.is_some_and(|at| at.elapsed() > TICK);
+        let is_late = unlocked.unsettled.is_some_and(|at| at.elapsed() > TICK);
         let real = fs::canonicalize(database).unwrap_or_else(|_| database.to_owned());
-        is_late || Files::of(&real) != apart.files
+        is_late || Files::of(&real) != unlocked.files
     }
 }
 
@@ -103,19 +103,19 @@ fn beside(database: &Path, ending: &str) -> PathBuf {
 /// As [`connect`], for looking only: the last connection to close moves the WAL into the database,
 /// and who only looks writes nothing. Where there was no WAL, closing removes the empty one that
 /// opening makes.
-pub(super) fn connect_to_look(database: &Path) -> Result<Looking> {
+pub(super) fn connect_for_reading(database: &Path) -> Result<ReadConnection> {
     // SQLite follows a link, and keeps its files beside what that leads to.
     let real = fs::canonicalize(database).unwrap_or_else(|_| database.to_owned());
     let writable = real.parent().is_none_or(|dir| may_write(dir).is_ok());
     if !writable {
-        return look_apart(&real);
+        return read_unlocked(&real);
     }
     let has_wal = Files::of(database).has_wal();
     let connection = connect(database)?;
     keep_wal(&connection, database, has_wal)?;
-    Ok(Looking {
+    Ok(ReadConnection {
         connection,
-        apart: None,
+        unlocked: None,
     })
 }
 
@@ -133,7 +133,7 @@ pub(super) fn may_write(dir: &Path) -> io::Result<()> {
 
 /// Reads a database beside which nothing can be made: the file itself where all is in it, else a copy of it
 /// and its WAL. Should somebody change it by another path, it is read anew.
-fn look_apart(database: &Path) -> Result<Looking> {
+fn read_unlocked(database: &Path) -> Result<ReadConnection> {
     for _ in 0..TRIES {
         let files = Files::of(database);
         let connection = match files.has_wal() {
@@ -146,9 +146,9 @@ fn look_apart(database: &Path) -> Result<Looking> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let now = now.map_or(0, |now| i128::try_from(now.as_nanos()).unwrap_or(0));
         let is_settled = now - files.changed() > TICK.as_nanos() as i128;
-        return Ok(Looking {
+        return Ok(ReadConnection {
             connection: connection?,
-            apart: Some(Apart {
+            unlocked: Some(UnlockedRead {
                 files,
                 unsettled: (!is_settled).then(Instant::now),
             }),

@@ -8,6 +8,7 @@ mod links;
 mod partitions;
 mod recovery;
 mod view;
+mod walk;
 
 use super::*;
 use std::collections::BTreeMap;

@@ -71,7 +71,7 @@ mod flags {
 
 /// What the superblock says.
 #[derive(Clone)]
-pub(super) struct Layout {
+pub(super) struct Superblock {
     /// Bytes of a block: 1 KiB to 64 KiB.
     pub block_size: u64,
     /// Bytes of what is allocated at once: a block, or more of them with the feature bigalloc.
@@ -114,33 +114,33 @@ enum Copies {
     Two([u32; 2]),
 }
 
-impl Layout {
+impl Superblock {
     /// Whether this may be a superblock.
     pub fn is_one(bytes: &[u8]) -> bool {
         Fields(bytes).le16(0x38) == MAGIC
     }
 
     /// What the superblock says. EIO if it can't be so, or says what is not understood.
-    pub fn parse(bytes: &[u8], volume: &Volume) -> Result<Layout> {
+    pub fn parse(bytes: &[u8], volume: &Volume) -> Result<Superblock> {
         let sb = Fields(bytes);
-        let layout = Layout::fields(sb);
-        if let Err(why) = layout.check(sb) {
+        let superblock = Superblock::fields(sb);
+        if let Err(why) = superblock.check(sb) {
             return Err(Error::damaged(format!(
                 "the file system in {} can't be read: {why}",
                 volume.name()
             )));
         }
-        Ok(layout)
+        Ok(superblock)
     }
 
     /// The fields, as they are.
-    fn fields(sb: Fields) -> Layout {
+    fn fields(sb: Fields) -> Superblock {
         let incompat = sb.le32(0x60);
         let ro_compat = sb.le32(0x64);
         let old = sb.le32(0x4c) == 0;
         let large = incompat & incompat::BITS64 != 0;
         let shifted = |at: usize| 1024 << sb.le32(at).min(63 - 10);
-        Layout {
+        Superblock {
             block_size: shifted(0x18),
             cluster_size: match ro_compat & ro_compat::BIGALLOC {
                 0 => shifted(0x18),
@@ -313,7 +313,7 @@ impl Layout {
 pub(super) fn is_known(volume: &Volume) -> Result<bool> {
     let mut bytes = vec![0; SUPERBLOCK_LEN];
     volume.peek(SUPERBLOCK_AT, &mut bytes)?;
-    Ok(Layout::is_one(&bytes) || known_as(volume)?.is_some())
+    Ok(Superblock::is_one(&bytes) || known_as(volume)?.is_some())
 }
 
 /// What else the disk may hold, for a message that helps.

@@ -1,8 +1,9 @@
 //! Extended attributes: in the inode, in a block, or with an inode of their own.
 
+use super::block_map::BlockMap;
+use super::block_reader::BlockReader;
 use super::checksum::crc32c;
 use super::fields::Fields;
-use super::file_system::FileSystem;
 use super::inode::Inode;
 use crate::Result;
 
@@ -51,88 +52,99 @@ enum Value {
 impl Stored {
     /// The name the guest gives it; None for what the file system keeps for itself.
     fn full_name(&self) -> Option<Vec<u8>> {
-        match (self.index, self.name.as_slice()) == INLINE_REST {
-            true => None,
-            false => Some([prefix(self.index)?, &self.name].concat()),
+        if (self.index, self.name.as_slice()) == INLINE_REST {
+            return None;
         }
+        Some([prefix(self.index)?, &self.name].concat())
     }
 }
 
-impl FileSystem {
-    /// The names of a file's extended attributes, in all of the guest's name spaces.
-    pub fn xattr_names(&self, inode: u32) -> Result<Vec<Vec<u8>>> {
-        let stored = self.stored(&self.inode(inode)?)?;
-        Ok(stored.iter().filter_map(Stored::full_name).collect())
-    }
+/// Returns the names of a file's extended attributes.
+pub(super) fn names(blocks: &BlockReader, number: u32) -> Result<Vec<Vec<u8>>> {
+    let stored = stored(blocks, &blocks.inode(number)?)?;
+    Ok(stored.iter().filter_map(Stored::full_name).collect())
+}
 
-    /// The value of an extended attribute, as the guest's kernel gives it; None if the file has none
-    /// of that name.
-    pub fn xattr(&self, inode: u32, name: &[u8]) -> Result<Option<Vec<u8>>> {
-        let stored = self.stored(&self.inode(inode)?)?;
-        let Some(found) = stored
-            .into_iter()
-            .find(|stored| stored.full_name().is_some_and(|full| full == name))
-        else {
-            return Ok(None);
-        };
-        let value = match found.value {
-            Value::Here(value) => value,
-            Value::Inode(number) => self.attribute_inode(number, MAX_VALUE)?,
-        };
-        match found.index {
-            ACL_ACCESS | ACL_DEFAULT => acl(&value)
-                .map(Some)
-                .ok_or_else(|| self.damaged(format_args!("inode {inode} has an impossible ACL"))),
-            _ => Ok(Some(value)),
+/// Returns the value of an extended attribute; None if the file has none of that name.
+pub(super) fn value(blocks: &BlockReader, number: u32, name: &[u8]) -> Result<Option<Vec<u8>>> {
+    let stored = stored(blocks, &blocks.inode(number)?)?;
+    let Some(found) = stored
+        .into_iter()
+        .find(|stored| stored.full_name().is_some_and(|full| full == name))
+    else {
+        return Ok(None);
+    };
+    let value = match found.value {
+        Value::Here(value) => value,
+        Value::Inode(number) => value_in_inode(blocks, number)?,
+    };
+    match found.index {
+        ACL_ACCESS | ACL_DEFAULT => acl(&value)
+            .map(Some)
+            .ok_or_else(|| blocks.damaged(format_args!("inode {number} has an impossible ACL"))),
+        _ => Ok(Some(value)),
+    }
+}
+
+/// Reads a value that has an inode of its own.
+fn value_in_inode(blocks: &BlockReader, number: u32) -> Result<Vec<u8>> {
+    let inode = blocks.any_inode(number)?;
+    if !inode.is_attribute() {
+        return Err(blocks.damaged(format_args!("inode {number} has no attribute")));
+    }
+    BlockMap::of(blocks, &inode).read_all(MAX_VALUE)
+}
+
+/// Returns the contents of a file that are in the inode itself: `i_block`, and what follows it in an
+/// attribute.
+pub(super) fn inline_data(blocks: &BlockReader, inode: &Inode) -> Result<Vec<u8>> {
+    let mut bytes = inode.block().to_vec();
+    let rest = stored(blocks, inode)?.into_iter().find_map(|stored| {
+        let found = (stored.index, stored.name.as_slice()) == INLINE_REST;
+        match stored.value {
+            Value::Here(value) if found => Some(value),
+            _ => None,
         }
-    }
+    });
+    bytes.extend(rest.unwrap_or_default());
+    Ok(bytes)
+}
 
-    /// What follows `i_block` of contents that are in the inode itself.
-    pub(super) fn inline_rest(&self, inode: &Inode) -> Result<Vec<u8>> {
-        let rest = self.stored(inode)?.into_iter().find_map(|stored| {
-            let found = (stored.index, stored.name.as_slice()) == INLINE_REST;
-            match stored.value {
-                Value::Here(value) if found => Some(value),
-                _ => None,
+/// Reads all attributes: no more bytes than an inode and a block have room for.
+fn stored(blocks: &BlockReader, inode: &Inode) -> Result<Vec<Stored>> {
+    let mut all = Vec::new();
+    let damaged = || {
+        let number = inode.number;
+        blocks.damaged(format_args!("the attributes of inode {number} can't be so"))
+    };
+    let area = inode.attribute_area();
+    if Fields(area).le32(0) == MAGIC {
+        // Offsets count from the first entry here.
+        let entries = area.get(4..).unwrap_or_default();
+        parse(entries, 0, &mut all).ok_or_else(damaged)?;
+    }
+    match inode.attribute_block() {
+        0 => {}
+        number => {
+            let block = blocks.metadata_block(number)?;
+            let seed = blocks.superblock().seed;
+            if Fields(&block).le32(0) != MAGIC || !checksum_is_right(seed, number, &block) {
+                return Err(damaged());
             }
-        });
-        Ok(rest.unwrap_or_default())
-    }
-
-    /// All attributes: no more bytes than an inode and a block have room for.
-    fn stored(&self, inode: &Inode) -> Result<Vec<Stored>> {
-        let mut all = Vec::new();
-        let damaged = || {
-            let number = inode.number;
-            self.damaged(format_args!("the attributes of inode {number} can't be so"))
-        };
-        let area = inode.attribute_area();
-        if Fields(area).le32(0) == MAGIC {
-            // Offsets count from the first entry here.
-            let entries = area.get(4..).unwrap_or_default();
-            parse(entries, 0, &mut all).ok_or_else(damaged)?;
+            parse(&block, BLOCK_HEADER, &mut all).ok_or_else(damaged)?;
         }
-        match inode.attribute_block() {
-            0 => {}
-            number => {
-                let block = self.metadata_block(number)?;
-                if Fields(&block).le32(0) != MAGIC || !self.checksum_is_right(number, &block) {
-                    return Err(damaged());
-                }
-                parse(&block, BLOCK_HEADER, &mut all).ok_or_else(damaged)?;
-            }
-        }
-        Ok(all)
     }
+    Ok(all)
+}
 
-    /// The checksum is of the block's number too, since several files may share the block.
-    fn checksum_is_right(&self, number: u64, block: &[u8]) -> bool {
-        let fields = Fields(block);
-        self.layout().seed.is_none_or(|seed| {
-            let (before, after) = (fields.bytes(0, 16), fields.bytes(20, block.len()));
-            crc32c(seed, &[&number.to_le_bytes(), before, &[0; 4], after]) == fields.le32(16)
-        })
-    }
+/// Verifies the checksum of a block. It covers the block's number, too, since several files may share the
+/// block.
+fn checksum_is_right(seed: Option<u32>, number: u64, block: &[u8]) -> bool {
+    let fields = Fields(block);
+    seed.is_none_or(|seed| {
+        let (before, after) = (fields.bytes(0, 16), fields.bytes(20, block.len()));
+        crc32c(seed, &[&number.to_le_bytes(), before, &[0; 4], after]) == fields.le32(16)
+    })
 }
 
 /// Takes the entries from `at` on; offsets of values count from the beginning of `area`. None if

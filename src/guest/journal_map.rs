@@ -21,11 +21,11 @@ impl Replacement {
 
 /// Which blocks are to be read in the journal.
 #[derive(Default)]
-pub(super) struct Replaced {
+pub(super) struct JournalMap {
     pub blocks: BTreeMap<u64, Replacement>,
 }
 
-impl Replaced {
+impl JournalMap {
     /// Whether nothing is replaced.
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty()

@@ -1,10 +1,11 @@
 //! Which blocks of the disk a file's blocks are: trees of extents (ext4) and of block numbers (ext2,
 //! ext3).
 
+use super::block_reader::BlockReader;
 use super::checksum::crc32c;
 use super::disk::Use;
 use super::fields::Fields;
-use super::file_system::FileSystem;
+
 use super::inode::Inode;
 use crate::Result;
 use std::ops::Range;
@@ -34,45 +35,90 @@ impl Run {
     }
 }
 
-impl FileSystem {
+/// The map of one file's blocks.
+#[derive(Clone, Copy)]
+pub(super) struct BlockMap<'a> {
+    blocks: &'a BlockReader,
+    inode: &'a Inode,
+}
+
+impl<'a> BlockMap<'a> {
+    /// The map of a file.
+    pub fn of(blocks: &'a BlockReader, inode: &'a Inode) -> BlockMap<'a> {
+        BlockMap { blocks, inode }
+    }
+
+    /// Reads all of the contents of a small file. EIO if it has more than `max` bytes.
+    pub fn read_all(self, max: u64) -> Result<Vec<u8>> {
+        let size = self.inode.size(self.blocks.superblock());
+        if size > max {
+            let number = self.inode.number;
+            return Err(self
+                .blocks
+                .damaged(format_args!("inode {number} has {size} bytes")));
+        }
+        let mut bytes = vec![0; size as usize];
+        self.read(0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `buf` from `offset` of the file's blocks on.
+    pub fn read(self, mut offset: u64, mut buf: &mut [u8]) -> Result<()> {
+        let size = self.blocks.superblock().block_size;
+        while !buf.is_empty() {
+            let (block, within) = (offset / size, offset % size);
+            let run = self.run_at(block)?;
+            let len = run.len.saturating_mul(size) - within;
+            let (now, later) = buf.split_at_mut(len.min(buf.len() as u64) as usize);
+            match run.block {
+                Some(block) => self.blocks.read(Use::Contents, block, within, now)?,
+                None => now.fill(0),
+            }
+            offset = offset.saturating_add(now.len() as u64);
+            buf = later;
+        }
+        Ok(())
+    }
+
     /// Where the block `block` of a file is, and for how many (at least one) it goes on like that.
     /// EIO if the map is damaged.
-    pub(super) fn run_at(&self, inode: &Inode, block: u64) -> Result<Run> {
+    pub fn run_at(self, block: u64) -> Result<Run> {
         if block >= MAX_BLOCKS {
             return Ok(Run::hole(u64::MAX - block));
         }
-        match inode.has_extents() {
-            true => self.run_by_extents(inode, block),
-            false => self.run_by_numbers(inode, block),
+        if self.inode.has_extents() {
+            self.run_by_extents(block)
+        } else {
+            self.run_by_numbers(block)
         }
     }
 
     /// Down the tree of extents. Each node may speak only of what its parent's entry leaves to it: so
     /// every node is of use in one place, and no tree is larger than what it takes on disk.
-    fn run_by_extents(&self, inode: &Inode, block: u64) -> Result<Run> {
+    fn run_by_extents(self, block: u64) -> Result<Run> {
         let mut range = 0..MAX_BLOCKS;
-        let mut node = self.extent_node(inode, inode.block().to_vec(), None)?;
+        let mut node = self.extent_node(self.inode.block().to_vec(), None)?;
         loop {
             let (found, end) = entry_for(&node.entries, block, &range)
-                .ok_or_else(|| self.damaged_map(inode, "its extents are out of order"))?;
+                .ok_or_else(|| self.damaged("its extents are out of order"))?;
             let Some(entry) = found else {
                 return Ok(Run::hole(end - block));
             };
             let fields = Fields(entry);
             let first = u64::from(fields.le32(0));
             if node.depth == 0 {
-                return self.run_of_extent(inode, fields, block, end);
+                return self.run_of_extent(fields, block, end);
             }
             let child = fields.le32_and(4, u32::from(fields.le16(8)));
-            let bytes = self.metadata_block(child)?;
+            let bytes = self.blocks.metadata_block(child)?;
             range = first..end;
-            node = self.extent_node(inode, bytes, Some(node.depth))?;
+            node = self.extent_node(bytes, Some(node.depth))?;
         }
     }
 
     /// What a node of the tree says, checked. `above` is the depth of its parent, None for the root.
-    fn extent_node(&self, inode: &Inode, bytes: Vec<u8>, above: Option<u16>) -> Result<Node> {
-        let damaged = |what: &str| Err(self.damaged_map(inode, what));
+    fn extent_node(self, bytes: Vec<u8>, above: Option<u16>) -> Result<ExtentNode> {
+        let damaged = |what: &str| Err(self.damaged(what));
         let fields = Fields(&bytes);
         let (count, room, depth) = (fields.le16(2), fields.le16(4), fields.le16(6));
         if fields.le16(0) != EXTENT_MAGIC {
@@ -86,18 +132,18 @@ impl FileSystem {
         if !deeper_by_one || count > room || end > bytes.len() {
             return damaged("a node of its extents can't be so");
         }
-        // The root is covered by the checksum of the inode.
-        if let (Some(seed), Some(_)) = (inode.seed, above)
+        // The root is covered by the checksum of the self.inode.
+        if let (Some(seed), Some(_)) = (self.inode.seed, above)
             && crc32c(seed, &[fields.bytes(0, end)]) != fields.le32(end)
         {
             return damaged("a node of its extents has a wrong checksum");
         }
         let entries = fields.bytes(ENTRY, usize::from(count) * ENTRY).to_vec();
-        Ok(Node { entries, depth })
+        Ok(ExtentNode { entries, depth })
     }
 
     /// What an extent says of `block`, which is not before it; the next begins at `end`.
-    fn run_of_extent(&self, inode: &Inode, extent: Fields, block: u64, end: u64) -> Result<Run> {
+    fn run_of_extent(self, extent: Fields, block: u64, end: u64) -> Result<Run> {
         let (first, len) = (u64::from(extent.le32(0)), u64::from(extent.le16(4)));
         let start = extent.le32_and(8, u32::from(extent.le16(6)));
         let (len, unwritten) = match len.checked_sub(UNWRITTEN) {
@@ -106,9 +152,9 @@ impl FileSystem {
         };
         let within = block - first;
         if len == 0 || first + len > end {
-            return Err(self.damaged_map(inode, "its extents overlap"));
+            return Err(self.damaged("its extents overlap"));
         }
-        self.check_blocks(start, len)?;
+        self.blocks.check_blocks(start, len)?;
         Ok(match len.checked_sub(within) {
             None | Some(0) => Run::hole(end - block),
             Some(rest) => Run {
@@ -120,19 +166,19 @@ impl FileSystem {
 
     /// By twelve numbers of blocks in the inode, and three of blocks of numbers, of blocks of those,
     /// and so on.
-    fn run_by_numbers(&self, inode: &Inode, block: u64) -> Result<Run> {
+    fn run_by_numbers(self, block: u64) -> Result<Run> {
         const DIRECT: u64 = 12;
         let Some(mut rest) = block.checked_sub(DIRECT) else {
-            let direct = Fields(inode.block()).bytes(0, DIRECT as usize * 4);
+            let direct = Fields(self.inode.block()).bytes(0, DIRECT as usize * 4);
             return self.run_of_numbers(direct, block);
         };
-        let per = self.layout().pointers();
+        let per = self.blocks.superblock().pointers();
         for level in 1..=3 {
             // At most 2^14 to the third.
             let covers = per.pow(level);
             if rest < covers {
                 let at = (DIRECT as usize + level as usize - 1) * 4;
-                let table = u64::from(Fields(inode.block()).le32(at));
+                let table = u64::from(Fields(self.inode.block()).le32(at));
                 return self.run_below(table, covers, rest);
             }
             rest -= covers;
@@ -141,13 +187,13 @@ impl FileSystem {
     }
 
     /// The block `rest` of the `covers` blocks that are found by the numbers in the block `table`.
-    fn run_below(&self, mut table: u64, mut covers: u64, mut rest: u64) -> Result<Run> {
-        let per = self.layout().pointers();
+    fn run_below(self, mut table: u64, mut covers: u64, mut rest: u64) -> Result<Run> {
+        let per = self.blocks.superblock().pointers();
         loop {
             if table == 0 {
                 return Ok(Run::hole(covers - rest));
             }
-            let numbers = self.metadata_block(table)?;
+            let numbers = self.blocks.metadata_block(table)?;
             covers /= per;
             let index = rest / covers;
             if covers == 1 {
@@ -159,7 +205,7 @@ impl FileSystem {
     }
 
     /// The run that begins at `index` in a table of numbers.
-    fn run_of_numbers(&self, numbers: &[u8], index: u64) -> Result<Run> {
+    fn run_of_numbers(self, numbers: &[u8], index: u64) -> Result<Run> {
         let mut rest = numbers
             .get(index as usize * 4..)
             .unwrap_or_default()
@@ -172,27 +218,21 @@ impl FileSystem {
         }
         let more = (first + 1..).zip(rest).take_while(|(a, b)| a == b).count();
         let len = 1 + more as u64;
-        self.check_blocks(first, len)?;
+        self.blocks.check_blocks(first, len)?;
         Ok(Run {
             block: Some(first),
             len,
         })
     }
 
-    /// A structure that is a whole block.
-    pub(super) fn metadata_block(&self, block: u64) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.layout().block_size as usize];
-        self.read_blocks(Use::Metadata, block, 0, &mut bytes)?;
-        Ok(bytes)
-    }
-
-    fn damaged_map(&self, inode: &Inode, what: &str) -> crate::Error {
-        self.damaged(format_args!("inode {}: {what}", inode.number))
+    fn damaged(self, what: &str) -> crate::Error {
+        self.blocks
+            .damaged(format_args!("inode {}: {what}", self.inode.number))
     }
 }
 
 /// A node of a tree of extents.
-struct Node {
+struct ExtentNode {
     entries: Vec<u8>,
     depth: u16,
 }

@@ -4,12 +4,10 @@
 //! order. Where anything about it can't be so, it is as if there were none.
 
 use super::checksum::crc32c;
-use super::entry::Entry;
+use super::directory_blocks::{DirectoryBlocks, Entry, entry_len};
 use super::fields::Fields;
-use super::file_system::FileSystem;
-use super::inode::Inode;
-use super::layout::incompat;
 use super::name_hash::{HashKind, NameHash};
+use super::superblock::{Superblock, incompat};
 use std::ops::ControlFlow;
 
 /// Bytes of an entry: a hash and the number of a block.
@@ -36,13 +34,13 @@ pub(super) enum ByIndex {
 }
 
 /// A node of the tree.
-struct Node {
+struct IndexNode {
     entries: Vec<u8>,
     /// The entry that leads on.
     at: usize,
 }
 
-impl Node {
+impl IndexNode {
     fn count(&self) -> usize {
         self.entries.len() / ENTRY
     }
@@ -64,42 +62,60 @@ impl Node {
         let (mut least, mut end) = (0, self.count());
         while end - least > 1 {
             let middle = least + (end - least) / 2;
-            match self.hash(middle) <= hash {
-                true => least = middle,
-                false => end = middle,
+            if self.hash(middle) <= hash {
+                least = middle;
+            } else {
+                end = middle;
             }
         }
         self.at = least;
     }
 }
 
-impl FileSystem {
-    /// Finds a name by the directory's own index.
-    pub(super) fn find_by_index(&self, inode: &Inode, name: &[u8]) -> ByIndex {
-        let is_used = inode.is_indexed() && self.layout().has_indexes && self.has_room_for(inode);
+/// The index of one directory.
+#[derive(Clone, Copy)]
+pub(super) struct HashIndex<'a> {
+    names: DirectoryBlocks<'a>,
+}
+
+impl<'a> HashIndex<'a> {
+    /// The index of a directory, which may have none.
+    pub fn of(names: DirectoryBlocks<'a>) -> HashIndex<'a> {
+        HashIndex { names }
+    }
+
+    /// Finds a name.
+    pub fn find(self, name: &[u8]) -> ByIndex {
+        let inode = self.names.inode;
+        let is_used =
+            inode.is_indexed() && self.superblock().has_indexes && self.names.has_possible_size();
         if !is_used || inode.is_inline() || inode.is_encrypted() || inode.ignores_case() {
             return ByIndex::Unusable;
         }
-        self.search(inode, name).unwrap_or(ByIndex::Unusable)
+        self.search(name).unwrap_or(ByIndex::Unusable)
+    }
+
+    fn superblock(self) -> &'a Superblock {
+        self.names.blocks.superblock()
     }
 
     /// None if anything can't be so.
-    fn search(&self, inode: &Inode, name: &[u8]) -> Option<ByIndex> {
-        let root = self.index_block(inode, 0)?;
-        let (hash, levels) = self.index_root(&root)?;
+    fn search(self, name: &[u8]) -> Option<ByIndex> {
+        let root = self.block(0)?;
+        let (hash, levels) = self.root(&root)?;
         let hash = hash.of(name);
-        let mut path = vec![self.index_node(inode, &root, INFO + INFO_LEN)?];
+        let mut path = vec![self.node(&root, INFO + INFO_LEN)?];
         path.last_mut()?.seek(hash);
         for _ in 0..levels {
-            let mut node = self.node_below(inode, path.last()?)?;
+            let mut node = self.node_below(path.last()?)?;
             node.seek(hash);
             path.push(node);
         }
         for _ in 0..MAX_SAME {
-            if let Some(found) = self.find_in_block(inode, path.last()?.block(), name)? {
+            if let Some(found) = self.find_in_block(path.last()?.block(), name)? {
                 return Some(ByIndex::Found(found));
             }
-            if !self.go_on(inode, &mut path, hash)? {
+            if !self.go_on(&mut path, hash)? {
                 return Some(ByIndex::Missing);
             }
         }
@@ -107,12 +123,12 @@ impl FileSystem {
     }
 
     /// What the root says: how names are hashed, and how many levels are below it.
-    fn index_root(&self, root: &[u8]) -> Option<(NameHash, u8)> {
-        let layout = self.layout();
+    fn root(self, root: &[u8]) -> Option<(NameHash, u8)> {
+        let layout = self.superblock();
         let fields = Fields(root);
         let rest = root.len().checked_sub(12)?;
-        let dots = self.entry_len(fields.le16(4)) == 12
-            && self.entry_len(fields.le16(16)) == rest
+        let dots = entry_len(self.superblock(), fields.le16(4)) == 12
+            && entry_len(self.superblock(), fields.le16(16)) == rest
             && fields.le32(0) != 0
             && fields.le32(12) != 0;
         let (zero, kind) = (fields.le32(INFO), fields.u8(INFO + 4));
@@ -143,9 +159,13 @@ impl FileSystem {
     }
 
     /// The node whose entries begin at `at` of a block.
-    fn index_node(&self, inode: &Inode, block: &[u8], at: usize) -> Option<Node> {
+    fn node(self, block: &[u8], at: usize) -> Option<IndexNode> {
         let fields = Fields(block);
-        let tail = if inode.seed.is_some() { TAIL } else { 0 };
+        let tail = if self.names.inode.seed.is_some() {
+            TAIL
+        } else {
+            0
+        };
         let room = block.len().checked_sub(at + tail)? / ENTRY;
         let (limit, count) = (
             usize::from(fields.le16(at)),
@@ -155,30 +175,31 @@ impl FileSystem {
             return None;
         }
         let end = at + count * ENTRY;
-        if let Some(seed) = inode.seed {
+        if let Some(seed) = self.names.inode.seed {
             let tail = at + limit * ENTRY;
             let parts = [fields.bytes(0, end), fields.bytes(tail, 4), &[0; 4]];
             if crc32c(seed, &parts) != fields.le32(tail + 4) {
                 return None;
             }
         }
-        Some(Node {
+        Some(IndexNode {
             entries: block.get(at..end)?.to_vec(),
             at: 0,
         })
     }
 
     /// The node that another leads to.
-    fn node_below(&self, inode: &Inode, above: &Node) -> Option<Node> {
-        let block = self.index_block(inode, above.block())?;
+    fn node_below(self, above: &IndexNode) -> Option<IndexNode> {
+        let block = self.block(above.block())?;
         let fields = Fields(&block);
-        let is_node = fields.le32(0) == 0 && self.entry_len(fields.le16(4)) == block.len();
-        is_node.then(|| self.index_node(inode, &block, NODE_ENTRIES))?
+        let is_node =
+            fields.le32(0) == 0 && entry_len(self.superblock(), fields.le16(4)) == block.len();
+        is_node.then(|| self.node(&block, NODE_ENTRIES))?
     }
 
     /// Goes to the next block that may have names of this hash; whether there is one. Names of one
     /// hash may be in several blocks, and then the hash such a block begins with is marked.
-    fn go_on(&self, inode: &Inode, path: &mut Vec<Node>, hash: u32) -> Option<bool> {
+    fn go_on(self, path: &mut Vec<IndexNode>, hash: u32) -> Option<bool> {
         let levels = path.len();
         while let Some(node) = path.last_mut() {
             if node.at + 1 < node.count() {
@@ -194,19 +215,19 @@ impl FileSystem {
             return Some(false);
         }
         while path.len() < levels {
-            let below = self.node_below(inode, path.last()?)?;
+            let below = self.node_below(path.last()?)?;
             path.push(below);
         }
         Some(true)
     }
 
     /// Looks for a name in a block of names: Some(None) if it is not there.
-    fn find_in_block(&self, inode: &Inode, number: u64, name: &[u8]) -> Option<Option<u32>> {
+    fn find_in_block(self, number: u64, name: &[u8]) -> Option<Option<u32>> {
         if number == 0 {
             return None;
         }
-        let bytes = self.index_block(inode, number)?;
-        if !self.checksum_is_right_at(inode, number, &bytes) {
+        let bytes = self.block(number)?;
+        if !self.names.checksum_is_right(number, &bytes) {
             return None;
         }
         let mut found = None;
@@ -217,17 +238,16 @@ impl FileSystem {
             found = Some(entry.inode);
             ControlFlow::Break(())
         };
-        let looked_at = self.region(inode, &bytes, 0, 0, &mut each);
+        let looked_at = self.names.list_region(&bytes, 0, 0, &mut each);
         looked_at.is_ok().then_some(found)
     }
 
     /// A block of a directory, by its number in the directory.
-    fn index_block(&self, inode: &Inode, number: u64) -> Option<Vec<u8>> {
-        let blocks = inode.size(self.layout()) / self.layout().block_size;
+    fn block(self, number: u64) -> Option<Vec<u8>> {
+        let blocks = self.names.size() / self.superblock().block_size;
         if number >= blocks {
             return None;
         }
-        let block = self.run_at(inode, number).ok()?.block?;
-        self.metadata_block(block).ok()
+        self.names.block(number).ok()?
     }
 }

@@ -11,7 +11,7 @@ const INDEXES: u64 = 16 << 20;
 const MAX_INDEX: usize = 8 << 20;
 
 /// The names of directories that were looked up in lately, by file system and directory.
-pub(super) struct NameIndexes {
+pub(super) struct NameCache {
     kept: Cache<Key, Arc<NameIndex>, BySize>,
     /// Nobody can make names that have one hash.
     hashes: RandomState,
@@ -19,11 +19,11 @@ pub(super) struct NameIndexes {
 
 type Key = (u64, u32);
 
-impl NameIndexes {
-    pub fn new() -> NameIndexes {
+impl NameCache {
+    pub fn new() -> NameCache {
         // So few that the cache is not cut in parts, into which a large index would not fit.
         const EXPECTED: usize = 32;
-        NameIndexes {
+        NameCache {
             kept: Cache::with_weighter(EXPECTED, INDEXES, BySize),
             hashes: RandomState::new(),
         }
@@ -33,7 +33,7 @@ impl NameIndexes {
         self.kept.get(&directory)
     }
 
-    pub fn keep(&self, directory: Key, index: NameIndex) {
+    pub fn insert(&self, directory: Key, index: NameIndex) {
         self.kept.insert(directory, Arc::new(index));
     }
 
@@ -110,12 +110,12 @@ mod tests {
 
     #[test]
     fn the_largest_index_is_kept() {
-        let names = NameIndexes::new();
+        let names = NameCache::new();
         let mut index = NameIndex::default();
         for hash in 0..(MAX_INDEX / 8) as u32 {
             index.add(hash, 0);
         }
-        names.keep((1, 2), index.sorted());
+        names.insert((1, 2), index.sorted());
         assert!(names.get((1, 2)).is_some());
     }
 

@@ -14,4 +14,6 @@ mod writing;
 pub use manifest::{About, Manifest, manifest_bytes};
 pub(crate) use reading::Allowance;
 pub use reading::{Arrived, Incoming, MOST_HOLES, Progress};
-pub use writing::{Compressed, Export, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key};
+pub use writing::{
+    Compressed, Export, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key, measure, produce,
+};

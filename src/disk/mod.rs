@@ -44,7 +44,7 @@ pub use header::{Backing, Header, forget_dirty};
 pub use inspect::inspect_standalone;
 pub use layer::Layer;
 pub use overlay::create_overlay;
-pub use rebase::{rebase, rebase_this, settle_headers};
+pub use rebase::{flush_headers, rebase, rebase_this};
 pub use reflink::share_contents;
 pub use state::{FileClock, FileState, LONGEST_TICK, Moment, Stamped};
 pub use walk::{DataSource, Extent};

@@ -132,8 +132,8 @@ fn write_backing(file: &File, image: &Path, place: NameSpan, name: &[u8]) -> Res
         // writes the new one again, and does not find it there already.
         let taken_back = write_untimed(file, &old, 8, &times).and_then(|()| file.sync_all());
         if taken_back.is_err() {
-            let unsettled = (image.to_owned(), FileId::of(&meta));
-            UNSETTLED.lock().push(unsettled);
+            let unflushed = (image.to_owned(), FileId::of(&meta));
+            UNFLUSHED.lock().push(unflushed);
         }
     }
     written
@@ -141,7 +141,7 @@ fn write_backing(file: &File, image: &Path, place: NameSpan, name: &[u8]) -> Res
 
 /// Images that name either path after a loss of power: what a rebase wrote could not be flushed, nor could the
 /// old path.
-static UNSETTLED: Mutex<Vec<(PathBuf, FileId)>> = Mutex::new(Vec::new());
+static UNFLUSHED: Mutex<Vec<(PathBuf, FileId)>> = Mutex::new(Vec::new());
 
 /// Has the images for which [`rebase`] failed and could not take that back name on disk what they are read to
 /// name. To be called before a layer loses a name or goes that one of them may name. What is no longer where it
@@ -149,13 +149,13 @@ static UNSETTLED: Mutex<Vec<(PathBuf, FileId)>> = Mutex::new(Vec::new());
 ///
 /// # Errors
 /// EIO and others of the system calls: not yet.
-pub fn settle_headers() -> Result<()> {
-    let unsettled = UNSETTLED.lock().clone();
-    for (image, id) in unsettled {
+pub fn flush_headers() -> Result<()> {
+    let unflushed = UNFLUSHED.lock().clone();
+    for (image, id) in unflushed {
         if FileId::at(&image).is_ok_and(|found| found == id) {
             write_again(&open_image(&image, true)?, &image)?;
         }
-        UNSETTLED.lock().retain(|(_, settled)| *settled != id);
+        UNFLUSHED.lock().retain(|(_, flushed)| *flushed != id);
     }
     Ok(())
 }

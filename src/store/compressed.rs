@@ -16,7 +16,7 @@ use super::export::Form;
 use super::spool::{Spool, Spooling};
 use super::{Contents, Source, Store};
 use crate::archive::{
-    Compressed, Export, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key,
+    Compressed, Export, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key, measure, produce,
 };
 use crate::error::not_panicking;
 use crate::home::{Catalog, SizeCache};
@@ -487,14 +487,14 @@ impl Store {
     ) -> Result<(Arc<FrameSizes>, Option<Arc<Spool>>)> {
         let gone = || Error::new(libc::EINTR, "interrupted while waiting");
         let _turn = self.turns.take(go_on).ok_or_else(gone)?;
-        if let Some(frames) = compressed.measure(sizes, go_on)? {
+        if let Some(frames) = measure(compressed, sizes, go_on)? {
             return Ok((Arc::new(frames), None));
         }
         let what = format!("compression of {}", self.describe(source));
         let operation = self.operations.begin(what, Some(compressed.export().len()));
         let mut ends = compressed.frame_ends();
         let mut spooling = Spooling::begin(self, source);
-        let frames = compressed.produce(sizes, go_on, &mut |bytes| {
+        let frames = produce(compressed, sizes, go_on, &mut |bytes| {
             if let Some(end) = ends.next() {
                 operation.reaches(end);
             }

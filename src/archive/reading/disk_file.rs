@@ -120,8 +120,8 @@ impl DiskFile {
     }
 
     /// Waits until all that came is hashed and written, but for the piece that is not whole.
-    pub(super) fn settle(&mut self) -> Result<()> {
-        self.stages.settle()
+    pub(super) fn drain(&mut self) -> Result<()> {
+        self.stages.drain()
     }
 
     /// Waits for the whole disk to be hashed and written, and returns the digest.

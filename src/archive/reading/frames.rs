@@ -2,7 +2,7 @@
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
-use super::unpacking::Unpacking;
+use super::unpacker::Unpacker;
 use crate::{Context, Error, Result};
 
 /// First bytes of a zstd frame.
@@ -54,18 +54,19 @@ impl Frames {
     }
 
     /// Decodes `bytes` into `to`, as far as they go, and tells it where frames end.
-    pub(super) fn push(&mut self, mut bytes: &[u8], to: &mut Unpacking) -> Result<()> {
+    pub(super) fn push(&mut self, mut bytes: &[u8], to: &mut Unpacker) -> Result<()> {
         while !bytes.is_empty() {
-            bytes = match self.in_frame {
-                true => self.decode(bytes, to)?,
-                false => self.between(bytes, to)?,
+            bytes = if self.in_frame {
+                self.decode(bytes, to)?
+            } else {
+                self.between(bytes, to)?
             };
         }
         Ok(())
     }
 
     /// Takes bytes that come between two frames, until the next one's magic is whole.
-    fn between<'b>(&mut self, bytes: &'b [u8], to: &mut Unpacking) -> Result<&'b [u8]> {
+    fn between<'b>(&mut self, bytes: &'b [u8], to: &mut Unpacker) -> Result<&'b [u8]> {
         let Some((first, rest)) = bytes.split_first() else {
             return Ok(bytes);
         };
@@ -96,7 +97,7 @@ impl Frames {
     }
 
     /// Decodes until the frame ends or `bytes` do; returns what is left of them.
-    fn decode<'b>(&mut self, mut bytes: &'b [u8], to: &mut Unpacking) -> Result<&'b [u8]> {
+    fn decode<'b>(&mut self, mut bytes: &'b [u8], to: &mut Unpacker) -> Result<&'b [u8]> {
         loop {
             let mut input = InBuffer::around(bytes);
             let mut output = OutBuffer::around(self.output.as_mut_slice());
@@ -120,7 +121,7 @@ impl Frames {
     }
 }
 
-fn damaged(cause: std::io::Error, to: &Unpacking) -> Error {
+fn damaged(cause: std::io::Error, to: &Unpacker) -> Error {
     Error::bad_archive(format!(
         "the archive's zstd data is damaged or needs a window over 128 MiB, in {}",
         to.members.place()

@@ -4,11 +4,13 @@
 //! extensions and sparse maps of any length into memory, and a sparse member in time quadratic in
 //! its pieces. Here both are bounded, and the place where the archive ends is known to the byte.
 
-use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
+use tar::{EntryType, GnuExtSparseHeader, Header};
 
 use super::disk_file::DiskFile;
 use super::disk_writer::all_zero;
+use super::member::{BLOCK_BYTES, Member, MemberKind, SparsePiece};
 use super::names::{Meaning, Names, shown};
+use super::pax::{PaxRecords, parse_pax};
 use super::refusal::{damaged, refused};
 use super::{Arrived, MOST_HOLES};
 use crate::archive::Manifest;
@@ -16,14 +18,10 @@ use crate::{Error, Result, disk};
 
 /// A tar block, in bytes.
 const BLOCK: usize = 512;
-const BLOCK_BYTES: u64 = BLOCK as u64;
 /// Largest manifest.
 const MAX_MANIFEST: u64 = 1 << 20;
 /// Largest extension member (a name, pax records).
 const MAX_EXTENSION: u64 = 1 << 20;
-/// Most pieces of a sparse member: 32 MiB of map.
-const MAX_PIECES: usize = 2 << 20;
-
 /// The reader of a tar and keeper of what it brings.
 pub(super) struct Members {
     disk: DiskFile,
@@ -60,67 +58,13 @@ enum Expect {
 struct Pending {
     long_name: Option<Vec<u8>>,
     long_link: bool,
-    pax: Option<Pax>,
+    pax: Option<PaxRecords>,
 }
 
 impl Pending {
     fn is_empty(&self) -> bool {
         self.long_name.is_none() && !self.long_link && self.pax.is_none()
     }
-}
-
-/// The pax records that matter here.
-#[derive(Default)]
-struct Pax {
-    path: Option<Vec<u8>>,
-    size: Option<u64>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    LongName,
-    LongLink,
-    Pax,
-    Manifest,
-    Disk,
-    /// Anything else, `guest-rootfs.qcow2` of older archives or what another system adds: read, not kept.
-    Other,
-}
-
-impl Kind {
-    /// The name in messages.
-    fn name(self) -> &'static str {
-        match self {
-            Kind::LongName | Kind::LongLink | Kind::Pax => "an extension header",
-            Kind::Manifest => "manifest.json",
-            Kind::Disk => "disk.qcow2",
-            Kind::Other => "a member that is ignored",
-        }
-    }
-}
-
-/// A member being read.
-struct Member {
-    kind: Kind,
-    /// Bytes in the archive, without padding.
-    stored: u64,
-    /// Bytes once holes are filled in.
-    expanded: u64,
-    /// Pieces of data in order: where they belong and how long they are.
-    pieces: Vec<Piece>,
-    /// The piece being read, and bytes of it that came.
-    piece: usize,
-    within: u64,
-    /// Bytes that came, and where the next one belongs.
-    came: u64,
-    at: u64,
-    /// Contents of what is kept in memory.
-    bytes: Vec<u8>,
-}
-
-struct Piece {
-    offset: u64,
-    length: u64,
 }
 
 impl Members {
@@ -155,8 +99,8 @@ impl Members {
 
     /// Waits until what came of the disk is hashed and written, but for less than 1 MiB; says what
     /// failed there.
-    pub(super) fn settle(&mut self) -> Result<()> {
-        self.disk.settle()
+    pub(super) fn drain(&mut self) -> Result<()> {
+        self.disk.drain()
     }
 
     /// At least so many bytes of the tar are still to come. Precise only inside a member.
@@ -275,17 +219,17 @@ impl Members {
         // tar-rs takes extension types only in headers of the formats that define them.
         let extends = header.as_gnu().is_some() || header.as_ustar().is_some();
         match header.entry_type() {
-            EntryType::GNULongName if extends => self.extension(Kind::LongName, &header),
-            EntryType::GNULongLink if extends => self.extension(Kind::LongLink, &header),
-            EntryType::XHeader if extends => self.extension(Kind::Pax, &header),
+            EntryType::GNULongName if extends => self.extension(MemberKind::LongName, &header),
+            EntryType::GNULongLink if extends => self.extension(MemberKind::LongLink, &header),
+            EntryType::XHeader if extends => self.extension(MemberKind::Pax, &header),
             _ => self.member(&header),
         }
     }
 
-    fn extension(&mut self, kind: Kind, header: &Header) -> Result<Expect> {
+    fn extension(&mut self, kind: MemberKind, header: &Header) -> Result<Expect> {
         let twice = match kind {
-            Kind::LongName => self.pending.long_name.is_some(),
-            Kind::LongLink => self.pending.long_link,
+            MemberKind::LongName => self.pending.long_name.is_some(),
+            MemberKind::LongLink => self.pending.long_link,
             _ => self.pending.pax.is_some(),
         };
         if twice {
@@ -305,7 +249,7 @@ impl Members {
     /// The header of a member proper.
     fn member(&mut self, header: &Header) -> Result<Expect> {
         let Pending { long_name, pax, .. } = std::mem::take(&mut self.pending);
-        let Pax { path, size } = pax.unwrap_or_default();
+        let PaxRecords { path, size } = pax.unwrap_or_default();
         let name = long_name
             .or(path)
             .unwrap_or_else(|| header.path_bytes().into_owned());
@@ -315,9 +259,9 @@ impl Members {
             other => return Err(wrong_type(&name, other)),
         };
         let kind = match self.names.meaning(&name)? {
-            Meaning::Manifest => Kind::Manifest,
-            Meaning::Disk => Kind::Disk,
-            Meaning::Other => Kind::Other,
+            Meaning::Manifest => MemberKind::Manifest,
+            Meaning::Disk => MemberKind::Disk,
+            Meaning::Other => MemberKind::Other,
         };
         let stored = match size {
             Some(size) => size,
@@ -335,7 +279,7 @@ impl Members {
         }
     }
 
-    fn sparse(&mut self, kind: Kind, stored: u64, header: &Header) -> Result<Expect> {
+    fn sparse(&mut self, kind: MemberKind, stored: u64, header: &Header) -> Result<Expect> {
         let Some(gnu) = header.as_gnu() else {
             return Err(damaged(format!(
                 "{} is sparse without a GNU header",
@@ -373,20 +317,20 @@ impl Members {
     /// All about a member is known but its contents.
     fn start(&mut self, member: Member) -> Result<Expect> {
         match member.kind {
-            Kind::Disk => {
+            MemberKind::Disk => {
                 // The last one counts, as where archives are unpacked by name.
                 if self.digest.take().is_some() {
                     self.disk.begin_anew()?;
                 }
                 self.disk.check_room(member.stored, member.expanded)?;
             }
-            Kind::Manifest if member.expanded > MAX_MANIFEST => {
+            MemberKind::Manifest if member.expanded > MAX_MANIFEST => {
                 return Err(refused(format!(
                     "its manifest.json of {} bytes is over 1 MiB",
                     member.expanded
                 )));
             }
-            Kind::Other if member.stored > MOST_HOLES => {
+            MemberKind::Other if member.stored > MOST_HOLES => {
                 return Err(refused(format!(
                     "a member that is not kept, of {} bytes, is over {} GiB",
                     member.stored,
@@ -403,8 +347,8 @@ impl Members {
         let left = member.piece_left();
         let (some, rest) = bytes.split_at(at_most(bytes.len(), left));
         match member.kind {
-            Kind::Disk => self.disk.data(some)?,
-            Kind::Other => {}
+            MemberKind::Disk => self.disk.data(some)?,
+            MemberKind::Other => {}
             _ => member.bytes.extend_from_slice(some),
         }
         let count = some.len() as u64;
@@ -417,7 +361,7 @@ impl Members {
 
     /// Goes on to the next piece that has data, through the holes before it, or to the end.
     fn next_piece(&mut self, mut member: Member) -> Result<Expect> {
-        while let Some(&Piece { offset, length }) = member.pieces.get(member.piece) {
+        while let Some(&SparsePiece { offset, length }) = member.pieces.get(member.piece) {
             if member.within == 0 {
                 self.hole_before(&mut member, offset)?;
             }
@@ -433,8 +377,8 @@ impl Members {
     fn hole_before(&mut self, member: &mut Member, offset: u64) -> Result<()> {
         let zeros = offset.saturating_sub(member.at);
         match member.kind {
-            Kind::Disk => self.disk.zeros(zeros)?,
-            Kind::Other => {}
+            MemberKind::Disk => self.disk.zeros(zeros)?,
+            MemberKind::Other => {}
             // Bounded: `start` has looked at the expanded size.
             _ => member.bytes.resize(at_most(usize::MAX, offset), 0),
         }
@@ -445,12 +389,12 @@ impl Members {
     /// The contents of a member are all here.
     fn end(&mut self, member: Member) -> Result<Expect> {
         match member.kind {
-            Kind::LongName => self.pending.long_name = Some(without_nul(member.bytes)),
-            Kind::LongLink => self.pending.long_link = true,
-            Kind::Pax => self.pending.pax = Some(pax(&member.bytes)?),
-            Kind::Manifest => self.manifest = Some(Manifest::parse(&member.bytes)?),
-            Kind::Disk => self.digest = Some(self.disk.end()?),
-            Kind::Other => {}
+            MemberKind::LongName => self.pending.long_name = Some(without_nul(member.bytes)),
+            MemberKind::LongLink => self.pending.long_link = true,
+            MemberKind::Pax => self.pending.pax = Some(parse_pax(&member.bytes)?),
+            MemberKind::Manifest => self.manifest = Some(Manifest::parse(&member.bytes)?),
+            MemberKind::Disk => self.digest = Some(self.disk.end()?),
+            MemberKind::Other => {}
         }
         self.last = Some(member.kind.name());
         Ok(
@@ -473,81 +417,6 @@ impl Members {
             ));
         }
         self.header = Some(disk::inspect_standalone(self.disk.path())?);
-        Ok(())
-    }
-}
-
-impl Member {
-    /// A member without holes.
-    fn whole(kind: Kind, size: u64) -> Member {
-        Member {
-            kind,
-            stored: size,
-            expanded: size,
-            pieces: vec![Piece {
-                offset: 0,
-                length: size,
-            }],
-            piece: 0,
-            within: 0,
-            came: 0,
-            at: 0,
-            bytes: Vec::new(),
-        }
-    }
-
-    fn piece_left(&self) -> u64 {
-        self.pieces
-            .get(self.piece)
-            .map_or(0, |piece| piece.length.saturating_sub(self.within))
-    }
-
-    /// Adds the pieces a header or a map block lists.
-    fn add_pieces(&mut self, listed: &[GnuSparseHeader]) -> Result<()> {
-        for piece in listed.iter().filter(|piece| !piece.is_empty()) {
-            if self.pieces.len() >= MAX_PIECES {
-                return Err(refused(format!(
-                    "{} is sparse with over {MAX_PIECES} pieces; pack it without --sparse",
-                    self.kind.name()
-                )));
-            }
-            let number = |e| {
-                damaged(format!(
-                    "the sparse map of {} has no number",
-                    self.kind.name()
-                ))
-                .caused_by(e)
-            };
-            let (offset, length) = (
-                piece.offset().map_err(number)?,
-                piece.length().map_err(number)?,
-            );
-            self.pieces.push(Piece { offset, length });
-        }
-        Ok(())
-    }
-
-    /// The pieces must be in order, aligned in the archive, and add up: tar-rs's checks.
-    fn check_map(&self) -> Result<()> {
-        let wrong = |why: &str| damaged(format!("the sparse map of {} {why}", self.kind.name()));
-        let (mut stored, mut at) = (0u64, 0u64);
-        for piece in &self.pieces {
-            if piece.length != 0 && stored % BLOCK_BYTES != 0 {
-                return Err(wrong("has a piece that does not begin at a block"));
-            }
-            if piece.offset < at {
-                return Err(wrong("is out of order"));
-            }
-            at = piece
-                .offset
-                .checked_add(piece.length)
-                .filter(|end| *end <= self.expanded)
-                .ok_or_else(|| wrong("reaches beyond its size"))?;
-            stored = stored.saturating_add(piece.length);
-        }
-        if at != self.expanded || stored != self.stored {
-            return Err(wrong("does not add up to its size"));
-        }
         Ok(())
     }
 }
@@ -584,53 +453,6 @@ fn checksum(block: &[u8; BLOCK]) -> u32 {
             _ => u32::from(*byte),
         })
         .sum()
-}
-
-/// The records of a pax extension, `LENGTH KEY=VALUE\n` each (POSIX pax), of which path and size count.
-fn pax(mut records: &[u8]) -> Result<Pax> {
-    let mut pax = Pax::default();
-    while !records.is_empty() {
-        let (key, value, rest) =
-            pax_record(records).ok_or_else(|| damaged("a pax header is malformed"))?;
-        let twice = match key {
-            b"path" => pax.path.replace(value.to_owned()).is_some(),
-            b"size" => {
-                let size = std::str::from_utf8(value)
-                    .ok()
-                    .and_then(|text| text.parse().ok())
-                    .ok_or_else(|| damaged("the size in a pax header is no number"))?;
-                pax.size.replace(size).is_some()
-            }
-            _ if key.starts_with(b"GNU.sparse.") => {
-                return Err(refused(
-                    "it has a sparse member in pax format; pack it with --format=gnu or without --sparse",
-                ));
-            }
-            _ => false,
-        };
-        if twice {
-            return Err(damaged(format!("a pax header says {} twice", shown(key))));
-        }
-        records = rest;
-    }
-    Ok(pax)
-}
-
-/// Key and value of the first record, and the records after it.
-fn pax_record(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
-    let blank = records.iter().position(|byte| *byte == b' ')?;
-    let length: usize = std::str::from_utf8(records.get(..blank)?)
-        .ok()?
-        .parse()
-        .ok()?;
-    let record = records.get(blank.checked_add(1)?..length)?;
-    let record = record.strip_suffix(b"\n")?;
-    let equals = record.iter().position(|byte| *byte == b'=')?;
-    Some((
-        record.get(..equals)?,
-        record.get(equals.checked_add(1)?..)?,
-        records.get(length..)?,
-    ))
 }
 
 /// A GNU long name ends with a NUL.

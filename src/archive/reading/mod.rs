@@ -4,25 +4,28 @@
 //! whoever wrote that: many tools ignore what `close` says. Three layers, each fed by the one before:
 //! [`frames`] undoes zstd, [`members`] reads tar blocks, [`disk_file`] keeps the disk. None of them
 //! looks ahead, and none keeps more than a bounded amount in memory. Where that takes long, threads do
-//! it while the next bytes are brought: one decodes ([`decoding`]), one hashes the disk and one writes
+//! it while the next bytes are brought: one decodes ([`background_decoder`]), one hashes the disk and one writes
 //! it ([`stages`]). A call that may bring the end waits for them.
 
-mod blocks;
-mod decoding;
+mod background_decoder;
+mod decoder;
 mod disk_file;
 mod disk_writer;
 mod frames;
+mod member;
 mod members;
 mod names;
+mod output_bound;
+mod pax;
 mod refusal;
 mod stages;
 #[cfg(test)]
 mod tests;
-mod unpacking;
+mod unpacker;
 
 use std::path::{Path, PathBuf};
 
-use self::decoding::Decoding;
+use self::background_decoder::BackgroundDecoder;
 use self::disk_file::DiskFile;
 use self::members::Members;
 use super::Manifest;
@@ -90,7 +93,7 @@ pub struct Arrived {
 /// of a Mac).
 pub struct Incoming {
     disk: PathBuf,
-    decoding: Decoding,
+    decoder: BackgroundDecoder,
     refusal: Option<Refusal>,
     finished: bool,
 }
@@ -106,7 +109,7 @@ impl Incoming {
     pub fn begin(disk: &Path, most: Option<u64>) -> Result<Incoming> {
         Ok(Incoming {
             disk: disk.to_owned(),
-            decoding: Decoding::new(Members::new(DiskFile::create(disk, most)?)),
+            decoder: BackgroundDecoder::new(Members::new(DiskFile::create(disk, most)?)),
             refusal: None,
             finished: false,
         })
@@ -129,8 +132,8 @@ impl Incoming {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.error());
         }
-        match self.decoding.take(bytes) {
-            Ok(()) => Ok(match self.decoding.arrived() {
+        match self.decoder.take(bytes) {
+            Ok(()) => Ok(match self.decoder.arrived() {
                 Some(_) => Progress::Complete,
                 None => Progress::More,
             }),
@@ -151,11 +154,11 @@ impl Incoming {
             return Err(refusal.error());
         }
         // That the disk can't be written is to be known before that the archive is too short.
-        let place = match self.decoding.settle() {
+        let place = match self.decoder.drain() {
             Ok(decoder) => decoder.place(),
             Err(error) => return Err(self.refuse(&error)),
         };
-        match self.decoding.arrived() {
+        match self.decoder.arrived() {
             Some(arrived) => {
                 self.finished = true;
                 Ok(arrived)
@@ -169,7 +172,7 @@ impl Incoming {
     /// What came, once a write returned [`Progress::Complete`] and none was refused since.
     pub fn arrived(&self) -> Option<&Arrived> {
         match self.refusal {
-            None => self.decoding.arrived(),
+            None => self.decoder.arrived(),
             Some(_) => None,
         }
     }

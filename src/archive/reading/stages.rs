@@ -40,12 +40,12 @@ enum Part {
 
 /// The stages, and how they run.
 pub(super) struct Stages {
-    running: Running,
+    state: StageState,
     /// Bytes taken so far.
     came: u64,
 }
 
-enum Running {
+enum StageState {
     /// In the calls that bring the bytes.
     Here(Sha256, DiskWriter),
     Threads(Threads),
@@ -58,7 +58,7 @@ enum Running {
 impl Stages {
     pub(super) fn new(writer: DiskWriter) -> Stages {
         Stages {
-            running: Running::Here(Sha256::new(), writer),
+            state: StageState::Here(Sha256::new(), writer),
             came: 0,
         }
     }
@@ -69,18 +69,18 @@ impl Stages {
     /// What a stage said of this piece or of one before it.
     pub(super) fn data(&mut self, piece: &mut Piece) -> Result<()> {
         self.will_take(piece.bytes().len() as u64)?;
-        match &mut self.running {
-            Running::Here(sha256, writer) => {
+        match &mut self.state {
+            StageState::Here(sha256, writer) => {
                 sha256.update(piece.bytes());
                 writer.data(piece.bytes())?;
                 piece.clear();
                 Ok(())
             }
-            Running::Threads(threads) => match threads.exchange(piece) {
+            StageState::Threads(threads) => match threads.exchange(piece) {
                 true => Ok(()),
                 false => Err(self.failure()),
             },
-            Running::Ended(_) | Running::Failed => Err(over()),
+            StageState::Ended(_) | StageState::Failed => Err(over()),
         }
     }
 
@@ -90,17 +90,17 @@ impl Stages {
     /// As [`Stages::data`].
     pub(super) fn zeros(&mut self, count: u64) -> Result<()> {
         self.will_take(count)?;
-        match &mut self.running {
-            Running::Here(sha256, writer) => {
+        match &mut self.state {
+            StageState::Here(sha256, writer) => {
                 hash_zeros(sha256, count, || false);
                 writer.hole(count);
                 Ok(())
             }
-            Running::Threads(threads) => match threads.send(Part::Zeros(count)) {
+            StageState::Threads(threads) => match threads.send(Part::Zeros(count)) {
                 true => Ok(()),
                 false => Err(self.failure()),
             },
-            Running::Ended(_) | Running::Failed => Err(over()),
+            StageState::Ended(_) | StageState::Failed => Err(over()),
         }
     }
 
@@ -108,12 +108,12 @@ impl Stages {
     ///
     /// # Errors
     /// As [`Stages::data`].
-    pub(super) fn settle(&mut self) -> Result<()> {
-        let settled = match &mut self.running {
-            Running::Threads(threads) => threads.settle(),
+    pub(super) fn drain(&mut self) -> Result<()> {
+        let drained = match &mut self.state {
+            StageState::Threads(threads) => threads.drain(),
             _ => true,
         };
-        match settled {
+        match drained {
             true => Ok(()),
             false => Err(self.failure()),
         }
@@ -124,13 +124,13 @@ impl Stages {
     /// # Errors
     /// As [`Stages::data`].
     pub(super) fn end(&mut self) -> Result<[u8; 32]> {
-        let (sha256, writer) = match std::mem::replace(&mut self.running, Running::Failed) {
-            Running::Here(sha256, writer) => (sha256, writer),
-            Running::Threads(threads) => threads.join()?,
-            Running::Ended(_) | Running::Failed => return Err(over()),
+        let (sha256, writer) = match std::mem::replace(&mut self.state, StageState::Failed) {
+            StageState::Here(sha256, writer) => (sha256, writer),
+            StageState::Threads(threads) => threads.join()?,
+            StageState::Ended(_) | StageState::Failed => return Err(over()),
         };
         writer.end()?;
-        self.running = Running::Ended(writer);
+        self.state = StageState::Ended(writer);
         Ok(sha256.finalize().into())
     }
 
@@ -139,8 +139,8 @@ impl Stages {
     /// # Errors
     /// What the flush said.
     pub(super) fn sync(&self) -> Result<()> {
-        match &self.running {
-            Running::Ended(writer) => writer.sync(),
+        match &self.state {
+            StageState::Ended(writer) => writer.sync(),
             _ => Err(Error::damaged("a disk is flushed before its end")),
         }
     }
@@ -148,20 +148,21 @@ impl Stages {
     /// Starts the threads when it turns out that the disk is worth it.
     fn will_take(&mut self, count: u64) -> Result<()> {
         self.came = self.came.saturating_add(count);
-        if self.came <= ALONE || !matches!(self.running, Running::Here(..)) {
+        if self.came <= ALONE || !matches!(self.state, StageState::Here(..)) {
             return Ok(());
         }
-        if let Running::Here(sha256, writer) = std::mem::replace(&mut self.running, Running::Failed)
+        if let StageState::Here(sha256, writer) =
+            std::mem::replace(&mut self.state, StageState::Failed)
         {
-            self.running = Running::Threads(Threads::start(sha256, writer)?);
+            self.state = StageState::Threads(Threads::start(sha256, writer)?);
         }
         Ok(())
     }
 
     /// What made the threads end early.
     fn failure(&mut self) -> Error {
-        match std::mem::replace(&mut self.running, Running::Failed) {
-            Running::Threads(threads) => threads.stop().err().unwrap_or_else(over),
+        match std::mem::replace(&mut self.state, StageState::Failed) {
+            StageState::Threads(threads) => threads.stop().err().unwrap_or_else(over),
             _ => over(),
         }
     }
@@ -243,7 +244,7 @@ impl Threads {
     }
 
     /// Waits until all pieces but the caller's are back; false when a stage failed.
-    fn settle(&mut self) -> bool {
+    fn drain(&mut self) -> bool {
         let Some(ends) = &mut self.ends else {
             return false;
         };

@@ -20,17 +20,17 @@ const CATCH_UP: u64 = 1 << 20;
 const SPARE: usize = 4;
 
 /// A digest on its way.
-pub(super) struct Digest {
+pub(super) struct DiskDigest {
     /// Bytes of the disk.
     len: u64,
-    progress: Mutex<Progress>,
+    progress: Mutex<HashProgress>,
     /// Somebody who was hashing stopped.
     stopped: Condvar,
     /// Held by whoever reads the disk only to catch up, so that two do not read the same.
     catching_up: Mutex<()>,
 }
 
-struct Progress {
+struct HashProgress {
     /// None while somebody hashes.
     hasher: Option<Sha256>,
     /// Bytes of the disk that are hashed, or being hashed.
@@ -42,12 +42,12 @@ struct Progress {
     finished: Option<[u8; 32]>,
 }
 
-impl Digest {
+impl DiskDigest {
     /// Of a disk of `len` bytes.
-    pub(super) fn new(len: u64) -> Digest {
-        Digest {
+    pub(super) fn new(len: u64) -> DiskDigest {
+        DiskDigest {
             len,
-            progress: Mutex::new(Progress {
+            progress: Mutex::new(HashProgress {
                 hasher: Some(Sha256::new()),
                 hashed: 0,
                 ahead: BTreeMap::new(),
@@ -156,7 +156,7 @@ impl Digest {
     }
 }
 
-impl Progress {
+impl HashProgress {
     /// Keeps a piece for its turn, if there is room.
     fn keep(&mut self, at: u64, bytes: &[u8]) {
         let behind = at.saturating_add(bytes.len() as u64) <= self.hashed;
@@ -225,7 +225,7 @@ mod tests {
     #[test]
     fn pieces_in_any_order_twice_and_overlapping_give_the_digest_of_all() {
         let all = bytes(1 << 20);
-        let digest = Digest::new(all.len() as u64);
+        let digest = DiskDigest::new(all.len() as u64);
         let take = |from: usize, to: usize| digest.take(from as u64, &all[from..to]);
         take(1000, 5000);
         take(0, 10);
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn what_did_not_come_or_was_too_far_ahead_is_read_when_the_digest_is_needed() {
         let all = bytes(40 << 20);
-        let digest = Digest::new(all.len() as u64);
+        let digest = DiskDigest::new(all.len() as u64);
         for piece in (1..40).rev() {
             digest.take(piece << 20, &all[(piece as usize) << 20..][..1 << 20]);
         }
@@ -261,7 +261,7 @@ mod tests {
     #[test]
     fn many_at_once_give_the_digest_of_all() {
         let all = bytes(24 << 20);
-        let digest = Digest::new(all.len() as u64);
+        let digest = DiskDigest::new(all.len() as u64);
         std::thread::scope(|scope| {
             for thread in 0..4usize {
                 let (digest, all) = (&digest, &all);
@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn a_read_that_fails_is_told_and_can_be_tried_again() {
         let all = bytes(100_000);
-        let digest = Digest::new(all.len() as u64);
+        let digest = DiskDigest::new(all.len() as u64);
         let fails = |_: u64, _: &mut [u8]| Err(Error::damaged("broken"));
         assert!(digest.complete(fails).is_err());
         let read = |at: u64, buf: &mut [u8]| {

@@ -2,7 +2,7 @@
 //! `manifest.json`, whose length does not depend on the checksum in it. So every size and offset is
 //! known before a byte of the disk is read.
 
-use super::digest::Digest;
+use super::digest::DiskDigest;
 use crate::archive::manifest::{About, manifest_bytes, unix_seconds};
 use crate::disk::{Chain, Flattened};
 use crate::{Error, Result};
@@ -24,12 +24,12 @@ pub struct Export {
     disk: Flattened,
     disk_header: [u8; BLOCK as usize],
     manifest_header: [u8; BLOCK as usize],
-    parts: Parts,
-    digest: Digest,
+    layout: ArchiveLayout,
+    digest: DiskDigest,
 }
 
 /// Where the parts lie, as byte ranges of the archive.
-struct Parts {
+struct ArchiveLayout {
     disk_header: Range<u64>,
     disk: Range<u64>,
     manifest_header: Range<u64>,
@@ -43,7 +43,7 @@ impl Export {
         let disk = Flattened::plan(Arc::clone(&chain))?;
         let manifest_len = manifest_bytes(&about, &[0; 32]).len() as u64;
         let disk_len = disk.len();
-        let parts = Parts::of(disk_len, manifest_len);
+        let layout = ArchiveLayout::of(disk_len, manifest_len);
         let modified = unix_seconds(about.changed_at);
         Ok(Export {
             disk_header: member_header("disk.qcow2", disk.len(), modified)?,
@@ -51,8 +51,8 @@ impl Export {
             chain,
             about,
             disk,
-            parts,
-            digest: Digest::new(disk_len),
+            layout,
+            digest: DiskDigest::new(disk_len),
         })
     }
 
@@ -64,36 +64,36 @@ impl Export {
     /// Length of the archive in bytes, exactly.
     #[allow(clippy::len_without_is_empty)] // A tar is never empty.
     pub fn len(&self) -> u64 {
-        self.parts.len
+        self.layout.len
     }
 
     /// Fills `buf` with the archive's bytes from `offset` on, completely unless the archive ends;
     /// returns how many bytes that are. Thread-safe. EIO when the disk changed since the plan, or is
     /// damaged: never a mixture.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        let left = self.parts.len.saturating_sub(offset);
+        let left = self.layout.len.saturating_sub(offset);
         let len = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
         let buf = buf.get_mut(..len).unwrap_or_default();
         let all = offset..offset.saturating_add(len as u64);
-        let parts = &self.parts;
+        let layout = &self.layout;
         for padding in [
-            parts.disk.end..parts.manifest_header.start,
-            parts.manifest.end..parts.len,
+            layout.disk.end..layout.manifest_header.start,
+            layout.manifest.end..layout.len,
         ] {
             if let Some((_, part)) = overlap(&all, &padding, buf) {
                 part.fill(0);
             }
         }
-        if let Some((at, part)) = overlap(&all, &parts.disk_header, buf) {
+        if let Some((at, part)) = overlap(&all, &layout.disk_header, buf) {
             copy_from(&self.disk_header, at, part);
         }
-        if let Some((at, part)) = overlap(&all, &parts.disk, buf) {
+        if let Some((at, part)) = overlap(&all, &layout.disk, buf) {
             self.read_disk(at, part)?;
         }
-        if let Some((at, part)) = overlap(&all, &parts.manifest_header, buf) {
+        if let Some((at, part)) = overlap(&all, &layout.manifest_header, buf) {
             copy_from(&self.manifest_header, at, part);
         }
-        if let Some((at, part)) = overlap(&all, &parts.manifest, buf) {
+        if let Some((at, part)) = overlap(&all, &layout.manifest, buf) {
             let digest = self.complete_digest()?;
             copy_from(&manifest_bytes(&self.about, &digest), at, part);
         }
@@ -103,7 +103,7 @@ impl Export {
     /// Takes bytes that [`read_at`](Export::read_at) gave from `offset` on along into the disk's
     /// checksum. Not part of reading: whoever waits for the bytes need not wait for this.
     pub fn take_along(&self, offset: u64, bytes: &[u8]) {
-        let disk = &self.parts.disk;
+        let disk = &self.layout.disk;
         let skipped = usize::try_from(disk.start.saturating_sub(offset)).unwrap_or(usize::MAX);
         let at = offset.max(disk.start);
         let left = usize::try_from(disk.end.saturating_sub(at)).unwrap_or(usize::MAX);
@@ -134,7 +134,7 @@ impl Export {
 
     /// Where `disk.qcow2` lies in the archive.
     pub(super) fn disk_range(&self) -> Range<u64> {
-        self.parts.disk.clone()
+        self.layout.disk.clone()
     }
 
     /// Hash of all that the archive's bytes follow from: the state of each layer, and what the manifest
@@ -174,14 +174,14 @@ impl Export {
     }
 }
 
-impl Parts {
-    fn of(disk_len: u64, manifest_len: u64) -> Parts {
+impl ArchiveLayout {
+    fn of(disk_len: u64, manifest_len: u64) -> ArchiveLayout {
         let after = |start: u64, len: u64| start..start + len;
         let disk_header = after(0, BLOCK);
         let disk = after(disk_header.end, disk_len);
         let manifest_header = after(disk.end.next_multiple_of(BLOCK), BLOCK);
         let manifest = after(manifest_header.end, manifest_len);
-        Parts {
+        ArchiveLayout {
             len: manifest.end.next_multiple_of(BLOCK) + TRAILER,
             disk_header,
             disk,

@@ -2,17 +2,25 @@
 //!
 //! * `export`: a plain archive, a tar whose every byte can be computed by itself.
 //! * `digest`: the sha256 of the disk, taken along as its bytes come by.
-//! * `compressed`: the same archive as independent zstd frames, and how large each is.
-//! * `producer`: all of those frames, made by several threads and handed over in order.
-//! * `stream`: those of the frames that are read, made where they are read.
+//! * `compressed`: the same archive as independent zstd frames.
+//! * `encoder`, `workers`: frames of zstd, and threads that work on frames.
+//! * `frame_sizes`: how large each frame is, known before it is made.
+//! * `producer`: all frames, made by several threads and handed over in order.
+//! * `stream`: the frames that are read, made where they are read.
 
 mod compressed;
 mod digest;
+mod encoder;
 mod export;
+mod frame_sizes;
 mod producer;
 mod stream;
+#[cfg(test)]
+mod tests;
+mod workers;
 
-pub use compressed::{Compressed, FrameKey, FrameSizes, compressed_key};
+pub use compressed::Compressed;
 pub use export::Export;
-pub use producer::KnownSizes;
+pub use frame_sizes::{FrameKey, FrameSizes, KnownSizes, compressed_key, measure};
+pub use producer::produce;
 pub use stream::Stream;

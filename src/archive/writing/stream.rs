@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::compressed::{Compressed, Encoder, FrameSizes, Placed};
-use super::producer::threads;
+use super::compressed::Compressed;
+use super::encoder::FrameEncoder;
+use super::frame_sizes::{FrameSizes, Placed};
+use super::workers::threads;
 use crate::error::not_panicking;
 use crate::{Error, Result};
 
@@ -25,13 +27,13 @@ const IDLE: Duration = Duration::from_millis(500);
 /// A compressed archive for reading; thread-safe. Its threads end soon after the last reading, and with
 /// it.
 pub struct Stream {
-    shared: Arc<Shared>,
+    shared: Arc<SharedStream>,
 }
 
-struct Shared {
+struct SharedStream {
     of: Arc<Compressed>,
     sizes: Arc<FrameSizes>,
-    state: Mutex<State>,
+    state: Mutex<StreamState>,
     /// A frame was made.
     made: Condvar,
     /// A frame is wanted.
@@ -41,8 +43,8 @@ struct Shared {
 }
 
 #[derive(Default)]
-struct State {
-    kept: VecDeque<Kept>,
+struct StreamState {
+    kept: VecDeque<MadeFrame>,
     queue: VecDeque<Placed>,
     /// Being made.
     busy: Vec<u64>,
@@ -54,7 +56,7 @@ struct State {
     closed: bool,
 }
 
-struct Kept {
+struct MadeFrame {
     frame: u64,
     bytes: Result<Arc<Vec<u8>>>,
     /// Somebody has had it.
@@ -65,7 +67,7 @@ impl Stream {
     /// Of an archive whose frames have these sizes.
     pub fn new(of: Arc<Compressed>, sizes: Arc<FrameSizes>) -> Stream {
         Stream {
-            shared: Arc::new(Shared {
+            shared: Arc::new(SharedStream {
                 of,
                 sizes,
                 state: Mutex::default(),
@@ -100,7 +102,7 @@ impl Stream {
             let Some(placed) = self.shared.sizes.at(&self.shared.of, at) else {
                 break;
             };
-            let bytes = Shared::frame(&self.shared, placed)?;
+            let bytes = SharedStream::frame(&self.shared, placed)?;
             let part = usize::try_from(at - placed.start)
                 .ok()
                 .and_then(|within| bytes.get(within..))
@@ -123,10 +125,10 @@ impl Drop for Stream {
     }
 }
 
-impl Shared {
+impl SharedStream {
     /// A frame's bytes, made now unless they are there; those after it are made meanwhile if reading
     /// goes on in order.
-    fn frame(this: &Arc<Shared>, placed: Placed) -> Result<Arc<Vec<u8>>> {
+    fn frame(this: &Arc<SharedStream>, placed: Placed) -> Result<Arc<Vec<u8>>> {
         let mut state = this.state.lock();
         this.look_ahead(&mut state, placed);
         state.want(placed);
@@ -138,7 +140,7 @@ impl Shared {
                 // Made and dropped again for others.
                 state.queue.push_front(placed);
             }
-            if let Err(error) = Shared::start_threads(this, &mut state) {
+            if let Err(error) = SharedStream::start_threads(this, &mut state) {
                 break Err(error);
             }
             this.made.wait(&mut state);
@@ -151,12 +153,12 @@ impl Shared {
             state.awaited.swap_remove(index);
         }
         // What was queued ahead.
-        Shared::start_threads(this, &mut state)?;
+        SharedStream::start_threads(this, &mut state)?;
         bytes
     }
 
     /// Asks for the frames after `placed` if the one before it was read not long ago.
-    fn look_ahead(&self, state: &mut State, placed: Placed) {
+    fn look_ahead(&self, state: &mut StreamState, placed: Placed) {
         let before = placed.start.checked_sub(1);
         let previous = before.and_then(|at| self.sizes.at(&self.of, at));
         let in_order = previous.is_none_or(|previous| {
@@ -189,7 +191,7 @@ impl Shared {
         }
     }
 
-    fn start_threads(this: &Arc<Shared>, state: &mut State) -> Result<()> {
+    fn start_threads(this: &Arc<SharedStream>, state: &mut StreamState) -> Result<()> {
         while state.threads < threads(this.of.level()) && !state.queue.is_empty() {
             let shared = this.clone();
             let started = std::thread::Builder::new()
@@ -233,7 +235,7 @@ impl Shared {
             let is_made = bytes.is_ok();
             state = self.state.lock();
             state.busy.retain(|frame| *frame != placed.frame);
-            state.keep(Kept {
+            state.keep(MadeFrame {
                 frame: placed.frame,
                 bytes,
                 used: false,
@@ -253,7 +255,7 @@ impl Shared {
     fn make(
         &self,
         placed: Placed,
-        encoder: &mut Encoder,
+        encoder: &mut FrameEncoder,
         raw: &mut Vec<u8>,
     ) -> Result<Arc<Vec<u8>>> {
         let mut bytes = Vec::new();
@@ -274,7 +276,7 @@ impl Shared {
     }
 }
 
-impl State {
+impl StreamState {
     fn has(&self, frame: u64) -> bool {
         self.busy.contains(&frame)
             || self.is_queued(frame)
@@ -313,9 +315,9 @@ impl State {
     }
 
     /// Keeps a frame, and lets go of others: those that were had first, none that is waited for.
-    fn keep(&mut self, made: Kept) {
+    fn keep(&mut self, made: MadeFrame) {
         while self.kept.len() >= KEPT {
-            let awaited = |kept: &Kept| self.awaited.contains(&kept.frame);
+            let awaited = |kept: &MadeFrame| self.awaited.contains(&kept.frame);
             let had = self
                 .kept
                 .iter()

@@ -26,8 +26,8 @@ fn piece() -> Piece {
 
 /// There as long as a thread is.
 fn life(stages: &Stages) -> Weak<AtomicBool> {
-    match &stages.running {
-        Running::Threads(threads) => Arc::downgrade(&threads.stop),
+    match &stages.state {
+        StageState::Threads(threads) => Arc::downgrade(&threads.stop),
         _ => panic!("there are no threads"),
     }
 }
@@ -50,7 +50,7 @@ fn a_write_that_fails_behind_is_told_once_and_ends_the_threads() {
 fn a_write_that_fails_behind_is_told_at_the_end() {
     let mut settled = stages(Path::new("/dev/full"));
     settled.data(&mut piece()).unwrap();
-    assert_eq!(settled.settle().unwrap_err().errno(), libc::ENOSPC);
+    assert_eq!(settled.drain().unwrap_err().errno(), libc::ENOSPC);
     let mut ended = stages(Path::new("/dev/full"));
     ended.data(&mut piece()).unwrap();
     assert_eq!(ended.end().unwrap_err().errno(), libc::ENOSPC);
@@ -62,7 +62,7 @@ fn a_stage_that_panics_is_an_error_and_no_hang() {
     let more: Bring = |stages| (0..100).find_map(|_| stages.data(&mut piece()).err());
     let settle: Bring = |stages| {
         let _ = stages.data(&mut piece());
-        stages.settle().err()
+        stages.drain().err()
     };
     let end: Bring = |stages| stages.end().err();
     let dir = tempfile::tempdir().unwrap();
@@ -70,8 +70,8 @@ fn a_stage_that_panics_is_an_error_and_no_hang() {
         for bring in [more, settle, end] {
             let mut stages = stages(&dir.path().join("disk"));
             let life = life(&stages);
-            match &stages.running {
-                Running::Threads(threads) => assert!(threads.send(Part::Fault(stage))),
+            match &stages.state {
+                StageState::Threads(threads) => assert!(threads.send(Part::Fault(stage))),
                 _ => panic!("there are no threads"),
             }
             let error = bring(&mut stages).expect("the panic reaches whoever brings pieces");
@@ -112,14 +112,14 @@ fn however_much_comes_there_are_few_pieces() {
         stages.data(&mut piece).unwrap();
         assert!(piece.is_empty());
     }
-    let Running::Threads(Threads {
+    let StageState::Threads(Threads {
         ends: Some(ends), ..
-    }) = &stages.running
+    }) = &stages.state
     else {
         panic!("there are no threads");
     };
     assert!(ends.made <= PIECES, "{}", ends.made);
-    stages.settle().unwrap();
+    stages.drain().unwrap();
     let written = std::fs::read(&path).unwrap();
     assert_eq!(written.len() as u64, stages.came);
     stages.end().unwrap();

@@ -3,7 +3,6 @@ use crate::archive::Manifest;
 use crate::disk::judges::{Numbers, check_clean, create, qemu_io, succeed, text};
 use crate::disk::{Format, create_overlay};
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -53,8 +52,7 @@ fn what_was_read_of_a_raw_base_changes_no_byte_of_the_archive() {
     file.set_len(256 << 20).unwrap();
     succeed("mke2fs", &["-q", "-F", "-t", "ext4", text(&base)]);
     file.sync_all().unwrap();
-    // SAFETY: the descriptor is open; the rest are numbers.
-    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     let top = dir.path().join("top.qcow2");
     create_overlay(&top, &base, Format::Raw, 256 << 20).unwrap();
     let before = export(&top);
@@ -176,7 +174,7 @@ fn a_disk_of_eight_gibibytes_and_more_is_listed_with_its_size() {
     let archive = File::create(dir.path().join("export.boxlite")).unwrap();
     archive.set_len(export.len()).unwrap();
     // All but the data (zeros) and the manifest (its checksum takes a while).
-    for range in [0..BLOCK, export.parts.manifest_header.clone()] {
+    for range in [0..BLOCK, export.layout.manifest_header.clone()] {
         let mut bytes = vec![0u8; (range.end - range.start) as usize];
         export.read_at(range.start, &mut bytes).unwrap();
         archive.write_all_at(&bytes, range.start).unwrap();
@@ -191,7 +189,7 @@ fn a_disk_of_eight_gibibytes_and_more_is_listed_with_its_size() {
     );
     let script = "import sys, tarfile; print([i.size for i in tarfile.open(sys.argv[1])])";
     let said = succeed("python3", &["-c", script, text(&path)]);
-    let manifest = export.parts.manifest.end - export.parts.manifest.start;
+    let manifest = export.layout.manifest.end - export.layout.manifest.start;
     assert_eq!(said.trim(), format!("[{size}, {manifest}]"));
     let mut archive = tar::Archive::new(File::open(&path).unwrap());
     let sizes: Vec<u64> = archive

@@ -11,8 +11,8 @@ const CHECKSUM: u64 = 4;
 
 /// A walk along the headers. It takes every byte of the archive, in order, but judges none: once it
 /// meets what is no zstd it says that anything may come.
-pub(super) struct Blocks {
-    next: Next,
+pub(super) struct OutputBound {
+    next: NextHeader,
     /// Bytes before the next header.
     skip: u64,
     /// What came of that header.
@@ -20,7 +20,7 @@ pub(super) struct Blocks {
 }
 
 #[derive(Clone, Copy)]
-enum Next {
+enum NextHeader {
     Frame,
     Block {
         checksum: bool,
@@ -29,20 +29,20 @@ enum Next {
     Lost,
 }
 
-impl Blocks {
-    pub(super) fn new() -> Blocks {
-        Blocks {
-            next: Next::Frame,
+impl OutputBound {
+    pub(super) fn new() -> OutputBound {
+        OutputBound {
+            next: NextHeader::Frame,
             skip: 0,
             header: Vec::new(),
         }
     }
 
     /// At most so many bytes come out of blocks that begin in `bytes`.
-    pub(super) fn pass(&mut self, mut bytes: &[u8]) -> u64 {
+    pub(super) fn feed(&mut self, mut bytes: &[u8]) -> u64 {
         let mut most = 0u64;
         while !bytes.is_empty() {
-            if let Next::Lost = self.next {
+            if let NextHeader::Lost = self.next {
                 return u64::MAX;
             }
             let skipped = usize::try_from(self.skip).map_or(bytes.len(), |n| n.min(bytes.len()));
@@ -53,8 +53,8 @@ impl Blocks {
             bytes = rest;
             self.header.push(*first);
             most = most.saturating_add(match self.next {
-                Next::Block { checksum } => self.block(checksum),
-                Next::Frame | Next::Lost => self.frame(),
+                NextHeader::Block { checksum } => self.block(checksum),
+                NextHeader::Frame | NextHeader::Lost => self.frame(),
             });
         }
         most
@@ -65,17 +65,17 @@ impl Blocks {
         match begins_frame(&self.header) {
             None => {}
             // Padding, or no zstd.
-            Some(false) => self.next = Next::Lost,
+            Some(false) => self.next = NextHeader::Lost,
             Some(true) => match self.header.strip_prefix(&MAGIC) {
                 Some([descriptor, rest @ ..]) if rest.len() >= frame_header(*descriptor) => {
                     let checksum = descriptor & 4 != 0;
-                    self.go_on(Next::Block { checksum }, 0);
+                    self.go_on(NextHeader::Block { checksum }, 0);
                 }
                 Some(_) => {}
                 None => {
                     if let [_, _, _, _, a, b, c, d] = *self.header.as_slice() {
                         let length = u32::from_le_bytes([a, b, c, d]);
-                        self.go_on(Next::Frame, length.into());
+                        self.go_on(NextHeader::Frame, length.into());
                     }
                 }
             },
@@ -99,20 +99,20 @@ impl Blocks {
             // Compressed.
             2 => (size, BLOCK_MAX),
             _ => {
-                self.next = Next::Lost;
+                self.next = NextHeader::Lost;
                 return u64::MAX;
             }
         };
         let is_last = header & 1 != 0;
         match (is_last, checksum) {
-            (false, _) => self.go_on(Next::Block { checksum }, stored),
-            (true, false) => self.go_on(Next::Frame, stored),
-            (true, true) => self.go_on(Next::Frame, stored.saturating_add(CHECKSUM)),
+            (false, _) => self.go_on(NextHeader::Block { checksum }, stored),
+            (true, false) => self.go_on(NextHeader::Frame, stored),
+            (true, true) => self.go_on(NextHeader::Frame, stored.saturating_add(CHECKSUM)),
         }
         most
     }
 
-    fn go_on(&mut self, next: Next, skip: u64) {
+    fn go_on(&mut self, next: NextHeader, skip: u64) {
         self.header.clear();
         self.next = next;
         self.skip = skip;
@@ -184,11 +184,11 @@ mod tests {
             let skippable = [0x5a, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3];
             let all = [&frame, &short, &skippable[..], &frame].concat();
             for piece in [1, 7, 1000, all.len()] {
-                let mut blocks = Blocks::new();
+                let mut bound = OutputBound::new();
                 let (mut most, mut came) = (0, Vec::new());
                 let mut decoder = zstd::stream::write::Decoder::new(&mut came).unwrap();
                 for bytes in all.chunks(piece) {
-                    most += blocks.pass(bytes);
+                    most += bound.feed(bytes);
                     decoder.write_all(bytes).unwrap();
                     decoder.flush().unwrap();
                     assert!(decoder.get_ref().len() as u64 <= most);
@@ -204,15 +204,15 @@ mod tests {
     fn anything_may_come_of_what_is_no_zstd() {
         let frame = zstd(&[], &data());
         for garbage in [&[0; 8], b"manifest"] {
-            let mut blocks = Blocks::new();
-            assert_ne!(blocks.pass(&frame), u64::MAX);
-            blocks.pass(garbage);
-            assert_eq!(blocks.pass(b"more"), u64::MAX);
+            let mut bound = OutputBound::new();
+            assert_ne!(bound.feed(&frame), u64::MAX);
+            bound.feed(garbage);
+            assert_eq!(bound.feed(b"more"), u64::MAX);
         }
         // A block of the reserved type.
-        let mut blocks = Blocks::new();
+        let mut bound = OutputBound::new();
         let header = [0x28, 0xb5, 0x2f, 0xfd, 0x20, 1];
-        assert_eq!(blocks.pass(&header), 0);
-        assert_eq!(blocks.pass(&[0x0e, 0, 0]), u64::MAX);
+        assert_eq!(bound.feed(&header), 0);
+        assert_eq!(bound.feed(&[0x0e, 0, 0]), u64::MAX);
     }
 }

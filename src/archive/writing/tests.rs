@@ -11,6 +11,8 @@ use super::*;
 use crate::archive::{About, KnownSizes, Stream};
 use crate::disk::judges::{Numbers, qemu_io, succeed, text};
 use crate::disk::{Chain, Format, create_overlay};
+use crate::{Error, Result};
+use std::sync::Arc;
 
 /// Sizes in memory; counts what was asked in vain.
 #[derive(Default)]
@@ -61,12 +63,11 @@ fn compressed(top: &Path, live: bool) -> Arc<Compressed> {
 
 fn produced(of: &Compressed, sizes: &Sizes) -> (Vec<u8>, FrameSizes) {
     let mut bytes = Vec::new();
-    let frames = of
-        .produce(sizes, &|| true, &mut |piece| {
-            bytes.extend_from_slice(piece);
-            Ok(())
-        })
-        .unwrap();
+    let frames = produce(of, sizes, &|| true, &mut |piece| {
+        bytes.extend_from_slice(piece);
+        Ok(())
+    })
+    .unwrap();
     assert_eq!(frames.total(), bytes.len() as u64);
     (bytes, frames)
 }
@@ -152,7 +153,7 @@ fn a_small_change_makes_few_new_frames_and_the_size_is_found_without_the_others(
     let changed = compressed(&top, true);
     assert_ne!(changed.state_key(), first.state_key());
     sizes.learnt.store(0, Ordering::Relaxed);
-    let measured = changed.measure(&sizes, &|| true).unwrap().unwrap();
+    let measured = measure(&changed, &sizes, &|| true).unwrap().unwrap();
     // Its own frame, and that of header and tables.
     assert_eq!(sizes.learnt.load(Ordering::Relaxed), 2);
     let (_, frames) = produced(&changed, &Sizes::default());
@@ -168,9 +169,9 @@ fn a_layer_that_was_frozen_is_recognised_by_its_bytes_once_and_then_by_its_place
     let (_, frames) = produced(&compressed(&top, true), &sizes);
     let frozen = compressed(&top, false);
     sizes.learnt.store(0, Ordering::Relaxed);
-    assert_eq!(frozen.measure(&sizes, &|| true).unwrap(), Some(frames));
+    assert_eq!(measure(&frozen, &sizes, &|| true).unwrap(), Some(frames));
     assert!(sizes.learnt.swap(0, Ordering::Relaxed) > 0);
-    assert!(frozen.measure(&sizes, &|| true).unwrap().is_some());
+    assert!(measure(&frozen, &sizes, &|| true).unwrap().is_some());
     assert_eq!(sizes.learnt.load(Ordering::Relaxed), 0);
 }
 
@@ -179,7 +180,7 @@ fn a_layer_that_was_frozen_is_recognised_by_its_bytes_once_and_then_by_its_place
 fn what_was_never_seen_is_not_worth_measuring() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
-    assert_eq!(of.measure(&Sizes::default(), &|| true).unwrap(), None);
+    assert_eq!(measure(&of, &Sizes::default(), &|| true).unwrap(), None);
 }
 
 #[test]
@@ -188,9 +189,7 @@ fn nobody_who_wants_it_any_more_ends_it_and_an_error_of_the_sink_too() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
     let full = |_: &[u8]| Err(Error::new(libc::ENOSPC, "full"));
-    let error = of
-        .produce(&Sizes::default(), &|| true, &mut { full })
-        .unwrap_err();
+    let error = produce(&of, &Sizes::default(), &|| true, &mut { full }).unwrap_err();
     assert_eq!(error.errno(), libc::ENOSPC);
 }
 
@@ -215,9 +214,7 @@ fn who_is_gone_ends_it_however_fast_frames_come() {
         Ok(())
     };
     let go_on = || taken.load(Ordering::Relaxed) < 10;
-    let error = of
-        .produce(&Sizes::default(), &go_on, &mut sink)
-        .unwrap_err();
+    let error = produce(&of, &Sizes::default(), &go_on, &mut sink).unwrap_err();
     assert_eq!(error.errno(), libc::ECANCELED);
     assert!(taken.load(Ordering::Relaxed) < 400);
 }
@@ -235,9 +232,7 @@ fn a_fault_while_frames_are_handed_over_is_an_error_and_no_hang() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
     let mut sink = |_: &[u8]| -> Result<()> { panic!("a fault of the sink") };
-    let error = of
-        .produce(&Sizes::default(), &|| true, &mut sink)
-        .unwrap_err();
+    let error = produce(&of, &Sizes::default(), &|| true, &mut sink).unwrap_err();
     assert!(
         error.to_string().contains("a fault of boxlitefs"),
         "{error}"

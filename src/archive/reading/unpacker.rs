@@ -5,14 +5,14 @@ use super::members::Members;
 use crate::{Error, Result};
 
 /// The members of an archive as its tar arrives, and what they have made once it is complete.
-pub(super) struct Unpacking {
+pub(super) struct Unpacker {
     pub(super) members: Members,
     pub(super) arrived: Option<Arrived>,
 }
 
-impl Unpacking {
-    pub(super) fn of(members: Members) -> Unpacking {
-        Unpacking {
+impl Unpacker {
+    pub(super) fn of(members: Members) -> Unpacker {
+        Unpacker {
             members,
             arrived: None,
         }
@@ -40,10 +40,5 @@ impl Unpacking {
                 self.members.place()
             ))),
         }
-    }
-
-    /// At least so many bytes of the tar are still to come.
-    pub(super) fn missing(&self) -> u64 {
-        self.members.missing()
     }
 }

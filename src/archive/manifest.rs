@@ -83,9 +83,10 @@ impl Manifest {
             return Err(refused("is larger than 1 MiB"));
         }
         let Unique(value) = serde_json::from_slice(bytes).map_err(|e| {
-            let what = match e.is_data() {
-                true => "is ambiguous",
-                false => "is not JSON",
+            let what = if e.is_data() {
+                "is ambiguous"
+            } else {
+                "is not JSON"
             };
             refused(what).caused_by(e)
         })?;

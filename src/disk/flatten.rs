@@ -59,9 +59,10 @@ impl Flattened {
     /// standalone if there is none. Errors besides: those of naming it, as
     /// [`create_overlay`](super::create_overlay).
     pub fn plan_upper(chain: Arc<Chain>, upper: usize, backing: &Path) -> Result<Flattened> {
-        match chain.layers().get(upper).is_some() {
-            true => Flattened::plan_as(chain, Some((upper, backing))),
-            false => Flattened::plan(chain),
+        if chain.layers().get(upper).is_some() {
+            Flattened::plan_as(chain, Some((upper, backing)))
+        } else {
+            Flattened::plan(chain)
         }
     }
 

@@ -412,9 +412,10 @@ impl Image<'_> {
                 None => false,
             };
             (from..to).try_for_each(|cluster| {
-                let count = match present {
-                    true => refcount(&block, cluster % per_block, header.refcount_order),
-                    false => 0,
+                let count = if present {
+                    refcount(&block, cluster % per_block, header.refcount_order)
+                } else {
+                    0
                 };
                 self.check_refcount(cluster, count, uses(cluster))
             })

@@ -278,11 +278,12 @@ impl Mapped {
         buf.fill(0);
         self.access.read(&mut *buf, at)?;
         self.access.read(again.as_mut_slice(), at)?;
-        match *buf == *again {
-            true => Ok(()),
-            false => Err(io::Error::other(format!(
+        if *buf == *again {
+            Ok(())
+        } else {
+            Err(io::Error::other(format!(
                 "the compressed cluster at guest offset {at} refers to what lies before its beginning"
-            ))),
+            )))
         }
     }
 

@@ -249,10 +249,7 @@ fn unnamed_beside(path: &Path) -> Option<File> {
 /// A time that the file system of `path` is certain to have passed, by our own clock: where nothing
 /// can be changed on it. That of a file server may be another.
 fn by_our_clock(path: &Path) -> i128 {
-    let margin = match is_local(path) {
-        true => LONGEST_TICK,
-        false => ASTRAY,
-    };
+    let margin = if is_local(path) { LONGEST_TICK } else { ASTRAY };
     SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH + margin)
         .map_or(0, |since| since.as_nanos() as i128)

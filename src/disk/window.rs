@@ -42,9 +42,10 @@ impl Window {
                         run.start <= from && (from + CLUSTER).min(disk) <= run.end
                     };
                     for cluster in first..=last {
-                        match is_whole(cluster) {
-                            true => set(&mut window.zeros, cluster),
-                            false => in_part.push(cluster),
+                        if is_whole(cluster) {
+                            set(&mut window.zeros, cluster)
+                        } else {
+                            in_part.push(cluster)
                         }
                     }
                 }
@@ -58,9 +59,10 @@ impl Window {
         in_part.retain(|&cluster| !window.has(cluster));
         for cluster in in_part {
             let from = start + cluster * CLUSTER;
-            match has_data(chain, from..(from + CLUSTER).min(disk))? {
-                true => set(&mut window.allocated, cluster),
-                false => set(&mut window.zeros, cluster),
+            if has_data(chain, from..(from + CLUSTER).min(disk))? {
+                set(&mut window.allocated, cluster)
+            } else {
+                set(&mut window.zeros, cluster)
             }
         }
         Ok(window)

@@ -250,18 +250,20 @@ impl Inode {
             return u64::from(fields.le32(0x1c));
         }
         let blocks = fields.le32_and(0x1c, u32::from(fields.le16(0x74)));
-        match self.flag(flags::HUGE_FILE) {
-            true => blocks.saturating_mul(superblock.block_size / 512),
-            false => blocks,
+        if self.flag(flags::HUGE_FILE) {
+            blocks.saturating_mul(superblock.block_size / 512)
+        } else {
+            blocks
         }
     }
 
     /// As the kernel tells it: what is in the inode counts, or programs would take the file for a
     /// hole.
     fn shown_blocks(&self, superblock: &Superblock) -> u64 {
-        let inline = match self.kind == FileKind::Regular && self.is_inline() {
-            true => self.size(superblock).div_ceil(512),
-            false => 0,
+        let inline = if self.kind == FileKind::Regular && self.is_inline() {
+            self.size(superblock).div_ceil(512)
+        } else {
+            0
         };
         self.blocks(superblock).saturating_add(inline)
     }
@@ -311,9 +313,10 @@ impl Inode {
     fn time(&self, at: usize, extra: usize) -> Time {
         // The first 32 bits have a sign, the two further ones count up from there.
         let seconds = i64::from(self.fields().le32(at) as i32);
-        let extra = match self.reaches(extra + 4) {
-            true => self.fields().le32(extra),
-            false => 0,
+        let extra = if self.reaches(extra + 4) {
+            self.fields().le32(extra)
+        } else {
+            0
         };
         Time {
             seconds: seconds + (i64::from(extra & 3) << 32),
@@ -349,12 +352,11 @@ fn checksum_is_right(seed: u32, fields: Fields) -> bool {
         return crc32c(seed, &old) as u16 == low;
     }
     let sum = crc32c(crc32c(seed, &old), &[fields.bytes(0x80, 2)]);
-    match extra_size(fields) >= 4 {
-        true => {
-            let high = u32::from(fields.le16(0x82));
-            crc32c(sum, &[&[0, 0], fields.bytes(0x84, len)]) == high << 16 | u32::from(low)
-        }
-        false => crc32c(sum, &[fields.bytes(0x82, len)]) as u16 == low,
+    if extra_size(fields) >= 4 {
+        let high = u32::from(fields.le16(0x82));
+        crc32c(sum, &[&[0, 0], fields.bytes(0x84, len)]) == high << 16 | u32::from(low)
+    } else {
+        crc32c(sum, &[fields.bytes(0x82, len)]) as u16 == low
     }
 }
 

@@ -285,9 +285,10 @@ impl<'a> LogReader<'a> {
     fn is_right(&self, tag: &DescriptorTag, at: u32, v3: bool) -> Result<bool> {
         let bytes = self.log.block(at)?;
         let sum = crc32c(self.log.seed, &[&self.sequence.to_be_bytes(), &bytes]);
-        Ok(match v3 {
-            true => sum == tag.checksum,
-            false => sum as u16 == tag.checksum as u16,
+        Ok(if v3 {
+            sum == tag.checksum
+        } else {
+            sum as u16 == tag.checksum as u16
         })
     }
 
@@ -347,9 +348,10 @@ struct DescriptorTag {
 
 impl DescriptorTag {
     fn parse(bytes: Fields, at: usize, v3: bool, wide: bool) -> DescriptorTag {
-        let (flags, checksum) = match v3 {
-            true => (bytes.be32(at + 4), bytes.be32(at + 12)),
-            false => (u32::from(bytes.be16(at + 6)), u32::from(bytes.be16(at + 4))),
+        let (flags, checksum) = if v3 {
+            (bytes.be32(at + 4), bytes.be32(at + 12))
+        } else {
+            (u32::from(bytes.be16(at + 6)), u32::from(bytes.be16(at + 4)))
         };
         let high = if wide { bytes.be32(at + 8) } else { 0 };
         DescriptorTag {

@@ -56,11 +56,12 @@ impl Guard {
     fn answer(&mut self) -> Result<()> {
         let mut line = String::new();
         let read = self.answers.read_line(&mut line);
-        match read.is_ok_and(|length| length > 0) && line.trim() == "ready" {
-            true => Ok(()),
-            false => Err(Error::busy(
+        if read.is_ok_and(|length| length > 0) && line.trim() == "ready" {
+            Ok(())
+        } else {
+            Err(Error::busy(
                 "the virtual machine can't be paused, or it ended just now; try again",
-            )),
+            ))
         }
     }
 

@@ -21,12 +21,13 @@ pub(super) fn take_turn(home: &Home) -> Result<File> {
     home.refuse_scattered()?;
     let message = || format!("cannot lock {}", dir.display());
     let file = File::open(&dir).context(message)?;
-    match flock_within(&file, LOCK_PATIENCE).context(message)? {
-        true => Ok(file),
-        false => Err(Error::busy(format!(
+    if flock_within(&file, LOCK_PATIENCE).context(message)? {
+        Ok(file)
+    } else {
+        Err(Error::busy(format!(
             "another boxlitefs is changing {}; try again",
             home.root().display()
-        ))),
+        )))
     }
 }
 

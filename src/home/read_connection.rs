@@ -136,9 +136,10 @@ pub(super) fn may_write(dir: &Path) -> io::Result<()> {
 fn read_unlocked(database: &Path) -> Result<ReadConnection> {
     for _ in 0..TRIES {
         let files = Files::of(database);
-        let connection = match files.has_wal() {
-            true => open_copy(database),
-            false => open_immutable(database),
+        let connection = if files.has_wal() {
+            open_copy(database)
+        } else {
+            open_immutable(database)
         };
         if Files::of(database) != files {
             continue;

@@ -223,9 +223,10 @@ fn is_ours_to_replace(connection: &Result<Connection, Unusable>) -> bool {
 /// has what is asked for.
 fn open(path: &Path, read_only: bool, versions: &[&str]) -> Result<Connection, Unusable> {
     let known = i64::try_from(versions.len()).unwrap_or(i64::MAX);
-    let access = match read_only {
-        true => OpenFlags::SQLITE_OPEN_READ_ONLY,
-        false => OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE,
+    let access = if read_only {
+        OpenFlags::SQLITE_OPEN_READ_ONLY
+    } else {
+        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE
     };
     // A mount may be root's and the home a user's: a link of his would have root write elsewhere.
     let access = access | OpenFlags::SQLITE_OPEN_NOFOLLOW;

@@ -104,16 +104,13 @@ impl DiskFile {
     pub(super) fn zeros(&mut self, mut count: u64) -> Result<()> {
         while count > 0 {
             let whole = count - count % PIECE as u64;
-            count = match self.piece.is_empty() && whole > 0 {
-                true => {
-                    self.stages.zeros(whole)?;
-                    count.saturating_sub(whole)
-                }
-                false => {
-                    let some = zeros(count.min(self.piece.room() as u64));
-                    self.data(some)?;
-                    count.saturating_sub(some.len() as u64)
-                }
+            count = if self.piece.is_empty() && whole > 0 {
+                self.stages.zeros(whole)?;
+                count.saturating_sub(whole)
+            } else {
+                let some = zeros(count.min(self.piece.room() as u64));
+                self.data(some)?;
+                count.saturating_sub(some.len() as u64)
             };
         }
         Ok(())

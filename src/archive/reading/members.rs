@@ -273,9 +273,10 @@ impl Members {
                 kind.name()
             )));
         }
-        match sparse {
-            true => self.sparse(kind, stored, header),
-            false => self.start(Member::whole(kind, stored)),
+        if sparse {
+            self.sparse(kind, stored, header)
+        } else {
+            self.start(Member::whole(kind, stored))
         }
     }
 
@@ -292,9 +293,10 @@ impl Members {
         })?;
         member.pieces.clear();
         member.add_pieces(&gnu.sparse)?;
-        match gnu.is_extended() {
-            true => Ok(Expect::Map(member)),
-            false => self.start_sparse(member),
+        if gnu.is_extended() {
+            Ok(Expect::Map(member))
+        } else {
+            self.start_sparse(member)
         }
     }
 
@@ -303,9 +305,10 @@ impl Members {
         let mut block = GnuExtSparseHeader::new();
         *block.as_mut_bytes() = self.block;
         member.add_pieces(block.sparse())?;
-        match block.is_extended() {
-            true => Ok(Expect::Map(member)),
-            false => self.start_sparse(member),
+        if block.is_extended() {
+            Ok(Expect::Map(member))
+        } else {
+            self.start_sparse(member)
         }
     }
 

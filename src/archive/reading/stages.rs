@@ -76,10 +76,13 @@ impl Stages {
                 piece.clear();
                 Ok(())
             }
-            StageState::Threads(threads) => match threads.exchange(piece) {
-                true => Ok(()),
-                false => Err(self.failure()),
-            },
+            StageState::Threads(threads) => {
+                if threads.exchange(piece) {
+                    Ok(())
+                } else {
+                    Err(self.failure())
+                }
+            }
             StageState::Ended(_) | StageState::Failed => Err(over()),
         }
     }
@@ -96,10 +99,13 @@ impl Stages {
                 writer.hole(count);
                 Ok(())
             }
-            StageState::Threads(threads) => match threads.send(Part::Zeros(count)) {
-                true => Ok(()),
-                false => Err(self.failure()),
-            },
+            StageState::Threads(threads) => {
+                if threads.send(Part::Zeros(count)) {
+                    Ok(())
+                } else {
+                    Err(self.failure())
+                }
+            }
             StageState::Ended(_) | StageState::Failed => Err(over()),
         }
     }
@@ -113,10 +119,7 @@ impl Stages {
             StageState::Threads(threads) => threads.drain(),
             _ => true,
         };
-        match drained {
-            true => Ok(()),
-            false => Err(self.failure()),
-        }
+        if drained { Ok(()) } else { Err(self.failure()) }
     }
 
     /// No more bytes come: waits for all stages, gives the file its length and returns the digest.

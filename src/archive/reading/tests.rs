@@ -112,9 +112,10 @@ impl Packer {
 
     /// What a python program puts into `t`, a tarfile; in GNU format if it begins with `# gnu`.
     fn python(&self, program: &str) -> Vec<u8> {
-        let format = match program.starts_with("# gnu") {
-            true => "GNU_FORMAT",
-            false => "PAX_FORMAT",
+        let format = if program.starts_with("# gnu") {
+            "GNU_FORMAT"
+        } else {
+            "PAX_FORMAT"
         };
         let program = format!(
             "import tarfile, sys, io\n\
@@ -151,9 +152,10 @@ impl Packer {
         let mut sent = 0;
         for bytes in archive.chunks(piece) {
             sent += bytes.len();
-            let expected = match sent >= end {
-                true => Progress::Complete,
-                false => Progress::More,
+            let expected = if sent >= end {
+                Progress::Complete
+            } else {
+                Progress::More
             };
             let progress = incoming
                 .write(bytes)
@@ -1177,7 +1179,7 @@ fn is_alone(name: &str) -> bool {
         return true;
     }
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("archive::incoming::tests::{name}")])
+        .args(["--exact", &format!("archive::reading::tests::{name}")])
         .args(["--nocapture", "--include-ignored"])
         .env(ALONE, "1")
         .output()
@@ -1219,9 +1221,10 @@ fn a_large_archive_takes_little_memory_and_leaves_no_thread() {
         for bytes in packed[..part].chunks(128 << 10) {
             incoming.write(bytes).unwrap();
         }
-        match part == packed.len() {
-            true => assert!(settles_at(before), "the last write does not end all"),
-            false => assert!(settles_at(before + 3), "each stage has its thread"),
+        if part == packed.len() {
+            assert!(settles_at(before), "the last write does not end all")
+        } else {
+            assert!(settles_at(before + 3), "each stage has its thread")
         }
         drop(incoming);
         assert!(settles_at(before), "a thread is left");

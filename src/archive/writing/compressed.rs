@@ -86,9 +86,10 @@ impl Compressed {
         let mut next = self.next(0);
         std::iter::from_fn(move || {
             let frame = next?;
-            next = match frame < self.last() {
-                true => self.next(frame + 1),
-                false => None,
+            next = if frame < self.last() {
+                self.next(frame + 1)
+            } else {
+                None
             };
             self.range(frame).ok().map(|range| range.end)
         })

@@ -140,9 +140,10 @@ fn assert_contents(fs: &FileSystem, inode: u32, path: &Path) {
     let len = file.metadata().unwrap().len();
     for is_data in [true, false] {
         for at in (0..len + 2).step_by(511.max(len as usize / 300)) {
-            let said = match is_data {
-                true => fs.next_data(inode, at).unwrap(),
-                false => fs.next_hole(inode, at).unwrap(),
+            let said = if is_data {
+                fs.next_data(inode, at).unwrap()
+            } else {
+                fs.next_hole(inode, at).unwrap()
             };
             assert_eq!(
                 said,

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
@@ -92,6 +93,22 @@ impl Aligned {
             .get_mut(self.start..self.start + self.len)
             .unwrap_or_default()
     }
+}
+
+/// Asks the kernel to begin writing these bytes of a file to the disk; it is not waited for. Only speed
+/// depends on it: what fails here is found by the flush at the end.
+pub fn begin_write_back(file: &File, range: Range<u64>) {
+    let offset = i64::try_from(range.start).unwrap_or(i64::MAX);
+    let length = i64::try_from(range.end - range.start).unwrap_or(0);
+    // SAFETY: the descriptor is open; no memory is passed.
+    unsafe {
+        libc::sync_file_range(
+            file.as_raw_fd(),
+            offset,
+            length,
+            libc::SYNC_FILE_RANGE_WRITE,
+        )
+    };
 }
 
 #[cfg(test)]

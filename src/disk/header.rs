@@ -2,15 +2,12 @@
 //!
 //! Field offsets are those of qemu's `docs/interop/qcow2.rst`.
 
-use super::{FileId, Format, read_zero_padded};
+use super::file::open_image;
+use super::{Format, read_zero_padded};
 use crate::{Context, Error, Result};
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-
-use parking_lot::Mutex;
 
 /// "QFI\xfb", the first four bytes of every qcow2 image.
 pub(super) const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -75,9 +72,9 @@ pub struct Header {
     /// header would have been an error).
     pub names_data_file: bool,
     /// Where the backing name lies in the file, if there is one.
-    name: Option<Place>,
+    pub(super) name: Option<NameSpan>,
     /// First byte after the extensions' end marker; None if there is no end marker.
-    extensions_end: Option<u64>,
+    pub(super) extensions_end: Option<u64>,
 }
 
 /// The layer below an image, as its header names it.
@@ -91,13 +88,14 @@ pub struct Backing {
 
 /// Where a backing name lies: bytes of the image file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Place {
-    offset: u64,
-    len: u64,
+pub(super) struct NameSpan {
+    pub offset: u64,
+    pub len: u64,
 }
 
-impl Place {
-    fn end(self) -> u64 {
+impl NameSpan {
+    /// Returns the first byte after the name.
+    pub fn end(self) -> u64 {
         self.offset.saturating_add(self.len)
     }
 }
@@ -265,9 +263,9 @@ impl Header {
     }
 
     /// Where the backing name lies. imago wants it to end before the end of the cluster.
-    fn place_of_name(&self, fixed: &[u8], path: &Path) -> Result<Option<Place>> {
+    fn place_of_name(&self, fixed: &[u8], path: &Path) -> Result<Option<NameSpan>> {
         let fault = |what: &str| Err(Error::damaged(format!("{} {what}", path.display())));
-        let place = Place {
+        let place = NameSpan {
             offset: be64(fixed, 8),
             len: u64::from(be32(fixed, 16)),
         };
@@ -382,89 +380,6 @@ fn backing_format(name: &[u8], path: &Path) -> Result<Format> {
     }
 }
 
-/// Opens an image. O_NONBLOCK, lest a FIFO in its place hang us; what is no regular file is refused
-/// with EINVAL.
-pub(super) fn open_image(path: &Path, writable: bool) -> Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(writable)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .context(|| format!("cannot open the image {}", path.display()))?;
-    let meta = file
-        .metadata()
-        .context(|| format!("cannot look at the image {}", path.display()))?;
-    if !meta.is_file() {
-        return Err(Error::new(
-            libc::EINVAL,
-            format!("the image {} is no regular file", path.display()),
-        ));
-    }
-    Ok(file)
-}
-
-/// Makes the qcow2 image at `image` name `new_backing` as the layer below it, in place. The format
-/// of the layer below stays as it is stored. Contents do not change, so access and modification
-/// times are put back. Does nothing if the image names that path already.
-///
-/// Crash-safe and repeatable: the new name is written to a place nothing refers to and synced, then
-/// offset and length (bytes 8 to 19, within one sector) in one write and synced.
-///
-/// EOPNOTSUPP, with the file untouched (copy the layer instead): the image is raw or has no backing
-/// file; no end marker in its header extensions; the path is empty, not UTF-8 or over 1023 bytes;
-/// no room for it in the first cluster; or the file at `new_backing` is of another format than
-/// the header says. EIO as [`Header::read`]; other errors are those of the system calls.
-pub fn rebase(image: &Path, new_backing: &Path) -> Result<()> {
-    rebase_opened(&open_image(image, true)?, image, new_backing)
-}
-
-/// Likewise, if the image still is the file `id`.
-///
-/// # Errors
-/// As [`rebase`]; EBUSY when another file has its name by now.
-pub fn rebase_this(image: &Path, id: FileId, new_backing: &Path) -> Result<()> {
-    let file = open_image(image, true)?;
-    if FileId::of_open(&file, image)? != id {
-        return Err(Error::busy(format!(
-            "{} was replaced at this moment; try again",
-            image.display()
-        )));
-    }
-    rebase_opened(&file, image, new_backing)
-}
-
-fn rebase_opened(file: &File, image: &Path, new_backing: &Path) -> Result<()> {
-    let refused = |why: &str| {
-        Error::new(
-            libc::EOPNOTSUPP,
-            format!("cannot rebase {} in place: {why}", image.display()),
-        )
-    };
-    let header = Header::read(file, image)?.ok_or_else(|| refused("it is a raw image"))?;
-    let backing = header
-        .backing
-        .as_ref()
-        .ok_or_else(|| refused("it has no backing file"))?;
-    if backing.path.as_os_str() == new_backing.as_os_str() {
-        return Ok(());
-    }
-    let name = new_backing.as_os_str().as_bytes();
-    if name.is_empty() || name.len() > MAX_BACKING_NAME || name.contains(&0) {
-        return Err(refused("the new path is not 1 to 1023 bytes"));
-    }
-    if std::str::from_utf8(name).is_err() {
-        return Err(refused("the new path is not UTF-8"));
-    }
-    if let Some(format) = backing.format {
-        let target = image.parent().unwrap_or(Path::new("")).join(new_backing);
-        check_same_format(&target, format).map_err(|why| refused(&why))?;
-    }
-    let place = header
-        .unused_place(name.len() as u64)
-        .map_err(|why| refused(&why))?;
-    write_backing(file, image, place, name)
-}
-
 /// Takes the dirty bit from a copy of an image: its reference counts may be wrong, its tables are right, and
 /// nobody writes to a copy. `of` is what the original is called.
 ///
@@ -485,149 +400,6 @@ pub fn forget_dirty(copy: &File, of: &Path) -> Result<()> {
     }
     copy.write_all_at(&(known & !1).to_be_bytes(), INCOMPATIBLE)
         .context(message)
-}
-
-/// The format at `target` must be the stored one: a "raw" extension over a qcow2 silently reads
-/// zeros. A target that is not there (yet) cannot be compared.
-fn check_same_format(target: &Path, stored: Format) -> Result<(), String> {
-    let found = match Header::open(target) {
-        Ok(Some(_)) => Format::Qcow2,
-        Ok(None) => Format::Raw,
-        Err(e) if e.errno() == libc::ENOENT => return Ok(()),
-        Err(e) => return Err(e.to_string()),
-    };
-    if found == stored {
-        return Ok(());
-    }
-    Err(format!(
-        "its header says the layer below is {}, but {} is {}",
-        stored.name(),
-        target.display(),
-        found.name()
-    ))
-}
-
-impl Header {
-    /// A place of `len` bytes in the first cluster that nothing uses: after the extensions, outside
-    /// of the current name, ending before the end of the cluster (where imago would refuse it).
-    fn unused_place(&self, len: u64) -> Result<Place, String> {
-        let start = self
-            .extensions_end
-            .ok_or("its header extensions have no end marker")?;
-        let free_after = |offset: u64| Place { offset, len };
-        let before = free_after(start);
-        let place = match self.name {
-            Some(name) if before.end() > name.offset => free_after(start.max(name.end())),
-            _ => before,
-        };
-        if place.end() >= self.cluster_size() {
-            return Err(format!(
-                "its first cluster has no room for a path of {len} bytes"
-            ));
-        }
-        Ok(place)
-    }
-}
-
-/// The two synced writes of a rebase.
-fn write_backing(file: &File, image: &Path, place: Place, name: &[u8]) -> Result<()> {
-    let failed = || format!("cannot write the header of {}", image.display());
-    let meta = file.metadata().context(failed)?;
-    // A crash after this leaves bytes that nothing refers to.
-    write_untimed(file, name, place.offset, &meta).context(failed)?;
-    sync(file, image)?;
-    let mut pointer = [0u8; 12];
-    pointer[..8].copy_from_slice(&place.offset.to_be_bytes());
-    pointer[8..].copy_from_slice(&(name.len() as u32).to_be_bytes());
-    let mut old = [0u8; 12];
-    file.read_exact_at(&mut old, 8).context(failed)?;
-    // A crash after this leaves the old or the new path, both whole.
-    let written = write_untimed(file, &pointer, 8, &meta)
-        .context(failed)
-        .and_then(|()| sync(file, image));
-    if written.is_err() {
-        // The kernel takes what a flush failed for as written. With the old path back, whoever tries again
-        // writes the new one again, and does not find it there already.
-        let taken_back = write_untimed(file, &old, 8, &meta).and_then(|()| file.sync_all());
-        if taken_back.is_err() {
-            let unsettled = (image.to_owned(), FileId::of(&meta));
-            UNSETTLED.lock().push(unsettled);
-        }
-    }
-    written
-}
-
-/// Images that name either path after a loss of power: what a rebase wrote could not be flushed, nor could the
-/// old path.
-static UNSETTLED: Mutex<Vec<(PathBuf, FileId)>> = Mutex::new(Vec::new());
-
-/// Has the images for which [`rebase`] failed and could not take that back name on disk what they are read to
-/// name. To be called before a layer loses a name or goes that one of them may name. What is no longer where it
-/// was is left as it is.
-///
-/// # Errors
-/// EIO and others of the system calls: not yet.
-pub fn settle_headers() -> Result<()> {
-    let unsettled = UNSETTLED.lock().clone();
-    for (image, id) in unsettled {
-        if FileId::at(&image).is_ok_and(|found| found == id) {
-            write_again(&open_image(&image, true)?, &image)?;
-        }
-        UNSETTLED.lock().retain(|(_, settled)| *settled != id);
-    }
-    Ok(())
-}
-
-/// Writes the backing path as it is read. What a flush failed for counts as written; this does not.
-fn write_again(file: &File, image: &Path) -> Result<()> {
-    let failed = || format!("cannot write the header of {}", image.display());
-    let meta = file.metadata().context(failed)?;
-    if let Some(name) = Header::read(file, image)?.and_then(|header| header.name) {
-        for place in [name, Place { offset: 8, len: 12 }] {
-            // A path has 1023 bytes at most.
-            let mut bytes = vec![0; place.len as usize];
-            file.read_exact_at(&mut bytes, place.offset)
-                .and_then(|()| write_untimed(file, &bytes, place.offset, &meta))
-                .context(failed)?;
-        }
-    }
-    sync(file, image)
-}
-
-/// fsync with a message.
-fn sync(file: &File, image: &Path) -> Result<()> {
-    file.sync_all()
-        .context(|| format!("cannot sync {}", image.display()))
-}
-
-/// A write that leaves the times as `meta` has them, for readers who watch the mtime.
-fn write_untimed(
-    file: &File,
-    bytes: &[u8],
-    offset: u64,
-    meta: &std::fs::Metadata,
-) -> std::io::Result<()> {
-    file.write_all_at(bytes, offset)?;
-    let times = [
-        libc::timespec {
-            tv_sec: meta.atime(),
-            tv_nsec: meta.atime_nsec(),
-        },
-        libc::timespec {
-            tv_sec: meta.mtime(),
-            tv_nsec: meta.mtime_nsec(),
-        },
-    ];
-    futimens(file, &times)
-}
-
-/// futimens(2): std's `File::set_times` cannot name every timestamp that stat returns.
-pub(super) fn futimens(file: &File, times: &[libc::timespec; 2]) -> std::io::Result<()> {
-    // SAFETY: the descriptor is open as long as `file` is, and the two timespecs are only read.
-    match unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
 }
 
 /// `len` bytes of `bytes` from `at`, if they are there.
@@ -653,251 +425,4 @@ pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::disk::create_overlay;
-    use crate::disk::judges::{
-        check_clean, create, guest_bytes, info, qemu_io, run, succeed, text,
-    };
-
-    /// A base of 4 MiB and, under a second name, the same inode.
-    fn base_with_two_names(dir: &Path) -> (PathBuf, PathBuf) {
-        let base = dir.join("base.qcow2");
-        create(&base, "compat=1.1", None, "4M");
-        qemu_io(&base, &["write -P 1 0 4M"]);
-        let other = dir.join("the-other-name-of-the-base.qcow2");
-        std::fs::hard_link(&base, &other).unwrap();
-        (base, other)
-    }
-
-    fn times(path: &Path) -> (i64, i64, i64, i64) {
-        let meta = std::fs::metadata(path).unwrap();
-        (
-            meta.mtime(),
-            meta.mtime_nsec(),
-            meta.atime(),
-            meta.atime_nsec(),
-        )
-    }
-
-    #[test]
-    #[ignore = "needs programs"]
-    fn a_rebased_image_reads_the_same_through_the_other_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let (base, other) = base_with_two_names(dir.path());
-        for compat in ["0.10", "1.1"] {
-            for cluster in [512, 1024, 4096, 65536, 2 << 20] {
-                let image = dir.path().join(format!("{compat}-{cluster}.qcow2"));
-                let options = format!("compat={compat},cluster_size={cluster}");
-                create(&image, &options, Some((&base, "qcow2")), "4M");
-                qemu_io(&image, &["write -P 2 1M 64k"]);
-                let (bytes, before) = (guest_bytes(&image), times(&image));
-                for path in [&other, &base, &other, &base] {
-                    rebase(&image, path).unwrap();
-                    let said = info(&image);
-                    assert_eq!(said["backing-filename"], text(path), "{compat} {cluster}");
-                    assert_eq!(said["backing-filename-format"], "qcow2");
-                    check_clean(&image);
-                    assert!(guest_bytes(&image) == bytes, "{compat} {cluster}");
-                }
-                let after = times(&image);
-                assert_eq!((before.0, before.1), (after.0, after.1));
-            }
-        }
-    }
-
-    #[test]
-    #[ignore = "needs programs"]
-    fn an_overlay_of_ours_is_rebased_to_longer_and_shorter_paths() {
-        let dir = tempfile::tempdir().unwrap();
-        let (base, other) = base_with_two_names(dir.path());
-        let image = dir.path().join("overlay.qcow2");
-        create_overlay(&image, &base, Format::Qcow2, 4 << 20).unwrap();
-        // A path as long as a header can hold, relative so that the filesystem takes it too.
-        let up = "./".repeat((MAX_BACKING_NAME - text(&other).len()) / 2);
-        let longest = dir.path().join(up).join("the-other-name-of-the-base.qcow2");
-        for path in [&longest, &base, &longest, &other] {
-            rebase(&image, path).unwrap();
-            let header = Header::open(&image).unwrap().unwrap();
-            assert_eq!(header.backing.unwrap().path.as_os_str(), path.as_os_str());
-            check_clean(&image);
-            succeed("qemu-img", &["compare", text(&image), text(&base)]);
-        }
-    }
-
-    #[test]
-    #[ignore = "needs programs"]
-    fn a_rebase_interrupted_after_the_name_is_repeatable() {
-        let dir = tempfile::tempdir().unwrap();
-        let (base, other) = base_with_two_names(dir.path());
-        let image = dir.path().join("overlay.qcow2");
-        create(&image, "compat=1.1", Some((&base, "qcow2")), "4M");
-        let header = Header::open(&image).unwrap().unwrap();
-        let name = text(&other).as_bytes();
-        let place = header.unused_place(name.len() as u64).unwrap();
-        open_image(&image, true)
-            .unwrap()
-            .write_all_at(name, place.offset)
-            .unwrap();
-        assert_eq!(Header::open(&image).unwrap(), Some(header));
-        assert_eq!(info(&image)["backing-filename"], text(&base));
-        rebase(&image, &other).unwrap();
-        assert_eq!(info(&image)["backing-filename"], text(&other));
-        check_clean(&image);
-    }
-
-    #[test]
-    #[ignore = "needs programs"]
-    fn a_rebase_that_is_refused_leaves_the_file_untouched() {
-        let dir = tempfile::tempdir().unwrap();
-        let (base, other) = base_with_two_names(dir.path());
-        let raw = dir.path().join("base.raw");
-        std::fs::write(&raw, [0u8; 4096]).unwrap();
-        let refused = |image: &Path, to: &Path| {
-            let before = (
-                std::fs::read(image).unwrap(),
-                times(image).0,
-                times(image).1,
-            );
-            let error = rebase(image, to).unwrap_err();
-            assert_eq!(error.errno(), libc::EOPNOTSUPP, "{error}");
-            let after = (
-                std::fs::read(image).unwrap(),
-                times(image).0,
-                times(image).1,
-            );
-            assert!(before == after);
-            error.to_string()
-        };
-        assert!(refused(&raw, &other).contains("raw"));
-        assert!(refused(&base, &other).contains("no backing file"));
-        let image = dir.path().join("overlay.qcow2");
-        create(
-            &image,
-            "compat=1.1,cluster_size=1k",
-            Some((&base, "qcow2")),
-            "4M",
-        );
-        assert!(refused(&image, &raw).contains("base.raw is raw"));
-        let long = PathBuf::from(format!("/{}", "x".repeat(1023)));
-        assert!(refused(&image, &long).contains("1023"));
-        let no_room = PathBuf::from(format!("/{}", "x".repeat(200)).repeat(5));
-        assert!(refused(&image, &no_room).contains("no room"));
-        // The name directly after the header: old version 2 images without extensions.
-        let old = dir.path().join("old.qcow2");
-        create(&old, "compat=0.10", Some((&base, "qcow2")), "4M");
-        let file = open_image(&old, true).unwrap();
-        file.write_all_at(text(&base).as_bytes(), 72).unwrap();
-        file.write_all_at(&72u64.to_be_bytes(), 8).unwrap();
-        assert!(refused(&old, &other).contains("end marker"));
-    }
-
-    #[test]
-    #[ignore = "needs programs"]
-    fn a_rebase_to_the_same_path_does_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let (base, _) = base_with_two_names(dir.path());
-        let image = dir.path().join("overlay.qcow2");
-        create_overlay(&image, &base, Format::Qcow2, 4 << 20).unwrap();
-        let before = (
-            std::fs::read(&image).unwrap(),
-            std::fs::metadata(&image).unwrap().ctime_nsec(),
-        );
-        rebase(&image, &base).unwrap();
-        let after = (
-            std::fs::read(&image).unwrap(),
-            std::fs::metadata(&image).unwrap().ctime_nsec(),
-        );
-        assert!(before == after);
-    }
-
-    #[test]
-    #[ignore = "needs programs"]
-    fn an_image_whose_features_change_how_it_reads_is_refused_by_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let made = |name: &str, arguments: &[&str]| {
-            let image = dir.path().join(name);
-            let mut all = vec!["create", "-q", "-f", "qcow2"];
-            all.extend(arguments);
-            all.extend([text(&image), "1M"]);
-            succeed("qemu-img", &all);
-            let error = Header::open(&image).unwrap_err();
-            assert_eq!(error.errno(), libc::EIO);
-            error.to_string()
-        };
-        let secret = ["--object", "secret,id=s,data=x", "-o"];
-        let encrypted = |format: &str| {
-            let option = format!("encrypt.format={format},encrypt.key-secret=s");
-            let mut all = secret.to_vec();
-            all.push(&option);
-            all.iter().map(|s| s.to_string()).collect::<Vec<_>>()
-        };
-        let luks = encrypted("luks");
-        let luks: Vec<&str> = luks.iter().map(String::as_str).collect();
-        assert!(made("luks", &luks).contains("LUKS"));
-        assert!(made("l2", &["-o", "extended_l2=on"]).contains("extended L2"));
-        let data = format!("data_file={}", text(&dir.path().join("data.raw")));
-        assert!(made("data", &["-o", &data]).contains("external data file"));
-        assert!(made("zstd", &["-o", "compression_type=zstd"]).contains("zstd"));
-        // qemu-img makes no AES images any more, and no dirty ones on demand.
-        let changed = |name: &str, at: u64, bytes: &[u8]| {
-            let image = dir.path().join(name);
-            create(&image, "compat=1.1", None, "1M");
-            open_image(&image, true)
-                .unwrap()
-                .write_all_at(bytes, at)
-                .unwrap();
-            Header::open(&image).unwrap_err().to_string()
-        };
-        assert!(changed("aes", 32, &1u32.to_be_bytes()).contains("AES"));
-        assert!(changed("dirty", 72, &1u64.to_be_bytes()).contains("dirty"));
-        assert!(changed("corrupt", 72, &2u64.to_be_bytes()).contains("corrupt"));
-        assert!(changed("future", 72, &(1u64 << 40).to_be_bytes()).contains("unknown"));
-    }
-
-    #[test]
-    #[ignore = "needs programs"]
-    fn an_insane_header_is_an_error_and_never_a_panic() {
-        let dir = tempfile::tempdir().unwrap();
-        let good = dir.path().join("good.qcow2");
-        create(
-            &good,
-            "compat=1.1",
-            Some((Path::new("/dev/null"), "raw")),
-            "1M",
-        );
-        let bytes = std::fs::read(&good).unwrap();
-        let image = dir.path().join("bad.qcow2");
-        for at in 0..256 {
-            for value in [0x00, 0x01, 0x7f, 0x80, 0xff] {
-                let mut bad = bytes.clone();
-                bad[at] = value;
-                std::fs::write(&image, &bad).unwrap();
-                // Whatever we accept, imago must open or refuse; nothing may panic.
-                if let Ok(Some(_)) = Header::open(&image) {
-                    let _ = crate::disk::Layer::open(&image, Format::Qcow2)
-                        .and_then(|layer| layer.holds_data());
-                }
-            }
-        }
-        for len in [4, 71, 72, 103, 104, 200, 65536, 131072] {
-            std::fs::write(&image, &bytes[..len]).unwrap();
-            assert!(Header::open(&image).is_err(), "cut to {len} bytes");
-        }
-    }
-
-    #[test]
-    #[ignore = "needs programs"]
-    fn what_has_no_magic_is_raw_and_what_is_no_file_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let raw = dir.path().join("raw");
-        for bytes in [&b""[..], b"QF", b"#!/bin/sh"] {
-            std::fs::write(&raw, bytes).unwrap();
-            assert_eq!(Header::open(&raw).unwrap(), None);
-        }
-        assert_eq!(Header::open(dir.path()).unwrap_err().errno(), libc::EINVAL);
-        let fifo = dir.path().join("fifo");
-        assert!(run("mkfifo", &[text(&fifo)]).status.success());
-        assert_eq!(Header::open(&fifo).unwrap_err().errno(), libc::EINVAL);
-    }
-}
+mod tests;

@@ -21,7 +21,7 @@ const EXTENTS: usize = 64;
 /// `struct fiemap_extent`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Extent {
+struct FileExtent {
     logical: u64,
     physical: u64,
     length: u64,
@@ -39,7 +39,7 @@ struct Request {
     mapped: u32,
     count: u32,
     reserved: u32,
-    extents: [Extent; EXTENTS],
+    extents: [FileExtent; EXTENTS],
 }
 
 /// Whether data is at `at` of `file`, or zeros nothing is stored for, and for how many bytes (1 to
@@ -55,7 +55,7 @@ pub(super) fn run_at(file: &File, at: u64, max: u64) -> io::Result<(bool, u64)> 
         mapped: 0,
         count: EXTENTS as u32,
         reserved: 0,
-        extents: [Extent::default(); EXTENTS],
+        extents: [FileExtent::default(); EXTENTS],
     };
     map(file, &mut request)?;
     let count = usize::try_from(request.mapped).unwrap_or(EXTENTS);
@@ -64,7 +64,7 @@ pub(super) fn run_at(file: &File, at: u64, max: u64) -> io::Result<(bool, u64)> 
 }
 
 /// The first run of one kind in `at..end`, of which these are the first extents, in order.
-fn first_run(extents: &[Extent], at: u64, end: u64) -> (bool, u64) {
+fn first_run(extents: &[FileExtent], at: u64, end: u64) -> (bool, u64) {
     let mut reached = at;
     let mut kind = None;
     for extent in extents {
@@ -101,12 +101,12 @@ fn map(file: &File, request: &mut Request) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn extent(logical: u64, length: u64, flags: u32) -> Extent {
-        Extent {
+    fn extent(logical: u64, length: u64, flags: u32) -> FileExtent {
+        FileExtent {
             logical,
             length,
             flags,
-            ..Extent::default()
+            ..FileExtent::default()
         }
     }
 
@@ -139,7 +139,7 @@ mod tests {
         ] {
             assert_eq!(first_run(&extents, at, end), wanted);
         }
-        let many: Vec<Extent> = (0..EXTENTS as u64)
+        let many: Vec<FileExtent> = (0..EXTENTS as u64)
             .map(|n| extent(2 * n, 2, unwritten))
             .collect();
         assert_eq!(first_run(&many, 0, 1 << 20), (false, 2 * EXTENTS as u64));

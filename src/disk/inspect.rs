@@ -7,6 +7,7 @@
 //!
 //! Offsets, masks and limits are those of qemu's `docs/interop/qcow2.rst` and `block/qcow2.h`.
 
+mod claims;
 #[cfg(test)]
 mod tests;
 
@@ -16,8 +17,9 @@ use std::ops::{Range, RangeInclusive};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use self::claims::{Claim, ClaimWindows, Claims};
 use super::Header;
-use super::header::open_image;
+use super::file::open_image;
 use crate::{Context, Error, Result};
 
 /// Largest virtual size accepted, in bytes (64 TiB; far beyond what BoxLite offers for a disk).
@@ -26,9 +28,6 @@ const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// Most memory for one bit per host cluster, in bytes.
 const MAX_BITMAP_BYTES: u64 = 64 << 20;
-/// Host clusters whose compressed references are counted in one walk: 32 MiB of counters, and no more
-/// than 32 walks, for there is a bit of the bitmap for each.
-const COUNT_WINDOW: u64 = 16 << 20;
 /// Bytes of a table read at once.
 const TABLE_CHUNK: u64 = 64 << 10;
 
@@ -167,7 +166,7 @@ impl Image<'_> {
     fn check_clusters(&self) -> Result<()> {
         let mut claims = Claims::new(self.host_clusters());
         self.claim_metadata(&mut claims)?;
-        let mut windows = Windows::of(self.host_clusters());
+        let mut windows = ClaimWindows::of(self.host_clusters());
         self.each_mapping(|this, l2, mapping| {
             match mapping {
                 MappingOrTable::Table => this.claim(&mut claims, "L2 table", l2, 1)?,
@@ -175,7 +174,7 @@ impl Image<'_> {
                     this.claim(&mut claims, "data cluster", offset, 1)?;
                 }
                 MappingOrTable::Mapping(Mapping::Compressed { start, end }) => {
-                    windows.note(this.clusters_of(start, end));
+                    windows.mark(this.clusters_of(start, end));
                 }
                 MappingOrTable::Mapping(Mapping::Unallocated) => {}
             }
@@ -185,7 +184,7 @@ impl Image<'_> {
             u64::from(claims.claimed(cluster))
         })?;
         windows
-            .log_outcome()
+            .marked()
             .try_for_each(|window| self.check_compressed(&claims, window))
     }
 
@@ -413,9 +412,10 @@ impl Image<'_> {
                 None => false,
             };
             (from..to).try_for_each(|cluster| {
-                let count = match present {
-                    true => refcount(&block, cluster % per_block, header.refcount_order),
-                    false => 0,
+                let count = if present {
+                    refcount(&block, cluster % per_block, header.refcount_order)
+                } else {
+                    0
                 };
                 self.check_refcount(cluster, count, uses(cluster))
             })
@@ -456,76 +456,4 @@ fn refcount(block: &[u8], index: u64, order: u32) -> u64 {
         .unwrap_or_default()
         .iter()
         .fold(0, |value, byte| (value << 8) | u64::from(*byte))
-}
-
-/// Which windows of host clusters have compressed data in them.
-struct Windows {
-    noted: Vec<bool>,
-    clusters: u64,
-}
-
-impl Windows {
-    fn of(clusters: u64) -> Windows {
-        Windows {
-            noted: vec![false; clusters.div_ceil(COUNT_WINDOW) as usize],
-            clusters,
-        }
-    }
-
-    fn note(&mut self, clusters: RangeInclusive<u64>) {
-        for window in clusters.start() / COUNT_WINDOW..=clusters.end() / COUNT_WINDOW {
-            if let Some(noted) = self.noted.get_mut(window as usize) {
-                *noted = true;
-            }
-        }
-    }
-
-    /// The clusters of each.
-    fn log_outcome(&self) -> impl Iterator<Item = Range<u64>> {
-        let starts = (0..self.clusters).step_by(COUNT_WINDOW as usize);
-        let noted = starts.zip(&self.noted).filter(|(_, noted)| **noted);
-        noted.map(|(first, _)| first..first.saturating_add(COUNT_WINDOW).min(self.clusters))
-    }
-}
-
-enum Claim {
-    Fresh,
-    Taken,
-    Outside,
-}
-
-/// One bit per host cluster: in use, and by one owner only.
-struct Claims {
-    bits: Vec<u64>,
-    clusters: u64,
-}
-
-impl Claims {
-    fn new(clusters: u64) -> Claims {
-        Claims {
-            bits: vec![0; clusters.div_ceil(64) as usize],
-            clusters,
-        }
-    }
-
-    fn claim(&mut self, cluster: u64) -> Claim {
-        let Some(word) = self.bits.get_mut((cluster / 64) as usize) else {
-            return Claim::Outside;
-        };
-        let bit = 1 << (cluster % 64);
-        if cluster >= self.clusters {
-            Claim::Outside
-        } else if *word & bit != 0 {
-            Claim::Taken
-        } else {
-            *word |= bit;
-            Claim::Fresh
-        }
-    }
-
-    fn claimed(&self, cluster: u64) -> bool {
-        self.bits
-            .get((cluster / 64) as usize)
-            .is_some_and(|word| word >> (cluster % 64) & 1 == 1)
-    }
 }

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 
 use super::FileId;
-use super::header::futimens;
+use super::file::FileTimes;
 
 /// The longest tick of any file system (FAT): a file that was seen unchanged for so long shows the
 /// next change, whatever its clock says.
@@ -210,11 +210,7 @@ impl FileClock {
                 probe
             }
         }?;
-        let now = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: libc::UTIME_NOW,
-        };
-        futimens(&probe, &[now, now]).ok()?;
+        FileTimes::now().set(&probe).ok()?;
         Some(FileState::of(&probe.metadata().ok()?).modified)
     }
 
@@ -253,10 +249,7 @@ fn unnamed_beside(path: &Path) -> Option<File> {
 /// A time that the file system of `path` is certain to have passed, by our own clock: where nothing
 /// can be changed on it. That of a file server may be another.
 fn by_our_clock(path: &Path) -> i128 {
-    let margin = match is_local(path) {
-        true => LONGEST_TICK,
-        false => ASTRAY,
-    };
+    let margin = if is_local(path) { LONGEST_TICK } else { ASTRAY };
     SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH + margin)
         .map_or(0, |since| since.as_nanos() as i128)

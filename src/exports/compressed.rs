@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::archive::{Compressed, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key};
+use crate::archive::{
+    Compressed, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key, measure, produce,
+};
 use crate::error::not_panicking;
 use crate::exports::compressed_cache::{CacheUsage, CompressedArchives, KnownArchive};
 use crate::exports::disks::Source;
@@ -22,7 +24,7 @@ use crate::exports::production::{LOOKED_AT, OpenedCompressed, Packed, Production
 use crate::exports::spool::Spool;
 use crate::exports::spooling::Spooling;
 use crate::exports::states::States;
-use crate::home::{Catalog, Remembered};
+use crate::home::{Catalog, SizeCache};
 use crate::progress::Operations;
 use crate::{Error, Result};
 
@@ -33,7 +35,7 @@ const LEARNT_TOGETHER: usize = 4096;
 
 /// Sizes remembered on disk, and those learnt meanwhile.
 struct Sizes<'a> {
-    remembered: &'a Remembered,
+    remembered: &'a SizeCache,
     /// Whether the state they are of may be remembered.
     is_lasting: bool,
     learnt: Mutex<HashMap<FrameKey, u32>>,
@@ -45,7 +47,7 @@ impl Sizes<'_> {
             return;
         }
         let frames: Vec<_> = learnt.drain().collect();
-        self.remembered.learn_frames(&frames);
+        self.remembered.put_frames(&frames);
     }
 }
 
@@ -78,7 +80,7 @@ pub struct CompressedExports {
     copies: Arc<PausedCopies>,
     plain: Arc<PlainExports>,
     states: Arc<States>,
-    remembered: Arc<Remembered>,
+    remembered: Arc<SizeCache>,
     operations: Arc<Operations>,
     archives: CompressedArchives,
     turns: Turns,
@@ -90,7 +92,7 @@ impl CompressedExports {
         plain: Arc<PlainExports>,
         states: Arc<States>,
         archives: CompressedArchives,
-        remembered: Arc<Remembered>,
+        remembered: Arc<SizeCache>,
         operations: Arc<Operations>,
     ) -> CompressedExports {
         CompressedExports {
@@ -287,7 +289,7 @@ impl CompressedExports {
                 }
                 // Nobody waits for this.
                 if self.states.is_lasting(compressed.export().chain()) {
-                    self.remembered.learn_archive(
+                    self.remembered.put_archive(
                         &compressed.state_key(),
                         frames.total(),
                         &frames.bytes(),
@@ -312,14 +314,14 @@ impl CompressedExports {
     ) -> Result<(Arc<FrameSizes>, Option<Arc<Spool>>)> {
         let gone = || Error::new(libc::EINTR, "interrupted while waiting");
         let _turn = self.turns.take(go_on).ok_or_else(gone)?;
-        if let Some(frames) = compressed.measure(sizes, go_on)? {
+        if let Some(frames) = measure(compressed, sizes, go_on)? {
             return Ok((Arc::new(frames), None));
         }
         let what = format!("compression of {}", self.plain.describe(source));
         let operation = self.operations.begin(what, Some(compressed.export().len()));
         let mut ends = compressed.frame_ends();
         let mut spooling = Spooling::begin(&self.archives, source);
-        let frames = compressed.produce(sizes, go_on, &mut |bytes| {
+        let frames = produce(compressed, sizes, go_on, &mut |bytes| {
             if let Some(end) = ends.next() {
                 operation.reaches(end);
             }
@@ -346,7 +348,7 @@ impl CompressedExports {
         // the time of the last, would leave a checksum of what is not there any more.
         let mut layers = export.chain().layers().iter();
         if layers.all(|layer| layer.file().sync_data().is_ok()) {
-            self.remembered.learn_digest(&key, &digest);
+            self.remembered.put_digest(&key, &digest);
         }
     }
 

@@ -122,7 +122,7 @@ impl CompressedArchives {
 
     /// Returns what the archives take, and may take.
     pub fn usage(&self) -> CacheUsage {
-        let remembered = std::fs::metadata(self.home.remembered());
+        let remembered = std::fs::metadata(self.home.size_cache_file());
         let cache = self.lock();
         let spools = cache.known.values().filter(|known| known.spool.is_some());
         CacheUsage {

@@ -88,7 +88,8 @@ impl PausedCopies {
         };
         self.kept_copy(box_id, form).is_none()
             && self.disks.record_of(source).is_ok_and(|record| {
-                self.home.shim(&record).is_some() && self.home.activity(&record) != Activity::Idle
+                self.home.vm_process(&record).is_some()
+                    && self.home.activity(&record) != Activity::Idle
             })
     }
 
@@ -110,7 +111,7 @@ impl PausedCopies {
             return Ok(kept);
         }
         let record = self.disks.record_of(source)?;
-        let Some(shim) = self.home.shim(&record) else {
+        let Some(shim) = self.home.vm_process(&record) else {
             return self.plain.open(source);
         };
         self.foreground.touch();
@@ -179,7 +180,7 @@ impl PausedCopies {
         &self,
         source: &Source,
         record: &BoxRecord,
-        shim: crate::home::Shim,
+        shim: crate::home::VmProcess,
         go_on: &dyn Fn() -> bool,
     ) -> Result<File> {
         let live = self.disks.existing_top(source, record)?;

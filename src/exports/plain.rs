@@ -14,7 +14,7 @@ use crate::archive::{About, Export};
 use crate::disk::{Chain, LONGEST_TICK};
 use crate::exports::disks::{Disks, Source};
 use crate::exports::states::{LayerStates, States};
-use crate::home::{BoxRecord, Catalog, Remembered};
+use crate::home::{BoxRecord, Catalog, SizeCache};
 use crate::progress::Foreground;
 use crate::{Context, Result};
 
@@ -128,7 +128,7 @@ fn hash_of(record: &BoxRecord) -> u64 {
 pub struct PlainExports {
     disks: Arc<Disks>,
     states: Arc<States>,
-    remembered: Arc<Remembered>,
+    remembered: Arc<SizeCache>,
     foreground: Arc<Foreground>,
     cache: Mutex<PlanCache>,
 }
@@ -137,7 +137,7 @@ impl PlainExports {
     pub(crate) fn new(
         disks: Arc<Disks>,
         states: Arc<States>,
-        remembered: Arc<Remembered>,
+        remembered: Arc<SizeCache>,
         foreground: Arc<Foreground>,
     ) -> PlainExports {
         PlainExports {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::event_log::EventLog;
 use crate::files::workspace::Workspace;
-use crate::home::{Home, Remembered};
+use crate::home::{Home, SizeCache};
 use crate::progress::{Foreground, Operations};
 
 /// A home that is open, and what belongs to it once in this process.
@@ -14,7 +14,7 @@ pub(crate) struct Shared {
     /// The log that a user sees in the mount.
     pub events: Arc<EventLog>,
     /// Sizes and checksums of disk states.
-    pub sizes: Arc<Remembered>,
+    pub sizes: Arc<SizeCache>,
     pub operations: Arc<Operations>,
     pub foreground: Arc<Foreground>,
     /// Nothing is written into the home.
@@ -28,7 +28,7 @@ impl Shared {
         Shared {
             workspace: Arc::new(Workspace::new(home.clone())),
             events: Arc::new(events),
-            sizes: Arc::new(Remembered::open(&home, is_read_only)),
+            sizes: Arc::new(SizeCache::open(&home, is_read_only)),
             operations: Arc::default(),
             foreground: Arc::default(),
             is_read_only,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
-use crate::disk::settle_headers;
+use crate::disk::flush_headers;
 use crate::{Context, Error, Result};
 
 /// Flushes a file's contents and metadata.
@@ -39,7 +39,7 @@ pub fn sync_dir(path: &Path) -> Result<()> {
 /// # Errors
 /// Those of fsync: it can't be flushed now either.
 pub fn sync_unflushed() -> Result<()> {
-    settle_headers()?;
+    flush_headers()?;
     let unflushed = UNFLUSHED.lock().clone();
     for dir in unflushed {
         match fs::symlink_metadata(&dir) {

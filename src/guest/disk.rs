@@ -1,6 +1,6 @@
 //! The guest's disk as file systems read it: a part of a chain, in pieces that are kept for a while.
 
-use super::name_indexes::NameIndexes;
+use super::name_cache::NameCache;
 use crate::disk::Chain;
 use crate::{Error, Result};
 use quick_cache::Weighter;
@@ -32,7 +32,7 @@ pub struct Caches {
     next: AtomicU64,
     metadata: Pieces,
     contents: Pieces,
-    pub(super) names: NameIndexes,
+    pub(super) names: NameCache,
 }
 
 /// By disk, and place in it.
@@ -54,7 +54,7 @@ impl Default for Caches {
             next: AtomicU64::new(0),
             metadata: pieces(METADATA),
             contents: pieces(CONTENTS),
-            names: NameIndexes::new(),
+            names: NameCache::new(),
         }
     }
 }

@@ -2,8 +2,11 @@
 
 use super::checksum::crc32c;
 use super::fields::Fields;
-use super::layout::{Layout, incompat};
+use super::superblock::{Superblock, incompat};
+use crate::Error;
 
+/// The inode of the root directory.
+pub(super) const ROOT: u32 = 2;
 /// Bytes of an inode that all versions have.
 const OLD_SIZE: usize = 128;
 /// `i_block` is here: numbers of blocks, the root of a tree of extents, or what is short.
@@ -125,9 +128,13 @@ pub(super) struct Inode {
 
 impl Inode {
     /// The inode whose bytes these are. The error says what is wrong with it.
-    pub fn parse(number: u32, raw: Vec<u8>, layout: &Layout) -> Result<Inode, &'static str> {
+    pub fn parse(
+        number: u32,
+        raw: Vec<u8>,
+        superblock: &Superblock,
+    ) -> Result<Inode, &'static str> {
         let fields = Fields(&raw);
-        let seed = layout
+        let seed = superblock
             .seed
             .map(|seed| crc32c(seed, &[&number.to_le_bytes(), fields.bytes(0x64, 4)]));
         // First whether it is in use: one that never was may have no checksum.
@@ -151,7 +158,7 @@ impl Inode {
             raw,
             seed,
         };
-        if i64::try_from(inode.size(layout)).is_err() {
+        if i64::try_from(inode.size(superblock)).is_err() {
             return Err("has an impossible size");
         }
         Ok(inode)
@@ -166,12 +173,12 @@ impl Inode {
     }
 
     /// Length in bytes.
-    pub fn size(&self, layout: &Layout) -> u64 {
+    pub fn size(&self, superblock: &Superblock) -> u64 {
         let fields = self.fields();
         // Elsewhere the upper half is, or was, something else.
         let large = match self.kind {
             FileKind::Regular => true,
-            FileKind::Directory => layout.has(incompat::LARGEDIR),
+            FileKind::Directory => superblock.has(incompat::LARGEDIR),
             _ => false,
         };
         fields.le32_and(0x4, if large { fields.le32(0x6c) } else { 0 })
@@ -197,6 +204,16 @@ impl Inode {
         self.flag(flags::ENCRYPT)
     }
 
+    /// ENOKEY if it is encrypted.
+    pub fn check_readable(&self) -> crate::Result<()> {
+        if !self.is_encrypted() {
+            return Ok(());
+        }
+        let number = self.number;
+        let message = format!("inode {number} is encrypted; only the guest has the key");
+        Err(Error::new(libc::ENOKEY, message))
+    }
+
     /// Whether it is a directory with an index, whose blocks are not all of names.
     pub fn is_indexed(&self) -> bool {
         self.flag(flags::INDEX)
@@ -213,40 +230,42 @@ impl Inode {
     }
 
     /// Whether it is a symbolic link whose target is in `i_block`.
-    pub fn is_fast_symlink(&self, layout: &Layout) -> bool {
+    pub fn is_fast_symlink(&self, superblock: &Superblock) -> bool {
         let of_attributes = match self.attribute_block() {
             0 => 0,
             // Their block counts as a whole cluster.
-            _ => layout.cluster_size / 512,
+            _ => superblock.cluster_size / 512,
         };
         self.kind == FileKind::Symlink
             && !self.is_inline()
             && !self.has_extents()
-            && self.size(layout) < BLOCK_LEN as u64
-            && (layout.has(incompat::EA_INODE) || self.blocks(layout) <= of_attributes)
+            && self.size(superblock) < BLOCK_LEN as u64
+            && (superblock.has(incompat::EA_INODE) || self.blocks(superblock) <= of_attributes)
     }
 
     /// Space taken, in units of 512 bytes.
-    fn blocks(&self, layout: &Layout) -> u64 {
+    fn blocks(&self, superblock: &Superblock) -> u64 {
         let fields = self.fields();
-        if !layout.huge_files {
+        if !superblock.huge_files {
             return u64::from(fields.le32(0x1c));
         }
         let blocks = fields.le32_and(0x1c, u32::from(fields.le16(0x74)));
-        match self.flag(flags::HUGE_FILE) {
-            true => blocks.saturating_mul(layout.block_size / 512),
-            false => blocks,
+        if self.flag(flags::HUGE_FILE) {
+            blocks.saturating_mul(superblock.block_size / 512)
+        } else {
+            blocks
         }
     }
 
     /// As the kernel tells it: what is in the inode counts, or programs would take the file for a
     /// hole.
-    fn shown_blocks(&self, layout: &Layout) -> u64 {
-        let inline = match self.kind == FileKind::Regular && self.is_inline() {
-            true => self.size(layout).div_ceil(512),
-            false => 0,
+    fn shown_blocks(&self, superblock: &Superblock) -> u64 {
+        let inline = if self.kind == FileKind::Regular && self.is_inline() {
+            self.size(superblock).div_ceil(512)
+        } else {
+            0
         };
-        self.blocks(layout).saturating_add(inline)
+        self.blocks(superblock).saturating_add(inline)
     }
 
     /// The block with attributes that did not fit into the inode; 0 if there is none.
@@ -265,7 +284,7 @@ impl Inode {
     }
 
     /// What `stat` tells.
-    pub fn attributes(&self, layout: &Layout) -> Attributes {
+    pub fn attributes(&self, superblock: &Superblock) -> Attributes {
         let fields = self.fields();
         Attributes {
             inode: self.number,
@@ -274,8 +293,8 @@ impl Inode {
             links: u32::from(fields.le16(0x1a)),
             uid: u32::from(fields.le16(0x78)) << 16 | u32::from(fields.le16(0x2)),
             gid: u32::from(fields.le16(0x7a)) << 16 | u32::from(fields.le16(0x18)),
-            size: self.size(layout),
-            blocks: self.shown_blocks(layout),
+            size: self.size(superblock),
+            blocks: self.shown_blocks(superblock),
             accessed: self.time(0x8, 0x8c),
             modified: self.time(0x10, 0x88),
             changed: self.time(0xc, 0x84),
@@ -294,9 +313,10 @@ impl Inode {
     fn time(&self, at: usize, extra: usize) -> Time {
         // The first 32 bits have a sign, the two further ones count up from there.
         let seconds = i64::from(self.fields().le32(at) as i32);
-        let extra = match self.reaches(extra + 4) {
-            true => self.fields().le32(extra),
-            false => 0,
+        let extra = if self.reaches(extra + 4) {
+            self.fields().le32(extra)
+        } else {
+            0
         };
         Time {
             seconds: seconds + (i64::from(extra & 3) << 32),
@@ -332,12 +352,11 @@ fn checksum_is_right(seed: u32, fields: Fields) -> bool {
         return crc32c(seed, &old) as u16 == low;
     }
     let sum = crc32c(crc32c(seed, &old), &[fields.bytes(0x80, 2)]);
-    match extra_size(fields) >= 4 {
-        true => {
-            let high = u32::from(fields.le16(0x82));
-            crc32c(sum, &[&[0, 0], fields.bytes(0x84, len)]) == high << 16 | u32::from(low)
-        }
-        false => crc32c(sum, &[fields.bytes(0x82, len)]) as u16 == low,
+    if extra_size(fields) >= 4 {
+        let high = u32::from(fields.le16(0x82));
+        crc32c(sum, &[&[0, 0], fields.bytes(0x84, len)]) == high << 16 | u32::from(low)
+    } else {
+        crc32c(sum, &[fields.bytes(0x82, len)]) as u16 == low
     }
 }
 

@@ -3,12 +3,13 @@
 //!
 //! Nothing is written back, as the kernel would. Whoever reads a block gets the one in the journal.
 
+use super::block_map::BlockMap;
+use super::block_reader::BlockReader;
 use super::checksum::crc32c;
 use super::disk::Use;
 use super::fields::Fields;
-use super::file_system::FileSystem;
 use super::inode::Inode;
-use super::replaced::{MAGIC, Replaced, Replacement};
+use super::journal_map::{JournalMap, MAGIC, Replacement};
 use crate::Result;
 use std::collections::{BTreeMap, HashMap};
 
@@ -42,17 +43,17 @@ mod incompat {
 
 /// What is in the journal of `inode`. EIO if it can't be read; a journal that ends in the middle of a
 /// transaction is as usual, and counts up to the last one that is complete.
-pub(super) fn load(fs: &FileSystem, inode: &Inode) -> Result<Replaced> {
-    let log = Log::open(fs, inode)?;
+pub(super) fn load(blocks: &BlockReader, inode: &Inode) -> Result<JournalMap> {
+    let log = JournalLog::open(blocks, inode)?;
     match log.start {
-        0 => Ok(Replaced::default()),
-        start => Reading::new(&log).read(start),
+        0 => Ok(JournalMap::default()),
+        start => LogReader::new(&log).read(start),
     }
 }
 
 /// The journal's own superblock.
-struct Log<'a> {
-    fs: &'a FileSystem,
+struct JournalLog<'a> {
+    blocks: &'a BlockReader,
     inode: &'a Inode,
     incompat: u32,
     /// The blocks in which transactions go round.
@@ -64,10 +65,10 @@ struct Log<'a> {
     seed: u32,
 }
 
-impl<'a> Log<'a> {
-    fn open(fs: &'a FileSystem, inode: &'a Inode) -> Result<Log<'a>> {
-        let mut log = Log {
-            fs,
+impl<'a> JournalLog<'a> {
+    fn open(blocks: &'a BlockReader, inode: &'a Inode) -> Result<JournalLog<'a>> {
+        let mut log = JournalLog {
+            blocks,
             inode,
             incompat: 0,
             first: 0,
@@ -80,10 +81,10 @@ impl<'a> Log<'a> {
         let sb = Fields(&bytes);
         let version = sb.be32(4);
         if sb.be32(0) != MAGIC || ![kind::SUPERBLOCK_V1, kind::SUPERBLOCK_V2].contains(&version) {
-            return Err(fs.damaged("the journal has no superblock"));
+            return Err(blocks.damaged("the journal has no superblock"));
         }
-        if u64::from(sb.be32(0xc)) != fs.layout().block_size {
-            return Err(fs.damaged("the journal has blocks of another size"));
+        if u64::from(sb.be32(0xc)) != blocks.superblock().block_size {
+            return Err(blocks.damaged("the journal has blocks of another size"));
         }
         if version == kind::SUPERBLOCK_V2 {
             log.incompat = sb.be32(0x28);
@@ -91,10 +92,10 @@ impl<'a> Log<'a> {
         if log.incompat & !incompat::READ != 0 {
             let what = log.incompat & !incompat::READ;
             let what = format_args!("the journal has features that are not known here ({what:#x})");
-            return Err(fs.damaged(what));
+            return Err(blocks.damaged(what));
         }
         if log.has_checksums() && !superblock_is_right(sb) {
-            return Err(fs.damaged("the journal's superblock has a wrong checksum"));
+            return Err(blocks.damaged("the journal's superblock has a wrong checksum"));
         }
         log.seed = crc32c(!0, &[sb.bytes(0x30, 16)]);
         log.first = sb.be32(0x14);
@@ -108,11 +109,11 @@ impl<'a> Log<'a> {
         }
         log.sequence = sb.be32(0x18);
         log.start = sb.be32(0x1c);
-        if u64::from(log.end) > fs.blocks_there() {
-            return Err(fs.damaged("the journal is larger than the file system"));
+        if u64::from(log.end) > blocks.block_count() {
+            return Err(blocks.damaged("the journal is larger than the file system"));
         }
         if log.start != 0 && !(log.first..log.end).contains(&log.start) {
-            return Err(fs.damaged("the journal begins outside of itself"));
+            return Err(blocks.damaged("the journal begins outside of itself"));
         }
         Ok(log)
     }
@@ -123,21 +124,21 @@ impl<'a> Log<'a> {
 
     /// How many blocks are looked at at most.
     fn most(&self) -> u64 {
-        MAX_BLOCKS.min(MAX_BYTES / self.fs.layout().block_size)
+        MAX_BLOCKS.min(MAX_BYTES / self.blocks.superblock().block_size)
     }
 
     /// Where a block of the journal is on disk.
     fn place(&self, block: u32) -> Result<u64> {
-        let run = self.fs.run_at(self.inode, u64::from(block))?;
+        let run = BlockMap::of(self.blocks, self.inode).run_at(u64::from(block))?;
         run.block
-            .ok_or_else(|| self.fs.damaged("the journal has a hole"))
+            .ok_or_else(|| self.blocks.damaged("the journal has a hole"))
     }
 
     fn block(&self, block: u32) -> Result<Vec<u8>> {
         let place = self.place(block)?;
-        let mut bytes = vec![0; self.fs.layout().block_size as usize];
+        let mut bytes = vec![0; self.blocks.superblock().block_size as usize];
         // A journal is read once, and in order.
-        self.fs.read_blocks(Use::Contents, place, 0, &mut bytes)?;
+        self.blocks.read(Use::Contents, place, 0, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -169,23 +170,23 @@ fn superblock_is_right(sb: Fields) -> bool {
 }
 
 /// A block that a transaction writes.
-struct Write {
+struct LoggedBlock {
     sequence: u32,
     block: u64,
     by: Replacement,
 }
 
 /// Going through the log, one transaction after the other.
-struct Reading<'a> {
-    log: &'a Log<'a>,
+struct LogReader<'a> {
+    log: &'a JournalLog<'a>,
     sequence: u32,
     /// Of complete transactions, in order.
-    writes: Vec<Write>,
+    writes: Vec<LoggedBlock>,
     /// Blocks that were given up, and by which transaction last: what earlier ones wrote there is of
     /// no meaning, the block may have contents of a file since.
     revoked: HashMap<u64, u32>,
     /// Of the transaction at hand.
-    new_writes: Vec<Write>,
+    new_writes: Vec<LoggedBlock>,
     new_revoked: Vec<u64>,
     /// Blocks that may still be looked at.
     left: u64,
@@ -196,9 +197,9 @@ fn is_later(a: u32, b: u32) -> bool {
     (a.wrapping_sub(b) as i32) > 0
 }
 
-impl<'a> Reading<'a> {
-    fn new(log: &'a Log<'a>) -> Reading<'a> {
-        Reading {
+impl<'a> LogReader<'a> {
+    fn new(log: &'a JournalLog<'a>) -> LogReader<'a> {
+        LogReader {
             log,
             sequence: log.sequence,
             writes: Vec::new(),
@@ -209,7 +210,7 @@ impl<'a> Reading<'a> {
         }
     }
 
-    fn read(mut self, start: u32) -> Result<Replaced> {
+    fn read(mut self, start: u32) -> Result<JournalMap> {
         let mut at = start;
         while self.left > 0 {
             self.left -= 1;
@@ -223,7 +224,7 @@ impl<'a> Reading<'a> {
         if u64::from(self.log.end - self.log.first) > self.log.most() {
             return Err(self
                 .log
-                .fs
+                .blocks
                 .damaged("the journal is too large to be read here"));
         }
         Ok(self.finish())
@@ -258,13 +259,13 @@ impl<'a> Reading<'a> {
         let end = bytes.len() - if self.log.has_checksums() { 4 } else { 0 };
         let mut tag_at = HEADER;
         while tag_at + len <= end && self.left > 0 {
-            let tag = Tag::parse(Fields(bytes), tag_at, v3, wide);
+            let tag = DescriptorTag::parse(Fields(bytes), tag_at, v3, wide);
             tag_at += len + if tag.same_uuid { 0 } else { 16 };
             self.left -= 1;
             if self.log.has_checksums() && !self.is_right(&tag, at, v3)? {
                 return Ok(None);
             }
-            self.new_writes.push(Write {
+            self.new_writes.push(LoggedBlock {
                 sequence: self.sequence,
                 block: tag.block,
                 by: Replacement {
@@ -281,12 +282,13 @@ impl<'a> Reading<'a> {
     }
 
     /// Whether the block at `at` has the checksum its tag says.
-    fn is_right(&self, tag: &Tag, at: u32, v3: bool) -> Result<bool> {
+    fn is_right(&self, tag: &DescriptorTag, at: u32, v3: bool) -> Result<bool> {
         let bytes = self.log.block(at)?;
         let sum = crc32c(self.log.seed, &[&self.sequence.to_be_bytes(), &bytes]);
-        Ok(match v3 {
-            true => sum == tag.checksum,
-            false => sum as u16 == tag.checksum as u16,
+        Ok(if v3 {
+            sum == tag.checksum
+        } else {
+            sum as u16 == tag.checksum as u16
         })
     }
 
@@ -300,7 +302,10 @@ impl<'a> Reading<'a> {
         let count = (Fields(bytes).be32(HEADER) as usize).saturating_sub(LIST) / len;
         let list = Fields(bytes).bytes(LIST, count.saturating_mul(len));
         if self.revoked.len() + self.new_revoked.len() + list.len() / len > MAX_REVOKED {
-            return Err(self.log.fs.damaged("the journal gives up too many blocks"));
+            return Err(self
+                .log
+                .blocks
+                .damaged("the journal gives up too many blocks"));
         }
         self.new_revoked
             .extend(list.chunks_exact(len).map(|entry| match len {
@@ -320,7 +325,7 @@ impl<'a> Reading<'a> {
     }
 
     /// What counts of all that was written.
-    fn finish(self) -> Replaced {
+    fn finish(self) -> JournalMap {
         let mut replaced = BTreeMap::new();
         for write in self.writes {
             let revoked = self.revoked.get(&write.block);
@@ -328,12 +333,12 @@ impl<'a> Reading<'a> {
                 replaced.insert(write.block, write.by);
             }
         }
-        Replaced { blocks: replaced }
+        JournalMap { blocks: replaced }
     }
 }
 
 /// What a descriptor says of one block.
-struct Tag {
+struct DescriptorTag {
     block: u64,
     checksum: u32,
     escaped: bool,
@@ -341,14 +346,15 @@ struct Tag {
     last: bool,
 }
 
-impl Tag {
-    fn parse(bytes: Fields, at: usize, v3: bool, wide: bool) -> Tag {
-        let (flags, checksum) = match v3 {
-            true => (bytes.be32(at + 4), bytes.be32(at + 12)),
-            false => (u32::from(bytes.be16(at + 6)), u32::from(bytes.be16(at + 4))),
+impl DescriptorTag {
+    fn parse(bytes: Fields, at: usize, v3: bool, wide: bool) -> DescriptorTag {
+        let (flags, checksum) = if v3 {
+            (bytes.be32(at + 4), bytes.be32(at + 12))
+        } else {
+            (u32::from(bytes.be16(at + 6)), u32::from(bytes.be16(at + 4)))
         };
         let high = if wide { bytes.be32(at + 8) } else { 0 };
-        Tag {
+        DescriptorTag {
             block: u64::from(high) << 32 | u64::from(bytes.be32(at)),
             checksum,
             escaped: flags & 1 != 0,

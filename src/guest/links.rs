@@ -7,12 +7,14 @@
 //! Words that lead to the right file as they are, are kept as they are.
 //!
 //! That is right only if the way up from a directory is the one by which it was reached. So a directory
-//! may be entered by the one name that its own `..` agrees with ([`FileSystem::is_entered_from`]), and
-//! [`FileSystem::depth`] goes by `..` too. And since a link may have names in several directories, what
+//! may be entered by the one name that its own `..` agrees with ([`is_entered_from`]), and
+//! [`depth`] goes by `..` too. And since a link may have names in several directories, what
 //! its words are depends on where it is: [`LinkPlace`].
 
-use super::FileKind;
-use super::file_system::FileSystem;
+use super::block_reader::BlockReader;
+use super::contents::read_link;
+use super::directory::{Directory, is_entered_from, parent};
+use super::inode::{FileKind, ROOT};
 use crate::{Error, Result};
 use std::ops::Range;
 
@@ -34,120 +36,119 @@ pub enum LinkPlace {
     Directory(u32),
 }
 
-impl FileSystem {
-    /// Where the link `inode` in `directory` is. EIO if either is damaged.
-    pub fn link_place(&self, inode: u32, directory: u32) -> Result<LinkPlace> {
-        let own = self.read_link(inode)?;
-        let words = Words::of(&own);
-        Ok(match words.turns_back() && !words.absolute {
-            true => LinkPlace::Directory(directory),
-            false => LinkPlace::Depth(self.depth(directory)?),
-        })
-    }
+/// Returns where the link `inode` in `directory` is.
+pub(super) fn place(blocks: &BlockReader, inode: u32, directory: u32) -> Result<LinkPlace> {
+    let own = read_link(blocks, inode)?;
+    let words = Words::of(&own);
+    Ok(if words.turns_back() && !words.absolute {
+        LinkPlace::Directory(directory)
+    } else {
+        LinkPlace::Depth(depth(blocks, directory)?)
+    })
+}
 
-    /// The words of a symbolic link that lead whoever follows them from `place` to where the guest
-    /// would come, without leaving the file system. ENAMETOOLONG if they are too long; else as
-    /// [`FileSystem::read_link`].
-    pub fn link_within(&self, inode: u32, place: LinkPlace) -> Result<Vec<u8>> {
-        let own = self.read_link(inode)?;
-        let words = Words::of(&own);
-        let within = match place {
-            _ if words.absolute => {
-                let depth = match place {
-                    LinkPlace::Depth(depth) => depth,
-                    LinkPlace::Directory(directory) => self.depth(directory)?,
-                };
-                let rest = match words.turns_back() {
-                    true => words.rebuilt(&self.steps_within(vec![FileSystem::ROOT], &words)?),
-                    false => words.rest(0).to_vec(),
-                };
-                from_root(depth, &rest)?
-            }
-            LinkPlace::Depth(depth) if !words.turns_back() => {
-                match words.ups() <= usize::from(depth) {
-                    true => own,
-                    false => from_root(depth, words.rest(words.ups()))?,
-                }
-            }
-            LinkPlace::Depth(_) => {
-                return Err(self.damaged(format_args!("link {inode} has changed")));
-            }
-            LinkPlace::Directory(directory) => {
-                let kept = self.steps_within(self.way_to(directory)?, &words)?;
-                match kept.len() == words.steps.len() {
-                    true => own,
-                    false => words.rebuilt(&kept),
-                }
-            }
-        };
-        match within.len() <= MAX_WORDS {
-            true => Ok(within),
-            false => Err(too_long()),
-        }
-    }
-
-    /// How many steps a directory is below the root, [`DEEPEST`] at most.
-    pub fn depth(&self, directory: u32) -> Result<u16> {
-        let mut at = directory;
-        for depth in 0..DEEPEST {
-            if at == FileSystem::ROOT {
-                return Ok(depth);
-            }
-            at = self.parent(at)?;
-        }
-        Ok(DEEPEST)
-    }
-
-    /// Whether `child` is a directory that may be entered from `directory`: its `..` leads back there.
-    /// In a file system that is whole this is so for all names of directories.
-    pub fn is_entered_from(&self, child: u32, directory: u32) -> Result<bool> {
-        let is_another = child != FileSystem::ROOT && child != directory;
-        Ok(is_another && self.parent(child)? == directory)
-    }
-
-    /// The directories from the root to `directory`.
-    fn way_to(&self, directory: u32) -> Result<Vec<u32>> {
-        let mut way = vec![directory];
-        let mut at = directory;
-        while at != FileSystem::ROOT {
-            if way.len() > usize::from(DEEPEST) {
-                return Err(too_long());
-            }
-            at = self.parent(at)?;
-            way.push(at);
-        }
-        way.reverse();
-        Ok(way)
-    }
-
-    /// The steps of `words` without those up from the root. It begins in the last of `way`.
-    fn steps_within<'w>(&self, way: Vec<u32>, words: &Words<'w>) -> Result<Vec<&'w [u8]>> {
-        let mut walk = Walk {
-            fs: self,
-            way,
-            lost: None,
-            links: 0,
-            steps: 0,
-        };
-        let last_up = words.steps.iter().rposition(|step| *step == b"..");
-        let mut kept = Vec::new();
-        for (index, step) in words.steps.iter().enumerate() {
-            let is_kept = match *step {
-                b".." => walk.up(),
-                name => {
-                    // Nothing depends on where the steps after the last `..` lead.
-                    if last_up.is_some_and(|last| index < last) {
-                        walk.enter(name)?;
-                    }
-                    true
-                }
+/// Returns the target of a link so that following it from `place` leads to where the guest would get.
+pub(super) fn target_within(blocks: &BlockReader, inode: u32, place: LinkPlace) -> Result<Vec<u8>> {
+    let own = read_link(blocks, inode)?;
+    let words = Words::of(&own);
+    let within = match place {
+        _ if words.absolute => {
+            let depth = match place {
+                LinkPlace::Depth(depth) => depth,
+                LinkPlace::Directory(directory) => depth(blocks, directory)?,
             };
-            if is_kept {
-                kept.push(*step);
+            let rest = if words.turns_back() {
+                words.rebuilt(&steps_within(blocks, vec![ROOT], &words)?)
+            } else {
+                words.rest(0).to_vec()
+            };
+            from_root(depth, &rest)?
+        }
+        LinkPlace::Depth(depth) if !words.turns_back() => {
+            if words.ups() <= usize::from(depth) {
+                own
+            } else {
+                from_root(depth, words.rest(words.ups()))?
             }
         }
-        Ok(kept)
+        LinkPlace::Depth(_) => {
+            return Err(blocks.damaged(format_args!("link {inode} has changed")));
+        }
+        LinkPlace::Directory(directory) => {
+            let kept = steps_within(blocks, way_to(blocks, directory)?, &words)?;
+            if kept.len() == words.steps.len() {
+                own
+            } else {
+                words.rebuilt(&kept)
+            }
+        }
+    };
+    if within.len() <= MAX_WORDS {
+        Ok(within)
+    } else {
+        Err(too_long())
     }
+}
+
+/// Returns how many steps a directory is below the root, at most [`DEEPEST`].
+pub(super) fn depth(blocks: &BlockReader, directory: u32) -> Result<u16> {
+    let mut at = directory;
+    for depth in 0..DEEPEST {
+        if at == ROOT {
+            return Ok(depth);
+        }
+        at = parent(blocks, at)?;
+    }
+    Ok(DEEPEST)
+}
+
+/// Returns the directories from the root to `directory`.
+fn way_to(blocks: &BlockReader, directory: u32) -> Result<Vec<u32>> {
+    let mut way = vec![directory];
+    let mut at = directory;
+    while at != ROOT {
+        if way.len() > usize::from(DEEPEST) {
+            return Err(too_long());
+        }
+        at = parent(blocks, at)?;
+        way.push(at);
+    }
+    way.reverse();
+    Ok(way)
+}
+
+/// Returns the steps of `words` without those that would go above the root. They begin in the last
+/// directory of `way`.
+fn steps_within<'w>(
+    blocks: &BlockReader,
+    way: Vec<u32>,
+    words: &Words<'w>,
+) -> Result<Vec<&'w [u8]>> {
+    let mut walk = LinkWalk {
+        blocks,
+        way,
+        lost: None,
+        links: 0,
+        steps: 0,
+    };
+    let last_up = words.steps.iter().rposition(|step| *step == b"..");
+    let mut kept = Vec::new();
+    for (index, step) in words.steps.iter().enumerate() {
+        let is_kept = match *step {
+            b".." => walk.up(),
+            name => {
+                // Nothing depends on where the steps after the last `..` lead.
+                if last_up.is_some_and(|last| index < last) {
+                    walk.enter(name)?;
+                }
+                true
+            }
+        };
+        if is_kept {
+            kept.push(*step);
+        }
+    }
+    Ok(kept)
 }
 
 fn too_long() -> Error {
@@ -234,8 +235,8 @@ impl<'w> Words<'w> {
 }
 
 /// A way through directories, as the guest would go it.
-struct Walk<'a> {
-    fs: &'a FileSystem,
+struct LinkWalk<'a> {
+    blocks: &'a BlockReader,
     /// The directories from the root to where it is.
     way: Vec<u32>,
     /// It went where nothing is, so far below the root; nobody who follows it comes further.
@@ -244,7 +245,7 @@ struct Walk<'a> {
     steps: usize,
 }
 
-impl Walk<'_> {
+impl LinkWalk<'_> {
     /// A step up; false if there is none, in the root.
     fn up(&mut self) -> bool {
         match &mut self.lost {
@@ -287,13 +288,13 @@ impl Walk<'_> {
 
     /// A step to one name; `left` is what is to be gone after it. False if it leads nowhere.
     fn step(&mut self, name: &[u8], left: &mut Vec<Vec<u8>>) -> Result<bool> {
-        let here = self.way.last().copied().unwrap_or(FileSystem::ROOT);
-        let Some(inode) = self.fs.lookup(here, name)? else {
+        let here = self.way.last().copied().unwrap_or(ROOT);
+        let Some(inode) = Directory::open(self.blocks, here)?.lookup(name)? else {
             return Ok(false);
         };
-        match self.fs.attributes(inode)?.kind {
+        match self.blocks.inode(inode)?.kind {
             FileKind::Directory => {
-                let may_enter = self.fs.is_entered_from(inode, here)?;
+                let may_enter = is_entered_from(self.blocks, inode, here)?;
                 if may_enter {
                     self.way.push(inode);
                 }
@@ -301,7 +302,7 @@ impl Walk<'_> {
             }
             FileKind::Symlink => {
                 self.links += 1;
-                let target = self.fs.read_link(inode)?;
+                let target = read_link(self.blocks, inode)?;
                 let words = Words::of(&target);
                 if words.absolute {
                     self.way.truncate(1);

@@ -6,19 +6,21 @@
 //! numbers. There is nothing to open or close: whoever has a `Guest` may ask for anything, from any
 //! number of threads.
 //!
+//! From the bottom up:
+//!
 //! * `disk`: what is read of the chain, and kept for a while.
 //! * `partitions`: MBR and GPT.
-//! * `layout`: the superblock, and where the rest is.
-//! * `journal`, `replaced`: what was written to the journal and not yet to its place.
-//! * `inode`: what an inode says of its file.
-//! * `map`: which blocks of the disk a file's blocks are.
-//! * `entry`, `directory`: names.
-//! * `index`, `name_hash`: the index of a directory, and the hashes it is sorted by.
-//! * `name_indexes`: indexes made here, of directories that have none.
-//! * `links`: where symbolic links lead inside of the file system.
-//! * `attribute`: extended attributes.
-//! * `file_system`, `opening`: what all of it comes to: [`FileSystem`], and how it is opened.
 //! * `fields`, `checksum`: numbers in structures, and whether they are right.
+//! * `superblock`: the layout of a file system. `inode`: what an inode says of its file.
+//! * `block_reader`: blocks and inodes, as they are with the journal. All below is read by it.
+//! * `block_map`: which blocks of the disk a file's blocks are.
+//! * `journal`, `journal_map`: what was written to the journal and not yet to its place.
+//! * `xattrs`, `contents`: extended attributes, contents of files, targets of links.
+//! * `directory_blocks`, `directory`: names.
+//! * `hash_index`, `name_hash`: the index of a directory, and the hashes it is sorted by.
+//! * `name_cache`: indexes made here, of directories that have none.
+//! * `links`: where symbolic links lead inside of the file system.
+//! * `file_system`: the face of all of it, [`FileSystem`].
 //!
 //! **Nothing on the disk is trusted.** Whoever has root in a guest can write what he likes there. So
 //! every number is checked before it is used to count, to index or to allocate; what is damaged is
@@ -33,27 +35,28 @@
 //!
 //! Knows nothing of boxes, nodes or FUSE.
 
-mod attribute;
+mod block_map;
+mod block_reader;
 mod checksum;
+mod contents;
 mod directory;
+mod directory_blocks;
 mod disk;
-mod entry;
 mod fields;
 mod file_system;
-mod index;
+mod hash_index;
 mod inode;
 mod journal;
-mod layout;
+mod journal_map;
 mod links;
-mod map;
+mod name_cache;
 mod name_hash;
-mod name_indexes;
-mod opening;
 mod partitions;
-mod replaced;
+mod superblock;
+mod xattrs;
 
+pub use directory_blocks::Entry;
 pub use disk::Caches;
-pub use entry::Entry;
 pub use file_system::FileSystem;
 pub use inode::{Attributes, FileKind, Time};
 pub use links::{DEEPEST, LinkPlace};
@@ -61,7 +64,7 @@ pub use links::{DEEPEST, LinkPlace};
 use crate::disk::Chain;
 use crate::{Error, Result};
 use disk::{Disk, Volume};
-use partitions::Place;
+use partitions::PartitionSpan;
 use std::sync::{Arc, OnceLock};
 
 /// What is on the disk of a box, or of a snapshot.
@@ -84,20 +87,20 @@ impl Guest {
     /// damaged or not known here; the message says what is there instead.
     pub fn open(chain: Arc<Chain>, caches: &Arc<Caches>) -> Result<Guest> {
         let disk = Arc::new(Disk::new(chain, caches.clone()));
-        let places = partitions::find(&disk)?;
+        let spans = partitions::find(&disk)?;
         let whole = Volume::new(disk.clone(), 0, disk.len(), "the guest's disk".into());
-        let content = match places {
-            Some(places) if partitions::hide_a_file_system(&disk, &places)? => {
-                Content::Partitions(Partition::all(&disk, &places))
+        let content = match spans {
+            Some(spans) if partitions::hide_a_file_system(&disk, &spans)? => {
+                Content::Partitions(Partition::all(&disk, &spans))
             }
-            Some(places) => match FileSystem::open(whole) {
+            Some(spans) => match FileSystem::open(whole) {
                 Ok(Some(found)) => Content::FileSystem(found),
                 // What is left of a file system from before the partitions.
-                Err(_) if partitions::can_be(&disk, &places) => {
-                    Content::Partitions(Partition::all(&disk, &places))
+                Err(_) if partitions::can_be(&disk, &spans) => {
+                    Content::Partitions(Partition::all(&disk, &spans))
                 }
                 Err(error) => return Err(error),
-                Ok(None) => Content::Partitions(Partition::all(&disk, &places)),
+                Ok(None) => Content::Partitions(Partition::all(&disk, &spans)),
             },
             None => Content::FileSystem(FileSystem::open_or_tell(whole)?),
         };
@@ -141,35 +144,35 @@ impl Guest {
 /// A partition.
 pub struct Partition {
     disk: Arc<Disk>,
-    place: Place,
+    span: PartitionSpan,
     found: OnceLock<Result<FileSystem>>,
 }
 
 impl Partition {
-    fn all(disk: &Arc<Disk>, places: &[Place]) -> Vec<Partition> {
-        let partition = |place: &Place| Partition {
+    fn all(disk: &Arc<Disk>, spans: &[PartitionSpan]) -> Vec<Partition> {
+        let partition = |span: &PartitionSpan| Partition {
             disk: disk.clone(),
-            place: *place,
+            span: *span,
             found: OnceLock::new(),
         };
-        places.iter().map(partition).collect()
+        spans.iter().map(partition).collect()
     }
 
     /// Its number, as Linux counts: 1 for `p1`.
     pub fn number(&self) -> u32 {
-        self.place.number
+        self.span.number
     }
 
     /// Its length in bytes, as the table has it.
     pub fn size(&self) -> u64 {
-        self.place.len
+        self.span.len
     }
 
     /// The file system in it, looked at when it is first asked for. EIO as [`Guest::open`], the same
     /// each time.
     pub fn file_system(&self) -> Result<&FileSystem> {
         let found = self.found.get_or_init(|| {
-            let Place { number, start, len } = self.place;
+            let PartitionSpan { number, start, len } = self.span;
             let name = format!("partition p{number} of the guest's disk");
             FileSystem::open_or_tell(Volume::new(self.disk.clone(), start, len, name))
         });

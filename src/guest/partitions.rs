@@ -3,7 +3,7 @@
 use super::checksum::crc32;
 use super::disk::{Disk, Volume};
 use super::fields::Fields;
-use super::layout;
+use super::superblock;
 use crate::Result;
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ const MAX_PARTITIONS: usize = 256;
 
 /// Where a partition is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Place {
+pub(super) struct PartitionSpan {
     /// Its number, as Linux counts: logical partitions of an MBR from 5 on.
     pub number: u32,
     /// Its first byte.
@@ -31,7 +31,7 @@ pub(super) struct Place {
 }
 
 /// The partitions of a disk, by number; None if it has no table.
-pub(super) fn find(disk: &Arc<Disk>) -> Result<Option<Vec<Place>>> {
+pub(super) fn find(disk: &Arc<Disk>) -> Result<Option<Vec<PartitionSpan>>> {
     let volume = Volume::new(disk.clone(), 0, disk.len(), "the disk".into());
     let mut sector = [0; SECTOR as usize];
     volume.peek(0, &mut sector)?;
@@ -39,17 +39,17 @@ pub(super) fn find(disk: &Arc<Disk>) -> Result<Option<Vec<Place>>> {
         return Ok(None);
     };
     if table.0.iter().any(|entry| entry.kind == PROTECTIVE)
-        && let Some(places) = gpt(&volume, disk.len())?
+        && let Some(spans) = gpt(&volume, disk.len())?
     {
-        return Ok(Some(places));
+        return Ok(Some(spans));
     }
     mbr(&volume, &table).map(Some)
 }
 
 /// Whether partitions can be so: each begins on the disk, and not with its first sector.
-pub(super) fn can_be(disk: &Disk, places: &[Place]) -> bool {
-    let can_be = |place: &Place| (SECTOR..disk.len()).contains(&place.start);
-    !places.is_empty() && places.iter().all(can_be)
+pub(super) fn can_be(disk: &Disk, spans: &[PartitionSpan]) -> bool {
+    let can_be = |span: &PartitionSpan| (SECTOR..disk.len()).contains(&span.start);
+    !spans.is_empty() && spans.iter().all(can_be)
 }
 
 /// Whether partitions are what a disk has, even if it looks as if one file system takes all of it.
@@ -57,13 +57,13 @@ pub(super) fn can_be(disk: &Disk, places: &[Place]) -> bool {
 /// A file system that is made on a whole disk takes the first sector, and a table there with it. So a
 /// table is the newer of the two, and a superblock is left from before, if the partitions can be so
 /// and one of them has a file system that is known.
-pub(super) fn hide_a_file_system(disk: &Arc<Disk>, places: &[Place]) -> Result<bool> {
-    if !can_be(disk, places) {
+pub(super) fn hide_a_file_system(disk: &Arc<Disk>, spans: &[PartitionSpan]) -> Result<bool> {
+    if !can_be(disk, spans) {
         return Ok(false);
     }
-    for Place { start, len, .. } in places {
+    for PartitionSpan { start, len, .. } in spans {
         let volume = Volume::new(disk.clone(), *start, *len, "a partition".into());
-        if layout::is_known(&volume)? {
+        if superblock::is_known(&volume)? {
             return Ok(true);
         }
     }
@@ -87,8 +87,8 @@ impl MbrEntry {
         self.kind != 0 && self.sectors != 0
     }
 
-    fn place(&self, number: u32, base: u64) -> Place {
-        Place {
+    fn place(&self, number: u32, base: u64) -> PartitionSpan {
+        PartitionSpan {
             number,
             start: base.saturating_add(self.first).saturating_mul(SECTOR),
             len: self.sectors.saturating_mul(SECTOR),
@@ -120,11 +120,11 @@ impl Table {
 }
 
 /// The partitions of an MBR.
-fn mbr(volume: &Volume, table: &Table) -> Result<Vec<Place>> {
-    let mut places = Vec::new();
+fn mbr(volume: &Volume, table: &Table) -> Result<Vec<PartitionSpan>> {
+    let mut spans = Vec::new();
     for (number, entry) in (1..).zip(&table.0) {
         if entry.is_used() && !entry.is_extended() {
-            places.push(entry.place(number, 0));
+            spans.push(entry.place(number, 0));
         }
     }
     for entry in table
@@ -132,14 +132,14 @@ fn mbr(volume: &Volume, table: &Table) -> Result<Vec<Place>> {
         .iter()
         .filter(|entry| entry.is_used() && entry.is_extended())
     {
-        logical(volume, entry.first, &mut places)?;
+        logical(volume, entry.first, &mut spans)?;
     }
-    Ok(places)
+    Ok(spans)
 }
 
 /// Adds the logical partitions of the extended one that begins at sector `extended`: each has a
 /// table before it, which says where the next one is.
-fn logical(volume: &Volume, extended: u64, places: &mut Vec<Place>) -> Result<()> {
+fn logical(volume: &Volume, extended: u64, spans: &mut Vec<PartitionSpan>) -> Result<()> {
     let mut at = extended;
     for _ in 0..MAX_PARTITIONS {
         let mut sector = [0; SECTOR as usize];
@@ -151,15 +151,15 @@ fn logical(volume: &Volume, extended: u64, places: &mut Vec<Place>) -> Result<()
         for entry in entries.iter().filter(|entry| entry.is_used()) {
             if entry.is_extended() {
                 next = next.or(Some(entry.first));
-            } else if places.len() < MAX_PARTITIONS {
-                let number = places
+            } else if spans.len() < MAX_PARTITIONS {
+                let number = spans
                     .iter()
-                    .map(|place| place.number)
+                    .map(|span| span.number)
                     .max()
                     .unwrap_or(0)
                     .max(4)
                     + 1;
-                places.push(entry.place(number, at));
+                spans.push(entry.place(number, at));
             }
         }
         match next {
@@ -172,11 +172,11 @@ fn logical(volume: &Volume, extended: u64, places: &mut Vec<Place>) -> Result<()
 
 /// The partitions of a GPT, by its header in the second sector or by the copy in the last; None if
 /// there is neither. What a sector is, only the place of the header tells.
-fn gpt(volume: &Volume, len: u64) -> Result<Option<Vec<Place>>> {
+fn gpt(volume: &Volume, len: u64) -> Result<Option<Vec<PartitionSpan>>> {
     for sector in GPT_SECTORS {
         for header in [1, (len / sector).saturating_sub(1)] {
-            if let Some(places) = gpt_at(volume, sector, header)? {
-                return Ok(Some(places));
+            if let Some(spans) = gpt_at(volume, sector, header)? {
+                return Ok(Some(spans));
             }
         }
     }
@@ -184,7 +184,7 @@ fn gpt(volume: &Volume, len: u64) -> Result<Option<Vec<Place>>> {
 }
 
 /// The partitions of a GPT whose header is in a sector.
-fn gpt_at(volume: &Volume, sector: u64, header: u64) -> Result<Option<Vec<Place>>> {
+fn gpt_at(volume: &Volume, sector: u64, header: u64) -> Result<Option<Vec<PartitionSpan>>> {
     const MAX_TABLE: usize = 1 << 20;
     let mut bytes = [0; SECTOR as usize];
     volume.peek(header.saturating_mul(sector), &mut bytes)?;
@@ -209,17 +209,17 @@ fn gpt_at(volume: &Volume, sector: u64, header: u64) -> Result<Option<Vec<Place>
     if crc32(&table) != fields.le32(88) {
         return Ok(None);
     }
-    let places = (1..)
+    let spans = (1..)
         .zip(table.chunks_exact(size))
         .filter_map(|(number, entry)| {
             let entry = Fields(entry);
             let (first, last) = (entry.le64(32), entry.le64(40));
             let used = entry.bytes(0, 16) != [0; 16] && first <= last;
-            used.then(|| Place {
+            used.then(|| PartitionSpan {
                 number,
                 start: first.saturating_mul(sector),
                 len: (last - first).saturating_add(1).saturating_mul(sector),
             })
         });
-    Ok(Some(places.take(MAX_PARTITIONS).collect()))
+    Ok(Some(spans.take(MAX_PARTITIONS).collect()))
 }

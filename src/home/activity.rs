@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Once;
 
 use super::paths::Home;
+use super::process::{ignore_signals, start_time};
 use super::records::BoxRecord;
 
 /// What a box is doing as far as its disk is concerned.
@@ -62,19 +63,6 @@ pub(super) fn live_process(path: &Path) -> Option<(u32, Option<u64>)> {
     }
 }
 
-/// Start time of a live process in clock ticks since boot; None when there is none or it is a
-/// zombie.
-pub fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Field 2 is the command in parentheses and may hold spaces and parentheses itself.
-    let after = &stat[stat.rfind(')')? + 1..];
-    let mut fields = after.split_ascii_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
-}
-
 /// Asks for a read lease, which the kernel refuses (EAGAIN) while anyone has the file open for
 /// writing, and gives it back. Where leases do not work at all, says no.
 pub fn is_open_for_writing(path: &Path) -> bool {
@@ -106,8 +94,7 @@ fn is_refused_a_lease(path: &Path, kind: i32) -> bool {
 fn ignore_lease_breaks() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        // SAFETY: SIG_IGN is no handler of ours, so nothing runs in signal context.
-        unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+        ignore_signals(&[libc::SIGIO]);
     });
 }
 

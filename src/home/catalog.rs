@@ -10,7 +10,7 @@ use rusqlite::{Connection, params_from_iter};
 
 use super::connection::{data_version, failed};
 use super::identity::{is_safe_component, is_snapshot_name};
-use super::looking::{Looking, connect_to_look};
+use super::read_connection::{ReadConnection, connect_for_reading};
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
 use crate::{Error, Result};
 
@@ -77,7 +77,7 @@ pub(super) struct CatalogReader {
 struct OpenDatabase {
     /// (st_dev, st_ino): a connection kept over a database that was made anew reads the old one.
     file: (u64, u64),
-    connection: Looking,
+    connection: ReadConnection,
     /// SQLite's count of commits by others; the rows below are of this version.
     data_version: i64,
     catalog: Arc<Catalog>,
@@ -108,7 +108,7 @@ impl CatalogReader {
             }
             return Ok(open.catalog.clone());
         }
-        let connection = connect_to_look(&self.database)?;
+        let connection = connect_for_reading(&self.database)?;
         // Version first: a commit that comes between is seen the next time.
         let data_version =
             data_version(&connection).map_err(|e| failed(&connection, &self.database, e))?;

@@ -8,32 +8,45 @@ mod activity;
 mod catalog;
 mod change;
 mod connection;
+mod guard;
+mod host_access;
 mod identity;
-mod looking;
+mod lock;
+mod option_types;
 mod options;
 mod paths;
 mod placement;
-mod reach;
+mod process;
+mod queries;
+mod read_connection;
 mod recorded_paths;
 mod records;
-mod remembered;
-mod shim;
+mod shared_access;
+mod size_cache;
 mod space;
+mod transactions;
+mod vm_process;
 
-pub use activity::{Activity, is_open, is_open_for_writing, start_time};
+pub use activity::{Activity, is_open, is_open_for_writing};
 pub use catalog::{Catalog, Schema};
-pub use change::{Change, Transaction, flock_exclusive};
+pub use change::Change;
+pub use guard::{GUARD, run_guard};
+pub use host_access::reject_host_access;
 pub use identity::{
     base_id, box_id, container_id, is_safe_component, is_snapshot_name, rfc3339, rfc3339_at,
     snapshot_id,
 };
-pub use options::{check_options, normalize_imported, redact_secrets};
+pub use lock::flock_exclusive;
+pub use option_types::check_options;
+pub use options::{normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
-pub use reach::refuse_reach;
+pub use process::start_time;
+pub use queries::Queries;
 pub use recorded_paths::{RecordedIn, RecordedPath};
 pub use records::{
     BaseFile, BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
 };
-pub use remembered::Remembered;
-pub use shim::{GUARD, Paused, Shim, run_guard};
+pub use size_cache::SizeCache;
 pub use space::Space;
+pub use transactions::Transaction;
+pub use vm_process::{Paused, VmProcess};

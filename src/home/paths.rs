@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::catalog::{Catalog, CatalogReader, has_table, read_bases};
 use super::connection::failed;
-use super::looking::{connect_to_look, may_write};
+use super::read_connection::{connect_for_reading, may_write};
 use super::records::BaseRecord;
 use crate::{Context, Error, Result};
 
@@ -105,7 +105,7 @@ impl Home {
     /// EIO when the database is damaged.
     pub fn bases(&self) -> Result<Vec<BaseRecord>> {
         let database = self.database();
-        let connection = connect_to_look(&database)?;
+        let connection = connect_for_reading(&database)?;
         if !has_table(&connection, "base_disk") {
             return Ok(Vec::new());
         }
@@ -209,7 +209,7 @@ impl Home {
     }
 
     /// `db/boxlitefs.db`: what we worked out before; may be deleted at any time.
-    pub fn remembered(&self) -> PathBuf {
+    pub fn size_cache_file(&self) -> PathBuf {
         self.root.join("db/boxlitefs.db")
     }
 

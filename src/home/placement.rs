@@ -16,13 +16,13 @@ impl Home {
     /// EXDEV when a part lies on another file system, EPERM when it is in another home; those of looking.
     pub(super) fn refuse_scattered(&self) -> Result<()> {
         let staging = self.staging_dir();
-        let ours = Place::of(&staging)?;
+        let ours = MountedAt::of(&staging)?;
         for (name, dir) in [("boxes", self.boxes_dir()), ("bases", self.bases_dir())] {
             if !dir.is_dir() {
                 continue;
             }
             let shown = self.root().join(name);
-            if Place::of(&dir)? != ours {
+            if MountedAt::of(&dir)? != ours {
                 return Err(Error::new(
                     libc::EXDEV,
                     format!(
@@ -75,22 +75,22 @@ fn led_to(shown: &Path, dir: &Path) -> String {
     format!("{} leads to {}, which", shown.display(), dir.display())
 }
 
-/// Files can be moved and linked between directories of one place.
+/// Which mount of which file system a directory is on: files can be moved and linked within one.
 #[derive(PartialEq, Eq)]
-struct Place {
+struct MountedAt {
     device: (u32, u32),
     /// One file system may be mounted twice, and nothing can be moved from one mount to the other. 0 where the
     /// kernel (before 5.8) does not say.
     mount: u64,
 }
 
-impl Place {
-    fn of(dir: &Path) -> Result<Place> {
+impl MountedAt {
+    fn of(dir: &Path) -> Result<MountedAt> {
         let found = statx(CWD, dir, AtFlags::empty(), StatxFlags::MNT_ID)
             .map_err(std::io::Error::from)
             .context(|| format!("cannot look at {}", dir.display()))?;
         let has_mount = found.stx_mask & StatxFlags::MNT_ID.bits() != 0;
-        Ok(Place {
+        Ok(MountedAt {
             device: (found.stx_dev_major, found.stx_dev_minor),
             mount: if has_mount { found.stx_mnt_id } else { 0 },
         })

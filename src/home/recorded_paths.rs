@@ -6,10 +6,11 @@ use std::path::Path;
 use rusqlite::Connection;
 
 use super::catalog::has_table;
-use super::change::{Change, Transaction};
 use super::connection::failed;
-use super::looking::connect_to_look;
 use super::paths::Home;
+use super::queries::Queries;
+use super::read_connection::connect_for_reading;
+use super::transactions::Transaction;
 use crate::Result;
 
 /// Which value of a row holds a path.
@@ -90,12 +91,12 @@ impl Home {
     /// EIO when the database is damaged.
     pub fn recorded_paths(&self) -> Result<Vec<RecordedPath>> {
         let database = self.database();
-        let connection = connect_to_look(&database)?;
+        let connection = connect_for_reading(&database)?;
         read_paths(&connection).map_err(|e| failed(&connection, &database, e))
     }
 }
 
-impl Change<'_> {
+impl Queries {
     /// Every path in the rows.
     ///
     /// # Errors

@@ -1,11 +1,10 @@
 //! Images that are damaged at random, or on purpose: nothing panics, nothing goes on for ever.
 
 use super::images::{Image, debugfs, index_directories, mke2fs, noise};
-use super::{FileKind, FileSystem, Guest, chain, open, resolve};
+use super::walk::{Limits, look_at};
+use super::{Guest, chain, open, resolve};
 use crate::disk::judges::{Numbers, succeed, text};
-use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, symlink};
 use std::sync::Arc;
 
@@ -45,121 +44,12 @@ fn small(options: &str) -> Image {
     image
 }
 
-/// Asks for everything there is, as far as it goes.
-fn walk(guest: &Guest) {
-    let Some(fs) = guest.file_system() else {
-        return;
-    };
-    let mut left = vec![FileSystem::ROOT];
-    let mut seen = BTreeSet::from([FileSystem::ROOT]);
-    let mut buf = vec![0; 80_000];
-    follow_links(fs);
-    while let Some(inode) = left.pop() {
-        look_at(fs, inode, &mut buf);
-        let mut count = 0;
-        let _ = fs.list(inode, 0, &mut |entry| {
-            assert!(!entry.name.contains(&b'/') && !entry.name.is_empty());
-            if seen.insert(entry.inode) {
-                left.push(entry.inode);
-            }
-            count += 1;
-            match count < 20_000 {
-                true => ControlFlow::Continue(()),
-                false => ControlFlow::Break(()),
-            }
-        });
-        let _ = fs.lookup(inode, b"no such name");
-    }
-}
-
-/// Follows every link in directories that can be entered as a program in a mount does.
-fn follow_links(fs: &FileSystem) {
-    let mut ways = vec![vec![FileSystem::ROOT]];
-    let mut count = 0;
-    while let Some(way) = ways.pop() {
-        let mut inodes = Vec::new();
-        let here = way[way.len() - 1];
-        let _ = fs.list(here, 0, &mut |entry| {
-            inodes.push(entry.inode);
-            match inodes.len() < 40 {
-                true => ControlFlow::Continue(()),
-                false => ControlFlow::Break(()),
-            }
-        });
-        for inode in inodes {
-            let mut below = way.clone();
-            let entered = go_into(fs, &mut below, inode, &mut 40).is_some();
-            let is_here = below.len() == way.len() + 1 && below[way.len()] == inode;
-            count += 1;
-            if entered && is_here && count < 5000 {
-                ways.push(below);
-            }
-        }
-    }
-}
-
-/// Goes on into a file; None if nobody would come further.
-fn go_into(fs: &FileSystem, way: &mut Vec<u32>, inode: u32, links: &mut u32) -> Option<()> {
-    let here = *way.last()?;
-    match fs.attributes(inode).ok()?.kind {
-        FileKind::Directory if fs.is_entered_from(inode, here).ok()? => way.push(inode),
-        FileKind::Symlink => {
-            *links = links.checked_sub(1)?;
-            let place = fs.link_place(inode, here).ok()?;
-            let words = fs.link_within(inode, place).ok()?;
-            assert!(!words.is_empty() && words[0] != b'/' && words.len() < 4096);
-            for step in words.split(|byte| *byte == b'/') {
-                match step {
-                    b"" | b"." => {}
-                    b".." => {
-                        way.pop();
-                        assert!(!way.is_empty(), "link {inode} leads out");
-                    }
-                    name => {
-                        let next = fs.lookup(*way.last()?, name).ok()??;
-                        go_into(fs, way, next, links)?;
-                    }
-                }
-            }
-        }
-        _ => return None,
-    }
-    Some(())
-}
-
-fn look_at(fs: &FileSystem, inode: u32, buf: &mut [u8]) {
-    for name in fs.xattr_names(inode).unwrap_or_default() {
-        let _ = fs.xattr(inode, &name);
-    }
-    let Ok(attributes) = fs.attributes(inode) else {
-        return;
-    };
-    if attributes.kind == FileKind::Symlink {
-        let _ = fs.read_link(inode);
-    }
-    if attributes.kind != FileKind::Regular {
-        return;
-    }
-    for at in [
-        0,
-        attributes.size / 2,
-        attributes.size.saturating_sub(5),
-        u64::MAX,
-    ] {
-        let _ = fs.read_at(inode, at, buf);
-    }
-    let mut at = 0;
-    for _ in 0..100 {
-        let Ok(Some(data)) = fs.next_data(inode, at) else {
-            break;
-        };
-        let Ok(Some(hole)) = fs.next_hole(inode, data) else {
-            break;
-        };
-        assert!(at <= data && data < hole);
-        at = hole;
-    }
-}
+/// A small image is looked at as a whole.
+const LIMITS: Limits = Limits {
+    files: 2000,
+    names: 20_000,
+    searched: u64::MAX,
+};
 
 /// Damages an image in `rounds` ways, a few bytes each, and walks through it. `make test` has a slice of
 /// them (`EXTENT`, see CONTRIBUTING.md); one that does not end is ended by whoever runs the tests.
@@ -195,7 +85,7 @@ fn damage(image: &Image, rounds: u64, seed: u64) {
         }
         if let Ok(guest) = Guest::open(chain(&image.path), &Arc::default()) {
             opened += 1;
-            walk(&guest);
+            look_at(&guest, LIMITS);
         }
         for at in &bytes {
             file.write_all_at(&[good[*at as usize]], *at).unwrap();
@@ -278,7 +168,7 @@ fn absurd_superblocks_take_neither_memory_nor_time() {
             bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
             file.write_all_at(&bad, 1024).unwrap();
             if let Ok(guest) = Guest::open(chain(&image.path), &Arc::default()) {
-                walk(&guest);
+                look_at(&guest, LIMITS);
             }
         }
     }

@@ -3,7 +3,9 @@
 use super::images::{Image, debugfs, mke2fs};
 use super::{Entry, FileSystem, list, open, resolve};
 use crate::disk::judges::{run, succeed, text};
-use crate::guest::index::ByIndex;
+use crate::guest::block_map::BlockMap;
+use crate::guest::directory_blocks::DirectoryBlocks;
+use crate::guest::hash_index::{ByIndex, HashIndex};
 use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt;
@@ -45,12 +47,26 @@ fn indexed(options: &str, count: usize, change: impl FnOnce(&Path)) -> Image {
     image
 }
 
+/// What the index of a directory says of a name.
+fn find_by_index(fs: &FileSystem, directory: u32, name: &[u8]) -> ByIndex {
+    let inode = &fs.blocks.inode(directory).unwrap();
+    let blocks = &fs.blocks;
+    HashIndex::of(DirectoryBlocks { blocks, inode }).find(name)
+}
+
+/// Where the first block of a file is on disk.
+fn first_block(fs: &FileSystem, inode: u32) -> u64 {
+    let inode = fs.blocks.inode(inode).unwrap();
+    let run = BlockMap::of(&fs.blocks, &inode).run_at(0).unwrap();
+    run.block.unwrap()
+}
+
 /// How many names the index finds, and how many there are.
 fn found_by_index(fs: &FileSystem, directory: &str) -> (usize, usize) {
-    let inode = fs.directory(resolve(fs, directory)).unwrap();
-    let names = list(fs, inode.number, 1000).unwrap();
+    let inode = resolve(fs, directory);
+    let names = list(fs, inode, 1000).unwrap();
     let found = |(name, (inode_of, _)): &(&Vec<u8>, &(u32, _))| {
-        fs.find_by_index(&inode, name) == ByIndex::Found(*inode_of)
+        find_by_index(fs, inode, name) == ByIndex::Found(*inode_of)
     };
     (names.iter().filter(found).count(), names.len())
 }
@@ -81,10 +97,10 @@ fn every_name_is_found_by_the_index_whatever_it_is_sorted_by() {
                 (4000, 4000),
                 "{options} {alg} {flags}"
             );
-            let inode = fs.directory(resolve(fs, "many")).unwrap();
+            let inode = resolve(fs, "many");
             for name in [&b"none"[..], b"\xff none", &[b'x'; 255], b""] {
-                assert_eq!(fs.find_by_index(&inode, name), ByIndex::Missing);
-                assert_eq!(fs.lookup(inode.number, name).unwrap(), None);
+                assert_eq!(find_by_index(fs, inode, name), ByIndex::Missing);
+                assert_eq!(fs.lookup(inode, name).unwrap(), None);
             }
         }
     }
@@ -98,9 +114,13 @@ fn an_index_of_several_levels_finds_every_name() {
     let image = indexed("-t ext4 -b 1024 -O ^metadata_csum", COUNT, |_| ());
     let guest = open(&image.path);
     let fs = guest.file_system().unwrap();
-    let root = fs.directory(resolve(fs, "many")).unwrap();
-    let block = fs.run_at(&root, 0).unwrap().block.unwrap();
-    assert_eq!(fs.metadata_block(block).unwrap()[24 + 6], 1, "levels");
+    let root = resolve(fs, "many");
+    let block = first_block(fs, root);
+    assert_eq!(
+        fs.blocks.metadata_block(block).unwrap()[24 + 6],
+        1,
+        "levels"
+    );
     assert_eq!(found_by_index(fs, "many"), (COUNT, COUNT));
 }
 
@@ -131,8 +151,8 @@ fn a_directory_without_an_index_that_can_be_used_is_looked_through() {
     let block = {
         let guest = open(&image.path);
         let fs = guest.file_system().unwrap();
-        let many = fs.directory(resolve(fs, "many")).unwrap();
-        fs.run_at(&many, 0).unwrap().block.unwrap()
+        let many = resolve(fs, "many");
+        first_block(fs, many)
     };
     debugfs(&image.path, &["feature dir_index"]);
     let file = File::options()
@@ -167,8 +187,8 @@ fn checksums_of_an_index_are_heeded() {
     let image = indexed("-t ext4 -b 1024 -O metadata_csum", 4000, |_| ());
     let guest = open(&image.path);
     let fs = guest.file_system().unwrap();
-    let many = fs.directory(resolve(fs, "many")).unwrap();
-    let block = fs.run_at(&many, 0).unwrap().block.unwrap();
+    let many = resolve(fs, "many");
+    let block = first_block(fs, many);
     // The hash from which the second entry counts is another.
     let file = File::options()
         .write(true)
@@ -180,9 +200,9 @@ fn checksums_of_an_index_are_heeded() {
     file.write_all_at(&[byte[0] ^ 2], at).unwrap();
     let guest = open(&image.path);
     let fs = guest.file_system().unwrap();
-    assert_eq!(fs.find_by_index(&many, b"none"), ByIndex::Unusable);
+    assert_eq!(find_by_index(fs, many, b"none"), ByIndex::Unusable);
     let name = b"file 0";
-    assert!(fs.lookup(many.number, name).unwrap().is_some());
+    assert!(fs.lookup(many, name).unwrap().is_some());
 }
 
 #[test]

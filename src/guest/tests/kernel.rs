@@ -3,9 +3,9 @@
 use super::images::{Image, ODD, debugfs, index_directories, mke2fs, noise, tree};
 use super::{Attributes, FileKind, FileSystem, contents, list, open, resolve};
 use crate::disk::judges::{run, succeed, text};
+use rustix::fs::SeekFrom;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -138,13 +138,18 @@ fn assert_contents(fs: &FileSystem, inode: u32, path: &Path) {
     // First the holes: what was set aside counts as data once the kernel has pages of it.
     let file = File::open(path).unwrap();
     let len = file.metadata().unwrap().len();
-    for (whence, is_data) in [(libc::SEEK_DATA, true), (libc::SEEK_HOLE, false)] {
+    for is_data in [true, false] {
         for at in (0..len + 2).step_by(511.max(len as usize / 300)) {
-            let said = match is_data {
-                true => fs.next_data(inode, at).unwrap(),
-                false => fs.next_hole(inode, at).unwrap(),
+            let said = if is_data {
+                fs.next_data(inode, at).unwrap()
+            } else {
+                fs.next_hole(inode, at).unwrap()
             };
-            assert_eq!(said, seek(&file, at, whence), "{path:?} at {at}, {is_data}");
+            assert_eq!(
+                said,
+                seek(&file, at, is_data),
+                "{path:?} at {at}, {is_data}"
+            );
         }
     }
     let expected = fs::read(path).unwrap();
@@ -165,10 +170,13 @@ fn assert_contents(fs: &FileSystem, inode: u32, path: &Path) {
     }
 }
 
-fn seek(file: &File, at: u64, whence: i32) -> Option<u64> {
-    // SAFETY: the descriptor is open.
-    let found = unsafe { libc::lseek(file.as_raw_fd(), at as i64, whence) };
-    u64::try_from(found).ok()
+fn seek(file: &File, at: u64, is_data: bool) -> Option<u64> {
+    let from = if is_data {
+        SeekFrom::Data(at)
+    } else {
+        SeekFrom::Hole(at)
+    };
+    rustix::fs::seek(file, from).ok()
 }
 
 fn xattrs(fs: &FileSystem, inode: u32) -> BTreeMap<Vec<u8>, Vec<u8>> {
@@ -182,35 +190,16 @@ fn xattrs(fs: &FileSystem, inode: u32) -> BTreeMap<Vec<u8>, Vec<u8>> {
 }
 
 fn kernel_xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
-    let names = strings(|buf| {
-        let path = c_string(path.as_os_str().as_bytes());
-        // SAFETY: the path ends with NUL, and the buffer is as long as is said.
-        unsafe { libc::llistxattr(path.as_ptr(), buf.as_mut_ptr().cast(), buf.len()) }
-    });
-    let names = names
-        .split(|byte| *byte == 0)
-        .filter(|name| !name.is_empty());
+    let mut buf = vec![0; 1 << 17];
+    let len = rustix::fs::llistxattr(path, &mut buf[..]).unwrap_or(0);
+    let names = buf[..len].split(|byte| *byte == 0);
     let value = |name: &[u8]| {
-        let value = strings(|buf| {
-            let (path, name) = (c_string(path.as_os_str().as_bytes()), c_string(name));
-            let at = buf.as_mut_ptr().cast();
-            // SAFETY: both end with NUL, and the buffer is as long as is said.
-            unsafe { libc::lgetxattr(path.as_ptr(), name.as_ptr(), at, buf.len()) }
-        });
+        let mut value = vec![0; 1 << 17];
+        let len = rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap_or(0);
+        value.truncate(len);
         (name.to_vec(), value)
     };
-    names.map(value).collect()
-}
-
-fn c_string(bytes: &[u8]) -> std::ffi::CString {
-    std::ffi::CString::new(bytes).unwrap()
-}
-
-fn strings(call: impl Fn(&mut [u8]) -> isize) -> Vec<u8> {
-    let mut buf = vec![0; 1 << 17];
-    let len = call(&mut buf);
-    buf.truncate(usize::try_from(len).unwrap_or(0));
-    buf
+    names.filter(|name| !name.is_empty()).map(value).collect()
 }
 
 /// Makes an image with every kind of file, and compares.

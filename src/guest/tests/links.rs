@@ -58,18 +58,18 @@ impl Walker<'_> {
                 if self.links > 40 {
                     return Err(libc::ELOOP);
                 }
-                let target = match self.outside {
-                    false => self.fs.read_link(inode).unwrap(),
-                    true => {
-                        let place = self.fs.link_place(inode, here).unwrap();
-                        self.fs.link_within(inode, place).unwrap()
-                    }
+                let target = if self.outside {
+                    let place = self.fs.link_place(inode, here).unwrap();
+                    self.fs.link_within(inode, place).unwrap()
+                } else {
+                    self.fs.read_link(inode).unwrap()
                 };
                 let end = self.go(way, &target)?;
                 let is_directory = *way.last().unwrap() == end;
-                match is_last || is_directory {
-                    true => Ok(end),
-                    false => Err(libc::ENOTDIR),
+                if is_last || is_directory {
+                    Ok(end)
+                } else {
+                    Err(libc::ENOTDIR)
                 }
             }
             _ if is_last => Ok(inode),

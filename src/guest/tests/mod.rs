@@ -8,6 +8,7 @@ mod links;
 mod partitions;
 mod recovery;
 mod view;
+mod walk;
 
 use super::*;
 use std::collections::BTreeMap;
@@ -42,9 +43,10 @@ fn list(fs: &FileSystem, directory: u32, portion: usize) -> Result<Names> {
             assert!(twice.is_none(), "{:?} is listed twice", entry.name);
             from = entry.next;
             count += 1;
-            match count == portion {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
+            if count == portion {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
             }
         })?;
         if count < portion {

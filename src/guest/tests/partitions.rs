@@ -69,7 +69,7 @@ fn assert_places(guest: &Guest, disk: &Path) {
     let said: Vec<_> = guest
         .partitions()
         .iter()
-        .map(|p| (p.number(), p.place.start / 512, p.place.len / 512))
+        .map(|p| (p.number(), p.span.start / 512, p.span.len / 512))
         .collect();
     let expected: Vec<_> = as_sfdisk_says(disk)
         .into_iter()

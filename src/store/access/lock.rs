@@ -82,13 +82,13 @@ fn look_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result
 
 /// Makes sure that the box may be changed, and stays so.
 fn refuse_unfit(locked: &LockedBox<'_>) -> Result<()> {
-    locked.change.keep(&locked.record)?;
+    locked.change.watch(&locked.record)?;
     locked.store.exports.disks.refuse_active(&locked.record)?;
     refuse_strangers(locked)
 }
 
 fn make_ready(locked: &mut LockedBox<'_>) -> Result<()> {
-    match locked.change.is_beside_a_runtime() {
+    match locked.change.is_shared() {
         true => refuse_unsettled(locked)?,
         false => {
             recover_box(locked)?;
@@ -119,12 +119,12 @@ pub fn switch_to_source(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> 
 
 /// A box that runs is left alone: neither recovered, nor is the header of its disk touched.
 fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
-    locked.change.keep(&locked.record)?;
+    locked.change.watch(&locked.record)?;
     refuse_strangers(locked)?;
     if locked.store.home().activity(&locked.record) == Activity::Idle {
         return make_ready(locked);
     }
-    if locked.store.home().shim(&locked.record).is_none() {
+    if locked.store.home().vm_process(&locked.record).is_none() {
         return locked.store.exports.disks.refuse_active(&locked.record);
     }
     refuse_pending(locked)?;
@@ -137,7 +137,7 @@ fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
 /// # Errors
 /// ENOENT; beside a runtime as [`Store::prepare`].
 pub fn switch_to_target(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
-    if locked.change.is_beside_a_runtime() {
+    if locked.change.is_shared() {
         switch_unprepared(locked, box_id)?;
         return refuse_unsettled(locked);
     }
@@ -225,7 +225,7 @@ fn complete_refs(locked: &mut LockedBox<'_>) -> Result<()> {
                 }
                 row.id
             }
-            None if locked.change.is_beside_a_runtime() => {
+            None if locked.change.is_shared() => {
                 return Err(cloned_just_now(locked, &path));
             }
             None => {
@@ -289,11 +289,11 @@ pub fn begin_shared_change(store: &Store) -> Result<Change<'_>> {
     match store.access.is_shared {
         true => {
             begin_change(store)?;
-            let mut change = store.home().change_beside()?;
-            if !change.is_beside_a_runtime() && !has_right_paths(store) {
+            let mut change = store.home().change_shared()?;
+            if !change.is_shared() && !has_right_paths(store) {
                 drop(change);
                 put_paths_right(store)?;
-                change = store.home().change_beside()?;
+                change = store.home().change_shared()?;
             }
             refuse_mounted_twice(store, &change)?;
             durable::sync_unflushed()?;

@@ -88,10 +88,10 @@ pub fn replace_live(
     live: &Path,
     old: FileId,
 ) -> Result<()> {
-    if !locked.change.is_beside_a_runtime() {
+    if !locked.change.is_shared() {
         return locked.store.workspace().replace(new, live);
     }
-    locked.change.hold()?;
+    locked.change.begin_exclusive()?;
     refuse_pending(locked)?;
     locked.store.exports.disks.refuse_active(&locked.record)?;
     let ours = FileId::at(new)?;
@@ -129,7 +129,7 @@ pub fn replace_live(
 /// moves the disk away, and makes the next one as large.
 pub fn refuse_other_size(locked: &LockedBox<'_>, live: &Path, size: u64) -> Result<()> {
     let is_same = || Ok(Header::open(live)?.is_some_and(|header| header.virtual_size == size));
-    if !locked.change.is_beside_a_runtime() || is_same()? {
+    if !locked.change.is_shared() || is_same()? {
         return Ok(());
     }
     Err(Error::busy(format!(

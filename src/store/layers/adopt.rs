@@ -96,7 +96,7 @@ fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Resu
     };
     record_base(locked, &base, path, &layers.boxes_above(path))?;
     crash_point("adopt.recorded");
-    locked.change.hold()?;
+    locked.change.begin_exclusive()?;
     match known {
         None => {
             durable::link(path, &base)?;
@@ -133,7 +133,7 @@ fn refuse_active_readers(locked: &LockedBox<'_>, layers: &LayerGraph, path: &Pat
             && *box_id != locked.record.id
             && let Ok(record) = locked.change.box_by_id(box_id)
         {
-            locked.change.keep(&record)?;
+            locked.change.watch(&record)?;
             locked.store.exports.disks.refuse_active(&record)?;
         }
     }

@@ -36,7 +36,7 @@ pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDi
         return Err(replaced_just_now(locked));
     }
     if let Some(layer) = below {
-        locked.change.hold()?;
+        locked.change.begin_exclusive()?;
         return Ok(FrozenDisk {
             layer,
             virtual_size,
@@ -99,7 +99,7 @@ fn freeze_as(
     live: &Path,
     old: FileId,
 ) -> Result<()> {
-    locked.change.hold()?;
+    locked.change.begin_exclusive()?;
     durable::link(live, base)?;
     crash_point("freeze.linked");
     if FileId::at(base)? != old {
@@ -111,7 +111,7 @@ fn freeze_as(
 /// Beside a runtime nobody undoes later what did not come to its end: the second name, which nothing
 /// reads by, and the row go now. Else recovery does it, before the next change.
 fn not_frozen(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
-    if locked.change.is_beside_a_runtime() {
+    if locked.change.is_shared() {
         let row = locked.base_at(base).ok().flatten();
         let undone = durable::unlink(base).and_then(|()| match row {
             Some(row) => locked.change.transaction(|rows| rows.delete_base(&row.id)),
@@ -148,7 +148,7 @@ fn install_flat(
     }
     record_frozen(locked, &draft.base, &flat.file, draft.virtual_size, reader)?;
     crash_point("flat.recorded");
-    locked.change.hold()?;
+    locked.change.begin_exclusive()?;
     durable::rename(&flat.file, &draft.base)?;
     crash_point("flat.installed");
     locked.store.spares.keep(&draft.base);

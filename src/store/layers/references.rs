@@ -14,7 +14,7 @@ use crate::store::layers::graph::{ImageFile, LayerGraph};
 /// needs now; also BoxLite's, which goes by references and would keep them for ever.
 /// Beside a runtime that waits: BoxLite's next step may need what nothing needs now.
 pub fn free_surplus(locked: &mut LockedBox<'_>) -> Result<()> {
-    if locked.change.is_beside_a_runtime() {
+    if locked.change.is_shared() {
         return Ok(());
     }
     let surplus = drop_surplus_refs(locked, &locked.layers()?)?;

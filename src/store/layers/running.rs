@@ -62,7 +62,7 @@ pub fn freeze_running(locked: &mut LockedBox<'_>, state: &RunningState) -> Resul
     }
     record_frozen(locked, &base, file, state.virtual_size, None)?;
     crash_point("flat.recorded");
-    locked.change.hold()?;
+    locked.change.begin_exclusive()?;
     durable::rename(file, &base)?;
     crash_point("flat.installed");
     locked.store.spares.keep(&base);

@@ -85,9 +85,9 @@ pub fn name_layer(
     created_at: Option<i64>,
 ) -> Result<String> {
     // By its mark recovery knows a directory whose name no snapshot has.
-    let is_beside = locked.change.is_beside_a_runtime();
+    let is_beside = locked.change.is_shared();
     let marked = is_beside.then(|| marked_dir(locked.store)).transpose()?;
-    locked.change.hold()?;
+    locked.change.begin_exclusive()?;
     let path = snapshot_place(locked, &place_of(locked, name, id), marked.as_deref())?;
     crash_point("snapshot.directory");
     let named = match &frozen.layer {
@@ -106,7 +106,7 @@ pub fn name_layer(
 pub fn settle_place<T>(locked: &LockedBox<'_>, path: &Path, recorded: Result<T>) -> Result<T> {
     match &recorded {
         Ok(_) => durable::unlink(&path.with_file_name(UNRECORDED))?,
-        Err(_) if locked.change.is_beside_a_runtime() => take_place_back(locked, path),
+        Err(_) if locked.change.is_shared() => take_place_back(locked, path),
         Err(_) => {}
     }
     recorded
@@ -125,7 +125,7 @@ fn take_place_back(locked: &LockedBox<'_>, path: &Path) {
 /// name at that moment, does not use: it puts the live disk there, over this one, or where this one
 /// would be taken back from.
 pub fn place_of(locked: &LockedBox<'_>, name: &str, id: &str) -> String {
-    match locked.change.is_beside_a_runtime() {
+    match locked.change.is_shared() {
         true => format!(".{id}"),
         false => name.to_owned(),
     }

@@ -167,7 +167,7 @@ fn make_imported_snapshot(
     let dir = marked_dir(store)?;
     give_disk(arrival.disk(), &dir.join("disk.qcow2"))?;
     durable::sync_dir(&dir)?;
-    locked.change.hold()?;
+    locked.change.begin_exclusive()?;
     let place = place_of(&locked, name, &new.id);
     let path = snapshot_place(&locked, &place, Some(&dir))?;
     crash_point("import.snapshot");

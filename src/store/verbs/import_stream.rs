@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::archive::{Allowance, Incoming, MOST_HOLES, Manifest, Progress};
 use crate::files::waiting_archive::WaitingArchive;
 use crate::files::workspace::discard;
-use crate::home::{check_options, normalize_imported, refuse_reach};
+use crate::home::{check_options, normalize_imported, reject_host_access};
 use crate::progress::UnderWay;
 use crate::store::Store;
 use crate::{Context, Error, Result};
@@ -138,7 +138,7 @@ impl ImportStream {
         // What ports mean depends on the version.
         let options = normalize_imported(options, Some(manifest.version));
         if self.imports.untrusted {
-            refuse_reach(&options)?;
+            reject_host_access(&options)?;
         }
         Ok(options)
     }

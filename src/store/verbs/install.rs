@@ -53,7 +53,7 @@ pub fn install(
         let _ = std::fs::remove_dir_all(&target);
         let _ = std::fs::remove_file(store.home().box_lock(row.lock_id));
     };
-    change.hold()?;
+    change.begin_exclusive()?;
     place(dir, &target).inspect_err(|_| take_back())?;
     crash_point("install.renamed");
     let recorded = change.transaction(|rows| {

@@ -7,7 +7,7 @@
 #![no_main]
 
 use boxlitefs::disk::{
-    Chain, Extent, Flattened, Header, Source, chain_paths, inspect_standalone, rebase,
+    Chain, Extent, Flattened, Header, DataSource, chain_paths, inspect_standalone, rebase,
 };
 use boxlitefs_fuzz::{are_zeros, scratch};
 use libfuzzer_sys::fuzz_target;
@@ -110,7 +110,7 @@ fn extents(chain: &Chain, range: Range<u64>) -> Option<Vec<Extent>> {
         let mut again = vec![0xaa; there.len()];
         chain.read_at(extent.guest, &mut again).unwrap();
         assert!(there == again, "two reads differ");
-        if extent.source == Source::Zero {
+        if extent.source == DataSource::Zero {
             assert!(are_zeros(there), "data where there are zeros");
         }
     }

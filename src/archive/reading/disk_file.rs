@@ -1,0 +1,140 @@
+//! The file a disk is unpacked into: hashed as the archive has it, stored with holes for zeros.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::disk_writer::{DiskWriter, PIECE, Piece, zeros};
+use super::stages::Stages;
+use super::{MOST_HOLES, over_limit};
+use crate::{Context, Error, Result};
+
+/// No disk is larger: 64 TiB, as for the virtual size.
+const MAX_LENGTH: u64 = 64 << 40;
+
+/// The file, the piece that is not whole yet, and the stages that whole ones go through.
+pub(super) struct DiskFile {
+    path: PathBuf,
+    /// To ask its file system.
+    file: Arc<File>,
+    piece: Piece,
+    stages: Stages,
+    /// Most bytes that may be written to the file.
+    most: Option<u64>,
+}
+
+impl DiskFile {
+    /// Creates the file, of which at most `most` bytes will be written.
+    pub(super) fn create(path: &Path, most: Option<u64>) -> Result<DiskFile> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .context(|| format!("cannot create {} for the disk", path.display()))?;
+        let file = Arc::new(file);
+        let writer = DiskWriter::new(path, file.clone(), most);
+        Ok(DiskFile {
+            path: path.to_owned(),
+            file,
+            piece: Piece::new(),
+            stages: Stages::new(writer),
+            most,
+        })
+    }
+
+    /// Forgets all that came: another disk takes its place.
+    pub(super) fn begin_anew(&mut self) -> Result<()> {
+        let path = self.path.clone();
+        std::fs::remove_file(&path).context(|| format!("cannot remove {}", path.display()))?;
+        *self = DiskFile::create(&path, self.most)?;
+        Ok(())
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Refuses a disk that can't fit before any of it is written: `stored` bytes are in the archive,
+    /// which expand to `expanded`.
+    pub(super) fn check_room(&self, stored: u64, expanded: u64) -> Result<()> {
+        if expanded > MAX_LENGTH {
+            return Err(Error::bad_archive(format!(
+                "the archive is refused: its disk.qcow2 of {expanded} bytes is over 64 TiB"
+            )));
+        }
+        let holes = expanded.saturating_sub(stored);
+        if holes > MOST_HOLES {
+            return Err(Error::bad_archive(format!(
+                "the archive is refused: its sparse disk.qcow2 has holes of {holes} bytes, over {} GiB; `qemu-img convert` makes a disk without holes",
+                MOST_HOLES >> 30
+            )));
+        }
+        if let Some(most) = self.most.filter(|most| stored > *most) {
+            return Err(over_limit(
+                &format!("the archive's disk.qcow2 has {stored} bytes"),
+                most,
+            ));
+        }
+        let free = free_space(&self.file)
+            .context(|| format!("cannot tell the free space for {}", self.path.display()))?;
+        if stored > free {
+            return Err(Error::new(
+                libc::ENOSPC,
+                format!(
+                    "the archive's disk.qcow2 has {stored} bytes, but only {free} are free; make room and copy it again"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Appends data. An error may be that of data that came earlier.
+    pub(super) fn data(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            bytes = self.piece.fill(bytes);
+            if self.piece.room() == 0 {
+                self.stages.data(&mut self.piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends `count` zeros; likewise.
+    pub(super) fn zeros(&mut self, mut count: u64) -> Result<()> {
+        while count > 0 {
+            let whole = count - count % PIECE as u64;
+            count = if self.piece.is_empty() && whole > 0 {
+                self.stages.zeros(whole)?;
+                count.saturating_sub(whole)
+            } else {
+                let some = zeros(count.min(self.piece.room() as u64));
+                self.data(some)?;
+                count.saturating_sub(some.len() as u64)
+            };
+        }
+        Ok(())
+    }
+
+    /// Waits until all that came is hashed and written, but for the piece that is not whole.
+    pub(super) fn drain(&mut self) -> Result<()> {
+        self.stages.drain()
+    }
+
+    /// Waits for the whole disk to be hashed and written, and returns the digest.
+    pub(super) fn end(&mut self) -> Result<[u8; 32]> {
+        self.stages.data(&mut self.piece)?;
+        self.stages.end()
+    }
+
+    /// Makes the disk survive a power cut. Its directory entry is the caller's to keep.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.stages.sync()
+    }
+}
+
+/// Bytes a user without privileges may still write to the file system of `file`.
+fn free_space(file: &File) -> std::io::Result<u64> {
+    let stat = rustix::fs::fstatvfs(file)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}

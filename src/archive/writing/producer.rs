@@ -1,0 +1,196 @@
+//! All frames of an archive: compressed by several threads, handed over in order.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::compressed::{Compressed, SPAN};
+use super::frame_sizes::{FrameSizes, KnownSizes, learn};
+use super::workers::{ASKED, FrameNumbers, given_up, join, start_threads, threads};
+use crate::error::not_panicking;
+use crate::{Error, Result};
+
+/// Frames taken but not handed over yet, at most: enough that nobody waits for the slowest.
+const IN_FLIGHT: u64 = 6;
+/// Bytes that wait for the checksum, at most, when the next are read: each thread brings a frame more.
+const AHEAD_OF_DIGEST: usize = 2 * SPAN as usize;
+
+/// Makes the whole compressed archive and hands it to `sink` in order, piece by piece; the disk's
+/// checksum is worked out beside it. Returns the size of each frame.
+///
+/// # Errors
+/// ECANCELED soon after `go_on` says no; EIO when the disk changes meanwhile; those of `sink`.
+pub fn produce(
+    of: &Compressed,
+    known: &dyn KnownSizes,
+    go_on: &dyn Fn() -> bool,
+    sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<FrameSizes> {
+    let mut sizes = FrameSizes::empty(of);
+    let line = FrameLine::new(of);
+    let work = || line.work(of, known);
+    std::thread::scope(|scope| {
+        let started = start_threads(scope, threads(of.level()), work);
+        let (started, handed) = match started {
+            Err(error) => (Vec::new(), Err(error)),
+            Ok(started) => {
+                let handed = not_panicking(|| {
+                    line.hand_over(go_on, &mut |frame, bytes| {
+                        sizes.set(frame, bytes.len());
+                        sink(bytes)
+                    })
+                });
+                (started, handed)
+            }
+        };
+        // Whoever still works would wait for room for ever.
+        let done = line.stop(handed);
+        join(started);
+        done
+    })?;
+    let manifest = of.manifest_frame()?;
+    sink(&manifest)?;
+    sizes.place();
+    Ok(sizes)
+}
+
+/// Frames on their way through the threads, in line.
+struct FrameLine<'a> {
+    queue: Mutex<LineQueue<'a>>,
+    /// A frame was made, or handed over.
+    moved: Condvar,
+}
+
+struct LineQueue<'a> {
+    numbers: FrameNumbers<'a>,
+    /// Frames taken from `numbers`, and those handed over.
+    taken: u64,
+    handed: u64,
+    all_taken: bool,
+    /// Made and waiting for their turn, by place in line: the frame's number and bytes.
+    made: BTreeMap<u64, (u64, Vec<u8>)>,
+    /// Buffers that were handed over.
+    spare: Vec<Vec<u8>>,
+    failed: Option<Error>,
+    stopped: bool,
+}
+
+impl<'a> FrameLine<'a> {
+    fn new(of: &'a Compressed) -> FrameLine<'a> {
+        FrameLine {
+            queue: Mutex::new(LineQueue {
+                numbers: FrameNumbers::all(of),
+                taken: 0,
+                handed: 0,
+                all_taken: false,
+                made: BTreeMap::new(),
+                spare: Vec::new(),
+                failed: None,
+                stopped: false,
+            }),
+            moved: Condvar::new(),
+        }
+    }
+
+    /// Makes frames until there are none left.
+    fn work(&self, of: &Compressed, known: &dyn KnownSizes) {
+        let made = not_panicking(|| {
+            let mut encoder = of.encoder()?;
+            let mut raw = Vec::new();
+            while let Some((place, frame, mut bytes)) = self.take(of) {
+                of.read(frame, &mut raw)?;
+                encoder.encode(&raw, &mut bytes)?;
+                let size = bytes.len();
+                self.put(place, frame, bytes);
+                if size > 0 {
+                    // After the frame is handed on: nobody waits for this.
+                    of.export().take_along(of.range(frame)?.start, &raw);
+                    learn(of, frame, &raw, size, known)?;
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = made {
+            self.queue.lock().failed.get_or_insert(error);
+            self.moved.notify_all();
+        }
+    }
+
+    /// The next frame to be made: its place in line, its number, and a buffer. Waits while too many are
+    /// on their way.
+    fn take(&self, of: &Compressed) -> Option<(u64, u64, Vec<u8>)> {
+        let mut queue = self.queue.lock();
+        loop {
+            if queue.stopped || queue.failed.is_some() || queue.all_taken {
+                return None;
+            }
+            if queue.taken - queue.handed >= IN_FLIGHT {
+                self.moved.wait(&mut queue);
+            } else if of.export().digest_lags(AHEAD_OF_DIGEST) {
+                // The checksum moves without telling.
+                self.moved.wait_for(&mut queue, Duration::from_millis(1));
+            } else {
+                break;
+            }
+        }
+        let Some(frame) = queue.numbers.next() else {
+            queue.all_taken = true;
+            self.moved.notify_all();
+            return None;
+        };
+        let place = queue.taken;
+        queue.taken += 1;
+        Some((place, frame, queue.spare.pop().unwrap_or_default()))
+    }
+
+    fn put(&self, place: u64, frame: u64, bytes: Vec<u8>) {
+        let mut queue = self.queue.lock();
+        queue.made.insert(place, (frame, bytes));
+        if place == queue.handed {
+            self.moved.notify_all();
+        }
+    }
+
+    /// Gives each frame to `sink`, in order, until there are no more.
+    fn hand_over(
+        &self,
+        go_on: &dyn Fn() -> bool,
+        sink: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut asked = Instant::now();
+        let mut queue = self.queue.lock();
+        loop {
+            if let Some(error) = queue.failed.take() {
+                return Err(error);
+            }
+            // Also when frames come so fast that nothing is waited for.
+            if asked.elapsed() >= ASKED {
+                if !go_on() {
+                    return Err(given_up());
+                }
+                asked = Instant::now();
+            }
+            let place = queue.handed;
+            if let Some((frame, bytes)) = queue.made.remove(&place) {
+                drop(queue);
+                sink(frame, &bytes)?;
+                queue = self.queue.lock();
+                queue.handed += 1;
+                queue.spare.push(bytes);
+                self.moved.notify_all();
+                continue;
+            }
+            if queue.all_taken && queue.handed == queue.taken {
+                return Ok(());
+            }
+            self.moved.wait_for(&mut queue, ASKED);
+        }
+    }
+
+    fn stop(&self, result: Result<()>) -> Result<()> {
+        self.queue.lock().stopped = true;
+        self.moved.notify_all();
+        result
+    }
+}

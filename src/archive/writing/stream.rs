@@ -1,0 +1,333 @@
+//! A compressed archive made where it is read: with the size of every frame known, any place can be
+//! made by itself, and nothing is stored.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::compressed::Compressed;
+use super::encoder::FrameEncoder;
+use super::frame_sizes::{FrameSizes, Placed};
+use super::workers::threads;
+use crate::error::not_panicking;
+use crate::{Error, Result};
+
+/// Frames made and kept, at most.
+const KEPT: usize = 12;
+/// Frames made before a reader asks for them, at most.
+const AHEAD: usize = 6;
+/// Readers in order that are told from others: how many places reading was at last.
+const PLACES: usize = 16;
+/// How long a thread waits for more to do before it ends.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// A compressed archive for reading; thread-safe. Its threads end soon after the last reading, and with
+/// it.
+pub struct Stream {
+    shared: Arc<SharedStream>,
+}
+
+struct SharedStream {
+    of: Arc<Compressed>,
+    sizes: Arc<FrameSizes>,
+    state: Mutex<StreamState>,
+    /// A frame was made.
+    made: Condvar,
+    /// A frame is wanted.
+    wanted: Condvar,
+    /// A frame did not have the size it was known to have.
+    wrong: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct StreamState {
+    kept: VecDeque<MadeFrame>,
+    queue: VecDeque<Placed>,
+    /// Being made.
+    busy: Vec<u64>,
+    /// Frames that were read last, the newest at the end.
+    read: VecDeque<u64>,
+    /// Frames somebody waits for.
+    awaited: Vec<u64>,
+    threads: usize,
+    closed: bool,
+}
+
+struct MadeFrame {
+    frame: u64,
+    bytes: Result<Arc<Vec<u8>>>,
+    /// Somebody has had it.
+    used: bool,
+}
+
+impl Stream {
+    /// Of an archive whose frames have these sizes.
+    pub fn new(of: Arc<Compressed>, sizes: Arc<FrameSizes>) -> Stream {
+        Stream {
+            shared: Arc::new(SharedStream {
+                of,
+                sizes,
+                state: Mutex::default(),
+                made: Condvar::new(),
+                wanted: Condvar::new(),
+                wrong: Arc::default(),
+            }),
+        }
+    }
+
+    /// Length of the compressed archive in bytes.
+    #[allow(clippy::len_without_is_empty)] // There always is a manifest.
+    pub fn len(&self) -> u64 {
+        self.shared.sizes.total()
+    }
+
+    /// Whether a frame had another size than it was known to have: what is known is to be forgotten,
+    /// also by whoever comes when this stream is gone.
+    pub fn is_wrong(&self) -> Arc<AtomicBool> {
+        self.shared.wrong.clone()
+    }
+
+    /// Fills `buf` with the compressed archive's bytes from `offset` on, completely unless it ends;
+    /// returns how many bytes that are.
+    ///
+    /// # Errors
+    /// EIO when the disk changed, or is damaged.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset.saturating_add(done as u64);
+            let Some(placed) = self.shared.sizes.at(&self.shared.of, at) else {
+                break;
+            };
+            let bytes = SharedStream::frame(&self.shared, placed)?;
+            let part = usize::try_from(at - placed.start)
+                .ok()
+                .and_then(|within| bytes.get(within..))
+                .unwrap_or_default();
+            let len = part.len().min(rest.len());
+            let (to, from) = (rest.get_mut(..len), part.get(..len));
+            if let (Some(to), Some(from)) = (to, from) {
+                to.copy_from_slice(from);
+            }
+            done += len;
+        }
+        Ok(done)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.shared.state.lock().closed = true;
+        self.shared.wanted.notify_all();
+    }
+}
+
+impl SharedStream {
+    /// A frame's bytes, made now unless they are there; those after it are made meanwhile if reading
+    /// goes on in order.
+    fn frame(this: &Arc<SharedStream>, placed: Placed) -> Result<Arc<Vec<u8>>> {
+        let mut state = this.state.lock();
+        this.look_ahead(&mut state, placed);
+        state.want(placed);
+        let bytes = loop {
+            if let Some(bytes) = state.had(placed.frame) {
+                break bytes;
+            }
+            if !state.has(placed.frame) {
+                // Made and dropped again for others.
+                state.queue.push_front(placed);
+            }
+            if let Err(error) = SharedStream::start_threads(this, &mut state) {
+                break Err(error);
+            }
+            this.made.wait(&mut state);
+        };
+        if let Some(index) = state
+            .awaited
+            .iter()
+            .position(|frame| *frame == placed.frame)
+        {
+            state.awaited.swap_remove(index);
+        }
+        // What was queued ahead.
+        SharedStream::start_threads(this, &mut state)?;
+        bytes
+    }
+
+    /// Asks for the frames after `placed` if the one before it was read not long ago.
+    fn look_ahead(&self, state: &mut StreamState, placed: Placed) {
+        let before = placed.start.checked_sub(1);
+        let previous = before.and_then(|at| self.sizes.at(&self.of, at));
+        let in_order = previous.is_none_or(|previous| {
+            state.read.contains(&previous.frame) || state.read.contains(&placed.frame)
+        });
+        if !state.read.contains(&placed.frame) {
+            state.read.push_back(placed.frame);
+            if state.read.len() > PLACES {
+                state.read.pop_front();
+            }
+        }
+        if !in_order {
+            return;
+        }
+        let mut end = placed.start + placed.len;
+        for ahead in 0..AHEAD {
+            let Some(next) = self.sizes.at(&self.of, end) else {
+                break;
+            };
+            end = next.start + next.len;
+            if state.has(next.frame) {
+                continue;
+            }
+            // What was made for a reader that went away fills the room until newer frames take it, so
+            // the very next one is asked for in any case.
+            if ahead > 0 && state.on_the_way() >= KEPT {
+                break;
+            }
+            state.queue.push_back(next);
+        }
+    }
+
+    fn start_threads(this: &Arc<SharedStream>, state: &mut StreamState) -> Result<()> {
+        while state.threads < threads(this.of.level()) && !state.queue.is_empty() {
+            let shared = this.clone();
+            let started = std::thread::Builder::new()
+                .name("stream".into())
+                .spawn(move || shared.work());
+            match started {
+                Ok(_) => state.threads += 1,
+                // One is enough to go on.
+                Err(_) if state.threads > 0 => break,
+                Err(e) => return Err(Error::io("cannot start a thread", e)),
+            }
+        }
+        this.wanted.notify_all();
+        Ok(())
+    }
+
+    /// Makes frames as they are wanted.
+    fn work(&self) {
+        let mut encoder = self.of.encoder();
+        let mut raw = Vec::new();
+        let mut state = self.state.lock();
+        loop {
+            let Some(placed) = state.queue.pop_front() else {
+                let waited = self.wanted.wait_for(&mut state, IDLE);
+                if state.closed || (waited.timed_out() && state.queue.is_empty()) {
+                    state.threads -= 1;
+                    return;
+                }
+                continue;
+            };
+            if state.closed {
+                state.threads -= 1;
+                return;
+            }
+            state.busy.push(placed.frame);
+            drop(state);
+            let bytes = match &mut encoder {
+                Ok(encoder) => not_panicking(|| self.make(placed, encoder, &mut raw)),
+                Err(error) => Err(Error::new(error.errno(), error.to_string())),
+            };
+            let is_made = bytes.is_ok();
+            state = self.state.lock();
+            state.busy.retain(|frame| *frame != placed.frame);
+            state.keep(MadeFrame {
+                frame: placed.frame,
+                bytes,
+                used: false,
+            });
+            self.made.notify_all();
+            if is_made && placed.frame != self.of.last() {
+                drop(state);
+                // After it is handed on: nobody waits for this.
+                if let Ok(range) = self.of.range(placed.frame) {
+                    self.of.export().take_along(range.start, &raw);
+                }
+                state = self.state.lock();
+            }
+        }
+    }
+
+    fn make(
+        &self,
+        placed: Placed,
+        encoder: &mut FrameEncoder,
+        raw: &mut Vec<u8>,
+    ) -> Result<Arc<Vec<u8>>> {
+        let mut bytes = Vec::new();
+        if placed.frame == self.of.last() {
+            bytes = self.of.manifest_frame()?;
+        } else {
+            self.of.read(placed.frame, raw)?;
+            encoder.encode(raw, &mut bytes)?;
+            bytes.shrink_to_fit();
+        }
+        if bytes.len() as u64 != placed.len {
+            self.wrong.store(true, Ordering::Relaxed);
+            return Err(Error::damaged(
+                "the compressed archive came out with another size than it had before; read it again",
+            ));
+        }
+        Ok(Arc::new(bytes))
+    }
+}
+
+impl StreamState {
+    fn has(&self, frame: u64) -> bool {
+        self.busy.contains(&frame)
+            || self.is_queued(frame)
+            || self.kept.iter().any(|kept| kept.frame == frame)
+    }
+
+    fn is_queued(&self, frame: u64) -> bool {
+        self.queue.iter().any(|queued| queued.frame == frame)
+    }
+
+    /// Frames made, or about to be, that nobody has had.
+    fn on_the_way(&self) -> usize {
+        let unused = self.kept.iter().filter(|kept| !kept.used).count();
+        unused + self.busy.len() + self.queue.len()
+    }
+
+    /// Somebody is about to wait for a frame: before all that is only looked ahead to.
+    fn want(&mut self, placed: Placed) {
+        self.awaited.push(placed.frame);
+        if self.is_queued(placed.frame) {
+            self.queue.retain(|queued| queued.frame != placed.frame);
+            self.queue.push_front(placed);
+        }
+    }
+
+    /// The bytes of a frame that is there. An error is told once and then tried again.
+    fn had(&mut self, frame: u64) -> Option<Result<Arc<Vec<u8>>>> {
+        let index = self.kept.iter().position(|kept| kept.frame == frame)?;
+        if let Some(kept) = self.kept.get_mut(index)
+            && let Ok(bytes) = &kept.bytes
+        {
+            kept.used = true;
+            return Some(Ok(bytes.clone()));
+        }
+        self.kept.remove(index).map(|kept| kept.bytes)
+    }
+
+    /// Keeps a frame, and lets go of others: those that were had first, none that is waited for.
+    fn keep(&mut self, made: MadeFrame) {
+        while self.kept.len() >= KEPT {
+            let awaited = |kept: &MadeFrame| self.awaited.contains(&kept.frame);
+            let had = self
+                .kept
+                .iter()
+                .position(|kept| kept.used && !awaited(kept));
+            let any = || self.kept.iter().position(|kept| !awaited(kept));
+            match had.or_else(any) {
+                Some(index) => self.kept.remove(index),
+                None => break,
+            };
+        }
+        self.kept.push_back(made);
+    }
+}

@@ -1,0 +1,158 @@
+//! Which clusters of a window, the 512 MiB behind one L2 table, are allocated.
+
+use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES};
+use super::{Chain, DataSource};
+use crate::Result;
+use std::ops::Range;
+
+/// Which clusters of one window are allocated.
+pub(super) struct Window {
+    pub index: u64,
+    allocated: Bits,
+    /// Those that read as zeros whatever lies below.
+    pub zeros: Bits,
+}
+
+/// A bit for each cluster of a window, lowest bit first.
+pub(super) type Bits = Box<[u64; (L2_ENTRIES / 64) as usize]>;
+
+impl Window {
+    /// Asks the chain. Once a byte of a cluster is known to be data, the rest of it is skipped.
+    pub fn of(chain: &Chain, upper: Option<usize>, index: u64) -> Result<Window> {
+        let none = || Box::new([0u64; (L2_ENTRIES / 64) as usize]);
+        let mut window = Window {
+            index,
+            allocated: none(),
+            zeros: none(),
+        };
+        let start = index * L2_COVERS;
+        let disk = chain.virtual_size();
+        let end = (start + L2_COVERS).min(disk);
+        let mut walk = chain.walk_upper(start..end, upper.unwrap_or(usize::MAX));
+        let mut in_part = Vec::new();
+        while let Some((run, source)) = walk.next_run()? {
+            let first = (run.start - start) / CLUSTER;
+            let last = (run.end - 1 - start) / CLUSTER;
+            match source {
+                None => {}
+                Some(DataSource::Zero) if upper.is_none() => {}
+                Some(DataSource::Zero) => {
+                    let is_whole = |cluster: u64| {
+                        let from = start + cluster * CLUSTER;
+                        run.start <= from && (from + CLUSTER).min(disk) <= run.end
+                    };
+                    for cluster in first..=last {
+                        if is_whole(cluster) {
+                            set(&mut window.zeros, cluster)
+                        } else {
+                            in_part.push(cluster)
+                        }
+                    }
+                }
+                Some(_) => {
+                    (first..=last).for_each(|cluster| set(&mut window.allocated, cluster));
+                    walk.skip_to(start + (last + 1) * CLUSTER);
+                }
+            }
+        }
+        in_part.dedup();
+        in_part.retain(|&cluster| !window.has(cluster));
+        for cluster in in_part {
+            let from = start + cluster * CLUSTER;
+            if has_data(chain, from..(from + CLUSTER).min(disk))? {
+                set(&mut window.allocated, cluster)
+            } else {
+                set(&mut window.zeros, cluster)
+            }
+        }
+        Ok(window)
+    }
+
+    /// How many clusters are allocated.
+    pub fn count(&self) -> u64 {
+        self.allocated
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    /// Whether an L2 table is needed.
+    pub fn has_entries(&self) -> bool {
+        let mut words = self.allocated.iter().chain(self.zeros.iter());
+        words.any(|&word| word != 0)
+    }
+
+    /// Whether a cluster of the window is allocated.
+    pub fn has(&self, cluster: u64) -> bool {
+        is_set(&self.allocated, cluster)
+    }
+
+    /// How many clusters are allocated before `cluster`, which may be one past the last.
+    pub fn rank(&self, cluster: u64) -> u64 {
+        let (word, bit) = ((cluster / 64) as usize, cluster % 64);
+        let whole = self.allocated.iter().take(word);
+        let part = self
+            .allocated
+            .get(word)
+            .map_or(0, |word| word & ((1 << bit) - 1));
+        whole
+            .chain([&part])
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    /// The runs of allocated clusters, each by its first and its length.
+    pub fn runs(&self) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for cluster in (0..L2_ENTRIES).filter(|&cluster| self.has(cluster)) {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == cluster => *count += 1,
+                _ => runs.push((cluster, 1)),
+            }
+        }
+        runs
+    }
+
+    /// The allocated cluster that has `rank` others before it, and how many follow one another from
+    /// it on, itself included, up to `most`.
+    pub fn run(&self, rank: u64, most: u64) -> Option<(u64, u64)> {
+        let mut left = rank;
+        for (index, word) in self.allocated.iter().enumerate() {
+            let ones = u64::from(word.count_ones());
+            if left >= ones {
+                left -= ones;
+                continue;
+            }
+            let mut bits = *word;
+            for _ in 0..left {
+                bits &= bits - 1;
+            }
+            let first = index as u64 * 64 + u64::from(bits.trailing_zeros());
+            let run = (first..first + most.max(1)).take_while(|&cluster| self.has(cluster));
+            return Some((first, run.count() as u64));
+        }
+        None
+    }
+}
+
+fn set(bits: &mut Bits, cluster: u64) {
+    if let Some(word) = bits.get_mut((cluster / 64) as usize) {
+        *word |= 1 << (cluster % 64);
+    }
+}
+
+pub(super) fn is_set(bits: &Bits, cluster: u64) -> bool {
+    let word = bits.get((cluster / 64) as usize);
+    word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+}
+
+/// Whether any of these bytes of the guest is data.
+fn has_data(chain: &Chain, guest: Range<u64>) -> Result<bool> {
+    let mut walk = chain.walk(guest);
+    while let Some(extent) = walk.next_extent()? {
+        if extent.source != DataSource::Zero {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}

@@ -1,0 +1,108 @@
+//! The locks of a home: our own, BoxLite's runtime lock, and who holds that.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use super::paths::Home;
+use crate::{Context, Error, Result};
+
+/// How long another boxlitefs, which holds the lock for milliseconds, is waited for. A BoxLite
+/// runtime holds it for its whole life.
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_millis(150);
+
+/// Keeps other boxlitefs from changing the home: those that don't go by the runtime lock, too. It is the
+/// flock of our own directory.
+pub(super) fn take_turn(home: &Home) -> Result<File> {
+    if let Some(error) = home.unwritable() {
+        return Err(error);
+    }
+    let dir = home.make_staging_dir()?;
+    home.refuse_scattered()?;
+    let message = || format!("cannot lock {}", dir.display());
+    let file = File::open(&dir).context(message)?;
+    if flock_within(&file, LOCK_PATIENCE).context(message)? {
+        Ok(file)
+    } else {
+        Err(Error::busy(format!(
+            "another boxlitefs is changing {}; try again",
+            home.root().display()
+        )))
+    }
+}
+
+/// flock(LOCK_EX | LOCK_NB) on a descriptor of our own, as a runtime does (runtime/lock.rs); None when
+/// somebody has it for longer than `patience`.
+pub(super) fn take_lock(home: &Home, patience: Duration) -> Result<Option<File>> {
+    let path = home.runtime_lock();
+    let fresh = !path.exists();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .context(|| format!("cannot open the runtime lock {}", path.display()))?;
+    if fresh {
+        home.give_to_owner(&path)?;
+    }
+    let is_taken = flock_within(&file, patience).context(|| "cannot take the runtime lock")?;
+    Ok(is_taken.then_some(file))
+}
+
+/// Takes a file's flock; false when somebody else has it for longer than `patience`.
+fn flock_within(file: &File, patience: Duration) -> std::io::Result<bool> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match flock_exclusive(file) {
+            Ok(()) => return Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EWOULDBLOCK) => {
+                if Instant::now() >= deadline {
+                    return Ok(false);
+                }
+                std::thread::sleep(Duration::from_millis(3));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// The process that has the runtime lock, by the kernel's list; None where it is not in it (a process
+/// that can't be seen from here, say).
+pub(super) fn holder_of(home: &Home) -> Result<Option<u32>> {
+    let path = home.runtime_lock();
+    let meta = fs::metadata(&path).context(|| format!("cannot look at {}", path.display()))?;
+    let table = fs::read_to_string("/proc/locks").context(|| "cannot read /proc/locks")?;
+    // 1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF; who waits has an arrow in front.
+    let flocks = table.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let kind = fields.next()?;
+        let (pid, place) = (fields.nth(2)?, fields.next()?);
+        let (device, inode) = place.rsplit_once(':')?;
+        let is_flock = kind == "FLOCK" && inode.parse() == Ok(meta.ino());
+        is_flock.then_some((pid.parse::<u32>().ok()?, device))
+    });
+    let flocks: Vec<(u32, &str)> = flocks.collect();
+    let device = format!(
+        "{:02x}:{:02x}",
+        libc::major(meta.dev()),
+        libc::minor(meta.dev())
+    );
+    let exact = flocks.iter().find(|(_, of)| *of == device);
+    // Some file systems (btrfs) have one device for stat and another for this list.
+    Ok(match (exact, &flocks[..]) {
+        (Some((pid, _)), _) | (None, [(pid, _)]) => Some(*pid),
+        _ => None,
+    })
+}
+
+/// Takes a file's flock if nobody has it; the kernel gives it back when the process dies, however.
+///
+/// # Errors
+/// EWOULDBLOCK when somebody has it.
+pub fn flock_exclusive(file: &File) -> std::io::Result<()> {
+    // std's try_lock is not promised to be flock, and BoxLite uses flock.
+    let operation = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    rustix::fs::flock(file, operation).map_err(std::io::Error::from)
+}

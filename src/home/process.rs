@@ -1,0 +1,179 @@
+//! Processes, as /proc and pidfds show them.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// Start time of a live process in clock ticks since boot; None when there is none or it is a
+/// zombie.
+pub fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Field 2 is the command in parentheses and may hold spaces and parentheses itself.
+    let after = &stat[stat.rfind(')')? + 1..];
+    let mut fields = after.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// A process by a descriptor of its own: its number may be another's by now, this is not.
+pub(super) struct Process {
+    pub pid: u32,
+    pub started: u64,
+    handle: OwnedFd,
+}
+
+impl Process {
+    /// The process with this number, which must have begun at `started`, where that is known.
+    pub fn open(pid: u32, started: Option<u64>) -> std::io::Result<Process> {
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let number = number.ok_or_else(|| std::io::Error::from_raw_os_error(libc::ESRCH))?;
+        let handle = pidfd_open(number, PidfdFlags::empty())?;
+        // Looked at with the descriptor open: the number is that process's as long as it lives.
+        let now = start_time(pid).filter(|now| started.is_none_or(|started| started == *now));
+        match now {
+            Some(started) => Ok(Process {
+                pid,
+                started,
+                handle,
+            }),
+            None => Err(std::io::Error::from_raw_os_error(libc::ESRCH)),
+        }
+    }
+
+    pub fn signal(&self, signal: Signal) -> std::io::Result<()> {
+        pidfd_send_signal(&self.handle, signal).map_err(std::io::Error::from)
+    }
+
+    /// Sets it going, unless somebody else wants it to stand still, too: to a stopped process that signal waits.
+    pub fn go_on(&self) {
+        if !self.is_to_stop() {
+            // It ended: nothing to set going.
+            let _ = self.signal(Signal::CONT);
+        }
+    }
+
+    pub fn is_to_stop(&self) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let pending = |field: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(field));
+            line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+                .unwrap_or(0)
+        };
+        (pending("SigPnd:") | pending("ShdPnd:")) & (1 << (libc::SIGSTOP - 1)) != 0
+    }
+
+    /// How often its threads gave up the processor: more often once they ran again.
+    pub fn runs(&self) -> u64 {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
+            return 0;
+        };
+        let of_thread = |thread: fs::DirEntry| -> u64 {
+            let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+            let switches = status
+                .lines()
+                .filter(|line| line.contains("_ctxt_switches:"));
+            let counts = switches.filter_map(|line| line.rsplit_once(':')?.1.trim().parse().ok());
+            counts.fold(0, u64::wrapping_add)
+        };
+        threads.flatten().map(of_thread).fold(0, u64::wrapping_add)
+    }
+
+    /// Whether all of its threads stand still, or it is gone.
+    pub fn is_stopped(&self) -> bool {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
+            return true;
+        };
+        threads.flatten().all(|thread| {
+            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            let state = stat
+                .rfind(')')
+                .and_then(|at| stat[at + 1..].trim_start().chars().next());
+            matches!(state, None | Some('T' | 't' | 'Z' | 'X'))
+        })
+    }
+}
+
+/// The processes that one started and that are still its own.
+pub(super) fn children(pid: u32) -> Vec<u32> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    let of_thread = |thread: fs::DirEntry| {
+        fs::read_to_string(thread.path().join("children")).unwrap_or_default()
+    };
+    let lists: Vec<String> = threads.flatten().map(of_thread).collect();
+    let pids = lists.iter().flat_map(|list| list.split_ascii_whitespace());
+    pids.filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// Whether a process has a file open for writing. What can't be seen is none. No file is looked at by what a
+/// process has open: that may be of this very mount, which would have to answer itself.
+pub(super) fn has_open_for_writing(pid: u32, file: &Path, inode: u64) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else {
+        return false;
+    };
+    entries.flatten().any(|entry| {
+        let info = fs::read_to_string(entry.path()).unwrap_or_default();
+        let field = |name: &str| {
+            info.lines()
+                .find_map(|line| Some(line.strip_prefix(name)?.trim()))
+        };
+        let flags = field("flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok());
+        let is_writing = flags.is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY);
+        let is_inode = field("ino:").is_some_and(|number| number.parse() == Ok(inode));
+        let name = || {
+            fs::read_link(format!(
+                "/proc/{pid}/fd/{}",
+                entry.file_name().to_string_lossy()
+            ))
+        };
+        // An inode number alone may be one of another file system.
+        is_writing && is_inode && name().is_ok_and(|name| name.file_name() == file.file_name())
+    })
+}
+
+/// Ignores signals from now on, also in programs that this process starts.
+pub(super) fn ignore_signals(signals: &[i32]) {
+    for signal in signals {
+        // SAFETY: SIG_IGN is no handler of ours, so nothing runs in signal context.
+        unsafe { libc::signal(*signal, libc::SIG_IGN) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+    use std::time::Duration;
+
+    #[test]
+    fn a_number_that_is_another_process_by_now_is_never_signalled() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let started = start_time(child.id()).unwrap();
+        assert!(Process::open(child.id(), Some(started + 1)).is_err());
+        let process = Process::open(child.id(), Some(started)).unwrap();
+        assert!(!process.is_stopped());
+        process.signal(Signal::STOP).unwrap();
+        while !process.is_stopped() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Somebody else wants it to stand still as well.
+        assert!(!process.is_to_stop());
+        process.signal(Signal::STOP).unwrap();
+        assert!(process.is_to_stop());
+        process.go_on();
+        assert!(process.is_stopped());
+        process.signal(Signal::CONT).unwrap();
+        while process.is_stopped() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(process.signal(Signal::CONT).is_err());
+        assert!(process.is_stopped(), "what is gone writes nothing");
+    }
+}

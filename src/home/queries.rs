@@ -1,0 +1,180 @@
+//! What BoxLite's rows say while a home is changed.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use rusqlite::Connection;
+
+use super::catalog::{read_bases, read_bases_at, read_bases_of, read_boxes, read_snapshots};
+use super::connection::failed;
+use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
+use crate::{Error, Result};
+
+/// The rows as they are now, read by the connection of one change.
+pub struct Queries {
+    pub(super) connection: Connection,
+    pub(super) database: PathBuf,
+}
+
+impl Queries {
+    /// Gives an error of SQLite's its errno and a message.
+    pub(super) fn sql<T>(&self, result: rusqlite::Result<T>) -> Result<T> {
+        result.map_err(|e| failed(&self.connection, &self.database, e))
+    }
+
+    /// Runs statements without parameters.
+    pub(super) fn execute(&self, statements: &str) -> Result<()> {
+        self.sql(self.connection.execute_batch(statements))
+    }
+
+    /// Every box as it is now.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn boxes(&self) -> Result<Vec<BoxRecord>> {
+        self.sql(read_boxes(&self.connection, None))
+    }
+
+    /// The box with this id as it is now.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone.
+    pub fn box_by_id(&self, id: &str) -> Result<BoxRecord> {
+        self.sql(read_boxes(&self.connection, Some(id)))?
+            .pop()
+            .ok_or_else(|| Error::new(libc::ENOENT, format!("box {id} is gone")))
+    }
+
+    /// Whether a box has this name.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn is_name_taken(&self, name: &str) -> Result<bool> {
+        self.sql(self.connection.query_row(
+            "SELECT EXISTS (SELECT 1 FROM box_config WHERE name = ?1 OR id = ?1)",
+            [name],
+            |row| row.get(0),
+        ))
+    }
+
+    /// The snapshots of a box as they are now, oldest first.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn snapshots_of(&self, box_id: &str) -> Result<Vec<SnapshotRecord>> {
+        self.sql(read_snapshots(&self.connection, Some(box_id)))
+    }
+
+    /// The snapshots of all boxes as they are now, oldest first.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>> {
+        self.sql(read_snapshots(&self.connection, None))
+    }
+
+    /// The ids of the boxes that refer to any base.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn referring_boxes(&self) -> Result<HashSet<String>> {
+        let rows = || -> rusqlite::Result<_> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT DISTINCT box_id FROM base_disk_ref")?;
+            statement.query_map([], |row| row.get(0))?.collect()
+        };
+        self.sql(rows())
+    }
+
+    /// Every base disk as it is now.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn bases(&self) -> Result<Vec<BaseRecord>> {
+        self.sql(read_bases(&self.connection))
+    }
+
+    /// The bases whose row names this path, or (spelled otherwise, say) a file of that name.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn bases_at(&self, path: &Path) -> Result<Vec<BaseRecord>> {
+        let (Some(text), Some(name)) = (path.to_str(), path.file_name().and_then(|n| n.to_str()))
+        else {
+            return Ok(Vec::new());
+        };
+        self.sql(read_bases_at(&self.connection, text, name))
+    }
+
+    /// The bases that a box refers to.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn bases_of(&self, box_id: &str) -> Result<Vec<BaseRecord>> {
+        self.sql(read_bases_of(&self.connection, box_id))
+    }
+
+    /// Every reference: the bases that each box refers to, by its id.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn refs(&self) -> Result<HashMap<String, Vec<String>>> {
+        let rows = || -> rusqlite::Result<Vec<(String, String)>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT box_id, base_disk_id FROM base_disk_ref")?;
+            let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            rows.collect()
+        };
+        let mut refs = HashMap::<String, Vec<String>>::new();
+        for (box_id, base) in self.sql(rows())? {
+            refs.entry(box_id).or_default().push(base);
+        }
+        Ok(refs)
+    }
+
+    /// The ids of the bases that a box refers to.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn refs_of(&self, box_id: &str) -> Result<Vec<String>> {
+        let rows = || -> rusqlite::Result<Vec<String>> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT base_disk_id FROM base_disk_ref WHERE box_id = ?1")?;
+            statement.query_map([box_id], |row| row.get(0))?.collect()
+        };
+        self.sql(rows())
+    }
+
+    /// The ids of the bases that any box refers to.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn referred_bases(&self) -> Result<HashSet<String>> {
+        let rows = || -> rusqlite::Result<_> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT DISTINCT base_disk_id FROM base_disk_ref")?;
+            statement.query_map([], |row| row.get(0))?.collect()
+        };
+        self.sql(rows())
+    }
+
+    /// Whether a row vouches for the very bytes of a base's file, as those of some builds do.
+    ///
+    /// # Errors
+    /// What SQLite says.
+    pub fn has_digest(&self, base_id: &str) -> Result<bool> {
+        let has_column = self.connection.column_exists(None, "base_disk", "digest");
+        if !self.sql(has_column)? {
+            return Ok(false);
+        }
+        self.sql(self.connection.query_row(
+            "SELECT EXISTS (SELECT 1 FROM base_disk WHERE id = ?1 AND digest IS NOT NULL)",
+            [base_id],
+            |row| row.get(0),
+        ))
+    }
+}

@@ -1,0 +1,199 @@
+//! The process that a box's virtual machine runs in, and how it is paused: stopped for as long as its disk is
+//! copied, and always set going again, also if this process dies meanwhile.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use super::activity::live_process;
+use super::guard::Guard;
+use super::paths::Home;
+use super::process::{Process, children, has_open_for_writing};
+use super::records::BoxRecord;
+use crate::{Context, Error, Result};
+
+/// By then a copy gives up, so that the guard need not.
+const LONGEST_COPY: Duration = Duration::from_secs(45);
+/// How long threads may take to stop: those in the middle of a write end that first.
+const STOPPING: Duration = Duration::from_secs(5);
+/// How long after that they are looked at: then they do stand still.
+const MOMENT: Duration = Duration::from_millis(20);
+/// A process that is certain to be the one that was meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmProcess {
+    pid: u32,
+    /// Clock ticks since boot.
+    started: u64,
+}
+
+impl Home {
+    /// The process of a box's virtual machine, if `shim.pid` says when it began and it lives.
+    pub fn vm_process(&self, record: &BoxRecord) -> Option<VmProcess> {
+        let (pid, started) = live_process(&self.box_dir(&record.id).join("shim.pid"))?;
+        Some(VmProcess {
+            pid,
+            started: started?,
+        })
+    }
+}
+
+/// A virtual machine that stands still until this is dropped.
+pub struct Paused {
+    processes: Vec<Stopped>,
+    /// Tell whether it still does: nobody may set it going but us. How often its threads ran tells
+    /// also where the times of files have long ticks.
+    disk: File,
+    disk_was: (u64, i64, i64),
+    ran: u64,
+    since: Instant,
+    guard: Guard,
+}
+
+struct Stopped {
+    process: Process,
+    /// It was running before.
+    by_us: bool,
+}
+
+impl VmProcess {
+    /// Stops the process, what it started, and all their threads, and waits until they do stand still. Whoever
+    /// had them stopped before has to set them going. `disk` is the file they write to.
+    ///
+    /// # Errors
+    /// EBUSY when somebody else writes to the disk, when the process ended, may not be stopped from here or
+    /// does not stop.
+    pub fn pause(self, disk: &Path) -> Result<Paused> {
+        let message = || format!("cannot look at {}", disk.display());
+        let file = File::open(disk).context(message)?;
+        let mut paused = Paused {
+            processes: Vec::new(),
+            disk_was: (0, 0, 0),
+            ran: 0,
+            disk: file,
+            since: Instant::now(),
+            guard: Guard::begin()?,
+        };
+        paused.stop_all(self)?;
+        paused.wait_until_stopped()?;
+        paused.refuse_other_writers(disk)?;
+        // A thread that is about to stop is shown as if it stood still, and runs once more.
+        std::thread::sleep(MOMENT);
+        paused.ran = paused.runs();
+        paused.disk_was = stamp(&paused.disk).context(message)?;
+        Ok(paused)
+    }
+}
+
+impl Paused {
+    fn stop_all(&mut self, vm: VmProcess) -> Result<()> {
+        let root = Process::open(vm.pid, Some(vm.started))
+            .map_err(|error| Error::busy(format!("process {} can't be paused: {error}", vm.pid)))?;
+        self.stop(root)?;
+        // What it started meanwhile is found by the next look; what is stopped starts nothing.
+        loop {
+            let known: Vec<u32> = self.processes.iter().map(|it| it.process.pid).collect();
+            let found = known.iter().flat_map(|pid| children(*pid));
+            let found: Vec<u32> = found.filter(|pid| !known.contains(pid)).collect();
+            if found.is_empty() {
+                return Ok(());
+            }
+            for pid in found {
+                // Gone is as good as stopped.
+                if let Ok(process) = Process::open(pid, None) {
+                    self.stop(process)?;
+                }
+            }
+        }
+    }
+
+    fn stop(&mut self, process: Process) -> Result<()> {
+        let by_us = !process.is_stopped();
+        if by_us {
+            self.guard.watch(&process)?;
+            let stopped = process.signal(Signal::STOP);
+            stopped.map_err(|e| {
+                Error::busy(format!("process {} can't be paused: {e}", process.pid))
+            })?;
+        }
+        self.processes.push(Stopped { process, by_us });
+        Ok(())
+    }
+
+    fn wait_until_stopped(&self) -> Result<()> {
+        let deadline = Instant::now() + STOPPING;
+        while !self.processes.iter().all(|it| it.process.is_stopped()) {
+            if Instant::now() > deadline {
+                return Err(Error::busy(
+                    "the virtual machine does not stand still; try again",
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// EBUSY when a process that was not stopped has the disk open for writing, as far as that can be seen.
+    fn refuse_other_writers(&self, disk: &Path) -> Result<()> {
+        let meta = self.disk.metadata().context(|| "cannot look at the disk")?;
+        let entries = fs::read_dir("/proc").context(|| "cannot read /proc")?;
+        let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        for pid in pids {
+            let is_stopped = self.processes.iter().any(|it| it.process.pid == pid);
+            if !is_stopped && has_open_for_writing(pid, disk, meta.ino()) {
+                return Err(Error::busy(format!(
+                    "process {pid}, too, has the disk open for writing; end it first"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// EBUSY when it did not stand still all the time, or does so for too long.
+    ///
+    /// # Errors
+    /// That.
+    pub fn still(&self) -> Result<()> {
+        if self.since.elapsed() > LONGEST_COPY {
+            return Err(Error::busy(format!(
+                "copying its disk takes longer than the {} seconds that a virtual machine is paused for; stop the box, or use a file system with reflinks",
+                LONGEST_COPY.as_secs()
+            )));
+        }
+        let went_on = || {
+            Error::busy(
+                "the virtual machine went on while its disk was copied: somebody else set it going, or ended it; try again",
+            )
+        };
+        let now = stamp(&self.disk).map_err(|_| went_on())?;
+        let is_still = self.processes.iter().all(|it| it.process.is_stopped());
+        if is_still && now == self.disk_was && self.runs() == self.ran {
+            return Ok(());
+        }
+        Err(went_on())
+    }
+}
+
+impl Paused {
+    /// How often its threads were set going by the kernel until now.
+    fn runs(&self) -> u64 {
+        let processes = self.processes.iter();
+        processes.map(|it| it.process.runs()).sum()
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        for it in self.processes.iter().rev().filter(|it| it.by_us) {
+            it.process.go_on();
+        }
+        self.guard.is_over();
+    }
+}
+
+fn stamp(file: &File) -> std::io::Result<(u64, i64, i64)> {
+    let meta = file.metadata()?;
+    Ok((meta.len(), meta.mtime(), meta.mtime_nsec()))
+}

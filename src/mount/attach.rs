@@ -25,7 +25,7 @@ use rustix::process::{getgid, getuid};
 
 use super::detach::{self, OwnMount, fusermount_program};
 use super::mountinfo::{Entry, Table};
-use super::{Options, Places, places};
+use super::{MountPaths, Options, validate};
 use crate::{Context, Error, Result};
 
 /// How long another process that mounts on the same directory is waited for.
@@ -61,24 +61,24 @@ impl Drop for Attached {
 /// # Errors
 /// EBUSY when a FUSE file system is mounted there, EPERM when mounting is not permitted, else what the
 /// kernel or fusermount3 says.
-pub(super) fn attach(places: &Places, options: &Options) -> Result<(Attached, OwnedFd)> {
-    let shown = places.mountpoint.display();
-    let _turn = take_turn(&places.mountpoint);
+pub(super) fn attach(paths: &MountPaths, options: &Options) -> Result<(Attached, OwnedFd)> {
+    let shown = paths.mountpoint.display();
+    let _turn = take_turn(&paths.mountpoint);
     // Somebody else may have mounted since it was asked first.
-    places::check_uncovered(&places.mountpoint)?;
+    validate::check_uncovered(&paths.mountpoint)?;
     let message = || format!("cannot mount at {shown}");
-    let mode = fs::metadata(&places.mountpoint).context(message)?.mode();
-    let requests = match mount_directly(places, options, mode) {
+    let mode = fs::metadata(&paths.mountpoint).context(message)?.mode();
+    let requests = match mount_directly(paths, options, mode) {
         // Who is not root mounts through fusermount3, which is setuid.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-            mount_by_fusermount(places, options)?
+            mount_by_fusermount(paths, options)?
         }
         mounted => mounted.context(message)?,
     };
     let requests = Arc::new(requests);
     let table = Table::own()?;
     // No mount of ours was there before. The ids of earlier mounts are no help: the kernel reuses them.
-    let is_it = |entry: &&Entry| entry.is_ours() && entry.mountpoint == places.mountpoint;
+    let is_it = |entry: &&Entry| entry.is_ours() && entry.mountpoint == paths.mountpoint;
     let connection = connection_of(&requests);
     let entry = table
         .entries()
@@ -112,7 +112,7 @@ fn take_turn(mountpoint: &Path) -> Option<File> {
 }
 
 /// By mount(2). It says EPERM to who is not root.
-fn mount_directly(places: &Places, options: &Options, mode: u32) -> io::Result<OwnedFd> {
+fn mount_directly(paths: &MountPaths, options: &Options, mode: u32) -> io::Result<OwnedFd> {
     let requests = File::options().read(true).write(true).open("/dev/fuse")?;
     let mut data = format!(
         "fd={},rootmode={mode:o},user_id={},group_id={},subtype=boxlite",
@@ -125,8 +125,8 @@ fn mount_directly(places: &Places, options: &Options, mode: u32) -> io::Result<O
     }
     let data = CString::new(data)?;
     mount(
-        &places.home,
-        &places.mountpoint,
+        &paths.home,
+        &paths.mountpoint,
         "fuse",
         flags(options),
         data.as_c_str(),
@@ -153,14 +153,14 @@ fn access(options: &Options) -> &'static [&'static str] {
 }
 
 /// Through fusermount3, which sends the descriptor back on the socket that is its standard input.
-fn mount_by_fusermount(places: &Places, options: &Options) -> Result<OwnedFd> {
+fn mount_by_fusermount(paths: &MountPaths, options: &Options) -> Result<OwnedFd> {
     let message = || "cannot run fusermount3, which mounts for those who are not root: install the package fuse3";
     let (ours, its) = UnixStream::pair().context(|| "cannot make a socket")?;
     let mut fusermount = Command::new(fusermount_program())
         .arg("-o")
-        .arg(fusermount_options(places.home.as_os_str(), options))
+        .arg(fusermount_options(paths.home.as_os_str(), options))
         .arg("--")
-        .arg(&places.mountpoint)
+        .arg(&paths.mountpoint)
         .env("_FUSE_COMMFD", "0")
         .env("LC_ALL", "C")
         .stdin(Stdio::from(OwnedFd::from(its)))
@@ -185,7 +185,7 @@ fn mount_by_fusermount(places: &Places, options: &Options) -> Result<OwnedFd> {
             "" => error.to_string(),
             said => said.to_owned(),
         };
-        let shown = places.mountpoint.display();
+        let shown = paths.mountpoint.display();
         Error::new(errno, format!("cannot mount at {shown}: {why}"))
     })
 }

@@ -310,7 +310,7 @@ mod tests {
     use super::super::Options;
     use super::super::attach::{Attached, attach};
     use super::super::mountinfo;
-    use super::super::places::Places;
+    use super::super::validate::MountPaths;
     use super::*;
 
     /// A mount that nobody serves yet, on a directory of its own.
@@ -320,11 +320,11 @@ mod tests {
         for name in ["home", "mnt"] {
             fs::create_dir(root.join(name)).unwrap();
         }
-        let places = Places {
+        let paths = MountPaths {
             home: root.join("home"),
             mountpoint: root.join("mnt"),
         };
-        let (attached, requests) = attach(&places, &Options::default()).unwrap();
+        let (attached, requests) = attach(&paths, &Options::default()).unwrap();
         (place, attached, requests)
     }
 

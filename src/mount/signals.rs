@@ -9,7 +9,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::detach::{self, Detached, OwnMount};
-use super::{holders, service};
+use super::{holders, systemd};
 use crate::{Context, Result};
 
 /// How often a mount that another one keeps from being unmounted is tried again.
@@ -88,7 +88,7 @@ fn obey(signals: &libc::sigset_t, phase: &SharedPhase) {
     };
     if own.is_connected() {
         log::info!("unmounting on a signal");
-        service::stopping();
+        systemd::stopping();
         unmount(signals, signal, &own);
     }
     if own.is_connected()

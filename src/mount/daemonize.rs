@@ -10,7 +10,7 @@ use std::path::Path;
 
 use parking_lot::Mutex;
 
-use super::{signals, takedown};
+use super::{signals, unmount};
 use crate::{Context, Error, Result};
 
 /// What the child says when it serves.
@@ -68,7 +68,7 @@ pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&Word) -> Result<()>) 
     }
     let status = wait_for(child);
     // Killed, it may have left a mount that nobody serves.
-    if let Err(error) = takedown::remove_dead(mountpoint) {
+    if let Err(error) = unmount::remove_dead(mountpoint) {
         log::debug!("{error}");
     }
     Err(refusal(&word).unwrap_or_else(|| {

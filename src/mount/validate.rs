@@ -9,27 +9,27 @@ use crate::home::Home;
 use crate::{Context, Error, Result};
 
 /// The home and the mountpoint, both absolute and canonical.
-pub(super) struct Places {
+pub(super) struct MountPaths {
     /// The BoxLite home.
     pub home: PathBuf,
     /// The directory to mount on.
     pub mountpoint: PathBuf,
 }
 
-impl Places {
+impl MountPaths {
     /// Resolves both, as long as the working directory is the caller's.
     ///
     /// # Errors
     /// ENOENT, ENOTDIR, EBUSY, EINVAL or ENOTCONN; see [`super::run`].
-    pub fn check(home: &Path, mountpoint: &Path) -> Result<Places> {
+    pub fn check(home: &Path, mountpoint: &Path) -> Result<MountPaths> {
         let home = check_home(home)?;
         let mountpoint = check_mountpoint(mountpoint)?;
         check_apart(&home, &mountpoint)?;
-        Ok(Places { home, mountpoint })
+        Ok(MountPaths { home, mountpoint })
     }
 }
 
-impl Places {
+impl MountPaths {
     /// Why the home can't be written; None if it can be, or is none.
     pub fn unwritable(&self) -> Option<Error> {
         Home::open(&self.home).ok()?.unwritable()

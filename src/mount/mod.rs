@@ -3,17 +3,17 @@
 //! Knows processes and the mount table; nothing of boxes, and nothing of FUSE beyond its device
 //! and its file system type.
 
+mod allocator;
 mod attach;
-mod background;
+mod daemonize;
 mod detach;
 mod holders;
 mod logging;
-mod memory;
 mod options;
-mod places;
-mod service;
 mod signals;
-mod takedown;
+mod systemd;
+mod unmount;
+mod validate;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,11 +25,11 @@ use crate::{Error, Result};
 
 pub use logging::log_to_stderr;
 pub use options::{DOCUMENTED, Documented, Options};
-pub use takedown::{Unmounted, remove_dead, unmount};
+pub use unmount::{Unmounted, remove_dead, unmount};
 
 use detach::OwnMount;
-use places::Places;
 use signals::Phase;
+use validate::MountPaths;
 
 /// A mount that is asked for.
 #[derive(Clone, Debug)]
@@ -53,29 +53,29 @@ pub struct Mount {
 /// on the mountpoint; EINVAL when one lies inside the other or the home is none; ENODEV without
 /// FUSE; EPERM when the user may not mount so; else what serving failed with.
 pub fn run(request: Mount) -> Result<()> {
-    let places = Places::check(&request.home, &request.mountpoint)?;
-    places::check_permission(&request.options)?;
+    let paths = MountPaths::check(&request.home, &request.mountpoint)?;
+    validate::check_permission(&request.options)?;
     if !request.options.read_only
-        && let Some(why) = places.unwritable()
+        && let Some(why) = paths.unwritable()
     {
         // What mount(8) does with a write-protected device.
         eprintln!("boxlitefs: {why}: mounting read-only");
     }
     if request.foreground {
-        let served = serve(&places, &request.options, |tree| {
+        let served = serve(&paths, &request.options, |tree| {
             log::info!(
                 "{} is mounted on {}",
-                places.home.display(),
-                places.mountpoint.display()
+                paths.home.display(),
+                paths.mountpoint.display()
             );
-            service::serving(tree, &places);
+            systemd::serving(tree, &paths);
         });
         logging::write_last_lines();
         return served;
     }
-    background::start(&places.mountpoint, |word| {
+    daemonize::start(&paths.mountpoint, |word| {
         logging::log_to_system();
-        serve(&places, &request.options, |_| word.serving())
+        serve(&paths, &request.options, |_| word.serving())
     })
 }
 
@@ -89,16 +89,16 @@ pub fn mountpoints() -> Result<Vec<PathBuf>> {
 
 /// Opens the home and serves it until it is unmounted; calls `announce` once it serves.
 fn serve(
-    places: &Places,
+    paths: &MountPaths,
     options: &Options,
     announce: impl FnOnce(&Arc<Tree>) + Send,
 ) -> Result<()> {
-    memory::bound();
+    allocator::bound();
     // First of all: the signals must be blocked before anything starts a thread.
     let phase = signals::watch()?;
     logging::begin_to_write();
     let tree = Arc::new(Tree::open(
-        &places.home,
+        &paths.home,
         tree::Options {
             read_only: options.read_only,
             is_shared: options.shared,
@@ -109,7 +109,7 @@ fn serve(
         },
     )?);
     tree.tell_of_mount(MountFacts {
-        mountpoint: places.mountpoint.clone(),
+        mountpoint: paths.mountpoint.clone(),
         options: options.to_json(),
     });
     phase.enter(Phase::Mounting);
@@ -117,7 +117,7 @@ fn serve(
         read_only: options.read_only || tree.is_read_only(),
         ..options.clone()
     };
-    let (attached, requests) = attach::attach(places, options).map_err(explain)?;
+    let (attached, requests) = attach::attach(paths, options).map_err(explain)?;
     let own = attached.own().clone();
     phase.enter(Phase::Serving(own.clone()));
     let access = match (options.allow_other, options.allow_root) {
@@ -164,7 +164,7 @@ const READ_AHEAD_KIB: &str = "2048";
 /// Has the kernel read further ahead than its 128 KiB, beyond which FUSE itself can't ask it to. Only
 /// root may; for others a copy takes somewhat longer.
 fn read_further_ahead(own: &OwnMount) {
-    if !places::is_root() {
+    if !validate::is_root() {
         return;
     }
     let file = format!("/sys/class/bdi/{}/read_ahead_kb", own.id().device);

@@ -46,7 +46,7 @@ setup:
 # A debug build is that of the tests: without them, it would have other features and be built anew.
 build:
 	$(if $(filter release,$(BUILD)),cargo build --workspace --release,tests/run build)
-	$(BUILT)/boxlitefs manual $(BUILT)/share
+	$(BUILT)/manual $(BUILT)/share
 
 .PHONY: lint
 lint:

@@ -1,14 +1,12 @@
 //! What the program takes, as clap has it: the one definition that help, manual pages and completions are
 //! made of.
 
-pub mod manual;
-pub mod status;
-
 use std::path::PathBuf;
 
-use boxlitefs::home::GUARD;
-use boxlitefs::mount::DOCUMENTED;
 use clap::{Args, Parser, Subcommand};
+
+use crate::home::GUARD;
+use crate::mount::DOCUMENTED;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -111,12 +109,6 @@ pub enum Command {
     /// Sets a paused virtual machine going if the mount that paused it dies
     #[command(name = GUARD, hide = true)]
     Guard,
-    /// Write manual pages and completions, as they are installed below share, into a directory
-    #[command(hide = true)]
-    Manual {
-        /// The directory, made if it is not there
-        directory: PathBuf,
-    },
 }
 
 /// What `mount` takes.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::home::GUARD;
-use crate::mount::DOCUMENTED;
+use crate::mount::DOCUMENTED_OPTIONS;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -149,7 +149,7 @@ pub struct StatusArguments {
 /// The mount options, a paragraph each.
 fn options_help() -> String {
     let mut help = String::from("Mount options, separated by commas:\n");
-    for option in DOCUMENTED {
+    for option in DOCUMENTED_OPTIONS {
         help += &format!("\n  {}: {}", option.form, option.effect);
     }
     help + "\n\nnosuid and nodev are always on. What every mount takes (defaults, nofail, user, x-… and so on) is accepted."

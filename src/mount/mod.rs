@@ -5,30 +5,31 @@
 
 mod allocator;
 mod attach;
+mod connection;
 mod daemonize;
 mod detach;
+mod documented;
+mod fusermount;
 mod holders;
 mod logging;
 mod options;
+mod process;
+mod serve;
 mod signals;
 mod systemd;
 mod unmount;
 mod validate;
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
-use crate::fuse::{self, Access};
-use crate::mountinfo;
-use crate::tree::{self, MountFacts, Tree};
-use crate::{Error, Result};
+use crate::{Result, mountinfo};
 
+pub use documented::{DOCUMENTED_OPTIONS, DocumentedOption};
 pub use logging::log_to_stderr;
-pub use options::{DOCUMENTED, Documented, Options};
+pub use options::Options;
 pub use unmount::{Unmounted, remove_dead, unmount};
 
-use detach::OwnMount;
-use signals::Phase;
+use serve::serve;
 use validate::MountPaths;
 
 /// A mount that is asked for.
@@ -73,9 +74,9 @@ pub fn run(request: Mount) -> Result<()> {
         logging::write_last_lines();
         return served;
     }
-    daemonize::start(&paths.mountpoint, |word| {
+    daemonize::start(&paths.mountpoint, |pipe| {
         logging::log_to_system();
-        serve(&paths, &request.options, |_| word.serving())
+        serve(&paths, &request.options, |_| pipe.report_ready())
     })
 }
 
@@ -85,120 +86,4 @@ pub fn run(request: Mount) -> Result<()> {
 /// Those of reading the mount table.
 pub fn mountpoints() -> Result<Vec<PathBuf>> {
     mountinfo::ours()
-}
-
-/// Opens the home and serves it until it is unmounted; calls `announce` once it serves.
-fn serve(
-    paths: &MountPaths,
-    options: &Options,
-    announce: impl FnOnce(&Arc<Tree>) + Send,
-) -> Result<()> {
-    allocator::bound();
-    // First of all: the signals must be blocked before anything starts a thread.
-    let phase = signals::watch()?;
-    logging::begin_to_write();
-    let tree = Arc::new(Tree::open(
-        &paths.home,
-        tree::Options {
-            read_only: options.read_only,
-            is_shared: options.shared,
-            compression: options.compression,
-            compacting: options.compacting,
-            imports: options.imports,
-            links: options.links,
-        },
-    )?);
-    tree.tell_of_mount(MountFacts {
-        mountpoint: paths.mountpoint.clone(),
-        options: options.to_json(),
-    });
-    phase.enter(Phase::Mounting);
-    let options = &Options {
-        read_only: options.read_only || tree.is_read_only(),
-        ..options.clone()
-    };
-    let (attached, requests) = attach::attach(paths, options).map_err(explain)?;
-    let own = attached.own().clone();
-    phase.enter(Phase::Serving(own.clone()));
-    let access = match (options.allow_other, options.allow_root) {
-        (true, _) => Access::Everybody,
-        (false, true) => Access::RootToo,
-        (false, false) => Access::Owner,
-    };
-    let served = Arc::downgrade(&tree);
-    let ready = || {
-        read_further_ahead(&own);
-        if let Some(tree) = served.upgrade() {
-            announce(&tree);
-        }
-    };
-    // A session that failed answers nobody, so nobody is to come: the mount goes before the last work.
-    let failed = || remove_remains(&own).map(|_| ());
-    let result = fuse::serve(tree, requests, access, ready, failed);
-    let remains = remove_remains(&own);
-    result?;
-    match remains? {
-        None => Ok(()),
-        Some(place) => Err(Error::new(
-            libc::ECONNABORTED,
-            format!(
-                "the connection of the mount on {} was aborted by umount -f or through /sys/fs/fuse/connections; it is unmounted",
-                place.display()
-            ),
-        )),
-    }
-}
-
-/// Takes away what is left of the mount when it is not served any more.
-fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
-    detach::remove_remains(own).map_err(|error| {
-        let message = format!("a mount that nobody serves is left: {}", error.message());
-        Error::new(error.errno(), message)
-    })
-}
-
-/// Kibibytes the kernel reads ahead in this mount: enough that a copy is read, hashed and written at the
-/// same time, each by another core.
-const READ_AHEAD_KIB: &str = "2048";
-
-/// Has the kernel read further ahead than its 128 KiB, beyond which FUSE itself can't ask it to. Only
-/// root may; for others a copy takes somewhat longer.
-fn read_further_ahead(own: &OwnMount) {
-    if !validate::is_root() {
-        return;
-    }
-    let file = format!("/sys/class/bdi/{}/read_ahead_kb", own.id().device);
-    if let Err(error) = std::fs::write(&file, READ_AHEAD_KIB) {
-        log::debug!("{file}: {error}");
-    }
-}
-
-/// Says what to do when mount(2) itself is not permitted. Through fusermount3 there is no errno,
-/// only what it printed.
-fn explain(error: Error) -> Error {
-    let text = error.to_string();
-    if error.errno() != libc::EPERM && !text.contains("Operation not permitted") {
-        return error;
-    }
-    Error::new(
-        libc::EPERM,
-        format!(
-            "{}; mounting is not permitted here: a container needs the capability SYS_ADMIN and the device /dev/fuse for it",
-            text.trim_end()
-        ),
-    )
-}
-
-/// The path to compare with the mount table: canonical, or where even that needs an answer from
-/// a file system that has none, its canonical directory and its name.
-fn resolve(path: &Path) -> std::io::Result<PathBuf> {
-    path.canonicalize().or_else(|error| {
-        let absolute = std::path::absolute(path)?;
-        match (absolute.parent(), absolute.file_name()) {
-            (Some(parent), Some(name)) if error.kind() != std::io::ErrorKind::NotFound => {
-                Ok(parent.canonicalize()?.join(name))
-            }
-            _ => Err(error),
-        }
-    })
 }

@@ -4,8 +4,9 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::{Options, detach, mountinfo, resolve};
+use super::{Options, fusermount};
 use crate::home::Home;
+use crate::mountinfo::{self, resolve};
 use crate::{Context, Error, Result};
 
 /// The home and the mountpoint, both absolute and canonical.
@@ -152,7 +153,7 @@ pub(super) fn check_permission(options: &Options) -> Result<()> {
     if is_root() {
         return Ok(());
     }
-    if detach::find_fusermount().is_none() {
+    if fusermount::find().is_none() {
         return Err(Error::new(
             libc::ENOENT,
             "mounting without being root needs fusermount3: install the package fuse3",

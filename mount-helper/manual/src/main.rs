@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use boxlitefs::cli::CommandLine;
-use boxlitefs::mount::DOCUMENTED;
+use boxlitefs::mount::DOCUMENTED_OPTIONS;
 use boxlitefs::{Context, Result};
 use clap::{Arg, Command, CommandFactory};
 use clap_complete::Shell;
@@ -283,7 +283,7 @@ fn term(argument: &Arg) -> Vec<Inline> {
 
 fn mount_options(page: &mut Roff) {
     page.control("SH", ["MOUNT OPTIONS"]);
-    for option in DOCUMENTED {
+    for option in DOCUMENTED_OPTIONS {
         page.control("TP", []);
         match option.form.split_once('=') {
             Some((name, value)) => page.text([bold(format!("{name}=")), italic(value)]),

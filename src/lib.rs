@@ -21,6 +21,12 @@
 //! * [`mount`]: options, daemonizing, signals, readiness.
 //! * `mountinfo`: what is mounted where, for all who have to know.
 
+// A fault of ours must be an error of one request, and never the end of a mount.
+#![cfg_attr(
+    not(test),
+    warn(clippy::expect_used, clippy::panic, clippy::unwrap_used)
+)]
+
 pub mod archive;
 pub mod cli;
 pub mod disk;

@@ -2,6 +2,8 @@
 //! boxlite HOME DIRECTORY` and lines in /etc/fstab work. It starts `boxlitefs mount`, which
 //! returns once the mount serves.
 
+#![forbid(unsafe_code)]
+
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -34,9 +36,10 @@ fn main() -> ExitCode {
         Ok(request) => request,
         Err(error) => {
             let _ = error.print();
-            return match error.use_stderr() {
-                true => ExitCode::from(INCORRECT_INVOCATION),
-                false => ExitCode::SUCCESS,
+            return if error.use_stderr() {
+                ExitCode::from(INCORRECT_INVOCATION)
+            } else {
+                ExitCode::SUCCESS
             };
         }
     };

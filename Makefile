@@ -118,7 +118,7 @@ install:
 		install -D -m 0644 mount-helper/systemd/$${scope##*:} $$unit && \
 		sed -i 's|/usr/bin/boxlitefs|$(PREFIX)/bin/boxlitefs|' $$unit || exit 1; \
 	done
-	for text in README.md CONTRIBUTING.md LICENSE docs/*.md docs/*.png; do \
+	for text in README.md CONTRIBUTING.md LICENSE docs/*.md docs/design/*.md docs/*.png; do \
 		install -D -m 0644 $$text $(DESTDIR)$(PREFIX)/share/doc/boxlitefs/$$text || exit 1; \
 	done
 

@@ -1,5 +1,5 @@
 //! What can be done to boxes. One file per change, each in the crash-safe order that
-//! `docs/design.md` tabulates, with a comment on what a crash leaves.
+//! `docs/design/layers.md` tabulates, with a comment on what a crash leaves.
 //!
 //! The room knows homes, layers and archives; it knows nothing of names in a mount, handles or
 //! FUSE. Every change starts with [`Store::prepare`]: lock, fresh rows, recovery by looking.

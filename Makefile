@@ -46,7 +46,7 @@ setup:
 # A debug build is that of the tests: without them, it would have other features and be built anew.
 build:
 	$(if $(filter release,$(BUILD)),cargo build --workspace --release,tests/run build)
-	$(BUILT)/boxlitefs manual $(BUILT)/share
+	$(BUILT)/manual $(BUILT)/share
 
 .PHONY: lint
 lint:
@@ -118,7 +118,7 @@ install:
 		install -D -m 0644 mount-helper/systemd/$${scope##*:} $$unit && \
 		sed -i 's|/usr/bin/boxlitefs|$(PREFIX)/bin/boxlitefs|' $$unit || exit 1; \
 	done
-	for text in README.md CONTRIBUTING.md LICENSE docs/*.md docs/*.png; do \
+	for text in README.md CONTRIBUTING.md LICENSE docs/*.md docs/design/*.md docs/*.png; do \
 		install -D -m 0644 $$text $(DESTDIR)$(PREFIX)/share/doc/boxlitefs/$$text || exit 1; \
 	done
 

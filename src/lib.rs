@@ -3,7 +3,7 @@
 //! The map of the crate; arrows go one way, from the kernel's side down to the disk:
 //!
 //! ```text
-//! main ─ mount ─ fuse ─→ tree ─→ store ─→ home     rows, paths, the runtime lock (the only room that knows SQL)
+//! cli ── mount ─ fuse ─→ tree ─→ store ─→ home     rows, paths, the runtime lock (the only room that knows SQL)
 //!                                   ├───→ archive  the .boxlite format ─→ disk
 //!                     │             └───→ disk     layers and chains (the only room that knows qcow2)
 //!                     └─→ guest ─→ disk            the guest's file systems (the only room that knows ext4)
@@ -17,10 +17,18 @@
 //! * [`store`]: what can be done to boxes, one file per change, each in its crash-safe order.
 //! * [`tree`]: the names and files a user sees, without FUSE.
 //! * [`fuse`]: fuser's callbacks on the tree.
+//! * [`cli`]: the command line, and what it prints.
 //! * [`mount`]: options, daemonizing, signals, readiness.
 //! * `mountinfo`: what is mounted where, for all who have to know.
 
+// A fault of ours must be an error of one request, and never the end of a mount.
+#![cfg_attr(
+    not(test),
+    warn(clippy::expect_used, clippy::panic, clippy::unwrap_used)
+)]
+
 pub mod archive;
+pub mod cli;
 pub mod disk;
 pub mod error;
 pub mod event_log;

@@ -39,7 +39,7 @@ pub(crate) struct MountId {
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub(crate) struct MountEntry {
     /// Which mount this is.
     pub id: MountId,
     /// The number of the mount that this one is mounted on.
@@ -52,7 +52,7 @@ pub(crate) struct Entry {
     pub source: PathBuf,
 }
 
-impl Entry {
+impl MountEntry {
     /// Whether this is a mount of boxlitefs.
     pub fn is_ours(&self) -> bool {
         self.fstype == OUR_TYPE
@@ -66,16 +66,16 @@ impl Entry {
 
 /// A mount table as it was at one moment.
 #[derive(Debug)]
-pub(crate) struct Table(Vec<Entry>);
+pub(crate) struct MountTable(Vec<MountEntry>);
 
-impl Table {
+impl MountTable {
     /// That of this process.
     ///
     /// # Errors
     /// Those of reading /proc/self/mountinfo.
-    pub fn own() -> Result<Table> {
+    pub fn own() -> Result<MountTable> {
         fs::read("/proc/self/mountinfo")
-            .map(|text| Table::parsed(&text))
+            .map(|text| MountTable::parsed(&text))
             .context(|| "cannot read the mount table /proc/self/mountinfo; is /proc mounted?")
     }
 
@@ -83,25 +83,25 @@ impl Table {
     ///
     /// # Errors
     /// Those of reading /proc/PID/mountinfo: the process is gone, or another user's.
-    pub fn of_process(pid: u32) -> io::Result<Table> {
-        fs::read(format!("/proc/{pid}/mountinfo")).map(|text| Table::parsed(&text))
+    pub fn of_process(pid: u32) -> io::Result<MountTable> {
+        fs::read(format!("/proc/{pid}/mountinfo")).map(|text| MountTable::parsed(&text))
     }
 
-    fn parsed(text: &[u8]) -> Table {
+    fn parsed(text: &[u8]) -> MountTable {
         let lines = text.split(|&byte| byte == b'\n');
-        Table(lines.filter_map(entry).collect())
+        MountTable(lines.filter_map(entry).collect())
     }
 
     /// What is mounted on exactly this path (absolute, canonical), where a lookup of it ends: the
     /// topmost of several, and none that a mount on a directory above hides.
-    pub fn at(&self, path: &Path) -> Option<&Entry> {
+    pub fn at(&self, path: &Path) -> Option<&MountEntry> {
         self.0
             .iter()
             .rfind(|entry| entry.mountpoint == path && self.hindrance(entry, false).is_none())
     }
 
     /// The mount in which this path (absolute, canonical) is.
-    pub fn around(&self, path: &Path) -> Option<&Entry> {
+    pub fn around(&self, path: &Path) -> Option<&MountEntry> {
         path.ancestors().find_map(|place| self.at(place))
     }
 
@@ -114,30 +114,30 @@ impl Table {
     }
 
     /// A mount, wherever it is now; None when it is not in this table any more.
-    pub fn find(&self, id: MountId) -> Option<&Entry> {
+    pub fn find(&self, id: MountId) -> Option<&MountEntry> {
         self.0.iter().find(|entry| entry.id == id)
     }
 
     /// All mounts, in the order of the table.
-    pub fn entries(&self) -> impl DoubleEndedIterator<Item = &Entry> {
+    pub fn entries(&self) -> impl DoubleEndedIterator<Item = &MountEntry> {
         self.0.iter()
     }
 
     /// All mounts of a file system.
-    pub fn of_device(&self, device: Device) -> impl DoubleEndedIterator<Item = &Entry> {
+    pub fn of_device(&self, device: Device) -> impl DoubleEndedIterator<Item = &MountEntry> {
         self.entries()
             .filter(move |entry| entry.id.device == device)
     }
 
     /// Another mount that would be hit, or taken along, by an unmount of this one by its path: one
     /// that covers it or a directory above, or that is mounted somewhere in it.
-    pub fn in_the_way(&self, entry: &Entry) -> Option<&Entry> {
+    pub fn in_the_way(&self, entry: &MountEntry) -> Option<&MountEntry> {
         self.hindrance(entry, true)
     }
 
     /// A mount that covers this one, or if `also_inside` one that is mounted in it.
-    fn hindrance(&self, entry: &Entry, also_inside: bool) -> Option<&Entry> {
-        let on_it = |other: &&Entry| {
+    fn hindrance(&self, entry: &MountEntry, also_inside: bool) -> Option<&MountEntry> {
+        let on_it = |other: &&MountEntry| {
             other.parent == entry.id.id && (also_inside || other.mountpoint == entry.mountpoint)
         };
         self.entries()
@@ -147,11 +147,11 @@ impl Table {
 
     /// A mount on a directory above, made in the same mount as this one or as one above it: lookups go
     /// into that.
-    fn what_hides(&self, entry: &Entry) -> Option<&Entry> {
+    fn what_hides(&self, entry: &MountEntry) -> Option<&MountEntry> {
         let mut hidden = entry;
         // A table has no circles; one that was read while it changed ends all the same.
         for _ in 0..self.0.len() {
-            let covers = |other: &&Entry| {
+            let covers = |other: &&MountEntry| {
                 other.parent == hidden.parent
                     && other.id != hidden.id
                     && hidden.mountpoint.starts_with(&other.mountpoint)
@@ -169,8 +169,8 @@ impl Table {
 ///
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
-pub(crate) fn at(path: &Path) -> Result<Option<Entry>> {
-    Ok(Table::own()?.at(path).cloned())
+pub(crate) fn at(path: &Path) -> Result<Option<MountEntry>> {
+    Ok(MountTable::own()?.at(path).cloned())
 }
 
 /// A mountpoint in this directory (absolute, canonical), however deep; the directory itself does not
@@ -179,7 +179,7 @@ pub(crate) fn at(path: &Path) -> Result<Option<Entry>> {
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
 pub(crate) fn below(dir: &Path) -> Result<Option<PathBuf>> {
-    Ok(Table::own()?.below(dir).map(Path::to_owned))
+    Ok(MountTable::own()?.below(dir).map(Path::to_owned))
 }
 
 /// Where boxlitefs is mounted, each place once.
@@ -187,10 +187,10 @@ pub(crate) fn below(dir: &Path) -> Result<Option<PathBuf>> {
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
 pub(crate) fn ours() -> Result<Vec<PathBuf>> {
-    Ok(places_of_ours(&Table::own()?))
+    Ok(places_of_ours(&MountTable::own()?))
 }
 
-fn places_of_ours(table: &Table) -> Vec<PathBuf> {
+fn places_of_ours(table: &MountTable) -> Vec<PathBuf> {
     let ours = table.entries().filter(|entry| entry.is_ours());
     let mut places: Vec<PathBuf> = ours.map(|entry| entry.mountpoint.clone()).collect();
     places.sort();
@@ -198,9 +198,26 @@ fn places_of_ours(table: &Table) -> Vec<PathBuf> {
     places
 }
 
+/// The path to compare with the mount table: canonical, or where even that needs an answer from
+/// a file system that has none, its canonical directory and its name.
+///
+/// # Errors
+/// Those of resolving it.
+pub(crate) fn resolve(path: &Path) -> io::Result<PathBuf> {
+    path.canonicalize().or_else(|error| {
+        let absolute = std::path::absolute(path)?;
+        match (absolute.parent(), absolute.file_name()) {
+            (Some(parent), Some(name)) if error.kind() != io::ErrorKind::NotFound => {
+                Ok(parent.canonicalize()?.join(name))
+            }
+            _ => Err(error),
+        }
+    })
+}
+
 /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`: id, parent, device, root,
 /// mountpoint, options, any number of tags, a dash, type, source, options.
-fn entry(line: &[u8]) -> Option<Entry> {
+fn entry(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
     let mut text = || std::str::from_utf8(fields.next()?).ok();
     let id = text()?.parse().ok()?;
@@ -213,7 +230,7 @@ fn entry(line: &[u8]) -> Option<Entry> {
     let path = |field| PathBuf::from(OsString::from_vec(unescaped(field)));
     let mountpoint = path(fields.nth(1)?);
     fields.find(|field| *field == b"-")?;
-    Some(Entry {
+    Some(MountEntry {
         id: MountId { id, device },
         parent,
         mountpoint,
@@ -262,8 +279,8 @@ mod tests {
 not a line of the table
 ";
 
-    fn table(text: &[u8]) -> Table {
-        Table::parsed(text)
+    fn table(text: &[u8]) -> MountTable {
+        MountTable::parsed(text)
     }
 
     #[test]
@@ -365,6 +382,6 @@ not a line of the table
     #[test]
     fn the_table_of_this_machine_can_be_read() {
         assert!(at(Path::new("/proc")).unwrap().is_some());
-        assert!(Table::of_process(std::process::id()).is_ok());
+        assert!(MountTable::of_process(std::process::id()).is_ok());
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// The rooms, from the top down. A file takes from its own room and from those after it.
 const ROOMS: [&str; 14] = [
-    "command_line",
+    "cli",
     "mount",
     "fuse",
     "tree",

@@ -1,6 +1,8 @@
 //! The command line of mount.boxlite, as mount(8) describes it under "external helpers". Apart from the
 //! program, so that its manual page is made of the same definition.
 
+#![forbid(unsafe_code)]
+
 use std::ffi::OsString;
 
 use clap::{ArgAction, Parser};

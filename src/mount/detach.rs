@@ -13,15 +13,14 @@
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, statx};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::mountinfo::{Entry, MountId, Table};
+use super::{connection, fusermount};
+use crate::mountinfo::{MountEntry, MountId, MountTable};
 use crate::{Context, Error, Result};
 
 /// How often an idle mount is marked. Each look at a file in it, by anybody, takes the mark off.
@@ -30,9 +29,6 @@ const MARKS: u32 = 20;
 /// How often a mount is looked for: where others mount and unmount, a reader of the mount table may
 /// miss a line.
 const LOOKS: u32 = 5;
-
-/// Where fusermount3 is looked for besides PATH, which mount(8) unsets.
-const USUAL_PLACES: [&str; 3] = ["/usr/bin", "/bin", "/sbin"];
 
 /// The mount that this process serves.
 #[derive(Clone)]
@@ -46,7 +42,7 @@ pub(super) struct OwnMount {
 
 impl OwnMount {
     /// The mount of this entry, whose requests come from this descriptor of /dev/fuse.
-    pub fn new(entry: &Entry, requests: Arc<OwnedFd>) -> OwnMount {
+    pub fn new(entry: &MountEntry, requests: Arc<OwnedFd>) -> OwnMount {
         OwnMount {
             id: entry.id,
             source: entry.source.clone(),
@@ -62,35 +58,25 @@ impl OwnMount {
     /// Whether the kernel still has the file system, mounted or in use. As long as it has, no other has
     /// its device number.
     pub fn is_connected(&self) -> bool {
-        is_connected(&self.requests)
+        connection::is_connected(&self.requests)
     }
 
     /// Where it is mounted now, also by bind mounts: the last one first.
-    fn places(&self) -> Result<Vec<Entry>> {
-        let table = Table::own()?;
+    fn places(&self) -> Result<Vec<MountEntry>> {
+        let table = MountTable::own()?;
         let ours = table.of_device(self.id.device).rev();
         Ok(ours.filter(|entry| entry.is_ours()).cloned().collect())
-    }
-}
-
-/// Whether the kernel still has the file system whose requests come from this descriptor of /dev/fuse.
-pub(super) fn is_connected(requests: &OwnedFd) -> bool {
-    let mut request = [PollFd::new(requests, PollFlags::empty())];
-    let at_once = Timespec::default();
-    match poll(&mut request, Some(&at_once)) {
-        Ok(_) => !request[0].revents().contains(PollFlags::ERR),
-        Err(_) => true,
     }
 }
 
 /// What became of the mounts of this process.
 pub(super) enum Detached {
     /// There was none: somebody else detached it while it was in use.
-    Nothing,
+    NotMounted,
     /// They are gone; what is open in them is served until it is closed.
     Done,
     /// Some are still there.
-    Not(Error),
+    Blocked(Error),
 }
 
 /// Unmounts the mount that this process serves, also where it is in use: the names go at once, files
@@ -107,12 +93,12 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
     let places = match places {
         // Unmounted by somebody else in this moment.
         Ok(_) if !own.is_connected() => return Detached::Done,
-        Ok(places) if places.is_empty() => return Detached::Nothing,
+        Ok(places) if places.is_empty() => return Detached::NotMounted,
         Ok(places) => places,
-        Err(error) => return Detached::Not(error),
+        Err(error) => return Detached::Blocked(error),
     };
     let is_ours = || own.is_connected();
-    let remove = |place: &Entry| {
+    let remove = |place: &MountEntry| {
         let removed = remove_idle(place.id, is_ours).or_else(|error| match error.errno() {
             // Another mount in the way keeps a lazy unmount from being right, too: it says so itself.
             libc::EBUSY | libc::EPERM => remove_lazily(place.id, is_ours),
@@ -130,7 +116,7 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
     let removed: Vec<Result<()>> = places.iter().map(remove).collect();
     match removed.into_iter().find_map(Result::err) {
         // Unmounted by somebody else meanwhile, it is gone as well.
-        Some(error) if own.is_connected() => Detached::Not(error),
+        Some(error) if own.is_connected() => Detached::Blocked(error),
         _ => Detached::Done,
     }
 }
@@ -195,7 +181,7 @@ pub(super) fn remove_idle(id: MountId, is_still_meant: impl Fn() -> bool) -> Res
         let message = || format!("cannot unmount {}", path.display());
         match unmount(&path, marked) {
             Err(Errno::AGAIN) => {}
-            Err(Errno::PERM) => return fusermount(id, &path, false),
+            Err(Errno::PERM) => return fusermount::unmount(&path, false, || is_gone(id)),
             result => return result.map_err(Into::into).context(message),
         }
         if path_of(id)? != path || !is_still_meant() {
@@ -228,7 +214,7 @@ pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> R
     match unmount(descriptor, UnmountFlags::DETACH) {
         Err(Errno::PERM) => {
             drop(mount);
-            fusermount(id, &path, true)
+            fusermount::unmount(&path, true, || is_gone(id))
         }
         result => result.map_err(Into::into).context(message),
     }
@@ -236,7 +222,7 @@ pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> R
 
 /// Whether a mount is not in the table any more.
 fn is_gone(id: MountId) -> bool {
-    Table::own().is_ok_and(|table| table.find(id).is_none())
+    MountTable::own().is_ok_and(|table| table.find(id).is_none())
 }
 
 /// Whether no other mount is in the way of an unmount.
@@ -246,7 +232,7 @@ pub(super) fn is_free(id: MountId) -> bool {
 
 /// Where a mount is now, if an unmount of that path would hit it and nothing else.
 fn path_of(id: MountId) -> Result<PathBuf> {
-    let table = Table::own()?;
+    let table = MountTable::own()?;
     let Some(entry) = table.find(id) else {
         let message = format!("the mount with the device {} is not mounted", id.device);
         return Err(Error::new(libc::EINVAL, message));
@@ -275,67 +261,28 @@ fn mount_number(descriptor: &impl AsFd) -> Option<u64> {
     line.trim().parse().ok()
 }
 
-/// Unmounts what this user mounted; fusermount3 is setuid root and checks that.
-fn fusermount(id: MountId, path: &Path, lazily: bool) -> Result<()> {
-    let output = Command::new(fusermount_program())
-        .arg(if lazily { "-uz" } else { "-u" })
-        .arg("--")
-        .arg(path)
-        // What it says decides below.
-        .env("LC_ALL", "C")
-        .output()
-        .context(|| "cannot run fusermount3, which unmounts for those who are not root: install the package fuse3")?;
-    if output.status.success() || is_gone(id) {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let errno = if said.contains("busy") {
-        libc::EBUSY
-    } else {
-        libc::EPERM
-    };
-    Err(Error::new(
-        errno,
-        format!("cannot unmount {}: {}", path.display(), said.trim()),
-    ))
-}
-
-/// fusermount3, where it is; its bare name when it is nowhere.
-pub(super) fn fusermount_program() -> PathBuf {
-    find_fusermount().unwrap_or_else(|| PathBuf::from("fusermount3"))
-}
-
-/// fusermount3 in PATH or in the usual places.
-pub(super) fn find_fusermount() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(USUAL_PLACES.map(PathBuf::from))
-        .map(|directory| directory.join("fusermount3"))
-        .find(|program| program.is_file())
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
 
     use super::super::Options;
-    use super::super::attach::{Attached, attach};
-    use super::super::mountinfo;
-    use super::super::places::Places;
+    use super::super::attach::{MountGuard, attach};
+    use super::super::validate::MountPaths;
     use super::*;
+    use crate::mountinfo;
 
     /// A mount that nobody serves yet, on a directory of its own.
-    fn mounted() -> (tempfile::TempDir, Attached, OwnedFd) {
+    fn mounted() -> (tempfile::TempDir, MountGuard, OwnedFd) {
         let place = tempfile::tempdir().unwrap();
         let root = place.path().canonicalize().unwrap();
         for name in ["home", "mnt"] {
             fs::create_dir(root.join(name)).unwrap();
         }
-        let places = Places {
+        let paths = MountPaths {
             home: root.join("home"),
             mountpoint: root.join("mnt"),
         };
-        let (attached, requests) = attach(&places, &Options::default()).unwrap();
+        let (attached, requests) = attach(&paths, &Options::default()).unwrap();
         (place, attached, requests)
     }
 
@@ -364,7 +311,7 @@ mod tests {
         let (place, attached, requests) = mounted();
         let mnt = place.path().join("mnt");
         mount_tmpfs(&mnt);
-        let Detached::Not(error) = detach_own(attached.own()) else {
+        let Detached::Blocked(error) = detach_own(attached.own()) else {
             panic!("it is covered");
         };
         assert_eq!(error.errno(), libc::EBUSY);
@@ -385,7 +332,7 @@ mod tests {
         let used = open(&mnt, OFlags::PATH, Mode::empty()).unwrap();
         unmount(&mnt, UnmountFlags::DETACH).unwrap();
         mount_tmpfs(&mnt);
-        assert!(matches!(detach_own(attached.own()), Detached::Nothing));
+        assert!(matches!(detach_own(attached.own()), Detached::NotMounted));
         for refused in [remove_idle(id, || true), remove_lazily(id, || true)] {
             assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
         }

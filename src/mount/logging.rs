@@ -52,12 +52,12 @@ pub fn log_to_stderr() {
         builder.write_style(WriteStyle::Always);
     }
     let (lines, waiting) = bounded(WAITING);
-    let queue = LINES.get_or_init(|| Lines {
+    let queue = LINES.get_or_init(|| LineQueue {
         lines,
         waiting: Mutex::new(Some(waiting)),
     });
     let lines = queue.lines.clone();
-    builder.target(Target::Pipe(Box::new(Behind { lines, lost: 0 })));
+    builder.target(Target::Pipe(Box::new(QueueWriter { lines, lost: 0 })));
     // Whoever asks twice has it.
     let _ = builder.try_init();
 }
@@ -70,14 +70,14 @@ enum Line {
 }
 
 /// Lines on their way to standard error.
-struct Lines {
+struct LineQueue {
     lines: Sender<Line>,
     /// Until the thread that writes has begun.
     waiting: Mutex<Option<Receiver<Line>>>,
 }
 
 /// Where the process's lines go, once it has a logger.
-static LINES: OnceLock<Lines> = OnceLock::new();
+static LINES: OnceLock<LineQueue> = OnceLock::new();
 
 /// Starts the thread that writes what was logged, and will be. Not before signals are blocked, for it
 /// would be a thread that takes them.
@@ -120,12 +120,12 @@ pub(super) fn write_last_lines() {
 }
 
 /// Takes lines for the thread that writes them. Those that it can't take are counted and lost.
-struct Behind {
+struct QueueWriter {
     lines: Sender<Line>,
     lost: u64,
 }
 
-impl Write for Behind {
+impl Write for QueueWriter {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         if self.lost > 0 {
             let lost = format!("{} lines of the log were lost here\n", self.lost);
@@ -224,14 +224,14 @@ mod tests {
     #[test]
     fn lines_that_nobody_takes_are_counted_and_nobody_waits() {
         let (lines, waiting) = bounded(3);
-        let mut behind = Behind { lines, lost: 0 };
+        let mut writer = QueueWriter { lines, lost: 0 };
         for n in 0..10 {
-            behind.write_all(format!("{n}\n").as_bytes()).unwrap();
+            writer.write_all(format!("{n}\n").as_bytes()).unwrap();
         }
         let mut written = Vec::new();
         let texts: Vec<Line> = waiting.try_iter().collect();
-        behind.write_all(b"later\n").unwrap();
-        drop(behind);
+        writer.write_all(b"later\n").unwrap();
+        drop(writer);
         let (all, again) = bounded(10);
         texts
             .into_iter()

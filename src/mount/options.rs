@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use super::documented::DOCUMENTED_OPTIONS;
 use crate::tree::{Compacting, Compression, Imports, Links};
 use crate::{Error, Result};
 
@@ -30,67 +31,6 @@ pub struct Options {
     /// `links=inside|guest`.
     pub links: Links,
 }
-
-/// An option of boxlitefs itself, as manuals and messages have it. (What every mount takes is not here.)
-#[derive(Clone, Copy, Debug)]
-pub struct Documented {
-    /// As it is written, such as `cache=SIZE`.
-    pub form: &'static str,
-    /// What it does, in a message without a full stop.
-    pub effect: &'static str,
-}
-
-/// The options that are for people to know.
-pub const DOCUMENTED: &[Documented] = &[
-    Documented {
-        form: "ro",
-        effect: "every change says EROFS, and nothing at all is written into the home",
-    },
-    Documented {
-        form: "allow_other",
-        effect: "other users may enter; the modes of the files, which follow those of the home, decide",
-    },
-    Documented {
-        form: "allow_root",
-        effect: "root may enter",
-    },
-    Documented {
-        form: "shared",
-        effect: "snapshots, clones, imports and restores are made also while a BoxLite program has the home open, of boxes that do not run",
-    },
-    Documented {
-        form: "noexec",
-        effect: "programs in guests' files can't be run from there",
-    },
-    Documented {
-        form: "noatime",
-        effect: "access times are not kept",
-    },
-    Documented {
-        form: "compress=LEVEL",
-        effect: "zstd's level for export.boxlite.zst, 1 (fast) to 19 (small); 3 unless said",
-    },
-    Documented {
-        form: "cache=SIZE",
-        effect: "most disk space in the home for finished export.boxlite.zst, as 512M or 8G; 4G unless said, 0 for none",
-    },
-    Documented {
-        form: "compact=SECONDS",
-        effect: "how long nothing has to go on until the mount merges layers that nothing needs by themselves; 30 unless said, or off",
-    },
-    Documented {
-        form: "max_import=SIZE",
-        effect: "most disk space that one import may take, as 512M or 8G; no limit unless said",
-    },
-    Documented {
-        form: "import=untrusted",
-        effect: "archives whose options reach into the host (volumes, ports for everyone, weaker isolation) are refused; import=trusted unless said",
-    },
-    Documented {
-        form: "links=guest",
-        effect: "symbolic links in rootfs say what the guest said, to archive a tree as it is; they may lead to files of the host. links=inside unless said: they lead to the guest's own files",
-    },
-];
 
 /// What an option changes.
 #[derive(Clone, Copy)]
@@ -245,6 +185,17 @@ impl Options {
         })
     }
 
+    /// What lets others in. Where others do, the kernel has to go by the modes: else they may read all that
+    /// guests have.
+    pub(super) fn access_options(&self) -> &'static [&'static str] {
+        // The kernel knows no allow_root: fuser lets in root and the owner alone.
+        if self.allow_other || self.allow_root {
+            &["default_permissions", "allow_other"]
+        } else {
+            &[]
+        }
+    }
+
     fn apply(&mut self, effect: Effect) {
         match effect {
             Effect::ReadOnly(on) => self.read_only = on,
@@ -305,7 +256,10 @@ fn unknown(option: &str) -> Error {
     for (name, _) in FLAGS {
         let _ = write!(known, "{name}, ");
     }
-    for option in DOCUMENTED.iter().filter(|option| option.form.contains('=')) {
+    for option in DOCUMENTED_OPTIONS
+        .iter()
+        .filter(|option| option.form.contains('='))
+    {
         let _ = write!(known, "{}, ", option.form);
     }
     Error::new(
@@ -369,7 +323,7 @@ mod tests {
     #[test]
     fn the_status_has_every_option_that_is_for_people() {
         let told = Options::default().to_json();
-        for option in DOCUMENTED {
+        for option in DOCUMENTED_OPTIONS {
             let name = option.form.split('=').next().unwrap_or_default();
             assert!(told.get(name).is_some(), "{name}");
         }
@@ -445,7 +399,7 @@ mod tests {
 
     #[test]
     fn what_is_documented_is_known_and_a_wrong_value_of_it_is_told_from_an_unknown_option() {
-        for option in DOCUMENTED {
+        for option in DOCUMENTED_OPTIONS {
             match option.form.split_once('=') {
                 None => assert!(parse(option.form).is_ok(), "{}", option.form),
                 Some((name, _)) => {

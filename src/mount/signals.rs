@@ -7,9 +7,10 @@ use std::thread;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
+use rustix::process::{Signal, getpid, kill_process};
 
 use super::detach::{self, Detached, OwnMount};
-use super::{holders, service};
+use super::{holders, systemd};
 use crate::{Context, Result};
 
 /// How often a mount that another one keeps from being unmounted is tried again.
@@ -76,8 +77,10 @@ pub(super) fn watch() -> Result<SharedPhase> {
 
 /// Asks this process to end as a SIGTERM from outside would.
 pub(super) fn end_this_process() {
-    // SAFETY: sends a signal to this very process, where a thread waits for it.
-    unsafe { libc::kill(libc::getpid(), libc::SIGTERM) };
+    // A thread of this very process waits for it.
+    if let Err(error) = kill_process(getpid(), Signal::TERM) {
+        log::error!("cannot end this process: {error}");
+    }
 }
 
 /// The first signal unmounts; a second one, when that did not end the process, ends it at once.
@@ -88,7 +91,7 @@ fn obey(signals: &libc::sigset_t, phase: &SharedPhase) {
     };
     if own.is_connected() {
         log::info!("unmounting on a signal");
-        service::stopping();
+        systemd::stopping();
         unmount(signals, signal, &own);
     }
     if own.is_connected()
@@ -108,12 +111,12 @@ fn unmount(signals: &libc::sigset_t, signal: libc::c_int, own: &OwnMount) {
         match detach::detach_own(own) {
             Detached::Done => return,
             // Somebody detached the mount while files were open in it: no name leads here any more.
-            Detached::Nothing => exit(signal),
-            Detached::Not(error) if !is_told => {
+            Detached::NotMounted => exit(signal),
+            Detached::Blocked(error) if !is_told => {
                 log::error!("{error}; it is served until then, and another signal ends it at once");
                 is_told = true;
             }
-            Detached::Not(_) => {}
+            Detached::Blocked(_) => {}
         }
         if let Some(signal) = wait_for(signals, AGAIN) {
             exit(signal);

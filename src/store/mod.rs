@@ -1,4 +1,4 @@
-//! Everything that changes a home, each change in the crash-safe order that `docs/design.md`
+//! Everything that changes a home, each change in the crash-safe order that `docs/design/layers.md`
 //! tabulates.
 //!
 //! * `verbs`: one file for each change that a user can ask for.

@@ -1,5 +1,5 @@
 //! Recovery by looking at files and rows: what a crash of ours, or of BoxLite, left is undone or
-//! finished the way the table in `docs/design.md` says. Always under the lock, and only for a box
+//! finished the way the table in `docs/design/layers.md` says. Always under the lock, and only for a box
 //! that is not running.
 
 use std::fs;

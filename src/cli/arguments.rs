@@ -1,14 +1,12 @@
 //! What the program takes, as clap has it: the one definition that help, manual pages and completions are
 //! made of.
 
-pub mod manual;
-pub mod status;
-
 use std::path::PathBuf;
 
-use boxlitefs::home::GUARD;
-use boxlitefs::mount::DOCUMENTED;
 use clap::{Args, Parser, Subcommand};
+
+use crate::home::GUARD;
+use crate::mount::DOCUMENTED_OPTIONS;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -111,12 +109,6 @@ pub enum Command {
     /// Sets a paused virtual machine going if the mount that paused it dies
     #[command(name = GUARD, hide = true)]
     Guard,
-    /// Write manual pages and completions, as they are installed below share, into a directory
-    #[command(hide = true)]
-    Manual {
-        /// The directory, made if it is not there
-        directory: PathBuf,
-    },
 }
 
 /// What `mount` takes.
@@ -157,7 +149,7 @@ pub struct StatusArguments {
 /// The mount options, a paragraph each.
 fn options_help() -> String {
     let mut help = String::from("Mount options, separated by commas:\n");
-    for option in DOCUMENTED {
+    for option in DOCUMENTED_OPTIONS {
         help += &format!("\n  {}: {}", option.form, option.effect);
     }
     help + "\n\nnosuid and nodev are always on. What every mount takes (defaults, nofail, user, x-… and so on) is accepted."

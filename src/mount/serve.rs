@@ -1,104 +1,28 @@
-//! Mounting and unmounting: options, checks that say what to do, daemonizing, signals, readiness.
-//!
-//! Knows processes and the mount table; nothing of boxes, and nothing of FUSE beyond its device
-//! and its file system type.
+//! Serving a home, from opening it to the end of the mount.
 
-mod attach;
-mod background;
-mod detach;
-mod holders;
-mod logging;
-mod memory;
-mod options;
-mod places;
-mod service;
-mod signals;
-mod takedown;
-
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::detach::{self, OwnMount};
+use super::signals::{self, Phase};
+use super::validate::{self, MountPaths};
+use super::{Options, allocator, attach, logging};
 use crate::fuse::{self, Access};
-use crate::mountinfo;
 use crate::tree::{self, MountFacts, Tree};
 use crate::{Error, Result};
 
-pub use logging::log_to_stderr;
-pub use options::{DOCUMENTED, Documented, Options};
-pub use takedown::{Unmounted, remove_dead, unmount};
-
-use detach::OwnMount;
-use places::Places;
-use signals::Phase;
-
-/// A mount that is asked for.
-#[derive(Clone, Debug)]
-pub struct Mount {
-    /// The BoxLite home; may be relative.
-    pub home: PathBuf,
-    /// The directory to mount on; may be relative.
-    pub mountpoint: PathBuf,
-    /// What `-o` asked for.
-    pub options: Options,
-    /// Serve from this process and return after unmount, instead of returning once it serves.
-    pub foreground: bool,
-}
-
-/// Mounts a home. In the foreground it returns after unmount (by anyone, or by SIGTERM, SIGINT or
-/// SIGHUP); else it forks a process that serves and returns once that really serves. To be called
-/// before the process has started a thread.
-///
-/// # Errors
-/// ENOENT or ENOTDIR for a home or mountpoint that is not there; EBUSY when something is mounted
-/// on the mountpoint; EINVAL when one lies inside the other or the home is none; ENODEV without
-/// FUSE; EPERM when the user may not mount so; else what serving failed with.
-pub fn run(request: Mount) -> Result<()> {
-    let places = Places::check(&request.home, &request.mountpoint)?;
-    places::check_permission(&request.options)?;
-    if !request.options.read_only
-        && let Some(why) = places.unwritable()
-    {
-        // What mount(8) does with a write-protected device.
-        eprintln!("boxlitefs: {why}: mounting read-only");
-    }
-    if request.foreground {
-        let served = serve(&places, &request.options, |tree| {
-            log::info!(
-                "{} is mounted on {}",
-                places.home.display(),
-                places.mountpoint.display()
-            );
-            service::serving(tree, &places);
-        });
-        logging::write_last_lines();
-        return served;
-    }
-    background::start(&places.mountpoint, |word| {
-        logging::log_to_system();
-        serve(&places, &request.options, |_| word.serving())
-    })
-}
-
-/// Where boxlitefs is mounted now.
-///
-/// # Errors
-/// Those of reading the mount table.
-pub fn mountpoints() -> Result<Vec<PathBuf>> {
-    mountinfo::ours()
-}
-
 /// Opens the home and serves it until it is unmounted; calls `announce` once it serves.
-fn serve(
-    places: &Places,
+pub(super) fn serve(
+    paths: &MountPaths,
     options: &Options,
     announce: impl FnOnce(&Arc<Tree>) + Send,
 ) -> Result<()> {
-    memory::bound();
+    allocator::bound();
     // First of all: the signals must be blocked before anything starts a thread.
     let phase = signals::watch()?;
     logging::begin_to_write();
     let tree = Arc::new(Tree::open(
-        &places.home,
+        &paths.home,
         tree::Options {
             read_only: options.read_only,
             is_shared: options.shared,
@@ -109,7 +33,7 @@ fn serve(
         },
     )?);
     tree.tell_of_mount(MountFacts {
-        mountpoint: places.mountpoint.clone(),
+        mountpoint: paths.mountpoint.clone(),
         options: options.to_json(),
     });
     phase.enter(Phase::Mounting);
@@ -117,7 +41,7 @@ fn serve(
         read_only: options.read_only || tree.is_read_only(),
         ..options.clone()
     };
-    let (attached, requests) = attach::attach(places, options).map_err(explain)?;
+    let (attached, requests) = attach::attach(paths, options).map_err(explain)?;
     let own = attached.own().clone();
     phase.enter(Phase::Serving(own.clone()));
     let access = match (options.allow_other, options.allow_root) {
@@ -164,7 +88,7 @@ const READ_AHEAD_KIB: &str = "2048";
 /// Has the kernel read further ahead than its 128 KiB, beyond which FUSE itself can't ask it to. Only
 /// root may; for others a copy takes somewhat longer.
 fn read_further_ahead(own: &OwnMount) {
-    if !places::is_root() {
+    if !validate::is_root() {
         return;
     }
     let file = format!("/sys/class/bdi/{}/read_ahead_kb", own.id().device);
@@ -187,18 +111,4 @@ fn explain(error: Error) -> Error {
             text.trim_end()
         ),
     )
-}
-
-/// The path to compare with the mount table: canonical, or where even that needs an answer from
-/// a file system that has none, its canonical directory and its name.
-fn resolve(path: &Path) -> std::io::Result<PathBuf> {
-    path.canonicalize().or_else(|error| {
-        let absolute = std::path::absolute(path)?;
-        match (absolute.parent(), absolute.file_name()) {
-            (Some(parent), Some(name)) if error.kind() != std::io::ErrorKind::NotFound => {
-                Ok(parent.canonicalize()?.join(name))
-            }
-            _ => Err(error),
-        }
-    })
 }

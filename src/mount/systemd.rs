@@ -6,14 +6,14 @@ use std::thread;
 
 use sd_notify::NotifyState;
 
-use super::Places;
+use super::MountPaths;
 use crate::tree::Tree;
 
 /// The mount serves. Where a watchdog is set, it is told from now on, twice in its time, that the mount
 /// answers.
-pub(super) fn serving(tree: &Arc<Tree>, places: &Places) {
-    let home = places.home.display();
-    let status = format!("{home} is mounted on {}", places.mountpoint.display());
+pub(super) fn serving(tree: &Arc<Tree>, paths: &MountPaths) {
+    let home = paths.home.display();
+    let status = format!("{home} is mounted on {}", paths.mountpoint.display());
     tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
     let Some(patience) = sd_notify::watchdog_enabled() else {
         return;

@@ -6,23 +6,28 @@
 use std::fs::File;
 use std::io::{self, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::ExitStatus;
 
 use parking_lot::Mutex;
+use rustix::io::Errno;
+use rustix::process::{Pid, WaitOptions, setsid, waitpid};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-use super::{signals, takedown};
+use super::{signals, unmount};
 use crate::{Context, Error, Result};
 
 /// What the child says when it serves.
 const SERVING: &str = "ok";
 
 /// The child's one word to its parent; what is said after it goes nowhere.
-pub(super) struct Word(Mutex<Option<PipeWriter>>);
+pub(super) struct ReadyPipe(Mutex<Option<PipeWriter>>);
 
-impl Word {
+impl ReadyPipe {
     /// Leaves the terminal and the working directory of the caller, and tells the parent that
     /// the mount serves.
-    pub fn serving(&self) {
+    pub fn report_ready(&self) {
         if let Err(error) = leave_the_terminal() {
             log::warn!("the process stays at its terminal: {error}");
         }
@@ -32,7 +37,7 @@ impl Word {
         }
     }
 
-    fn failed(&self, error: &Error) {
+    fn report_failure(&self, error: &Error) {
         // The parent may be gone; there is nobody else to tell.
         let _ = self.say(&format!("{} {error}", error.errno()));
     }
@@ -50,13 +55,13 @@ impl Word {
 ///
 /// # Errors
 /// What `serve` failed with before it served; EIO when it died without a word.
-pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&Word) -> Result<()>) -> Result<()> {
+pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&ReadyPipe) -> Result<()>) -> Result<()> {
     let (mut reader, writer) = io::pipe().context(|| "cannot make a pipe")?;
     let child = fork().context(|| "cannot start the process that serves the mount")?;
-    if child == 0 {
+    let Some(child) = child else {
         drop(reader);
         std::process::exit(run_child(writer, serve));
-    }
+    };
     drop(writer);
     let mut word = Vec::new();
     reader
@@ -68,7 +73,7 @@ pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&Word) -> Result<()>) 
     }
     let status = wait_for(child);
     // Killed, it may have left a mount that nobody serves.
-    if let Err(error) = takedown::remove_dead(mountpoint) {
+    if let Err(error) = unmount::remove_dead(mountpoint) {
         log::debug!("{error}");
     }
     Err(refusal(&word).unwrap_or_else(|| {
@@ -83,15 +88,15 @@ pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&Word) -> Result<()>) 
 }
 
 /// The child's life; returns its exit status.
-fn run_child(writer: PipeWriter, serve: impl FnOnce(&Word) -> Result<()>) -> i32 {
+fn run_child(writer: PipeWriter, serve: impl FnOnce(&ReadyPipe) -> Result<()>) -> i32 {
     close_inherited(writer.as_raw_fd());
-    // SAFETY: setsid takes nothing; it can't fail in a child that leads no process group.
-    unsafe { libc::setsid() };
-    let word = Word(Mutex::new(Some(writer)));
-    match serve(&word) {
+    // It can't fail in a child that leads no process group.
+    let _ = setsid();
+    let pipe = ReadyPipe(Mutex::new(Some(writer)));
+    match serve(&pipe) {
         Ok(()) => 0,
         Err(error) => {
-            word.failed(&error);
+            pipe.report_failure(&error);
             1
         }
     }
@@ -103,21 +108,24 @@ fn refusal(word: &str) -> Option<Error> {
     Some(Error::new(errno.parse().ok()?, message))
 }
 
-fn fork() -> io::Result<libc::pid_t> {
+/// Forks; returns the child's number to the parent, and None to the child.
+fn fork() -> io::Result<Option<Pid>> {
     // SAFETY: the process has a single thread yet, so the child may do anything its parent may.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
-        child => Ok(child),
+        child => Ok(Pid::from_raw(child)),
     }
 }
 
-fn wait_for(child: libc::pid_t) -> std::process::ExitStatus {
-    let mut status = 0;
-    // SAFETY: `status` is ours and outlives the call.
-    while unsafe { libc::waitpid(child, &mut status, 0) } == -1
-        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-    {}
-    std::os::unix::process::ExitStatusExt::from_raw(status)
+/// Waits for the end of a child.
+fn wait_for(child: Pid) -> ExitStatus {
+    loop {
+        match waitpid(Some(child), WaitOptions::empty()) {
+            Err(Errno::INTR) => {}
+            Ok(Some((_, status))) => return ExitStatus::from_raw(status.as_raw()),
+            _ => return ExitStatus::default(),
+        }
+    }
 }
 
 /// A descriptor the caller had open (a lock, a pipe) must not stay open as long as the mount.
@@ -142,12 +150,9 @@ fn close_inherited(keep: RawFd) {
 fn leave_the_terminal() -> io::Result<()> {
     std::env::set_current_dir("/")?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
-    for standard in 0..=2 {
-        // SAFETY: replaces the three standard descriptors, which nobody owns, by a valid one.
-        if unsafe { libc::dup2(null.as_raw_fd(), standard) } == -1 {
-            return Err(io::Error::last_os_error());
-        }
-    }
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    dup2_stderr(&null)?;
     Ok(())
 }
 

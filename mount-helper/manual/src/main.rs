@@ -1,15 +1,18 @@
-//! Manual pages and completions, made of what clap knows of the command lines.
+//! Writes manual pages and completions, made of what clap knows of the command lines, as they are installed
+//! below `share`, into the directory that is its argument.
+
+#![forbid(unsafe_code)]
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
-use boxlitefs::mount::DOCUMENTED;
+use boxlitefs::cli::CommandLine;
+use boxlitefs::mount::DOCUMENTED_OPTIONS;
 use boxlitefs::{Context, Result};
 use clap::{Arg, Command, CommandFactory};
 use clap_complete::Shell;
 use roff::{Inline, Roff, bold, italic, roman};
-
-use super::CommandLine;
 
 /// Where each completion is looked for, below `share`.
 const COMPLETIONS: [(Shell, &str); 3] = [
@@ -81,11 +84,23 @@ const STATUS_OF_MOUNT: [(&str, &str); 4] = [
     ("32", "the mount failed; boxlitefs has said why"),
 ];
 
+fn main() -> ExitCode {
+    let Some(share) = std::env::args_os().nth(1).map(PathBuf::from) else {
+        eprintln!("usage: manual DIRECTORY");
+        return ExitCode::from(2);
+    };
+    if let Err(error) = write(&share) {
+        eprintln!("manual: {error}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
 /// Writes all of them to where they are looked for below `share`.
 ///
 /// # Errors
 /// Those of writing files.
-pub fn write(share: &Path) -> Result<()> {
+fn write(share: &Path) -> Result<()> {
     put(
         share,
         "man/man1/boxlitefs.1",
@@ -268,7 +283,7 @@ fn term(argument: &Arg) -> Vec<Inline> {
 
 fn mount_options(page: &mut Roff) {
     page.control("SH", ["MOUNT OPTIONS"]);
-    for option in DOCUMENTED {
+    for option in DOCUMENTED_OPTIONS {
         page.control("TP", []);
         match option.form.split_once('=') {
             Some((name, value)) => page.text([bold(format!("{name}=")), italic(value)]),
@@ -308,10 +323,11 @@ fn examples(page: &mut Roff, command: &Command, heading: &str) {
             page.control(if wanted { "EX" } else { "EE" }, []);
             is_verbatim = wanted;
         }
-        match line.is_empty() {
-            true => page.control("PP", []),
-            false => page.text([roman(line)]),
-        };
+        if line.is_empty() {
+            page.control("PP", []);
+        } else {
+            page.text([roman(line)]);
+        }
     }
     if is_verbatim {
         page.control("EE", []);

@@ -4,32 +4,33 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::{Options, detach, mountinfo, resolve};
+use super::{Options, fusermount};
 use crate::home::Home;
+use crate::mountinfo::{self, resolve};
 use crate::{Context, Error, Result};
 
 /// The home and the mountpoint, both absolute and canonical.
-pub(super) struct Places {
+pub(super) struct MountPaths {
     /// The BoxLite home.
     pub home: PathBuf,
     /// The directory to mount on.
     pub mountpoint: PathBuf,
 }
 
-impl Places {
+impl MountPaths {
     /// Resolves both, as long as the working directory is the caller's.
     ///
     /// # Errors
     /// ENOENT, ENOTDIR, EBUSY, EINVAL or ENOTCONN; see [`super::run`].
-    pub fn check(home: &Path, mountpoint: &Path) -> Result<Places> {
+    pub fn check(home: &Path, mountpoint: &Path) -> Result<MountPaths> {
         let home = check_home(home)?;
         let mountpoint = check_mountpoint(mountpoint)?;
         check_apart(&home, &mountpoint)?;
-        Ok(Places { home, mountpoint })
+        Ok(MountPaths { home, mountpoint })
     }
 }
 
-impl Places {
+impl MountPaths {
     /// Why the home can't be written; None if it can be, or is none.
     pub fn unwritable(&self) -> Option<Error> {
         Home::open(&self.home).ok()?.unwritable()
@@ -152,7 +153,7 @@ pub(super) fn check_permission(options: &Options) -> Result<()> {
     if is_root() {
         return Ok(());
     }
-    if detach::find_fusermount().is_none() {
+    if fusermount::find().is_none() {
         return Err(Error::new(
             libc::ENOENT,
             "mounting without being root needs fusermount3: install the package fuse3",

@@ -1,0 +1,77 @@
+//! Reading `.boxlite/status` of a mount.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::{Context, Error, Result};
+
+/// How long each of several mounts may take to answer.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+pub(super) fn read_text(place: &Path) -> Result<String> {
+    let shown = place.display();
+    fs::read_to_string(place.join(".boxlite/status")).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Error::new(
+            libc::EINVAL,
+            format!(
+                "boxlitefs is not mounted on {shown}: `findmnt -t fuse.boxlite` lists its mounts"
+            ),
+        ),
+        ErrorKind::PermissionDenied => Error::io(
+            format!("the mount on {shown} is another user's, who alone may look into it"),
+            error,
+        ),
+        _ => Error::io(format!("the mount on {shown} does not answer"), error),
+    })
+}
+
+/// The same, from a process of its own that is left behind when no answer comes: whoever waits for a mount
+/// whose process is stopped can't be ended, nor can its process.
+pub(super) fn ask(place: &Path) -> Result<String> {
+    let shown = place.display();
+    let message = || format!("cannot ask the mount on {shown}");
+    let asking = Command::new(std::env::current_exe().context(message)?)
+        .args(["status", "--json", "--"])
+        .arg(place)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context(message)?;
+    let (sender, answer) = mpsc::channel();
+    std::thread::spawn(move || sender.send(asking.wait_with_output()));
+    match answer.recv_timeout(PATIENCE) {
+        Ok(output) => {
+            let output = output.context(message)?;
+            let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+            if output.status.success() {
+                Ok(text(&output.stdout))
+            } else {
+                let message = text(&output.stderr);
+                let message = message.trim().trim_start_matches("boxlitefs: ");
+                Err(Error::new(libc::EIO, message))
+            }
+        }
+        Err(_) => Err(Error::new(
+            libc::ETIMEDOUT,
+            format!("the mount on {shown} does not answer: is the process that serves it stopped?"),
+        )),
+    }
+}
+
+pub(super) fn read(place: &Path) -> Result<Value> {
+    parse(place, &read_text(place)?)
+}
+
+pub(super) fn parse(place: &Path, text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|error| {
+        let shown = place.display();
+        Error::damaged(format!("the status of {shown} is no JSON: {error}"))
+    })
+}

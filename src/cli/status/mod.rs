@@ -1,0 +1,61 @@
+//! `boxlitefs status`: what `.boxlite/status` says, for people.
+
+mod file;
+mod text;
+mod watch;
+
+use std::path::Path;
+
+use super::arguments::StatusArguments;
+use super::output::print;
+use crate::mount;
+use crate::{Error, Result};
+use watch::watch;
+
+/// Prints it.
+///
+/// # Errors
+/// EINVAL when nothing is mounted there, EIO when what is there does not answer as boxlitefs does.
+pub(super) fn run(arguments: &StatusArguments) -> Result<()> {
+    if let Some(place) = &arguments.mountpoint {
+        return if arguments.watch {
+            watch(place)
+        } else {
+            print(&shown(place, file::read_text(place)?, arguments.json)?)
+        };
+    }
+    let places = mount::mountpoints()?;
+    match &*places {
+        [] => {
+            let message = "boxlitefs is mounted nowhere: `boxlitefs mount DIRECTORY` mounts it";
+            Err(Error::new(libc::ENOENT, message))
+        }
+        [place] if arguments.watch => watch(place),
+        _ if arguments.watch => Err(Error::new(
+            libc::EINVAL,
+            "there are several mounts: name the one to watch",
+        )),
+        _ => {
+            // Some may be other users', stopped, or gone meanwhile; only if all are, that is the answer.
+            let show = |place| print(&shown(place, file::ask(place)?, arguments.json)?);
+            let (shown, failed): (Vec<_>, Vec<_>) = places
+                .iter()
+                .map(|place| show(place))
+                .partition(Result::is_ok);
+            let hidden = failed.into_iter().filter_map(Result::err);
+            if shown.is_empty() {
+                return hidden.last().map_or(Ok(()), Err);
+            }
+            hidden.for_each(|error| eprintln!("boxlitefs: {error}"));
+            Ok(())
+        }
+    }
+}
+
+/// A status as it is printed: as it is in the file, or for people.
+fn shown(place: &Path, status: String, as_json: bool) -> Result<String> {
+    if as_json {
+        return Ok(status);
+    }
+    Ok(text::describe(&file::parse(place, &status)?))
+}

@@ -1,0 +1,574 @@
+//! fuser's callbacks on the tree. The only room that knows fuser, and nothing else: it translates
+//! arguments and errors, and sends replies from where the work ends, so that a long job never
+//! holds a thread that `ls` needs.
+
+mod listing;
+mod passthrough;
+mod pool;
+mod reply;
+mod session;
+
+use std::cell::RefCell;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use crate::tree::{Opened, RenameMode, SetAttr, Tree};
+use crate::{Error, Result};
+
+pub use session::{Access, serve};
+
+use passthrough::PassthroughFiles;
+use pool::{WorkerPool, spawn_thread};
+use reply::{
+    caller, errno, file_attr, reply_attr, reply_empty, reply_entry, reply_written, reply_xattr, ttl,
+};
+
+/// Threads for looking at exports: their size needs a plan, made once per disk state.
+const LOOK_THREADS: usize = 8;
+
+/// Threads for reading: a read of an export's end has to hash all that comes before it.
+const READ_THREADS: usize = 16;
+
+/// Threads for writing and changes. Each kind has its own, so that however much is copied, `ls` and
+/// `mkdir` are answered.
+const WORK_THREADS: usize = 16;
+
+/// Largest write and readahead in bytes.
+const TRANSFER: u32 = 1024 * 1024;
+
+thread_local! {
+    /// What a reading thread reads into.
+    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+struct BoxliteFs {
+    tree: Arc<Tree>,
+    passthrough: Arc<PassthroughFiles>,
+    lookups: WorkerPool,
+    reads: WorkerPool,
+    writes: WorkerPool,
+}
+
+impl BoxliteFs {
+    /// Starts the threads that serve a tree.
+    fn new(tree: Arc<Tree>) -> Result<BoxliteFs> {
+        Ok(BoxliteFs {
+            tree,
+            passthrough: Arc::default(),
+            lookups: WorkerPool::start("look", LOOK_THREADS)?,
+            reads: WorkerPool::start("read", READ_THREADS)?,
+            writes: WorkerPool::start("work", WORK_THREADS)?,
+        })
+    }
+
+    /// Does work that may take long away from the thread that takes requests.
+    fn spawn_write(&self, work: impl FnOnce(&Arc<Tree>) + Send + 'static) {
+        let tree = self.tree.clone();
+        self.writes.spawn(move || work(&tree));
+    }
+
+    /// Reads, likewise.
+    fn spawn_read(&self, work: impl FnOnce(&Tree) + Send + 'static) {
+        let tree = self.tree.clone();
+        self.reads.spawn(move || work(&tree));
+    }
+
+    /// Answers at once; a fault of ours is an EIO.
+    fn inline<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> Result<T> {
+        let tree: &Tree = &self.tree;
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(tree)))
+            .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
+    }
+
+    /// Looks at what may need an export's plan, likewise.
+    fn spawn_lookup(&self, work: impl FnOnce(&Arc<Tree>) + Send + 'static) {
+        let tree = self.tree.clone();
+        self.lookups.spawn(move || work(&tree));
+    }
+}
+
+impl Filesystem for BoxliteFs {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        for wanted in [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            // The tree says when one points elsewhere.
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            // What is not read through the kernel's pages can be mapped all the same.
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            InitFlags::FUSE_PASSTHROUGH,
+        ] {
+            // A kernel without one of these is slower and nothing else.
+            let _ = config.add_capabilities(wanted);
+        }
+        let _ = config.set_max_write(TRANSFER);
+        let _ = config.set_max_readahead(TRANSFER);
+        let _ = config.set_max_background(64);
+        // For passthrough to files of the home, which is on no stacked file system.
+        let _ = config.set_max_stack_depth(1);
+        Ok(())
+    }
+
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let caller = caller(request);
+        if !self.tree.is_slow(parent.0) {
+            let found = self.inline(|tree| tree.lookup(caller, parent.0, name));
+            return reply_entry(reply, found);
+        }
+        let name = name.to_owned();
+        self.spawn_lookup(move |tree| {
+            let tree = tree.clone();
+            let waits = tree.lookup_may_wait(parent.0, &name);
+            let find = move || reply_entry(reply, tree.lookup(caller, parent.0, &name));
+            if waits {
+                spawn_thread(find);
+            } else {
+                find();
+            }
+        });
+    }
+
+    fn forget(&self, _request: &Request, ino: INodeNo, times: u64) {
+        self.tree.forget(ino.0, times);
+    }
+
+    fn getattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: Option<FileHandle>,
+        reply: ReplyAttr,
+    ) {
+        let caller = caller(request);
+        let handle = handle.map(|handle| handle.0);
+        if !self.tree.is_slow(ino.0) {
+            let found = self.inline(|tree| tree.getattr(caller, ino.0, handle));
+            return reply_attr(reply, found);
+        }
+        self.spawn_lookup(move |tree| reply_attr(reply, tree.getattr(caller, ino.0, handle)));
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let caller = caller(request);
+        let handle = handle.map(|handle| handle.0);
+        let set = SetAttr { size };
+        self.spawn_write(move |tree| reply_attr(reply, tree.setattr(caller, ino.0, handle, set)));
+    }
+
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.inline(|tree| tree.readlink(caller(request), ino.0)) {
+            Ok(target) => reply.data(target.as_os_str().as_bytes()),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let (caller, name) = (caller(request), name.to_owned());
+        self.spawn_write(move |tree| reply_entry(reply, tree.mkdir(caller, parent.0, &name)));
+    }
+
+    fn mknod(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply_entry(reply, self.inline(|tree| tree.mknod(name)));
+    }
+
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (caller, name) = (caller(request), name.to_owned());
+        self.spawn_write(move |tree| reply_empty(reply, tree.unlink(caller, parent.0, &name)));
+    }
+
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (caller, name) = (caller(request), name.to_owned());
+        self.spawn_write(move |tree| reply_empty(reply, tree.rmdir(caller, parent.0, &name)));
+    }
+
+    fn symlink(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        reply_entry(
+            reply,
+            self.tree.symlink(caller(request), parent.0, name, target),
+        );
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let caller = caller(request);
+        let (name, new_name) = (OsString::from(name), OsString::from(new_name));
+        let mode = if flags.is_empty() {
+            RenameMode::Replace
+        } else if flags == RenameFlags::RENAME_NOREPLACE {
+            RenameMode::Keep
+        } else {
+            RenameMode::Unsupported
+        };
+        self.spawn_write(move |tree| {
+            let (from, to) = ((parent.0, &*name), (new_parent.0, &*new_name));
+            reply_empty(reply, tree.rename(caller, from, to, mode));
+        });
+    }
+
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let caller = caller(request);
+        let passthrough = self.passthrough.clone();
+        self.spawn_write(move |tree| {
+            let answer = move |opened: Result<Opened>| match opened {
+                Ok(opened) => passthrough.reply(opened, reply),
+                Err(error) => reply.error(errno(&error)),
+            };
+            tree.open_and_answer(caller, ino.0, flags.0, Box::new(answer));
+        });
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (caller, name) = (caller(request), name.to_owned());
+        self.spawn_write(
+            move |tree| match tree.create(caller, parent.0, &name, mode) {
+                Ok((attr, opened)) => reply.created(
+                    &ttl(&attr),
+                    &file_attr(&attr),
+                    Generation(0),
+                    FileHandle(opened.handle),
+                    FopenFlags::FOPEN_DIRECT_IO,
+                ),
+                Err(error) => reply.error(errno(&error)),
+            },
+        );
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.spawn_read(move |tree| {
+            READ_BUFFER.with_borrow_mut(|buffer| {
+                // Only grown, never cleared: a new one would be faulted in page by page.
+                let length = size as usize;
+                if buffer.len() < length {
+                    buffer.resize(length, 0);
+                }
+                let buffer = buffer.get_mut(..length).unwrap_or_default();
+                match tree.read(handle.0, offset, buffer) {
+                    Ok(read) => {
+                        let bytes = buffer.get(..read).unwrap_or_default();
+                        reply.data(bytes);
+                        tree.have_read(handle.0, offset, bytes);
+                    }
+                    Err(error) => reply.error(errno(&error)),
+                }
+            });
+        });
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let bytes = data.to_vec();
+        self.spawn_write(move |tree| reply_written(reply, tree.write(handle.0, offset, &bytes)));
+    }
+
+    fn copy_file_range(
+        &self,
+        _request: &Request,
+        _ino_in: INodeNo,
+        handle_in: FileHandle,
+        offset_in: u64,
+        _ino_out: INodeNo,
+        handle_out: FileHandle,
+        offset_out: u64,
+        length: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        self.spawn_write(move |tree| {
+            let (from, to) = (handle_in.0, handle_out.0);
+            reply_written(
+                reply,
+                tree.copy_range(from, offset_in, to, offset_out, length),
+            );
+        });
+    }
+
+    fn flush(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        self.spawn_write(move |tree| reply_empty(reply, tree.flush(handle.0)));
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        let passthrough = self.passthrough.clone();
+        self.spawn_write(move |tree| {
+            passthrough.release(handle.0);
+            tree.release(handle.0);
+            reply.ok();
+        });
+    }
+
+    fn fsync(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        // What is committed is on disk already, and nothing else has anything to lose.
+        reply.ok();
+    }
+
+    fn fsyncdir(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply.ok();
+    }
+
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let caller = caller(request);
+        let answer = |listed: Result<u64>, reply: ReplyOpen| match listed {
+            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
+            Err(error) => reply.error(errno(&error)),
+        };
+        if !self.tree.is_slow(ino.0) {
+            return answer(self.inline(|tree| tree.open_list(caller, ino.0)), reply);
+        }
+        self.spawn_lookup(move |tree| answer(tree.open_list(caller, ino.0), reply));
+    }
+
+    fn readdir(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        reply: ReplyDirectory,
+    ) {
+        let caller = caller(request);
+        let place = (ino.0, handle.0);
+        let work = move |tree: &Arc<Tree>| listing::reply_names(tree, caller, place, offset, reply);
+        if self.tree.is_slow(ino.0) {
+            self.spawn_lookup(work);
+        } else {
+            work(&self.tree);
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        reply: ReplyDirectoryPlus,
+    ) {
+        let caller = caller(request);
+        self.spawn_lookup(move |tree| {
+            listing::reply_attributes(tree, caller, (ino.0, handle.0), offset, reply);
+        });
+    }
+
+    fn lseek(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let data = whence == libc::SEEK_DATA;
+        self.spawn_lookup(move |tree| {
+            let from = u64::try_from(offset).unwrap_or(u64::MAX);
+            let found = match whence {
+                libc::SEEK_DATA | libc::SEEK_HOLE => tree.seek(handle.0, from, data),
+                _ => Err(Error::new(libc::EINVAL, "that is no way to seek")),
+            };
+            match found.map(i64::try_from) {
+                Ok(Ok(at)) => reply.offset(at),
+                Ok(Err(_)) => reply.error(Errno::EOVERFLOW),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn releasedir(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.tree.release(handle.0);
+        reply.ok();
+    }
+
+    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match self.tree.space() {
+            Ok(space) => reply.statfs(
+                space.blocks,
+                space.free,
+                space.available,
+                space.files,
+                space.files_free,
+                space.block_size,
+                255,
+                space.block_size,
+            ),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _handle: FileHandle,
+        _flags: IoctlFlags,
+        _command: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn getxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
+        let value = self.inline(|tree| tree.xattr(caller(request), ino.0, name));
+        reply_xattr(reply, size, value);
+    }
+
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let names = self.inline(|tree| tree.xattr_names(caller(request), ino.0));
+        reply_xattr(reply, size, names);
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        let caller = caller(request);
+        self.spawn_write(move |tree| {
+            let set = tree.setattr(caller, ino.0, None, SetAttr::default());
+            reply_empty(reply, set.map(|_| ()));
+        });
+    }
+
+    fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.setxattr(request, ino, name, &[], 0, 0, reply);
+    }
+}

@@ -1,0 +1,48 @@
+//! A FUSE connection: the kernel's side of an open /dev/fuse.
+
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// What is in front of the number of the connection, in what the kernel says of an open /dev/fuse.
+const CONNECTION: &str = "fuse_connection:";
+
+/// Whether the kernel still has the file system whose requests come from this descriptor of /dev/fuse.
+pub(super) fn is_connected(requests: &OwnedFd) -> bool {
+    let mut request = [PollFd::new(requests, PollFlags::empty())];
+    let at_once = Timespec::default();
+    match poll(&mut request, Some(&at_once)) {
+        Ok(_) => !request[0].revents().contains(PollFlags::ERR),
+        Err(_) => true,
+    }
+}
+
+/// The number of the connection, which is that of its device, where the kernel tells (Linux 6.16).
+pub(super) fn number_of(requests: &OwnedFd) -> Option<u32> {
+    let number = requests.as_raw_fd();
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
+    numbers(&info).next()
+}
+
+/// The connections that the kernel's text on a descriptor speaks of.
+pub(super) fn numbers(fdinfo: &str) -> impl Iterator<Item = u32> {
+    fdinfo
+        .lines()
+        .filter_map(|line| line.strip_prefix(CONNECTION)?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_connection_of_a_descriptor_is_told_by_its_number_alone() {
+        let connection = |text| numbers(text).next();
+        assert_eq!(
+            connection("pos:\t0\nflags:\t0100002\nfuse_connection:\t51\n"),
+            Some(51)
+        );
+        assert_eq!(connection("pos:\t51\n"), None);
+    }
+}

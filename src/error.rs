@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_io_error_keeps_its_errno_and_gains_a_sentence() {
+    fn an_io_error_keeps_its_errno_and_gains_a_message() {
         let failed: io::Result<()> = Err(io::Error::from_raw_os_error(libc::ENOSPC));
         let error = failed.context(|| "cannot write the overlay").unwrap_err();
         assert_eq!(error.errno(), libc::ENOSPC);

@@ -88,10 +88,10 @@ impl EventLog {
     }
 
     /// Logs how an operation ended, as a warning if it failed. Returns its result.
-    pub fn log_outcome<T>(&self, what: &str, result: Result<T>) -> Result<T> {
+    pub fn log_outcome<T>(&self, operation: &str, result: Result<T>) -> Result<T> {
         match &result {
-            Ok(_) => self.info(what),
-            Err(error) => self.warn(&format!("{what} failed: {error}")),
+            Ok(_) => self.info(operation),
+            Err(error) => self.warn(&format!("{operation} failed: {error}")),
         }
         result
     }
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_in_a_sentence_is_a_line_or_an_order_to_a_terminal() {
+    fn a_message_can_neither_end_its_line_nor_control_a_terminal() {
         let hostile = "a\nb\r\u{1b}[2J\u{9b}1m\u{7}\u{7f}\u{202e}gpj.é 'x\\'";
         assert_eq!(
             printable(hostile),

@@ -133,9 +133,9 @@ impl Foreground {
     }
 
     /// Whether nothing is going on, nor was for so long.
-    pub(crate) fn is_quiet(&self, long: Duration) -> bool {
+    pub(crate) fn is_quiet(&self, idle: Duration) -> bool {
         let last = *self.last.lock();
-        self.under_way.load(Ordering::Relaxed) == 0 && last.is_none_or(|at| at.elapsed() >= long)
+        self.under_way.load(Ordering::Relaxed) == 0 && last.is_none_or(|at| at.elapsed() >= idle)
     }
 }
 
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_began_is_told_of_from_its_first_byte_until_it_is_over() {
+    fn an_operation_is_listed_from_its_first_byte_until_it_ends() {
         let operations = Arc::<Operations>::default();
         let export = operations.begin("export of box web".into(), Some(1000));
         let import = operations.begin("import of box new".into(), None);

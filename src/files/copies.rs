@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use rustix::fs::{SeekFrom as Sought, seek};
+use rustix::fs::{SeekFrom as SeekTo, seek};
 use rustix::io::Errno;
 
 use crate::{Context, Result, disk};
@@ -25,17 +25,17 @@ pub fn copy_file(from: &Path, to: &Path) -> Result<()> {
 const PIECE: u64 = 16 << 20;
 
 /// Makes `target`, which is empty, a copy of `source`: sharing its blocks where the file system can, else
-/// with the same holes. `name` is what the source is called. `go_on` is asked again and again; what it says
+/// with the same holes. `name` is what the source is called. `check` is asked again and again; what it says
 /// ends the copy.
 pub fn copy_contents(
     source: &File,
     target: &File,
     name: &Path,
-    go_on: &mut dyn FnMut() -> Result<()>,
+    check: &mut dyn FnMut() -> Result<()>,
 ) -> Result<()> {
     let message = || format!("cannot copy {}", name.display());
     if disk::share_contents(source, target) {
-        return go_on();
+        return check();
     }
     let length = source.metadata().context(message)?.len();
     target.set_len(length).context(message)?;
@@ -43,7 +43,7 @@ pub fn copy_contents(
     let mut offset = 0;
     while let Some((start, end)) = next_data(source, offset).context(message)? {
         let end = end.min(start + PIECE);
-        go_on()?;
+        check()?;
         from.seek(SeekFrom::Start(start)).context(message)?;
         to.seek(SeekFrom::Start(start)).context(message)?;
         // std uses copy_file_range here, which shares blocks on btrfs and xfs.
@@ -60,8 +60,8 @@ pub fn can_share(source: &File, target: &File) -> bool {
 
 /// Start and end of the next run of data at or after `offset`; None when only a hole is left.
 fn next_data(file: &File, offset: u64) -> std::io::Result<Option<(u64, u64)>> {
-    match seek(file, Sought::Data(offset)) {
-        Ok(start) => Ok(Some((start, seek(file, Sought::Hole(start))?))),
+    match seek(file, SeekTo::Data(offset)) {
+        Ok(start) => Ok(Some((start, seek(file, SeekTo::Hole(start))?))),
         Err(Errno::NXIO) => Ok(None),
         Err(error) => Err(error.into()),
     }

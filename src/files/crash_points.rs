@@ -7,15 +7,15 @@
 pub fn crash_point(name: &str) {
     use std::sync::atomic::{AtomicBool, Ordering};
     static STOPPED: AtomicBool = AtomicBool::new(false);
-    let is_wanted = |variable: &str| std::env::var_os(variable).is_some_and(|it| it == name);
-    if is_wanted("BOXLITEFS_CRASH_AT") {
+    let is_set = |variable: &str| std::env::var_os(variable).is_some_and(|it| it == name);
+    if is_set("BOXLITEFS_CRASH_AT") {
         // SAFETY: kill takes no memory; SIGKILL to ourselves does not return.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
         loop {
             std::thread::park();
         }
     }
-    if is_wanted("BOXLITEFS_STOP_AT") && !STOPPED.swap(true, Ordering::Relaxed) {
+    if is_set("BOXLITEFS_STOP_AT") && !STOPPED.swap(true, Ordering::Relaxed) {
         // SAFETY: raise takes no memory. It is this thread's signal, so this thread goes no further: one to
         // the process may be taken by another thread.
         unsafe { libc::raise(libc::SIGSTOP) };

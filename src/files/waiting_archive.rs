@@ -37,8 +37,8 @@ impl WaitingArchive {
         durable::sync_file(&new)?;
         fs::rename(&new, &note).context(|| format!("cannot write {}", note.display()))?;
         // The workspace's own name was not flushed before, nor that of the directory it is in.
-        let places = note.ancestors().skip(1).take(3);
-        places.into_iter().try_for_each(durable::sync_dir)
+        let dirs = note.ancestors().skip(1).take(3);
+        dirs.into_iter().try_for_each(durable::sync_dir)
     }
 
     /// Returns the archive that a note is about; None for one that ends in the middle, and where the disk

@@ -23,7 +23,7 @@ const PREFIX: &str = "work-";
 const UNLOCKED: &str = "new-";
 
 /// How long that may take; a directory of that kind that is older was left by a crash.
-const LOCKING: Duration = Duration::from_secs(3600);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Held locked by the process that owns the workspace.
 const LOCK: &str = "lock";
@@ -36,17 +36,17 @@ struct OwnDirectory {
 
 impl OwnDirectory {
     fn create(home: &Home) -> Result<OwnDirectory> {
-        let place = home.make_staging_dir()?;
+        let staging = home.make_staging_dir()?;
         let id = base_id()?;
         let pid = std::process::id();
         let started = start_time(pid).unwrap_or(0);
-        let unlocked = place.join(format!("{UNLOCKED}{pid}-{started}-{id}"));
-        let dir = place.join(format!("{PREFIX}{id}"));
-        let made = make_locked(home, &unlocked).and_then(|lock| {
+        let unlocked = staging.join(format!("{UNLOCKED}{pid}-{started}-{id}"));
+        let dir = staging.join(format!("{PREFIX}{id}"));
+        let locked = make_locked(home, &unlocked).and_then(|lock| {
             fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
             Ok(lock)
         });
-        let lock = made.inspect_err(|_| discard(&unlocked))?;
+        let lock = locked.inspect_err(|_| discard(&unlocked))?;
         Ok(OwnDirectory { dir, _lock: lock })
     }
 }
@@ -134,26 +134,27 @@ impl Drop for Scratch {
 }
 
 /// What could not be removed when it should have been.
-static LEFT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+static UNREMOVED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Removes a file or directory of the workspace, if it is there. What can't be removed now, for the disk
 /// fails, say, is removed when the next change begins, or with the workspace.
 pub fn discard(path: &Path) {
-    let removed = match path.is_dir() {
-        true => fs::remove_dir_all(path),
-        false => fs::remove_file(path),
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
     };
     if let Err(error) = removed
         && error.kind() != std::io::ErrorKind::NotFound
     {
         log::warn!("cannot remove {}: {error}", path.display());
-        LEFT.lock().push(path.to_owned());
+        UNREMOVED.lock().push(path.to_owned());
     }
 }
 
-fn discard_again() {
-    let left = std::mem::take(&mut *LEFT.lock());
-    left.iter().for_each(|path| discard(path));
+fn retry_discards() {
+    let unremoved = std::mem::take(&mut *UNREMOVED.lock());
+    unremoved.iter().for_each(|path| discard(path));
 }
 
 /// Workspaces in a home's staging directory of processes that are dead.
@@ -168,7 +169,7 @@ pub fn abandoned(staging: &Path) -> Vec<PathBuf> {
             let name = name.to_string_lossy();
             let old = || entry.metadata().is_ok_and(|meta| is_old(&meta));
             match name.strip_prefix(UNLOCKED) {
-                Some(rest) => !is_made_by_the_living(rest) || old(),
+                Some(rest) => !is_creator_alive(rest) || old(),
                 None => name.starts_with(PREFIX) && !is_owned(&entry.path()),
             }
         })
@@ -179,7 +180,7 @@ pub fn abandoned(staging: &Path) -> Vec<PathBuf> {
 /// Whether the process is there that a name, `PID-STARTED-ID`, says is making it: another one may have got
 /// its pid. Where it is of another name space and not seen, what it makes is taken away, and its change fails
 /// and can be made again.
-fn is_made_by_the_living(name: &str) -> bool {
+fn is_creator_alive(name: &str) -> bool {
     let mut fields = name.split('-');
     let pid = fields.next().and_then(|pid| pid.parse().ok());
     let started = fields.next().and_then(|started| started.parse().ok());
@@ -188,7 +189,7 @@ fn is_made_by_the_living(name: &str) -> bool {
 
 fn is_old(meta: &fs::Metadata) -> bool {
     let age = meta.modified().ok().and_then(|time| time.elapsed().ok());
-    age.is_some_and(|age| age > LOCKING)
+    age.is_some_and(|age| age > LOCK_TIMEOUT)
 }
 
 fn is_owned(dir: &Path) -> bool {
@@ -215,8 +216,8 @@ impl Workspace {
     ///
     /// # Errors
     /// Those of making it.
-    pub fn unnamed_file(&self, what: &str) -> Result<File> {
-        let path = self.fresh_path(what)?;
+    pub fn unnamed_file(&self, prefix: &str) -> Result<File> {
+        let path = self.fresh_path(prefix)?;
         let message = || format!("cannot make the spool {}", path.display());
         let file = OpenOptions::new()
             .read(true)
@@ -251,16 +252,16 @@ impl Workspace {
     ///
     /// # Errors
     /// Those of making the workspace.
-    pub fn scratch(&self, what: &str) -> Result<Scratch> {
-        self.fresh_path(what).map(Scratch)
+    pub fn scratch(&self, prefix: &str) -> Result<Scratch> {
+        self.fresh_path(prefix).map(Scratch)
     }
 
     /// A path in the workspace that nobody has used, for a file or directory about to be made.
     ///
     /// # Errors
     /// Those of making the workspace.
-    pub fn fresh_path(&self, what: &str) -> Result<PathBuf> {
-        Ok(self.make()?.join(format!("{what}-{}", base_id()?)))
+    pub fn fresh_path(&self, prefix: &str) -> Result<PathBuf> {
+        Ok(self.make()?.join(format!("{prefix}-{}", base_id()?)))
     }
 
     /// The workspace, made if there is none yet.
@@ -268,7 +269,7 @@ impl Workspace {
     /// # Errors
     /// Those of making it.
     pub fn make(&self) -> Result<PathBuf> {
-        discard_again();
+        retry_discards();
         let mut own = self.own.lock();
         let own = match &mut *own {
             Some(own) => own,
@@ -285,7 +286,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_workspace_whose_maker_is_dead_is_abandoned_even_if_another_has_its_pid() {
+    fn a_workspace_of_a_dead_process_is_abandoned_even_if_its_pid_is_reused() {
         let place = tempfile::tempdir().unwrap();
         let pid = std::process::id();
         let started = start_time(pid).unwrap();
@@ -299,11 +300,11 @@ mod tests {
             fs::create_dir(place.path().join(name)).unwrap();
         }
 
-        let found: BTreeSet<String> = abandoned(place.path())
+        let abandoned: BTreeSet<String> = abandoned(place.path())
             .iter()
             .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
             .collect();
 
-        assert_eq!(found, dead);
+        assert_eq!(abandoned, dead);
     }
 }

@@ -16,22 +16,22 @@ use crate::{Error, Result, disk};
 
 /// More rounds than any chain has layers: a chain that still names a box's layer after as many is
 /// a cycle.
-const MOST_ROUNDS: usize = 256;
+const MAX_ROUNDS: usize = 256;
 
 /// Adopts every layer inside a box that a chain of this box names.
 pub fn adopt_own_chains(locked: &mut LockedBox<'_>) -> Result<()> {
     let boxes = locked.store.home().boxes_dir();
-    for _ in 0..MOST_ROUNDS {
-        let inside: BTreeSet<PathBuf> = locked
+    for _ in 0..MAX_ROUNDS {
+        let unadopted: BTreeSet<PathBuf> = locked
             .chains()?
             .into_iter()
             .flat_map(|chain| chain.into_iter().skip(1))
             .filter(|path| path.starts_with(&boxes))
             .collect();
-        if inside.is_empty() {
+        if unadopted.is_empty() {
             return Ok(());
         }
-        for path in inside {
+        for path in unadopted {
             adopt(locked, &path)?;
         }
     }
@@ -47,10 +47,10 @@ pub fn adopt_frozen_chains(locked: &mut LockedBox<'_>) -> Result<()> {
     let boxes = locked.store.home().boxes_dir();
     let chains = locked.chains()?.into_iter().flatten();
     let live = locked.live();
-    let inside: BTreeSet<PathBuf> = chains
+    let unadopted: BTreeSet<PathBuf> = chains
         .filter(|path| path.starts_with(&boxes) && Some(path) != live.as_ref())
         .collect();
-    for path in inside {
+    for path in unadopted {
         if locked.layers()?.readers_of(&path).next().is_some() {
             adopt_with(locked, &path, true)?;
         }
@@ -87,17 +87,17 @@ fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Resu
             ),
         ));
     }
-    let known = layers
+    let existing = layers
         .names_of(id)
         .find(|name| matches!(name.role, Role::Base { .. }));
-    let base = match known {
+    let base = match existing {
         Some(name) => name.path.clone(),
         None => locked.store.home().base_disk(&base_id()?),
     };
     record_base(locked, &base, path, &layers.boxes_above(path))?;
     crash_point("adopt.recorded");
     locked.change.hold()?;
-    match known {
+    match existing {
         None => {
             durable::link(path, &base)?;
             crash_point("adopt.linked");
@@ -112,13 +112,13 @@ fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Resu
         )));
     }
     locked.store.spares.keep(&base);
-    let mut done = BTreeSet::new();
+    let mut rebased = BTreeSet::new();
     for reader in layers.readers_of(path) {
         let is_own = matches!(&reader.role, Role::Live { box_id } if *box_id == locked.record.id);
         if is_running && is_own {
             continue;
         }
-        if done.insert(reader.id) {
+        if rebased.insert(reader.id) {
             rebase(locked, &layers, reader, &base)?;
             crash_point("adopt.rebased");
         }

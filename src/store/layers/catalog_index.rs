@@ -40,7 +40,7 @@ impl<'r> CatalogIndex<'r> {
     }
 
     /// Whether a name of a file is one that rows know.
-    pub fn know(&self, file: &ImageFile) -> bool {
+    pub fn has_row(&self, file: &ImageFile) -> bool {
         match &file.role {
             Role::Live { box_id } => self.boxes.contains(box_id.as_str()),
             Role::Snapshot { .. } => self.named.contains(&file.path),

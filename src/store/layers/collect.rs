@@ -36,7 +36,7 @@ pub fn free_bases(
     let referred = change.referred_bases()?;
     rows.retain(|row| row.is_ours() || !referred.contains(&row.id));
     loop {
-        let free = layers.files().iter().find_map(|file| {
+        let unneeded = layers.files().iter().find_map(|file| {
             // One name known and one name in all: no snapshot, no live disk, no backup.
             let is_needed =
                 layers.readers_of(&file.path).next().is_some() || named.contains(&file.path);
@@ -46,7 +46,7 @@ pub fn free_bases(
             let row = rows.iter().find(|row| is_row_of(row, &file.path))?;
             Some((row.clone(), file.path.clone()))
         });
-        let Some((row, path)) = free else {
+        let Some((row, path)) = unneeded else {
             return Ok(());
         };
         drop_base(store, change, &row, &path)?;
@@ -87,7 +87,7 @@ pub fn named_by_rows(
         let chain = layers.chain(top);
         chain
             .iter()
-            .any(|path| is_gone_from(path, layers, &store.home()))
+            .any(|path| is_missing(path, layers, &store.home()))
     };
     if tops.any(|top| is_broken(&top.path)) {
         return Ok(None);
@@ -132,7 +132,7 @@ pub fn named_by(store: &Store, snapshot: &SnapshotRecord) -> Vec<PathBuf> {
 }
 
 /// Whether a path of the home that something names has nothing there.
-fn is_gone_from(path: &Path, layers: &LayerGraph, home: &Home) -> bool {
+fn is_missing(path: &Path, layers: &LayerGraph, home: &Home) -> bool {
     layers.at(path).is_none()
         && home.contains(path)
         && std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)

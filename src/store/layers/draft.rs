@@ -55,7 +55,7 @@ pub fn draft_of(
 pub fn draft_freeze(store: &Store, box_id: &str) -> Result<Draft> {
     store.refuse_read_only()?;
     let live = store.home().live_disk(box_id);
-    mend_chain(store, box_id, &live)?;
+    put_back_missing(store, box_id, &live)?;
     let header = live_header(&live)?;
     let mut draft = Draft {
         base: store.home().base_disk(&base_id()?),
@@ -83,7 +83,7 @@ pub fn draft_freeze(store: &Store, box_id: &str) -> Result<Draft> {
 pub fn draft_clone(store: &Store, source: &Source) -> Result<Draft> {
     store.refuse_read_only()?;
     let top = store.exports.disks.top_of(source)?;
-    mend_chain(store, source.box_id(), &top)?;
+    put_back_missing(store, source.box_id(), &top)?;
     let header = live_header(&top)?;
     let holds_data = Layer::open(&top, Format::Qcow2)?.holds_data()?;
     let below = disk::chain_paths(&top)?.len() - usize::from(!holds_data);
@@ -118,7 +118,7 @@ pub fn draft_share(store: &Store, source: &Source) -> Result<Draft> {
 }
 
 /// Has bases that were deleted put back, where a chain can't be followed without.
-fn mend_chain(store: &Store, box_id: &str, top: &Path) -> Result<()> {
+fn put_back_missing(store: &Store, box_id: &str, top: &Path) -> Result<()> {
     let is_broken = disk::chain_paths(top).is_err_and(|e| e.errno() == libc::ENOENT);
     if is_broken && top.exists() {
         drop(lock_box(store, box_id)?);
@@ -146,19 +146,19 @@ fn shortened(store: &Store, top: &Path) -> Result<Option<FlattenedLayers>> {
         }
         let upper = (chain.len() + 1).saturating_sub(BACKING_LEFT);
         let written = chain.iter().take(upper);
-        let written: u64 = written
+        let bytes: u64 = written
             .filter_map(|path| Some(layers.at(path)?.allocated))
             .sum();
         let mut merges = mergeable(store)?.into_iter();
-        let merge = merges
-            .find(|merge| merge.frees() && merge.is_in(&chain) && merge.allocated() <= written);
+        let merge =
+            merges.find(|merge| merge.frees() && merge.is_in(&chain) && merge.allocated() <= bytes);
         let merged = merge.map(|merge| merge_layers(store, &merge, &mut |_| Ok(())));
         if let Some(Ok(_)) = merged {
             continue;
         }
         // Where somebody reads, say, it is done without.
-        let combining = plan_flatten(store, top, upper)?;
-        return write_flattened(store, combining, &mut |_| Ok(())).map(Some);
+        let flatten = plan_flatten(store, top, upper)?;
+        return write_flattened(store, flatten, &mut |_| Ok(())).map(Some);
     }
 }
 

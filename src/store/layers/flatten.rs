@@ -62,7 +62,7 @@ pub fn write_flattened(
     pace: &mut Pace<'_>,
 ) -> Result<FlattenedLayers> {
     let _behind_all = BehindAll::begin();
-    let combined = FlattenedLayers {
+    let flattened = FlattenedLayers {
         file: store.workspace().fresh_path("combined")?,
         top: plan
             .chain
@@ -72,24 +72,24 @@ pub fn write_flattened(
         changed: plan.chain.changed_at(),
         below: plan.chain.layers().get(plan.upper).map(|layer| layer.id()),
     };
-    let message = || format!("cannot write {}", combined.file.display());
-    let out = File::create_new(&combined.file).context(message)?;
+    let message = || format!("cannot write {}", flattened.file.display());
+    let out = File::create_new(&flattened.file).context(message)?;
     plan.image.write_to(&out, pace)?;
     plan.chain.unchanged()?;
     let mode = fs::metadata(&plan.top).context(message)?.permissions();
     out.set_permissions(mode).context(message)?;
-    store.home().give_to_owner(&combined.file)?;
+    store.home().give_to_owner(&flattened.file)?;
     // The time of the state, which a top that is being written to does not have any more.
     let times = FileTimes::new()
-        .set_accessed(combined.changed)
-        .set_modified(combined.changed);
+        .set_accessed(flattened.changed)
+        .set_modified(flattened.changed);
     out.set_times(times).context(message)?;
     out.sync_all().context(message)?;
     store
         .exports
         .states
         .note_stand_in(&out, &plan.chain, plan.upper)?;
-    Ok(combined)
+    Ok(flattened)
 }
 
 impl FlattenPlan {

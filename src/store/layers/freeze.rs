@@ -73,9 +73,10 @@ pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDi
         if let Err(error) = replaced {
             // Unless the overlay is in place all the same, and could not be taken back.
             let is_in_place = FileId::at(&live).is_ok_and(|now| now == new);
-            return Err(match is_in_place {
-                true => error,
-                false => not_frozen(locked, &draft.base, error),
+            return Err(if is_in_place {
+                error
+            } else {
+                undo_freeze(locked, &draft.base, error)
             });
         }
     }
@@ -110,7 +111,7 @@ fn freeze_as(
 
 /// Beside a runtime nobody undoes later what did not come to its end: the second name, which nothing
 /// reads by, and the row go now. Else recovery does it, before the next change.
-fn not_frozen(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
+fn undo_freeze(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
     if locked.change.is_beside_a_runtime() {
         let row = locked.base_at(base).ok().flatten();
         let undone = durable::unlink(base).and_then(|()| match row {
@@ -181,14 +182,14 @@ pub fn frozen_snapshot(locked: &mut LockedBox<'_>, layer: &Path) -> Result<Froze
     let header = Header::open(layer)?
         .ok_or_else(|| Error::damaged(format!("{} is not a qcow2 image", layer.display())))?;
     let virtual_size = header.virtual_size;
-    let layer_for_readers = match layer_below_empty(locked, layer, &header)? {
+    let backing = match layer_below_empty(locked, layer, &header)? {
         Some(below) => below,
         None => Frozen::Base {
             path: adopt(locked, layer)?,
         },
     };
     Ok(FrozenDisk {
-        layer: layer_for_readers,
+        layer: backing,
         virtual_size,
         top: layer.to_path_buf(),
         file: Arc::new(open_disk(layer)?.0),
@@ -213,15 +214,10 @@ fn layer_below_empty(
     let is_qcow2 = below.is_some() && stored != Some(Format::Raw);
     let same_size = below.is_some_and(|below| below.virtual_size == header.virtual_size);
     let in_bases = path.parent() == Some(locked.store.home().bases_dir().as_path());
-    Ok(Some(match (is_qcow2, in_bases && same_size) {
-        (true, true) => Frozen::Base { path },
-        (true, false) => Frozen::Below {
-            path,
-            format: Format::Qcow2,
-        },
-        (false, _) => Frozen::Below {
-            path,
-            format: Format::Raw,
-        },
+    Ok(Some(if is_qcow2 && in_bases && same_size {
+        Frozen::Base { path }
+    } else {
+        let format = if is_qcow2 { Format::Qcow2 } else { Format::Raw };
+        Frozen::Below { path, format }
     }))
 }

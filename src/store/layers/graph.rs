@@ -164,17 +164,17 @@ impl LayerGraph {
     }
 
     /// The same without some paths.
-    pub fn without(&self, gone: &[PathBuf]) -> LayerGraph {
+    pub fn without(&self, removed: &[PathBuf]) -> LayerGraph {
         let files = self.files.iter();
-        let left = files.filter(|file| !gone.contains(&file.path));
-        let mut left: Vec<ImageFile> = left.cloned().collect();
-        for file in &mut left {
+        let remaining = files.filter(|file| !removed.contains(&file.path));
+        let mut remaining: Vec<ImageFile> = remaining.cloned().collect();
+        for file in &mut remaining {
             let lost = self
                 .names_of(file.id)
-                .filter(|name| gone.contains(&name.path));
+                .filter(|name| removed.contains(&name.path));
             file.names = file.names.saturating_sub(lost.count() as u64);
         }
-        LayerGraph::new(left, self.spares.clone())
+        LayerGraph::new(remaining, self.spares.clone())
     }
 
     /// The paths of a file's chain, the file first. Ends at what is no image file of the home (a
@@ -232,14 +232,14 @@ impl Directories {
         let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
             return path;
         };
-        let known = match self.resolved.get(dir) {
-            Some(known) => known,
+        let resolved = match self.resolved.get(dir) {
+            Some(resolved) => resolved,
             None => {
                 let resolved = fs::canonicalize(dir).ok();
                 self.resolved.entry(dir.to_owned()).or_insert(resolved)
             }
         };
-        match known {
+        match resolved {
             Some(dir) => dir.join(name),
             None => path,
         }
@@ -280,10 +280,11 @@ impl LayerScanner {
     /// ENOENT when its directory is gone.
     pub fn path_of_base(&self, row: &BaseRecord) -> Result<PathBuf> {
         let path = PathBuf::from(&row.base_path);
-        match path.parent() == Some(self.home.bases_dir().as_path()) {
+        if path.parent() == Some(self.home.bases_dir().as_path()) {
             // The home's own path is resolved.
-            true => Ok(path),
-            false => resolve(&path),
+            Ok(path)
+        } else {
+            resolve(&path)
         }
     }
 
@@ -300,21 +301,21 @@ impl LayerScanner {
         for name in names_in(&self.home.bases_dir())? {
             if let Some(id) = name.strip_suffix(".qcow2") {
                 let role = Role::Base { id: id.to_owned() };
-                self.look_at(self.home.base_disk(id), role, &mut scan);
+                self.add_file(self.home.base_disk(id), role, &mut scan);
             }
         }
         for box_id in names_in(&self.home.boxes_dir())? {
             let role = Role::Live {
                 box_id: box_id.clone(),
             };
-            self.look_at(self.home.live_disk(&box_id), role, &mut scan);
+            self.add_file(self.home.live_disk(&box_id), role, &mut scan);
             for name in names_in(&self.home.snapshots_dir(&box_id))? {
                 let path = self.home.snapshot_disk(&box_id, &name);
                 let role = Role::Snapshot {
                     box_id: box_id.clone(),
                     name,
                 };
-                self.look_at(path, role, &mut scan);
+                self.add_file(path, role, &mut scan);
             }
         }
         let layers = LayerGraph::new(scan.files, SharedSpares::new(scan.spares));
@@ -324,7 +325,7 @@ impl LayerScanner {
         Ok(layers)
     }
 
-    fn look_at(&self, path: PathBuf, role: Role, scan: &mut Scan) {
+    fn add_file(&self, path: PathBuf, role: Role, scan: &mut Scan) {
         let meta = match fs::symlink_metadata(&path) {
             Ok(meta) => meta,
             Err(e) if is_absent(&e) => return,
@@ -371,8 +372,8 @@ impl LayerScanner {
         stamp: Stamp,
         moment: &Moment,
     ) -> std::result::Result<Option<PathBuf>, String> {
-        if let Some((known, backing)) = self.headers.lock().get(&id)
-            && *known == stamp
+        if let Some((cached, backing)) = self.headers.lock().get(&id)
+            && *cached == stamp
         {
             return backing.clone();
         }

@@ -53,52 +53,52 @@ pub struct Merged {
 ///
 /// # Errors
 /// EBUSY, ENOSPC, EIO, what `pace` says; ENODATA if it would give no space back.
-pub fn merge_layers(store: &Store, wanted: &MergePlan, pace: &mut Pace<'_>) -> Result<Merged> {
-    let wanted = {
-        let locked = ready_all(store, &wanted.boxes)?;
-        merge_again(&locked, wanted)?.ok_or_else(|| changed(wanted))?
+pub fn merge_layers(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Result<Merged> {
+    let plan = {
+        let locked = lock_boxes(store, &plan.boxes)?;
+        replan(&locked, plan)?.ok_or_else(|| changed(plan))?
     };
     // Whatever changes them from here on shows when they are looked at again.
-    store.exports.states.wait_for_clock(&wanted.stamped());
-    let way = strategy(store, &wanted, pace)?;
+    store.exports.states.wait_for_clock(&plan.stamped());
+    let strategy = choose_strategy(store, &plan, pace)?;
     crash_point("merge.locked");
     store.exports.plain.let_go_of_unread();
     store.exports.views.let_go_of_unused();
-    let mut locked = ready_all(store, &wanted.boxes)?;
-    let now = merge_again(&locked, &wanted)?;
-    if !now.is_some_and(|now| now.starts_with(&wanted)) {
-        return Err(changed(&wanted));
+    let mut locked = lock_boxes(store, &plan.boxes)?;
+    let current = replan(&locked, &plan)?;
+    if !current.is_some_and(|current| current.starts_with(&plan)) {
+        return Err(changed(&plan));
     }
-    refuse_open(&wanted)?;
+    refuse_open(&plan)?;
     // What goes is given back after the lock: to free large files takes its time.
-    let parts = wanted.layers.iter();
-    let kept: Vec<File> = parts
+    let parts = plan.layers.iter();
+    let open_layers: Vec<File> = parts
         .filter_map(|part| File::open(&part.path).ok())
         .collect();
-    let old = match way {
+    let old = match strategy {
         MergeStrategy::Rebase(_) => None,
-        MergeStrategy::Promote | MergeStrategy::Copy(_) => keep_live(&locked, &wanted)?,
+        MergeStrategy::Promote | MergeStrategy::Copy(_) => link_live_aside(&locked, &plan)?,
     };
-    let merged = match way {
-        MergeStrategy::Rebase(below) => rebase_over(&mut locked, &wanted, &below),
-        MergeStrategy::Promote => promote(&mut locked, &wanted),
-        MergeStrategy::Copy(combined) => replace_top(&mut locked, &wanted, combined),
+    let merged = match strategy {
+        MergeStrategy::Rebase(below) => rebase_top(&mut locked, &plan, &below),
+        MergeStrategy::Promote => promote(&mut locked, &plan),
+        MergeStrategy::Copy(flattened) => replace_top(&mut locked, &plan, flattened),
     };
     if let Err(error) = merged {
         // A guest must not go on writing to a file that a loss of power takes away.
         if let Some(old) = &old {
-            let _ = bring_back(&wanted, old);
+            let _ = restore_live(&plan, old);
         }
         return Err(error);
     }
     if let Some(old) = &old {
-        refuse_written(&wanted, old)?;
+        refuse_written(&plan, old)?;
     }
-    let gone = drop_merged(&mut locked, &wanted)?;
+    let dropped = drop_merged(&mut locked, &plan)?;
     drop(locked);
-    drop((kept, old));
-    let before = wanted.layers.first().map_or(0, |part| part.allocated) + gone;
-    let after = allocated(wanted.top());
+    drop((open_layers, old));
+    let before = plan.layers.first().map_or(0, |part| part.allocated) + dropped;
+    let after = allocated(plan.top());
     let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
     Ok(Merged {
         freed: signed(before) - signed(after),
@@ -106,7 +106,7 @@ pub fn merge_layers(store: &Store, wanted: &MergePlan, pace: &mut Pace<'_>) -> R
 }
 
 /// The lock, and all of these boxes ready for a change.
-fn ready_all<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBox<'s>> {
+fn lock_boxes<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBox<'s>> {
     let mut boxes = boxes.iter();
     let Some(first) = boxes.next() else {
         return Err(Error::damaged("no box reads these layers"));
@@ -117,26 +117,26 @@ fn ready_all<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBox
 }
 
 /// How to merge; what has to be written is.
-fn strategy(store: &Store, wanted: &MergePlan, pace: &mut Pace<'_>) -> Result<MergeStrategy> {
-    if wanted.frees
-        && let Some(below) = skipped(wanted)?
+fn choose_strategy(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Result<MergeStrategy> {
+    if plan.frees
+        && let Some(below) = base_below_empty(plan)?
     {
         return Ok(MergeStrategy::Rebase(below));
     }
-    if is_promotable(wanted)? {
+    if is_promotable(plan)? {
         return Ok(MergeStrategy::Promote);
     }
-    let plan = plan_flatten(store, wanted.top(), wanted.layers.len())?;
-    let lengths: u64 = wanted.layers.iter().map(|part| part.stamp.0).sum();
-    if wanted.frees && plan.len() > lengths {
-        return Err(no_gain(wanted));
+    let flatten = plan_flatten(store, plan.top(), plan.layers.len())?;
+    let lengths: u64 = plan.layers.iter().map(|part| part.stamp.0).sum();
+    if plan.frees && flatten.len() > lengths {
+        return Err(no_gain(plan));
     }
-    refuse_full(store, plan.len())?;
-    let combined = write_flattened(store, plan, pace)?;
-    if wanted.frees && allocated(&combined.file) > wanted.allocated() {
-        return Err(no_gain(wanted));
+    refuse_full(store, flatten.len())?;
+    let flattened = write_flattened(store, flatten, pace)?;
+    if plan.frees && allocated(&flattened.file) > plan.allocated() {
+        return Err(no_gain(plan));
     }
-    Ok(MergeStrategy::Copy(combined))
+    Ok(MergeStrategy::Copy(flattened))
 }
 
 /// ENOSPC unless there is room for that many bytes and some more.
@@ -153,12 +153,12 @@ fn refuse_full(store: &Store, bytes: u64) -> Result<()> {
     ))
 }
 
-fn no_gain(wanted: &MergePlan) -> Error {
+fn no_gain(plan: &MergePlan) -> Error {
     Error::new(
         libc::ENODATA,
         format!(
             "{} and what lies below it take less room as they are",
-            wanted.top().display()
+            plan.top().display()
         ),
     )
 }
@@ -168,16 +168,16 @@ pub fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512)
 }
 
-pub fn changed(wanted: &MergePlan) -> Error {
+pub fn changed(plan: &MergePlan) -> Error {
     Error::busy(format!(
         "{} or what it lies on was changed just now; try again",
-        wanted.top().display()
+        plan.top().display()
     ))
 }
 
 /// The layer that the top reads the same from without those between, which hold nothing.
-fn skipped(wanted: &MergePlan) -> Result<Option<PathBuf>> {
-    let Some((top, below)) = wanted.layers.split_first() else {
+fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
+    let Some((top, below)) = plan.layers.split_first() else {
         return Ok(None);
     };
     let Some(last) = below.last() else {
@@ -206,11 +206,11 @@ fn skipped(wanted: &MergePlan) -> Result<Option<PathBuf>> {
 }
 
 /// Whether the layer below can be the live disk itself.
-fn is_promotable(wanted: &MergePlan) -> Result<bool> {
-    let [top, below, ..] = wanted.layers.as_slice() else {
+fn is_promotable(plan: &MergePlan) -> Result<bool> {
+    let [top, below, ..] = plan.layers.as_slice() else {
         return Ok(false);
     };
-    if !wanted.is_live || !wanted.frees {
+    if !plan.is_live || !plan.frees {
         return Ok(false);
     }
     let same_size =
@@ -224,7 +224,7 @@ fn qcow2_header(path: &Path) -> Result<Header> {
 }
 
 /// The same merge, as things are now.
-fn merge_again(locked: &LockedBox<'_>, wanted: &MergePlan) -> Result<Option<MergePlan>> {
+fn replan(locked: &LockedBox<'_>, plan: &MergePlan) -> Result<Option<MergePlan>> {
     let layers = locked.layers()?;
     let Some(named) = named_by_rows(locked.store, &locked.change, &layers)? else {
         return Err(Error::busy(
@@ -233,29 +233,30 @@ fn merge_again(locked: &LockedBox<'_>, wanted: &MergePlan) -> Result<Option<Merg
     };
     let (boxes, bases) = (locked.change.boxes()?, locked.change.bases()?);
     let rows = CatalogIndex::new(&boxes, &bases, &named);
-    let found = match wanted.frees {
-        true => merges(&layers, &rows)
+    let current = if plan.frees {
+        merges(&layers, &rows)
             .into_iter()
-            .find(|merge| merge.top_id() == wanted.top_id()),
-        false => shortening(&layers, &rows, wanted.top()),
+            .find(|merge| merge.top_id() == plan.top_id())
+    } else {
+        shortening(&layers, &rows, plan.top())
     };
-    let Some(mut found) = found else {
+    let Some(mut current) = current else {
         return Ok(None);
     };
-    for name in &found.names {
+    for name in &current.names {
         if let Some(row) = rows.bases.get(name)
             && locked.change.has_digest(&row.id)?
         {
             return Ok(None);
         }
     }
-    found.layers.truncate(wanted.layers.len());
-    Ok((found.layers.len() > 1).then_some(found))
+    current.layers.truncate(plan.layers.len());
+    Ok((current.layers.len() > 1).then_some(current))
 }
 
 /// EBUSY while anybody has one of the layers open.
-fn refuse_open(wanted: &MergePlan) -> Result<()> {
-    match wanted.layers.iter().find(|part| is_open(&part.path)) {
+fn refuse_open(plan: &MergePlan) -> Result<()> {
+    match plan.layers.iter().find(|part| is_open(&part.path)) {
         None => Ok(()),
         Some(part) => Err(Error::busy(format!(
             "{} is being read",
@@ -265,20 +266,20 @@ fn refuse_open(wanted: &MergePlan) -> Result<()> {
 }
 
 /// Another name for a live disk that is about to be replaced.
-fn keep_live(locked: &LockedBox<'_>, wanted: &MergePlan) -> Result<Option<Scratch>> {
-    if !wanted.is_live {
+fn link_live_aside(locked: &LockedBox<'_>, plan: &MergePlan) -> Result<Option<Scratch>> {
+    if !plan.is_live {
         return Ok(None);
     }
-    let kept = locked.store.workspace().scratch("old")?;
-    durable::link(wanted.top(), &kept)?;
-    Ok(Some(kept))
+    let old = locked.store.workspace().scratch("old")?;
+    durable::link(plan.top(), &old)?;
+    Ok(Some(old))
 }
 
 /// EBUSY, and the live disk is the one it was, if that was written to while it was replaced. A guest
 /// is not started while we hold the lock; but somebody may just then have used a program like
 /// qemu-io on the disk, which knows no locks of BoxLite's.
-fn refuse_written(wanted: &MergePlan, old: &Path) -> Result<()> {
-    let Some(top) = wanted.layers.first() else {
+fn refuse_written(plan: &MergePlan, old: &Path) -> Result<()> {
+    let Some(top) = plan.layers.first() else {
         return Ok(());
     };
     let message = || format!("cannot look at {}", old.display());
@@ -288,28 +289,28 @@ fn refuse_written(wanted: &MergePlan, old: &Path) -> Result<()> {
     if is_same && !is_open_for_writing(old) {
         return Ok(());
     }
-    bring_back(wanted, old)?;
+    restore_live(plan, old)?;
     Err(Error::busy(format!(
         "{} was written to just now",
-        wanted.top().display()
+        plan.top().display()
     )))
 }
 
 /// Makes the live disk the one it was.
-fn bring_back(wanted: &MergePlan, old: &Path) -> Result<()> {
-    if let Some(below) = wanted.layers.get(1)
-        && FileId::at(wanted.top())? == below.id
+fn restore_live(plan: &MergePlan, old: &Path) -> Result<()> {
+    if let Some(below) = plan.layers.get(1)
+        && FileId::at(plan.top())? == below.id
     {
         // The base that was moved over it gets its name back first.
-        durable::link(wanted.top(), &below.path)?;
+        durable::link(plan.top(), &below.path)?;
     }
-    durable::rename(old, wanted.top())
+    durable::rename(old, plan.top())
 }
 
 /// Has the top name the layer below those that hold nothing. A crash leaves the old or the new name.
-fn rebase_over(locked: &mut LockedBox<'_>, wanted: &MergePlan, below: &Path) -> Result<()> {
+fn rebase_top(locked: &mut LockedBox<'_>, plan: &MergePlan, below: &Path) -> Result<()> {
     let layers = locked.layers()?;
-    if let Some(top) = layers.at(wanted.top()) {
+    if let Some(top) = layers.at(plan.top()) {
         rebase(locked, &layers, top, below)?;
     }
     crash_point("merge.rebased");
@@ -318,8 +319,8 @@ fn rebase_over(locked: &mut LockedBox<'_>, wanted: &MergePlan, below: &Path) -> 
 
 /// Moves the layer below over a live disk that holds nothing. A crash before leaves a base that is
 /// ours; after it a row of ours without a file.
-fn promote(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<()> {
-    let [top, below, ..] = wanted.layers.as_slice() else {
+fn promote(locked: &mut LockedBox<'_>, plan: &MergePlan) -> Result<()> {
+    let [top, below, ..] = plan.layers.as_slice() else {
         return Ok(());
     };
     claim_base(locked, &below.path)?;
@@ -339,21 +340,21 @@ fn promote(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<()> {
 /// moves are one after the other.
 fn replace_top(
     locked: &mut LockedBox<'_>,
-    wanted: &MergePlan,
-    combined: FlattenedLayers,
+    plan: &MergePlan,
+    flattened: FlattenedLayers,
 ) -> Result<()> {
-    if !combined.lies_on_chain_of(wanted.top())? {
-        return Err(changed(wanted));
+    if !flattened.lies_on_chain_of(plan.top())? {
+        return Err(changed(plan));
     }
-    let length = std::fs::metadata(&combined.file).map_or(0, |meta| meta.len());
+    let length = std::fs::metadata(&flattened.file).map_or(0, |meta| meta.len());
     let mut moves = Vec::new();
-    for name in &wanted.names {
+    for name in &plan.names {
         let link = locked.store.workspace().scratch("name")?;
-        durable::link(&combined.file, &link)?;
+        durable::link(&flattened.file, &link)?;
         moves.push((link, name));
     }
     // Its own name was one too many.
-    drop(combined);
+    drop(flattened);
     crash_point("merge.written");
     for (new, name) in moves {
         locked.store.workspace().replace(&new, name)?;
@@ -362,7 +363,7 @@ fn replace_top(
         locked.store.spares.follow(name)?;
     }
     locked.change.transaction(|rows| {
-        let mut names = wanted.names.iter();
+        let mut names = plan.names.iter();
         names.try_for_each(|name| rows.resize_layer(&name.display().to_string(), length))
     })
 }
@@ -377,14 +378,14 @@ pub fn claim_base(locked: &mut LockedBox<'_>, path: &Path) -> Result<()> {
 
 /// Removes the bases below the top that nothing reads any more, and what refers to them. Returns how
 /// many bytes they had.
-fn drop_merged(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<u64> {
-    if !wanted.frees {
+fn drop_merged(locked: &mut LockedBox<'_>, plan: &MergePlan) -> Result<u64> {
+    if !plan.frees {
         free_surplus(locked)?;
         return Ok(0);
     }
     let mut layers = locked.layers()?;
-    let mut gone = 0;
-    for part in wanted.layers.iter().skip(1) {
+    let mut dropped = 0;
+    for part in plan.layers.iter().skip(1) {
         let path = &part.path;
         let is_needed = layers.readers_of(path).next().is_some()
             || layers.at(path).is_some_and(|file| file.names != 1);
@@ -393,7 +394,7 @@ fn drop_merged(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<u64> {
         };
         drop_base(locked.store, &mut locked.change, &row, path)?;
         layers = layers.without(std::slice::from_ref(path));
-        gone += part.allocated;
+        dropped += part.allocated;
     }
-    Ok(gone)
+    Ok(dropped)
 }

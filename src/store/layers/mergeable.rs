@@ -25,7 +25,7 @@ pub struct MergePlan {
     pub names: Vec<PathBuf>,
     pub is_live: bool,
     /// The layers, top first: at least two.
-    pub layers: Vec<Part>,
+    pub layers: Vec<MergeLayer>,
     /// The boxes that read through the top.
     pub boxes: BTreeSet<String>,
     /// Whether all below the top go: else others read them, and stay.
@@ -34,7 +34,7 @@ pub struct MergePlan {
 
 /// One of the layers of a [`MergePlan`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct MergeLayer {
     pub path: PathBuf,
     pub id: FileId,
     pub stamp: Stamp,
@@ -92,11 +92,11 @@ impl MergePlan {
     /// would cost far more than it gives. None if fewer than two are left.
     pub fn worthwhile(mut self) -> Option<MergePlan> {
         /// What lies over a layer has to be this part of it.
-        const PART: u64 = 8;
+        const MAX_RATIO: u64 = 8;
         while self.layers.len() > 1 {
             let last = self.layers.last().map_or(0, |part| part.allocated);
             let above = self.allocated() - last;
-            if above.saturating_mul(PART) >= last {
+            if above.saturating_mul(MAX_RATIO) >= last {
                 return Some(self);
             }
             self.layers.pop();
@@ -175,39 +175,39 @@ fn merge_of(
 ) -> Option<MergePlan> {
     let names: Vec<&ImageFile> = layers.names_of(top.id).collect();
     let is_live = |name: &&ImageFile| matches!(name.role, Role::Live { .. });
-    let lives = names.iter().filter(|name| is_live(name)).count();
-    let is_ours = names.len() as u64 == top.names
-        && (lives == 0 || names.len() == 1)
+    let live_names = names.iter().filter(|name| is_live(name)).count();
+    let is_mergeable = names.len() as u64 == top.names
+        && (live_names == 0 || names.len() == 1)
         && names
             .iter()
-            .all(|name| name.damaged.is_none() && rows.know(name));
+            .all(|name| name.damaged.is_none() && rows.has_row(name));
     let boxes: BTreeSet<String> = names
         .iter()
         .flat_map(|name| layers.boxes_above(&name.path))
         .collect();
-    let all_known = boxes.iter().all(|id| rows.boxes.contains(id.as_str()));
-    if !is_ours || boxes.is_empty() || !all_known || below.is_empty() {
+    let all_recorded = boxes.iter().all(|id| rows.boxes.contains(id.as_str()));
+    if !is_mergeable || boxes.is_empty() || !all_recorded || below.is_empty() {
         return None;
     }
-    let mut parts = vec![Part::of(top)];
+    let mut parts = vec![MergeLayer::of(top)];
     for path in below {
-        parts.push(Part::of(layers.at(path)?));
+        parts.push(MergeLayer::of(layers.at(path)?));
     }
     // Snapshots' names first: until its own name is replaced, a base is read by the others.
     let mut names: Vec<PathBuf> = names.iter().map(|name| name.path.clone()).collect();
     names.sort_by_key(|path| layers.readers_of(path).next().is_some());
     Some(MergePlan {
         names,
-        is_live: lives > 0,
+        is_live: live_names > 0,
         layers: parts,
         boxes,
         frees,
     })
 }
 
-impl Part {
-    fn of(file: &ImageFile) -> Part {
-        Part {
+impl MergeLayer {
+    fn of(file: &ImageFile) -> MergeLayer {
+        MergeLayer {
             path: file.path.clone(),
             id: file.id,
             stamp: file.stamp,
@@ -224,13 +224,15 @@ pub fn mergeable(store: &Store) -> Result<Vec<MergePlan>> {
     let bases = store.home().bases()?;
     let named = named_in(store, &catalog);
     let rows = CatalogIndex::new(catalog.boxes(), &bases, &named);
-    let mut found = merges(&layers, &rows);
-    found.sort_by_key(MergePlan::allocated);
-    let is_open: HashSet<FileId> = found.iter().filter_map(MergePlan::top_id).collect();
+    let mut plans = merges(&layers, &rows);
+    plans.sort_by_key(MergePlan::allocated);
+    let planned: HashSet<FileId> = plans.iter().filter_map(MergePlan::top_id).collect();
     for record in catalog.boxes() {
         let live = store.home().live_disk(&record.id);
-        let long = shortening(&layers, &rows, &live);
-        found.extend(long.filter(|merge| merge.top_id().is_some_and(|id| !is_open.contains(&id))));
+        let shortened = shortening(&layers, &rows, &live);
+        plans.extend(
+            shortened.filter(|merge| merge.top_id().is_some_and(|id| !planned.contains(&id))),
+        );
     }
-    Ok(found)
+    Ok(plans)
 }

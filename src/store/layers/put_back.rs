@@ -23,7 +23,7 @@ use crate::store::layers::spare_names::Spare;
 use crate::{Context, Result};
 
 /// Names made with the lock held once.
-const AT_ONCE: usize = 256;
+const BATCH: usize = 256;
 
 /// Gives spare names to all bases of ours that have none: those of an older version.
 ///
@@ -37,7 +37,7 @@ pub fn keep_spares(store: &Store) -> Result<()> {
         (is_ours && spares.of_base(&path).is_none() && path.is_file()).then_some(path)
     };
     let lacking: Vec<PathBuf> = store.home().bases()?.iter().filter_map(lacks).collect();
-    for some in lacking.chunks(AT_ONCE) {
+    for some in lacking.chunks(BATCH) {
         let _change = store.home().change()?;
         let layers = store.layers.scan()?;
         for base in some {
@@ -66,12 +66,12 @@ pub fn put_back_bases(
     layers: &LayerGraph,
 ) -> Result<usize> {
     let rows = change.bases()?;
-    let gone = gone_with_a_name(store, change, layers, &rows)?;
-    if gone.is_empty() {
+    let missing = missing_with_links(store, change, layers, &rows)?;
+    if missing.is_empty() {
         return Ok(0);
     }
     let mut new = Vec::new();
-    for (base, file) in &gone {
+    for (base, file) in &missing {
         if !rows.iter().any(|row| is_row_of(row, base)) {
             new.push(new_base(base, file)?);
         }
@@ -83,7 +83,7 @@ pub fn put_back_bases(
         store.home().make_dir(&dir)?;
         durable::sync_parent(&dir)?;
     }
-    for (base, file) in &gone {
+    for (base, file) in &missing {
         fs::hard_link(file, base)
             .context(|| format!("cannot link {} to {}", file.display(), base.display()))?;
         crash_point("put-back.linked");
@@ -91,47 +91,53 @@ pub fn put_back_bases(
     durable::sync_dir(&dir)?;
     // Their headers were not looked at.
     store.access.paths_are_right.store(false, Ordering::Release);
-    for (base, _) in &gone {
+    for (base, _) in &missing {
         store.spares.keep(base);
     }
-    let names: Vec<String> = gone.iter().map(|(base, _)| name_of(base)).collect();
+    let names: Vec<String> = missing.iter().map(|(base, _)| name_of(base)).collect();
     store.events().warn(&format!(
         "{} layers had been deleted from {} and are back: {}",
-        gone.len(),
+        missing.len(),
         dir.display(),
         names.join(", ")
     ));
-    Ok(gone.len())
+    Ok(missing.len())
 }
 
 /// Bases that are gone, each with a name that its file has left.
-pub fn gone_with_a_name(
+pub fn missing_with_links(
     store: &Store,
     change: &Change<'_>,
     layers: &LayerGraph,
     rows: &[BaseRecord],
 ) -> Result<Vec<(PathBuf, PathBuf)>> {
-    let wanted = gone_bases(store, layers, rows);
+    let missing = missing_bases(store, layers, rows);
     let spares = layers.spares();
-    let mut found = Vec::new();
-    let mut without = Vec::new();
-    for base in wanted {
+    let mut linked = Vec::new();
+    let mut without_spare = Vec::new();
+    for base in missing {
         match spares.of_base(&base) {
             Some(spare) if !is_live(layers, spare.id) => {
-                found.push((base, spare.path.clone()));
+                linked.push((base, spare.path.clone()));
             }
             Some(_) => {}
-            None => without.push(base),
+            None => without_spare.push(base),
         }
     }
-    if !without.is_empty() {
-        found.extend(snapshots_of_gone(store, change, layers, rows, &without)?);
+    if !without_spare.is_empty() {
+        linked.extend(snapshots_of_missing(
+            store,
+            change,
+            layers,
+            rows,
+            &without_spare,
+        )?);
     }
-    Ok(found)
+    Ok(linked)
 }
 
 /// Bases that a header names, or a row of ours, and that have no file.
-fn gone_bases(store: &Store, layers: &LayerGraph, rows: &[BaseRecord]) -> BTreeSet<PathBuf> {
+fn missing_bases(store: &Store, layers: &LayerGraph, rows: &[BaseRecord]) -> BTreeSet<PathBuf> {
     let dir = store.home().bases_dir();
     let named = layers.named().map(Path::to_owned);
     let ours = rows.iter().filter(|row| row.is_ours());
@@ -150,22 +156,22 @@ fn gone_bases(store: &Store, layers: &LayerGraph, rows: &[BaseRecord]) -> BTreeS
 /// For bases of an older version, which had no spare names: the snapshots that were made with them. Only
 /// where nothing else can be meant: the rows were made at the same moment, and say the same of the file,
 /// of one file and one base alone.
-fn snapshots_of_gone(
+fn snapshots_of_missing(
     store: &Store,
     change: &Change<'_>,
     layers: &LayerGraph,
     rows: &[BaseRecord],
-    gone: &[PathBuf],
+    missing: &[PathBuf],
 ) -> Result<Vec<(PathBuf, PathBuf)>> {
     /// Seconds between the row of a base and that of its snapshot.
     const STEP: std::ops::RangeInclusive<i64> = 0..=1;
     let snapshots = change.snapshots()?;
     let mut matches: Vec<(PathBuf, PathBuf, FileId)> = Vec::new();
-    for base in gone {
+    for base in missing {
         let row = rows
             .iter()
             .find(|row| row.is_ours() && is_row_of(row, base));
-        let Some(made) = row.and_then(BaseRecord::file) else {
+        let Some(recorded) = row.and_then(BaseRecord::file) else {
             continue;
         };
         for snapshot in &snapshots {
@@ -176,10 +182,10 @@ fn snapshots_of_gone(
             let has_base = layers
                 .names_of(file.id)
                 .any(|name| !matches!(name.role, Role::Snapshot { .. }));
-            let is_same = STEP.contains(&(snapshot.created_at - made.created_at))
-                && file.stamp.0 == made.size_bytes
+            let is_same = STEP.contains(&(snapshot.created_at - recorded.created_at))
+                && file.stamp.0 == recorded.size_bytes
                 && Header::open(&path)
-                    .is_ok_and(|it| it.is_some_and(|it| it.virtual_size == made.virtual_size));
+                    .is_ok_and(|it| it.is_some_and(|it| it.virtual_size == recorded.virtual_size));
             let is_new = !matches
                 .iter()
                 .any(|(of, _, id)| of == base && *id == file.id);
@@ -210,14 +216,14 @@ pub fn tidy_spares(store: &Store, change: &Change<'_>) -> Result<()> {
     }
     let layers = store.layers.scan()?;
     let spares = layers.spares();
-    let is_known = named_by_rows(store, change, &layers)?.is_some();
+    let is_complete = named_by_rows(store, change, &layers)?.is_some();
     for spare in spares.all() {
         match layers.at(&spare.base) {
             Some(base) if base.id == spare.id => {}
             Some(base) if !is_live(&layers, base.id) => store.spares.keep(&spare.base),
             Some(_) => {}
             None if is_live(&layers, spare.id) => durable::unlink(&spare.path)?,
-            None if is_known && layers.readers_of(&spare.base).next().is_none() => {
+            None if is_complete && layers.readers_of(&spare.base).next().is_none() => {
                 durable::unlink(&spare.path)?;
             }
             None => {}

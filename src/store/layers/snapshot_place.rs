@@ -85,18 +85,18 @@ pub fn name_layer(
     created_at: Option<i64>,
 ) -> Result<String> {
     // By its mark recovery knows a directory whose name no snapshot has.
-    let is_beside = locked.change.is_beside_a_runtime();
-    let marked = is_beside.then(|| marked_dir(locked.store)).transpose()?;
+    let is_shared = locked.change.is_beside_a_runtime();
+    let marked = is_shared.then(|| marked_dir(locked.store)).transpose()?;
     locked.change.hold()?;
     let path = snapshot_place(locked, &place_of(locked, name, id), marked.as_deref())?;
     crash_point("snapshot.directory");
-    let named = match &frozen.layer {
+    let linked = match &frozen.layer {
         Frozen::Base { path: base } => durable::link(base, &path),
         // An empty overlay on an image: the snapshot is a copy of it, a few clusters long.
         Frozen::Below { .. } => copy_empty_overlay(locked, frozen, &path),
     };
     crash_point("snapshot.linked");
-    let recorded = named
+    let recorded = linked
         .and_then(|()| record_snapshot(locked, id, name, &path, frozen.virtual_size, created_at));
     settle_place(locked, &path, recorded)
 }
@@ -106,14 +106,14 @@ pub fn name_layer(
 pub fn settle_place<T>(locked: &LockedBox<'_>, path: &Path, recorded: Result<T>) -> Result<T> {
     match &recorded {
         Ok(_) => durable::unlink(&path.with_file_name(UNRECORDED))?,
-        Err(_) if locked.change.is_beside_a_runtime() => take_place_back(locked, path),
+        Err(_) if locked.change.is_beside_a_runtime() => remove_place(locked, path),
         Err(_) => {}
     }
     recorded
 }
 
 /// Removes the directory of a snapshot that was not recorded. What can't be removed is for recovery.
-fn take_place_back(locked: &LockedBox<'_>, path: &Path) {
+fn remove_place(locked: &LockedBox<'_>, path: &Path) {
     let mark = path.with_file_name(UNRECORDED);
     let removed = durable::unlink(path).and_then(|()| durable::unlink(&mark));
     if let Err(error) = removed.and_then(|()| path.parent().map_or(Ok(()), durable::remove_dir)) {
@@ -125,18 +125,19 @@ fn take_place_back(locked: &LockedBox<'_>, path: &Path) {
 /// name at that moment, does not use: it puts the live disk there, over this one, or where this one
 /// would be taken back from.
 pub fn place_of(locked: &LockedBox<'_>, name: &str, id: &str) -> String {
-    match locked.change.is_beside_a_runtime() {
-        true => format!(".{id}"),
-        false => name.to_owned(),
+    if locked.change.is_beside_a_runtime() {
+        format!(".{id}")
+    } else {
+        name.to_owned()
     }
 }
 
-/// `snapshots/PLACE/disk.qcow2`, its directories made; `ready` is a directory to be moved there.
+/// `snapshots/PLACE/disk.qcow2`, its directories made; `prepared` is a directory to be moved there.
 pub fn snapshot_place(
     locked: &LockedBox<'_>,
     place: &str,
-    ready: Option<&Path>,
-) -> Result<std::path::PathBuf> {
+    prepared: Option<&Path>,
+) -> Result<PathBuf> {
     let home = &locked.store.home();
     let snapshots = home.snapshots_dir(&locked.record.id);
     if !snapshots.is_dir() {
@@ -145,8 +146,8 @@ pub fn snapshot_place(
     // Also where it is there: who made it may not have come to flush that, or it failed.
     durable::sync_dir(&home.box_dir(&locked.record.id))?;
     let dir = snapshots.join(place);
-    match ready {
-        Some(ready) => durable::rename(ready, &dir)?,
+    match prepared {
+        Some(prepared) => durable::rename(prepared, &dir)?,
         None => {
             home.make_dir(&dir)?;
             durable::sync_dir(&snapshots)?;

@@ -126,7 +126,7 @@ impl SpareNames {
         };
         let id = FileId::at(base)?;
         let is_there = match FileId::at(&spare) {
-            Ok(found) if found == id => return Ok(()),
+            Ok(current) if current == id => return Ok(()),
             Ok(_) => true,
             Err(_) => false,
         };

@@ -1,6 +1,6 @@
-//! Merging: a layer that nothing but the layer above it needs becomes one with that, and the space of
-//! what was written twice comes back. Likewise a live disk takes in so many of the layers below it that
-//! a virtual machine can start from it again.
+//! Merges layers. A layer that only the layer above it needs becomes one with that layer, which
+//! reclaims the space of data written twice. A live disk with too long a chain takes in as many
+//! layers as a virtual machine needs to start from it again.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -25,40 +25,41 @@ use crate::store::layers::mergeable::{MergePlan, merges, shortening};
 use crate::store::layers::references::free_surplus;
 use crate::{Context, Error, Result};
 
-/// How a merge is done.
+/// How layers become one.
 enum MergeStrategy {
-    /// The layers below the top hold nothing: the header of the top names the layer below them.
+    /// The layers below the top hold no data: the top's header names the layer below them.
     Rebase(PathBuf),
-    /// The top is a live disk that holds nothing: the layer below takes its place.
+    /// The top is a live disk without data: the layer below takes its place.
     Promote,
-    /// All are written out as one.
+    /// All layers are written out as one image.
     Copy(FlattenedLayers),
 }
 
-/// What a merge did.
+/// The result of a merge.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Merged {
-    /// Bytes of the disk that came back; negative for a live disk that got a copy of what others keep.
+    /// Bytes of disk space reclaimed. Negative for a live disk that received a copy of layers
+    /// others keep.
     pub freed: i64,
 }
 
-/// Makes layers one. Whatever can't be merged now, for a box runs or somebody reads, is an error that
-/// says why; nothing is changed then.
+/// Merges the layers of a plan. Layers that can't be merged now, because a box is running or a
+/// program reads them, are an error that says why, and nothing is changed.
 ///
-/// Order: the box's chains are made ready; what the layers have together is written into the
-/// workspace, unlocked; ready again, and seen to be as before; each name of the top is moved over
-/// by a name of the new file; the bases that nothing reads any more go, as any other. A crash leaves
-/// each name with the old file or the new one, which say the same, and bases of ours that nothing
-/// reads, which recovery frees.
+/// Order: the boxes are locked and prepared; the layers are written as one image into the
+/// workspace, without the lock; the boxes are locked again and the layers checked to be unchanged;
+/// each name of the top is replaced by a name of the new file; the bases that nothing reads any
+/// more are freed like any other. A crash leaves each name with the old or the new file, which read
+/// the same, and bases of ours that nothing reads, which recovery frees.
 ///
 /// # Errors
-/// EBUSY, ENOSPC, EIO, what `pace` says; ENODATA if it would give no space back.
+/// EBUSY, ENOSPC, EIO; ENODATA if merging would reclaim no space; the error of `pace`.
 pub fn merge_layers(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Result<Merged> {
     let plan = {
         let locked = lock_boxes(store, &plan.boxes)?;
         replan(&locked, plan)?.ok_or_else(|| changed(plan))?
     };
-    // Whatever changes them from here on shows when they are looked at again.
+    // Any change from here on shows when the layers are checked again.
     store.exports.states.wait_for_clock(&plan.stamped());
     let strategy = choose_strategy(store, &plan, pace)?;
     crash_point("merge.locked");
@@ -70,7 +71,7 @@ pub fn merge_layers(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Res
         return Err(changed(&plan));
     }
     refuse_open(&plan)?;
-    // What goes is given back after the lock: to free large files takes its time.
+    // Holds the layers open until the lock is released: freeing large files takes time.
     let parts = plan.layers.iter();
     let open_layers: Vec<File> = parts
         .filter_map(|part| File::open(&part.path).ok())
@@ -85,7 +86,7 @@ pub fn merge_layers(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Res
         MergeStrategy::Copy(flattened) => replace_top(&mut locked, &plan, flattened),
     };
     if let Err(error) = merged {
-        // A guest must not go on writing to a file that a loss of power takes away.
+        // A guest must not keep writing to a file that a power loss would remove.
         if let Some(old) = &old {
             let _ = restore_live(&plan, old);
         }
@@ -105,7 +106,7 @@ pub fn merge_layers(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Res
     })
 }
 
-/// The lock, and all of these boxes ready for a change.
+/// Takes the lock and prepares all these boxes for a change.
 fn lock_boxes<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBox<'s>> {
     let mut boxes = boxes.iter();
     let Some(first) = boxes.next() else {
@@ -116,7 +117,7 @@ fn lock_boxes<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBo
     Ok(locked)
 }
 
-/// How to merge; what has to be written is.
+/// Chooses how to merge. Writes the image, if one is needed.
 fn choose_strategy(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Result<MergeStrategy> {
     if plan.frees
         && let Some(below) = base_below_empty(plan)?
@@ -139,17 +140,19 @@ fn choose_strategy(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Resu
     Ok(MergeStrategy::Copy(flattened))
 }
 
-/// ENOSPC unless there is room for that many bytes and some more.
+/// Refuses with ENOSPC unless the file system has room for that many bytes and a reserve.
 fn refuse_full(store: &Store, bytes: u64) -> Result<()> {
     let space = store.home().space()?;
     let left = space.available_bytes().saturating_sub(bytes);
-    // What guests and others write meanwhile.
+    // The reserve for what guests and other programs write meanwhile.
     if left >= (space.bytes() / 100).min(1 << 30) {
         return Ok(());
     }
     Err(Error::new(
         libc::ENOSPC,
-        format!("layers are merged by writing {bytes} bytes first, and there is no room for them"),
+        format!(
+            "merging writes {bytes} bytes before it reclaims any, and the file system of the home has no room for them; free some space first"
+        ),
     ))
 }
 
@@ -157,25 +160,27 @@ fn no_gain(plan: &MergePlan) -> Error {
     Error::new(
         libc::ENODATA,
         format!(
-            "{} and what lies below it take less room as they are",
+            "{} and the layers below it would take more space merged than they take now",
             plan.top().display()
         ),
     )
 }
 
-/// Bytes that a file takes on the disk.
+/// Returns the bytes allocated to a file on the disk; 0 if it can't be read.
 pub fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512)
 }
 
+/// Returns the EBUSY of a plan whose layers changed.
 pub fn changed(plan: &MergePlan) -> Error {
     Error::busy(format!(
-        "{} or what it lies on was changed just now; try again",
+        "{} or a layer below it was changed just now; try again",
         plan.top().display()
     ))
 }
 
-/// The layer that the top reads the same from without those between, which hold nothing.
+/// Returns the layer below those below the top, if the top reads the same without them because they
+/// hold no data.
 fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
     let Some((top, below)) = plan.layers.split_first() else {
         return Ok(None);
@@ -188,7 +193,7 @@ fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
         return Ok(None);
     };
     let base = resolve(&base)?;
-    // A header that says qcow2 can't name a raw image.
+    // The header declares a qcow2 backing file, and can't name a raw image.
     let Some(base_header) = Header::open(&base)? else {
         return Ok(None);
     };
@@ -197,7 +202,7 @@ fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
         .min(base_header.virtual_size);
     for part in below {
         let layer = Layer::open(&part.path, Format::Qcow2)?;
-        // Beyond its end a layer reads as zeros, whatever lies below.
+        // Beyond its end, a layer reads as zeros, whatever is below it.
         if layer.virtual_size() < seen || layer.holds_data()? {
             return Ok(None);
         }
@@ -205,7 +210,7 @@ fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
     Ok(Some(base))
 }
 
-/// Whether the layer below can be the live disk itself.
+/// Returns whether the layer below can become the live disk itself.
 fn is_promotable(plan: &MergePlan) -> Result<bool> {
     let [top, below, ..] = plan.layers.as_slice() else {
         return Ok(false);
@@ -223,12 +228,12 @@ fn qcow2_header(path: &Path) -> Result<Header> {
         .ok_or_else(|| Error::damaged(format!("{} is not a qcow2 image", path.display())))
 }
 
-/// The same merge, as things are now.
+/// Returns the plan as it is now. Returns None if its layers can't be merged any more.
 fn replan(locked: &LockedBox<'_>, plan: &MergePlan) -> Result<Option<MergePlan>> {
     let layers = locked.layers()?;
     let Some(named) = named_by_rows(locked.store, &locked.change, &layers)? else {
         return Err(Error::busy(
-            "nothing is merged while it can't be told who reads what; boxlitefs check says why",
+            "cannot merge: the layer graph is incomplete; run boxlitefs check",
         ));
     };
     let (boxes, bases) = (locked.change.boxes()?, locked.change.bases()?);
@@ -254,18 +259,18 @@ fn replan(locked: &LockedBox<'_>, plan: &MergePlan) -> Result<Option<MergePlan>>
     Ok((current.layers.len() > 1).then_some(current))
 }
 
-/// EBUSY while anybody has one of the layers open.
+/// Refuses with EBUSY while any process has one of the layers open.
 fn refuse_open(plan: &MergePlan) -> Result<()> {
     match plan.layers.iter().find(|part| is_open(&part.path)) {
         None => Ok(()),
         Some(part) => Err(Error::busy(format!(
-            "{} is being read",
+            "{} is being read; try again when no program has it open",
             part.path.display()
         ))),
     }
 }
 
-/// Another name for a live disk that is about to be replaced.
+/// Gives a live disk that is about to be replaced another name in the workspace.
 fn link_live_aside(locked: &LockedBox<'_>, plan: &MergePlan) -> Result<Option<Scratch>> {
     if !plan.is_live {
         return Ok(None);
@@ -275,9 +280,9 @@ fn link_live_aside(locked: &LockedBox<'_>, plan: &MergePlan) -> Result<Option<Sc
     Ok(Some(old))
 }
 
-/// EBUSY, and the live disk is the one it was, if that was written to while it was replaced. A guest
-/// is not started while we hold the lock; but somebody may just then have used a program like
-/// qemu-io on the disk, which knows no locks of BoxLite's.
+/// Refuses with EBUSY, and restores the old live disk, if that was written to while it was
+/// replaced. No guest starts while we hold the lock, but a program like qemu-io, which ignores
+/// BoxLite's locks, may have written to the disk.
 fn refuse_written(plan: &MergePlan, old: &Path) -> Result<()> {
     let Some(top) = plan.layers.first() else {
         return Ok(());
@@ -291,23 +296,24 @@ fn refuse_written(plan: &MergePlan, old: &Path) -> Result<()> {
     }
     restore_live(plan, old)?;
     Err(Error::busy(format!(
-        "{} was written to just now",
+        "{} was written to while it was being replaced, so the old file is back in place; stop what writes to it and try again",
         plan.top().display()
     )))
 }
 
-/// Makes the live disk the one it was.
+/// Restores the live disk that was replaced.
 fn restore_live(plan: &MergePlan, old: &Path) -> Result<()> {
     if let Some(below) = plan.layers.get(1)
         && FileId::at(plan.top())? == below.id
     {
-        // The base that was moved over it gets its name back first.
+        // The base that was moved over the live disk gets its name back first.
         durable::link(plan.top(), &below.path)?;
     }
     durable::rename(old, plan.top())
 }
 
-/// Has the top name the layer below those that hold nothing. A crash leaves the old or the new name.
+/// Rebases the top onto the layer below those without data. A crash leaves the old or the new
+/// backing path.
 fn rebase_top(locked: &mut LockedBox<'_>, plan: &MergePlan, below: &Path) -> Result<()> {
     let layers = locked.layers()?;
     if let Some(top) = layers.at(plan.top()) {
@@ -317,17 +323,17 @@ fn rebase_top(locked: &mut LockedBox<'_>, plan: &MergePlan, below: &Path) -> Res
     Ok(())
 }
 
-/// Moves the layer below over a live disk that holds nothing. A crash before leaves a base that is
-/// ours; after it a row of ours without a file.
+/// Moves the layer below over a live disk that holds no data. A crash before the move leaves a base
+/// of ours; a crash after it leaves a row of ours without a file.
 fn promote(locked: &mut LockedBox<'_>, plan: &MergePlan) -> Result<()> {
     let [top, below, ..] = plan.layers.as_slice() else {
         return Ok(());
     };
     claim_base(locked, &below.path)?;
     crash_point("merge.claimed");
-    // A live disk is written to, and no spare name may stand for it.
+    // A live disk is written to, so no spare name may point to it.
     locked.store.spares.drop_durably(&below.path)?;
-    // The state is as old as it was.
+    // The state keeps its time.
     durable::copy_times(&top.path, &below.path)?;
     durable::sync_file(&below.path)?;
     durable::rename(&below.path, &top.path)?;
@@ -336,8 +342,8 @@ fn promote(locked: &mut LockedBox<'_>, plan: &MergePlan) -> Result<()> {
     Ok(())
 }
 
-/// Moves a name of the new file over each name of the top. All names are made first, so that the
-/// moves are one after the other.
+/// Moves a name of the new file over each name of the top. All new names are made first, so that
+/// the moves follow each other without a pause.
 fn replace_top(
     locked: &mut LockedBox<'_>,
     plan: &MergePlan,
@@ -353,13 +359,13 @@ fn replace_top(
         durable::link(&flattened.file, &link)?;
         moves.push((link, name));
     }
-    // Its own name was one too many.
+    // The image keeps no name of its own in the workspace.
     drop(flattened);
     crash_point("merge.written");
     for (new, name) in moves {
         locked.store.workspace().replace(&new, name)?;
         crash_point("merge.renamed");
-        // Before what the old file read from is freed.
+        // The spare name follows before the layers below the old file are freed.
         locked.store.spares.follow(name)?;
     }
     locked.change.transaction(|rows| {
@@ -368,7 +374,10 @@ fn replace_top(
     })
 }
 
-/// Makes a base ours, if it is not.
+/// Marks a base as ours, if it is not.
+///
+/// # Errors
+/// Those of SQLite.
 pub fn claim_base(locked: &mut LockedBox<'_>, path: &Path) -> Result<()> {
     match locked.base_at(path)?.filter(|row| !row.is_ours()) {
         None => Ok(()),
@@ -376,8 +385,8 @@ pub fn claim_base(locked: &mut LockedBox<'_>, path: &Path) -> Result<()> {
     }
 }
 
-/// Removes the bases below the top that nothing reads any more, and what refers to them. Returns how
-/// many bytes they had.
+/// Removes the bases below the top that nothing reads any more, and the references to them. Returns
+/// the bytes they had allocated.
 fn drop_merged(locked: &mut LockedBox<'_>, plan: &MergePlan) -> Result<u64> {
     if !plan.frees {
         free_surplus(locked)?;

@@ -1,5 +1,5 @@
 //! Adopts layers that BoxLite froze inside a box: they become files of `bases/`. Headers may name
-//! paths in `bases/` only, so removing or renaming a snapshot touches no other file.
+//! no other paths, so removing or renaming a snapshot touches no other file.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -39,7 +39,7 @@ pub fn adopt_own_chains(locked: &mut LockedBox<'_>) -> Result<()> {
         }
     }
     Err(Error::damaged(format!(
-        "the backing chain of box {} is a cycle: a layer reads from itself; run boxlitefs check",
+        "box {} still reads layers inside of boxes after {MAX_ROUNDS} rounds of adoption, so its backing chain is a cycle; run boxlitefs check",
         locked.record.id
     )))
 }

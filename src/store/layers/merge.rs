@@ -43,8 +43,8 @@ pub struct Merged {
     pub freed: i64,
 }
 
-/// Merges the layers of a plan. Layers that can't be merged now, because a box is running or a
-/// program reads them, are an error that says why, and nothing is changed.
+/// Merges the layers of a plan. If they can't be merged now, because a box is running or a program
+/// reads them, returns an error that says why and changes nothing.
 ///
 /// Order: the boxes are locked and prepared; the layers are written as one image into the
 /// workspace, without the lock; the boxes are locked again and the layers checked to be unchanged;
@@ -110,7 +110,7 @@ pub fn merge_layers(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Res
 fn lock_boxes<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBox<'s>> {
     let mut boxes = boxes.iter();
     let Some(first) = boxes.next() else {
-        return Err(Error::damaged("no box reads these layers"));
+        return Err(Error::damaged("cannot merge: no box reads these layers"));
     };
     let mut locked = lock_box(store, first)?;
     boxes.try_for_each(|id| switch_to(&mut locked, id))?;

@@ -100,7 +100,8 @@ pub fn put_back_bases(
     }
     let names: Vec<String> = missing.iter().map(|(base, _)| name_of(base)).collect();
     store.events().warn(&format!(
-        "layers that had been deleted from {} were put back: {}",
+        "{} layers had been deleted from {} and were put back: {}",
+        missing.len(),
         dir.display(),
         names.join(", ")
     ));

@@ -1,13 +1,13 @@
-//! The one error type: an errno for the kernel, a message for the person, and what caused it.
+//! The error type of the crate: an errno for the kernel, a message for people, and the cause.
 
 use std::fmt;
 use std::io;
 
-/// Shorthand for results of this crate.
+/// The result type of the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong: the errno a user would look up, and a message that says what was wrong with
-/// what, and what to do. The message reaches the log in the mount and the terminal.
+/// An error: the errno for the kernel, and a message that says which object failed, why, and what
+/// to do. The message reaches the log in the mount and the terminal.
 #[derive(Debug)]
 pub struct Error {
     errno: i32,
@@ -16,7 +16,7 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of our own finding. `errno` is a positive `libc::E…` value.
+    /// Returns an error that this crate detected. `errno` is a positive `libc::E…` value.
     pub fn new(errno: i32, message: impl Into<String>) -> Self {
         Error {
             errno,
@@ -25,8 +25,8 @@ impl Error {
         }
     }
 
-    /// An error that a system call or library reported; the errno is its own where it has one,
-    /// EIO otherwise.
+    /// Returns an error that a system call or a library reported. Its errno is that of `source`, or
+    /// EIO if `source` has none.
     pub fn io(message: impl Into<String>, source: io::Error) -> Self {
         Error {
             errno: source.raw_os_error().unwrap_or(libc::EIO),
@@ -35,44 +35,45 @@ impl Error {
         }
     }
 
-    /// The same error with another errno, where the cause's own would mislead.
+    /// Replaces the errno, where that of the cause would mislead.
     pub fn with_errno(mut self, errno: i32) -> Self {
         self.errno = errno;
         self
     }
 
-    /// The same error with what caused it.
+    /// Sets the cause.
     pub fn caused_by(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         self.source = Some(Box::new(source));
         self
     }
 
-    /// The same error, for one more who waits for what failed; without the cause's own type.
+    /// Returns a copy for another caller that waits for the same operation. The cause becomes part
+    /// of the message.
     pub fn again(&self) -> Self {
         Error::new(self.errno, self.to_string())
     }
 
-    /// The positive errno value.
+    /// Returns the positive errno value.
     pub fn errno(&self) -> i32 {
         self.errno
     }
 
-    /// The bare message, without the cause.
+    /// Returns the message without the cause.
     pub fn message(&self) -> &str {
         &self.message
     }
 
-    /// EIO: something on disk is not as it must be.
+    /// Returns an EIO error: data on disk is damaged or not as it must be.
     pub fn damaged(message: impl Into<String>) -> Self {
         Error::new(libc::EIO, message)
     }
 
-    /// EBADMSG: an archive, or an image in one, is refused.
+    /// Returns an EBADMSG error: an archive, or an image in it, is refused.
     pub fn bad_archive(message: impl Into<String>) -> Self {
         Error::new(libc::EBADMSG, message)
     }
 
-    /// EBUSY: somebody else uses it now.
+    /// Returns an EBUSY error: another process or operation uses the object now.
     pub fn busy(message: impl Into<String>) -> Self {
         Error::new(libc::EBUSY, message)
     }
@@ -94,15 +95,19 @@ impl std::error::Error for Error {
     }
 }
 
-/// What `work` returns; a fault of ours is an error, where somebody waits for what this thread makes.
+/// Returns the result of `work`. A panic becomes an error, so that a caller that waits for this
+/// thread gets an answer.
 pub(crate) fn not_panicking<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
-        .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(Error::damaged(
+            "a thread panicked; this is a fault of boxlitefs",
+        ))
+    })
 }
 
-/// Says what was being done when an `io::Error` came.
+/// Adds a message to an `io::Error`: what the program was doing.
 pub trait Context<T> {
-    /// Wraps the error with a message, keeping its errno.
+    /// Converts the error to one with this message and the same errno.
     fn context<S: Into<String>>(self, message: impl FnOnce() -> S) -> Result<T>;
 }
 
@@ -117,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_io_error_keeps_its_errno_and_gains_a_sentence() {
+    fn an_io_error_keeps_its_errno_and_gains_a_message() {
         let failed: io::Result<()> = Err(io::Error::from_raw_os_error(libc::ENOSPC));
         let error = failed.context(|| "cannot write the overlay").unwrap_err();
         assert_eq!(error.errno(), libc::ENOSPC);

@@ -1,4 +1,4 @@
-//! The log a user sees in the mount: one message for each thing that was done or failed.
+//! The log that a user sees in the mount: a message for each change that was made or failed.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -12,27 +12,33 @@ use parking_lot::Mutex;
 use crate::Result;
 use crate::home::{Home, rfc3339_at};
 
-/// Bytes of the log kept in memory and shown.
+/// Bytes of the log that are kept in memory and shown.
 const SHOWN: usize = 256 * 1024;
 
-/// The file is started anew, the old one kept as `log.1`, when it has grown to this many bytes.
+/// Size in bytes at which the log file is renamed to `log.1` and a new one begun.
 const ROTATE: u64 = 1024 * 1024;
 
-/// The log, in memory for the mount and in `.boxlitefs/log` for after a crash.
+/// The log: in memory for the mount, and in `.boxlitefs/log` to survive a crash.
 pub struct EventLog {
     inner: Mutex<Inner>,
 }
 
 struct Inner {
+    /// The end of the log, in whole lines.
     shown: VecDeque<u8>,
+    /// The last message.
     last: String,
+    /// When it was added.
     changed: SystemTime,
+    /// The path of `file`.
     path: Option<PathBuf>,
+    /// The log file, if it can be written.
     file: Option<File>,
 }
 
 impl EventLog {
-    /// Continues the home's log. Where it can't be written (read-only), it is kept in memory.
+    /// Opens the home's log and continues it. Keeps it in memory only if the file can't be written,
+    /// as in a read-only mount.
     pub fn open(home: &Home, read_only: bool) -> EventLog {
         let path = home.staging_dir().join("log");
         let mut inner = Inner {
@@ -56,13 +62,13 @@ impl EventLog {
         }
     }
 
-    /// Adds a message with the time. What an archive or a name put into it can't pass for another line,
-    /// or give orders to a terminal.
+    /// Adds a message with the time. Text from an archive or a name can neither begin another line
+    /// nor control a terminal.
     pub fn info(&self, message: &str) {
         self.add(log::Level::Info, message);
     }
 
-    /// Adds one that says that something failed; the system's log has it as a warning.
+    /// Adds a message about a failure. The system log gets it as a warning.
     pub fn warn(&self, message: &str) {
         self.add(log::Level::Warn, message);
     }
@@ -79,39 +85,39 @@ impl EventLog {
         inner.write_file(line.as_bytes());
     }
 
-    /// Adds a message, unless it is the last one already: whoever walks through what is damaged asks
-    /// for it many times.
+    /// Adds a message unless it is the last one: a program that walks through damaged files causes
+    /// the same one many times.
     pub fn info_once(&self, message: &str) {
         if self.inner.lock().last != printable(message) {
             self.info(message);
         }
     }
 
-    /// Logs how an operation ended, as a warning if it failed. Returns its result.
-    pub fn log_outcome<T>(&self, what: &str, result: Result<T>) -> Result<T> {
+    /// Logs the outcome of an operation, as a warning if it failed. Returns its result.
+    pub fn log_outcome<T>(&self, operation: &str, result: Result<T>) -> Result<T> {
         match &result {
-            Ok(_) => self.info(what),
-            Err(error) => self.warn(&format!("{what} failed: {error}")),
+            Ok(_) => self.info(operation),
+            Err(error) => self.warn(&format!("{operation} failed: {error}")),
         }
         result
     }
 
-    /// Bytes shown.
+    /// Returns the bytes shown.
     pub fn len(&self) -> u64 {
         self.inner.lock().shown.len() as u64
     }
 
-    /// Whether nothing was ever noted.
+    /// Returns whether nothing is shown.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// When the last message was added.
+    /// Returns when the last message was added.
     pub fn changed_at(&self) -> SystemTime {
         self.inner.lock().changed
     }
 
-    /// Up to `length` bytes from `offset`.
+    /// Returns up to `length` of the bytes shown from `offset` on.
     pub fn read_at(&self, offset: u64, length: usize) -> Vec<u8> {
         let inner = self.inner.lock();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -125,7 +131,7 @@ impl EventLog {
     }
 }
 
-/// The log's file, for its owner alone: a message may tell what an archive is called.
+/// Opens the log file. Only its owner may read it: a message may contain the name of an archive.
 fn open_to_append(path: &Path) -> std::io::Result<File> {
     OpenOptions::new()
         .append(true)
@@ -134,8 +140,8 @@ fn open_to_append(path: &Path) -> std::io::Result<File> {
         .open(path)
 }
 
-/// The message with everything escaped that does not stand for itself: control characters (of which
-/// line ends become blanks), and those that change the direction of what follows.
+/// Returns the message with line ends as blanks, and with other control characters and those that
+/// change the direction of text escaped.
 fn printable(message: &str) -> String {
     let mut text = String::with_capacity(message.len());
     for c in message.chars() {
@@ -150,6 +156,7 @@ fn printable(message: &str) -> String {
 }
 
 impl Inner {
+    /// Reads the end of an existing log file.
     fn load(&mut self, path: &Path) {
         let Ok(mut file) = File::open(path) else {
             return;
@@ -164,10 +171,11 @@ impl Inner {
         }
     }
 
+    /// Adds bytes, and removes the oldest lines beyond [`SHOWN`].
     fn append(&mut self, bytes: &[u8]) {
         self.shown.extend(bytes);
         while self.shown.len() > SHOWN {
-            // Whole lines go, so that the first one shown can be read.
+            // Removes whole lines, so that the first line shown is complete.
             while let Some(byte) = self.shown.pop_front() {
                 if byte == b'\n' {
                     break;
@@ -176,11 +184,12 @@ impl Inner {
         }
     }
 
+    /// Writes a line to the log file, and starts a new file when that has grown to [`ROTATE`].
     fn write_file(&mut self, line: &[u8]) {
         let (Some(path), Some(file)) = (&self.path, &mut self.file) else {
             return;
         };
-        // A log that can't be written must not fail the operation it tells of.
+        // A log that can't be written must not fail the operation that it reports.
         if let Err(e) = file.write_all(line) {
             log::warn!("cannot write {}: {e}", path.display());
         }
@@ -198,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_in_a_sentence_is_a_line_or_an_order_to_a_terminal() {
+    fn a_message_can_neither_end_its_line_nor_control_a_terminal() {
         let hostile = "a\nb\r\u{1b}[2J\u{9b}1m\u{7}\u{7f}\u{202e}gpj.é 'x\\'";
         assert_eq!(
             printable(hostile),

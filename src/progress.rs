@@ -1,5 +1,5 @@
-//! What is going on: each export, import and merge under way, and how far it is. For whoever asks; nothing
-//! waits for it, and it waits for nothing.
+//! The operations under way: each export, import and merge, and its progress. They are for display
+//! only: nothing waits for them, and they wait for nothing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,44 +10,44 @@ use parking_lot::Mutex;
 
 use crate::files::priority::is_upkeep;
 
-/// All that is going on.
+/// All operations under way.
 #[derive(Default)]
 pub struct Operations {
-    /// In the order in which they began.
+    /// By number, which is the order in which they began.
     running: Mutex<BTreeMap<u64, Arc<Running>>>,
     next: AtomicU64,
 }
 
-/// One of them; it is over when this is dropped.
+/// An operation under way. Dropping it ends the operation.
 pub struct Operation {
     all: Arc<Operations>,
     number: u64,
     running: Arc<Running>,
 }
 
-/// What an operation is and how far it is.
+/// The description and the progress of an operation.
 pub struct Running {
-    /// In a few words, such as `export of box web`.
+    /// A short description, such as `export of box web`.
     pub what: String,
-    /// When it began.
+    /// When the operation began.
     pub since: SystemTime,
     done: AtomicU64,
-    /// 0: not known.
+    /// 0 means unknown.
     total: AtomicU64,
 }
 
 impl Running {
-    /// Bytes dealt with so far.
+    /// Returns the bytes processed so far.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Bytes there are to deal with, where that is known.
+    /// Returns the bytes to process, if known.
     pub fn total(&self) -> Option<u64> {
         Some(self.total.load(Ordering::Relaxed)).filter(|total| *total > 0)
     }
 
-    /// How much of it is done, 0 to 100, where that is known.
+    /// Returns the progress in percent, 0 to 100, if the total is known.
     pub fn percent(&self) -> Option<f64> {
         let total = self.total()?;
         let permille = u128::from(self.done().min(total)) * 1000 / u128::from(total);
@@ -56,8 +56,8 @@ impl Running {
 }
 
 impl Operations {
-    /// Something begins, of so many bytes if that is known. It is told of once a byte is done: many a
-    /// file is opened only to be looked at.
+    /// Begins an operation of `total` bytes, if known. It is listed from its first byte on: many
+    /// files are opened only to be inspected.
     pub fn begin(self: &Arc<Self>, what: String, total: Option<u64>) -> Operation {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let running = Arc::new(Running {
@@ -74,7 +74,7 @@ impl Operations {
         }
     }
 
-    /// What is going on now, in the order in which it began.
+    /// Returns the operations that have processed a byte, in the order in which they began.
     pub fn running(&self) -> Vec<Arc<Running>> {
         let running = self.running.lock();
         running
@@ -86,17 +86,18 @@ impl Operations {
 }
 
 impl Operation {
-    /// So many bytes more are done.
+    /// Adds to the bytes processed.
     pub fn advance(&self, bytes: u64) {
         self.running.done.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// All up to this byte is done, as far as one can say: readers and writers may jump.
+    /// Counts all bytes up to `end` as processed. This is an estimate: readers and writers may
+    /// seek.
     pub fn reaches(&self, end: u64) {
         self.running.done.fetch_max(end, Ordering::Relaxed);
     }
 
-    /// There are so many bytes in all.
+    /// Sets the total of bytes to process.
     pub fn set_total(&self, bytes: u64) {
         self.running.total.store(bytes, Ordering::Relaxed);
     }
@@ -108,34 +109,34 @@ impl Drop for Operation {
     }
 }
 
-/// What others do in this mount, for which upkeep waits.
+/// The activity of users in this mount, for which upkeep waits.
 #[derive(Default)]
 pub struct Foreground {
     under_way: AtomicUsize,
     last: Mutex<Option<Instant>>,
 }
 
-/// Something that is going on as long as this lives.
+/// An activity. Dropping it ends the activity.
 pub struct UnderWay(Arc<Foreground>);
 
 impl Foreground {
-    /// Something is done now.
+    /// Records activity at this moment. Upkeep does not count.
     pub fn touch(&self) {
         if !is_upkeep() {
             *self.last.lock() = Some(Instant::now());
         }
     }
 
-    /// Something begins.
+    /// Begins an activity.
     pub fn begin(self: &Arc<Self>) -> UnderWay {
         self.under_way.fetch_add(1, Ordering::Relaxed);
         UnderWay(self.clone())
     }
 
-    /// Whether nothing is going on, nor was for so long.
-    pub(crate) fn is_quiet(&self, long: Duration) -> bool {
+    /// Returns whether nothing is under way and nothing was for the time `idle`.
+    pub(crate) fn is_quiet(&self, idle: Duration) -> bool {
         let last = *self.last.lock();
-        self.under_way.load(Ordering::Relaxed) == 0 && last.is_none_or(|at| at.elapsed() >= long)
+        self.under_way.load(Ordering::Relaxed) == 0 && last.is_none_or(|at| at.elapsed() >= idle)
     }
 }
 
@@ -151,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_began_is_told_of_from_its_first_byte_until_it_is_over() {
+    fn an_operation_is_listed_from_its_first_byte_until_it_ends() {
         let operations = Arc::<Operations>::default();
         let export = operations.begin("export of box web".into(), Some(1000));
         let import = operations.begin("import of box new".into(), None);
@@ -171,7 +172,7 @@ mod tests {
             (second.done(), second.total(), second.percent()),
             (7, None, None)
         );
-        // A total that showed to be too small.
+        // The total was too small.
         export.reaches(2000);
         assert_eq!(first.percent(), Some(100.0));
         drop(export);

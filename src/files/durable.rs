@@ -1,5 +1,5 @@
-//! Links, renames and directories that are on disk when the call returns. "fsync of a link or
-//! rename" means its directory.
+//! Links, renames and directories that are on disk when the call returns. To flush a link or a
+//! rename, its directory is flushed.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes, Metadata};
@@ -11,18 +11,25 @@ use crate::disk::flush_headers;
 use crate::{Context, Error, Result};
 
 /// Flushes a file's contents and metadata.
+///
+/// # Errors
+/// Those of opening and of fsync.
 pub fn sync_file(path: &Path) -> Result<()> {
     File::open(path)
         .and_then(|file| file.sync_all())
         .context(|| format!("cannot flush {}", path.display()))
 }
 
-/// Directories that this process changed and could not flush. Whoever asked for it was told, but what is
-/// found in them may go with a loss of power, and the next change would build on it. Unlike contents of
-/// files, names that a flush did not bring to the disk stay to be flushed, or the file system stops.
+/// Directories that this process changed and could not flush. The caller got the error, but a power
+/// loss may still remove the names in them, and the next change would build on those. The kernel
+/// keeps names that it failed to flush for the next flush, or stops the file system; it does not do
+/// so for file contents.
 static UNFLUSHED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-/// Flushes the names in a directory.
+/// Flushes the names in a directory. A failure is remembered for [`sync_unflushed`].
+///
+/// # Errors
+/// Those of opening and of fsync.
 pub fn sync_dir(path: &Path) -> Result<()> {
     let flushed = sync_file(path);
     let mut unflushed = UNFLUSHED.lock();
@@ -33,17 +40,17 @@ pub fn sync_dir(path: &Path) -> Result<()> {
     flushed
 }
 
-/// Flushes what could not be flushed before, headers too. To be called before anything is looked at to be built
-/// on.
+/// Flushes headers and directories that could not be flushed before. Must run before a change looks
+/// at anything it builds on.
 ///
 /// # Errors
-/// Those of fsync: it can't be flushed now either.
+/// Those of fsync: it still fails.
 pub fn sync_unflushed() -> Result<()> {
     flush_headers()?;
     let unflushed = UNFLUSHED.lock().clone();
     for dir in unflushed {
         match fs::symlink_metadata(&dir) {
-            // With all that was in it; and that it is gone was flushed in another.
+            // The directory is gone, and its removal was flushed with its parent.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 UNFLUSHED.lock().remove(&dir);
             }
@@ -54,11 +61,17 @@ pub fn sync_unflushed() -> Result<()> {
 }
 
 /// Flushes the name of a file in its directory.
+///
+/// # Errors
+/// EINVAL when the path has no directory; those of [`sync_dir`].
 pub fn sync_parent(path: &Path) -> Result<()> {
     sync_dir(parent(path)?)
 }
 
-/// Flushes all that anybody has done to the file system that a directory is on.
+/// Flushes the whole file system that a directory is on, whichever process wrote to it.
+///
+/// # Errors
+/// Those of opening and of syncfs.
 pub fn sync_file_system(path: &Path) -> Result<()> {
     let message = || format!("cannot flush the file system of {}", path.display());
     let dir = File::open(path).context(message)?;
@@ -72,8 +85,11 @@ fn parent(path: &Path) -> Result<&Path> {
         .ok_or_else(|| Error::new(libc::EINVAL, format!("{} has no directory", path.display())))
 }
 
-/// Gives `file` a further name; it is on disk when this returns. Where that can't be made certain, it has
-/// not got it: what is found there the next time would be taken for being on disk.
+/// Links `file` to the further name `name`, durably. If the link can't be flushed, it is removed
+/// again: the next change would take it for durable.
+///
+/// # Errors
+/// Those of link and of fsync.
 pub fn link(file: &Path, name: &Path) -> Result<()> {
     fs::hard_link(file, name)
         .context(|| format!("cannot link {} to {}", file.display(), name.display()))?;
@@ -82,14 +98,20 @@ pub fn link(file: &Path, name: &Path) -> Result<()> {
     })
 }
 
-/// Moves `from` over `to`; on disk when this returns.
+/// Moves `from` over `to`, durably.
+///
+/// # Errors
+/// Those of rename and of fsync.
 pub fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to)
         .context(|| format!("cannot move {} to {}", from.display(), to.display()))?;
     sync_dir(parent(to)?)
 }
 
-/// Removes a name; not finding it is fine, somebody was here before.
+/// Removes a name, durably. A name that does not exist is not an error.
+///
+/// # Errors
+/// Those of unlink and of fsync.
 pub fn unlink(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Ok(()) => sync_dir(parent(path)?),
@@ -98,7 +120,10 @@ pub fn unlink(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes an empty directory; not finding it is fine.
+/// Removes an empty directory, durably. A directory that does not exist is not an error.
+///
+/// # Errors
+/// ENOTEMPTY; those of rmdir and of fsync.
 pub fn remove_dir(path: &Path) -> Result<()> {
     match fs::remove_dir(path) {
         Ok(()) => sync_dir(parent(path)?),
@@ -107,8 +132,11 @@ pub fn remove_dir(path: &Path) -> Result<()> {
     }
 }
 
-/// Gives `to` the access and modification time of `from`: the disk state it stands for did not
-/// change when its file was made.
+/// Sets the access and modification times of `to` to those of `from`: making the file did not
+/// change the disk state it stands for.
+///
+/// # Errors
+/// Those of system calls.
 pub fn copy_times(from: &Path, to: &Path) -> Result<()> {
     let meta = fs::metadata(from).context(|| format!("cannot look at {}", from.display()))?;
     let message = || format!("cannot set the times of {}", to.display());
@@ -117,7 +145,10 @@ pub fn copy_times(from: &Path, to: &Path) -> Result<()> {
         .context(message)
 }
 
-/// Gives a file the times that `of` has.
+/// Sets the access and modification times of a file to those in `of`.
+///
+/// # Errors
+/// Those of system calls.
 pub fn set_times(file: &File, of: &Metadata) -> std::io::Result<()> {
     let times = FileTimes::new()
         .set_accessed(of.accessed()?)

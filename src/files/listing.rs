@@ -1,11 +1,15 @@
-//! Names in directories of the home.
+//! Lists and resolves names in directories of the home.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::{Context, Error, Result};
 
-/// Names in a directory; none when it is not there.
+/// Returns the names in a directory, sorted; none if it does not exist. Skips names that are not
+/// UTF-8.
+///
+/// # Errors
+/// Those of reading the directory.
 pub fn names_in(dir: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -23,7 +27,8 @@ pub fn names_in(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Nothing has that name. Any other error says nothing of what is there.
+/// Returns whether the error says that nothing has the name. Any other error leaves open what is
+/// there.
 pub fn is_absent(error: &std::io::Error) -> bool {
     matches!(
         error.kind(),
@@ -31,11 +36,11 @@ pub fn is_absent(error: &std::io::Error) -> bool {
     )
 }
 
-/// The path with its directory's symlinks resolved: two spellings of a name become one. The last
-/// component stays, for hard links are told apart by it.
+/// Resolves the symlinks in a path's directory, so that two spellings of a name become one. The
+/// last component stays as it is, because it tells hard links apart.
 ///
 /// # Errors
-/// ENOENT when the directory is gone.
+/// ENOENT when the directory does not exist; EIO when the path names no file.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Error::damaged(format!("{} names no file", path.display())));

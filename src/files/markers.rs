@@ -1,21 +1,28 @@
-//! Marks in directories that have no row yet, or no more.
+//! Marks in directories that have no row yet, or will lose it.
 
 use std::path::Path;
 
 use crate::files::durable;
 use crate::{Context, Result};
 
-/// Left in the directory of a box or a snapshot until its row is recorded, and before its row goes:
-/// without a row, a directory with this file is ours to remove, and any other is not.
+/// The mark in the directory of a box or a snapshot from before its row is recorded until after,
+/// and again before its row is removed. A directory without a row is ours to remove if it has this
+/// file, and only then.
 pub const UNRECORDED: &str = ".boxlitefs-unrecorded";
 
-/// Leaves that mark in a directory whose row goes in the next step; on disk when this returns.
+/// Marks a directory whose row is removed in the next step, durably.
+///
+/// # Errors
+/// Those of system calls.
 pub fn mark_unrecorded(dir: &Path) -> Result<()> {
     write_mark(dir)?;
     durable::sync_dir(dir)
 }
 
-/// Leaves that mark in a directory that is flushed later.
+/// Marks a directory that is flushed later.
+///
+/// # Errors
+/// Those of system calls.
 pub fn write_mark(dir: &Path) -> Result<()> {
     let mark = dir.join(UNRECORDED);
     std::fs::File::create(&mark)

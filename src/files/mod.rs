@@ -1,6 +1,8 @@
-//! What changes of a home are built of: durable links and renames, a workspace, markers, copies.
+//! The building blocks of changes to a home: durable links and renames, the workspace, markers and
+//! copies.
 //!
-//! The room knows where a home keeps its working files, and nothing of boxes, layers or archives.
+//! The room knows where a home keeps its working files. It knows nothing of boxes, layers or
+//! archives.
 
 pub(crate) mod copies;
 pub(crate) mod crash_points;

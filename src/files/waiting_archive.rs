@@ -1,4 +1,5 @@
-//! Notes on archives that wait: `disk-X.waiting` beside a disk in the workspace.
+//! Archives that wait for their box or name: a note `disk-X.waiting` beside a disk in the
+//! workspace.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,40 +10,45 @@ use crate::files::durable;
 use crate::files::listing::names_in;
 use crate::{Context, Result};
 
-/// Suffix of the note beside a disk.
+/// The extension of the note beside a disk.
 const NOTE: &str = "waiting";
 
-/// A complete archive in the workspace: its disk, and what a box made of it gets.
+/// A complete archive in the workspace: its disk, and the name and options of the box made of it.
 pub struct WaitingArchive {
+    /// The disk in the workspace.
     pub disk: PathBuf,
-    /// The name its box gets, if that is free.
+    /// The name of its box, if that is free.
     pub name: String,
+    /// The options of its box, as JSON.
     pub options: Value,
 }
 
 impl WaitingArchive {
-    /// The path of the note on the archive whose disk this is.
+    /// Returns the path of the note about the archive with this disk.
     pub fn note_of(disk: &Path) -> PathBuf {
         disk.with_extension(NOTE)
     }
 
-    /// Writes the note; it and the disk are durable when this returns.
+    /// Writes the note. The note and the disk are durable when this returns.
+    ///
+    /// # Errors
+    /// Those of system calls.
     pub fn write_note(&self) -> Result<()> {
         durable::sync_file(&self.disk)?;
         let note = WaitingArchive::note_of(&self.disk);
         let text = json!({"name": self.name, "options": self.options}).to_string();
-        // Another may be there, with the name that the archive had.
+        // An earlier note with the archive's former name may exist: replace it in one step.
         let new = self.disk.with_extension("note");
         fs::write(&new, text).context(|| format!("cannot write {}", new.display()))?;
         durable::sync_file(&new)?;
         fs::rename(&new, &note).context(|| format!("cannot write {}", note.display()))?;
-        // The workspace's own name was not flushed before, nor that of the directory it is in.
-        let places = note.ancestors().skip(1).take(3);
-        places.into_iter().try_for_each(durable::sync_dir)
+        // Nothing flushed the name of the workspace and of its directory before.
+        let dirs = note.ancestors().skip(1).take(3);
+        dirs.into_iter().try_for_each(durable::sync_dir)
     }
 
-    /// Returns the archive that a note is about; None for one that ends in the middle, and where the disk
-    /// has become a box's.
+    /// Returns the archive that a note is about. Returns None for a truncated note, and for a disk
+    /// that has become a box's.
     fn read(note: &Path) -> Option<WaitingArchive> {
         let text = fs::read_to_string(note).ok()?;
         let mut value: Value = serde_json::from_str(&text).ok()?;
@@ -56,7 +62,7 @@ impl WaitingArchive {
     }
 }
 
-/// The archives that wait in a workspace.
+/// Returns the archives that wait in a workspace.
 pub fn waiting_in(workspace: &Path) -> Vec<WaitingArchive> {
     let names = names_in(workspace).unwrap_or_default();
     let notes = names.iter().map(|name| workspace.join(name));

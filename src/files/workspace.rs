@@ -1,5 +1,5 @@
-//! This process's own directory under `.boxlitefs/`, where changes are prepared, and the removal
-//! of those that dead processes left.
+//! This process's own directory below `.boxlitefs/`, where changes are prepared, and the removal of
+//! directories that dead processes left.
 
 use std::fs::{self, File, OpenOptions};
 use std::ops::Deref;
@@ -16,19 +16,20 @@ use crate::files::waiting_archive::{WaitingArchive, waiting_in};
 use crate::home::{Home, base_id, flock_exclusive, start_time};
 use crate::{Context, Result};
 
-/// Prefix of a workspace's name; anything else in `.boxlitefs/` is left alone.
+/// Prefix of a workspace's name. Entries of `.boxlitefs/` without it are left alone.
 const PREFIX: &str = "work-";
 
-/// Prefix of one that is not locked yet; who makes it is next, a pid and its start time.
+/// Prefix of a workspace that is not locked yet. The pid and the start time of its creator follow.
 const UNLOCKED: &str = "new-";
 
-/// How long that may take; a directory of that kind that is older was left by a crash.
-const LOCKING: Duration = Duration::from_secs(3600);
+/// The longest time to lock a new workspace. An older unlocked one was left by a crash.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// Held locked by the process that owns the workspace.
+/// The file that the process that owns the workspace keeps locked.
 const LOCK: &str = "lock";
 
-/// A directory that only this process uses; removed when it ends, or by the next mount.
+/// A directory that only this process uses. It is removed when the process ends, or by the next
+/// mount.
 struct OwnDirectory {
     dir: PathBuf,
     _lock: File,
@@ -36,22 +37,22 @@ struct OwnDirectory {
 
 impl OwnDirectory {
     fn create(home: &Home) -> Result<OwnDirectory> {
-        let place = home.make_staging_dir()?;
+        let staging = home.make_staging_dir()?;
         let id = base_id()?;
         let pid = std::process::id();
         let started = start_time(pid).unwrap_or(0);
-        let unlocked = place.join(format!("{UNLOCKED}{pid}-{started}-{id}"));
-        let dir = place.join(format!("{PREFIX}{id}"));
-        let made = make_locked(home, &unlocked).and_then(|lock| {
+        let unlocked = staging.join(format!("{UNLOCKED}{pid}-{started}-{id}"));
+        let dir = staging.join(format!("{PREFIX}{id}"));
+        let locked = make_locked(home, &unlocked).and_then(|lock| {
             fs::rename(&unlocked, &dir).context(|| format!("cannot make {}", dir.display()))?;
             Ok(lock)
         });
-        let lock = made.inspect_err(|_| discard(&unlocked))?;
+        let lock = locked.inspect_err(|_| discard(&unlocked))?;
         Ok(OwnDirectory { dir, _lock: lock })
     }
 }
 
-/// Makes a workspace, locked before it has the name that another mount would remove it by.
+/// Makes a workspace and locks it, before it gets the name by which another mount would remove it.
 fn make_locked(home: &Home, dir: &Path) -> Result<File> {
     home.make_dir(dir)?;
     let path = dir.join(LOCK);
@@ -62,12 +63,13 @@ fn make_locked(home: &Home, dir: &Path) -> Result<File> {
 
 impl Drop for OwnDirectory {
     fn drop(&mut self) {
-        // What can't be removed now is removed by the next mount, which makes boxes of archives that wait.
+        // The next mount removes what can't be removed now, and makes boxes of the archives that
+        // wait.
         let _ = remove_but_waiting(&self.dir);
     }
 }
 
-/// Removes a workspace, but for the archives that wait in it; not finding it is fine.
+/// Removes a workspace, except for archives that wait in it. A missing workspace is not an error.
 ///
 /// # Errors
 /// Those of removing files.
@@ -93,14 +95,14 @@ pub fn remove_but_waiting(workspace: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A workspace of a process that is dead. As long as this is there, nobody else takes it for abandoned.
+/// A workspace of a dead process. While this is held, no other process treats it as abandoned.
 pub struct Abandoned {
     dir: PathBuf,
     _lock: Option<File>,
 }
 
 impl Abandoned {
-    /// Takes a workspace over; None where another mount has done that.
+    /// Takes a workspace over. Returns None if another mount has done that.
     pub fn take_over(dir: PathBuf) -> Option<Abandoned> {
         let lock = OpenOptions::new().read(true).open(dir.join(LOCK)).ok();
         if let Some(lock) = &lock {
@@ -109,14 +111,14 @@ impl Abandoned {
         Some(Abandoned { dir, _lock: lock })
     }
 
-    /// Its directory.
+    /// Returns the directory of the workspace.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 }
 
-/// A path in the workspace. What is there when this is dropped, a file or a directory with all that is in
-/// it, goes: it was moved to where it belongs, or the change failed.
+/// A path in the workspace. Dropping it removes the file or directory there, with all its contents:
+/// either that was moved into place and nothing is left to remove, or the change failed.
 pub struct Scratch(PathBuf);
 
 impl Deref for Scratch {
@@ -133,30 +135,32 @@ impl Drop for Scratch {
     }
 }
 
-/// What could not be removed when it should have been.
-static LEFT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// Paths that could not be removed when they should have been.
+static UNREMOVED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Removes a file or directory of the workspace, if it is there. What can't be removed now, for the disk
-/// fails, say, is removed when the next change begins, or with the workspace.
+/// Removes a file or directory of the workspace, if it exists. If that fails, for example because
+/// the disk fails, it is removed when the next change begins, or with the workspace.
 pub fn discard(path: &Path) {
-    let removed = match path.is_dir() {
-        true => fs::remove_dir_all(path),
-        false => fs::remove_file(path),
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
     };
     if let Err(error) = removed
         && error.kind() != std::io::ErrorKind::NotFound
     {
         log::warn!("cannot remove {}: {error}", path.display());
-        LEFT.lock().push(path.to_owned());
+        UNREMOVED.lock().push(path.to_owned());
     }
 }
 
-fn discard_again() {
-    let left = std::mem::take(&mut *LEFT.lock());
-    left.iter().for_each(|path| discard(path));
+/// Removes the paths that could not be removed before.
+fn retry_discards() {
+    let unremoved = std::mem::take(&mut *UNREMOVED.lock());
+    unremoved.iter().for_each(|path| discard(path));
 }
 
-/// Workspaces in a home's staging directory of processes that are dead.
+/// Returns the workspaces of dead processes in a home's staging directory.
 pub fn abandoned(staging: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(staging) else {
         return Vec::new();
@@ -168,7 +172,7 @@ pub fn abandoned(staging: &Path) -> Vec<PathBuf> {
             let name = name.to_string_lossy();
             let old = || entry.metadata().is_ok_and(|meta| is_old(&meta));
             match name.strip_prefix(UNLOCKED) {
-                Some(rest) => !is_made_by_the_living(rest) || old(),
+                Some(rest) => !is_creator_alive(rest) || old(),
                 None => name.starts_with(PREFIX) && !is_owned(&entry.path()),
             }
         })
@@ -176,10 +180,10 @@ pub fn abandoned(staging: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether the process is there that a name, `PID-STARTED-ID`, says is making it: another one may have got
-/// its pid. Where it is of another name space and not seen, what it makes is taken away, and its change fails
-/// and can be made again.
-fn is_made_by_the_living(name: &str) -> bool {
+/// Returns whether the process that makes the workspace `PID-STARTED-ID` is alive; a process with a
+/// reused pid has another start time. A process of another PID namespace looks dead: its workspace
+/// is removed, its change fails and can be repeated.
+fn is_creator_alive(name: &str) -> bool {
     let mut fields = name.split('-');
     let pid = fields.next().and_then(|pid| pid.parse().ok());
     let started = fields.next().and_then(|started| started.parse().ok());
@@ -188,7 +192,7 @@ fn is_made_by_the_living(name: &str) -> bool {
 
 fn is_old(meta: &fs::Metadata) -> bool {
     let age = meta.modified().ok().and_then(|time| time.elapsed().ok());
-    age.is_some_and(|age| age > LOCKING)
+    age.is_some_and(|age| age > LOCK_TIMEOUT)
 }
 
 fn is_owned(dir: &Path) -> bool {
@@ -196,14 +200,15 @@ fn is_owned(dir: &Path) -> bool {
     open.is_ok_and(|file| flock_exclusive(&file).is_err())
 }
 
-/// Where this process prepares changes: a directory of its own, made when it is first needed.
+/// The place where this process prepares changes: a directory of its own, made when it is first
+/// needed.
 pub struct Workspace {
     home: Arc<Home>,
     own: Mutex<Option<OwnDirectory>>,
 }
 
 impl Workspace {
-    /// Returns the workspace of a home. Makes nothing yet.
+    /// Returns the workspace of a home, without making its directory.
     pub fn new(home: Arc<Home>) -> Workspace {
         Workspace {
             home,
@@ -211,12 +216,13 @@ impl Workspace {
         }
     }
 
-    /// A new file in the workspace that has no name any more: it goes with the last who has it open.
+    /// Makes a file in the workspace and removes its name. The file disappears when it is closed.
+    /// Its name begins with `prefix` in messages.
     ///
     /// # Errors
     /// Those of making it.
-    pub fn unnamed_file(&self, what: &str) -> Result<File> {
-        let path = self.fresh_path(what)?;
+    pub fn unnamed_file(&self, prefix: &str) -> Result<File> {
+        let path = self.fresh_path(prefix)?;
         let message = || format!("cannot make the spool {}", path.display());
         let file = OpenOptions::new()
             .read(true)
@@ -229,46 +235,47 @@ impl Workspace {
         Ok(file)
     }
 
-    /// Moves `new` over `target`; on disk when this returns. Where that can't be made certain, `target` is
-    /// what it was: a guest would go on writing to a file that a loss of power takes away. The old one has
-    /// a name in the workspace meanwhile; a crash leaves it there.
+    /// Moves `new` over `target`, durably. If the move can't be flushed, restores the old `target`:
+    /// a guest would keep writing to a file that a power loss would remove. Meanwhile the old file
+    /// has a name in the workspace, where a crash leaves it.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// Those of system calls.
     pub fn replace(&self, new: &Path, target: &Path) -> Result<()> {
         let aside = self.scratch("old")?;
         fs::hard_link(target, &*aside)
             .context(|| format!("cannot link {} to {}", target.display(), aside.display()))?;
         let replaced = durable::rename(new, target);
         if replaced.is_err() {
-            // Does nothing where both are the same file still.
+            // If the first rename failed, both names are of the same file, and this does nothing.
             let _ = durable::rename(&aside, target);
         }
         replaced
     }
 
-    /// As [`Workspace::fresh_path`], for what goes if it is still there in the end.
+    /// Returns an unused path as [`Workspace::fresh_path`] does. Dropping it removes what is there.
     ///
     /// # Errors
     /// Those of making the workspace.
-    pub fn scratch(&self, what: &str) -> Result<Scratch> {
-        self.fresh_path(what).map(Scratch)
+    pub fn scratch(&self, prefix: &str) -> Result<Scratch> {
+        self.fresh_path(prefix).map(Scratch)
     }
 
-    /// A path in the workspace that nobody has used, for a file or directory about to be made.
+    /// Returns an unused path in the workspace, for a file or directory about to be made. Its name
+    /// begins with `prefix`.
     ///
     /// # Errors
     /// Those of making the workspace.
-    pub fn fresh_path(&self, what: &str) -> Result<PathBuf> {
-        Ok(self.make()?.join(format!("{what}-{}", base_id()?)))
+    pub fn fresh_path(&self, prefix: &str) -> Result<PathBuf> {
+        Ok(self.make()?.join(format!("{prefix}-{}", base_id()?)))
     }
 
-    /// The workspace, made if there is none yet.
+    /// Returns the directory of the workspace. Makes it if it does not exist.
     ///
     /// # Errors
     /// Those of making it.
     pub fn make(&self) -> Result<PathBuf> {
-        discard_again();
+        retry_discards();
         let mut own = self.own.lock();
         let own = match &mut *own {
             Some(own) => own,
@@ -285,7 +292,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_workspace_whose_maker_is_dead_is_abandoned_even_if_another_has_its_pid() {
+    fn a_workspace_of_a_dead_process_is_abandoned_even_if_its_pid_is_reused() {
         let place = tempfile::tempdir().unwrap();
         let pid = std::process::id();
         let started = start_time(pid).unwrap();
@@ -299,11 +306,11 @@ mod tests {
             fs::create_dir(place.path().join(name)).unwrap();
         }
 
-        let found: BTreeSet<String> = abandoned(place.path())
+        let abandoned: BTreeSet<String> = abandoned(place.path())
             .iter()
             .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
             .collect();
 
-        assert_eq!(found, dead);
+        assert_eq!(abandoned, dead);
     }
 }

@@ -1,5 +1,5 @@
-//! Adopting layers that BoxLite froze inside a box: they become files of `bases/`, the one place
-//! whose paths headers may name, so that removing or renaming a snapshot touches no other file.
+//! Adopts layers that BoxLite froze inside a box: they become files of `bases/`. Headers may name
+//! no other paths, so removing or renaming a snapshot touches no other file.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -14,43 +14,49 @@ use crate::store::layers::bases::new_base;
 use crate::store::layers::graph::{ImageFile, LayerGraph, Role};
 use crate::{Error, Result, disk};
 
-/// More rounds than any chain has layers: a chain that still names a box's layer after as many is
-/// a cycle.
-const MOST_ROUNDS: usize = 256;
+/// Limit on the rounds of adoption, more than any chain has layers. A chain that still names a
+/// layer inside a box after that many rounds is a cycle.
+const MAX_ROUNDS: usize = 256;
 
 /// Adopts every layer inside a box that a chain of this box names.
+///
+/// # Errors
+/// EIO when a chain is a cycle, and those of [`adopt`].
 pub fn adopt_own_chains(locked: &mut LockedBox<'_>) -> Result<()> {
     let boxes = locked.store.home().boxes_dir();
-    for _ in 0..MOST_ROUNDS {
-        let inside: BTreeSet<PathBuf> = locked
+    for _ in 0..MAX_ROUNDS {
+        let unadopted: BTreeSet<PathBuf> = locked
             .chains()?
             .into_iter()
             .flat_map(|chain| chain.into_iter().skip(1))
             .filter(|path| path.starts_with(&boxes))
             .collect();
-        if inside.is_empty() {
+        if unadopted.is_empty() {
             return Ok(());
         }
-        for path in inside {
+        for path in unadopted {
             adopt(locked, &path)?;
         }
     }
     Err(Error::damaged(format!(
-        "the chain of box {} does not end",
+        "box {} still reads layers inside of boxes after {MAX_ROUNDS} rounds of adoption, so its backing chain is a cycle; run boxlitefs check",
         locked.record.id
     )))
 }
 
-/// Likewise of a box that runs, but for what lies above them all: the header of its live disk is left as it
-/// is, and goes on naming the layer by the name inside the box.
+/// Adopts the layers inside a box that a chain of this running box names. The header of the live
+/// disk stays as it is and keeps naming its layer by the name inside the box.
+///
+/// # Errors
+/// Those of [`adopt`].
 pub fn adopt_frozen_chains(locked: &mut LockedBox<'_>) -> Result<()> {
     let boxes = locked.store.home().boxes_dir();
     let chains = locked.chains()?.into_iter().flatten();
     let live = locked.live();
-    let inside: BTreeSet<PathBuf> = chains
+    let unadopted: BTreeSet<PathBuf> = chains
         .filter(|path| path.starts_with(&boxes) && Some(path) != live.as_ref())
         .collect();
-    for path in inside {
+    for path in unadopted {
         if locked.layers()?.readers_of(&path).next().is_some() {
             adopt_with(locked, &path, true)?;
         }
@@ -58,18 +64,24 @@ pub fn adopt_frozen_chains(locked: &mut LockedBox<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Makes `path`, a layer inside a box, a base, and has every header that names it name the
-/// base. Order: the row with the references of all readers, then the name in `bases/`, then the
-/// headers. A crash leaves a row without a file, which the next mount drops, or a further name
-/// with a row, which is found and used the next time; a rebase can be repeated. The row comes
-/// first because a name without one can't be told from what a crash in BoxLite's clone leaves,
-/// and would stay for ever.
+/// Makes `path`, a layer inside a box, a base, and rebases every reader onto it. Returns the path
+/// of the base.
+///
+/// Order: the row with the references of all readers, the name in `bases/`, the headers. A crash
+/// leaves either a row without a file, which the next mount drops, or a second name with a row,
+/// which the next adoption finds and uses. A rebase can be repeated. The row comes first because a
+/// name without a row looks like the leftover of a crash inside BoxLite's clone, and would stay
+/// forever.
+///
+/// # Errors
+/// EPERM when the file is a live disk. EBUSY when a box that reads it is running, or when the file
+/// was replaced. Those of system calls and of SQLite.
 pub fn adopt(locked: &mut LockedBox<'_>, path: &Path) -> Result<PathBuf> {
     let is_running = locked.store.home().activity(&locked.record) != Activity::Idle;
     adopt_with(locked, path, is_running)
 }
 
-/// `is_running`: the header of this box's live disk stays as it is.
+/// Adopts a layer. With `is_running`, the header of this box's live disk stays as it is.
 fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Result<PathBuf> {
     let layers = locked.layers()?;
     refuse_active_readers(locked, &layers, path)?;
@@ -81,44 +93,44 @@ fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Resu
         return Err(Error::new(
             libc::EPERM,
             format!(
-                "{} is a box's live disk, which its guest writes to; box {} must not read from it. Export what still reads right and import it again",
+                "{} is a live disk: its guest writes to it, so box {} must not read from it. Export what can still be read correctly, then import that",
                 live.path.display(),
                 locked.record.id
             ),
         ));
     }
-    let known = layers
+    let existing = layers
         .names_of(id)
         .find(|name| matches!(name.role, Role::Base { .. }));
-    let base = match known {
+    let base = match existing {
         Some(name) => name.path.clone(),
         None => locked.store.home().base_disk(&base_id()?),
     };
     record_base(locked, &base, path, &layers.boxes_above(path))?;
     crash_point("adopt.recorded");
     locked.change.begin_exclusive()?;
-    match known {
+    match existing {
         None => {
             durable::link(path, &base)?;
             crash_point("adopt.linked");
         }
-        // Whoever was killed after he had made the name may not have come to flush it.
+        // A process may have been killed between making the name and flushing it.
         Some(_) => durable::sync_dir(&locked.store.home().bases_dir())?,
     }
     if FileId::at(&base)? != id {
         return Err(Error::busy(format!(
-            "{} was replaced at this moment; try again",
+            "{} was replaced while it was being adopted; try again",
             path.display()
         )));
     }
     locked.store.spares.keep(&base);
-    let mut done = BTreeSet::new();
+    let mut rebased = BTreeSet::new();
     for reader in layers.readers_of(path) {
         let is_own = matches!(&reader.role, Role::Live { box_id } if *box_id == locked.record.id);
         if is_running && is_own {
             continue;
         }
-        if done.insert(reader.id) {
+        if rebased.insert(reader.id) {
             rebase(locked, &layers, reader, &base)?;
             crash_point("adopt.rebased");
         }
@@ -126,7 +138,8 @@ fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Resu
     Ok(base)
 }
 
-/// A header of a running box's disk is not touched: its virtual machine has it open.
+/// Refuses to adopt a layer that another running box reads: its virtual machine has the header
+/// open.
 fn refuse_active_readers(locked: &LockedBox<'_>, layers: &LayerGraph, path: &Path) -> Result<()> {
     for reader in layers.readers_of(path) {
         if let Role::Live { box_id } = &reader.role
@@ -140,7 +153,7 @@ fn refuse_active_readers(locked: &LockedBox<'_>, layers: &LayerGraph, path: &Pat
     Ok(())
 }
 
-/// The row of a base, if it has none yet, and references of these boxes.
+/// Records the base, if it has no row yet, and a reference to it from each of these boxes.
 fn record_base(
     locked: &mut LockedBox<'_>,
     base: &Path,
@@ -174,8 +187,11 @@ fn record_base(
     })
 }
 
-/// Has `reader` name `base`. A file with more names than the home knows (a backup made of hard
-/// links, say) is copied first, so that the backup keeps the header it has.
+/// Rebases `reader` onto `base`. A file with names that the home does not know (a backup made of
+/// hard links, for example) is copied first, so the header in the backup stays as it is.
+///
+/// # Errors
+/// EBUSY when another file has the reader's name by now. Those of system calls.
 pub fn rebase(
     locked: &LockedBox<'_>,
     layers: &LayerGraph,

@@ -5,12 +5,15 @@ use std::path::Path;
 use crate::Result;
 use crate::home::{NewBase, base_id};
 
-/// A row of ours for a file in `bases/`.
+/// Returns a row of ours for the base at `path`, with the sizes of `file`.
+///
+/// # Errors
+/// Those of reading the file.
 pub fn new_base(path: &Path, file: &Path) -> Result<NewBase> {
     use crate::Context;
     let header = crate::disk::Header::open(file)?;
     let meta = std::fs::metadata(file).context(|| format!("cannot look at {}", path.display()))?;
-    // The stem is the id, as BoxLite has it, unless it could not be one.
+    // BoxLite uses the file stem as the id. A stem that is unsafe as an id gets a fresh one.
     let id = match path.file_stem().and_then(|stem| stem.to_str()) {
         Some(stem) if crate::home::is_safe_component(stem) => stem.to_owned(),
         _ => base_id()?,
@@ -24,7 +27,7 @@ pub fn new_base(path: &Path, file: &Path) -> Result<NewBase> {
     })
 }
 
-/// Seconds since 1970.
+/// Returns the current time in seconds since 1970.
 pub fn now() -> i64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)

@@ -1,4 +1,4 @@
-//! What rows say of the image files.
+//! What the rows of the catalog say about the image files.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
@@ -6,15 +6,19 @@ use std::path::PathBuf;
 use crate::home::{BaseRecord, BoxRecord};
 use crate::store::layers::graph::{Directories, ImageFile, LayerGraph, Role};
 
-/// What rows say of the layers.
+/// The boxes, bases and snapshot layers that have rows.
 pub struct CatalogIndex<'r> {
+    /// The ids of all boxes.
     pub boxes: HashSet<&'r str>,
+    /// The rows of bases, by resolved path.
     pub bases: HashMap<PathBuf, &'r BaseRecord>,
+    /// Every path that a snapshot's row names.
     pub named: &'r BTreeSet<PathBuf>,
 }
 
 impl<'r> CatalogIndex<'r> {
-    /// Of all boxes and bases, and every path that a snapshot's row names.
+    /// Returns the index of these boxes and bases. `named` holds every path that a snapshot's row
+    /// names.
     pub fn new(
         boxes: &'r [BoxRecord],
         bases: &'r [BaseRecord],
@@ -29,7 +33,8 @@ impl<'r> CatalogIndex<'r> {
         }
     }
 
-    /// Whether a file is a base with a row and no other name, that no header and no snapshot's row names.
+    /// Returns whether the file is a base that can be freed: it has a row and one name, no header
+    /// reads it, and no snapshot's row names it.
     pub fn is_unneeded(&self, file: &ImageFile, layers: &LayerGraph) -> bool {
         let row = self.bases.get(&file.path);
         matches!(file.role, Role::Base { .. })
@@ -39,8 +44,8 @@ impl<'r> CatalogIndex<'r> {
             && !self.named.contains(&file.path)
     }
 
-    /// Whether a name of a file is one that rows know.
-    pub fn know(&self, file: &ImageFile) -> bool {
+    /// Returns whether a row knows this name of a file.
+    pub fn has_row(&self, file: &ImageFile) -> bool {
         match &file.role {
             Role::Live { box_id } => self.boxes.contains(box_id.as_str()),
             Role::Snapshot { .. } => self.named.contains(&file.path),

@@ -1,4 +1,4 @@
-//! Freeing bases that nothing needs any more.
+//! Frees bases that nothing needs any more.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
@@ -12,16 +12,24 @@ use crate::store::Store;
 use crate::store::layers::catalog_index::CatalogIndex;
 use crate::store::layers::graph::{LayerGraph, Role, is_row_of};
 
-/// Frees the bases we made that no header names any more and that are no snapshot's layer.
-/// The file goes first: a row of ours without a file is recognised as a leftover by the next
-/// recovery, while a file without a row could be BoxLite's (a crash inside its clone leaves such,
-/// and it can be a box's only disk).
+/// Frees the bases of ours that no header names and that are no snapshot's layer.
+///
+/// The file is removed before its row. Recovery recognises a row of ours without a file as a
+/// leftover. A file without a row could be BoxLite's: a crash inside its clone leaves one, and it
+/// can be a box's only disk.
+///
+/// # Errors
+/// Those of system calls and of SQLite.
 pub fn free_unreached(store: &Store, change: &mut Change<'_>) -> Result<()> {
     free_bases(store, change, &BaseRecord::is_ours)
 }
 
-/// Likewise, of those that `may_go` says; one of BoxLite's only when no box refers to it any more.
-/// That one is made ours first, so that a crash leaves nothing of BoxLite's half gone.
+/// Frees the unneeded bases that `may_go` accepts, as [`free_unreached`] does. A base of BoxLite's
+/// is freed only when no box refers to it. It becomes ours first, so that a crash leaves no
+/// half-removed base of BoxLite's.
+///
+/// # Errors
+/// Those of system calls and of SQLite.
 pub fn free_bases(
     store: &Store,
     change: &mut Change<'_>,
@@ -36,8 +44,8 @@ pub fn free_bases(
     let referred = change.referred_bases()?;
     rows.retain(|row| row.is_ours() || !referred.contains(&row.id));
     loop {
-        let free = layers.files().iter().find_map(|file| {
-            // One name known and one name in all: no snapshot, no live disk, no backup.
+        let unneeded = layers.files().iter().find_map(|file| {
+            // The only name of the file: it is no snapshot, no live disk and in no backup.
             let is_needed =
                 layers.readers_of(&file.path).next().is_some() || named.contains(&file.path);
             if !matches!(file.role, Role::Base { .. }) || is_needed || file.names != 1 {
@@ -46,7 +54,7 @@ pub fn free_bases(
             let row = rows.iter().find(|row| is_row_of(row, &file.path))?;
             Some((row.clone(), file.path.clone()))
         });
-        let Some((row, path)) = free else {
+        let Some((row, path)) = unneeded else {
             return Ok(());
         };
         drop_base(store, change, &row, &path)?;
@@ -54,7 +62,10 @@ pub fn free_bases(
     }
 }
 
-/// Removes a base that nothing reads from and that has no other name: the file, then the row.
+/// Removes a base that nothing reads and that has no other name: first the file, then the row.
+///
+/// # Errors
+/// Those of system calls and of SQLite.
 pub fn drop_base(
     store: &Store,
     change: &mut Change<'_>,
@@ -71,9 +82,16 @@ pub fn drop_base(
     change.transaction(|rows| rows.delete_base(&row.id))
 }
 
-/// Every path that a snapshot's row names. None while it can't be told what else is needed: a header
-/// that can't be read may name anything, a layer that a box reads and that is not there may have
-/// another name, and a box whose rows say it has a disk that is not where it belongs may have it put aside.
+/// Returns every path that a snapshot's row names. Returns None while it is uncertain what else is
+/// needed:
+///
+/// * a header can't be read, and may name anything;
+/// * a layer that a box or a snapshot needs is missing, and may have another name;
+/// * a box has rows that say it has a disk, and the disk is not in its place: it may have been put
+///   aside.
+///
+/// # Errors
+/// Those of SQLite.
 pub fn named_by_rows(
     store: &Store,
     change: &Change<'_>,
@@ -87,7 +105,7 @@ pub fn named_by_rows(
         let chain = layers.chain(top);
         chain
             .iter()
-            .any(|path| is_gone_from(path, layers, &store.home()))
+            .any(|path| is_missing(path, layers, &store.home()))
     };
     if tops.any(|top| is_broken(&top.path)) {
         return Ok(None);
@@ -120,8 +138,8 @@ pub fn named_by_rows(
     Ok(Some(named))
 }
 
-/// The paths that a snapshot's row names: of its layer in this home, and as it is spelled, wherever
-/// that is.
+/// Returns the paths that a snapshot's row names: its layer in this home, and the path as recorded,
+/// wherever it leads.
 pub fn named_by(store: &Store, snapshot: &SnapshotRecord) -> Vec<PathBuf> {
     let mut named = vec![store.exports.disks.snapshot_layer(snapshot)];
     let recorded = PathBuf::from(snapshot.base_path().unwrap_or_default());
@@ -131,14 +149,17 @@ pub fn named_by(store: &Store, snapshot: &SnapshotRecord) -> Vec<PathBuf> {
     named
 }
 
-/// Whether a path of the home that something names has nothing there.
-fn is_gone_from(path: &Path, layers: &LayerGraph, home: &Home) -> bool {
+/// Returns whether a path in the home, which something names, has no file.
+fn is_missing(path: &Path, layers: &LayerGraph, home: &Home) -> bool {
     layers.at(path).is_none()
         && home.contains(path)
         && std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
 }
 
-/// Whether there is a base with a row that nothing seems to need. Looks without the lock.
+/// Returns whether a base with a row seems to be unneeded. Takes no lock.
+///
+/// # Errors
+/// Those of reading the home and of SQLite.
 pub fn has_unneeded(store: &Store, catalog: &Catalog) -> Result<bool> {
     let layers = store.layers.scan()?;
     let named = named_in(store, catalog);
@@ -148,7 +169,7 @@ pub fn has_unneeded(store: &Store, catalog: &Catalog) -> Result<bool> {
     Ok(files.any(|file| rows.is_unneeded(file, &layers)))
 }
 
-/// Every path that a snapshot's row names.
+/// Returns every path that a snapshot's row names.
 pub fn named_in(store: &Store, catalog: &Catalog) -> BTreeSet<PathBuf> {
     let boxes = catalog.boxes().iter();
     let snapshots = boxes.flat_map(|record| catalog.snapshots_of(&record.id));

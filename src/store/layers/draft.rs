@@ -1,4 +1,4 @@
-//! What a change needs that takes long to make: made before the lock is taken.
+//! Drafts: the slow part of a change, done before the lock is taken.
 
 use std::path::{Path, PathBuf};
 
@@ -17,21 +17,26 @@ use crate::store::layers::mergeable::{BACKING_LEFT, MOST_BACKING, mergeable};
 use crate::store::layers::running::{RunningState, write_running};
 use crate::{Error, Result, disk};
 
-/// What a change needs that takes long to make: made before the lock is taken. What it assumed is
-/// looked at again under the lock.
+/// The slow part of a change, done before the lock is taken. The change checks the draft's
+/// assumptions again under the lock.
 pub struct Draft {
-    /// Where the frozen layer will be.
+    /// Path of the base that the frozen layer will be.
     pub base: PathBuf,
-    /// The overlay that will replace the live disk, where that will be frozen.
+    /// The overlay that will replace the live disk, if the live disk will be frozen.
     pub overlay: Option<PathBuf>,
+    /// Virtual size of the disk in bytes.
     pub virtual_size: u64,
-    /// The upper layers of its chain as one, where that is too long to be stacked upon.
+    /// The upper layers of the chain as one image, if the chain is too long for another overlay.
     pub flat: Option<FlattenedLayers>,
-    /// The state of a disk that was running when it was read.
+    /// The state of a disk whose box was running when it was read.
     pub running: Option<RunningState>,
 }
 
-/// For what starts from `source`, of which `read` was read: a copy of a running box's disk, else `make`.
+/// Returns the draft of a change that starts from `source`, of which `read` was read: the
+/// written-out copy if a running box's disk was copied, otherwise what `make` returns.
+///
+/// # Errors
+/// EROFS, those of writing the copy, and those of `make`.
 pub fn draft_of(
     store: &Store,
     source: &Source,
@@ -51,11 +56,15 @@ pub fn draft_of(
     })
 }
 
-/// For freezing the live disk of a box.
+/// Drafts the freezing of a box's live disk.
+///
+/// # Errors
+/// EROFS; ENODATA when the box has no disk; EBUSY when its chain has to be shortened while it is
+/// running; ENOSPC, EIO.
 pub fn draft_freeze(store: &Store, box_id: &str) -> Result<Draft> {
     store.refuse_read_only()?;
     let live = store.home().live_disk(box_id);
-    mend_chain(store, box_id, &live)?;
+    put_back_missing(store, box_id, &live)?;
     let header = live_header(&live)?;
     let mut draft = Draft {
         base: store.home().base_disk(&base_id()?),
@@ -73,17 +82,20 @@ pub fn draft_freeze(store: &Store, box_id: &str) -> Result<Draft> {
     draft.overlay = Some(overlay.clone());
     disk::create_overlay(&overlay, &draft.base, Format::Qcow2, header.virtual_size)?;
     store.home().give_to_owner(&overlay)?;
-    // Most of what is dirty is written back here, so that the flush under the lock is short.
+    // Writes most dirty pages back now, so the flush under the lock is short.
     durable::sync_file(&live)?;
     Ok(draft)
 }
 
-/// For a new box that starts from a disk state. Of one whose chain is too long the upper layers are
-/// written out as one instead, and the source left alone.
+/// Drafts a new box that starts from a disk state. If the chain is too long, its upper layers are
+/// written out as one image; the source stays as it is.
+///
+/// # Errors
+/// As [`draft_freeze`].
 pub fn draft_clone(store: &Store, source: &Source) -> Result<Draft> {
     store.refuse_read_only()?;
     let top = store.exports.disks.top_of(source)?;
-    mend_chain(store, source.box_id(), &top)?;
+    put_back_missing(store, source.box_id(), &top)?;
     let header = live_header(&top)?;
     let holds_data = Layer::open(&top, Format::Qcow2)?.holds_data()?;
     let below = disk::chain_paths(&top)?.len() - usize::from(!holds_data);
@@ -103,7 +115,10 @@ pub fn draft_clone(store: &Store, source: &Source) -> Result<Draft> {
     })
 }
 
-/// For a snapshot that shares the layer of a disk state, however long its chain.
+/// Drafts a snapshot that shares the layer of a disk state, whatever the length of the chain.
+///
+/// # Errors
+/// As [`draft_freeze`].
 pub fn draft_share(store: &Store, source: &Source) -> Result<Draft> {
     match source {
         Source::Live { box_id } => draft_freeze(store, box_id),
@@ -117,8 +132,8 @@ pub fn draft_share(store: &Store, source: &Source) -> Result<Draft> {
     }
 }
 
-/// Has bases that were deleted put back, where a chain can't be followed without.
-fn mend_chain(store: &Store, box_id: &str, top: &Path) -> Result<()> {
+/// Puts deleted bases back if the chain can't be followed without them.
+fn put_back_missing(store: &Store, box_id: &str, top: &Path) -> Result<()> {
     let is_broken = disk::chain_paths(top).is_err_and(|e| e.errno() == libc::ENOENT);
     if is_broken && top.exists() {
         drop(lock_box(store, box_id)?);
@@ -133,9 +148,9 @@ fn refuse_active_box(store: &Store, box_id: &str) -> Result<()> {
     }
 }
 
-/// Makes a chain that is too long to start from short enough, whichever way writes less: layers that
-/// nothing else needs are merged, or as many upper layers as it takes are written out as one. None
-/// if it became short enough by merging.
+/// Shortens a chain that is too long to start from, in the way that writes less: merges layers that
+/// nothing else needs, or writes as many upper layers as necessary out as one image. Returns None
+/// if merging was enough.
 fn shortened(store: &Store, top: &Path) -> Result<Option<FlattenedLayers>> {
     loop {
         let layers = store.layers.scan()?;
@@ -146,32 +161,36 @@ fn shortened(store: &Store, top: &Path) -> Result<Option<FlattenedLayers>> {
         }
         let upper = (chain.len() + 1).saturating_sub(BACKING_LEFT);
         let written = chain.iter().take(upper);
-        let written: u64 = written
+        let bytes: u64 = written
             .filter_map(|path| Some(layers.at(path)?.allocated))
             .sum();
         let mut merges = mergeable(store)?.into_iter();
-        let merge = merges
-            .find(|merge| merge.frees() && merge.is_in(&chain) && merge.allocated() <= written);
+        let merge =
+            merges.find(|merge| merge.frees() && merge.is_in(&chain) && merge.allocated() <= bytes);
         let merged = merge.map(|merge| merge_layers(store, &merge, &mut |_| Ok(())));
         if let Some(Ok(_)) = merged {
             continue;
         }
-        // Where somebody reads, say, it is done without.
-        let combining = plan_flatten(store, top, upper)?;
-        return write_flattened(store, combining, &mut |_| Ok(())).map(Some);
+        // The merge failed, for example because a layer is being read: write the image.
+        let flatten = plan_flatten(store, top, upper)?;
+        return write_flattened(store, flatten, &mut |_| Ok(())).map(Some);
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        // Moved into place, or not needed.
+        // The overlay is either moved into place or no longer needed.
         if let Some(overlay) = &self.overlay {
             discard(overlay);
         }
     }
 }
 
-/// EIO when a disk state is not what was read of it: what was copied would not be what is made.
+/// Refuses to use what was read of a disk state if the state is another now: the result would
+/// differ from the state.
+///
+/// # Errors
+/// EIO when the state changed, and those of reading it.
 pub fn refuse_changed(store: &Store, source: &Source, read: &Contents) -> Result<()> {
     let is_copied = || store.exports.copies.copy_read_as(source, read).is_some();
     if is_copied() || store.exports.plain.contents_now(source)? == Some(*read) {

@@ -1,4 +1,4 @@
-//! The upper layers of a chain, or all of them, written out as one image in the workspace.
+//! Writes the upper layers of a chain, or all of them, as one image in the workspace.
 
 use std::fs;
 use std::fs::{File, FileTimes};
@@ -13,20 +13,24 @@ use crate::files::workspace::discard;
 use crate::store::Store;
 use crate::{Context, Result, disk};
 
-/// Told how many bytes were written since the last time; an error ends the work.
+/// Is called with the bytes written since the last call. An error ends the work.
 pub type Pace<'p> = dyn FnMut(u64) -> Result<()> + 'p;
 
-/// An image that has what the upper layers of a chain have, on top of the layer after them, and the
-/// state of the top it was written from. Its file goes with it unless it was moved away.
+/// An image with the contents of the upper layers of a chain, on top of the layer below them.
+/// Records the state of the top it was written from. Dropping it removes the file, unless that was
+/// moved away.
 pub struct FlattenedLayers {
+    /// The image in the workspace.
     pub file: PathBuf,
+    /// The top layer it was written from.
     pub top: FileId,
+    /// When the state changed last.
     pub changed: SystemTime,
-    /// The layer it lies on; None for an image that stands alone.
+    /// The layer below the image; None for an image that stands alone.
     pub below: Option<FileId>,
 }
 
-/// A [`FlattenedLayers`] that is not written yet.
+/// A [`FlattenedLayers`] to be written.
 pub struct FlattenPlan {
     chain: Arc<Chain>,
     image: Flattened,
@@ -34,14 +38,20 @@ pub struct FlattenPlan {
     upper: usize,
 }
 
-/// Looks what the `upper` layers on top of a chain are as one. Reads tables, no data. Waits
-/// until whatever changes the chain shows.
+/// Plans the image of the `upper` layers of the chain at `top`. Reads tables, but no data. Waits
+/// until every later change of the chain shows in its timestamps.
+///
+/// # Errors
+/// EBUSY when the chain is written to all the time; EIO and others of reading it.
 pub fn plan_flatten(store: &Store, top: &Path, upper: usize) -> Result<FlattenPlan> {
     let (chain, _) = store.exports.states.open_settled(top)?;
     plan_flatten_of(Arc::new(chain), top, upper)
 }
 
-/// Likewise, of a chain that is open; `top` is what it is called.
+/// Plans the image of the `upper` layers of an open chain. `top` is the path of its top layer.
+///
+/// # Errors
+/// Those of reading the chain.
 pub fn plan_flatten_of(chain: Arc<Chain>, top: &Path, upper: usize) -> Result<FlattenPlan> {
     let image = match chain.layers().get(upper) {
         Some(below) => Flattened::plan_upper(chain.clone(), upper, &resolve(below.path())?)?,
@@ -55,14 +65,17 @@ pub fn plan_flatten_of(chain: Arc<Chain>, top: &Path, upper: usize) -> Result<Fl
     })
 }
 
-/// Writes a combination into the workspace, flushed.
+/// Writes a planned image into the workspace and flushes it.
+///
+/// # Errors
+/// EIO when the chain changed meanwhile; ENOSPC; the error of `pace`.
 pub fn write_flattened(
     store: &Store,
     plan: FlattenPlan,
     pace: &mut Pace<'_>,
 ) -> Result<FlattenedLayers> {
     let _behind_all = BehindAll::begin();
-    let combined = FlattenedLayers {
+    let flattened = FlattenedLayers {
         file: store.workspace().fresh_path("combined")?,
         top: plan
             .chain
@@ -72,36 +85,39 @@ pub fn write_flattened(
         changed: plan.chain.changed_at(),
         below: plan.chain.layers().get(plan.upper).map(|layer| layer.id()),
     };
-    let message = || format!("cannot write {}", combined.file.display());
-    let out = File::create_new(&combined.file).context(message)?;
+    let message = || format!("cannot write {}", flattened.file.display());
+    let out = File::create_new(&flattened.file).context(message)?;
     plan.image.write_to(&out, pace)?;
     plan.chain.unchanged()?;
     let mode = fs::metadata(&plan.top).context(message)?.permissions();
     out.set_permissions(mode).context(message)?;
-    store.home().give_to_owner(&combined.file)?;
-    // The time of the state, which a top that is being written to does not have any more.
+    store.home().give_to_owner(&flattened.file)?;
+    // The time of the state. The top may have a later one by now, if it is being written to.
     let times = FileTimes::new()
-        .set_accessed(combined.changed)
-        .set_modified(combined.changed);
+        .set_accessed(flattened.changed)
+        .set_modified(flattened.changed);
     out.set_times(times).context(message)?;
     out.sync_all().context(message)?;
     store
         .exports
         .states
         .note_stand_in(&out, &plan.chain, plan.upper)?;
-    Ok(combined)
+    Ok(flattened)
 }
 
 impl FlattenPlan {
-    /// Length of the image in bytes.
+    /// Returns the length of the image in bytes.
     pub fn len(&self) -> u64 {
         self.image.len()
     }
 }
 
 impl FlattenedLayers {
-    /// Has it name the layer it lies on by the path that the chain at `top` now names that by: it may
-    /// have been adopted since. False when that layer is not in the chain any more.
+    /// Rebases the image onto the path by which the chain at `top` names its lower layer now: the
+    /// layer may have been adopted meanwhile. Returns false when that layer has left the chain.
+    ///
+    /// # Errors
+    /// Those of reading the chain and of the rebase.
     pub fn lies_on_chain_of(&self, top: &Path) -> Result<bool> {
         let Some(below) = self.below else {
             return Ok(true);
@@ -119,7 +135,7 @@ impl FlattenedLayers {
 
 impl Drop for FlattenedLayers {
     fn drop(&mut self) {
-        // Moved into place, or not needed.
+        // The file is either moved into place or no longer needed.
         discard(&self.file);
     }
 }

@@ -1,4 +1,4 @@
-//! Freezing the live disk: it becomes a base, and an empty overlay takes the writes.
+//! Freezes disk states. A frozen live disk becomes a base, and an empty overlay takes the writes.
 
 use std::fs;
 use std::path::Path;
@@ -17,13 +17,17 @@ use crate::store::layers::live_disk::{live_header, open_disk};
 use crate::store::layers::mergeable::MOST_BACKING;
 use crate::{Context, Error, Result, disk};
 
-/// Freezes the live disk. Not stacked upon when it holds no data: then what is below has its
-/// contents already, and several snapshots of an unchanged box are names of one layer.
+/// Freezes the live disk. A live disk without data is not stacked upon: the layer below already has
+/// its contents, so several snapshots of an unchanged box are names of one layer.
 ///
-/// Order: overlay in the workspace, flush the live disk, the row of the base, the live disk's
-/// second name in `bases/`, the overlay over the live name. A crash before the last step leaves a
-/// row and perhaps a name for the inode that is still the live disk: recovery drops both (undo,
-/// never finish). The row comes first for the reason that [`Prepared::adopt`] gives.
+/// Order: the overlay in the workspace, the flush of the live disk, the row of the base, the second
+/// name of the live disk in `bases/`, the overlay over the live name. A crash before the last step
+/// leaves a row, and perhaps a name, of the file that is still the live disk. Recovery drops both:
+/// it undoes, and never finishes. The row comes first for the reason given at [`adopt`].
+///
+/// # Errors
+/// ENODATA when the box has no disk. EBUSY when the disk was replaced meanwhile. EIO, ENOSPC and
+/// others of system calls and of SQLite.
 pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDisk> {
     let live = locked.store.home().live_disk(&locked.record.id);
     let (file, old) = open_disk(&live)?;
@@ -31,7 +35,7 @@ pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDi
     let header = live_header(&live)?;
     let virtual_size = header.virtual_size;
     let below = layer_below_empty(locked, &live, &header)?;
-    // What was looked at by name was this file.
+    // The checks above opened the disk by name: make sure they read this file.
     if FileId::at(&live)? != old {
         return Err(replaced_just_now(locked));
     }
@@ -51,7 +55,7 @@ pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDi
     durable::copy_times(&live, overlay)?;
     durable::sync_file(overlay)?;
     if draft.flat.is_none() && disk::chain_paths(&live)?.len() > MOST_BACKING {
-        // It held nothing when the draft was made.
+        // The disk held no data when the draft was made.
         return Err(replaced_just_now(locked));
     }
     if draft.flat.is_some() {
@@ -71,11 +75,12 @@ pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDi
         let new = FileId::at(overlay)?;
         let replaced = freeze_as(locked, &draft.base, overlay, &live, old);
         if let Err(error) = replaced {
-            // Unless the overlay is in place all the same, and could not be taken back.
+            // If the overlay could not be moved back, the disk is frozen despite the error.
             let is_in_place = FileId::at(&live).is_ok_and(|now| now == new);
-            return Err(match is_in_place {
-                true => error,
-                false => not_frozen(locked, &draft.base, error),
+            return Err(if is_in_place {
+                error
+            } else {
+                undo_freeze(locked, &draft.base, error)
             });
         }
     }
@@ -91,7 +96,7 @@ pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDi
     })
 }
 
-/// The live disk gets its second name, and the overlay its first.
+/// Gives the live disk its name in `bases/`, and moves the overlay over its live name.
 fn freeze_as(
     locked: &mut LockedBox<'_>,
     base: &Path,
@@ -108,9 +113,10 @@ fn freeze_as(
     replace_live(locked, overlay, live, old)
 }
 
-/// Beside a runtime nobody undoes later what did not come to its end: the second name, which nothing
-/// reads by, and the row go now. Else recovery does it, before the next change.
-fn not_frozen(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
+/// Undoes a failed freeze beside a runtime and returns `error`. Shared access runs no recovery, so
+/// the second name, which no header names, and the row are removed here. Otherwise recovery does
+/// that before the next change.
+fn undo_freeze(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
     if locked.change.is_shared() {
         let row = locked.base_at(base).ok().flatten();
         let undone = durable::unlink(base).and_then(|()| match row {
@@ -119,7 +125,7 @@ fn not_frozen(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
         });
         if let Err(error) = undone {
             locked.store.events().info(&format!(
-                "{error}; {} is freed when the home is mounted next",
+                "{error}; the next mount of the home frees {}",
                 base.display()
             ));
         }
@@ -127,8 +133,8 @@ fn not_frozen(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
     error
 }
 
-/// Puts the layers that were written out as one into `bases/`. The row comes first: with a row of ours and
-/// no file, or a file that nothing reads from, recovery knows what to free.
+/// Moves the flattened layers into `bases/`. The row comes first: recovery knows that it may free a
+/// row of ours without a file, or with a file that nothing reads.
 fn install_flat(
     locked: &mut LockedBox<'_>,
     draft: &Draft,
@@ -155,7 +161,11 @@ fn install_flat(
     Ok(())
 }
 
-/// A disk state whose chain was too long, as the image that its upper layers were written out as.
+/// Returns the disk state as the image that its upper layers were written out as, or None if the
+/// draft has no such image.
+///
+/// # Errors
+/// EBUSY when the disk changed meanwhile; those of system calls and of SQLite.
 pub fn frozen_flat(
     locked: &mut LockedBox<'_>,
     draft: &Draft,
@@ -175,27 +185,31 @@ pub fn frozen_flat(
     }))
 }
 
-/// A snapshot's layer as something to start from: a base, adopted if it is not one yet, or
-/// what is below it where it holds no data itself.
+/// Freezes a snapshot: returns its layer as a base, adopted if necessary, or the layer below it if
+/// it holds no data itself.
+///
+/// # Errors
+/// EIO when the layer is not a qcow2 image, and those of [`adopt`].
 pub fn frozen_snapshot(locked: &mut LockedBox<'_>, layer: &Path) -> Result<FrozenDisk> {
     let header = Header::open(layer)?
         .ok_or_else(|| Error::damaged(format!("{} is not a qcow2 image", layer.display())))?;
     let virtual_size = header.virtual_size;
-    let layer_for_readers = match layer_below_empty(locked, layer, &header)? {
+    let backing = match layer_below_empty(locked, layer, &header)? {
         Some(below) => below,
         None => Frozen::Base {
             path: adopt(locked, layer)?,
         },
     };
     Ok(FrozenDisk {
-        layer: layer_for_readers,
+        layer: backing,
         virtual_size,
         top: layer.to_path_buf(),
         file: Arc::new(open_disk(layer)?.0),
     })
 }
 
-/// The layer that stands for a disk whose top layer itself holds nothing.
+/// Returns the layer that stands for a disk whose top layer holds no data. Returns None if the top
+/// layer holds data or has no layer below it.
 fn layer_below_empty(
     locked: &LockedBox<'_>,
     top: &Path,
@@ -213,15 +227,10 @@ fn layer_below_empty(
     let is_qcow2 = below.is_some() && stored != Some(Format::Raw);
     let same_size = below.is_some_and(|below| below.virtual_size == header.virtual_size);
     let in_bases = path.parent() == Some(locked.store.home().bases_dir().as_path());
-    Ok(Some(match (is_qcow2, in_bases && same_size) {
-        (true, true) => Frozen::Base { path },
-        (true, false) => Frozen::Below {
-            path,
-            format: Format::Qcow2,
-        },
-        (false, _) => Frozen::Below {
-            path,
-            format: Format::Raw,
-        },
+    Ok(Some(if is_qcow2 && in_bases && same_size {
+        Frozen::Base { path }
+    } else {
+        let format = if is_qcow2 { Format::Qcow2 } else { Format::Raw };
+        Frozen::Below { path, format }
     }))
 }

@@ -1,4 +1,4 @@
-//! Any disk state as something that an overlay can start from.
+//! Freezes any disk state, so that an overlay can start from it.
 
 use crate::Result;
 use crate::exports::Source;
@@ -8,7 +8,11 @@ use crate::store::layers::freeze::{freeze_live, frozen_flat, frozen_snapshot};
 use crate::store::layers::frozen::FrozenDisk;
 use crate::store::layers::running::freeze_running;
 
-/// The source as something an overlay can start from.
+/// Freezes the source, so that an overlay can start from it.
+///
+/// # Errors
+/// EBUSY when the source is the live disk of a running box; those of [`freeze_live`],
+/// [`frozen_flat`], [`frozen_snapshot`] and [`freeze_running`].
 pub fn freeze_source(
     locked: &mut LockedBox<'_>,
     source: &Source,
@@ -17,7 +21,7 @@ pub fn freeze_source(
     if let Some(state) = &draft.running {
         return freeze_running(locked, state);
     }
-    // Of a snapshot it is no matter whether the box runs; its live disk is left alone then.
+    // A snapshot can be used while its box is running: the live disk is left alone.
     if let Source::Live { .. } = source {
         locked.store.exports.disks.refuse_active(&locked.record)?;
     }

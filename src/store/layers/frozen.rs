@@ -1,4 +1,4 @@
-//! Disk states that stay as they are.
+//! Frozen disk states: states that stay as they are.
 
 use std::fs;
 use std::fs::File;
@@ -12,30 +12,31 @@ use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::bases::now;
 use crate::{Context, Result, disk};
 
-/// What the live disk was when it was frozen.
+/// The layer that stands for a frozen disk state.
 #[derive(Clone, Debug)]
 pub enum Frozen {
-    /// A layer in `bases/` that has exactly the contents and the virtual size of the live disk.
+    /// A layer in `bases/` with exactly the contents and the virtual size of the disk.
     Base { path: PathBuf },
-    /// The live disk is an empty overlay on this: a raw image, or a layer of another virtual size.
+    /// The disk is an empty overlay on this: a raw image, or a layer of another virtual size.
     Below { path: PathBuf, format: Format },
 }
 
-/// A disk state that stays as it is.
+/// A frozen disk state.
 #[derive(Clone, Debug)]
 pub struct FrozenDisk {
+    /// The layer that stands for the state.
     pub layer: Frozen,
     /// Virtual size of the disk in bytes.
     pub virtual_size: u64,
-    /// The file that was on top: has the time of the state, and is what to copy where the layer
-    /// can't stand for it.
+    /// The file that was on top. It has the time of the state, and is the file to copy where the
+    /// layer can't stand for the state.
     pub top: PathBuf,
-    /// That file, open: as long as it is, no other gets its inode number.
+    /// That file, open. Its inode number is not reused while it is open.
     pub file: Arc<File>,
 }
 
 impl FrozenDisk {
-    /// What an overlay that starts from this state has to name as its backing file.
+    /// Returns the backing file and its format for an overlay that starts from this state.
     pub fn backing(&self) -> (&Path, Format) {
         match &self.layer {
             Frozen::Base { path } => (path, Format::Qcow2),
@@ -44,7 +45,11 @@ impl FrozenDisk {
     }
 }
 
-/// The row of a base that is about to be there, with the contents of `file`.
+/// Records a base that is about to be made with the contents of `file`, and a reference to it from
+/// the box `reader`, if given.
+///
+/// # Errors
+/// Those of reading the file and of SQLite.
 pub fn record_frozen(
     locked: &mut LockedBox<'_>,
     base: &Path,
@@ -74,7 +79,10 @@ pub fn record_frozen(
     })
 }
 
-/// An empty overlay on the frozen state, with the time of that.
+/// Makes an empty overlay on the frozen state, with the time of the state, and flushes it.
+///
+/// # Errors
+/// Those of system calls.
 pub fn make_overlay(locked: &LockedBox<'_>, frozen: &FrozenDisk, overlay: &Path) -> Result<()> {
     let (backing, format) = frozen.backing();
     disk::create_overlay(overlay, backing, format, frozen.virtual_size)?;

@@ -1,4 +1,4 @@
-//! Who depends on whom: every image file of the home and the backing path its header names.
+//! The layer graph: every image file of the home and the backing path its header names.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
@@ -15,7 +15,7 @@ use crate::files::listing::{is_absent, names_in, resolve};
 use crate::home::{BaseRecord, Home};
 use crate::store::layers::spare_names::{SharedSpares, SpareNames, Spares};
 
-/// What a file is to BoxLite.
+/// The role of a file in BoxLite's layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Role {
     /// `boxes/ID/disks/disk.qcow2`.
@@ -29,25 +29,28 @@ pub enum Role {
 /// One name of an image file.
 #[derive(Clone, Debug)]
 pub struct ImageFile {
+    /// The path of this name.
     pub path: PathBuf,
+    /// The inode.
     pub id: FileId,
-    /// Names the inode has, whether the home knows them or not; but not those of [`Spares`].
+    /// How many names the inode has, known to the home or not, without those of [`Spares`].
     pub names: u64,
-    /// As long as this is the same, so is its header.
+    /// While this is unchanged, so is the header.
     pub stamp: Stamp,
-    /// Bytes it takes on the disk.
+    /// Bytes allocated on the disk.
     pub allocated: u64,
+    /// The role of this name.
     pub role: Role,
-    /// The backing path in its header, as it stands there.
+    /// The backing path as the header spells it.
     pub stored: Option<PathBuf>,
-    /// The same, resolved; None for an image without one.
+    /// The backing path, resolved; None for an image without one.
     pub backing: Option<PathBuf>,
-    /// Why the header can't be read. Such a file may depend on anything.
+    /// Why the header can't be read. Such a file may read from any other.
     pub damaged: Option<String>,
 }
 
 impl ImageFile {
-    /// A name whose file can't be looked at: it may read from anything.
+    /// Returns an entry for a file that can't be inspected: it may read from any other.
     fn unreadable(path: PathBuf, role: Role, why: String) -> ImageFile {
         ImageFile {
             damaged: Some(format!("{}: {why}", path.display())),
@@ -62,7 +65,7 @@ impl ImageFile {
         }
     }
 
-    /// The box whose directory it is in.
+    /// Returns the id of the box whose directory the file is in.
     pub fn box_id(&self) -> Option<&str> {
         match &self.role {
             Role::Live { box_id } | Role::Snapshot { box_id, .. } => Some(box_id),
@@ -78,7 +81,7 @@ pub struct LayerGraph {
     by_path: HashMap<PathBuf, usize>,
     by_id: HashMap<FileId, Vec<usize>>,
     by_box: HashMap<String, Vec<usize>>,
-    /// Who names a path in its header.
+    /// The files whose header names a path.
     readers: HashMap<PathBuf, Vec<usize>>,
     spares: SharedSpares,
 }
@@ -108,22 +111,22 @@ impl LayerGraph {
         layers
     }
 
-    /// The spare names of bases.
+    /// Returns the spare names of bases.
     pub fn spares(&self) -> &Spares {
         &self.spares
     }
 
-    /// Every path that a header names.
+    /// Returns every path that a header names.
     pub fn named(&self) -> impl Iterator<Item = &Path> {
         self.readers.keys().map(PathBuf::as_path)
     }
 
-    /// Every name of every file.
+    /// Returns every name of every file.
     pub fn files(&self) -> &[ImageFile] {
         &self.files
     }
 
-    /// The file with this (resolved) name.
+    /// Returns the file with this resolved path.
     pub fn at(&self, path: &Path) -> Option<&ImageFile> {
         self.by_path.get(path).map(|index| &self.files[*index])
     }
@@ -133,22 +136,22 @@ impl LayerGraph {
         indexes.filter_map(|index| self.files.get(*index))
     }
 
-    /// Names of one inode.
+    /// Returns all names of one inode.
     pub fn names_of(&self, id: FileId) -> impl Iterator<Item = &ImageFile> {
         self.all(self.by_id.get(&id))
     }
 
-    /// The files in the directory of a box.
+    /// Returns the files in the directory of a box.
     pub fn of_box(&self, box_id: &str) -> impl Iterator<Item = &ImageFile> + use<'_> {
         self.all(self.by_box.get(box_id))
     }
 
-    /// Files whose header names this path.
+    /// Returns the files whose header names this path.
     pub fn readers_of(&self, path: &Path) -> impl Iterator<Item = &ImageFile> + use<'_> {
         self.all(self.readers.get(path))
     }
 
-    /// The boxes that have a chain through `path`.
+    /// Returns the ids of the boxes with a chain through `path`.
     pub fn boxes_above(&self, path: &Path) -> BTreeSet<String> {
         let mut boxes = BTreeSet::new();
         let mut seen = HashSet::from([path]);
@@ -163,22 +166,22 @@ impl LayerGraph {
         boxes
     }
 
-    /// The same without some paths.
-    pub fn without(&self, gone: &[PathBuf]) -> LayerGraph {
+    /// Returns the graph without these paths.
+    pub fn without(&self, removed: &[PathBuf]) -> LayerGraph {
         let files = self.files.iter();
-        let left = files.filter(|file| !gone.contains(&file.path));
-        let mut left: Vec<ImageFile> = left.cloned().collect();
-        for file in &mut left {
+        let remaining = files.filter(|file| !removed.contains(&file.path));
+        let mut remaining: Vec<ImageFile> = remaining.cloned().collect();
+        for file in &mut remaining {
             let lost = self
                 .names_of(file.id)
-                .filter(|name| gone.contains(&name.path));
+                .filter(|name| removed.contains(&name.path));
             file.names = file.names.saturating_sub(lost.count() as u64);
         }
-        LayerGraph::new(left, self.spares.clone())
+        LayerGraph::new(remaining, self.spares.clone())
     }
 
-    /// The paths of a file's chain, the file first. Ends at what is no image file of the home (a
-    /// raw image, a file outside) with that path last, and before a path comes twice.
+    /// Returns the paths of a file's chain, the file first. The chain ends with the first path that
+    /// is no image file of the home (a raw image, a file outside), or before a path repeats.
     pub fn chain<'l>(&'l self, top: &'l Path) -> Vec<&'l Path> {
         let mut chain = vec![top];
         let mut at = top;
@@ -192,15 +195,17 @@ impl LayerGraph {
         chain
     }
 
-    /// The first file whose header can't be read: it may depend on anything, so nothing is freed.
+    /// Returns the first file whose header can't be read. Such a file may read from any other, so
+    /// nothing may be freed.
     pub fn damaged(&self) -> Option<&ImageFile> {
         self.files.iter().find(|file| file.damaged.is_some())
     }
 }
 
-/// Length, modification and change time (ns): a rebase, ours or anyone's, changes the last.
+/// Length, modification time and change time (ns). Any rebase changes the last.
 pub type Stamp = (u64, i128, i128);
 
+/// Returns the stamp of a file with this metadata.
 pub fn stamp(meta: &fs::Metadata) -> Stamp {
     let nanoseconds = |s: i64, ns: i64| i128::from(s) * 1_000_000_000 + i128::from(ns);
     (
@@ -210,52 +215,53 @@ pub fn stamp(meta: &fs::Metadata) -> Stamp {
     )
 }
 
-/// What is found while all files are looked at.
+/// The state of a scan.
 #[derive(Default)]
 struct Scan {
-    /// From before the first look.
+    /// The moment before the first file was inspected.
     moment: Moment,
     files: Vec<ImageFile>,
     spares: Spares,
     directories: Directories,
 }
 
-/// Directories that were resolved: thousands of headers name files in the same few.
+/// A cache of resolved directories: thousands of headers name files in the same few.
 #[derive(Default)]
 pub struct Directories {
     resolved: HashMap<PathBuf, Option<PathBuf>>,
 }
 
 impl Directories {
-    /// Like [`resolve`], for paths that may point nowhere: those stay as they are.
+    /// Resolves the directory of a path, as [`resolve`] does. A path whose directory is missing
+    /// stays as it is.
     pub fn resolve(&mut self, path: PathBuf) -> PathBuf {
         let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
             return path;
         };
-        let known = match self.resolved.get(dir) {
-            Some(known) => known,
+        let resolved = match self.resolved.get(dir) {
+            Some(resolved) => resolved,
             None => {
                 let resolved = fs::canonicalize(dir).ok();
                 self.resolved.entry(dir.to_owned()).or_insert(resolved)
             }
         };
-        match known {
+        match resolved {
             Some(dir) => dir.join(name),
             None => path,
         }
     }
 }
 
-/// Whether the row of a base is that of the file with this (resolved) name.
+/// Returns whether the row of a base names the file with this resolved path.
 pub fn is_row_of(row: &BaseRecord, path: &Path) -> bool {
     let row = Path::new(&row.base_path);
     row == path || (row.file_name() == path.file_name() && resolve(row).is_ok_and(|p| p == path))
 }
 
-/// Headers that were read, valid while the file is the same to stat.
+/// Backing paths read from headers, each valid while the file's stamp is unchanged.
 type HeaderCache = HashMap<FileId, (Stamp, std::result::Result<Option<PathBuf>, String>)>;
 
-/// Finds all image files of a home, and reads the headers that changed.
+/// Finds all image files of a home, and reads the headers that changed since the last scan.
 pub struct LayerScanner {
     home: Arc<Home>,
     states: Arc<States>,
@@ -264,7 +270,7 @@ pub struct LayerScanner {
 }
 
 impl LayerScanner {
-    /// Returns one that has read no header.
+    /// Returns a scanner that has read no header yet.
     pub fn new(home: Arc<Home>, states: Arc<States>, spares: Arc<SpareNames>) -> LayerScanner {
         LayerScanner {
             home,
@@ -274,20 +280,21 @@ impl LayerScanner {
         }
     }
 
-    /// The resolved path that the row of a base names.
+    /// Returns the resolved path that the row of a base names.
     ///
     /// # Errors
-    /// ENOENT when its directory is gone.
+    /// ENOENT when its directory does not exist.
     pub fn path_of_base(&self, row: &BaseRecord) -> Result<PathBuf> {
         let path = PathBuf::from(&row.base_path);
-        match path.parent() == Some(self.home.bases_dir().as_path()) {
-            // The home's own path is resolved.
-            true => Ok(path),
-            false => resolve(&path),
+        if path.parent() == Some(self.home.bases_dir().as_path()) {
+            // The path of the home is resolved already.
+            Ok(path)
+        } else {
+            resolve(&path)
         }
     }
 
-    /// Every image file in `bases/` and `boxes/`, with rows or without.
+    /// Scans `bases/` and `boxes/` for image files, with rows or without.
     ///
     /// # Errors
     /// Those of reading the directories.
@@ -300,21 +307,21 @@ impl LayerScanner {
         for name in names_in(&self.home.bases_dir())? {
             if let Some(id) = name.strip_suffix(".qcow2") {
                 let role = Role::Base { id: id.to_owned() };
-                self.look_at(self.home.base_disk(id), role, &mut scan);
+                self.add_file(self.home.base_disk(id), role, &mut scan);
             }
         }
         for box_id in names_in(&self.home.boxes_dir())? {
             let role = Role::Live {
                 box_id: box_id.clone(),
             };
-            self.look_at(self.home.live_disk(&box_id), role, &mut scan);
+            self.add_file(self.home.live_disk(&box_id), role, &mut scan);
             for name in names_in(&self.home.snapshots_dir(&box_id))? {
                 let path = self.home.snapshot_disk(&box_id, &name);
                 let role = Role::Snapshot {
                     box_id: box_id.clone(),
                     name,
                 };
-                self.look_at(path, role, &mut scan);
+                self.add_file(path, role, &mut scan);
             }
         }
         let layers = LayerGraph::new(scan.files, SharedSpares::new(scan.spares));
@@ -324,7 +331,8 @@ impl LayerScanner {
         Ok(layers)
     }
 
-    fn look_at(&self, path: PathBuf, role: Role, scan: &mut Scan) {
+    /// Adds the file at `path` to the scan, if there is one.
+    fn add_file(&self, path: PathBuf, role: Role, scan: &mut Scan) {
         let meta = match fs::symlink_metadata(&path) {
             Ok(meta) => meta,
             Err(e) if is_absent(&e) => return,
@@ -335,7 +343,7 @@ impl LayerScanner {
             }
         };
         if !meta.is_file() {
-            let why = "is no regular file".to_owned();
+            let why = "not a regular file".to_owned();
             return scan.files.push(ImageFile::unreadable(path, role, why));
         }
         let id = FileId::of(&meta);
@@ -344,7 +352,7 @@ impl LayerScanner {
             Ok(backing) => (backing, None),
             Err(why) => (None, Some(why)),
         };
-        // A relative path counts from the directory of the name it is read by.
+        // A relative path starts at the directory of the name that the file is read by.
         let stored = backing;
         let backing = stored.clone().map(|stored| match path.parent() {
             Some(dir) => scan.directories.resolve(dir.join(stored)),
@@ -363,7 +371,7 @@ impl LayerScanner {
         });
     }
 
-    /// The backing path a header names, as stored.
+    /// Returns the backing path that a header names, as stored, or why the header can't be read.
     fn backing_of(
         &self,
         path: &Path,
@@ -371,18 +379,18 @@ impl LayerScanner {
         stamp: Stamp,
         moment: &Moment,
     ) -> std::result::Result<Option<PathBuf>, String> {
-        if let Some((known, backing)) = self.headers.lock().get(&id)
-            && *known == stamp
+        if let Some((cached, backing)) = self.headers.lock().get(&id)
+            && *cached == stamp
         {
             return backing.clone();
         }
         let backing = match Header::open(path) {
             Ok(Some(header)) => Ok(header.backing.map(|backing| backing.path)),
-            // Cut short or overwritten: what it read from can't be told.
+            // Truncated or overwritten: the backing path is unknown.
             Ok(None) => Err(format!("{} is not a qcow2 image", path.display())),
             Err(error) => Err(error.to_string()),
         };
-        // A header that changed a moment ago may change once more without a mark.
+        // A header that changed within the clock's tick can change again with the same stamp.
         if moment.is_after(id.dev, stamp.2) {
             self.headers.lock().insert(id, (stamp, backing.clone()));
         }

@@ -1,6 +1,6 @@
-//! Merging: a layer that nothing but the layer above it needs becomes one with that, and the space of
-//! what was written twice comes back. Likewise a live disk takes in so many of the layers below it that
-//! a virtual machine can start from it again.
+//! Merges layers. A layer that only the layer above it needs becomes one with that layer, which
+//! reclaims the space of data written twice. A live disk with too long a chain takes in as many
+//! layers as a virtual machine needs to start from it again.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -25,159 +25,164 @@ use crate::store::layers::mergeable::{MergePlan, merges, shortening};
 use crate::store::layers::references::free_surplus;
 use crate::{Context, Error, Result};
 
-/// How a merge is done.
+/// How layers become one.
 enum MergeStrategy {
-    /// The layers below the top hold nothing: the header of the top names the layer below them.
+    /// The layers below the top hold no data: the top's header names the layer below them.
     Rebase(PathBuf),
-    /// The top is a live disk that holds nothing: the layer below takes its place.
+    /// The top is a live disk without data: the layer below takes its place.
     Promote,
-    /// All are written out as one.
+    /// All layers are written out as one image.
     Copy(FlattenedLayers),
 }
 
-/// What a merge did.
+/// The result of a merge.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Merged {
-    /// Bytes of the disk that came back; negative for a live disk that got a copy of what others keep.
+    /// Bytes of disk space reclaimed. Negative for a live disk that received a copy of layers
+    /// others keep.
     pub freed: i64,
 }
 
-/// Makes layers one. Whatever can't be merged now, for a box runs or somebody reads, is an error that
-/// says why; nothing is changed then.
+/// Merges the layers of a plan. If they can't be merged now, because a box is running or a program
+/// reads them, returns an error that says why and changes nothing.
 ///
-/// Order: the box's chains are made ready; what the layers have together is written into the
-/// workspace, unlocked; ready again, and seen to be as before; each name of the top is moved over
-/// by a name of the new file; the bases that nothing reads any more go, as any other. A crash leaves
-/// each name with the old file or the new one, which say the same, and bases of ours that nothing
-/// reads, which recovery frees.
+/// Order: the boxes are locked and prepared; the layers are written as one image into the
+/// workspace, without the lock; the boxes are locked again and the layers checked to be unchanged;
+/// each name of the top is replaced by a name of the new file; the bases that nothing reads any
+/// more are freed like any other. A crash leaves each name with the old or the new file, which read
+/// the same, and bases of ours that nothing reads, which recovery frees.
 ///
 /// # Errors
-/// EBUSY, ENOSPC, EIO, what `pace` says; ENODATA if it would give no space back.
-pub fn merge_layers(store: &Store, wanted: &MergePlan, pace: &mut Pace<'_>) -> Result<Merged> {
-    let wanted = {
-        let locked = ready_all(store, &wanted.boxes)?;
-        merge_again(&locked, wanted)?.ok_or_else(|| changed(wanted))?
+/// EBUSY, ENOSPC, EIO; ENODATA if merging would reclaim no space; the error of `pace`.
+pub fn merge_layers(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Result<Merged> {
+    let plan = {
+        let locked = lock_boxes(store, &plan.boxes)?;
+        replan(&locked, plan)?.ok_or_else(|| changed(plan))?
     };
-    // Whatever changes them from here on shows when they are looked at again.
-    store.exports.states.wait_for_clock(&wanted.stamped());
-    let way = strategy(store, &wanted, pace)?;
+    // Any change from here on shows when the layers are checked again.
+    store.exports.states.wait_for_clock(&plan.stamped());
+    let strategy = choose_strategy(store, &plan, pace)?;
     crash_point("merge.locked");
     store.exports.plain.let_go_of_unread();
     store.exports.views.let_go_of_unused();
-    let mut locked = ready_all(store, &wanted.boxes)?;
-    let now = merge_again(&locked, &wanted)?;
-    if !now.is_some_and(|now| now.starts_with(&wanted)) {
-        return Err(changed(&wanted));
+    let mut locked = lock_boxes(store, &plan.boxes)?;
+    let current = replan(&locked, &plan)?;
+    if !current.is_some_and(|current| current.starts_with(&plan)) {
+        return Err(changed(&plan));
     }
-    refuse_open(&wanted)?;
-    // What goes is given back after the lock: to free large files takes its time.
-    let parts = wanted.layers.iter();
-    let kept: Vec<File> = parts
+    refuse_open(&plan)?;
+    // Holds the layers open until the lock is released: freeing large files takes time.
+    let parts = plan.layers.iter();
+    let open_layers: Vec<File> = parts
         .filter_map(|part| File::open(&part.path).ok())
         .collect();
-    let old = match way {
+    let old = match strategy {
         MergeStrategy::Rebase(_) => None,
-        MergeStrategy::Promote | MergeStrategy::Copy(_) => keep_live(&locked, &wanted)?,
+        MergeStrategy::Promote | MergeStrategy::Copy(_) => link_live_aside(&locked, &plan)?,
     };
-    let merged = match way {
-        MergeStrategy::Rebase(below) => rebase_over(&mut locked, &wanted, &below),
-        MergeStrategy::Promote => promote(&mut locked, &wanted),
-        MergeStrategy::Copy(combined) => replace_top(&mut locked, &wanted, combined),
+    let merged = match strategy {
+        MergeStrategy::Rebase(below) => rebase_top(&mut locked, &plan, &below),
+        MergeStrategy::Promote => promote(&mut locked, &plan),
+        MergeStrategy::Copy(flattened) => replace_top(&mut locked, &plan, flattened),
     };
     if let Err(error) = merged {
-        // A guest must not go on writing to a file that a loss of power takes away.
+        // A guest must not keep writing to a file that a power loss would remove.
         if let Some(old) = &old {
-            let _ = bring_back(&wanted, old);
+            let _ = restore_live(&plan, old);
         }
         return Err(error);
     }
     if let Some(old) = &old {
-        refuse_written(&wanted, old)?;
+        refuse_written(&plan, old)?;
     }
-    let gone = drop_merged(&mut locked, &wanted)?;
+    let dropped = drop_merged(&mut locked, &plan)?;
     drop(locked);
-    drop((kept, old));
-    let before = wanted.layers.first().map_or(0, |part| part.allocated) + gone;
-    let after = allocated(wanted.top());
+    drop((open_layers, old));
+    let before = plan.layers.first().map_or(0, |part| part.allocated) + dropped;
+    let after = allocated(plan.top());
     let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
     Ok(Merged {
         freed: signed(before) - signed(after),
     })
 }
 
-/// The lock, and all of these boxes ready for a change.
-fn ready_all<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBox<'s>> {
+/// Takes the lock and prepares all these boxes for a change.
+fn lock_boxes<'s>(store: &'s Store, boxes: &BTreeSet<String>) -> Result<LockedBox<'s>> {
     let mut boxes = boxes.iter();
     let Some(first) = boxes.next() else {
-        return Err(Error::damaged("no box reads these layers"));
+        return Err(Error::damaged("cannot merge: no box reads these layers"));
     };
     let mut locked = lock_box(store, first)?;
     boxes.try_for_each(|id| switch_to(&mut locked, id))?;
     Ok(locked)
 }
 
-/// How to merge; what has to be written is.
-fn strategy(store: &Store, wanted: &MergePlan, pace: &mut Pace<'_>) -> Result<MergeStrategy> {
-    if wanted.frees
-        && let Some(below) = skipped(wanted)?
+/// Chooses how to merge. Writes the image, if one is needed.
+fn choose_strategy(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Result<MergeStrategy> {
+    if plan.frees
+        && let Some(below) = base_below_empty(plan)?
     {
         return Ok(MergeStrategy::Rebase(below));
     }
-    if is_promotable(wanted)? {
+    if is_promotable(plan)? {
         return Ok(MergeStrategy::Promote);
     }
-    let plan = plan_flatten(store, wanted.top(), wanted.layers.len())?;
-    let lengths: u64 = wanted.layers.iter().map(|part| part.stamp.0).sum();
-    if wanted.frees && plan.len() > lengths {
-        return Err(no_gain(wanted));
+    let flatten = plan_flatten(store, plan.top(), plan.layers.len())?;
+    let lengths: u64 = plan.layers.iter().map(|part| part.stamp.0).sum();
+    if plan.frees && flatten.len() > lengths {
+        return Err(no_gain(plan));
     }
-    refuse_full(store, plan.len())?;
-    let combined = write_flattened(store, plan, pace)?;
-    if wanted.frees && allocated(&combined.file) > wanted.allocated() {
-        return Err(no_gain(wanted));
+    refuse_full(store, flatten.len())?;
+    let flattened = write_flattened(store, flatten, pace)?;
+    if plan.frees && allocated(&flattened.file) > plan.allocated() {
+        return Err(no_gain(plan));
     }
-    Ok(MergeStrategy::Copy(combined))
+    Ok(MergeStrategy::Copy(flattened))
 }
 
-/// ENOSPC unless there is room for that many bytes and some more.
+/// Refuses with ENOSPC unless the file system has room for that many bytes and a reserve.
 fn refuse_full(store: &Store, bytes: u64) -> Result<()> {
     let space = store.home().space()?;
     let left = space.available_bytes().saturating_sub(bytes);
-    // What guests and others write meanwhile.
+    // The reserve for what guests and other programs write meanwhile.
     if left >= (space.bytes() / 100).min(1 << 30) {
         return Ok(());
     }
     Err(Error::new(
         libc::ENOSPC,
-        format!("layers are merged by writing {bytes} bytes first, and there is no room for them"),
+        format!(
+            "merging writes {bytes} bytes before it reclaims any, and the file system of the home has no room for them; free some space first"
+        ),
     ))
 }
 
-fn no_gain(wanted: &MergePlan) -> Error {
+fn no_gain(plan: &MergePlan) -> Error {
     Error::new(
         libc::ENODATA,
         format!(
-            "{} and what lies below it take less room as they are",
-            wanted.top().display()
+            "{} and the layers below it would take more space merged than they take now",
+            plan.top().display()
         ),
     )
 }
 
-/// Bytes that a file takes on the disk.
+/// Returns the bytes allocated to a file on the disk; 0 if it can't be read.
 pub fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).map_or(0, |meta| meta.blocks() * 512)
 }
 
-pub fn changed(wanted: &MergePlan) -> Error {
+/// Returns the EBUSY of a plan whose layers changed.
+pub fn changed(plan: &MergePlan) -> Error {
     Error::busy(format!(
-        "{} or what it lies on was changed just now; try again",
-        wanted.top().display()
+        "{} or a layer below it was changed just now; try again",
+        plan.top().display()
     ))
 }
 
-/// The layer that the top reads the same from without those between, which hold nothing.
-fn skipped(wanted: &MergePlan) -> Result<Option<PathBuf>> {
-    let Some((top, below)) = wanted.layers.split_first() else {
+/// Returns the layer below those below the top, if the top reads the same without them because they
+/// hold no data.
+fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
+    let Some((top, below)) = plan.layers.split_first() else {
         return Ok(None);
     };
     let Some(last) = below.last() else {
@@ -188,7 +193,7 @@ fn skipped(wanted: &MergePlan) -> Result<Option<PathBuf>> {
         return Ok(None);
     };
     let base = resolve(&base)?;
-    // A header that says qcow2 can't name a raw image.
+    // The header declares a qcow2 backing file, and can't name a raw image.
     let Some(base_header) = Header::open(&base)? else {
         return Ok(None);
     };
@@ -197,7 +202,7 @@ fn skipped(wanted: &MergePlan) -> Result<Option<PathBuf>> {
         .min(base_header.virtual_size);
     for part in below {
         let layer = Layer::open(&part.path, Format::Qcow2)?;
-        // Beyond its end a layer reads as zeros, whatever lies below.
+        // Beyond its end, a layer reads as zeros, whatever is below it.
         if layer.virtual_size() < seen || layer.holds_data()? {
             return Ok(None);
         }
@@ -205,12 +210,12 @@ fn skipped(wanted: &MergePlan) -> Result<Option<PathBuf>> {
     Ok(Some(base))
 }
 
-/// Whether the layer below can be the live disk itself.
-fn is_promotable(wanted: &MergePlan) -> Result<bool> {
-    let [top, below, ..] = wanted.layers.as_slice() else {
+/// Returns whether the layer below can become the live disk itself.
+fn is_promotable(plan: &MergePlan) -> Result<bool> {
+    let [top, below, ..] = plan.layers.as_slice() else {
         return Ok(false);
     };
-    if !wanted.is_live || !wanted.frees {
+    if !plan.is_live || !plan.frees {
         return Ok(false);
     }
     let same_size =
@@ -223,62 +228,63 @@ fn qcow2_header(path: &Path) -> Result<Header> {
         .ok_or_else(|| Error::damaged(format!("{} is not a qcow2 image", path.display())))
 }
 
-/// The same merge, as things are now.
-fn merge_again(locked: &LockedBox<'_>, wanted: &MergePlan) -> Result<Option<MergePlan>> {
+/// Returns the plan as it is now. Returns None if its layers can't be merged any more.
+fn replan(locked: &LockedBox<'_>, plan: &MergePlan) -> Result<Option<MergePlan>> {
     let layers = locked.layers()?;
     let Some(named) = named_by_rows(locked.store, &locked.change, &layers)? else {
         return Err(Error::busy(
-            "nothing is merged while it can't be told who reads what; boxlitefs check says why",
+            "cannot merge: the layer graph is incomplete; run boxlitefs check",
         ));
     };
     let (boxes, bases) = (locked.change.boxes()?, locked.change.bases()?);
     let rows = CatalogIndex::new(&boxes, &bases, &named);
-    let found = match wanted.frees {
-        true => merges(&layers, &rows)
+    let current = if plan.frees {
+        merges(&layers, &rows)
             .into_iter()
-            .find(|merge| merge.top_id() == wanted.top_id()),
-        false => shortening(&layers, &rows, wanted.top()),
+            .find(|merge| merge.top_id() == plan.top_id())
+    } else {
+        shortening(&layers, &rows, plan.top())
     };
-    let Some(mut found) = found else {
+    let Some(mut current) = current else {
         return Ok(None);
     };
-    for name in &found.names {
+    for name in &current.names {
         if let Some(row) = rows.bases.get(name)
             && locked.change.has_digest(&row.id)?
         {
             return Ok(None);
         }
     }
-    found.layers.truncate(wanted.layers.len());
-    Ok((found.layers.len() > 1).then_some(found))
+    current.layers.truncate(plan.layers.len());
+    Ok((current.layers.len() > 1).then_some(current))
 }
 
-/// EBUSY while anybody has one of the layers open.
-fn refuse_open(wanted: &MergePlan) -> Result<()> {
-    match wanted.layers.iter().find(|part| is_open(&part.path)) {
+/// Refuses with EBUSY while any process has one of the layers open.
+fn refuse_open(plan: &MergePlan) -> Result<()> {
+    match plan.layers.iter().find(|part| is_open(&part.path)) {
         None => Ok(()),
         Some(part) => Err(Error::busy(format!(
-            "{} is being read",
+            "{} is being read; try again when no program has it open",
             part.path.display()
         ))),
     }
 }
 
-/// Another name for a live disk that is about to be replaced.
-fn keep_live(locked: &LockedBox<'_>, wanted: &MergePlan) -> Result<Option<Scratch>> {
-    if !wanted.is_live {
+/// Gives a live disk that is about to be replaced another name in the workspace.
+fn link_live_aside(locked: &LockedBox<'_>, plan: &MergePlan) -> Result<Option<Scratch>> {
+    if !plan.is_live {
         return Ok(None);
     }
-    let kept = locked.store.workspace().scratch("old")?;
-    durable::link(wanted.top(), &kept)?;
-    Ok(Some(kept))
+    let old = locked.store.workspace().scratch("old")?;
+    durable::link(plan.top(), &old)?;
+    Ok(Some(old))
 }
 
-/// EBUSY, and the live disk is the one it was, if that was written to while it was replaced. A guest
-/// is not started while we hold the lock; but somebody may just then have used a program like
-/// qemu-io on the disk, which knows no locks of BoxLite's.
-fn refuse_written(wanted: &MergePlan, old: &Path) -> Result<()> {
-    let Some(top) = wanted.layers.first() else {
+/// Refuses with EBUSY, and restores the old live disk, if that was written to while it was
+/// replaced. No guest starts while we hold the lock, but a program like qemu-io, which ignores
+/// BoxLite's locks, may have written to the disk.
+fn refuse_written(plan: &MergePlan, old: &Path) -> Result<()> {
+    let Some(top) = plan.layers.first() else {
         return Ok(());
     };
     let message = || format!("cannot look at {}", old.display());
@@ -288,45 +294,46 @@ fn refuse_written(wanted: &MergePlan, old: &Path) -> Result<()> {
     if is_same && !is_open_for_writing(old) {
         return Ok(());
     }
-    bring_back(wanted, old)?;
+    restore_live(plan, old)?;
     Err(Error::busy(format!(
-        "{} was written to just now",
-        wanted.top().display()
+        "{} was written to while it was being replaced, so the old file is back in place; stop what writes to it and try again",
+        plan.top().display()
     )))
 }
 
-/// Makes the live disk the one it was.
-fn bring_back(wanted: &MergePlan, old: &Path) -> Result<()> {
-    if let Some(below) = wanted.layers.get(1)
-        && FileId::at(wanted.top())? == below.id
+/// Restores the live disk that was replaced.
+fn restore_live(plan: &MergePlan, old: &Path) -> Result<()> {
+    if let Some(below) = plan.layers.get(1)
+        && FileId::at(plan.top())? == below.id
     {
-        // The base that was moved over it gets its name back first.
-        durable::link(wanted.top(), &below.path)?;
+        // The base that was moved over the live disk gets its name back first.
+        durable::link(plan.top(), &below.path)?;
     }
-    durable::rename(old, wanted.top())
+    durable::rename(old, plan.top())
 }
 
-/// Has the top name the layer below those that hold nothing. A crash leaves the old or the new name.
-fn rebase_over(locked: &mut LockedBox<'_>, wanted: &MergePlan, below: &Path) -> Result<()> {
+/// Rebases the top onto the layer below those without data. A crash leaves the old or the new
+/// backing path.
+fn rebase_top(locked: &mut LockedBox<'_>, plan: &MergePlan, below: &Path) -> Result<()> {
     let layers = locked.layers()?;
-    if let Some(top) = layers.at(wanted.top()) {
+    if let Some(top) = layers.at(plan.top()) {
         rebase(locked, &layers, top, below)?;
     }
     crash_point("merge.rebased");
     Ok(())
 }
 
-/// Moves the layer below over a live disk that holds nothing. A crash before leaves a base that is
-/// ours; after it a row of ours without a file.
-fn promote(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<()> {
-    let [top, below, ..] = wanted.layers.as_slice() else {
+/// Moves the layer below over a live disk that holds no data. A crash before the move leaves a base
+/// of ours; a crash after it leaves a row of ours without a file.
+fn promote(locked: &mut LockedBox<'_>, plan: &MergePlan) -> Result<()> {
+    let [top, below, ..] = plan.layers.as_slice() else {
         return Ok(());
     };
     claim_base(locked, &below.path)?;
     crash_point("merge.claimed");
-    // A live disk is written to, and no spare name may stand for it.
+    // A live disk is written to, so no spare name may point to it.
     locked.store.spares.drop_durably(&below.path)?;
-    // The state is as old as it was.
+    // The state keeps its time.
     durable::copy_times(&top.path, &below.path)?;
     durable::sync_file(&below.path)?;
     durable::rename(&below.path, &top.path)?;
@@ -335,39 +342,42 @@ fn promote(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<()> {
     Ok(())
 }
 
-/// Moves a name of the new file over each name of the top. All names are made first, so that the
-/// moves are one after the other.
+/// Moves a name of the new file over each name of the top. All new names are made first, so that
+/// the moves follow each other without a pause.
 fn replace_top(
     locked: &mut LockedBox<'_>,
-    wanted: &MergePlan,
-    combined: FlattenedLayers,
+    plan: &MergePlan,
+    flattened: FlattenedLayers,
 ) -> Result<()> {
-    if !combined.lies_on_chain_of(wanted.top())? {
-        return Err(changed(wanted));
+    if !flattened.lies_on_chain_of(plan.top())? {
+        return Err(changed(plan));
     }
-    let length = std::fs::metadata(&combined.file).map_or(0, |meta| meta.len());
+    let length = std::fs::metadata(&flattened.file).map_or(0, |meta| meta.len());
     let mut moves = Vec::new();
-    for name in &wanted.names {
+    for name in &plan.names {
         let link = locked.store.workspace().scratch("name")?;
-        durable::link(&combined.file, &link)?;
+        durable::link(&flattened.file, &link)?;
         moves.push((link, name));
     }
-    // Its own name was one too many.
-    drop(combined);
+    // The image keeps no name of its own in the workspace.
+    drop(flattened);
     crash_point("merge.written");
     for (new, name) in moves {
         locked.store.workspace().replace(&new, name)?;
         crash_point("merge.renamed");
-        // Before what the old file read from is freed.
+        // The spare name follows before the layers below the old file are freed.
         locked.store.spares.follow(name)?;
     }
     locked.change.transaction(|rows| {
-        let mut names = wanted.names.iter();
+        let mut names = plan.names.iter();
         names.try_for_each(|name| rows.resize_layer(&name.display().to_string(), length))
     })
 }
 
-/// Makes a base ours, if it is not.
+/// Marks a base as ours, if it is not.
+///
+/// # Errors
+/// Those of SQLite.
 pub fn claim_base(locked: &mut LockedBox<'_>, path: &Path) -> Result<()> {
     match locked.base_at(path)?.filter(|row| !row.is_ours()) {
         None => Ok(()),
@@ -375,16 +385,16 @@ pub fn claim_base(locked: &mut LockedBox<'_>, path: &Path) -> Result<()> {
     }
 }
 
-/// Removes the bases below the top that nothing reads any more, and what refers to them. Returns how
-/// many bytes they had.
-fn drop_merged(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<u64> {
-    if !wanted.frees {
+/// Removes the bases below the top that nothing reads any more, and the references to them. Returns
+/// the bytes they had allocated.
+fn drop_merged(locked: &mut LockedBox<'_>, plan: &MergePlan) -> Result<u64> {
+    if !plan.frees {
         free_surplus(locked)?;
         return Ok(0);
     }
     let mut layers = locked.layers()?;
-    let mut gone = 0;
-    for part in wanted.layers.iter().skip(1) {
+    let mut dropped = 0;
+    for part in plan.layers.iter().skip(1) {
         let path = &part.path;
         let is_needed = layers.readers_of(path).next().is_some()
             || layers.at(path).is_some_and(|file| file.names != 1);
@@ -393,7 +403,7 @@ fn drop_merged(locked: &mut LockedBox<'_>, wanted: &MergePlan) -> Result<u64> {
         };
         drop_base(locked.store, &mut locked.change, &row, path)?;
         layers = layers.without(std::slice::from_ref(path));
-        gone += part.allocated;
+        dropped += part.allocated;
     }
-    Ok(gone)
+    Ok(dropped)
 }

@@ -1,4 +1,4 @@
-//! Which layers can become one.
+//! Finds the layers that can become one.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
@@ -10,44 +10,48 @@ use crate::store::layers::catalog_index::CatalogIndex;
 use crate::store::layers::collect::named_in;
 use crate::store::layers::graph::{ImageFile, LayerGraph, Role, Stamp};
 
-/// Most backing files a live disk may have: with one more libkrun can't start the box.
+/// Most backing files of a live disk: libkrun can't start a box with more.
 pub const MOST_BACKING: usize = 8;
 
-/// Most backing files that a chain which was too long is left with: so that the next few changes find
-/// room.
+/// Most backing files of a chain after it was shortened: the next few changes find room.
 pub const BACKING_LEFT: usize = 4;
 
-/// LayerGraph that can become one. Comparable: it is the same as long as none of them changed, nor who
-/// reads them.
+/// Layers that can become one. Two plans are equal as long as none of the layers and none of their
+/// readers changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MergePlan {
-    /// Every name of the layer on top, which is replaced.
+    /// Every name of the top layer, which is replaced.
     pub names: Vec<PathBuf>,
+    /// Whether the top layer is a live disk.
     pub is_live: bool,
-    /// The layers, top first: at least two.
-    pub layers: Vec<Part>,
-    /// The boxes that read through the top.
+    /// The layers, top first; at least two.
+    pub layers: Vec<MergeLayer>,
+    /// The ids of the boxes that read the top layer.
     pub boxes: BTreeSet<String>,
-    /// Whether all below the top go: else others read them, and stay.
+    /// Whether all layers below the top are freed. Otherwise others read them, and they stay.
     pub frees: bool,
 }
 
-/// One of the layers of a [`MergePlan`].
+/// A layer of a [`MergePlan`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct MergeLayer {
+    /// The path of the layer.
     pub path: PathBuf,
+    /// The inode.
     pub id: FileId,
+    /// Changes whenever the file does.
     pub stamp: Stamp,
+    /// Bytes allocated on the disk.
     pub allocated: u64,
 }
 
 impl MergePlan {
-    /// Bytes that its layers take on the disk.
+    /// Returns the bytes that the layers have allocated on the disk.
     pub fn allocated(&self) -> u64 {
         self.layers.iter().map(|part| part.allocated).sum()
     }
 
-    /// Its layers, each with the time it changed last.
+    /// Returns the layers, each with the time of its last change.
     pub fn stamped(&self) -> Vec<Stamped> {
         let parts = self.layers.iter();
         let stamped = parts.map(|part| Stamped {
@@ -58,45 +62,46 @@ impl MergePlan {
         stamped.collect()
     }
 
-    /// The path the layer on top is read by.
+    /// Returns the path of the top layer.
     pub fn top(&self) -> &Path {
         self.names.first().map_or(Path::new(""), PathBuf::as_path)
     }
 
-    /// The file on top.
+    /// Returns the inode of the top layer.
     pub fn top_id(&self) -> Option<FileId> {
         self.layers.first().map(|part| part.id)
     }
 
-    /// How many layers become one.
+    /// Returns how many layers become one.
     pub fn len(&self) -> usize {
         self.layers.len()
     }
 
-    /// Whether all layers below the top go.
+    /// Returns whether all layers below the top are freed.
     pub fn frees(&self) -> bool {
         self.frees
     }
 
-    /// Whether the layer on top is in this chain.
+    /// Returns whether the top layer is in this chain.
     pub fn is_in(&self, chain: &[PathBuf]) -> bool {
         self.names.iter().any(|name| chain.contains(name))
     }
 
-    /// The boxes that read through it, by their ids.
+    /// Returns the ids of the boxes that read the top layer.
     pub fn boxes(&self) -> &BTreeSet<String> {
         &self.boxes
     }
 
-    /// The same without layers at its end that are far larger than all above them: to write those again
-    /// would cost far more than it gives. None if fewer than two are left.
+    /// Returns the plan without the lowest layers that are far larger than all layers above them:
+    /// writing those again costs far more than it reclaims. Returns None if fewer than two layers
+    /// remain.
     pub fn worthwhile(mut self) -> Option<MergePlan> {
-        /// What lies over a layer has to be this part of it.
-        const PART: u64 = 8;
+        /// A layer may be at most this many times the size of all layers above it.
+        const MAX_RATIO: u64 = 8;
         while self.layers.len() > 1 {
             let last = self.layers.last().map_or(0, |part| part.allocated);
             let above = self.allocated() - last;
-            if above.saturating_mul(PART) >= last {
+            if above.saturating_mul(MAX_RATIO) >= last {
                 return Some(self);
             }
             self.layers.pop();
@@ -104,13 +109,15 @@ impl MergePlan {
         None
     }
 
+    /// Returns whether `other` is this plan, or this plan without its lowest layers.
     pub fn starts_with(&self, other: &MergePlan) -> bool {
         self.layers.get(..other.layers.len()) == Some(&other.layers)
             && (&self.names, &self.boxes, self.frees) == (&other.names, &other.boxes, other.frees)
     }
 }
 
-/// The layers that one layer alone needs, each run of them with that.
+/// Returns a plan for each run of layers that only the layer above them needs, together with that
+/// layer.
 pub fn merges(layers: &LayerGraph, rows: &CatalogIndex<'_>) -> Vec<MergePlan> {
     let removable: HashSet<&Path> = layers
         .files()
@@ -136,7 +143,8 @@ pub fn merges(layers: &LayerGraph, rows: &CatalogIndex<'_>) -> Vec<MergePlan> {
     tops.into_iter().filter_map(merge).collect()
 }
 
-/// A live disk whose chain is too long, with so many of the layers below it that it is not.
+/// Returns the plan that merges a live disk with as many of the layers below it as make its chain
+/// short enough. Returns None if the chain is short enough.
 pub fn shortening(layers: &LayerGraph, rows: &CatalogIndex<'_>, live: &Path) -> Option<MergePlan> {
     let top = layers.at(live)?;
     let chain = layers.chain(live);
@@ -147,7 +155,8 @@ pub fn shortening(layers: &LayerGraph, rows: &CatalogIndex<'_>, live: &Path) -> 
     merge_of(layers, rows, top, below, false)
 }
 
-/// A base with a row and no other name, that no snapshot's row names and one file alone reads.
+/// Returns whether a file is a base with a row and no other name, which one file alone reads and no
+/// snapshot's row names.
 fn is_removable(file: &ImageFile, layers: &LayerGraph, rows: &CatalogIndex<'_>) -> bool {
     let mut readers = layers.readers_of(&file.path).map(|reader| reader.id);
     let Some(reader) = readers.next() else {
@@ -164,8 +173,9 @@ fn is_removable(file: &ImageFile, layers: &LayerGraph, rows: &CatalogIndex<'_>) 
             .is_some_and(|row| row.kind != "rootfs")
 }
 
-/// The merge of a layer with some below it. None if it has a name nobody knows (a backup made of hard
-/// links would be left without what lies below it), or nobody reads it.
+/// Returns the plan that merges a layer with those below it. Returns None if no box reads the
+/// layer, or if it has a name that no row knows: a backup made of hard links would lose the layers
+/// below it.
 fn merge_of(
     layers: &LayerGraph,
     rows: &CatalogIndex<'_>,
@@ -175,39 +185,39 @@ fn merge_of(
 ) -> Option<MergePlan> {
     let names: Vec<&ImageFile> = layers.names_of(top.id).collect();
     let is_live = |name: &&ImageFile| matches!(name.role, Role::Live { .. });
-    let lives = names.iter().filter(|name| is_live(name)).count();
-    let is_ours = names.len() as u64 == top.names
-        && (lives == 0 || names.len() == 1)
+    let live_names = names.iter().filter(|name| is_live(name)).count();
+    let is_mergeable = names.len() as u64 == top.names
+        && (live_names == 0 || names.len() == 1)
         && names
             .iter()
-            .all(|name| name.damaged.is_none() && rows.know(name));
+            .all(|name| name.damaged.is_none() && rows.has_row(name));
     let boxes: BTreeSet<String> = names
         .iter()
         .flat_map(|name| layers.boxes_above(&name.path))
         .collect();
-    let all_known = boxes.iter().all(|id| rows.boxes.contains(id.as_str()));
-    if !is_ours || boxes.is_empty() || !all_known || below.is_empty() {
+    let all_recorded = boxes.iter().all(|id| rows.boxes.contains(id.as_str()));
+    if !is_mergeable || boxes.is_empty() || !all_recorded || below.is_empty() {
         return None;
     }
-    let mut parts = vec![Part::of(top)];
+    let mut parts = vec![MergeLayer::of(top)];
     for path in below {
-        parts.push(Part::of(layers.at(path)?));
+        parts.push(MergeLayer::of(layers.at(path)?));
     }
-    // Snapshots' names first: until its own name is replaced, a base is read by the others.
+    // Names of snapshots come first: until a base's own name is replaced, others read by it.
     let mut names: Vec<PathBuf> = names.iter().map(|name| name.path.clone()).collect();
     names.sort_by_key(|path| layers.readers_of(path).next().is_some());
     Some(MergePlan {
         names,
-        is_live: lives > 0,
+        is_live: live_names > 0,
         layers: parts,
         boxes,
         frees,
     })
 }
 
-impl Part {
-    fn of(file: &ImageFile) -> Part {
-        Part {
+impl MergeLayer {
+    fn of(file: &ImageFile) -> MergeLayer {
+        MergeLayer {
             path: file.path.clone(),
             id: file.id,
             stamp: file.stamp,
@@ -216,21 +226,26 @@ impl Part {
     }
 }
 
-/// What could be merged as things are, the cheapest first, and after that the live disks that would
-/// still be too long. Looks without the lock: a merge looks again.
+/// Returns what can be merged now, the cheapest plan first, then the live disks whose chains would
+/// still be too long. Takes no lock: a merge checks the plan again.
+///
+/// # Errors
+/// Those of reading the home and of SQLite.
 pub fn mergeable(store: &Store) -> Result<Vec<MergePlan>> {
     let layers = store.layers.scan()?;
     let catalog = store.home().catalog()?;
     let bases = store.home().bases()?;
     let named = named_in(store, &catalog);
     let rows = CatalogIndex::new(catalog.boxes(), &bases, &named);
-    let mut found = merges(&layers, &rows);
-    found.sort_by_key(MergePlan::allocated);
-    let is_open: HashSet<FileId> = found.iter().filter_map(MergePlan::top_id).collect();
+    let mut plans = merges(&layers, &rows);
+    plans.sort_by_key(MergePlan::allocated);
+    let planned: HashSet<FileId> = plans.iter().filter_map(MergePlan::top_id).collect();
     for record in catalog.boxes() {
         let live = store.home().live_disk(&record.id);
-        let long = shortening(&layers, &rows, &live);
-        found.extend(long.filter(|merge| merge.top_id().is_some_and(|id| !is_open.contains(&id))));
+        let shortened = shortening(&layers, &rows, &live);
+        plans.extend(
+            shortened.filter(|merge| merge.top_id().is_some_and(|id| !planned.contains(&id))),
+        );
     }
-    Ok(found)
+    Ok(plans)
 }

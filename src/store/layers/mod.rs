@@ -1,4 +1,15 @@
-//! The image files of a home: who reads whom, freezing, adopting, merging and freeing them.
+//! The image files of a home: which file reads which, and how they are frozen, adopted, merged and
+//! freed.
+//!
+//! * `graph`, `catalog_index`: what headers and rows say about the files.
+//! * `draft`: long work for a change, done before the lock is taken.
+//! * `freeze`, `freeze_source`, `frozen`, `running`, `live_disk`: disk states that overlays start
+//!   from.
+//! * `adopt`, `bases`: layers that become bases.
+//! * `snapshot_place`: the directory and the row of a snapshot.
+//! * `mergeable`, `merge`, `flatten`: layers that become one.
+//! * `collect`, `references`: bases and references that nothing needs.
+//! * `put_back`, `spare_names`: second names of layers, and bases restored from them.
 
 pub(super) mod adopt;
 pub(super) mod bases;

@@ -1,10 +1,14 @@
-//! A further name of every layer of ours, below `.boxlitefs/layers/`. It takes no room, and goes only when we
-//! free the layer. So what somebody else deletes in `bases/` (BoxLite's collection of orphans gone wrong, a
-//! slip of `rm`) comes back with the next mount, the next change, or `boxlitefs check --repair`.
+//! Puts back bases that were deleted, from their spare names: further names of every layer of ours,
+//! below `.boxlitefs/layers/`.
 //!
-//! A spare name is made when its layer is where it belongs, and is not flushed: without it, everything works.
-//! That it never stands for another state than its base is what matters: it goes before a base becomes a live
-//! disk, and is on disk before what the old file read from is freed.
+//! A spare name takes no space and is removed only when we free the layer. So a layer that another
+//! program deletes from `bases/` (a faulty orphan collection of BoxLite's, a mistaken `rm`) comes
+//! back with the next mount, the next change, or `boxlitefs check --repair`.
+//!
+//! A spare name is made once its layer is in place. It is not flushed, because everything works
+//! without it. One rule matters: it never stands for another state than its base. It is removed
+//! before a base becomes a live disk. When a base's file is replaced, the spare name follows,
+//! durably, before the layers that the old file read are freed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,13 +26,13 @@ use crate::store::layers::graph::{LayerGraph, Role, is_row_of};
 use crate::store::layers::spare_names::Spare;
 use crate::{Context, Result};
 
-/// Names made with the lock held once.
-const AT_ONCE: usize = 256;
+/// Names made while the lock is held once.
+const BATCH: usize = 256;
 
-/// Gives spare names to all bases of ours that have none: those of an older version.
+/// Gives spare names to all bases of ours that have none, such as those of an older version.
 ///
 /// # Errors
-/// EBUSY when a runtime has the lock, what SQLite says.
+/// EBUSY when a runtime has the lock; those of SQLite.
 pub fn keep_spares(store: &Store) -> Result<()> {
     let spares = store.spares.scan()?;
     let lacks = |row: &BaseRecord| {
@@ -37,7 +41,7 @@ pub fn keep_spares(store: &Store) -> Result<()> {
         (is_ours && spares.of_base(&path).is_none() && path.is_file()).then_some(path)
     };
     let lacking: Vec<PathBuf> = store.home().bases()?.iter().filter_map(lacks).collect();
-    for some in lacking.chunks(AT_ONCE) {
+    for some in lacking.chunks(BATCH) {
         let _change = store.home().change()?;
         let layers = store.layers.scan()?;
         for base in some {
@@ -52,26 +56,26 @@ pub fn keep_spares(store: &Store) -> Result<()> {
     Ok(())
 }
 
-/// Puts bases back that are gone from `bases/` and have a name left elsewhere: those that any header names, and
-/// all of ours. Returns how many.
+/// Puts back bases that are missing from `bases/` and have another name: those that a header names,
+/// and all of ours. Returns how many.
 ///
-/// Order: rows for those that have none, then the names, flushed. A crash leaves rows of ours without
-/// files, which headers name, and the next time does the rest.
+/// Order: rows for the bases that have none, the names, the flush. A crash leaves rows of ours
+/// without files, which headers name; the next run completes the work.
 ///
 /// # Errors
-/// Those of the system calls and of SQLite.
+/// Those of system calls and of SQLite.
 pub fn put_back_bases(
     store: &Store,
     change: &mut Change<'_>,
     layers: &LayerGraph,
 ) -> Result<usize> {
     let rows = change.bases()?;
-    let gone = gone_with_a_name(store, change, layers, &rows)?;
-    if gone.is_empty() {
+    let missing = missing_with_links(store, change, layers, &rows)?;
+    if missing.is_empty() {
         return Ok(0);
     }
     let mut new = Vec::new();
-    for (base, file) in &gone {
+    for (base, file) in &missing {
         if !rows.iter().any(|row| is_row_of(row, base)) {
             new.push(new_base(base, file)?);
         }
@@ -83,55 +87,64 @@ pub fn put_back_bases(
         store.home().make_dir(&dir)?;
         durable::sync_parent(&dir)?;
     }
-    for (base, file) in &gone {
+    for (base, file) in &missing {
         fs::hard_link(file, base)
             .context(|| format!("cannot link {} to {}", file.display(), base.display()))?;
         crash_point("put-back.linked");
     }
     durable::sync_dir(&dir)?;
-    // Their headers were not looked at.
+    // The headers of these bases were not checked.
     store.access.paths_are_right.store(false, Ordering::Release);
-    for (base, _) in &gone {
+    for (base, _) in &missing {
         store.spares.keep(base);
     }
-    let names: Vec<String> = gone.iter().map(|(base, _)| name_of(base)).collect();
+    let names: Vec<String> = missing.iter().map(|(base, _)| name_of(base)).collect();
     store.events().warn(&format!(
-        "{} layers had been deleted from {} and are back: {}",
-        gone.len(),
+        "{} layers had been deleted from {} and were put back: {}",
+        missing.len(),
         dir.display(),
         names.join(", ")
     ));
-    Ok(gone.len())
+    Ok(missing.len())
 }
 
-/// Bases that are gone, each with a name that its file has left.
-pub fn gone_with_a_name(
+/// Returns the missing bases that have another name, each with that name.
+///
+/// # Errors
+/// Those of SQLite.
+pub fn missing_with_links(
     store: &Store,
     change: &Change<'_>,
     layers: &LayerGraph,
     rows: &[BaseRecord],
 ) -> Result<Vec<(PathBuf, PathBuf)>> {
-    let wanted = gone_bases(store, layers, rows);
+    let missing = missing_bases(store, layers, rows);
     let spares = layers.spares();
-    let mut found = Vec::new();
-    let mut without = Vec::new();
-    for base in wanted {
+    let mut linked = Vec::new();
+    let mut without_spare = Vec::new();
+    for base in missing {
         match spares.of_base(&base) {
             Some(spare) if !is_live(layers, spare.id) => {
-                found.push((base, spare.path.clone()));
+                linked.push((base, spare.path.clone()));
             }
             Some(_) => {}
-            None => without.push(base),
+            None => without_spare.push(base),
         }
     }
-    if !without.is_empty() {
-        found.extend(snapshots_of_gone(store, change, layers, rows, &without)?);
+    if !without_spare.is_empty() {
+        linked.extend(snapshots_of_missing(
+            store,
+            change,
+            layers,
+            rows,
+            &without_spare,
+        )?);
     }
-    Ok(found)
+    Ok(linked)
 }
 
-/// Bases that a header names, or a row of ours, and that have no file.
-fn gone_bases(store: &Store, layers: &LayerGraph, rows: &[BaseRecord]) -> BTreeSet<PathBuf> {
+/// Returns the bases without a file that a header or a row of ours names.
+fn missing_bases(store: &Store, layers: &LayerGraph, rows: &[BaseRecord]) -> BTreeSet<PathBuf> {
     let dir = store.home().bases_dir();
     let named = layers.named().map(Path::to_owned);
     let ours = rows.iter().filter(|row| row.is_ours());
@@ -147,25 +160,25 @@ fn gone_bases(store: &Store, layers: &LayerGraph, rows: &[BaseRecord]) -> BTreeS
         .collect()
 }
 
-/// For bases of an older version, which had no spare names: the snapshots that were made with them. Only
-/// where nothing else can be meant: the rows were made at the same moment, and say the same of the file,
-/// of one file and one base alone.
-fn snapshots_of_gone(
+/// Returns names for missing bases of an older version, which had no spare names: those of the
+/// snapshots made with them. A match must be unambiguous: the rows were made at the same moment and
+/// agree on the file, and only this file and this base match.
+fn snapshots_of_missing(
     store: &Store,
     change: &Change<'_>,
     layers: &LayerGraph,
     rows: &[BaseRecord],
-    gone: &[PathBuf],
+    missing: &[PathBuf],
 ) -> Result<Vec<(PathBuf, PathBuf)>> {
-    /// Seconds between the row of a base and that of its snapshot.
+    /// Seconds from the row of a base to the row of its snapshot.
     const STEP: std::ops::RangeInclusive<i64> = 0..=1;
     let snapshots = change.snapshots()?;
     let mut matches: Vec<(PathBuf, PathBuf, FileId)> = Vec::new();
-    for base in gone {
+    for base in missing {
         let row = rows
             .iter()
             .find(|row| row.is_ours() && is_row_of(row, base));
-        let Some(made) = row.and_then(BaseRecord::file) else {
+        let Some(recorded) = row.and_then(BaseRecord::file) else {
             continue;
         };
         for snapshot in &snapshots {
@@ -176,10 +189,10 @@ fn snapshots_of_gone(
             let has_base = layers
                 .names_of(file.id)
                 .any(|name| !matches!(name.role, Role::Snapshot { .. }));
-            let is_same = STEP.contains(&(snapshot.created_at - made.created_at))
-                && file.stamp.0 == made.size_bytes
+            let is_same = STEP.contains(&(snapshot.created_at - recorded.created_at))
+                && file.stamp.0 == recorded.size_bytes
                 && Header::open(&path)
-                    .is_ok_and(|it| it.is_some_and(|it| it.virtual_size == made.virtual_size));
+                    .is_ok_and(|it| it.is_some_and(|it| it.virtual_size == recorded.virtual_size));
             let is_new = !matches
                 .iter()
                 .any(|(of, _, id)| of == base && *id == file.id);
@@ -198,11 +211,11 @@ fn snapshots_of_gone(
         .collect())
 }
 
-/// Removes spare names that stand for nothing any more, and has those follow whose base is another file by
-/// now. Nothing is removed while it can't be told what is needed.
+/// Removes spare names that stand for nothing any more, and renews those whose base is another file
+/// now. Removes no name of a deleted base while it is uncertain what is needed.
 ///
 /// # Errors
-/// Those of the system calls.
+/// Those of system calls and of SQLite.
 pub fn tidy_spares(store: &Store, change: &Change<'_>) -> Result<()> {
     let is_right = |spare: &Spare| FileId::at(&spare.base).is_ok_and(|id| id == spare.id);
     if store.spares.scan()?.all().iter().all(is_right) {
@@ -210,14 +223,14 @@ pub fn tidy_spares(store: &Store, change: &Change<'_>) -> Result<()> {
     }
     let layers = store.layers.scan()?;
     let spares = layers.spares();
-    let is_known = named_by_rows(store, change, &layers)?.is_some();
+    let is_complete = named_by_rows(store, change, &layers)?.is_some();
     for spare in spares.all() {
         match layers.at(&spare.base) {
             Some(base) if base.id == spare.id => {}
             Some(base) if !is_live(&layers, base.id) => store.spares.keep(&spare.base),
             Some(_) => {}
             None if is_live(&layers, spare.id) => durable::unlink(&spare.path)?,
-            None if is_known && layers.readers_of(&spare.base).next().is_none() => {
+            None if is_complete && layers.readers_of(&spare.base).next().is_none() => {
                 durable::unlink(&spare.path)?;
             }
             None => {}
@@ -226,13 +239,14 @@ pub fn tidy_spares(store: &Store, change: &Change<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Whether a file is a live disk, which is written to and stands for no layer.
+/// Returns whether a file is a live disk. A live disk is written to and stands for no layer.
 pub fn is_live(layers: &LayerGraph, id: FileId) -> bool {
     layers
         .names_of(id)
         .any(|name| matches!(name.role, Role::Live { .. }))
 }
 
+/// Returns the last component of a path, for messages.
 pub fn name_of(path: &Path) -> String {
     path.file_name()
         .map(|name| name.to_string_lossy().into_owned())

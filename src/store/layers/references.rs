@@ -1,4 +1,4 @@
-//! References of boxes to bases that nothing in the box needs any more.
+//! References from boxes to bases that nothing in the box needs any more.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
@@ -10,9 +10,13 @@ use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::collect::free_bases;
 use crate::store::layers::graph::{ImageFile, LayerGraph};
 
-/// Drops what references of the box nothing in it needs any more, and frees the bases that nobody
-/// needs now; also BoxLite's, which goes by references and would keep them for ever.
-/// Beside a runtime that waits: BoxLite's next step may need what nothing needs now.
+/// Drops the references of the box that nothing in it needs any more, and frees the bases that
+/// nothing needs now. That includes BoxLite's: BoxLite goes by references and would keep them
+/// forever. Beside a runtime this waits, because BoxLite's next step may need what nothing needs
+/// now.
+///
+/// # Errors
+/// Those of system calls and of SQLite.
 pub fn free_surplus(locked: &mut LockedBox<'_>) -> Result<()> {
     if locked.change.is_shared() {
         return Ok(());
@@ -22,7 +26,10 @@ pub fn free_surplus(locked: &mut LockedBox<'_>) -> Result<()> {
     free_bases(locked.store, &mut locked.change, &may_go)
 }
 
-/// Drops all references of the box that nothing in it needs any more. Returns the bases.
+/// Drops all references of the box that nothing in it needs any more. Returns their bases.
+///
+/// # Errors
+/// Those of reading the home and of SQLite.
 pub fn drop_surplus_refs(
     locked: &mut LockedBox<'_>,
     layers: &LayerGraph,
@@ -33,9 +40,12 @@ pub fn drop_surplus_refs(
     Ok(surplus)
 }
 
-/// Drops surplus references that a crash left, as far as they would keep BoxLite from removing
-/// another box. Those to what BoxLite made of this one are how it frees that. Returns the bases.
-/// `thorough`: those, too.
+/// Drops surplus references that a crash left, if they would keep BoxLite from removing another
+/// box. Returns their bases. BoxLite frees the bases it made of this box through its references to
+/// them: those are dropped only if `thorough`.
+///
+/// # Errors
+/// Those of reading the home and of SQLite.
 pub fn drop_leftover_refs(
     locked: &mut LockedBox<'_>,
     layers: &LayerGraph,
@@ -60,9 +70,9 @@ fn drop_refs(locked: &mut LockedBox<'_>, surplus: &[BaseRecord]) -> Result<()> {
     })
 }
 
-/// The bases that the box refers to (`referred`), and that none of its files reads from any more or is another name
-/// of: a snapshot of a clone that did not change is one of BoxLite's base, which frees that with the
-/// last reference only. None while what the box reads from can't be told for certain.
+/// Returns the bases among `referred` that no file of the box reads or is another name of. A
+/// snapshot of an unchanged clone is another name of BoxLite's base, which BoxLite frees with the
+/// last reference. Returns none while it is uncertain what the box reads.
 fn surplus_refs(
     locked: &LockedBox<'_>,
     layers: &LayerGraph,
@@ -88,7 +98,7 @@ fn surplus_refs(
         reached.contains(path) || layers.at(path).is_some_and(is_named)
     };
     let mut surplus = referred;
-    // A cache of images is read through files that are none of the layers.
+    // A cached image is read through files that are not among the layers.
     surplus.retain(|row| {
         row.kind != "rootfs"
             && locked

@@ -16,8 +16,11 @@ use crate::store::layers::frozen::{Frozen, FrozenDisk, record_frozen};
 use crate::store::layers::mergeable::{BACKING_LEFT, MOST_BACKING};
 use crate::{Context, Error, Result, disk};
 
-/// Writes the copy's top layer out as a proper image: what was copied may have been cut off in the middle of
-/// a change of its tables. So many layers as it takes to come to one that is no box's own.
+/// Writes the top layers of the copy as a proper image: the copied file may end in the middle of a
+/// change of its tables. Takes as many layers as it needs to reach one outside of all boxes.
+///
+/// # Errors
+/// ENOSPC, EIO and others of writing the image.
 pub fn write_running(store: &Store, export: &Export) -> Result<RunningState> {
     let chain = export.chain();
     let boxes = store.home().boxes_dir();
@@ -31,7 +34,7 @@ pub fn write_running(store: &Store, export: &Export) -> Result<RunningState> {
     {
         upper += 1;
     }
-    // A live disk on top of it has to start.
+    // A live disk on top of the image must be able to start.
     let len = chain.layers().len();
     if len - upper + 2 > MOST_BACKING {
         upper = (len + 1).saturating_sub(BACKING_LEFT).max(upper);
@@ -46,7 +49,11 @@ pub fn write_running(store: &Store, export: &Export) -> Result<RunningState> {
     })
 }
 
-/// Puts the written state into `bases/`. Order: the row, then the file: without a reader, recovery frees both.
+/// Moves the written state into `bases/`. Order: the row, the file. Recovery frees both if nothing
+/// reads them.
+///
+/// # Errors
+/// EBUSY when the layer below is gone; those of system calls and of SQLite.
 pub fn freeze_running(locked: &mut LockedBox<'_>, state: &RunningState) -> Result<FrozenDisk> {
     let base = locked.store.home().base_disk(&base_id()?);
     let file = &state.image.file;
@@ -75,8 +82,9 @@ pub fn freeze_running(locked: &mut LockedBox<'_>, state: &RunningState) -> Resul
     })
 }
 
-/// The state of a running box's disk, written out as an image in the workspace.
+/// The state of a running box's disk, written as an image in the workspace.
 pub struct RunningState {
+    /// The image.
     pub image: FlattenedLayers,
     /// Virtual size in bytes.
     pub virtual_size: u64,

@@ -17,8 +17,12 @@ use crate::store::layers::bases::now;
 use crate::store::layers::frozen::{Frozen, FrozenDisk};
 use crate::{Context, Error, Result};
 
-/// The name of a snapshot's layer that may go: in the directory BoxLite would remove, that of the
-/// row's path, where it is one of this box's. Adopted first if any chain names it.
+/// Returns the path of a snapshot's layer that may be removed: the path in the row if it is in this
+/// box's snapshots, otherwise the path in the directory that BoxLite would remove. Adopts the layer
+/// if any chain names it.
+///
+/// # Errors
+/// Those of [`adopt`].
 pub fn unread_layer(locked: &mut LockedBox<'_>, snapshot: &SnapshotRecord) -> Result<PathBuf> {
     let home = &locked.store.home();
     let recorded = locked.store.exports.disks.snapshot_layer(snapshot);
@@ -32,7 +36,11 @@ pub fn unread_layer(locked: &mut LockedBox<'_>, snapshot: &SnapshotRecord) -> Re
     Ok(layer)
 }
 
-/// Marks the directory of a snapshot's layer, whose row is about to go or to name another.
+/// Marks the directory of a snapshot's layer whose row is about to be removed or to name another
+/// directory.
+///
+/// # Errors
+/// Those of system calls.
 pub fn mark_unrecorded_snapshot(layer: &Path) -> Result<()> {
     match layer.parent() {
         Some(dir) if dir.is_dir() => mark_unrecorded(dir),
@@ -40,7 +48,10 @@ pub fn mark_unrecorded_snapshot(layer: &Path) -> Result<()> {
     }
 }
 
-/// EEXIST when the box has a snapshot of that name, or a directory that would be in its way.
+/// Refuses a name that a snapshot of the box or a directory in its place has.
+///
+/// # Errors
+/// EEXIST, and those of SQLite.
 pub fn refuse_taken(locked: &LockedBox<'_>, name: &str) -> Result<()> {
     if locked
         .snapshots()?
@@ -50,7 +61,7 @@ pub fn refuse_taken(locked: &LockedBox<'_>, name: &str) -> Result<()> {
         return Err(Error::new(
             libc::EEXIST,
             format!(
-                "box {} has a snapshot {name} already",
+                "box {} already has a snapshot {name}",
                 display_name(&locked.record)
             ),
         ));
@@ -64,7 +75,7 @@ pub fn refuse_taken(locked: &LockedBox<'_>, name: &str) -> Result<()> {
         return Err(Error::new(
             libc::EEXIST,
             format!(
-                "{} is there without a snapshot of that name; look at it with boxlitefs check",
+                "{} exists, but no snapshot has that name; run boxlitefs check to see what it is",
                 dir.display()
             ),
         ));
@@ -72,11 +83,14 @@ pub fn refuse_taken(locked: &LockedBox<'_>, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Makes a snapshot of a frozen state and returns its id. Without `created_at` it is of now.
+/// Makes a snapshot of a frozen state and returns its id. Without `created_at`, its time is now.
 ///
-/// Order: the directory, the layer's further name in it, the row. A crash before the row leaves
-/// a directory without one, whose layer has another name: recovery unlinks it. Beside a runtime nobody
-/// does later: then it goes at once.
+/// Order: the directory, the layer's name in it, the row. A crash before the row leaves a directory
+/// without one, whose layer has another name: recovery unlinks it. Shared access runs no recovery,
+/// so a failure beside a runtime removes the directory here.
+///
+/// # Errors
+/// Those of system calls and of SQLite.
 pub fn name_layer(
     locked: &mut LockedBox<'_>,
     frozen: &FrozenDisk,
@@ -84,36 +98,41 @@ pub fn name_layer(
     name: &str,
     created_at: Option<i64>,
 ) -> Result<String> {
-    // By its mark recovery knows a directory whose name no snapshot has.
-    let is_beside = locked.change.is_shared();
-    let marked = is_beside.then(|| marked_dir(locked.store)).transpose()?;
+    // The mark tells recovery that the directory, whose name no snapshot has, is ours.
+    let is_shared = locked.change.is_shared();
+    let marked = is_shared.then(|| marked_dir(locked.store)).transpose()?;
     locked.change.begin_exclusive()?;
     let path = snapshot_place(locked, &place_of(locked, name, id), marked.as_deref())?;
     crash_point("snapshot.directory");
-    let named = match &frozen.layer {
+    let linked = match &frozen.layer {
         Frozen::Base { path: base } => durable::link(base, &path),
-        // An empty overlay on an image: the snapshot is a copy of it, a few clusters long.
+        // The layer is an empty overlay on an image: copy it, a few clusters.
         Frozen::Below { .. } => copy_empty_overlay(locked, frozen, &path),
     };
     crash_point("snapshot.linked");
-    let recorded = named
+    let recorded = linked
         .and_then(|()| record_snapshot(locked, id, name, &path, frozen.virtual_size, created_at));
     settle_place(locked, &path, recorded)
 }
 
-/// Takes the mark, if there is one, from the directory of a snapshot that was recorded. Beside a runtime
-/// the directory goes if it was not.
+/// Removes the mark, if there is one, from the directory of a recorded snapshot. If the snapshot
+/// was not recorded, removes the directory beside a runtime; otherwise recovery does. Returns
+/// `recorded`.
+///
+/// # Errors
+/// That of `recorded`, and those of removing the mark.
 pub fn settle_place<T>(locked: &LockedBox<'_>, path: &Path, recorded: Result<T>) -> Result<T> {
     match &recorded {
         Ok(_) => durable::unlink(&path.with_file_name(UNRECORDED))?,
-        Err(_) if locked.change.is_shared() => take_place_back(locked, path),
+        Err(_) if locked.change.is_shared() => remove_place(locked, path),
         Err(_) => {}
     }
     recorded
 }
 
-/// Removes the directory of a snapshot that was not recorded. What can't be removed is for recovery.
-fn take_place_back(locked: &LockedBox<'_>, path: &Path) {
+/// Removes the directory of a snapshot that was not recorded. Recovery removes what can't be
+/// removed now.
+fn remove_place(locked: &LockedBox<'_>, path: &Path) {
     let mark = path.with_file_name(UNRECORDED);
     let removed = durable::unlink(path).and_then(|()| durable::unlink(&mark));
     if let Err(error) = removed.and_then(|()| path.parent().map_or(Ok(()), durable::remove_dir)) {
@@ -121,32 +140,37 @@ fn take_place_back(locked: &LockedBox<'_>, path: &Path) {
     }
 }
 
-/// The name of a snapshot's directory. Beside a runtime one that BoxLite, asked for a snapshot of the same
-/// name at that moment, does not use: it puts the live disk there, over this one, or where this one
-/// would be taken back from.
+/// Returns the name of a snapshot's directory. Beside a runtime it is one that BoxLite does not use
+/// when it is asked for a snapshot of the same name at that moment: BoxLite would move the live
+/// disk there, over this layer or into a directory that is about to be removed.
 pub fn place_of(locked: &LockedBox<'_>, name: &str, id: &str) -> String {
-    match locked.change.is_shared() {
-        true => format!(".{id}"),
-        false => name.to_owned(),
+    if locked.change.is_shared() {
+        format!(".{id}")
+    } else {
+        name.to_owned()
     }
 }
 
-/// `snapshots/PLACE/disk.qcow2`, its directories made; `ready` is a directory to be moved there.
+/// Makes the directories of `snapshots/PLACE/disk.qcow2` and returns that path. `prepared` is a
+/// directory to move to the place, if given.
+///
+/// # Errors
+/// Those of system calls.
 pub fn snapshot_place(
     locked: &LockedBox<'_>,
     place: &str,
-    ready: Option<&Path>,
-) -> Result<std::path::PathBuf> {
+    prepared: Option<&Path>,
+) -> Result<PathBuf> {
     let home = &locked.store.home();
     let snapshots = home.snapshots_dir(&locked.record.id);
     if !snapshots.is_dir() {
         home.make_dir(&snapshots)?;
     }
-    // Also where it is there: who made it may not have come to flush that, or it failed.
+    // An existing directory may not be flushed: its maker was killed, or the flush failed.
     durable::sync_dir(&home.box_dir(&locked.record.id))?;
     let dir = snapshots.join(place);
-    match ready {
-        Some(ready) => durable::rename(ready, &dir)?,
+    match prepared {
+        Some(prepared) => durable::rename(prepared, &dir)?,
         None => {
             home.make_dir(&dir)?;
             durable::sync_dir(&snapshots)?;
@@ -168,15 +192,18 @@ fn copy_empty_overlay(locked: &LockedBox<'_>, frozen: &FrozenDisk, path: &Path) 
     durable::rename(&copy, path)
 }
 
-/// The time of a snapshot that is made now: later than those of all that the box has, though
-/// there be several in a second. Both BoxLite and tools that go by times see which one is the
-/// newest.
+/// Returns the time of a snapshot made now. It is later than that of every snapshot the box has,
+/// even with several in one second, so that BoxLite and tools that go by times agree on the newest.
 fn next_time(locked: &LockedBox<'_>) -> Result<i64> {
     let newest = locked.snapshots()?.iter().map(|it| it.shown_at).max();
     Ok(newest.map_or(now(), |newest| now().max(newest.saturating_add(1))))
 }
 
-/// The row of a snapshot whose layer is in place.
+/// Records a snapshot whose layer is in place, and returns its id. Without `created_at`, its time
+/// is now.
+///
+/// # Errors
+/// Those of reading the layer and of SQLite.
 pub fn record_snapshot(
     locked: &mut LockedBox<'_>,
     id: &str,
@@ -206,7 +233,10 @@ pub fn record_snapshot(
     Ok(row.id)
 }
 
-/// A directory in the workspace for a snapshot whose row is still to come.
+/// Makes a marked directory in the workspace for a snapshot that is not recorded yet.
+///
+/// # Errors
+/// Those of system calls.
 pub fn marked_dir(store: &Store) -> Result<Scratch> {
     let dir = store.workspace().scratch("snapshot")?;
     store.home().make_dir(&dir)?;
@@ -214,8 +244,8 @@ pub fn marked_dir(store: &Store) -> Result<Scratch> {
     Ok(dir)
 }
 
-/// Removes the marked directory a snapshot was in. That something else lies in it takes nothing
-/// back.
+/// Removes the marked directory of a former snapshot. If other files are in it, they stay and
+/// nothing is undone.
 pub fn remove_snapshot_dir(store: &Store, dir: Option<&Path>) {
     if let Some(dir) = dir
         && let Err(error) =
@@ -223,6 +253,6 @@ pub fn remove_snapshot_dir(store: &Store, dir: Option<&Path>) {
     {
         store
             .events()
-            .info(&format!("{error}; the rest is left there"));
+            .info(&format!("{error}; its other files are left there"));
     }
 }

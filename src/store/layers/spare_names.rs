@@ -1,4 +1,4 @@
-//! The [spare names](super::spares) that there are.
+//! Spare names of bases; [`put_back`](super::put_back) says what they are for.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::files::workspace::Workspace;
 use crate::home::Home;
 use crate::{Context, Result};
 
-/// Every spare name at one moment.
+/// All spare names at one moment.
 #[derive(Default)]
 pub struct Spares {
     names: Vec<Spare>,
@@ -21,31 +21,31 @@ pub struct Spares {
     by_base: HashMap<PathBuf, usize>,
 }
 
-/// One of them.
+/// A spare name.
 #[derive(Clone, Debug)]
 pub struct Spare {
     /// `.boxlitefs/layers/ID.qcow2`.
     pub path: PathBuf,
-    /// `bases/ID.qcow2`, whether that is there or not.
+    /// `bases/ID.qcow2`, whether it exists or not.
     pub base: PathBuf,
-    /// The file.
+    /// The inode.
     pub id: FileId,
-    /// Bytes it takes on the disk.
+    /// Bytes allocated on the disk.
     pub allocated: u64,
 }
 
 impl Spares {
-    /// All spare names.
+    /// Returns all spare names.
     pub fn all(&self) -> &[Spare] {
         &self.names
     }
 
-    /// How many of a file's names are spare ones.
+    /// Returns how many of a file's names are spare names.
     pub fn count_of(&self, id: FileId) -> u64 {
         self.by_id.get(&id).map_or(0, |count| *count as u64)
     }
 
-    /// The spare name of a base.
+    /// Returns the spare name of a base, if it has one.
     pub fn of_base(&self, base: &Path) -> Option<&Spare> {
         self.by_base
             .get(base)
@@ -59,33 +59,37 @@ impl Spares {
     }
 }
 
-/// Kept with the layers they are names of.
+/// Spare names, shared by the layer graphs that one scan led to.
 pub type SharedSpares = Arc<Spares>;
 
-/// The further names of layers of ours, below `.boxlitefs/layers/`.
+/// Makes, renews and removes the spare names below `.boxlitefs/layers/`.
 pub struct SpareNames {
     home: Arc<Home>,
     workspace: Arc<Workspace>,
 }
 
 impl SpareNames {
-    /// Returns those of a home.
+    /// Returns the spare names of a home.
     pub fn new(home: Arc<Home>, workspace: Arc<Workspace>) -> SpareNames {
         SpareNames { home, workspace }
     }
 
+    /// Returns the directory of the spare names.
     pub fn dir(&self) -> PathBuf {
         self.home.staging_dir().join("layers")
     }
 
-    /// The spare name of a base.
+    /// Returns the path of the spare name of a base; None for a file outside of `bases/`.
     pub fn of(&self, base: &Path) -> Option<PathBuf> {
         (base.parent() == Some(self.home.bases_dir().as_path()))
             .then(|| Some(self.dir().join(base.file_name()?)))?
     }
 
-    /// Every spare name. What is no regular file, or belongs to somebody else than the home, is none: a
-    /// mount may be root's.
+    /// Lists every spare name. Skips what is not a regular file, and files of another owner than
+    /// the home's: the mount may run as root.
+    ///
+    /// # Errors
+    /// Those of reading the directory.
     pub fn scan(&self) -> Result<Spares> {
         let mut spares = Spares::default();
         let dir = self.dir();
@@ -109,24 +113,24 @@ impl SpareNames {
         Ok(spares)
     }
 
-    /// Gives a base of ours its spare name, if it has not got it. What can't be done is done without.
+    /// Gives a base of ours its spare name, if it has none. A failure is only logged.
     pub fn keep(&self, base: &Path) {
         if let Err(error) = self.renew(base) {
-            log::info!("{} has no spare name: {error}", base.display());
+            log::info!("cannot give {} a spare name: {error}", base.display());
         }
     }
 
-    /// Has the spare name of a base be one of the file that the base is now.
+    /// Makes the spare name of a base a name of the base's present file.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// Those of system calls.
     pub fn renew(&self, base: &Path) -> Result<()> {
         let Some(spare) = self.of(base) else {
             return Ok(());
         };
         let id = FileId::at(base)?;
         let is_there = match FileId::at(&spare) {
-            Ok(found) if found == id => return Ok(()),
+            Ok(current) if current == id => return Ok(()),
             Ok(_) => true,
             Err(_) => false,
         };
@@ -149,11 +153,11 @@ impl SpareNames {
         self.home.make_dir(&dir)
     }
 
-    /// Has the spare name of a base whose file is another now follow it, on disk when this returns: what the
-    /// old file read from is about to go.
+    /// Makes the spare name of a base whose file was replaced follow it, or removes it. The result
+    /// is durable when this returns: the layers that the old file read are about to be freed.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// Those of system calls.
     pub fn follow(&self, base: &Path) -> Result<()> {
         let Some(spare) = self.of(base) else {
             return Ok(());
@@ -167,16 +171,16 @@ impl SpareNames {
         }
     }
 
-    /// Takes the spare name from a base that is about to become a live disk; on disk when this returns.
+    /// Removes the spare name of a base that is about to become a live disk, durably.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// Those of system calls.
     pub fn drop_durably(&self, base: &Path) -> Result<()> {
         self.of(base)
             .map_or(Ok(()), |spare| durable::unlink(&spare))
     }
 
-    /// Removes the spare name of a base that is freed. It need not be flushed: if a power loss brings
+    /// Removes the spare name of a base that is freed. No flush is needed: if a power loss brings
     /// the name back, no header refers to it.
     pub fn free(&self, base: &Path) {
         if let Some(spare) = self.of(base)

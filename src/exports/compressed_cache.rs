@@ -10,6 +10,7 @@ use crate::archive::{FrameSizes, Stream};
 use crate::exports::disks::Source;
 use crate::exports::plain::Contents;
 use crate::exports::production::Production;
+use crate::exports::recent::Recent;
 use crate::exports::spool::Spool;
 use crate::files::workspace::Workspace;
 use crate::home::{Catalog, Home};
@@ -139,7 +140,7 @@ impl CompressedArchives {
         cache
             .known
             .retain(|source, known| known.production.is_some() || source.is_in(catalog));
-        cache.used.retain(|source| source.is_in(catalog));
+        cache.recent.retain(|source| source.is_in(catalog));
     }
 
     /// Lets go of archives that nobody reads. False if there was none.
@@ -157,8 +158,8 @@ impl CompressedArchives {
 #[derive(Default)]
 pub(crate) struct CompressedCache {
     pub known: HashMap<Source, KnownArchive>,
-    /// Sources that were opened, the one opened last at the end.
-    pub used: Vec<Source>,
+    /// Sources that were opened.
+    pub recent: Recent<Source, KEPT_SIZES>,
     /// All archives being made, also those of states that are over.
     pub productions: Vec<Weak<Production>>,
     /// Bytes that spools being written have room for.
@@ -219,10 +220,8 @@ impl CompressedCache {
     }
 
     pub fn was_used(&mut self, source: &Source) {
-        self.used.retain(|used| used != source);
-        self.used.push(source.clone());
-        let old = self.used.len().saturating_sub(KEPT_SIZES);
-        for source in self.used.iter().take(old) {
+        self.recent.touch(source);
+        for source in self.recent.excess() {
             if let Some(known) = self.known.get_mut(source) {
                 known.sizes = None;
             }
@@ -239,7 +238,8 @@ impl CompressedCache {
 
     /// Lets go of the spool that was used least lately and that nobody reads.
     pub fn drop_oldest_spool(&mut self, but: &Source) -> bool {
-        for source in self.used.iter().filter(|source| *source != but) {
+        let oldest_first = self.recent.oldest_first().iter();
+        for source in oldest_first.filter(|source| *source != but) {
             if let Some(known) = self.known.get_mut(source)
                 && known
                     .spool

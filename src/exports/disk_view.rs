@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::disk::Chain;
 use crate::exports::disks::{Disks, Source};
+use crate::exports::recent::Recent;
 use crate::exports::states::{LayerStates, States};
 use crate::guest::{Caches, Guest};
 use crate::home::Catalog;
@@ -186,8 +187,8 @@ struct ViewCache {
     known: HashMap<Source, KeptView>,
     /// What was read of guests.
     caches: Arc<Caches>,
-    /// Sources that were looked into, the last one at the end.
-    used: Vec<Source>,
+    /// Sources that were looked into.
+    recent: Recent<Source, KEPT>,
 }
 
 /// Disk states that are looked into.
@@ -305,9 +306,9 @@ impl DiskViews {
     pub(crate) fn let_go_of_unused(&self) -> usize {
         let mut cache = self.cache.lock();
         cache.known.retain(|_, kept| kept.is_used());
-        let ViewCache { known, used, .. } = &mut *cache;
-        used.retain(|source| known.contains_key(source));
-        used.len()
+        let ViewCache { known, recent, .. } = &mut *cache;
+        recent.retain(|source| known.contains_key(source));
+        recent.oldest_first().len()
     }
 
     /// Whether anybody looks into a state.
@@ -319,7 +320,7 @@ impl DiskViews {
     pub(crate) fn forget_gone(&self, catalog: &Catalog) {
         let mut cache = self.cache.lock();
         cache.known.retain(|source, _| source.is_in(catalog));
-        cache.used.retain(|source| source.is_in(catalog));
+        cache.recent.retain(|source| source.is_in(catalog));
     }
 }
 
@@ -328,10 +329,8 @@ impl ViewCache {
         if let Some(kept) = self.known.get_mut(source) {
             kept.used = Instant::now();
         }
-        self.used.retain(|used| used != source);
-        self.used.push(source.clone());
-        while self.used.len() > KEPT {
-            let oldest = self.used.remove(0);
+        self.recent.touch(source);
+        while let Some(oldest) = self.recent.evict() {
             self.known.remove(&oldest);
         }
     }

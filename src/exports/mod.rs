@@ -10,6 +10,7 @@ mod disks;
 mod paused_copy;
 mod plain;
 mod production;
+mod recent;
 mod shared;
 mod spool;
 mod spooling;

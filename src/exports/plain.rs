@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use crate::archive::{About, Export};
 use crate::disk::{Chain, LONGEST_TICK};
 use crate::exports::disks::{Disks, Source};
+use crate::exports::recent::Recent;
 use crate::exports::states::{LayerStates, States};
 use crate::home::{BoxRecord, Catalog, Remembered};
 use crate::progress::Foreground;
@@ -26,8 +27,8 @@ const KEPT_PLANS: usize = 8;
 #[derive(Default)]
 struct PlanCache {
     known: HashMap<Source, PlannedExport>,
-    /// Sources with a plan, the one used last at the end.
-    kept: Vec<Source>,
+    /// Sources with a plan.
+    recent: Recent<Source, KEPT_PLANS>,
 }
 
 struct PlannedExport {
@@ -290,14 +291,14 @@ impl PlainExports {
     pub fn forget_gone(&self, catalog: &Catalog) {
         let mut exports = self.cache.lock();
         exports.known.retain(|source, _| source.is_in(catalog));
-        exports.kept.retain(|source| source.is_in(catalog));
+        exports.recent.retain(|source| source.is_in(catalog));
     }
 
     /// Lets go of the plans that nobody reads, and with them of the open layers. Returns how many there
     /// were, and are.
     pub(crate) fn let_go_of_unread(&self) -> usize {
         let mut exports = self.cache.lock();
-        let kept_before = exports.kept.len();
+        let plans_before = exports.recent.oldest_first().len();
         for known in exports.known.values_mut() {
             if known
                 .plan
@@ -307,9 +308,9 @@ impl PlainExports {
                 known.plan = None;
             }
         }
-        let PlanCache { known, kept } = &mut *exports;
-        kept.retain(|source| known.get(source).is_some_and(|known| known.plan.is_some()));
-        kept_before
+        let PlanCache { known, recent } = &mut *exports;
+        recent.retain(|source| known.get(source).is_some_and(|known| known.plan.is_some()));
+        plans_before
     }
 
     /// Whether anybody reads an export.
@@ -338,10 +339,8 @@ fn unreadable(top: &Path, record: &BoxRecord, size: u64) -> Result<Contents> {
 impl PlanCache {
     /// Notes that a plan was used, and lets go of those not used for long.
     fn used(&mut self, source: &Source) {
-        self.kept.retain(|kept| kept != source);
-        self.kept.push(source.clone());
-        while self.kept.len() > KEPT_PLANS {
-            let oldest = self.kept.remove(0);
+        self.recent.touch(source);
+        while let Some(oldest) = self.recent.evict() {
             if let Some(known) = self.known.get_mut(&oldest) {
                 known.plan = None;
             }

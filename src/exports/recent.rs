@@ -1,8 +1,9 @@
 //! Keys in the order of their last use.
 
-/// A list of keys by last use, and how many of them are within the limit of a cache.
+/// A list of keys by last use, with a limit.
 ///
-/// The list drops nothing by itself: what happens to a key beyond the limit is up to the cache.
+/// The list never removes a key by itself. Each cache decides what it drops for a key beyond the
+/// limit, and whether that key stays in the list.
 pub(crate) struct Recent<K, const LIMIT: usize> {
     /// Each key once, the least recently used first.
     keys: Vec<K>,

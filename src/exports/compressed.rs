@@ -1,9 +1,9 @@
-//! A disk state as a compressed archive: whose size is known, those being made, and those kept.
+//! Disk states as compressed archives.
 //!
-//! The size of a compressed archive is known only after compressing. So whoever opens one waits until
-//! it is: remembered, worked out from frames seen before, or made as a whole. What is made as a whole
-//! is kept in a spool, a file without a name in the workspace, as long as the state lasts and the
-//! cache has room; what is not is made again where it is read.
+//! The size of a compressed archive is known only after compressing, so opening one waits for it.
+//! The size is remembered from before, or computed from the sizes of frames seen before, or the
+//! whole archive is made. A whole archive is kept in a spool, an unnamed file in the workspace,
+//! while the state lasts and the cache has room. Without a spool, frames are made as they are read.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +20,9 @@ use crate::exports::compressed_cache::{CacheUsage, CompressedArchives, KnownArch
 use crate::exports::disks::Source;
 use crate::exports::paused_copy::PausedCopies;
 use crate::exports::plain::{Contents, Form, PlainExports};
-use crate::exports::production::{LOOKED_AT, OpenedCompressed, Packed, Production, Turns, Waiter};
+use crate::exports::production::{
+    OpenedCompressed, POLL_INTERVAL, Packed, Production, Turns, Waiter, interrupted,
+};
 use crate::exports::spool::Spool;
 use crate::exports::spooling::Spooling;
 use crate::exports::states::States;
@@ -28,54 +30,55 @@ use crate::home::{Catalog, SizeCache};
 use crate::progress::Operations;
 use crate::{Error, Result};
 
-/// How long an unmount waits for what archives taught to be written down.
-const WRITTEN_DOWN: Duration = Duration::from_secs(2);
-/// Sizes learnt that are written down together.
-const LEARNT_TOGETHER: usize = 4096;
+/// How long an unmount waits for productions to write the sizes they found to disk.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// Frame sizes written to disk in one batch.
+const BATCH: usize = 4096;
 
-/// Sizes remembered on disk, and those learnt meanwhile.
-struct Sizes<'a> {
+/// The frame sizes of one production: those remembered on disk, and new ones.
+struct ProductionSizes<'a> {
     remembered: &'a SizeCache,
-    /// Whether the state they are of may be remembered.
+    /// Whether the disk's state may be remembered, and new sizes with it.
     is_lasting: bool,
-    learnt: Mutex<HashMap<FrameKey, u32>>,
+    new: Mutex<HashMap<FrameKey, u32>>,
 }
 
-impl Sizes<'_> {
-    fn write_down(&self, learnt: &mut HashMap<FrameKey, u32>) {
+impl ProductionSizes<'_> {
+    /// Writes new sizes to disk, unless the state must not be remembered.
+    fn flush(&self, new: &mut HashMap<FrameKey, u32>) {
         if !self.is_lasting {
             return;
         }
-        let frames: Vec<_> = learnt.drain().collect();
+        let frames: Vec<_> = new.drain().collect();
         self.remembered.put_frames(&frames);
     }
 }
 
-impl KnownSizes for Sizes<'_> {
+impl KnownSizes for ProductionSizes<'_> {
     fn size(&self, key: &FrameKey) -> Option<u32> {
-        let learnt = self.learnt.lock().get(key).copied();
-        learnt.or_else(|| self.remembered.frame(key))
+        let new = self.new.lock().get(key).copied();
+        new.or_else(|| self.remembered.frame(key))
     }
 
     fn learn(&self, key: FrameKey, size: u32) {
-        let mut learnt = self.learnt.lock();
-        learnt.insert(key, size);
-        if self.is_lasting && learnt.len() >= LEARNT_TOGETHER {
-            self.write_down(&mut learnt);
+        let mut new = self.new.lock();
+        new.insert(key, size);
+        if self.is_lasting && new.len() >= BATCH {
+            self.flush(&mut new);
         }
     }
 }
 
-impl Drop for Sizes<'_> {
+impl Drop for ProductionSizes<'_> {
     fn drop(&mut self) {
-        let mut learnt = std::mem::take(&mut *self.learnt.lock());
-        if !learnt.is_empty() {
-            self.write_down(&mut learnt);
+        let mut new = std::mem::take(&mut *self.new.lock());
+        if !new.is_empty() {
+            self.flush(&mut new);
         }
     }
 }
 
-/// Compressed archives of disk states.
+/// Opens disk states as compressed archives, and makes and caches these.
 pub struct CompressedExports {
     copies: Arc<PausedCopies>,
     plain: Arc<PlainExports>,
@@ -87,6 +90,7 @@ pub struct CompressedExports {
 }
 
 impl CompressedExports {
+    /// Returns the compressed form of these exports. The finished archives go into `archives`.
     pub(crate) fn new(
         copies: Arc<PausedCopies>,
         plain: Arc<PlainExports>,
@@ -106,8 +110,9 @@ impl CompressedExports {
         }
     }
 
-    /// What a compressed archive's bytes are of; None when the box has no disk yet. The size is exact
-    /// once it is known, else the last known one, else that of the plain archive. Never waits.
+    /// Returns what a compressed archive contains; None when the box has no disk yet. The size is
+    /// the exact one if known, else that of the last state, else that of the plain archive. Never
+    /// waits.
     ///
     /// # Errors
     /// As [`PausedCopies::contents`].
@@ -116,24 +121,24 @@ impl CompressedExports {
             return Ok(None);
         };
         let mut cache = self.archives.lock();
-        let known = cache
-            .known
-            .entry(source.clone())
-            .or_insert(KnownArchive::of(plain));
-        known.become_of(plain);
-        if !known.is_looked_up {
-            known.is_looked_up = true;
+        let archive = cache.entry(source, plain);
+        if !archive.is_looked_up {
+            archive.is_looked_up = true;
             let key = self.plain.planned_key(source, &plain);
             let size = key.and_then(|key| {
                 let key = compressed_key(self.archives.level(), &key);
                 self.remembered.archive_size(&key)
             });
-            known.size = size.or(known.size);
+            archive.size = size.or(archive.size);
         }
-        Ok(Some(plain.with_size(known.size.unwrap_or(plain.size))))
+        Ok(Some(plain.with_size(archive.size.unwrap_or(plain.size))))
     }
 
-    /// Opens a compressed archive and answers `waiter`, at once or when its exact size is known.
+    /// Opens a compressed archive. Answers `waiter` at once, or as soon as the exact size is known.
+    ///
+    /// # Errors
+    /// The answer fails as [`PausedCopies::open`] does; with EINTR when the waiter dies or the
+    /// mount ends; and with EIO when the disk changes meanwhile.
     pub fn open(self: &Arc<Self>, source: &Source, waiter: Waiter) {
         let go_on = || !(waiter.is_dying)();
         let opened = self.copies.open(source, Form::Compressed, &go_on);
@@ -148,6 +153,8 @@ impl CompressedExports {
         }
     }
 
+    /// Answers `waiter` if the size is known. Otherwise joins the production under way, or starts
+    /// one.
     fn pack(
         self: &Arc<Self>,
         source: &Source,
@@ -157,29 +164,25 @@ impl CompressedExports {
     ) {
         loop {
             let mut cache = self.archives.lock();
-            let known = cache
-                .known
-                .entry(source.clone())
-                .or_insert(KnownArchive::of(plain));
-            known.become_of(plain);
-            if let Some(opened) = self.opened(known, &compressed, plain) {
-                cache.was_used(source);
+            let archive = cache.entry(source, plain);
+            if let Some(opened) = self.open_known(archive, &compressed, plain) {
+                cache.touch(source);
                 drop(cache);
                 return (waiter.answer)(Ok(opened));
             }
-            if let Some(production) = known.production.clone() {
+            if let Some(production) = archive.production.clone() {
                 match production.join(waiter) {
                     Ok(()) => return,
-                    Err(given_back) => waiter = given_back,
+                    Err(returned) => waiter = returned,
                 }
-                known.production = None;
+                archive.production = None;
                 continue;
             }
             let production = Arc::new(Production {
                 waiters: Mutex::new(Some(vec![waiter])),
                 closing: AtomicBool::new(false),
             });
-            known.production = Some(production.clone());
+            archive.production = Some(production.clone());
             cache.productions.retain(|other| other.strong_count() > 0);
             cache.productions.push(Arc::downgrade(&production));
             drop(cache);
@@ -187,33 +190,34 @@ impl CompressedExports {
         }
     }
 
-    /// The archive, if its size is known: kept, being read, or remembered.
-    fn opened(
+    /// Opens an archive of known size: from its spool, the stream that others read, or remembered
+    /// frame sizes. None if the size is not known.
+    fn open_known(
         &self,
-        known: &mut KnownArchive,
+        archive: &mut KnownArchive,
         compressed: &Arc<Compressed>,
         plain: Contents,
     ) -> Option<OpenedCompressed> {
-        if known.wrong.load(Ordering::Relaxed) {
+        if archive.wrong.load(Ordering::Relaxed) {
             self.remembered.forget_archive(&compressed.state_key());
-            *known = KnownArchive::of(plain);
+            *archive = KnownArchive::of(plain);
         }
-        let packed = match (&known.spool, known.stream.upgrade()) {
+        let packed = match (&archive.spool, archive.stream.upgrade()) {
             (Some(spool), _) => Packed::Spooled(spool.clone()),
             (None, Some(stream)) => Packed::Streamed(stream),
             (None, None) => {
-                let sizes = known.sizes.clone().or_else(|| {
+                let sizes = archive.sizes.clone().or_else(|| {
                     let bytes = self.remembered.archive(&compressed.state_key())?;
                     FrameSizes::from_bytes(compressed, &bytes).map(Arc::new)
                 })?;
                 let stream = Arc::new(Stream::new(compressed.clone(), sizes.clone()));
-                known.stream = Arc::downgrade(&stream);
-                known.wrong = stream.is_wrong();
-                known.sizes = Some(sizes);
+                archive.stream = Arc::downgrade(&stream);
+                archive.wrong = stream.is_wrong();
+                archive.sizes = Some(sizes);
                 Packed::Streamed(stream)
             }
         };
-        known.size = Some(packed.size());
+        archive.size = Some(packed.size());
         Some(OpenedCompressed {
             contents: plain.with_size(packed.size()),
             packed,
@@ -221,6 +225,8 @@ impl CompressedExports {
         })
     }
 
+    /// Runs a production in a thread of its own. Answers its waiters with an error if that can't
+    /// start.
     fn start(
         self: &Arc<Self>,
         source: Source,
@@ -229,12 +235,12 @@ impl CompressedExports {
         production: Arc<Production>,
     ) {
         let exports = self.clone();
-        let over = production.clone();
+        let not_started = production.clone();
         let started = std::thread::Builder::new()
             .name("compress".into())
             .spawn(move || exports.run(&source, &compressed, plain, &production));
         if let Err(error) = started {
-            let waiters = over.waiters.lock().take();
+            let waiters = not_started.waiters.lock().take();
             let error = Error::io("cannot start a thread to compress", error);
             for waiter in waiters.unwrap_or_default() {
                 (waiter.answer)(Err(error.again()));
@@ -242,7 +248,7 @@ impl CompressedExports {
         }
     }
 
-    /// Finds out how large the archive is, and answers those who wait.
+    /// Finds the size of an archive and answers the waiters of its production.
     fn run(
         &self,
         source: &Source,
@@ -250,33 +256,40 @@ impl CompressedExports {
         plain: Contents,
         production: &Production,
     ) {
-        let sizes = Sizes {
+        let sizes = ProductionSizes {
             remembered: &self.remembered,
             is_lasting: self.states.is_lasting(compressed.export().chain()),
-            learnt: Mutex::default(),
+            new: Mutex::default(),
         };
         let made =
             not_panicking(|| self.make(source, compressed, &sizes, &|| production.goes_on()));
         let (waiters, opened) = {
             let mut cache = self.archives.lock();
             let waiters = production.waiters.lock().take().unwrap_or_default();
-            cache.is_over(source, production);
+            cache.remove_production(source, production);
             let opened = made.and_then(|(frames, spool)| {
-                let known = cache
-                    .known
+                let archive = cache
+                    .archives
                     .entry(source.clone())
                     .or_insert(KnownArchive::of(plain));
-                let is_current = known.plain == plain;
-                // Of a state that is over by now, they are for those who waited, and kept no longer.
-                let mut old = KnownArchive::of(plain);
-                let known = if is_current { known } else { &mut old };
-                known.sizes = Some(frames.clone());
-                known.spool = spool;
-                let gone = || Error::damaged("the compressed archive is gone");
-                let open = |_: &Waiter| self.opened(known, compressed, plain).ok_or_else(gone);
+                let is_current = archive.plain == plain;
+                // An archive of a past state goes to the waiters, and is not kept.
+                let mut past = KnownArchive::of(plain);
+                let archive = if is_current { archive } else { &mut past };
+                archive.sizes = Some(frames.clone());
+                archive.spool = spool;
+                let wrong_sizes = || {
+                    Error::damaged(
+                        "the frame sizes of the compressed archive proved wrong; open it again",
+                    )
+                };
+                let open = |_: &Waiter| {
+                    self.open_known(archive, compressed, plain)
+                        .ok_or_else(wrong_sizes)
+                };
                 let opened: Result<Vec<OpenedCompressed>> = waiters.iter().map(open).collect();
                 if is_current {
-                    cache.was_used(source);
+                    cache.touch(source);
                 }
                 Ok((frames, opened?))
             });
@@ -287,7 +300,7 @@ impl CompressedExports {
                 for (waiter, opened) in waiters.into_iter().zip(opened) {
                     (waiter.answer)(Ok(opened));
                 }
-                // Nobody waits for this.
+                // After the answers, so that no waiter is delayed by it.
                 if self.states.is_lasting(compressed.export().chain()) {
                     self.remembered.put_archive(
                         &compressed.state_key(),
@@ -305,20 +318,21 @@ impl CompressedExports {
         }
     }
 
+    /// Returns the frame sizes of an archive and, if the whole archive had to be made and could be
+    /// kept, its spool.
     fn make(
         &self,
         source: &Source,
         compressed: &Compressed,
-        sizes: &Sizes<'_>,
+        sizes: &ProductionSizes<'_>,
         go_on: &dyn Fn() -> bool,
     ) -> Result<(Arc<FrameSizes>, Option<Arc<Spool>>)> {
-        let gone = || Error::new(libc::EINTR, "interrupted while waiting");
-        let _turn = self.turns.take(go_on).ok_or_else(gone)?;
+        let _turn = self.turns.take(go_on).ok_or_else(interrupted)?;
         if let Some(frames) = measure(compressed, sizes, go_on)? {
             return Ok((Arc::new(frames), None));
         }
-        let what = format!("compression of {}", self.plain.describe(source));
-        let operation = self.operations.begin(what, Some(compressed.export().len()));
+        let name = format!("compression of {}", self.plain.describe(source));
+        let operation = self.operations.begin(name, Some(compressed.export().len()));
         let mut ends = compressed.frame_ends();
         let mut spooling = Spooling::begin(&self.archives, source);
         let frames = produce(compressed, sizes, go_on, &mut |bytes| {
@@ -331,8 +345,8 @@ impl CompressedExports {
         Ok((Arc::new(frames), spooling.finish()))
     }
 
-    /// Remembers the checksum of an export's disk, if it is known, and the disk in a state that
-    /// can't change unseen.
+    /// Remembers the checksum of an export's disk, if it is known and the disk's state may be
+    /// remembered.
     pub fn note_digest(&self, export: &crate::archive::Export) {
         let Some(digest) = export
             .digest()
@@ -344,40 +358,40 @@ impl CompressedExports {
         if self.remembered.digest(&key) == Some(digest) {
             return;
         }
-        // What it is of has to be on disk first: a loss of power that takes some of a guest's writes, and not
-        // the time of the last, would leave a checksum of what is not there any more.
+        // Flush the layers first. A power loss could drop some of the guest's writes but keep the
+        // time of the last one: then the remembered checksum would not match the disk.
         let mut layers = export.chain().layers().iter();
         if layers.all(|layer| layer.file().sync_data().is_ok()) {
             self.remembered.put_digest(&key, &digest);
         }
     }
 
-    /// Returns what finished archives take, and may take.
+    /// Returns how much disk space finished archives take, and may take.
     pub fn usage(&self) -> CacheUsage {
         self.archives.usage()
     }
 
-    /// Lets go of archives of states that are gone.
+    /// Drops the archives of disk states that are not in `catalog`.
     pub(crate) fn forget_gone(&self, catalog: &Catalog) {
         self.archives.forget_gone(catalog);
     }
 
-    /// Lets go of archives that nobody reads. Returns whether there were any.
+    /// Drops the spools without readers. Returns whether there were any.
     pub(crate) fn drop_unread(&self) -> bool {
         self.archives.drop_unread()
     }
 
-    /// Answers all who wait for a compressed archive, makes none any more, and lets those that are
-    /// made already write down what they learnt; that is over in a moment, and waited for no longer
-    /// than [`WRITTEN_DOWN`].
+    /// Ends all productions and answers their waiters with EINTR. Returns when the productions have
+    /// written the sizes they found to disk, which is quick, or after [`FLUSH_TIMEOUT`].
     pub fn stop(&self) {
         let productions = std::mem::take(&mut self.archives.lock().productions);
         for production in productions.iter().filter_map(Weak::upgrade) {
             production.closing.store(true, Ordering::Relaxed);
         }
         let began = Instant::now();
-        while productions.iter().any(|it| it.strong_count() > 0) && began.elapsed() < WRITTEN_DOWN {
-            std::thread::sleep(LOOKED_AT);
+        let is_running = |production: &Weak<Production>| production.strong_count() > 0;
+        while productions.iter().any(is_running) && began.elapsed() < FLUSH_TIMEOUT {
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Compressed archives that were looked at: whose size is known, those being made, and those kept.
+//! The cache of compressed archives: their sizes, the productions under way, and finished archives.
 
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
@@ -10,13 +10,15 @@ use crate::archive::{FrameSizes, Stream};
 use crate::exports::disks::Source;
 use crate::exports::plain::Contents;
 use crate::exports::production::Production;
+use crate::exports::recent::Recent;
 use crate::exports::spool::Spool;
 use crate::files::workspace::Workspace;
 use crate::home::{Catalog, Home};
 
-/// Sizes of frames that are kept although nobody reads, for as many archives.
+/// Archives whose frame sizes are kept in memory without readers.
 const KEPT_SIZES: usize = 8;
-/// A spool leaves this part of the file system free (1 / 20): others need it more.
+/// A spool leaves one part in this many of the file system free, for uses that matter more than a
+/// cache.
 const LEFT_FREE: u64 = 20;
 
 /// How compressed archives are made and kept.
@@ -24,12 +26,12 @@ const LEFT_FREE: u64 = 20;
 pub struct Compression {
     /// zstd's level, 1 to 19.
     pub level: i32,
-    /// Most bytes of finished archives that are kept on disk.
+    /// Most bytes of finished archives to keep on disk; 0 keeps none.
     pub cache: u64,
 }
 
 impl Default for Compression {
-    /// Level 3, as BoxLite's own exports; 4 GiB.
+    /// Returns level 3, which BoxLite's own exports use, and a cache of 4 GiB.
     fn default() -> Self {
         Compression {
             level: 3,
@@ -38,20 +40,20 @@ impl Default for Compression {
     }
 }
 
-/// What finished archives and what was learnt from them take on disk.
+/// Disk space that finished archives, and the cache of sizes and checksums, take.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheUsage {
     /// Finished compressed archives that are kept.
     pub archives: usize,
-    /// Bytes that they, and those being written, take.
+    /// Bytes they take, including those set aside for archives being written.
     pub bytes: u64,
-    /// Most bytes that they may take.
+    /// Most bytes they may take.
     pub limit: u64,
-    /// Bytes of `db/boxlitefs.db`.
+    /// Size of `db/boxlitefs.db` in bytes.
     pub remembered: u64,
 }
 
-/// The archives that are kept, and the room that they have.
+/// The cache of compressed archives, and the disk space it may use.
 pub(crate) struct CompressedArchives {
     home: Arc<Home>,
     workspace: Arc<Workspace>,
@@ -61,7 +63,7 @@ pub(crate) struct CompressedArchives {
 }
 
 impl CompressedArchives {
-    /// Returns an empty cache. Where a home is only looked at, no archive is kept.
+    /// Returns an empty cache. If `is_read_only`, it never keeps an archive on disk.
     pub fn new(
         home: Arc<Home>,
         workspace: Arc<Workspace>,
@@ -77,23 +79,23 @@ impl CompressedArchives {
         }
     }
 
-    /// Returns the level of compression.
+    /// Returns zstd's compression level, 1 to 19.
     pub fn level(&self) -> i32 {
         self.compression.level
     }
 
-    /// Returns the most bytes that the archives may take.
+    /// Returns how many bytes finished archives may take.
     pub fn limit(&self) -> u64 {
         self.compression.cache
     }
 
-    /// Locks the cache.
+    /// Locks the cache and returns its entries.
     pub fn lock(&self) -> MutexGuard<'_, CompressedCache> {
         self.cache.lock()
     }
 
-    /// Sets `more` bytes of the cache aside for a spool of `source`, by letting go of archives nobody
-    /// reads, those used least lately first. False if that is not enough.
+    /// Sets `more` bytes of the cache aside for a spool of `source`. Drops spools without readers
+    /// if needed, the least recently used first. Returns false if there is not enough space.
     pub fn make_room(&self, source: &Source, more: u64) -> bool {
         let space = self.home.space();
         if !space.is_ok_and(|space| space.available_bytes() >= more + space.bytes() / LEFT_FREE) {
@@ -109,78 +111,89 @@ impl CompressedArchives {
         true
     }
 
-    /// Returns a file without a name for an archive; None where none are kept.
+    /// Returns an unnamed file for a spool. None if this cache keeps no archives, or the file can't
+    /// be made.
     pub fn spool_file(&self) -> Option<std::fs::File> {
         if self.is_read_only || self.compression.cache == 0 {
             return None;
         }
         self.workspace
             .unnamed_file("compressed")
-            .inspect_err(|error| log::info!("compressed archives are not kept: {error}"))
+            .inspect_err(|error| {
+                log::info!(
+                    "this compressed archive is not kept, since its file can't be made: {error}"
+                )
+            })
             .ok()
     }
 
-    /// Returns what the archives take, and may take.
+    /// Returns how much disk space the archives take, and may take.
     pub fn usage(&self) -> CacheUsage {
         let remembered = std::fs::metadata(self.home.size_cache_file());
         let cache = self.lock();
-        let spools = cache.known.values().filter(|known| known.spool.is_some());
+        let archives = cache.archives.values();
         CacheUsage {
-            archives: spools.count(),
+            archives: archives.filter(|it| it.spool.is_some()).count(),
             bytes: cache.kept_bytes() + cache.growing,
             limit: self.compression.cache,
             remembered: remembered.map_or(0, |meta| meta.len()),
         }
     }
 
-    /// Lets go of compressed archives of states that are gone.
+    /// Drops the archives of disk states that are not in `catalog`, except those being made.
     pub fn forget_gone(&self, catalog: &Catalog) {
         let mut cache = self.lock();
         cache
-            .known
-            .retain(|source, known| known.production.is_some() || source.is_in(catalog));
-        cache.used.retain(|source| source.is_in(catalog));
+            .archives
+            .retain(|source, archive| archive.production.is_some() || source.is_in(catalog));
+        cache.recent.retain(|source| source.is_in(catalog));
     }
 
-    /// Lets go of archives that nobody reads. False if there was none.
+    /// Drops the spools without readers. Returns whether there were any.
     pub fn drop_unread(&self) -> bool {
         let mut cache = self.lock();
         let mut dropped = false;
-        while cache.drop_any_spool() {
+        while cache.drop_unread_spool() {
             dropped = true;
         }
         dropped
     }
 }
 
-/// Compressed archives that were looked at.
+/// The last compressed archive of each source.
 #[derive(Default)]
 pub(crate) struct CompressedCache {
-    pub known: HashMap<Source, KnownArchive>,
-    /// Sources that were opened, the one opened last at the end.
-    pub used: Vec<Source>,
-    /// All archives being made, also those of states that are over.
+    pub archives: HashMap<Source, KnownArchive>,
+    /// Sources whose archive was opened.
+    pub recent: Recent<Source, KEPT_SIZES>,
+    /// All productions under way, also those of past states.
     pub productions: Vec<Weak<Production>>,
-    /// Bytes that spools being written have room for.
+    /// Bytes set aside for spools being written.
     pub growing: u64,
 }
 
+/// What is known about one compressed archive.
 pub(crate) struct KnownArchive {
-    /// The plain archive it is of.
+    /// Contents of the plain archive that it compresses.
     pub plain: Contents,
-    /// Exact length of the compressed archive, once known; before, the last known one.
+    /// Length in bytes. Exact once the frame sizes are known; until then that of the last state.
     pub size: Option<u64>,
-    /// Whether it was looked up what is remembered of it.
+    /// Whether `size` was looked up in the cache on disk.
     pub is_looked_up: bool,
+    /// The size of each frame, once known.
     pub sizes: Option<Arc<FrameSizes>>,
+    /// The whole archive, if it is kept.
     pub spool: Option<Arc<Spool>>,
+    /// Makes frames as they are read; lives as long as its readers.
     pub stream: Weak<Stream>,
-    /// Whether `sizes` showed to be wrong: known longer than the stream, which goes with its readers.
+    /// Set by the stream when `sizes` proved wrong. It outlives the stream.
     pub wrong: Arc<AtomicBool>,
+    /// The production under way.
     pub production: Option<Arc<Production>>,
 }
 
 impl KnownArchive {
+    /// Returns an archive of these contents, about which nothing else is known.
     pub fn of(plain: Contents) -> KnownArchive {
         KnownArchive {
             plain,
@@ -194,62 +207,69 @@ impl KnownArchive {
         }
     }
 
-    /// Nothing but the last known size is of use for other contents.
-    pub fn become_of(&mut self, plain: Contents) {
-        if self.plain != plain {
-            let size = self.size;
-            *self = KnownArchive::of(plain);
-            self.size = size;
-        }
+    /// Drops the spool if it has no reader. Returns whether it did.
+    fn drop_spool_if_unread(&mut self) -> bool {
+        let is_unread = |spool: &mut Arc<Spool>| Arc::strong_count(spool) == 1;
+        self.spool.take_if(is_unread).is_some()
     }
 }
 
 impl CompressedCache {
+    /// Returns the archive of a source whose plain archive has these contents. If they changed,
+    /// only the last size is kept, as an estimate.
+    pub fn entry(&mut self, source: &Source, plain: Contents) -> &mut KnownArchive {
+        let archive = self
+            .archives
+            .entry(source.clone())
+            .or_insert(KnownArchive::of(plain));
+        if archive.plain != plain {
+            let size = archive.size;
+            *archive = KnownArchive::of(plain);
+            archive.size = size;
+        }
+        archive
+    }
+
+    /// Returns how many bytes all spools take.
     pub fn kept_bytes(&self) -> u64 {
-        let spools = self.known.values().filter_map(|known| known.spool.as_ref());
+        let archives = self.archives.values();
+        let spools = archives.filter_map(|archive| archive.spool.as_ref());
         spools.map(|spool| spool.size()).sum()
     }
 
-    /// A production ended, whatever came of it.
-    pub fn is_over(&mut self, source: &Source, production: &Production) {
-        if let Some(known) = self.known.get_mut(source) {
-            let this = |other: &Arc<Production>| std::ptr::eq(&**other, production);
-            known.production.take_if(|other| this(other));
+    /// Removes a production that ended, with or without success. A newer one of the same source
+    /// stays.
+    pub fn remove_production(&mut self, source: &Source, production: &Production) {
+        if let Some(archive) = self.archives.get_mut(source) {
+            let is_same = |other: &Arc<Production>| std::ptr::eq(&**other, production);
+            archive.production.take_if(|other| is_same(other));
         }
     }
 
-    pub fn was_used(&mut self, source: &Source) {
-        self.used.retain(|used| used != source);
-        self.used.push(source.clone());
-        let old = self.used.len().saturating_sub(KEPT_SIZES);
-        for source in self.used.iter().take(old) {
-            if let Some(known) = self.known.get_mut(source) {
-                known.sizes = None;
+    /// Makes the archive of `source` the most recently used one, and drops the frame sizes of
+    /// archives beyond the limit.
+    pub fn touch(&mut self, source: &Source) {
+        self.recent.touch(source);
+        for source in self.recent.excess() {
+            if let Some(archive) = self.archives.get_mut(source) {
+                archive.sizes = None;
             }
         }
     }
 
-    /// Lets go of a spool that nobody reads. False if there is none.
-    pub fn drop_any_spool(&mut self) -> bool {
-        let unread = |spool: &Arc<Spool>| Arc::strong_count(spool) == 1;
-        let mut known = self.known.values_mut();
-        let found = known.find(|known| known.spool.as_ref().is_some_and(unread));
-        found.is_some_and(|known| known.spool.take().is_some())
+    /// Drops one spool without readers. Returns false if there is none.
+    pub fn drop_unread_spool(&mut self) -> bool {
+        let mut archives = self.archives.values_mut();
+        archives.any(KnownArchive::drop_spool_if_unread)
     }
 
-    /// Lets go of the spool that was used least lately and that nobody reads.
+    /// Drops the least recently used spool without readers, except that of `but`. Returns false if
+    /// there is none.
     pub fn drop_oldest_spool(&mut self, but: &Source) -> bool {
-        for source in self.used.iter().filter(|source| *source != but) {
-            if let Some(known) = self.known.get_mut(source)
-                && known
-                    .spool
-                    .as_ref()
-                    .is_some_and(|spool| Arc::strong_count(spool) == 1)
-            {
-                known.spool = None;
-                return true;
-            }
-        }
-        false
+        let sources = self.recent.oldest_first().iter();
+        sources.filter(|source| *source != but).any(|source| {
+            let archive = self.archives.get_mut(source);
+            archive.is_some_and(KnownArchive::drop_spool_if_unread)
+        })
     }
 }

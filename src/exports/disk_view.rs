@@ -1,5 +1,5 @@
-//! A disk state opened to be looked into: the raw disk, and the guest's files in it. Opened once per
-//! state, then shared by all who look.
+//! Disk states opened as raw disks and guests' files. A disk is opened once per state; all its
+//! readers share it.
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::disk::Chain;
 use crate::exports::disks::{Disks, Source};
+use crate::exports::recent::Recent;
 use crate::exports::states::{LayerStates, States};
 use crate::guest::{Caches, Guest};
 use crate::home::Catalog;
@@ -20,15 +21,17 @@ use crate::{Error, Result};
 #[cfg(test)]
 use std::time::UNIX_EPOCH;
 
-/// States kept open although nobody has a file of them open.
-const KEPT: usize = 8;
+/// Disks kept open for the sources used last. A disk with an open file outlives its eviction.
+const KEPT_DISKS: usize = 8;
 
-/// A state that nobody has a file of open is let go of when nobody looked into it for so long: its
-/// layers can't be merged meanwhile, and their space does not come back.
-const UNUSED: Duration = Duration::from_secs(5);
+/// A disk without open files is closed after this time without use: while it is open, its layers
+/// can't be merged, and their space is not reclaimed.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// One state of a disk: what the inodes of files in it are numbered by. Small, and kept as long as the
-/// kernel knows one of them; what it takes to read them is an [`OpenDisk`].
+/// One state of a disk, which numbers the inodes of the files in it.
+///
+/// It is small, and is kept as long as the kernel knows one of these inodes. An [`OpenDisk`] holds
+/// what it takes to read the files.
 #[derive(Debug)]
 pub struct DiskState {
     source: Source,
@@ -38,7 +41,7 @@ pub struct DiskState {
 }
 
 impl DiskState {
-    /// `state` is the chain's [`States::state_number`].
+    /// Returns the state of a chain; `state` is its [`States::state_number`].
     fn of(source: &Source, chain: &Chain, state: u64) -> DiskState {
         let changed = chain.changed_at();
         let size = chain.virtual_size();
@@ -54,7 +57,7 @@ impl DiskState {
         }
     }
 
-    /// A state of no disk.
+    /// Returns a state with this number, of no disk.
     #[cfg(test)]
     pub fn numbered(number: u64) -> DiskState {
         DiskState {
@@ -67,22 +70,22 @@ impl DiskState {
         }
     }
 
-    /// What it is a state of.
+    /// Returns the box or snapshot it is a state of.
     pub fn source(&self) -> &Source {
         &self.source
     }
 
-    /// A number that other states have not, the same after a remount.
+    /// Returns the number of the state. No other state has it; it is the same after a remount.
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// When the disk changed last.
+    /// Returns when the disk last changed.
     pub fn changed(&self) -> SystemTime {
         self.changed
     }
 
-    /// Size of the disk in bytes.
+    /// Returns the size of the disk in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
@@ -114,12 +117,16 @@ impl Ord for DiskState {
     }
 }
 
-fn changed() -> Error {
-    Error::new(libc::ESTALE, "the disk changed since it was looked into")
+/// Returns the error for a file of a state that is not current any more.
+fn stale() -> Error {
+    Error::new(
+        libc::ESTALE,
+        "the disk changed after the file was looked up; open it again",
+    )
 }
 
-/// A disk state opened to be looked into. Its layers stay open, so that what happens to their names
-/// does not matter.
+/// A disk in one state, open for reading. It holds its layers open, so renaming or removing them
+/// does not affect it.
 pub struct OpenDisk {
     state: Arc<DiskState>,
     chain: Arc<Chain>,
@@ -129,12 +136,13 @@ pub struct OpenDisk {
 }
 
 impl OpenDisk {
-    /// Which state it is.
+    /// Returns the state the disk was opened in.
     pub fn state(&self) -> &Arc<DiskState> {
         &self.state
     }
 
-    /// Bytes of the disk that are somewhere in its layers; the rest is zeros.
+    /// Returns how many bytes of the disk are allocated in its layers; the rest is zeros. Counted
+    /// at the first call.
     ///
     /// # Errors
     /// EIO when a layer is damaged.
@@ -143,15 +151,15 @@ impl OpenDisk {
         allocated.as_ref().copied().map_err(Error::again)
     }
 
-    /// The disk's bytes.
+    /// Returns the layers that the disk's bytes are read from.
     pub fn chain(&self) -> &Chain {
         &self.chain
     }
 
-    /// What the guest has on the disk; looked at when it is first asked for.
+    /// Returns the guest's file systems, which the first call opens.
     ///
     /// # Errors
-    /// EIO for what is damaged or not known, the same each time.
+    /// EIO when they are damaged or of an unknown kind; every later call fails with the same error.
     pub fn guest(&self) -> Result<&Guest> {
         let guest = self
             .guest
@@ -159,38 +167,41 @@ impl OpenDisk {
         guest.as_ref().map_err(Error::again)
     }
 
-    /// ESTALE when the disk is not as it was: what is read now would not belong to what was read before.
-    /// Whoever looks the name up again gets the state of now.
+    /// Fails if the disk changed since it was opened: bytes read now would not belong to the same
+    /// state.
+    ///
+    /// # Errors
+    /// ESTALE; looking the name up again finds the current state.
     pub fn refuse_changed(&self) -> Result<()> {
-        self.chain.unchanged().map_err(|_| changed())
+        self.chain.unchanged().map_err(|_| stale())
     }
 }
 
-/// A state that is kept open.
+/// An open disk in the cache.
 struct KeptView {
     layers: LayerStates,
     disk: Arc<OpenDisk>,
-    used: Instant,
+    last_use: Instant,
 }
 
 impl KeptView {
-    /// Whether a file of it is open, or somebody looked into it just now.
-    fn is_used(&self) -> bool {
-        Arc::strong_count(&self.disk) > 1 || self.used.elapsed() < UNUSED
+    /// Returns whether a file of the disk is open, or was looked at within [`IDLE_TIMEOUT`].
+    fn is_in_use(&self) -> bool {
+        Arc::strong_count(&self.disk) > 1 || self.last_use.elapsed() < IDLE_TIMEOUT
     }
 }
 
-/// States looked into before.
+/// The last open disk of each source.
 #[derive(Default)]
 struct ViewCache {
-    known: HashMap<Source, KeptView>,
-    /// What was read of guests.
-    caches: Arc<Caches>,
-    /// Sources that were looked into, the last one at the end.
-    used: Vec<Source>,
+    views: HashMap<Source, KeptView>,
+    /// Blocks and names read from guests' file systems, for all disks together.
+    guest_caches: Arc<Caches>,
+    /// Sources whose disk is kept open.
+    recent: Recent<Source, KEPT_DISKS>,
 }
 
-/// Disk states that are looked into.
+/// Opens disk states as raw disks and guests' files, and keeps them open.
 pub struct DiskViews {
     disks: Arc<Disks>,
     states: Arc<States>,
@@ -198,6 +209,7 @@ pub struct DiskViews {
 }
 
 impl DiskViews {
+    /// Returns the views of these disks, with none open.
     pub(crate) fn new(disks: Arc<Disks>, states: Arc<States>) -> DiskViews {
         DiskViews {
             disks,
@@ -206,21 +218,23 @@ impl DiskViews {
         }
     }
 
-    /// A disk state to look into. Waits until it can't change unseen.
+    /// Opens a disk in its current state. Waits until the state is settled.
     ///
     /// # Errors
-    /// EBUSY for the live disk of a box that runs, ENODATA for a box without a disk, ENOENT, EIO.
+    /// EBUSY for the live disk of a running box, or when the disk does not settle; ENODATA for a
+    /// box without a disk; ENOENT when the box or snapshot is gone; EIO when a layer is missing or
+    /// damaged.
     pub fn open(&self, source: &Source) -> Result<Arc<OpenDisk>> {
-        let top = self.top_to_look_into(source)?;
-        if let Some(disk) = self.looked_into(source, &top) {
+        let top = self.readable_top(source)?;
+        if let Some(disk) = self.current_view(source, &top) {
             return Ok(disk);
         }
         let (chain, layers) = self.states.open_settled(&top)?;
-        self.keep(source, chain, layers)
+        self.put(source, chain, layers)
     }
 
-    /// The file on top of the chain of a disk state that can be looked into.
-    fn top_to_look_into(&self, source: &Source) -> Result<PathBuf> {
+    /// Returns the topmost file of a disk that may be read now.
+    fn readable_top(&self, source: &Source) -> Result<PathBuf> {
         let record = self.disks.record_of(source)?;
         if let Source::Live { .. } = source {
             self.disks.refuse_active(&record)?;
@@ -228,23 +242,24 @@ impl DiskViews {
         self.disks.existing_top(source, &record)
     }
 
-    /// A state that is open, if it is that of now.
-    fn looked_into(&self, source: &Source, top: &Path) -> Option<Arc<OpenDisk>> {
+    /// Returns the open disk of a source, if it is in the current state.
+    fn current_view(&self, source: &Source, top: &Path) -> Option<Arc<OpenDisk>> {
         let mut cache = self.cache.lock();
-        let kept = cache.known.get(source)?;
-        let disk = kept.layers.hold(top).then(|| kept.disk.clone())?;
-        cache.was_used(source);
+        let view = cache.views.get(source)?;
+        let disk = view.layers.are_current(top).then(|| view.disk.clone())?;
+        cache.touch(source);
         Some(disk)
     }
 
-    /// Whether [`DiskViews::open`] may have to wait.
+    /// Returns whether [`DiskViews::open`] may have to wait.
     pub fn may_wait(&self, source: &Source) -> bool {
         let top = self.disks.top_of(source);
-        top.is_ok_and(|top| self.looked_into(source, &top).is_none())
+        top.is_ok_and(|top| self.current_view(source, &top).is_none())
             && self.states.may_wait(source)
     }
 
-    fn keep(&self, source: &Source, chain: Chain, layers: LayerStates) -> Result<Arc<OpenDisk>> {
+    /// Puts a chain into the cache, as the open disk of `source`.
+    fn put(&self, source: &Source, chain: Chain, layers: LayerStates) -> Result<Arc<OpenDisk>> {
         let number = self.states.state_number(&chain)?;
         let chain = Arc::new(chain);
         let mut cache = self.cache.lock();
@@ -253,86 +268,86 @@ impl DiskViews {
             chain,
             guest: OnceLock::new(),
             allocated: OnceLock::new(),
-            caches: cache.caches.clone(),
+            caches: cache.guest_caches.clone(),
         });
-        let kept = KeptView {
+        let view = KeptView {
             layers,
             disk: disk.clone(),
-            used: Instant::now(),
+            last_use: Instant::now(),
         };
-        cache.known.insert(source.clone(), kept);
-        cache.was_used(source);
+        cache.views.insert(source.clone(), view);
+        cache.touch(source);
         Ok(disk)
     }
 
-    /// A disk state that was looked into before. Where it is not open any more, it is opened again;
-    /// that does not wait.
+    /// Returns the disk in a state that was open before, and opens it again if needed. Does not
+    /// wait.
     ///
     /// # Errors
-    /// ESTALE when the disk has another state by now; as [`DiskViews::open`].
+    /// ESTALE when the disk is in another state, or gone; otherwise as [`DiskViews::open`].
     pub fn reopen(&self, state: &DiskState) -> Result<Arc<OpenDisk>> {
         {
             let mut cache = self.cache.lock();
-            if let Some(kept) = cache.known.get_mut(&state.source)
-                && *kept.disk.state == *state
+            if let Some(view) = cache.views.get_mut(&state.source)
+                && *view.disk.state == *state
             {
-                kept.used = Instant::now();
-                return Ok(kept.disk.clone());
+                view.last_use = Instant::now();
+                return Ok(view.disk.clone());
             }
         }
         match self.open_now(&state.source) {
             Ok(Some(disk)) if *disk.state == *state => Ok(disk),
             Err(error) if !matches!(error.errno(), libc::ENOENT | libc::ENODATA) => Err(error),
-            _ => Err(changed()),
+            _ => Err(stale()),
         }
     }
 
-    /// As [`DiskViews::open`], without waiting: None while the state can change unseen. It is
-    /// another than any that was looked into then.
+    /// Opens a disk as [`DiskViews::open`] does, but without waiting. None for a state that is not
+    /// settled, which differs from every state that was open before.
     fn open_now(&self, source: &Source) -> Result<Option<Arc<OpenDisk>>> {
-        let top = self.top_to_look_into(source)?;
-        if let Some(disk) = self.looked_into(source, &top) {
+        let top = self.readable_top(source)?;
+        if let Some(disk) = self.current_view(source, &top) {
             return Ok(Some(disk));
         }
         let (chain, layers) = self.states.open_now(&top)?;
-        match layers.is_settled() {
-            true => self.keep(source, chain, layers).map(Some),
-            false => Ok(None),
+        if layers.is_settled() {
+            self.put(source, chain, layers).map(Some)
+        } else {
+            Ok(None)
         }
     }
 
-    /// Lets go of states that nobody looks into. Returns how many there are left.
+    /// Closes the disks that are not in use. Returns how many remain open.
     pub(crate) fn let_go_of_unused(&self) -> usize {
         let mut cache = self.cache.lock();
-        cache.known.retain(|_, kept| kept.is_used());
-        let ViewCache { known, used, .. } = &mut *cache;
-        used.retain(|source| known.contains_key(source));
-        used.len()
+        let ViewCache { views, recent, .. } = &mut *cache;
+        views.retain(|_, view| view.is_in_use());
+        recent.retain(|source| views.contains_key(source));
+        recent.oldest_first().len()
     }
 
-    /// Whether anybody looks into a state.
-    pub(crate) fn is_looked_into(&self) -> bool {
-        self.cache.lock().known.values().any(KeptView::is_used)
+    /// Returns whether a disk is in use.
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.cache.lock().views.values().any(KeptView::is_in_use)
     }
 
-    /// Lets go of states that are gone.
+    /// Closes the disks of sources that are not in `catalog`.
     pub(crate) fn forget_gone(&self, catalog: &Catalog) {
         let mut cache = self.cache.lock();
-        cache.known.retain(|source, _| source.is_in(catalog));
-        cache.used.retain(|source| source.is_in(catalog));
+        cache.views.retain(|source, _| source.is_in(catalog));
+        cache.recent.retain(|source| source.is_in(catalog));
     }
 }
 
 impl ViewCache {
-    fn was_used(&mut self, source: &Source) {
-        if let Some(kept) = self.known.get_mut(source) {
-            kept.used = Instant::now();
+    /// Makes the disk of `source` the most recently used one, and drops the disks beyond the limit.
+    fn touch(&mut self, source: &Source) {
+        if let Some(view) = self.views.get_mut(source) {
+            view.last_use = Instant::now();
         }
-        self.used.retain(|used| used != source);
-        self.used.push(source.clone());
-        while self.used.len() > KEPT {
-            let oldest = self.used.remove(0);
-            self.known.remove(&oldest);
+        self.recent.touch(source);
+        while let Some(oldest) = self.recent.evict() {
+            self.views.remove(&oldest);
         }
     }
 }

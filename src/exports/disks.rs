@@ -1,4 +1,4 @@
-//! Where the files of a disk state are, and what a box or a snapshot is called in messages.
+//! Finding the files of a disk state, and naming boxes and snapshots in messages.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,14 +28,14 @@ pub enum Source {
 }
 
 impl Source {
-    /// The id of the box it belongs to.
+    /// Returns the id of the box it belongs to.
     pub fn box_id(&self) -> &str {
         match self {
             Source::Live { box_id } | Source::Snapshot { box_id, .. } => box_id,
         }
     }
 
-    /// Whether it is there.
+    /// Returns whether the catalog has the box or the snapshot.
     pub(crate) fn is_in(&self, catalog: &Catalog) -> bool {
         match self {
             Source::Live { box_id } => catalog.box_by_id(box_id).is_some(),
@@ -47,7 +47,7 @@ impl Source {
     }
 }
 
-/// Finds the files of disk states by their rows.
+/// Finds the files of disk states by the rows of BoxLite's database.
 pub struct Disks {
     home: Arc<Home>,
 }
@@ -58,11 +58,13 @@ impl Disks {
         Disks { home }
     }
 
-    /// Where the layer of a snapshot is: what BoxLite's row says, if that is among the snapshots of
-    /// its box or in `bases/`; else (a copied home) where it must be in this home.
+    /// Returns the path of a snapshot's layer: the one in BoxLite's row, if it lies among the
+    /// snapshots of the box or in `bases/`. Otherwise the home is a copy, and this is the path the
+    /// layer has in it.
     pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
         let own = self.home.snapshot_disk(&snapshot.box_id, &snapshot.name);
-        // As BoxLite and we write it, and nothing to be resolved: there may be thousands.
+        // The path that BoxLite and we write. Resolve no links then: there may be thousands of
+        // snapshots.
         if snapshot
             .base_path()
             .is_some_and(|path| Path::new(&path) == own)
@@ -84,21 +86,21 @@ impl Disks {
         }
     }
 
-    /// Where the layers below a file of the home may be. Those of a box that was written elsewhere, as in a
-    /// backup of a home, are looked for in this home first: what headers name is not there any more, or
-    /// another home's, which went on.
+    /// Returns where the layers below a file of the home may lie. For a box written in another
+    /// home, such as the original of a backup, this home is searched first: the paths in the
+    /// headers lead nowhere, or into the other home, which has changed since.
     pub(crate) fn scope_of(&self, top: &Path) -> Scope {
         let boxes = self.home.boxes_dir();
-        let id = top
+        let box_id = top
             .strip_prefix(&boxes)
             .ok()
             .and_then(|path| path.iter().next());
-        let catalog = id.and_then(|_| self.home.catalog().ok());
-        let record = id
+        let catalog = box_id.and_then(|_| self.home.catalog().ok());
+        let record = box_id
             .and_then(|id| id.to_str())
             .zip(catalog.as_ref())
             .and_then(|(id, catalog)| catalog.box_by_id(id));
-        let is_elsewhere = record.is_some_and(|record| !self.is_at_home(record));
+        let is_from_elsewhere = record.is_some_and(|record| !self.is_at_home(record));
         let moved = [
             ("bases", self.home.bases_dir()),
             ("boxes", boxes),
@@ -107,14 +109,14 @@ impl Disks {
         Scope {
             homes: self.home.directories().map(Path::to_owned).collect(),
             owner: self.home.owner().uid,
-            moved: moved.into_iter().filter(|_| is_elsewhere).collect(),
+            moved: moved.into_iter().filter(|_| is_from_elsewhere).collect(),
         }
     }
 
-    /// The file on top of the chain of a disk state.
+    /// Returns the path of a disk state's topmost file. The file may be missing.
     ///
     /// # Errors
-    /// ENOENT when the box or snapshot is gone.
+    /// ENOENT when the snapshot is gone; those of reading the catalog.
     pub(crate) fn top_of(&self, source: &Source) -> Result<PathBuf> {
         match source {
             Source::Live { box_id } => Ok(self.home.live_disk(box_id)),
@@ -131,17 +133,21 @@ impl Disks {
         }
     }
 
-    /// Whether there is a disk to export.
+    /// Returns whether there is a disk to export.
     pub fn has_disk(&self, source: &Source) -> bool {
         self.top_of(source).is_ok_and(|top| top.is_file())
     }
 
-    /// When the disk state last changed.
+    /// Returns when the disk last changed. None when there is no disk.
     pub fn changed_at(&self, source: &Source) -> Option<SystemTime> {
         let top = self.top_of(source).ok()?;
         fs::metadata(top).and_then(|meta| meta.modified()).ok()
     }
 
+    /// Returns the row of the box that a disk state belongs to.
+    ///
+    /// # Errors
+    /// ENOENT when the box is gone; those of reading the catalog.
     pub(crate) fn record_of(&self, source: &Source) -> Result<BoxRecord> {
         self.home
             .catalog()?
@@ -150,7 +156,10 @@ impl Disks {
             .ok_or_else(|| Error::new(libc::ENOENT, "the box is gone"))
     }
 
-    /// The file on top of a chain that is there.
+    /// Returns the path of a disk state's topmost file, which exists.
+    ///
+    /// # Errors
+    /// ENODATA when the box has no disk yet; as [`Disks::top_of`].
     pub(crate) fn existing_top(&self, source: &Source, record: &BoxRecord) -> Result<PathBuf> {
         let top = self.top_of(source)?;
         if top.is_file() {
@@ -165,7 +174,10 @@ impl Disks {
         ))
     }
 
-    /// EBUSY while somebody may write to the box's disk.
+    /// Fails while the box is active: another process may write to its disk.
+    ///
+    /// # Errors
+    /// EBUSY, with the reason.
     pub(crate) fn refuse_active(&self, record: &BoxRecord) -> Result<()> {
         match self.home.activity(record) {
             Activity::Idle => Ok(()),
@@ -176,21 +188,25 @@ impl Disks {
         }
     }
 
-    /// Whether a box lives in this home, by its configuration.
+    /// Returns whether a box belongs to this home, by its configuration.
     pub(crate) fn is_at_home(&self, record: &BoxRecord) -> bool {
         self.refuse_copied(record).is_ok()
     }
 
     fn is_box_home(&self, box_home: &Path, here: &Path) -> bool {
-        // A box that never started may have no directory at all. Whoever comes by a link is at home, too.
+        // Compare paths first: a box that never started may have no directory. Then compare
+        // directories: the home may be reached by a link.
         box_home == here
             || std::fs::metadata(box_home)
                 .and_then(|there| Ok(FileId::of(&there) == FileId::of(&std::fs::metadata(here)?)))
                 .unwrap_or(false)
     }
 
-    /// In a copied home the configuration still names the original's directory, and changes by
-    /// BoxLite or by us would hit the original.
+    /// Fails in a copied home: a box's configuration still names its directory in the original
+    /// home, so changes by BoxLite or by us would hit the original.
+    ///
+    /// # Errors
+    /// EPERM; those of reading the box's configuration.
     pub(crate) fn refuse_copied(&self, record: &BoxRecord) -> Result<()> {
         let config = record.config()?;
         let box_home = config["box_home"].as_str().unwrap_or_default();
@@ -201,14 +217,14 @@ impl Disks {
         Err(Error::new(
             libc::EPERM,
             format!(
-                "box {} says it lives in {box_home}, not in {}: this home is a copy, and changes could hit the original; export its boxes and import them into a new home",
+                "the configuration of box {} names {box_home}, not {}: this home is a copy, and changes could hit the original; export its boxes and import them into a new home",
                 display_name(record),
                 here.display()
             ),
         ))
     }
 
-    /// How a box is called in the log.
+    /// Returns the name of a box for messages, or its id if it has no name or is gone.
     pub(crate) fn name_of(&self, box_id: &str) -> String {
         self.home
             .catalog()
@@ -221,7 +237,7 @@ impl Disks {
             .unwrap_or_else(|| box_id.to_owned())
     }
 
-    /// A source in a message.
+    /// Returns the name of a disk state for messages: "box web", or "snapshot a of box web".
     pub(crate) fn describe(&self, source: &Source) -> String {
         let name = self.name_of(source.box_id());
         match source {
@@ -240,7 +256,10 @@ impl Disks {
         }
     }
 
-    /// How a snapshot is called in the log.
+    /// Returns the name of a snapshot for messages, or its id if it is gone.
+    ///
+    /// # Errors
+    /// Those of reading the catalog.
     pub(crate) fn snapshot_name(&self, box_id: &str, snapshot_id: &str) -> Result<String> {
         Ok(self
             .home
@@ -249,17 +268,22 @@ impl Disks {
             .map_or_else(|| snapshot_id.to_owned(), |snapshot| snapshot.name.clone()))
     }
 
-    /// Opens a chain. A change of ours may move a layer's name between reading a header and opening
-    /// what it names; then the header has the new name already.
+    /// Opens a chain. A change of ours may rename a layer between reading a header and opening the
+    /// layer it names. Then the header names the new path already, and a second try succeeds.
+    ///
+    /// # Errors
+    /// ENOENT when the topmost file is gone; EIO when a layer is missing or damaged.
     pub(crate) fn open_chain(&self, top: &Path) -> Result<Chain> {
         let scope = self.scope_of(top);
         let open = || Chain::open_in(top, &scope);
         match open() {
             Err(error) if error.errno() == libc::ENOENT => open().map_err(|error| {
-                // Its name is there: that it can't be read is no ENOENT, which is taken for gone.
-                match error.errno() == libc::ENOENT && top.exists() {
-                    true => Error::damaged(error.to_string()),
-                    false => error,
+                // The disk exists, so a missing layer is damage. ENOENT would mean that the disk is
+                // gone.
+                if error.errno() == libc::ENOENT && top.exists() {
+                    Error::damaged(error.to_string())
+                } else {
+                    error
                 }
             }),
             result => result,
@@ -267,7 +291,7 @@ impl Disks {
     }
 }
 
-/// How a box is called in messages: its name, or its id where it has none.
+/// Returns the name of a box for messages, or its id if it has no name.
 pub(crate) fn display_name(record: &BoxRecord) -> &str {
     record.name.as_deref().unwrap_or(&record.id)
 }

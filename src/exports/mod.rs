@@ -1,7 +1,7 @@
-//! Disk states, read: as plain and compressed archives, as raw disks, as guests' files.
+//! Reading disk states: as plain and compressed archives, as raw disks, as guests' files.
 //!
-//! Everything here reads and changes no box. What it writes are files without a name in the
-//! workspace and the cache of sizes and checksums, which can be deleted at any time.
+//! Nothing here changes a box. The only writes are to unnamed files in the workspace and to the
+//! cache of sizes and checksums, which may be deleted at any time.
 
 mod compressed;
 mod compressed_cache;
@@ -10,6 +10,7 @@ mod disks;
 mod paused_copy;
 mod plain;
 mod production;
+mod recent;
 mod shared;
 mod spool;
 mod spooling;
@@ -34,12 +35,13 @@ use compressed_cache::CompressedArchives;
 
 /// Everything that reads the disk states of a home.
 pub struct Exports {
-    /// Where the files of a disk state are.
+    /// Finds the files of a disk state.
     pub disks: Arc<Disks>,
+    /// Tells the states of a disk apart.
     pub(crate) states: Arc<States>,
-    /// Plain archives of boxes that do not run.
+    /// Plain archives of stopped boxes and of snapshots.
     pub plain: Arc<PlainExports>,
-    /// Plain archives of any box.
+    /// Plain archives of any box, also of a running one.
     pub copies: Arc<PausedCopies>,
     /// Compressed archives.
     pub compressed: Arc<CompressedExports>,
@@ -48,7 +50,7 @@ pub struct Exports {
 }
 
 impl Exports {
-    /// Returns the exports of a home, with nothing in their caches.
+    /// Returns the exports of a home with empty caches.
     pub(crate) fn new(shared: &Shared, compression: Compression) -> Exports {
         let disks = Arc::new(Disks::new(shared.home.clone()));
         let states = Arc::new(States::new(
@@ -87,19 +89,21 @@ impl Exports {
         }
     }
 
-    /// Lets go of what was kept of states that are gone: their space comes back.
+    /// Drops what the caches hold of disk states that are not in `catalog`, so that their space is
+    /// reclaimed.
     pub fn forget_gone(&self, catalog: &Catalog) {
         self.plain.forget_gone(catalog);
         self.compressed.forget_gone(catalog);
         self.views.forget_gone(catalog);
     }
 
-    /// Returns whether anybody reads an export or looks into a disk.
+    /// Returns whether a plan or an open disk is in use.
     pub(crate) fn are_read(&self) -> bool {
-        self.plain.is_read() || self.views.is_looked_into()
+        self.plain.is_in_use() || self.views.is_in_use()
     }
 
-    /// Lets go of plans and disks that nobody reads. Returns how many there were, and are.
+    /// Drops plans and open disks that are not in use. Returns the number of plans before, plus the
+    /// number of open disks after.
     pub(crate) fn let_go_of_unread(&self) -> usize {
         self.plain.let_go_of_unread() + self.views.let_go_of_unused()
     }

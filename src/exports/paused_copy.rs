@@ -1,9 +1,10 @@
-//! The disk of a box that runs, as it was at one moment: its virtual machine is paused while the top layer is
-//! copied, or shared with a copy where the file system can, and what lies below does not change. Exports
-//! and clones are made of the copy.
+//! The disk of a running box, as it was at one moment. Exports and clones are made of a copy.
 //!
-//! The copy is a file without a name. It is kept as long as anybody reads it, and
-//! whoever opens the export meanwhile gets the same state, for a file has one size for all who have it open.
+//! The virtual machine is paused while its top layer is copied, or cloned where the file system
+//! shares blocks. The layers below do not change.
+//!
+//! The copy is an unnamed file, kept as long as it has readers. Opening the export meanwhile opens
+//! the same copy, because a file has one size for all its readers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -18,6 +19,7 @@ use crate::disk::{self, Chain, FileId};
 use crate::event_log::EventLog;
 use crate::exports::disks::{Disks, Source, display_name};
 use crate::exports::plain::{Contents, Form, PlainExports, about_of};
+use crate::exports::production::{POLL_INTERVAL, interrupted};
 use crate::exports::shared::Shared;
 use crate::files::copies::{can_share, copy_contents};
 use crate::files::crash_points::crash_point;
@@ -27,13 +29,13 @@ use crate::home::{Activity, BoxRecord, Home, Paused};
 use crate::progress::Foreground;
 use crate::{Context, Error, Result};
 
-/// How long a copy that nobody has read yet is kept: who opened it, and was told its size, opens it once more.
-const KEPT: Duration = Duration::from_secs(5);
-/// How often somebody who waits is looked at, and whether copies are still read.
-const LOOKED_AT: Duration = Duration::from_millis(10);
-const SWEPT: Duration = Duration::from_secs(1);
+/// How long a copy waits for its first reader: an open that finds out the size fails with ESTALE,
+/// and the kernel opens the export once more.
+const GRACE_PERIOD: Duration = Duration::from_secs(5);
+/// How often to drop copies without readers.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Exports of any box: of one that runs, they are read from a copy of its disk.
+/// Opens the exports of any box. Those of a running box are read from a copy of its disk.
 pub struct PausedCopies {
     home: Arc<Home>,
     disks: Arc<Disks>,
@@ -42,27 +44,31 @@ pub struct PausedCopies {
     events: Arc<EventLog>,
     foreground: Arc<Foreground>,
     is_read_only: bool,
-    /// Copies that are kept.
+    /// The copies in use.
     kept: Arc<Mutex<KeptCopies>>,
-    /// The boxes of which one is being made.
+    /// A lock for each box, held while its disk is copied.
     copying: Mutex<HashMap<String, Arc<Mutex<()>>>>,
 }
 
 type KeptCopies = HashMap<(String, Form), PausedCopy>;
 
+/// An export of a copied disk.
 struct PausedCopy {
     export: Arc<Export>,
     contents: Contents,
+    /// Until when it is kept without readers.
     until: Instant,
 }
 
 impl PausedCopy {
+    /// Returns whether the copy has a reader, or may still get its first one.
     fn is_needed(&self) -> bool {
         Arc::strong_count(&self.export) > 1 || Instant::now() < self.until
     }
 }
 
 impl PausedCopies {
+    /// Returns the exports of any box in a home, with no copies.
     pub(crate) fn new(
         shared: &Shared,
         disks: Arc<Disks>,
@@ -81,7 +87,7 @@ impl PausedCopies {
         }
     }
 
-    /// Whether opening this export pauses a virtual machine first, which takes a while.
+    /// Returns whether opening this export pauses a virtual machine first, which takes a while.
     pub fn pauses(&self, source: &Source, form: Form) -> bool {
         let Source::Live { box_id } = source else {
             return false;
@@ -93,11 +99,13 @@ impl PausedCopies {
             })
     }
 
-    /// As [`PlainExports::open`], also of a box that runs. `go_on` is asked now and then whether anybody still
-    /// wants it.
+    /// Opens the archive of a disk state as [`PlainExports::open`] does, also while the box runs.
+    /// Polls `go_on` and gives up once that returns false.
     ///
     /// # Errors
-    /// As those; EBUSY when the virtual machine can't be paused, EINTR when nobody wants it any more, ENOSPC.
+    /// As [`PlainExports::open`]. For a running box: EBUSY when its virtual machine can't be paused
+    /// or the mount is read-only, EINTR once `go_on` returns false, ENOSPC when the copy does not
+    /// fit.
     pub fn open(
         &self,
         source: &Source,
@@ -117,7 +125,7 @@ impl PausedCopies {
         self.foreground.touch();
         if self.is_read_only {
             return Err(Error::busy(format!(
-                "box {} runs, and a mount that is read-only has no place for a copy of its disk; stop it first, or mount without ro",
+                "box {} runs, and a read-only mount has no place for the copy of its disk that an export is read from; stop the box first, or mount without ro",
                 display_name(&record)
             )));
         }
@@ -128,21 +136,21 @@ impl PausedCopies {
             .or_default()
             .clone();
         let _turn = loop {
-            if let Some(turn) = turn.try_lock_for(LOOKED_AT) {
+            if let Some(turn) = turn.try_lock_for(POLL_INTERVAL) {
                 break turn;
             }
             if !go_on() {
-                return Err(Error::new(libc::EINTR, "interrupted while waiting"));
+                return Err(interrupted());
             }
         };
-        // Somebody else made one meanwhile, or it ended.
+        // Meanwhile another caller may have made a copy, or the box may have stopped.
         if let Some(kept) = self.kept_copy(box_id, form) {
             return Ok(kept);
         }
         if self.home.activity(&record) == Activity::Idle {
             return self.plain.open(source);
         }
-        let what = |error: Error| {
+        let explain = |error: Error| {
             let message = format!(
                 "box {} runs, and its disk can't be copied: {error}",
                 display_name(&record)
@@ -151,23 +159,23 @@ impl PausedCopies {
         };
         let copy = self
             .copy_running(source, &record, shim, go_on)
-            .map_err(what)?;
+            .map_err(explain)?;
         let top = self.home.live_disk(box_id);
         let chain = Chain::open_over(copy, &top, &self.disks.scope_of(&top))?;
         let (about, hash) = about_of(&record, chain.changed_at())?;
         let changed = chain.changed_at();
         let export = Arc::new(Export::plan(Arc::new(chain), about)?);
-        // A copy is a state of its own, whatever its file has in common with that of another.
+        // Each copy is a state of its own, even where its file looks like that of another copy.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let contents = Contents::new(export.len(), changed, hash, number);
-        let kept = PausedCopy {
+        let copy = PausedCopy {
             export: export.clone(),
             contents,
-            until: Instant::now() + KEPT,
+            until: Instant::now() + GRACE_PERIOD,
         };
-        self.kept.lock().insert((box_id.clone(), form), kept);
-        self.sweep_later();
+        self.kept.lock().insert((box_id.clone(), form), copy);
+        self.start_sweeper();
         self.events.info(&format!(
             "box {} runs: it was paused for a moment, and its disk copied",
             display_name(&record)
@@ -175,7 +183,12 @@ impl PausedCopies {
         Ok((export, contents))
     }
 
-    /// Copies the top layer while the virtual machine stands still. The copy has the time of the original.
+    /// Copies the top layer of a running box while its virtual machine is paused. The copy gets the
+    /// modification time of the original.
+    ///
+    /// # Errors
+    /// EBUSY when the virtual machine can't be paused, or did not stay so; EINTR once `go_on`
+    /// returns false; ENOSPC; those of copying.
     fn copy_running(
         &self,
         source: &Source,
@@ -187,14 +200,14 @@ impl PausedCopies {
         let message = || format!("cannot copy {}", live.display());
         let original = File::open(&live).context(message)?;
         let copy = self.workspace.unnamed_file("running")?;
-        self.refuse_no_room(&original, &copy)?;
+        self.require_space(&original, &copy)?;
         let paused = shim.pause(&live)?;
         crash_point("running.paused");
         if FileId::of_open(&original, &live)? != FileId::at(&live)? {
             return Err(Error::busy("the disk was replaced just now; try again"));
         }
-        let mut still = || refuse_to_go_on(&paused, go_on);
-        copy_contents(&original, &copy, &live, &mut still)?;
+        let mut check = || check_paused(&paused, go_on);
+        copy_contents(&original, &copy, &live, &mut check)?;
         paused.still()?;
         let meta = original.metadata().context(message)?;
         drop(paused);
@@ -204,53 +217,58 @@ impl PausedCopies {
         Ok(copy)
     }
 
-    /// ENOSPC before anything is paused, where the copy could not be written. Where the blocks can be
-    /// shared it takes none.
-    fn refuse_no_room(&self, original: &File, copy: &File) -> Result<()> {
+    /// Fails if the copy does not fit, before anything is paused. A copy that shares the blocks of
+    /// the original takes no space.
+    ///
+    /// # Errors
+    /// ENOSPC; those of looking at the disk and the file system.
+    fn require_space(&self, original: &File, copy: &File) -> Result<()> {
         use std::os::unix::fs::MetadataExt;
-        let wanted = original
+        let needed = original
             .metadata()
             .context(|| "cannot look at the disk")?
             .blocks()
             * 512;
         let space = self.home.space()?;
-        if space.available_bytes() >= wanted || can_share(original, copy) {
+        if space.available_bytes() >= needed || can_share(original, copy) {
             return Ok(());
         }
         Err(Error::new(
             libc::ENOSPC,
-            format!("a copy of it takes {wanted} bytes, more than is free where the home is"),
+            format!(
+                "a copy takes {needed} bytes, more than is free where the home is; free some space"
+            ),
         ))
     }
 
-    /// The copy that an export of a box is read from, if there is one.
+    /// Returns the copy that an export of a box is read from, if there is one.
     pub(crate) fn kept_copy(&self, box_id: &str, form: Form) -> Option<(Arc<Export>, Contents)> {
         let mut kept = self.kept.lock();
         let key = (box_id.to_owned(), form);
-        let found = kept.get(&key)?;
-        if !found.is_needed() {
+        let copy = kept.get(&key)?;
+        if !copy.is_needed() {
             kept.remove(&key);
             return None;
         }
-        Some((found.export.clone(), found.contents))
+        Some((copy.export.clone(), copy.contents))
     }
 
-    /// What that copy's archive is of.
-    pub(crate) fn kept_contents(&self, source: &Source, form: Form) -> Option<Contents> {
+    /// Returns what the archive of that copy contains, if there is one.
+    fn kept_contents(&self, source: &Source, form: Form) -> Option<Contents> {
         let Source::Live { box_id } = source else {
             return None;
         };
         let kept = self.kept.lock();
-        let found = kept.get(&(box_id.clone(), form))?;
-        found.is_needed().then_some(found.contents)
+        let copy = kept.get(&(box_id.clone(), form))?;
+        copy.is_needed().then_some(copy.contents)
     }
 
-    /// What the archive's bytes are of; None when the box has no disk yet. Costs a few stats unless
-    /// the state changed, and never waits: if the state can change unseen, it is of this moment
-    /// only.
+    /// Returns what the archive contains; None when the box has no disk yet. Costs one stat per
+    /// layer unless the state changed, and never waits: an answer for a state that is not settled
+    /// is valid for this moment only.
     ///
     /// # Errors
-    /// ENOENT, EIO.
+    /// ENOENT when the box or snapshot is gone, EIO when the disk can't be read.
     pub fn contents(&self, source: &Source, form: Form) -> Result<Option<Contents>> {
         if let Some(contents) = self.kept_contents(source, form) {
             return Ok(Some(contents));
@@ -258,40 +276,41 @@ impl PausedCopies {
         self.plain.contents_now(source)
     }
 
-    /// Somebody was told of a copy, and opens it once more.
+    /// Keeps a copy for some seconds without readers: its size was just found out, and the caller
+    /// opens it once more.
     pub fn keep(&self, source: &Source, form: Form) {
-        if let Source::Live { box_id } = source
-            && let Some(kept) = self.kept.lock().get_mut(&(box_id.clone(), form))
-        {
-            kept.until = Instant::now() + KEPT;
-        }
+        self.keep_for(source, form, GRACE_PERIOD);
     }
 
-    /// Somebody has opened the copy, and knew its size: it goes with those who read it.
+    /// Keeps a copy only as long as it has readers: a caller that knew its size has opened it.
     pub fn was_served(&self, source: &Source, form: Form) {
+        self.keep_for(source, form, Duration::ZERO);
+    }
+
+    fn keep_for(&self, source: &Source, form: Form, grace: Duration) {
         if let Source::Live { box_id } = source
-            && let Some(kept) = self.kept.lock().get_mut(&(box_id.clone(), form))
+            && let Some(copy) = self.kept.lock().get_mut(&(box_id.clone(), form))
         {
-            kept.until = Instant::now();
+            copy.until = Instant::now() + grace;
         }
     }
 
-    /// The copy that these contents were read from.
+    /// Returns the copy that bytes with these contents were read from, if it is still kept.
     pub(crate) fn copy_read_as(&self, source: &Source, read: &Contents) -> Option<Arc<Export>> {
         let (export, contents) = self.kept_copy(source.box_id(), Form::Plain)?;
         let is_live = matches!(source, Source::Live { .. });
         (is_live && contents == *read).then_some(export)
     }
 
-    /// Lets go of copies that nobody reads any more.
-    fn sweep_later(&self) {
+    /// Starts a thread that drops copies without readers, and ends when no copy is left.
+    fn start_sweeper(&self) {
         let kept = Arc::downgrade(&self.kept);
         let sweep = move || {
             loop {
-                std::thread::sleep(SWEPT);
+                std::thread::sleep(SWEEP_INTERVAL);
                 let Some(kept) = kept.upgrade() else { return };
                 let mut kept = kept.lock();
-                kept.retain(|_, kept| kept.is_needed());
+                kept.retain(|_, copy| copy.is_needed());
                 if kept.is_empty() {
                     return;
                 }
@@ -301,16 +320,16 @@ impl PausedCopies {
             .name("running".into())
             .spawn(sweep);
         if let Err(error) = started {
-            // It goes when the next one is asked for.
-            log::warn!("copies of running boxes are kept for longer: {error}");
+            // The copy is dropped when the next one is asked for.
+            log::warn!(
+                "the copy of a running box's disk is kept until its export is opened again, since no thread can be started: {error}"
+            );
         }
     }
 }
 
-fn refuse_to_go_on(paused: &Paused, go_on: &dyn Fn() -> bool) -> Result<()> {
+/// Fails with EBUSY when the virtual machine runs on, and with EINTR once `go_on` returns false.
+fn check_paused(paused: &Paused, go_on: &dyn Fn() -> bool) -> Result<()> {
     paused.still()?;
-    match go_on() {
-        true => Ok(()),
-        false => Err(Error::new(libc::EINTR, "interrupted while waiting")),
-    }
+    if go_on() { Ok(()) } else { Err(interrupted()) }
 }

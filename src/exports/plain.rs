@@ -1,4 +1,5 @@
-//! A disk state as an archive: planned once per state, then shared by all who read it.
+//! Disk states as plain archives. An archive is planned once per state; all its readers share the
+//! plan.
 
 use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
@@ -13,50 +14,53 @@ use parking_lot::Mutex;
 use crate::archive::{About, Export};
 use crate::disk::{Chain, LONGEST_TICK};
 use crate::exports::disks::{Disks, Source};
+use crate::exports::recent::Recent;
 use crate::exports::states::{LayerStates, States};
 use crate::home::{BoxRecord, Catalog, SizeCache};
 use crate::progress::Foreground;
 use crate::{Context, Result};
 
-/// Plans kept although nobody reads them: their layers stay open. More than a file manager looks
-/// at in one window.
+/// Plans kept without readers, of the sources used last. A kept plan holds its layers open. This is
+/// more than a file manager shows in one window.
 const KEPT_PLANS: usize = 8;
 
-/// Exports planned before, each with what it depends on.
+/// The last planned export of each source.
 #[derive(Default)]
 struct PlanCache {
-    known: HashMap<Source, PlannedExport>,
-    /// Sources with a plan, the one used last at the end.
-    kept: Vec<Source>,
+    planned: HashMap<Source, PlannedExport>,
+    /// Sources whose plan is kept.
+    recent: Recent<Source, KEPT_PLANS>,
 }
 
+/// An export and what it was planned from.
 struct PlannedExport {
-    state: State,
+    inputs: PlanInputs,
     contents: Contents,
-    /// Since when it is known to be in this state.
+    /// When the layers were first seen in this state.
     since: Instant,
     /// [`Export::state_key`].
     key: [u8; 32],
-    /// None also while the state can change unseen.
+    /// None after eviction, and for a state that is not settled.
     plan: Option<Arc<Export>>,
 }
 
-/// What the bytes of an export are of. A snapshot, a clone or a rebase changes the files of a chain
-/// and none of this; whatever changes the disk's contents changes its state.
+/// Identifies the bytes of an export. A snapshot, a clone or a rebase changes the files of a chain
+/// but not this. Every change of the disk's contents changes `state`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// Length of the archive in bytes.
     pub size: u64,
-    /// When the disk changed last.
+    /// When the disk last changed.
     pub changed: SystemTime,
-    /// Hash of what the manifest says of the box.
+    /// Hash of the box's name and configuration, which the manifest repeats.
     about: u64,
-    /// Which state the disk is in: see [`Store::state_number`]. Two may have one time, and one
-    /// size.
+    /// [`States::state_number`] of the disk, or the number of a copy of a running disk. Tells apart
+    /// states with the same size and time.
     state: u64,
 }
 
 impl Contents {
+    /// Identifies an archive of `size` bytes; the other values are those of the fields.
     pub(crate) fn new(size: u64, changed: SystemTime, about: u64, state: u64) -> Contents {
         Contents {
             size,
@@ -66,38 +70,39 @@ impl Contents {
         }
     }
 
-    /// The same in another form, of another length.
+    /// Returns the same contents in an archive of `size` bytes, for example a compressed one.
     pub(crate) fn with_size(self, size: u64) -> Contents {
         Contents { size, ..self }
     }
 }
 
-/// What an export is made of: as long as this is the same, so are its bytes.
+/// Everything that the bytes of an export depend on.
 #[derive(Clone, Debug)]
-struct State {
+struct PlanInputs {
     layers: LayerStates,
     /// Hash of the box's name and configuration.
     about: u64,
 }
 
-impl State {
-    /// Whether nothing it depends on changed, which can be told.
-    fn holds(&self, record: &BoxRecord, top: &Path) -> bool {
-        self.layers.is_settled() && self.about == hash_of(record) && self.layers.hold(top)
+impl PlanInputs {
+    /// Returns whether the inputs are certain to be unchanged. False for a state that is not
+    /// settled.
+    fn are_current(&self, record: &BoxRecord, top: &Path) -> bool {
+        self.layers.is_settled() && self.about == hash_of(record) && self.layers.are_current(top)
     }
 }
 
-/// Why an export is looked at.
+/// What an export is planned for.
 #[derive(Clone, Copy)]
-enum Look {
-    /// For its bytes: in a state that can't change unseen, which may have to be waited for.
-    ToRead,
-    /// For its size and its time, at once.
-    ToShow,
+enum Purpose {
+    /// Its bytes. The state must be settled, so planning may wait.
+    Read,
+    /// Its size and time, without waiting.
+    Show,
 }
 
-/// Which file of a box is read. Each has a copy of its own: a state of one need not wait for readers of the
-/// other.
+/// Which of a box's two exports is read. Each has its own copy of a running disk, so a new copy for
+/// one never waits for readers of the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Form {
     /// `export.boxlite`.
@@ -106,7 +111,11 @@ pub enum Form {
     Compressed,
 }
 
-/// What an archive says of a box, and the hash of that.
+/// Returns what an archive's manifest says about a box, and the hash of the box's name and
+/// configuration.
+///
+/// # Errors
+/// Those of reading the box's configuration.
 pub(crate) fn about_of(record: &BoxRecord, changed_at: SystemTime) -> Result<(About, u64)> {
     let config = record.config()?;
     let about = About {
@@ -124,7 +133,7 @@ fn hash_of(record: &BoxRecord) -> u64 {
     hasher.finish()
 }
 
-/// The archives of disk states as plain `export.boxlite` files.
+/// Plans the plain archive, `export.boxlite`, of disk states, and caches the plans.
 pub struct PlainExports {
     disks: Arc<Disks>,
     states: Arc<States>,
@@ -134,6 +143,7 @@ pub struct PlainExports {
 }
 
 impl PlainExports {
+    /// Returns the exports of these disks, with no plans.
     pub(crate) fn new(
         disks: Arc<Disks>,
         states: Arc<States>,
@@ -149,104 +159,109 @@ impl PlainExports {
         }
     }
 
-    /// Returns what a disk state is called in messages.
+    /// Returns the name of a disk state for messages.
     pub(crate) fn describe(&self, source: &Source) -> String {
         self.disks.describe(source)
     }
 
-    /// The archive of a disk state, for reading. Waits until the state can't change unseen.
+    /// Returns the archive of a disk state, for reading. Waits until the state is settled.
     ///
     /// # Errors
-    /// ENODATA when the box has no disk yet, EBUSY while it runs, ENOENT, EIO.
+    /// ENODATA when the box has no disk yet; EBUSY while it runs, or when its disk does not settle;
+    /// ENOENT when the box or snapshot is gone; EIO when a layer is missing or damaged.
     pub fn open(&self, source: &Source) -> Result<(Arc<Export>, Contents)> {
         self.foreground.touch();
         let record = self.disks.record_of(source)?;
         if let Source::Live { .. } = source {
             self.disks.refuse_active(&record)?;
         }
-        self.planned(source, &record, Look::ToRead)
+        self.find_or_plan(source, &record, Purpose::Read)
     }
 
-    /// What the archive's bytes are of, whatever copies of a running box are being read; None when the box
-    /// has no disk yet. Costs a few stats unless the state changed, and never waits: if the state can
-    /// change unseen, it is of this moment only.
+    /// Returns what the archive contains now, regardless of copies of a running disk; None when the
+    /// box has no disk yet. Costs one stat per layer unless the state changed, and never waits: an
+    /// answer for a state that is not settled is valid for this moment only.
     ///
     /// # Errors
-    /// ENOENT, EIO.
+    /// ENOENT when the box or snapshot is gone, EIO when the disk can't be read.
     pub(crate) fn contents_now(&self, source: &Source) -> Result<Option<Contents>> {
         let record = self.disks.record_of(source)?;
         let top = self.disks.top_of(source)?;
         if !top.is_file() {
             return Ok(None);
         }
-        let known = {
-            let exports = self.cache.lock();
-            let known = exports.known.get(source);
-            known.map(|known| (known.state.clone(), known.contents))
+        let last = {
+            let cache = self.cache.lock();
+            let planned = cache.planned.get(source);
+            planned.map(|planned| (planned.inputs.clone(), planned.contents))
         };
-        if let Some((state, contents)) = &known
-            && state.holds(&record, &top)
+        if let Some((inputs, contents)) = &last
+            && inputs.are_current(&record, &top)
         {
             return Ok(Some(*contents));
         }
         if let Source::Live { .. } = source
             && self.disks.refuse_active(&record).is_err()
         {
-            // Nobody can open it while its disk changes under the plan: any size does for `ls`.
+            // The live disk can't be opened for reading while the box is active: for `ls` any size
+            // will do.
             let length = fs::metadata(&top).map_or(0, |meta| meta.len());
-            let size = known.map_or(length, |(_, contents)| contents.size);
+            let size = last.map_or(length, |(_, contents)| contents.size);
             return unreadable(&top, &record, size).map(Some);
         }
-        match self.planned(source, &record, Look::ToShow) {
-            // Likewise, while a layer is missing or damaged; and the name has to be there for who removes
-            // the box, or restores it.
+        match self.find_or_plan(source, &record, Purpose::Show) {
+            // An export with a missing or damaged layer can't be opened either. It must still be
+            // listed: a tool has to see the name to remove the box, or to restore it.
             Err(error) if error.errno() == libc::EIO => unreadable(&top, &record, 0).map(Some),
             planned => planned.map(|(_, contents)| Some(contents)),
         }
     }
 
-    /// [`Export::state_key`] of the state that was planned last and has these contents.
+    /// Returns the [`Export::state_key`] of the last plan, if it was made for these contents.
     pub(crate) fn planned_key(&self, source: &Source, contents: &Contents) -> Option<[u8; 32]> {
-        let exports = self.cache.lock();
-        let known = exports.known.get(source)?;
-        (known.contents == *contents).then_some(known.key)
+        let cache = self.cache.lock();
+        let planned = cache.planned.get(source)?;
+        (planned.contents == *contents).then_some(planned.key)
     }
 
-    fn planned(
+    /// Returns the plan in the cache if it is current. Otherwise opens the chain and plans it.
+    fn find_or_plan(
         &self,
         source: &Source,
         record: &BoxRecord,
-        look: Look,
+        purpose: Purpose,
     ) -> Result<(Arc<Export>, Contents)> {
         let top = self.disks.existing_top(source, record)?;
         {
-            let mut exports = self.cache.lock();
-            if let Some(known) = exports.known.get(source)
-                && known.state.holds(record, &top)
-                && let Some(plan) = known.plan.clone()
+            let mut cache = self.cache.lock();
+            if let Some(planned) = cache.planned.get(source)
+                && planned.inputs.are_current(record, &top)
+                && let Some(plan) = planned.plan.clone()
             {
-                let contents = known.contents;
-                exports.used(source);
+                let contents = planned.contents;
+                cache.touch(source);
                 return Ok((plan, contents));
             }
         }
-        // Planning reads metadata of the whole chain: not under a lock that `ls` needs.
-        let (chain, layers) = match look {
-            Look::ToRead => self.states.open_settled(&top)?,
-            Look::ToShow => self.states.open_now(&top)?,
+        // Planning reads the metadata of the whole chain, so it must not hold the lock that `ls`
+        // needs.
+        let (chain, layers) = match purpose {
+            Purpose::Read => self.states.open_settled(&top)?,
+            Purpose::Show => self.states.open_now(&top)?,
         };
-        let since = self.known_since(source, &layers);
+        let since = self.unchanged_since(source, &layers);
         self.plan(source, record, chain, layers, since)
     }
 
-    /// Since when a disk state is known to have these layers.
-    fn known_since(&self, source: &Source, layers: &LayerStates) -> Instant {
-        let exports = self.cache.lock();
-        let known = exports.known.get(source);
-        let same = known.filter(|known| known.state.layers.is_same(layers));
-        same.map_or_else(Instant::now, |known| known.since)
+    /// Returns when these layers were first seen in this state, or now.
+    fn unchanged_since(&self, source: &Source, layers: &LayerStates) -> Instant {
+        let cache = self.cache.lock();
+        let planned = cache.planned.get(source);
+        let same = planned.filter(|planned| planned.inputs.layers.is_same(layers));
+        same.map_or_else(Instant::now, |planned| planned.since)
     }
 
+    /// Plans an export and puts it into the cache.
     fn plan(
         &self,
         source: &Source,
@@ -256,7 +271,7 @@ impl PlainExports {
         since: Instant,
     ) -> Result<(Arc<Export>, Contents)> {
         if since.elapsed() >= LONGEST_TICK {
-            layers.was_watched();
+            layers.mark_settled();
         }
         let (about, hash) = about_of(record, chain.changed_at())?;
         let (changed, number) = (chain.changed_at(), self.states.state_number(&chain)?);
@@ -267,8 +282,8 @@ impl PlainExports {
             export.set_digest(digest);
         }
         let export = Arc::new(export);
-        let known = PlannedExport {
-            state: State {
+        let planned = PlannedExport {
+            inputs: PlanInputs {
                 layers,
                 about: hash,
             },
@@ -277,53 +292,45 @@ impl PlainExports {
             key: export.state_key(),
             plan: is_settled.then(|| export.clone()),
         };
-        let mut exports = self.cache.lock();
-        exports.known.insert(source.clone(), known);
+        let mut cache = self.cache.lock();
+        cache.planned.insert(source.clone(), planned);
         if is_settled {
-            exports.used(source);
+            cache.touch(source);
         }
         Ok((export, contents))
     }
 
-    /// Lets go of the plans, and with them of the open layers, of states that are gone: their space
-    /// comes back.
+    /// Drops the plans of disk states that are not in `catalog`. Their layers are closed, so their
+    /// space is reclaimed.
     pub fn forget_gone(&self, catalog: &Catalog) {
-        let mut exports = self.cache.lock();
-        exports.known.retain(|source, _| source.is_in(catalog));
-        exports.kept.retain(|source| source.is_in(catalog));
+        let mut cache = self.cache.lock();
+        cache.planned.retain(|source, _| source.is_in(catalog));
+        cache.recent.retain(|source| source.is_in(catalog));
     }
 
-    /// Lets go of the plans that nobody reads, and with them of the open layers. Returns how many there
-    /// were, and are.
+    /// Drops the plans without readers and closes their layers. Returns how many plans were kept
+    /// before.
     pub(crate) fn let_go_of_unread(&self) -> usize {
-        let mut exports = self.cache.lock();
-        let kept_before = exports.kept.len();
-        for known in exports.known.values_mut() {
-            if known
-                .plan
-                .as_ref()
-                .is_some_and(|plan| Arc::strong_count(plan) == 1)
-            {
-                known.plan = None;
-            }
+        let mut cache = self.cache.lock();
+        let plans_before = cache.recent.oldest_first().len();
+        let PlanCache { planned, recent } = &mut *cache;
+        for export in planned.values_mut() {
+            export.plan.take_if(|plan| Arc::strong_count(plan) == 1);
         }
-        let PlanCache { known, kept } = &mut *exports;
-        kept.retain(|source| known.get(source).is_some_and(|known| known.plan.is_some()));
-        kept_before
+        let has_plan = |export: &PlannedExport| export.plan.is_some();
+        recent.retain(|source| planned.get(source).is_some_and(has_plan));
+        plans_before
     }
 
-    /// Whether anybody reads an export.
-    pub(crate) fn is_read(&self) -> bool {
-        let exports = self.cache.lock();
-        let mut plans = exports
-            .known
-            .values()
-            .filter_map(|known| known.plan.as_ref());
+    /// Returns whether an export has a reader.
+    pub(crate) fn is_in_use(&self) -> bool {
+        let cache = self.cache.lock();
+        let mut plans = cache.planned.values().filter_map(|it| it.plan.as_ref());
         plans.any(|plan| Arc::strong_count(plan) > 1)
     }
 }
 
-/// What is shown of an export that can't be opened.
+/// Returns what `ls` shows of an export that can't be opened.
 fn unreadable(top: &Path, record: &BoxRecord, size: u64) -> Result<Contents> {
     let message = || format!("cannot look at {}", top.display());
     let meta = fs::metadata(top).context(message)?;
@@ -336,14 +343,12 @@ fn unreadable(top: &Path, record: &BoxRecord, size: u64) -> Result<Contents> {
 }
 
 impl PlanCache {
-    /// Notes that a plan was used, and lets go of those not used for long.
-    fn used(&mut self, source: &Source) {
-        self.kept.retain(|kept| kept != source);
-        self.kept.push(source.clone());
-        while self.kept.len() > KEPT_PLANS {
-            let oldest = self.kept.remove(0);
-            if let Some(known) = self.known.get_mut(&oldest) {
-                known.plan = None;
+    /// Makes the plan of `source` the most recently used one, and drops the plans beyond the limit.
+    fn touch(&mut self, source: &Source) {
+        self.recent.touch(source);
+        while let Some(oldest) = self.recent.evict() {
+            if let Some(planned) = self.planned.get_mut(&oldest) {
+                planned.plan = None;
             }
         }
     }

@@ -1,4 +1,4 @@
-//! A compressed archive being made, and those who wait for it.
+//! The production of a compressed archive, and its waiters.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,22 +11,27 @@ use crate::exports::plain::Contents;
 use crate::exports::spool::Spool;
 use crate::{Error, Result};
 
-/// Archives made at a time: each takes all cores and its share of memory.
+/// Most productions at a time. Each uses all cores, and memory for each of its threads.
 const MOST_AT_A_TIME: usize = 2;
-/// How often those who wait are looked at: a killed one must not wait on.
-pub(crate) const LOOKED_AT: Duration = Duration::from_millis(10);
+/// How often to check whether a waiter is dying: a killed process must not wait on.
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What a compressed archive opened for reading is read from.
+/// Returns the error for a waiter that is dying, or whose mount ends.
+pub(crate) fn interrupted() -> Error {
+    Error::new(libc::EINTR, "interrupted while waiting")
+}
+
+/// Where the bytes of an open compressed archive come from.
 #[derive(Clone)]
 pub enum Packed {
-    /// The whole of it, in a file.
+    /// A file with the whole archive.
     Spooled(Arc<Spool>),
     /// Frames made as they are read.
     Streamed(Arc<Stream>),
 }
 
 impl Packed {
-    /// Length of the archive in bytes.
+    /// Returns the length of the archive in bytes.
     pub fn size(&self) -> u64 {
         match self {
             Packed::Spooled(spool) => spool.size(),
@@ -34,11 +39,11 @@ impl Packed {
         }
     }
 
-    /// Fills `buf` with the archive's bytes from `offset` on, completely unless it ends; returns how
-    /// many bytes that are.
+    /// Reads the archive's bytes from `offset` on into `buf`. Fills `buf`, unless the archive ends.
+    /// Returns the number of bytes read.
     ///
     /// # Errors
-    /// EIO when the disk changed meanwhile.
+    /// EIO when the disk changed meanwhile; those of reading a spool's file.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         match self {
             Packed::Streamed(stream) => stream.read_at(offset, buf),
@@ -47,41 +52,44 @@ impl Packed {
     }
 }
 
-/// A compressed archive that was opened, and what it is of.
+/// An open compressed archive.
 pub struct OpenedCompressed {
-    /// What to read from.
+    /// Where its bytes come from.
     pub packed: Packed,
-    /// With the exact size of the compressed archive.
+    /// Its contents, with its exact size.
     pub contents: Contents,
-    /// What it is made of; as long as that is kept, so is a copy of a running box's disk.
+    /// The plain archive it is made of. It holds a copy of a running box's disk open.
     pub export: Arc<Export>,
 }
 
-/// Somebody who waits for a compressed archive.
+/// A caller that waits for a compressed archive.
 pub struct Waiter {
-    /// Whether it is about to die, and must not wait on.
+    /// Returns whether the caller is about to die: then it is answered with EINTR.
     pub is_dying: Box<dyn Fn() -> bool + Send>,
     /// Takes the answer.
     pub answer: Box<dyn FnOnce(Result<OpenedCompressed>) + Send>,
 }
 
-/// An archive being made, and who waits for it. None: it is done, or nobody did.
+/// A compressed archive being made.
 #[derive(Default)]
 pub(crate) struct Production {
+    /// Callers that wait for it. None once it has ended, or all callers have died.
     pub waiters: Mutex<Option<Vec<Waiter>>>,
+    /// Whether the mount ends, and the production with it.
     pub closing: AtomicBool,
 }
 
 impl Production {
-    /// Answers those who are about to die; false if nobody is left.
+    /// Answers the waiters that are dying, or all if the mount ends. Returns whether any are left;
+    /// without waiters the production ends.
     pub fn goes_on(&self) -> bool {
         let mut waiters = self.waiters.lock();
         let Some(all) = waiters.as_mut() else {
             return false;
         };
         let closing = self.closing.load(Ordering::Relaxed);
-        for gone in all.extract_if(.., |waiter| closing || (waiter.is_dying)()) {
-            (gone.answer)(Err(Error::new(libc::EINTR, "interrupted while waiting")));
+        for waiter in all.extract_if(.., |waiter| closing || (waiter.is_dying)()) {
+            (waiter.answer)(Err(interrupted()));
         }
         if all.is_empty() {
             *waiters = None;
@@ -89,7 +97,10 @@ impl Production {
         waiters.is_some()
     }
 
-    /// Waits along; gives the waiter back when it is over already.
+    /// Adds a waiter.
+    ///
+    /// # Errors
+    /// Returns the waiter if the production has ended.
     pub fn join(&self, waiter: Waiter) -> std::result::Result<(), Waiter> {
         match self.waiters.lock().as_mut() {
             Some(waiters) => {
@@ -101,7 +112,7 @@ impl Production {
     }
 }
 
-/// At most so many at a time.
+/// Limits how many productions run at a time.
 #[derive(Default)]
 pub(crate) struct Turns {
     taken: Mutex<usize>,
@@ -109,11 +120,11 @@ pub(crate) struct Turns {
 }
 
 impl Turns {
-    /// Waits for a turn; None once `go_on` says no.
+    /// Waits for a turn. Returns None once `go_on` returns false.
     pub fn take(&self, go_on: &dyn Fn() -> bool) -> Option<Turn<'_>> {
         let mut taken = self.taken.lock();
         while *taken >= MOST_AT_A_TIME {
-            let waited = self.free.wait_for(&mut taken, LOOKED_AT);
+            let waited = self.free.wait_for(&mut taken, POLL_INTERVAL);
             if waited.timed_out() && !go_on() {
                 return None;
             }
@@ -123,6 +134,7 @@ impl Turns {
     }
 }
 
+/// The right to run a production, until it is dropped.
 pub(crate) struct Turn<'a>(&'a Turns);
 
 impl Drop for Turn<'_> {

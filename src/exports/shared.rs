@@ -1,4 +1,4 @@
-//! What all that reads or changes a home works with.
+//! What all readers and changes of a home share.
 
 use std::sync::Arc;
 
@@ -7,22 +7,26 @@ use crate::files::workspace::Workspace;
 use crate::home::{Home, SizeCache};
 use crate::progress::{Foreground, Operations};
 
-/// A home that is open, and what belongs to it once in this process.
+/// An open home, and what there is one of per home in this process.
 pub(crate) struct Shared {
     pub home: Arc<Home>,
+    /// The directory for temporary and unnamed files.
     pub workspace: Arc<Workspace>,
     /// The log that a user sees in the mount.
     pub events: Arc<EventLog>,
-    /// Sizes and checksums of disk states.
+    /// The cache of sizes and checksums, on disk.
     pub sizes: Arc<SizeCache>,
+    /// The progress of long operations.
     pub operations: Arc<Operations>,
+    /// The use of the mount, which background work waits for.
     pub foreground: Arc<Foreground>,
-    /// Nothing is written into the home.
+    /// Whether nothing may be written to the home.
     pub is_read_only: bool,
 }
 
 impl Shared {
-    /// Returns these for a home; its workspace is made when it is needed.
+    /// Returns the shared parts of a home. The workspace's directory is made when it is first
+    /// needed.
     pub fn new(home: Home, events: EventLog, is_read_only: bool) -> Shared {
         let home = Arc::new(home);
         Shared {

@@ -1,4 +1,4 @@
-//! A finished compressed archive in a file without a name.
+//! A finished compressed archive in an unnamed file.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Context, Result};
 
-/// A finished archive in a file without a name.
+/// A finished compressed archive in an unnamed file. Dropping it frees the space.
 pub struct Spool {
     file: File,
     size: u64,
@@ -14,7 +14,7 @@ pub struct Spool {
 }
 
 impl Spool {
-    /// Returns the spool that a file of this length is.
+    /// Returns a spool of a file that holds a whole archive of `size` bytes.
     pub(crate) fn new(file: File, size: u64) -> Spool {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Spool {
@@ -24,25 +24,26 @@ impl Spool {
         }
     }
 
-    /// The file.
+    /// Returns the file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Length in bytes.
+    /// Returns the length of the archive in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// A number no other spool of this process has.
+    /// Returns a number that no other spool of this process has.
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// Fills `buf` from `offset` on, completely unless the archive ends; returns how much that is.
+    /// Reads bytes from `offset` on into `buf`. Fills `buf`, unless the archive ends. Returns the
+    /// number of bytes read.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Those of reading the file.
     pub(crate) fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let left = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
         let len = left.min(buf.len());

@@ -1,10 +1,13 @@
-//! The state of a chain of layers, and whether it can change without showing another: what plans,
-//! sizes, digests, inodes and the kernel's pages go by. Which is which is told by a
-//! [`crate::disk::FileClock`].
+//! The state of a chain of layers. Plans, sizes, digests, inodes and the kernel's cached pages are
+//! valid for one state.
 //!
-//! A state that can change unseen is shown (`ls` and `stat` never wait), and nothing else: no bytes
-//! of it are handed out, it is not remembered, and the next look does not go by it. Whoever opens
-//! something waits until the file system's clock has moved on.
+//! A state is *settled* once every later write gives the files another state. A write within the
+//! same tick of the file system's clock does not, so a [`FileClock`] tells whether the clock has
+//! moved on.
+//!
+//! A state that is not settled is only shown, since `ls` and `stat` never wait. No bytes of it are
+//! handed out, it is not remembered, and the next look does not rely on it. Opening a file waits
+//! until the state is settled.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -21,10 +24,10 @@ use crate::exports::disks::{Disks, Source};
 use crate::files::workspace::Workspace;
 use crate::{Context, Error, Result};
 
-/// How long to wait for a disk that changes again and again.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait for a disk that keeps changing.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Images written from others that it is known of; more are not made while somebody reads.
+/// Most images remembered as stand-ins. No more than this are written during one read.
 const MOST_STAND_INS: usize = 256;
 
 /// The files of a chain as they were when it was opened, top first.
@@ -35,7 +38,7 @@ pub struct LayerStates {
 }
 
 impl LayerStates {
-    /// Those of a chain that was opened after `moment`.
+    /// Returns the states of a chain that was opened after `moment`.
     fn of(chain: &Chain, moment: &Moment) -> LayerStates {
         let paths = chain.layers().iter().map(|layer| layer.path().to_owned());
         LayerStates {
@@ -44,25 +47,27 @@ impl LayerStates {
         }
     }
 
-    /// Whether it can't change unseen: as long as it [holds](LayerStates::hold), so do the disk's
-    /// bytes.
+    /// Returns whether the state is settled: while it is [current](LayerStates::are_current), the
+    /// disk's bytes are unchanged.
     pub fn is_settled(&self) -> bool {
         self.is_settled
     }
 
-    /// It was seen to be the same, time and again, for the longest tick there is.
-    pub fn was_watched(&mut self) {
+    /// Marks the state as settled, because it was seen unchanged for the longest tick there is.
+    /// Such a state is read, but not remembered.
+    pub fn mark_settled(&mut self) {
         self.is_settled = true;
     }
 
-    /// Whether the files and what is known of them are the same.
+    /// Returns whether both have the same files in the same states.
     pub fn is_same(&self, other: &LayerStates) -> bool {
         self.files == other.files
     }
 
-    /// Whether a chain opened at `top` now would have the same: a stat for each layer, no file
-    /// opened. Says something of the bytes only if it is [settled](LayerStates::is_settled).
-    pub fn hold(&self, top: &Path) -> bool {
+    /// Returns whether a chain opened at `top` now would have the same states. Costs one stat per
+    /// layer and opens no file. Says something about the bytes only if
+    /// [settled](LayerStates::is_settled).
+    pub fn are_current(&self, top: &Path) -> bool {
         self.files.first().is_some_and(|(path, _)| path == top)
             && self
                 .files
@@ -70,38 +75,46 @@ impl LayerStates {
                 .all(|(path, state)| fs::metadata(path).is_ok_and(|meta| state.is_of(&meta)))
     }
 
-    /// The files with the times they have.
+    /// Returns the files with their modification times.
     fn stamped(&self) -> Vec<Stamped> {
         let files = self.files.iter();
-        let stamped = files.map(|(path, state)| Stamped {
-            path: path.clone(),
-            dev: state.id.dev,
-            time: state.modified,
-        });
-        stamped.collect()
+        files
+            .map(|(path, state)| stamp(path.clone(), state))
+            .collect()
     }
 }
 
-/// Images that were written from other layers, each with the states of those: they read the same.
+/// Returns a file with its modification time.
+fn stamp(path: PathBuf, state: &FileState) -> Stamped {
+    Stamped {
+        path,
+        dev: state.id.dev,
+        time: state.modified,
+    }
+}
+
+/// Images that were written from other layers and read the same, each with the states of those
+/// layers. The oldest entry is dropped when there are too many.
 #[derive(Default)]
-pub struct StandIns(VecDeque<(FileState, Vec<FileState>)>);
+struct StandIns(VecDeque<(FileState, Vec<FileState>)>);
 
 impl StandIns {
-    fn add(&mut self, image: FileState, of: Vec<FileState>) {
+    fn add(&mut self, image: FileState, originals: Vec<FileState>) {
         if self.0.len() >= MOST_STAND_INS {
             self.0.pop_front();
         }
-        self.0.push_back((image, of));
+        self.0.push_back((image, originals));
     }
 
-    /// The states that one stands for: its own, unless it was written from others.
-    fn original(&self, state: FileState) -> Vec<FileState> {
-        let known = self.0.iter().find(|(image, _)| *image == state);
-        known.map_or_else(|| vec![state], |(_, of)| of.clone())
+    /// Returns the states that an image stands for: its own, unless it was written from other
+    /// layers.
+    fn originals(&self, state: FileState) -> Vec<FileState> {
+        let entry = self.0.iter().find(|(image, _)| *image == state);
+        entry.map_or_else(|| vec![state], |(_, originals)| originals.clone())
     }
 }
 
-/// Opens chains of layers in states that can be told apart.
+/// Opens chains of layers in states that can be told apart, and numbers these states.
 pub(crate) struct States {
     disks: Arc<Disks>,
     workspace: Arc<Workspace>,
@@ -111,7 +124,7 @@ pub(crate) struct States {
 }
 
 impl States {
-    /// Returns the states of these disks. Where a home is only looked at, nothing is made in its workspace.
+    /// Returns the states of these disks. If `is_read_only`, no file is made in the workspace.
     pub fn new(disks: Arc<Disks>, workspace: Arc<Workspace>, is_read_only: bool) -> States {
         States {
             disks,
@@ -122,29 +135,29 @@ impl States {
         }
     }
 
-    /// Opens a chain in a state that can't change unseen. Where it was written to within the tick
-    /// of its file system's clock, that is waited for: some milliseconds, or a second.
+    /// Opens a chain in a settled state. If the chain was written to within the current tick of its
+    /// file system's clock, this waits for the next tick: some milliseconds, or a second.
     ///
     /// # Errors
-    /// EBUSY when it is written to all the time; as [`Disks::open_chain`].
+    /// EBUSY when the disk keeps changing; as [`Disks::open_chain`].
     pub fn open_settled(&self, top: &Path) -> Result<(Chain, LayerStates)> {
         let began = Instant::now();
         let mut watched: Option<(LayerStates, Instant)> = None;
         loop {
-            let (chain, mut layers) = self.open_as_it_is(top)?;
+            let (chain, mut layers) = self.open_once(top)?;
             match &watched {
                 _ if layers.is_settled => return Ok((chain, layers)),
                 Some((same, since)) if same.is_same(&layers) => {
                     if since.elapsed() >= LONGEST_TICK {
-                        layers.was_watched();
+                        layers.mark_settled();
                         return Ok((chain, layers));
                     }
                 }
                 _ => watched = Some((layers.clone(), Instant::now())),
             }
-            if began.elapsed() > PATIENCE {
+            if began.elapsed() > SETTLE_TIMEOUT {
                 return Err(Error::busy(format!(
-                    "{} is written to all the time; try again, or end what writes to it",
+                    "{} is written to all the time; try again, or stop the program that writes to it",
                     top.display()
                 )));
             }
@@ -152,60 +165,53 @@ impl States {
         }
     }
 
-    /// Opens a chain without waiting.
+    /// Opens a chain without waiting, in a state that may not be settled.
     ///
     /// # Errors
     /// As [`Disks::open_chain`].
     pub fn open_now(&self, top: &Path) -> Result<(Chain, LayerStates)> {
-        let (chain, layers) = self.open_as_it_is(top)?;
+        let (chain, layers) = self.open_once(top)?;
         if layers.is_settled || !self.clock.advance(&layers.stamped(), &|| self.make_probe()) {
             return Ok((chain, layers));
         }
-        // The clock has moved on: what is there now can't change unseen any more.
-        self.open_as_it_is(top)
+        // The clock has moved on, so the state is settled if it is opened again.
+        self.open_once(top)
     }
 
-    fn open_as_it_is(&self, top: &Path) -> Result<(Chain, LayerStates)> {
+    /// Opens a chain as it is now. Takes the moment first: only a state seen after it can be
+    /// settled.
+    fn open_once(&self, top: &Path) -> Result<(Chain, LayerStates)> {
         let moment = self.clock.latest();
         let chain = self.disks.open_chain(top)?;
         let layers = LayerStates::of(&chain, &moment);
         Ok((chain, layers))
     }
 
-    /// Whether opening what is shown of a disk state may have to wait for its file system's clock.
+    /// Returns whether opening a file of a disk state may have to wait for the file system's clock.
     pub fn may_wait(&self, source: &Source) -> bool {
         let Ok(top) = self.disks.top_of(source) else {
             return false;
         };
-        // What lies below the top is no newer.
+        // The layers below the top are no newer.
         let Ok(meta) = fs::metadata(&top) else {
             return false;
         };
-        let state = FileState::of(&meta);
-        let stamped = Stamped {
-            path: top,
-            dev: state.id.dev,
-            time: state.modified,
-        };
-        !self.clock.advance(&[stamped], &|| self.make_probe())
+        let stamped = [stamp(top, &FileState::of(&meta))];
+        !self.clock.advance(&stamped, &|| self.make_probe())
     }
 
-    /// Whether the state that a chain was opened in, and is in, can be remembered for good: no
-    /// other will look like it.
+    /// Returns whether the state that a chain was opened in, and still is in, may be remembered for
+    /// good: no other state will look like it.
     pub fn is_lasting(&self, chain: &Chain) -> bool {
         let paths = chain.layers().iter().map(|layer| layer.path().to_owned());
-        let stamped = paths.zip(chain.states()).map(|(path, state)| Stamped {
-            path,
-            dev: state.id.dev,
-            time: state.modified,
-        });
-        let stamped: Vec<Stamped> = stamped.collect();
+        let files = paths.zip(chain.states());
+        let stamped: Vec<Stamped> = files.map(|(path, state)| stamp(path, &state)).collect();
         self.clock.advance(&stamped, &|| self.make_probe())
     }
 
-    /// A number for what a chain in a settled state has, the same after a snapshot and a remount,
-    /// and that no other has: a hash of the states of its files, without overlays on top that hold
-    /// nothing.
+    /// Returns a number for the contents of a chain in a settled state. No other state has it, and
+    /// a snapshot or a remount leaves it the same. It is a hash of the states of the chain's files,
+    /// without empty overlays on top.
     ///
     /// # Errors
     /// EIO when a layer's tables are damaged.
@@ -220,20 +226,24 @@ impl States {
         Ok(u64::from_le_bytes(number))
     }
 
-    /// Notes that an image was written from the `upper` layers on top of a chain.
+    /// Records that `image` was written from the `upper` topmost layers of a chain and reads the
+    /// same, so that the chain keeps its [state number](States::state_number) when the image takes
+    /// their place.
     ///
     /// # Errors
-    /// Those of looking at it.
+    /// Those of looking at the image; EIO when a layer's tables are damaged.
     pub fn note_stand_in(&self, image: &fs::File, chain: &Chain, upper: usize) -> Result<()> {
-        let meta = image.metadata().context(|| "cannot look at an image")?;
-        let of = self.originals(chain, upper)?;
+        let meta = image
+            .metadata()
+            .context(|| "cannot look at the image written from a box's layers")?;
+        let originals = self.originals(chain, upper)?;
         let state = FileState::of_open(image, &meta);
-        self.stand_ins.lock().add(state, of);
+        self.stand_ins.lock().add(state, originals);
         Ok(())
     }
 
-    /// The states of the files that the `upper` layers on top of a chain stand for, without those
-    /// above all others that hold nothing.
+    /// Returns the states that the `upper` topmost layers of a chain stand for, without empty
+    /// overlays on top.
     fn originals(&self, chain: &Chain, upper: usize) -> Result<Vec<FileState>> {
         let layers = chain.layers();
         let mut skipped = 0;
@@ -250,21 +260,26 @@ impl States {
         }
         let stand_ins = self.stand_ins.lock();
         let states = chain.states().take(upper).skip(skipped);
-        Ok(states.flat_map(|state| stand_ins.original(state)).collect())
+        Ok(states
+            .flat_map(|state| stand_ins.originals(state))
+            .collect())
     }
 
-    /// What the clock needs where a file system makes no file without a name by itself.
-    pub fn make_probe(&self) -> Option<fs::File> {
-        let made = (!self.is_read_only).then(|| self.workspace.unnamed_file("clock"));
-        made.and_then(Result::ok)
+    /// Returns an unnamed file for the clock to touch, on file systems that have no `O_TMPFILE`.
+    /// None in a read-only mount, or when the file can't be made.
+    fn make_probe(&self) -> Option<fs::File> {
+        let probe = (!self.is_read_only).then(|| self.workspace.unnamed_file("clock"));
+        probe.and_then(Result::ok)
     }
 
-    /// Waits until whatever changes these files shows.
+    /// Waits until every later write to these files gives them another state, at most for the
+    /// longest tick of a file system.
     pub fn wait_for_clock(&self, files: &[Stamped]) {
         self.clock.wait(files, &|| self.make_probe());
     }
 
-    /// A moment of now: what is looked at from here on, and has an older time, shows each change.
+    /// Asks the clock of the file system that `dir` is on, and returns the latest moment. A file
+    /// that is looked at from now on, and has an older time, is in a settled state.
     pub fn moment_now(&self, dir: &Path) -> Moment {
         if let Ok(meta) = fs::metadata(dir) {
             let now = Stamped {
@@ -295,17 +310,17 @@ mod tests {
     #[test]
     fn an_image_stands_for_the_layers_it_was_written_from_until_too_many_others_were() {
         let mut stand_ins = StandIns::default();
-        assert_eq!(stand_ins.original(state(1)), [state(1)]);
+        assert_eq!(stand_ins.originals(state(1)), [state(1)]);
         stand_ins.add(state(1), vec![state(2), state(3)]);
-        assert_eq!(stand_ins.original(state(1)), [state(2), state(3)]);
+        assert_eq!(stand_ins.originals(state(1)), [state(2), state(3)]);
         let changed = FileState {
             modified: 9,
             ..state(1)
         };
-        assert_eq!(stand_ins.original(changed), [changed]);
+        assert_eq!(stand_ins.originals(changed), [changed]);
         for other in 0..MOST_STAND_INS as u64 {
             stand_ins.add(state(10 + other), Vec::new());
         }
-        assert_eq!(stand_ins.original(state(1)), [state(1)]);
+        assert_eq!(stand_ins.originals(state(1)), [state(1)]);
     }
 }

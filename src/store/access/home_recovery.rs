@@ -104,8 +104,8 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
 }
 
 /// Finishes or undoes the making of boxes that a crash cut off. A marked directory without a row is
-/// removed; one with a row loses its mark. A directory that has neither row nor mark is not ours: it
-/// stays for BoxLite or the user.
+/// removed; one with a row loses its mark. A directory that has neither row nor mark is not ours:
+/// it stays for BoxLite or the user.
 fn remove_unrecorded(store: &Store, change: &Change<'_>) -> Result<()> {
     for id in names_in(&store.home().boxes_dir())? {
         let dir = store.home().box_dir(&id);

@@ -29,12 +29,12 @@ pub fn lock_box<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
     Ok(locked)
 }
 
-/// Makes the box ready for a change that is safe beside a BoxLite runtime. With the option `shared`,
-/// this succeeds even while a runtime holds the lock.
+/// Makes the box ready for a change that is safe beside a BoxLite runtime. With the option
+/// `shared`, this succeeds even while a runtime holds the lock.
 ///
 /// # Errors
-/// Those of [`lock_box`]. Beside a runtime also EBUSY while BoxLite is changing the box, or when the
-/// box needs recovery first.
+/// Those of [`lock_box`]. Beside a runtime also EBUSY while BoxLite is changing the box, or when
+/// the box needs recovery first.
 pub fn lock_shared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
     let mut locked = lock_shared_unprepared(store, box_id)?;
     make_ready(&mut locked)?;
@@ -58,8 +58,8 @@ pub fn lock_source<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> 
     Ok(locked)
 }
 
-/// Checks that the box may be changed, as [`lock_unprepared`] does, for a change that is safe beside
-/// a runtime.
+/// Checks that the box may be changed, as [`lock_unprepared`] does, for a change that is safe
+/// beside a runtime.
 ///
 /// # Errors
 /// Those of [`lock_shared`].

@@ -1,9 +1,9 @@
 //! Rows and headers that name a file of the home by another path than its canonical one.
 //!
 //! BoxLite canonicalizes `bases/` and compares it, as text, with the paths in rows and headers. Its
-//! start deletes every base that none of them names. After a home was moved and a symlink put in its
-//! place, none of them match. So we write canonical paths only, and correct all others before any
-//! other change.
+//! start deletes every base that none of them names. After a home was moved and a symlink put in
+//! its place, none of them match. So we write canonical paths only, and correct all others before
+//! any other change.
 
 use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
@@ -137,7 +137,8 @@ impl<'s> Speller<'s> {
                 Spelling::Aliased(right)
             };
         }
-        // A directory of the home may be mounted elsewhere as well: compare by identity, not by path.
+        // A directory of the home may be mounted elsewhere as well: compare by identity, not by
+        // path.
         for above in resolved.ancestors() {
             let Ok(id) = FileId::at(above) else { continue };
             if let Some((_, dir)) = self.own.iter().find(|(own, _)| *own == id)
@@ -251,9 +252,10 @@ pub fn refuse_mounted_twice(store: &Store, change: &Change<'_>) -> Result<()> {
 /// Makes all rows and headers name the home's files by their canonical paths. Does nothing if this
 /// succeeded before in this mount.
 ///
-/// Order: all rows in one transaction, then the headers, each by a rebase. BoxLite keeps a base that
-/// a row or a header names, so all bases with rows are safe from the first step on. A crash after it
-/// leaves headers with the old path. They still lead to the same files and are corrected next time.
+/// Order: all rows in one transaction, then the headers, each by a rebase. BoxLite keeps a base
+/// that a row or a header names, so all bases with rows are safe from the first step on. A crash
+/// after it leaves headers with the old path. They still lead to the same files and are corrected
+/// next time.
 ///
 /// # Errors
 /// EBUSY when a runtime has the lock, EPERM when the home is mounted in two places; those of the
@@ -300,10 +302,10 @@ fn put_rows_right(change: &mut Change<'_>, misspelled: &[Misspelled]) -> Result<
     Ok(rows().count())
 }
 
-/// Corrects up to [`HEADERS_AT_ONCE`] headers and returns how many. These are left as they are: live
-/// disks of running boxes, images with more names than the home knows (a backup keeps its header),
-/// and headers without space for the path. Their bases have rows, or get them with the next change of
-/// the box.
+/// Corrects up to [`HEADERS_AT_ONCE`] headers and returns how many. These are left as they are:
+/// live disks of running boxes, images with more names than the home knows (a backup keeps its
+/// header), and headers without space for the path. Their bases have rows, or get them with the
+/// next change of the box.
 fn put_headers_right(
     store: &Store,
     change: &Change<'_>,

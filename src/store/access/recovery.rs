@@ -40,8 +40,8 @@ pub fn recover_box(locked: &mut LockedBox<'_>) -> Result<()> {
 }
 
 /// Undoes a snapshot that BoxLite's own crash marker says is pending. If it is half made, the live
-/// disk lies in the snapshot's directory and is moved back, as litebox/local_snapshot.rs does at the
-/// next start of a runtime. A snapshot that is complete on disk is left to
+/// disk lies in the snapshot's directory and is moved back, as litebox/local_snapshot.rs does at
+/// the next start of a runtime. A snapshot that is complete on disk is left to
 /// [`recover_snapshot_dirs`].
 fn undo_pending_snapshot(locked: &mut LockedBox<'_>) -> Result<()> {
     let home = &locked.store.home();
@@ -90,8 +90,8 @@ fn pending_layer(locked: &LockedBox<'_>, marker: &Value) -> Option<PathBuf> {
 }
 
 /// Undoes a freeze that was cut off. A live disk has one name; a second one in `bases/` comes from
-/// such a freeze, so the row, the references and the name are removed. The freeze is never finished:
-/// a guest may have written to the disk since.
+/// such a freeze, so the row, the references and the name are removed. The freeze is never
+/// finished: a guest may have written to the disk since.
 fn undo_freeze(locked: &mut LockedBox<'_>) -> Result<()> {
     let live = locked.store.home().live_disk(&locked.record.id);
     let Ok(meta) = fs::symlink_metadata(&live) else {

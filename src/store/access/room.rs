@@ -15,8 +15,8 @@ use crate::store::Store;
 use crate::store::access::home_recovery::free_unneeded;
 use crate::store::layers::collect::has_unneeded;
 
-/// Bytes of the reserve. A deletion writes database pages, some more than once, and directory blocks;
-/// btrfs demands more space for a new name than it then uses.
+/// Bytes of the reserve. A deletion writes database pages, some more than once, and directory
+/// blocks; btrfs demands more space for a new name than it then uses.
 const RESERVE: u64 = 1 << 20;
 
 /// The reserve is at most one part in so many of the free space; else none is kept.
@@ -62,8 +62,8 @@ fn drop_spools(store: &Store) -> bool {
     store.exports.compressed.drop_unread()
 }
 
-/// Frees layers that are no longer read. Such a change needs no space before it frees the first one.
-/// Returns false if nothing was freed.
+/// Frees layers that are no longer read. Such a change needs no space before it frees the first
+/// one. Returns false if nothing was freed.
 fn free_for_room(store: &Store) -> bool {
     let Ok(catalog) = store.home().catalog() else {
         return false;

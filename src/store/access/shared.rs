@@ -5,9 +5,9 @@
 //! moves the live disk away, or removes it, and makes another in its place. Then it records what it
 //! made; for a restore it records nothing.
 //!
-//! So our change first keeps BoxLite from recording anything until our own transaction ends. It then
-//! exchanges the live disk with the new one in one step. The file that comes out shows whether the
-//! live disk was still the expected one.
+//! So our change first keeps BoxLite from recording anything until our own transaction ends. It
+//! then exchanges the live disk with the new one in one step. The file that comes out shows whether
+//! the live disk was still the expected one.
 //!
 //! Shared access runs no recovery: what a crash left looks the same as what BoxLite is doing.
 
@@ -126,8 +126,8 @@ pub fn replace_live(
         })?;
         return durable::unlink(new);
     }
-    // BoxLite put another disk there, so that disk goes back. If BoxLite replaced ours meanwhile, the
-    // exchange removes its newest disk: exchange again until ours comes out.
+    // BoxLite put another disk there, so that disk goes back. If BoxLite replaced ours meanwhile,
+    // the exchange removes its newest disk: exchange again until ours comes out.
     while removed != ours {
         let before = removed;
         exchange(new, live).context(|| format!("cannot put {} back", live.display()))?;
@@ -140,8 +140,9 @@ pub fn replace_live(
     Err(replaced_just_now(locked))
 }
 
-/// Refuses, beside a runtime, a disk whose virtual size in bytes differs from that of the live disk.
-/// BoxLite reads the size before it moves the disk away, and gives its next disk the same size.
+/// Refuses, beside a runtime, a disk whose virtual size in bytes differs from that of the live
+/// disk. BoxLite reads the size before it moves the disk away, and gives its next disk the same
+/// size.
 ///
 /// # Errors
 /// EBUSY.
@@ -156,8 +157,8 @@ pub fn refuse_other_size(locked: &LockedBox<'_>, live: &Path, size: u64) -> Resu
     )))
 }
 
-/// Exchanges the names of two files in one step (renameat2 with RENAME_EXCHANGE). ENOENT when one is
-/// missing.
+/// Exchanges the names of two files in one step (renameat2 with RENAME_EXCHANGE). ENOENT when one
+/// is missing.
 fn exchange(one: &Path, other: &Path) -> io::Result<()> {
     renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(io::Error::from)
 }

@@ -45,7 +45,7 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
     };
     boxes.push(first.clone());
     let mut locked = LockedBox {
-        store: store,
+        store,
         change,
         record: first,
     };

@@ -50,7 +50,7 @@ pub fn lock_source<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> 
     let change = begin_shared_change(store)?;
     let record = change.box_by_id(box_id)?;
     let mut locked = LockedBox {
-        store: store,
+        store,
         change,
         record,
     };
@@ -79,7 +79,7 @@ pub fn lock_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'
 fn lock_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<LockedBox<'s>> {
     let record = change.box_by_id(box_id)?;
     let locked = LockedBox {
-        store: store,
+        store,
         change,
         record,
     };

@@ -44,7 +44,7 @@ pub fn recover_box(locked: &mut LockedBox<'_>) -> Result<()> {
 /// the next start of a runtime. A snapshot that is complete on disk is left to
 /// [`recover_snapshot_dirs`].
 fn undo_pending_snapshot(locked: &mut LockedBox<'_>) -> Result<()> {
-    let home = &locked.store.home();
+    let home = locked.store.home();
     let marker = home.pending_marker(&locked.record.id);
     let Ok(text) = fs::read_to_string(&marker) else {
         return Ok(());
@@ -166,7 +166,7 @@ fn recover_snapshot_dirs(locked: &mut LockedBox<'_>) -> Result<()> {
 ///   was cut off, so the directory is removed.
 /// * Neither: it stays where it is.
 fn recover_snapshot_dir(locked: &mut LockedBox<'_>, name: &str) -> Result<()> {
-    let home = &locked.store.home();
+    let home = locked.store.home();
     let path = home.snapshot_disk(&locked.record.id, name);
     let dir = home.snapshots_dir(&locked.record.id).join(name);
     let mark = dir.join(UNRECORDED);

@@ -33,7 +33,7 @@ use crate::{Context, Error, Result};
 /// EBUSY.
 pub fn refuse_unsettled(locked: &LockedBox<'_>) -> Result<()> {
     let name = display_name(&locked.record);
-    let home = &locked.store.home();
+    let home = locked.store.home();
     refuse_pending(locked)?;
     if home.box_dir(&locked.record.id).join(UNRECORDED).exists() {
         return Err(unsettled(locked));

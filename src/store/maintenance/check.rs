@@ -90,7 +90,7 @@ struct Report {
 fn inspect(home: &Path) -> Result<Report> {
     let home = Home::open(home)?;
     let events = EventLog::open(&home, true);
-    let store = Store::to_look(home, events);
+    let store = Store::without_recovery(home, events);
     let mut check = Check {
         catalog: store.home().catalog()?,
         layers: store.layers.scan()?,
@@ -140,7 +140,7 @@ fn repair_home(store: &Store) -> Result<()> {
 /// read. Recovery leaves them because they may be the only copy of a state. As snapshots, the user
 /// can inspect and delete them.
 fn record_orphans(locked: &mut LockedBox<'_>) -> Result<()> {
-    let home = &locked.store.home();
+    let home = locked.store.home();
     let rows = locked.snapshots()?;
     for name in names_in(&home.snapshots_dir(&locked.record.id))? {
         let path = home.snapshot_disk(&locked.record.id, &name);
@@ -176,14 +176,14 @@ struct Check<'s> {
 }
 
 impl Check<'_> {
-    fn found(&mut self, finding: impl Display) {
+    fn report(&mut self, finding: impl Display) {
         self.findings.push(finding.to_string());
     }
 
     /// Finds a database schema that we may not change.
     fn schema(&mut self) {
         if let Some(why) = self.catalog.schema().read_only.clone() {
-            self.found(why);
+            self.report(why);
         }
     }
 
@@ -193,14 +193,14 @@ impl Check<'_> {
         let misspelled = match misspelled_now(self.store, Some(&self.layers)) {
             Ok(misspelled) => misspelled,
             Err(error) if error.errno() == libc::EPERM => {
-                self.found(error);
+                self.report(error);
                 return Ok(());
             }
             Err(error) => return Err(error),
         };
         for path in misspelled {
             if path.is_dangerous() {
-                self.found(format!(
+                self.report(format!(
                     "{path}; BoxLite may delete that file at its next start; mounting the home, or check --repair, corrects it"
                 ));
             } else {
@@ -233,19 +233,19 @@ impl Check<'_> {
                 self.chain(&format!("box {}", display_name(record)), &live);
                 self.one_name(record, &live);
             } else if !catalog.snapshots_of(&record.id).is_empty() {
-                self.found(format!(
+                self.report(format!(
                     "box {} has snapshots but no disk at {}",
                     display_name(record),
                     live.display()
                 ));
             }
             for snapshot in catalog.snapshots_of(&record.id) {
-                let what = format!("snapshot {} of box {}", snapshot.name, display_name(record));
+                let subject = format!("snapshot {} of box {}", snapshot.name, display_name(record));
                 let path = self.store.exports.disks.snapshot_layer(snapshot);
                 if path.is_file() {
-                    self.chain(&what, &path);
+                    self.chain(&subject, &path);
                 } else {
-                    self.found(format!("{what} has no file {}", path.display()));
+                    self.report(format!("{subject} has no file {}", path.display()));
                 }
             }
         }
@@ -259,23 +259,23 @@ impl Check<'_> {
                 let box_home = config["box_home"].as_str().unwrap_or_default().to_owned();
                 let here = self.store.home().box_dir(&record.id);
                 if !here.is_dir() {
-                    self.found(format!("box {name} has no directory {}", here.display()));
+                    self.report(format!("box {name} has no directory {}", here.display()));
                 } else if FileId::at(Path::new(&box_home)).ok() != FileId::at(&here).ok() {
-                    self.found(format!(
+                    self.report(format!(
                         "box {name} says it lives in {box_home}, not in {}: this home is a copy, changes are refused",
                         here.display()
                     ));
                 }
             }
-            Err(error) => self.found(error),
+            Err(error) => self.report(error),
         }
         if let Err(error) = record.state() {
-            self.found(error);
+            self.report(error);
         }
     }
 
     /// Checks that every layer of a chain opens and that none lies outside the home.
-    fn chain(&mut self, what: &str, top: &Path) {
+    fn chain(&mut self, subject: &str, top: &Path) {
         let home = self.store.home();
         match Chain::open_in(top, &self.store.exports.disks.scope_of(top)) {
             Ok(chain) => {
@@ -286,13 +286,13 @@ impl Check<'_> {
                     .filter(|path| !home.contains(path))
                     .collect();
                 for path in outside {
-                    self.found(format!(
-                        "{what} reads from {}, outside this home; changes are refused",
+                    self.report(format!(
+                        "{subject} reads from {}, outside this home; changes are refused",
                         path.display()
                     ));
                 }
             }
-            Err(error) => self.found(format!("{what}: {error}")),
+            Err(error) => self.report(format!("{subject}: {error}")),
         }
     }
 
@@ -306,7 +306,7 @@ impl Check<'_> {
             .map(|name| name.path.display().to_string())
             .collect();
         for name in names {
-            self.found(format!(
+            self.report(format!(
                 "{name} is also the live disk of box {}: a change was cut off; mounting the home undoes it",
                 display_name(record)
             ));
@@ -358,7 +358,7 @@ impl Check<'_> {
                         spare.path.display()
                     );
                 }
-                self.found(format!(
+                self.report(format!(
                     "base {} has no file {}; {why}",
                     row.id,
                     path.display()

@@ -7,7 +7,7 @@
 //! * `layers`: the image files and which reads from which.
 //!
 //! The store knows homes, layers and archives. It knows nothing of names in a mount, handles or
-//! FUSE. A change begins with [`access::lock::lock_box`], which takes the lock, reads fresh rows
+//! FUSE. A change begins with `access::lock::lock_box`, which takes the lock, reads fresh rows
 //! and recovers the box.
 
 mod access;

@@ -175,7 +175,6 @@ fn disk_use(store: &Store, disk: &Path) -> Result<DiskUse> {
 }
 
 /// Returns whether an image file belongs to a box or a snapshot with a row. Bases always count.
-
 fn is_recorded(store: &Store, file: &ImageFile, catalog: &Catalog) -> bool {
     match &file.role {
         Role::Live { box_id } => catalog.box_by_id(box_id).is_some(),

@@ -14,7 +14,7 @@ pub fn refuse_bad_name(name: &str) -> Result<()> {
     Err(Error::new(
         libc::EINVAL,
         format!(
-            "{name:?} can't be a snapshot's name: BoxLite accepts 1 to 255 bytes without a leading dot, / or \\"
+            "{name:?} can't be a snapshot's name: BoxLite accepts 1 to 255 bytes with no leading dot and no / or \\"
         ),
     ))
 }

@@ -79,7 +79,8 @@ fn undo_pending_snapshot(locked: &mut LockedBox<'_>) -> Result<()> {
     durable::unlink(&marker)
 }
 
-/// Where BoxLite's marker says the live disk went, if that is in this box and is no snapshot.
+/// Returns the file to which BoxLite moved the live disk, by its marker, if that file lies in this
+/// box and belongs to no recorded snapshot.
 fn pending_layer(locked: &LockedBox<'_>, marker: &Value) -> Option<PathBuf> {
     let dir = resolve(Path::new(marker["snapshot_dir"].as_str()?)).ok()?;
     let snapshots = locked.store.home().snapshots_dir(&locked.record.id);
@@ -113,7 +114,7 @@ fn undo_freeze(locked: &mut LockedBox<'_>) -> Result<()> {
         }
         if layers.readers_of(&name.path).next().is_some() {
             return Err(Error::damaged(format!(
-                "{} is the live disk of box {}, but other disks read from it; the box is not recovered. Do not start the box, and export the boxes that read from it",
+                "{} is the live disk of box {}, but other disks read from it; the box is not recovered. Stop using the box, and export the boxes that read from it",
                 name.path.display(),
                 display_name(&locked.record)
             )));

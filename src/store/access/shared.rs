@@ -80,8 +80,8 @@ pub fn refuse_pending(locked: &LockedBox<'_>) -> Result<()> {
     }
 }
 
-/// Returns the error for a base without a row. BoxLite records its row at the end of a clone, which
-/// would fail if we recorded one before.
+/// Returns the error for a base without a row: BoxLite is cloning the box. It records the row at
+/// the end of the clone, which would fail if we had recorded one before.
 pub fn cloned_just_now(locked: &LockedBox<'_>, base: &Path) -> Error {
     Error::busy(format!(
         "box {} reads from {}, which has no row: BoxLite is cloning the box, or ended while it did; try again, or end the program that has the home open",

@@ -186,8 +186,9 @@ fn make_imported_snapshot(
     Ok(())
 }
 
-/// Puts the disk of an archive into a directory that is being built. A hard link leaves the archive
-/// its disk in case a later step fails; on a file system without hard links the disk is moved.
+/// Puts the disk of an archive into a directory that is being built. The disk is hard-linked, so
+/// that the archive keeps it if a later step fails. On a file system without hard links it is
+/// moved.
 fn give_disk(disk: &Path, to: &Path) -> Result<()> {
     std::fs::hard_link(disk, to)
         .or_else(|_| std::fs::rename(disk, to))

@@ -22,8 +22,7 @@ const PIECE: usize = 1024 * 1024;
 /// Limits on imported archives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Imports {
-    /// Maximal number of bytes that one archive may write into the home; None for no limit but the
-    /// free space.
+    /// The most bytes that one archive may write into the home; None for no limit but free space.
     pub most: Option<u64>,
     /// Options that reach into the host are refused.
     pub untrusted: bool,

@@ -57,9 +57,9 @@ pub fn rename_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &st
 /// Order: adopt the layer if any chain names its path; move a marked directory with a further name
 /// of the layer into place; mark the old directory, too; update the row; unlink the old name.
 ///
-/// A crash before the row leaves the new directory marked and without a row; a crash after it
-/// leaves the old directory so. Recovery removes either, even if BoxLite removed the other
-/// meanwhile.
+/// A crash before the row was updated leaves the new directory marked and without a row; a crash
+/// after it leaves the old directory in that state. Recovery removes either, even if BoxLite
+/// removed the other meanwhile.
 fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> Result<()> {
     refuse_bad_name(name)?;
     let mut locked = lock_box(store, box_id)?;

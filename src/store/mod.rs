@@ -1,13 +1,14 @@
-//! Everything that changes a home, each change in the crash-safe order that `docs/design/layers.md`
-//! tabulates.
+//! Everything that changes a home. Each change is crash-safe: it follows the order in the table of
+//! `docs/design.md`.
 //!
 //! * `verbs`: one file for each change that a user can ask for.
-//! * `maintenance`: recovery when a mount begins, background compaction, check and compact.
-//! * `access`: the right to change a box, and what refuses a change.
-//! * `layers`: the image files and who reads whom.
+//! * `maintenance`: recovery when a mount begins, background compaction, check, compact and usage.
+//! * `access`: the right to change a box, and the checks that refuse a change.
+//! * `layers`: the image files and which reads from which.
 //!
-//! The room knows homes, layers and archives; it knows nothing of names in a mount, handles or
-//! FUSE. A change begins with [`access::lock::lock_box`]: lock, fresh rows, recovery by looking.
+//! The store knows homes, layers and archives. It knows nothing of names in a mount, handles or
+//! FUSE. A change begins with `access::lock::lock_box`, which takes the lock, reads fresh rows
+//! and recovers the box.
 
 mod access;
 mod layers;
@@ -49,18 +50,18 @@ use layers::graph::LayerScanner;
 use layers::spare_names::SpareNames;
 use maintenance::usage::UsageCache;
 
-/// How changes are made beside a BoxLite runtime, and what was seen of the home's paths.
+/// Whether changes are shared with a BoxLite runtime, and what this mount has verified about paths.
 #[derive(Default)]
 struct Access {
-    /// Some changes are made also while a BoxLite runtime has the home.
+    /// The mount option `shared`: safe changes are made even while a BoxLite runtime has the home.
     is_shared: bool,
-    /// Rows and headers were seen to name this home's files by their canonical paths.
+    /// All rows and headers name this home's files by their canonical paths.
     paths_are_right: AtomicBool,
-    /// Rows were seen not to be those of another place that the home is mounted at.
+    /// The rows do not name the files by a second mount of the home.
     is_mounted_once: AtomicBool,
 }
 
-/// A home that is open, and all that is needed to change it.
+/// An open home and what is needed to change it.
 pub struct Store {
     shared: Shared,
     exports: Exports,
@@ -72,8 +73,8 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the home at `path` and, unless `read_only`, recovers what a crash left. A recovery
-    /// that has to wait (a runtime holds the lock) is done before the next change of each box.
+    /// Opens the home at `path` and, unless `read_only`, recovers what a crash left. While a
+    /// runtime holds the lock, recovery is postponed until the next change of each box.
     ///
     /// # Errors
     /// Those of [`Home::open`].
@@ -81,8 +82,8 @@ impl Store {
         Store::open_shared(path, read_only, false, compression)
     }
 
-    /// Opens a home as [`Store::open`] does. With `is_shared`, changes that are safe beside a BoxLite
-    /// runtime are made while one has the home.
+    /// Opens a home as [`Store::open`] does. With `is_shared`, changes that are safe beside a
+    /// BoxLite runtime are made even while one has the home.
     ///
     /// # Errors
     /// Those of [`Home::open`].
@@ -98,10 +99,10 @@ impl Store {
         let events = EventLog::open(&home, read_only);
         if let Some(error) = &unwritable {
             events.warn(&format!(
-                "{error}: the home is only looked at, as with -o ro"
+                "{error}: the home is opened read-only, as with -o ro"
             ));
         }
-        let mut store = Store::of(Shared::new(home, events, read_only), compression);
+        let mut store = Store::new(Shared::new(home, events, read_only), compression);
         store.access.is_shared = is_shared;
         if let Some(message) = store.shared.sizes.newer() {
             store.events().info_once(message);
@@ -111,7 +112,7 @@ impl Store {
         } else if read_only {
             access::path_spelling::warn_of_paths(
                 &store,
-                "the home is only looked at; mount it without ro once",
+                "the home is opened read-only; mount it once without ro",
             );
         } else {
             maintenance::at_mount::recover_at_mount(&store);
@@ -120,17 +121,17 @@ impl Store {
         Ok(store)
     }
 
-    /// Returns the store with limits on what archives may bring.
+    /// Returns the store with these limits for imported archives.
     pub fn taking(self, imports: Imports) -> Store {
         Store { imports, ..self }
     }
 
-    /// Returns the store of a home that is only looked at.
-    fn to_look(home: Home, events: EventLog) -> Store {
-        Store::of(Shared::new(home, events, true), Compression::default())
+    /// Returns a read-only store, without recovery.
+    fn without_recovery(home: Home, events: EventLog) -> Store {
+        Store::new(Shared::new(home, events, true), Compression::default())
     }
 
-    fn of(shared: Shared, compression: Compression) -> Store {
+    fn new(shared: Shared, compression: Compression) -> Store {
         let exports = Exports::new(&shared, compression);
         let spares = Arc::new(SpareNames::new(
             shared.home.clone(),
@@ -147,22 +148,22 @@ impl Store {
         }
     }
 
-    /// Returns the home.
+    /// Returns the home that is open.
     pub fn home(&self) -> &Home {
         &self.shared.home
     }
 
-    /// Returns what reads the home's disk states.
+    /// Returns the readers of the home's disk states.
     pub fn exports(&self) -> &Exports {
         &self.exports
     }
 
-    /// Returns the log that a user sees in the mount.
+    /// Returns the log that users see in the mount.
     pub fn events(&self) -> &EventLog {
         &self.shared.events
     }
 
-    /// Returns what is going on.
+    /// Returns the operations that are under way.
     pub fn operations(&self) -> &Arc<Operations> {
         &self.shared.operations
     }
@@ -171,12 +172,12 @@ impl Store {
         &self.shared.workspace
     }
 
-    /// Returns whether changes are refused because of how the home was mounted.
+    /// Returns whether the home was opened read-only, so that all changes are refused.
     pub fn is_read_only(&self) -> bool {
         self.shared.is_read_only
     }
 
-    /// Refuses changes of a mount that is read-only.
+    /// Refuses a change if the home was opened read-only.
     ///
     /// # Errors
     /// EROFS.
@@ -185,7 +186,7 @@ impl Store {
             return Ok(());
         }
         let message = match self.home().unwritable() {
-            Some(error) => format!("{error}: the home is only looked at"),
+            Some(error) => format!("{error}: the home is opened read-only"),
             None => "mounted read-only; mount again without ro to make changes".to_owned(),
         };
         Err(Error::new(libc::EROFS, message))

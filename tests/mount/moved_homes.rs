@@ -505,7 +505,7 @@ fn a_home_on_a_read_only_mount_is_shown_with_a_wal_or_without() {
     assert_is_shown(&ro.at, &mountpoint(&home), &["-o", "ro"], &before);
     // Without ro it is mounted all the same, and says so.
     let log = assert_is_shown(&ro.at, &mountpoint(&home), &[], &before);
-    assert!(log.contains("only looked at"), "{log}");
+    assert!(log.contains("opened read-only"), "{log}");
     let compact = run(&[binary(), "compact", text(&ro.at)]);
     assert!(!compact.status.success());
     let said = String::from_utf8_lossy(&compact.stderr).into_owned();

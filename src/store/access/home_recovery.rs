@@ -1,4 +1,4 @@
-//! Recovery of all boxes, and the removal of what nothing needs any more.
+//! Recovery of all boxes of a home, and reclaiming of what is no longer needed.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -18,7 +18,7 @@ use crate::store::layers::put_back::{put_back_bases, tidy_spares};
 use crate::store::layers::references::drop_leftover_refs;
 use crate::{Context, Result};
 
-/// Frees all that nothing needs any more, after recovering what can be.
+/// Recovers all idle boxes, then frees everything in the home that is no longer needed.
 ///
 /// # Errors
 /// EBUSY when a runtime holds the lock, EROFS, EIO.
@@ -29,8 +29,12 @@ pub fn free_unneeded(store: &Store) -> Result<()> {
     recover_home(store, change, true)
 }
 
-/// Recovers all boxes that are idle, and frees what nothing needs any more. `thorough`: also what
-/// BoxLite made of a box and would free with it.
+/// Recovers all idle boxes under the lock that `change` holds, then frees bases that are no longer
+/// needed. With `thorough`, this includes bases that BoxLite made from a box and would keep until
+/// the box is removed.
+///
+/// # Errors
+/// EIO, or an error of the database. A box that cannot be recovered is logged and left as it is.
 pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Result<()> {
     remove_unrecorded(store, &change)?;
     let mut boxes = change.boxes()?;
@@ -45,7 +49,7 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
         change,
         record: first,
     };
-    // One look at all layers for all boxes, before and after: the lock is held.
+    // One scan before recovery and one after it serve all boxes: the lock is held.
     let mut layers = store.layers.scan()?;
     if boxes
         .iter()
@@ -77,11 +81,11 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
         }
     }
     if !all_are_at_home {
-        // Paths in rows and headers may be those of another home.
+        // Paths in rows and headers may name files of another home.
         return Ok(());
     }
     let layers = store.layers.scan()?;
-    let mut given_up = BTreeSet::new();
+    let mut unreferenced = BTreeSet::new();
     let mut refs = locked.change.refs()?;
     let bases = locked.change.bases()?.into_iter();
     let bases: HashMap<String, BaseRecord> = bases.map(|row| (row.id.clone(), row)).collect();
@@ -90,17 +94,18 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
         let referred = referred.iter().filter_map(|id| bases.get(id).cloned());
         locked.record = record;
         let dropped = drop_leftover_refs(&mut locked, &layers, referred.collect(), thorough)?;
-        given_up.extend(dropped.into_iter().map(|row| row.id));
+        unreferenced.extend(dropped.into_iter().map(|row| row.id));
     }
     drop_rows_without_files(store, &mut locked.change)?;
     free_bases(store, &mut locked.change, &|row| {
-        row.is_ours() || given_up.contains(&row.id)
+        row.is_ours() || unreferenced.contains(&row.id)
     })?;
     tidy_spares(store, &locked.change)
 }
 
-/// Directories of boxes that were being made: without a row they go, with one the mark goes.
-/// Directories without a row that we did not make are left for BoxLite, or for their owner.
+/// Finishes or undoes the making of boxes that a crash cut off. A marked directory without a row is
+/// removed; one with a row loses its mark. A directory that has neither row nor mark is not ours:
+/// it stays for BoxLite or the user.
 fn remove_unrecorded(store: &Store, change: &Change<'_>) -> Result<()> {
     for id in names_in(&store.home().boxes_dir())? {
         let dir = store.home().box_dir(&id);
@@ -113,7 +118,7 @@ fn remove_unrecorded(store: &Store, change: &Change<'_>) -> Result<()> {
             Err(error) if error.errno() == libc::ENOENT => {
                 store
                     .events()
-                    .info(&format!("removed box {id}, which was not finished"));
+                    .info(&format!("removed the unfinished box {id}"));
                 fs::remove_dir_all(&dir).context(|| format!("cannot remove {}", dir.display()))?;
             }
             Err(error) => return Err(error),
@@ -122,10 +127,10 @@ fn remove_unrecorded(store: &Store, change: &Change<'_>) -> Result<()> {
     Ok(())
 }
 
-/// CatalogIndex of bases of ours whose file is gone and that no header names.
+/// Deletes the rows of our own bases whose file is missing and that no header names.
 fn drop_rows_without_files(store: &Store, change: &mut Change<'_>) -> Result<()> {
     let layers = store.layers.scan()?;
-    let gone: Vec<String> = change
+    let orphaned: Vec<String> = change
         .bases()?
         .into_iter()
         .filter(|row| {
@@ -144,8 +149,8 @@ fn drop_rows_without_files(store: &Store, change: &mut Change<'_>) -> Result<()>
         })
         .map(|row| row.id)
         .collect();
-    if gone.is_empty() {
+    if orphaned.is_empty() {
         return Ok(());
     }
-    change.transaction(|rows| gone.iter().try_for_each(|id| rows.delete_base(id)))
+    change.transaction(|rows| orphaned.iter().try_for_each(|id| rows.delete_base(id)))
 }

@@ -1,4 +1,5 @@
-//! Before every change: the lock, fresh rows, recovery, and everything that refuses it.
+//! What happens before every change: take the lock, read fresh rows, check whether the box may be
+//! changed, and recover it.
 
 use std::path::{Path, PathBuf};
 
@@ -16,8 +17,8 @@ use crate::store::layers::graph::LayerGraph;
 use crate::store::layers::put_back::put_back_bases;
 use crate::{Error, Result};
 
-/// Takes the lock and makes the box ready for a change. Keep it short: the lock is held until
-/// the value is dropped.
+/// Takes the lock and makes the box ready for a change. The lock is held until the returned value
+/// is dropped, so keep the change short.
 ///
 /// # Errors
 /// EBUSY when a runtime holds the lock or the box is active, EROFS on a read-only mount, EPERM
@@ -28,21 +29,23 @@ pub fn lock_box<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
     Ok(locked)
 }
 
-/// Likewise, for a change that is safe beside a BoxLite runtime: with the option `shared` it is made
-/// also while one has the lock.
+/// Makes the box ready for a change that is safe beside a BoxLite runtime. With the option
+/// `shared`, this succeeds even while a runtime holds the lock.
 ///
 /// # Errors
-/// As [`Store::prepare`]; EBUSY also when BoxLite is at work on the box.
+/// Those of [`lock_box`]. Beside a runtime also EBUSY while BoxLite is changing the box, or when
+/// the box needs recovery first.
 pub fn lock_shared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
     let mut locked = lock_shared_unprepared(store, box_id)?;
     make_ready(&mut locked)?;
     Ok(locked)
 }
 
-/// Likewise, for a box of which something is only read: that may run.
+/// Makes a source box ready, as [`lock_shared`] does. The change only reads from the box, so it may
+/// be running.
 ///
 /// # Errors
-/// As [`Store::prepare_beside`].
+/// Those of [`lock_shared`].
 pub fn lock_source<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
     let change = begin_shared_change(store)?;
     let record = change.box_by_id(box_id)?;
@@ -55,21 +58,25 @@ pub fn lock_source<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> 
     Ok(locked)
 }
 
-/// As [`Store::look_at_box`], for such a change.
-pub fn lock_shared_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
-    look_within(store, begin_shared_change(store)?, box_id)
-}
-
-/// Takes the lock and makes sure that the box may be changed, without making it ready: enough for
-/// what touches no layer.
+/// Checks that the box may be changed, as [`lock_unprepared`] does, for a change that is safe
+/// beside a runtime.
 ///
 /// # Errors
-/// As [`Store::prepare`].
-pub fn lock_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
-    look_within(store, begin_exclusive_change(store)?, box_id)
+/// Those of [`lock_shared`].
+pub fn lock_shared_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
+    lock_within(store, begin_shared_change(store)?, box_id)
 }
 
-fn look_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<LockedBox<'s>> {
+/// Takes the lock and checks that the box may be changed, without recovering it. This is enough for
+/// a change that touches no layer.
+///
+/// # Errors
+/// Those of [`lock_box`].
+pub fn lock_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
+    lock_within(store, begin_exclusive_change(store)?, box_id)
+}
+
+fn lock_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<LockedBox<'s>> {
     let record = change.box_by_id(box_id)?;
     let locked = LockedBox {
         store,
@@ -80,7 +87,8 @@ fn look_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result
     Ok(locked)
 }
 
-/// Makes sure that the box may be changed, and stays so.
+/// Refuses a box that may not be changed. Beside a runtime, first keeps the runtime from starting
+/// the box, so that the answer stays true.
 fn refuse_unfit(locked: &LockedBox<'_>) -> Result<()> {
     locked.change.watch(&locked.record)?;
     locked.store.exports.disks.refuse_active(&locked.record)?;
@@ -88,36 +96,37 @@ fn refuse_unfit(locked: &LockedBox<'_>) -> Result<()> {
 }
 
 fn make_ready(locked: &mut LockedBox<'_>) -> Result<()> {
-    match locked.change.is_shared() {
-        true => refuse_unsettled(locked)?,
-        false => {
-            recover_box(locked)?;
-            put_back_own_bases(locked)?;
-        }
+    if locked.change.is_shared() {
+        refuse_unsettled(locked)?;
+    } else {
+        recover_box(locked)?;
+        put_back_own_bases(locked)?;
     }
     adopt_own_chains(locked)?;
     complete_refs(locked)
 }
 
-/// Goes on with another box, which is made ready too, under the same lock.
+/// Switches to another box under the same lock and makes it ready.
 ///
 /// # Errors
-/// As [`Store::prepare`].
+/// Those of [`lock_box`].
 pub fn switch_to(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
     switch_unprepared(locked, box_id)?;
     make_ready(locked)
 }
 
-/// Likewise with one of which something is only read.
+/// Switches to a source box under the same lock. The change only reads from it, so it may be
+/// running.
 ///
 /// # Errors
-/// As [`Store::prepare_source`].
+/// Those of [`lock_source`].
 pub fn switch_to_source(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
     locked.record = locked.change.box_by_id(box_id)?;
     make_source_ready(locked)
 }
 
-/// A box that runs is left alone: neither recovered, nor is the header of its disk touched.
+/// Makes a source box ready. A running box is not recovered, and the header of its disk is not
+/// written.
 fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
     locked.change.watch(&locked.record)?;
     refuse_strangers(locked)?;
@@ -132,10 +141,10 @@ fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
     complete_refs(locked)
 }
 
-/// Goes on with another box, no layer of which is touched.
+/// Switches to another box under the same lock, for a change that touches none of its layers.
 ///
 /// # Errors
-/// ENOENT; beside a runtime as [`Store::prepare`].
+/// ENOENT; beside a runtime those of [`lock_shared`].
 pub fn switch_to_target(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
     if locked.change.is_shared() {
         switch_unprepared(locked, box_id)?;
@@ -150,14 +159,20 @@ fn switch_unprepared(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
     refuse_unfit(locked)
 }
 
-/// EPERM when rows or headers of the box speak of another home.
+/// Refuses a box whose rows or headers name files of another home.
+///
+/// # Errors
+/// EPERM.
 pub fn refuse_strangers(locked: &LockedBox<'_>) -> Result<()> {
     locked.store.exports.disks.refuse_copied(&locked.record)?;
     locked.store.home().refuse_linked_box(&locked.record.id)?;
     refuse_foreign_layers(locked)
 }
 
-/// Likewise, by headers that were read already.
+/// Refuses a box as [`refuse_strangers`] does, by headers that were already read.
+///
+/// # Errors
+/// EPERM.
 pub fn refuse_strangers_in(locked: &LockedBox<'_>, layers: &LayerGraph) -> Result<()> {
     locked.store.exports.disks.refuse_copied(&locked.record)?;
     locked.store.home().refuse_linked_box(&locked.record.id)?;
@@ -168,7 +183,7 @@ pub fn refuse_strangers_in(locked: &LockedBox<'_>, layers: &LayerGraph) -> Resul
         .map_or(Ok(()), |outside| Err(outside_home(locked, outside)))
 }
 
-/// EPERM when a chain leaves the home.
+/// Refuses with EPERM a box whose chain leaves the home.
 fn refuse_foreign_layers(locked: &LockedBox<'_>) -> Result<()> {
     for chain in locked.chains()? {
         if let Some(outside) = chain
@@ -185,14 +200,14 @@ fn outside_home(locked: &LockedBox<'_>, layer: &Path) -> Error {
     Error::new(
         libc::EPERM,
         format!(
-            "the disk of box {} reads from {}, outside this home; nothing is changed, for that file may be another home's. Export the box and import it again to make it whole",
+            "the disk of box {} reads from {}, outside this home. The box is not changed, because that file may belong to another home. Export the box and import it again, so that all of its layers lie in this home",
             display_name(&locked.record),
             layer.display()
         ),
     )
 }
 
-/// Puts bases back that were deleted, where a chain of the box can't be followed without.
+/// Restores deleted bases from their spare names where a chain of the box is broken without them.
 fn put_back_own_bases(locked: &mut LockedBox<'_>) -> Result<()> {
     let is_broken = |top: &PathBuf| {
         crate::disk::chain_paths(top).is_err_and(|error| error.errno() == libc::ENOENT)
@@ -204,9 +219,9 @@ fn put_back_own_bases(locked: &mut LockedBox<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Makes every base in any chain of the box referred to by the box, so that BoxLite does not
-/// collect it (it goes by references, and its own are incomplete). A base without a row gets
-/// one of ours: a crash inside BoxLite's clone leaves such.
+/// Adds the missing references from the box to every base in its chains. BoxLite collects bases by
+/// references, and its own are incomplete. A base without a row gets one of ours: a crash inside
+/// BoxLite's clone leaves such a base.
 fn complete_refs(locked: &mut LockedBox<'_>) -> Result<()> {
     let bases_dir = locked.store.home().bases_dir();
     let mut reached: Vec<PathBuf> = locked.chains()?.into_iter().flatten().collect();
@@ -219,7 +234,7 @@ fn complete_refs(locked: &mut LockedBox<'_>) -> Result<()> {
     for path in reached {
         let id = match locked.base_at(&path)? {
             Some(row) => {
-                // One of an older version has no spare name yet.
+                // A base of an older version has no spare name yet.
                 if row.is_ours() {
                     locked.store.spares.keep(&path);
                 }
@@ -256,13 +271,13 @@ fn complete_refs(locked: &mut LockedBox<'_>) -> Result<()> {
 fn begin_change(store: &Store) -> Result<()> {
     store.refuse_read_only()?;
     store.shared.foreground.touch();
-    // A crash leaves it, by which the next mount knows of the crash. Where it can't be made, the disk
-    // may be full, and what comes now may be what makes room.
+    // A crash leaves the workspace behind, which tells the next mount of the crash. Making it fails
+    // on a full disk; the change goes on, for it may be the one that frees space.
     let _ = store.workspace().make();
     Ok(())
 }
 
-/// The right to change the home, with nobody else in it.
+/// Begins a change that needs the home exclusively: it takes the runtime lock.
 ///
 /// # Errors
 /// EROFS, EBUSY, EIO while the disk fails.
@@ -270,35 +285,35 @@ pub fn begin_exclusive_change(store: &Store) -> Result<Change<'_>> {
     begin_change(store)?;
     let change = put_paths_right(store).and_then(|()| store.home().change());
     let change = change.map_err(|error| {
-        match store.access.is_shared && error.errno() == libc::EBUSY {
-            true => Error::busy(format!(
-                "{error}. Beside it, the option shared allows snapshots, clones, imports and restores only"
-            )),
-            false => error,
+        if store.access.is_shared && error.errno() == libc::EBUSY {
+            Error::busy(format!(
+                "{error}. While it runs, the option shared allows snapshots, clones, imports and restores only"
+            ))
+        } else {
+            error
         }
     })?;
     durable::sync_unflushed()?;
     Ok(change)
 }
 
-/// The right to change the home; with the option `shared`, also while a BoxLite runtime has it.
+/// Begins a change that is safe beside a BoxLite runtime. Without the option `shared` it needs the
+/// home exclusively all the same.
 ///
 /// # Errors
 /// EROFS, EBUSY, EIO while the disk fails.
 pub fn begin_shared_change(store: &Store) -> Result<Change<'_>> {
-    match store.access.is_shared {
-        true => {
-            begin_change(store)?;
-            let mut change = store.home().change_shared()?;
-            if !change.is_shared() && !has_right_paths(store) {
-                drop(change);
-                put_paths_right(store)?;
-                change = store.home().change_shared()?;
-            }
-            refuse_mounted_twice(store, &change)?;
-            durable::sync_unflushed()?;
-            Ok(change)
-        }
-        false => begin_exclusive_change(store),
+    if !store.access.is_shared {
+        return begin_exclusive_change(store);
     }
+    begin_change(store)?;
+    let mut change = store.home().change_shared()?;
+    if !change.is_shared() && !has_right_paths(store) {
+        drop(change);
+        put_paths_right(store)?;
+        change = store.home().change_shared()?;
+    }
+    refuse_mounted_twice(store, &change)?;
+    durable::sync_unflushed()?;
+    Ok(change)
 }

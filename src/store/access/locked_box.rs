@@ -1,4 +1,4 @@
-//! A box that may be changed, and what it is made of at this moment.
+//! A box that may be changed, and the files and rows it consists of.
 
 use std::path::{Path, PathBuf};
 
@@ -9,19 +9,23 @@ use crate::store::Store;
 use crate::store::layers::graph::{LayerGraph, is_row_of};
 use crate::{Error, Result};
 
-/// A box that may be changed: the lock is held, it is not running, recovery is done, every layer
-/// below it is in `bases/` (or is an image) and every base it reaches is referred to.
+/// A box that may be changed. After [`super::lock::lock_box`] the lock is held, the box is idle and
+/// recovered, every layer below its disk is in `bases/` or is an image, and the box refers to every
+/// base it reaches. The other functions of [`super::lock`] say what they guarantee.
 pub struct LockedBox<'s> {
+    /// The store of the home.
     pub store: &'s Store,
+    /// The change of the home that this is a part of; it holds the lock.
     pub change: Change<'s>,
+    /// The row of the box.
     pub record: BoxRecord,
 }
 
 impl LockedBox<'_> {
-    /// The snapshot with this id as it is now.
+    /// Returns the current row of the snapshot with this id.
     ///
     /// # Errors
-    /// ENOENT when it is gone.
+    /// ENOENT when there is none.
     pub fn snapshot(&self, id: &str) -> Result<SnapshotRecord> {
         let mut snapshots = self.snapshots()?.into_iter();
         snapshots
@@ -29,18 +33,24 @@ impl LockedBox<'_> {
             .ok_or_else(|| Error::new(libc::ENOENT, "the snapshot is gone"))
     }
 
-    /// The snapshots as they are now.
+    /// Returns the current rows of the box's snapshots.
+    ///
+    /// # Errors
+    /// Those of the database.
     pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>> {
         self.change.snapshots_of(&self.record.id)
     }
 
-    /// The live disk, if the box ever started.
+    /// Returns the path of the live disk; None if the box never started.
     pub fn live(&self) -> Option<PathBuf> {
         let live = self.store.home().live_disk(&self.record.id);
         live.is_file().then_some(live)
     }
 
-    /// The files of this box that have rows: the live disk and the snapshots' layers.
+    /// Returns the existing top layers of the box: the live disk and the layers of its snapshots.
+    ///
+    /// # Errors
+    /// Those of the database.
     pub fn tops(&self) -> Result<Vec<PathBuf>> {
         let mut tops: Vec<PathBuf> = self.live().into_iter().collect();
         for snapshot in self.snapshots()? {
@@ -52,9 +62,11 @@ impl LockedBox<'_> {
         Ok(tops)
     }
 
-    /// Every layer of every chain of the box, resolved; tops included. A chain that can't be followed to
-    /// its end is left out: what would read it fails by itself, and its box can be removed or restored
-    /// all the same.
+    /// Returns all chains of the box as resolved paths, top layers included. A broken chain is left
+    /// out: reading it fails anyway, and its box can still be removed or restored.
+    ///
+    /// # Errors
+    /// Those of the database.
     pub fn chains(&self) -> Result<Vec<Vec<PathBuf>>> {
         let chain = |top: &PathBuf| -> Result<Vec<PathBuf>> {
             let paths = chain_paths(top)?;
@@ -64,7 +76,11 @@ impl LockedBox<'_> {
         Ok(tops.iter().filter_map(|top| chain(top).ok()).collect())
     }
 
-    /// The ids of the bases that a chain reaches, all of which have rows after `prepare`.
+    /// Returns the ids of the bases in the chain of `top`. They all have rows in a box that
+    /// [`super::lock::lock_box`] made ready.
+    ///
+    /// # Errors
+    /// EIO when the chain cannot be followed.
     pub fn bases_reached(&self, top: &Path) -> Result<Vec<String>> {
         let mut ids = Vec::new();
         for path in chain_paths(top)? {
@@ -74,13 +90,19 @@ impl LockedBox<'_> {
         Ok(ids)
     }
 
-    /// The row of the base with this (resolved) path.
+    /// Returns the row of the base with this resolved path; None if it has none.
+    ///
+    /// # Errors
+    /// Those of the database.
     pub fn base_at(&self, path: &Path) -> Result<Option<BaseRecord>> {
         let mut rows = self.change.bases_at(path)?.into_iter();
         Ok(rows.find(|row| is_row_of(row, path)))
     }
 
-    /// All image files of the home as they are now.
+    /// Scans all image files of the home.
+    ///
+    /// # Errors
+    /// EIO.
     pub fn layers(&self) -> Result<LayerGraph> {
         self.store.layers.scan()
     }

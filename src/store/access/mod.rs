@@ -1,4 +1,4 @@
-//! The right to change a home or a box: the lock, what refuses a change, and recovery before it.
+//! The right to change a home or a box: locks, checks that refuse a change, and recovery before it.
 
 pub(super) mod home_recovery;
 pub(super) mod lock;

@@ -1,9 +1,12 @@
-//! Names that are asked for: whether BoxLite would take them, and whether they are free.
+//! Checks of new names: valid for BoxLite, and free.
 
 use crate::home::{Change, is_snapshot_name};
 use crate::{Error, Result};
 
-/// EINVAL for a name BoxLite would refuse.
+/// Refuses a snapshot name that BoxLite would refuse.
+///
+/// # Errors
+/// EINVAL.
 pub fn refuse_bad_name(name: &str) -> Result<()> {
     if is_snapshot_name(name) {
         return Ok(());
@@ -11,12 +14,15 @@ pub fn refuse_bad_name(name: &str) -> Result<()> {
     Err(Error::new(
         libc::EINVAL,
         format!(
-            "{name:?} can't be a snapshot's name: BoxLite wants 1 to 255 bytes, no leading dot, no / or \\"
+            "{name:?} can't be a snapshot's name: BoxLite accepts 1 to 255 bytes with no leading dot and no / or \\"
         ),
     ))
 }
 
-/// EEXIST when a box has this name, or it is a box's id.
+/// Refuses a name that is the name or the id of a box.
+///
+/// # Errors
+/// EEXIST.
 pub fn refuse_taken_name(change: &Change<'_>, name: &str) -> Result<()> {
     if change.is_name_taken(name)? {
         return Err(Error::new(

@@ -1,8 +1,9 @@
-//! Paths in rows and headers that lead to a file of the home by another way than its canonical path.
+//! Rows and headers that name a file of the home by another path than its canonical one.
 //!
-//! BoxLite canonicalizes `bases/` and compares it, as text, with what rows and headers say; its start deletes
-//! every base that neither names. After a home was moved and a link put in its place, none do. So what we write
-//! is the canonical path, and what is found otherwise is put right before anything else is changed.
+//! BoxLite canonicalizes `bases/` and compares it, as text, with the paths in rows and headers. Its
+//! start deletes every base that none of them names. After a home was moved and a symlink put in
+//! its place, none of them match. So we write canonical paths only, and correct all others before
+//! any other change.
 
 use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
@@ -16,56 +17,60 @@ use crate::store::Store;
 use crate::store::layers::graph::{ImageFile, LayerGraph, Role};
 use crate::{Error, Result, disk};
 
-/// Headers put right with the lock held once: each takes two flushes, and a program with BoxLite may want to
-/// start.
+/// Headers corrected while the lock is held once. Each takes two flushes, and a BoxLite program may
+/// be waiting to start.
 const HEADERS_AT_ONCE: usize = 16;
 
-/// How a path stands to the home.
+/// How the spelling of a path relates to the home.
 #[derive(Debug, PartialEq, Eq)]
 enum Spelling {
-    /// It is as BoxLite computes it, or leads out of the home.
-    Right,
-    /// It leads to this path of the home, through a link.
-    Otherwise(PathBuf),
-    /// It is canonical itself, and its directory is this one of the home: mounted in two places.
-    Twice(PathBuf),
+    /// The path is as BoxLite computes it, or leads out of the home.
+    Canonical,
+    /// The path leads through a symlink; this is the canonical path of the file.
+    Aliased(PathBuf),
+    /// The path is canonical, but the home is mounted a second time; this is the file's path in our
+    /// mount of the home.
+    SecondMount(PathBuf),
 }
 
-/// A row or a header that names a file of the home by another path.
+/// A row or a header that names a file of the home by another path than the canonical one.
 #[derive(Debug)]
 pub struct Misspelled {
-    what: What,
-    /// As it is written.
+    place: SpelledIn,
+    /// The path that is stored.
     pub stored: PathBuf,
-    /// As it has to be.
+    /// The canonical path of the same file.
     pub right: PathBuf,
 }
 
+/// Where a path is stored.
 #[derive(Debug)]
-pub enum What {
+enum SpelledIn {
     Row(RecordedPath),
     Header { image: PathBuf, id: FileId },
 }
 
 impl Misspelled {
-    /// Whether BoxLite may delete a file because of it.
+    /// Returns whether BoxLite may delete the file because of this path.
     pub fn is_dangerous(&self) -> bool {
-        match &self.what {
-            What::Header { .. } => true,
-            What::Row(row) => matches!(row.place, RecordedIn::BaseColumn | RecordedIn::BaseJson),
+        match &self.place {
+            SpelledIn::Header { .. } => true,
+            SpelledIn::Row(row) => {
+                matches!(row.place, RecordedIn::BaseColumn | RecordedIn::BaseJson)
+            }
         }
     }
 
     fn is_row(&self) -> bool {
-        matches!(self.what, What::Row(_))
+        matches!(self.place, SpelledIn::Row(_))
     }
 }
 
 impl std::fmt::Display for Misspelled {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match &self.what {
-            What::Header { image, .. } => write!(f, "the header of {}", image.display())?,
-            What::Row(row) => match row.place {
+        match &self.place {
+            SpelledIn::Header { image, .. } => write!(f, "the header of {}", image.display())?,
+            SpelledIn::Row(row) => match row.place {
                 RecordedIn::BaseColumn => write!(f, "the row of base {}", row.id)?,
                 RecordedIn::BaseJson => write!(f, "the JSON of base {}", row.id)?,
                 RecordedIn::Snapshot => write!(f, "the row of snapshot {}", row.id)?,
@@ -81,11 +86,12 @@ impl std::fmt::Display for Misspelled {
     }
 }
 
-/// Looks paths up, each directory once.
+/// Compares paths with their canonical form; resolves each directory once.
 struct Speller<'s> {
     store: &'s Store,
-    directories: HashMap<PathBuf, Option<PathBuf>>,
-    /// The directories that layers lie in.
+    /// Directory → its canonical path; None if it cannot be resolved.
+    resolved: HashMap<PathBuf, Option<PathBuf>>,
+    /// The directories of the home that hold layers.
     own: Vec<(FileId, PathBuf)>,
 }
 
@@ -95,82 +101,85 @@ impl<'s> Speller<'s> {
         let own = dirs.filter_map(|dir| Some((FileId::at(dir).ok()?, dir.to_owned())));
         Speller {
             store,
-            directories: HashMap::new(),
+            resolved: HashMap::new(),
             own: own.collect(),
         }
     }
 
-    /// How a path is spelled. A relative one counts from the directory of the image, as BoxLite does not
-    /// write it: it is left alone.
+    /// Returns how a path is spelled. Relative paths start at the directory of the image. BoxLite
+    /// writes none, so they count as canonical and are left alone.
     fn spelling(&mut self, path: &Path) -> Spelling {
         let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-            return Spelling::Right;
+            return Spelling::Canonical;
         };
         if !path.is_absolute() {
-            return Spelling::Right;
+            return Spelling::Canonical;
         }
-        // As nearly all are, and nothing to be resolved: there may be thousands.
+        // Almost all paths are like this, and there may be thousands: avoid resolving them.
         let plain: PathBuf = path.components().collect();
         let is_plain = plain.as_os_str() == path.as_os_str()
             && !path.components().any(|part| part == Component::ParentDir);
         let (boxes, bases) = (self.store.home().boxes_dir(), self.store.home().bases_dir());
         if is_plain && (path.starts_with(boxes) || path.starts_with(bases)) {
-            return Spelling::Right;
+            return Spelling::Canonical;
         }
-        let known = self.directories.entry(dir.to_owned());
-        let resolved = known.or_insert_with(|| std::fs::canonicalize(dir).ok());
+        let entry = self.resolved.entry(dir.to_owned());
+        let resolved = entry.or_insert_with(|| std::fs::canonicalize(dir).ok());
         let Some(resolved) = resolved else {
-            return Spelling::Right;
+            return Spelling::Canonical;
         };
         let right = resolved.join(name);
         if self.store.home().contains(&right) {
-            // Compared as text, for `//` and `/./` count.
-            return match right.as_os_str() == path.as_os_str() {
-                true => Spelling::Right,
-                false => Spelling::Otherwise(right),
+            // BoxLite compares text, so `//` and `/./` matter.
+            return if right.as_os_str() == path.as_os_str() {
+                Spelling::Canonical
+            } else {
+                Spelling::Aliased(right)
             };
         }
-        // The same directories at another place of the tree: one of them is that of the home itself.
+        // A directory of the home may be mounted elsewhere as well: compare by identity, not by
+        // path.
         for above in resolved.ancestors() {
             let Ok(id) = FileId::at(above) else { continue };
             if let Some((_, dir)) = self.own.iter().find(|(own, _)| *own == id)
                 && let Ok(rest) = right.strip_prefix(above)
             {
-                return Spelling::Twice(dir.join(rest));
+                return Spelling::SecondMount(dir.join(rest));
             }
         }
-        Spelling::Right
+        Spelling::Canonical
     }
 }
 
-/// What rows and headers name by another path. `layers` are the headers to look at, if any.
+/// Returns the rows and the headers that name files of the home by another path. Without `layers`,
+/// only rows are checked.
 ///
 /// # Errors
-/// EPERM when the home is mounted in two places, and the rows are those of the other one.
+/// EPERM when the home is mounted in two places and the rows name the other one.
 fn misspelled(
     store: &Store,
     rows: Vec<RecordedPath>,
     layers: Option<&LayerGraph>,
 ) -> Result<Vec<Misspelled>> {
     let mut speller = Speller::of(store);
-    let mut found = Vec::new();
+    let mut misspelled = Vec::new();
     for row in rows {
         let stored = PathBuf::from(&row.path);
         match speller.spelling(&stored) {
-            Spelling::Right => {}
-            Spelling::Otherwise(right) => found.push(Misspelled {
-                what: What::Row(row),
+            Spelling::Canonical => {}
+            Spelling::Aliased(right) => misspelled.push(Misspelled {
+                place: SpelledIn::Row(row),
                 stored,
                 right,
             }),
-            Spelling::Twice(here) => return Err(mounted_twice(store, &stored, &here)),
+            Spelling::SecondMount(here) => return Err(mounted_twice(store, &stored, &here)),
         }
     }
     for file in layers.map_or(&[][..], LayerGraph::files) {
         let Some(stored) = &file.stored else { continue };
-        if let Spelling::Otherwise(right) = speller.spelling(stored) {
-            found.push(Misspelled {
-                what: What::Header {
+        if let Spelling::Aliased(right) = speller.spelling(stored) {
+            misspelled.push(Misspelled {
+                place: SpelledIn::Header {
                     image: file.path.clone(),
                     id: file.id,
                 },
@@ -179,14 +188,14 @@ fn misspelled(
             });
         }
     }
-    Ok(found)
+    Ok(misspelled)
 }
 
 fn mounted_twice(store: &Store, stored: &Path, here: &Path) -> Error {
     Error::new(
         libc::EPERM,
         format!(
-            "{} is the same directory as one at {}, mounted a second time, and the rows name its files by that path ({}): what is written by one path BoxLite would delete when it starts by the other. Mount the home by the path BoxLite uses",
+            "{} is the same directory as one at {}, mounted a second time, and the rows name its files by that path ({}). BoxLite would delete, when it starts with one path, the layers that were recorded with the other. Mount the home by the path that BoxLite uses",
             store.home().root().display(),
             stored.parent().unwrap_or(stored).display(),
             here.display()
@@ -194,22 +203,26 @@ fn mounted_twice(store: &Store, stored: &Path, here: &Path) -> Error {
     )
 }
 
-/// What rows and headers name by another path, looked at without the lock.
+/// Returns the rows, and the headers of `layers`, that name files of the home by another path.
+/// Needs no lock.
 ///
 /// # Errors
-/// Those of looking; as [`Store::put_paths_right`].
+/// EPERM when the home is mounted in two places and the rows name the other one; those of the
+/// database.
 pub fn misspelled_now(store: &Store, layers: Option<&LayerGraph>) -> Result<Vec<Misspelled>> {
     misspelled(store, store.home().recorded_paths()?, layers)
 }
 
-/// Says in the log that BoxLite's next start would delete layers, where that can't be mended now.
+/// Warns in the log if BoxLite's next start may delete layers. `why` says why the paths cannot be
+/// corrected now.
 pub fn warn_of_paths(store: &Store, why: &str) {
     match misspelled_now(store, None) {
-        Ok(found) => {
-            let count = found.iter().filter(|it| it.is_dangerous()).count();
-            if let Some(one) = found.iter().find(|it| it.is_dangerous()) {
+        Ok(misspelled) => {
+            let dangerous = || misspelled.iter().filter(|path| path.is_dangerous());
+            let count = dangerous().count();
+            if let Some(first) = dangerous().next() {
                 store.events().warn(&format!(
-                    "BoxLite's next start may delete layers of this home: it was moved or is reached through a link, and {count} rows name layers by other paths ({one}). This can't be mended now, for {why}"
+                    "BoxLite's next start may delete layers of this home: the home was moved or is reached through a link, and {count} rows name layers by other paths ({first}). They cannot be corrected now: {why}"
                 ));
             }
         }
@@ -217,16 +230,16 @@ pub fn warn_of_paths(store: &Store, why: &str) {
     }
 }
 
-/// Whether it was done since the mount began.
+/// Returns whether [`put_paths_right`] has succeeded since the mount began.
 pub fn has_right_paths(store: &Store) -> bool {
     store.access.paths_are_right.load(Ordering::Acquire)
 }
 
-/// Refuses changes beside a runtime, where paths can't be put right, if the rows are those of another place
-/// the home is mounted at. Looked at once.
+/// Refuses changes beside a runtime, where paths cannot be corrected, if the home is mounted in two
+/// places and the rows name the other one. Checks only until the first success.
 ///
 /// # Errors
-/// EPERM, what SQLite says.
+/// EPERM; those of the database.
 pub fn refuse_mounted_twice(store: &Store, change: &Change<'_>) -> Result<()> {
     if has_right_paths(store) || store.access.is_mounted_once.load(Ordering::Acquire) {
         return Ok(());
@@ -236,15 +249,17 @@ pub fn refuse_mounted_twice(store: &Store, change: &Change<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Has all rows and headers name the home's files by their canonical paths, unless this was done since
-/// the mount began.
+/// Makes all rows and headers name the home's files by their canonical paths. Does nothing if this
+/// succeeded before in this mount.
 ///
-/// Order: all rows in one transaction, then the headers, each by a rebase. BoxLite keeps a base that a
-/// row or a header names: from the first step on all bases with rows are safe, and a crash after it
-/// leaves headers with the old path, which lead to the same files and are put right the next time.
+/// Order: all rows in one transaction, then the headers, each by a rebase. BoxLite keeps a base
+/// that a row or a header names, so all bases with rows are safe from the first step on. A crash
+/// after it leaves headers with the old path. They still lead to the same files and are corrected
+/// next time.
 ///
 /// # Errors
-/// EBUSY when a runtime has the lock, EPERM when the home is mounted in two places, what SQLite says.
+/// EBUSY when a runtime has the lock, EPERM when the home is mounted in two places; those of the
+/// database.
 pub fn put_paths_right(store: &Store) -> Result<()> {
     if has_right_paths(store) {
         return Ok(());
@@ -254,9 +269,9 @@ pub fn put_paths_right(store: &Store) -> Result<()> {
         let mut change = store.home().change()?;
         durable::sync_unflushed()?;
         let layers = store.layers.scan()?;
-        let found = misspelled(store, change.recorded_paths()?, Some(&layers))?;
-        count += put_rows_right(&mut change, &found)?;
-        let done = put_headers_right(store, &change, &layers, &found)?;
+        let misspelled = misspelled(store, change.recorded_paths()?, Some(&layers))?;
+        count += put_rows_right(&mut change, &misspelled)?;
+        let done = put_headers_right(store, &change, &layers, &misspelled)?;
         count += done;
         if done < HEADERS_AT_ONCE {
             break;
@@ -264,7 +279,7 @@ pub fn put_paths_right(store: &Store) -> Result<()> {
     }
     if count > 0 {
         store.events().info(&format!(
-            "{count} rows and headers named files of this home by another path, as after it was moved; they name {} now",
+            "{count} rows and headers named files of this home by another path, as after it was moved; they now name {}",
             store.home().root().display()
         ));
     }
@@ -272,43 +287,44 @@ pub fn put_paths_right(store: &Store) -> Result<()> {
     Ok(())
 }
 
-fn put_rows_right(change: &mut Change<'_>, found: &[Misspelled]) -> Result<usize> {
-    let rows = || found.iter().filter(|it| it.is_row());
+fn put_rows_right(change: &mut Change<'_>, misspelled: &[Misspelled]) -> Result<usize> {
+    let rows = || misspelled.iter().filter(|path| path.is_row());
     if rows().next().is_none() {
         return Ok(0);
     }
     change.transaction(|transaction| {
-        rows().try_for_each(|it| match &it.what {
-            What::Row(row) => transaction.record_path(row, &it.right),
-            What::Header { .. } => Ok(()),
+        rows().try_for_each(|path| match &path.place {
+            SpelledIn::Row(row) => transaction.record_path(row, &path.right),
+            SpelledIn::Header { .. } => Ok(()),
         })
     })?;
     crash_point("paths.recorded");
     Ok(rows().count())
 }
 
-/// Some of the headers; how many were put right. Left as they are: what runs, what has more names than the
-/// home knows (a backup keeps the header it has), and what has no room for the path. Their bases have
-/// rows, or get them with the next change of the box.
+/// Corrects up to [`HEADERS_AT_ONCE`] headers and returns how many. These are left as they are:
+/// live disks of running boxes, images with more names than the home knows (a backup keeps its
+/// header), and headers without space for the path. Their bases have rows, or get them with the
+/// next change of the box.
 fn put_headers_right(
     store: &Store,
     change: &Change<'_>,
     layers: &LayerGraph,
-    found: &[Misspelled],
+    misspelled: &[Misspelled],
 ) -> Result<usize> {
     let mut done = 0;
-    for it in found {
-        let What::Header { image, id } = &it.what else {
+    for path in misspelled {
+        let SpelledIn::Header { image, id } = &path.place else {
             continue;
         };
         let Some(file) = layers.at(image) else {
             continue;
         };
-        let is_known = file.names <= layers.names_of(*id).count() as u64;
-        if done == HEADERS_AT_ONCE || !is_known || !may_rebase(store, change, file)? {
+        let all_names_known = file.names <= layers.names_of(*id).count() as u64;
+        if done == HEADERS_AT_ONCE || !all_names_known || !may_rebase(store, change, file)? {
             continue;
         }
-        match disk::rebase_this(image, *id, &it.right) {
+        match disk::rebase_this(image, *id, &path.right) {
             Ok(()) => done += 1,
             Err(error) if error.errno() == libc::EOPNOTSUPP => {
                 store.events().info(&error.to_string());
@@ -320,7 +336,8 @@ fn put_headers_right(
     Ok(done)
 }
 
-/// Whether nobody may be writing to a file, and its box is BoxLite's at all.
+/// Returns whether an image may be rebased: it is not the live disk of a running box, and its box
+/// has a row.
 fn may_rebase(store: &Store, change: &Change<'_>, file: &ImageFile) -> Result<bool> {
     let Some(box_id) = file.box_id() else {
         return Ok(true);

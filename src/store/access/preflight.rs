@@ -1,12 +1,12 @@
-//! Whether a change would be refused, before something is begun that ends in one.
+//! Checks before work begins that ends in a change, so that a change that would be refused fails
+//! before anything is copied.
 
 use crate::Result;
 use crate::store::Store;
 use crate::store::access::lock::{begin_shared_change, lock_shared_unprepared, lock_unprepared};
 use crate::store::access::room::delete_with_room;
 
-/// Whether a change of the box would be refused as things are: before something is begun that ends
-/// in one.
+/// Refuses if a change of the box would be refused now.
 ///
 /// # Errors
 /// EROFS, EBUSY while the box runs or a runtime has the home, EPERM in a copied home, ENOENT.
@@ -15,10 +15,11 @@ pub fn refuse_unready(store: &Store, box_id: &str) -> Result<()> {
     delete_with_room(store, &|| lock_unprepared(store, box_id).map(drop))
 }
 
-/// Likewise for a restore, which can be made beside a runtime.
+/// Refuses if a restore of the box would be refused now. With the option `shared`, a restore is
+/// possible beside a runtime.
 ///
 /// # Errors
-/// As [`Store::refuse_unready`].
+/// Those of [`refuse_unready`].
 pub fn refuse_unready_for_restore(store: &Store, box_id: &str) -> Result<()> {
     lock_shared_unprepared(store, box_id).map(drop)
 }
@@ -26,7 +27,8 @@ pub fn refuse_unready_for_restore(store: &Store, box_id: &str) -> Result<()> {
 /// Refuses if a new box could not be made now.
 ///
 /// # Errors
-/// EROFS, EBUSY while a runtime has the home and that matters, EPERM in a copied home.
+/// EROFS, EBUSY while a runtime has the home (unless the mount is `shared`), EPERM when the home is
+/// mounted in two places.
 pub fn refuse_unready_for_import(store: &Store) -> Result<()> {
     store.refuse_read_only()?;
     begin_shared_change(store).map(drop)

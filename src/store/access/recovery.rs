@@ -1,6 +1,7 @@
-//! Recovery by looking at files and rows: what a crash of ours, or of BoxLite, left is undone or
-//! finished the way the table in `docs/design/layers.md` says. Always under the lock, and only for a box
-//! that is not running.
+//! Recovery of one box. Files and rows show what a crash, ours or BoxLite's, cut off; the change is
+//! undone or finished as the table in `docs/design.md` says.
+//!
+//! Recovery runs only under the lock, and only for a box that is not running.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -21,8 +22,11 @@ use crate::store::layers::snapshot_place::record_snapshot;
 use crate::{Error, Result};
 
 /// Brings the box into a state that a change may start from.
+///
+/// # Errors
+/// EBUSY when only BoxLite can recover the box, EIO when others read from its live disk.
 pub fn recover_box(locked: &mut LockedBox<'_>) -> Result<()> {
-    // It has a row.
+    // The box has a row, so its directory is no longer unrecorded.
     durable::unlink(
         &locked
             .store
@@ -30,25 +34,26 @@ pub fn recover_box(locked: &mut LockedBox<'_>) -> Result<()> {
             .box_dir(&locked.record.id)
             .join(UNRECORDED),
     )?;
-    honour_pending(locked)?;
+    undo_pending_snapshot(locked)?;
     undo_freeze(locked)?;
-    settle_snapshot_directories(locked)
+    recover_snapshot_dirs(locked)
 }
 
-/// BoxLite's own crash marker. With its snapshot half made, the live disk lies in the
-/// snapshot's directory and has to come back (litebox/local_snapshot.rs does the same at the
-/// next start of a runtime); a snapshot that was finished on disk is settled further down.
-fn honour_pending(locked: &mut LockedBox<'_>) -> Result<()> {
-    let home = &locked.store.home();
+/// Undoes a snapshot that BoxLite's own crash marker says is pending. If it is half made, the live
+/// disk lies in the snapshot's directory and is moved back, as litebox/local_snapshot.rs does at
+/// the next start of a runtime. A snapshot that is complete on disk is left to
+/// [`recover_snapshot_dirs`].
+fn undo_pending_snapshot(locked: &mut LockedBox<'_>) -> Result<()> {
+    let home = locked.store.home();
     let marker = home.pending_marker(&locked.record.id);
     let Ok(text) = fs::read_to_string(&marker) else {
         return Ok(());
     };
     let value: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
     if value["copy"] == Value::Bool(true) {
-        // Its half-made copy is BoxLite's to remove: only it knows whether the copy is whole.
+        // Only BoxLite knows whether the copy is complete, so BoxLite has to remove it.
         return Err(Error::busy(format!(
-            "BoxLite was copying a snapshot of box {} when it ended; start BoxLite once, it cleans up",
+            "BoxLite ended while it copied a snapshot of box {}; start BoxLite once to clean up",
             display_name(&locked.record)
         )));
     }
@@ -56,25 +61,26 @@ fn honour_pending(locked: &mut LockedBox<'_>) -> Result<()> {
     if !live.exists() {
         let taken = pending_layer(locked, &value).ok_or_else(|| {
             Error::busy(format!(
-                "BoxLite left box {} in the middle of a snapshot ({}); start BoxLite once, it recovers it",
+                "BoxLite left box {} in the middle of a snapshot ({}); start BoxLite once to recover the box",
                 display_name(&locked.record),
                 marker.display()
             ))
         })?;
         durable::rename(&taken, &live)?;
         if let Some(dir) = taken.parent() {
-            // Anything else in it is not ours to remove.
+            // Removes only an empty directory: other files in it are not ours.
             let _ = durable::remove_dir(dir);
         }
         locked.store.events().info(&format!(
-            "box {}: brought back the disk from a snapshot that BoxLite had not finished",
+            "box {}: moved the disk back from a snapshot that BoxLite had not finished",
             display_name(&locked.record)
         ));
     }
     durable::unlink(&marker)
 }
 
-/// Where BoxLite's marker says the live disk went, if that is in this box and is no snapshot.
+/// Returns the file to which BoxLite moved the live disk, by its marker, if that file lies in this
+/// box and belongs to no recorded snapshot.
 fn pending_layer(locked: &LockedBox<'_>, marker: &Value) -> Option<PathBuf> {
     let dir = resolve(Path::new(marker["snapshot_dir"].as_str()?)).ok()?;
     let snapshots = locked.store.home().snapshots_dir(&locked.record.id);
@@ -84,9 +90,9 @@ fn pending_layer(locked: &LockedBox<'_>, marker: &Value) -> Option<PathBuf> {
     (dir.parent() == Some(snapshots.as_path()) && !has_row && layer.is_file()).then_some(layer)
 }
 
-/// A live disk has one name. A second one in `bases/` is a freeze that did not come to its end:
-/// the row, the references and the name go. Never finished: BoxLite may have let a guest write
-/// to it since.
+/// Undoes a freeze that was cut off. A live disk has one name; a second one in `bases/` comes from
+/// such a freeze, so the row, the references and the name are removed. The freeze is never
+/// finished: a guest may have written to the disk since.
 fn undo_freeze(locked: &mut LockedBox<'_>) -> Result<()> {
     let live = locked.store.home().live_disk(&locked.record.id);
     let Ok(meta) = fs::symlink_metadata(&live) else {
@@ -97,8 +103,9 @@ fn undo_freeze(locked: &mut LockedBox<'_>) -> Result<()> {
     }
     let layers = locked.layers()?;
     let id = FileId::of(&meta);
-    // Made last, but without a flush: it may be on disk without what came before it.
-    for spare in layers.spares().all().iter().filter(|it| it.id == id) {
+    // A freeze makes the spare name last but does not flush it, so it may be on disk although the
+    // steps before it are not.
+    for spare in layers.spares().all().iter().filter(|spare| spare.id == id) {
         durable::unlink(&spare.path)?;
     }
     for name in layers.names_of(id) {
@@ -107,7 +114,7 @@ fn undo_freeze(locked: &mut LockedBox<'_>) -> Result<()> {
         }
         if layers.readers_of(&name.path).next().is_some() {
             return Err(Error::damaged(format!(
-                "{} is the live disk of box {} and others read from it; nothing is changed. Stop using the box and export what reads from it",
+                "{} is the live disk of box {}, but other disks read from it; the box is not recovered. Stop using the box, and export the boxes that read from it",
                 name.path.display(),
                 display_name(&locked.record)
             )));
@@ -129,8 +136,8 @@ fn undo_freeze(locked: &mut LockedBox<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Directories under `snapshots/` that have no row.
-fn settle_snapshot_directories(locked: &mut LockedBox<'_>) -> Result<()> {
+/// Recovers the directories under `snapshots/` that have no row.
+fn recover_snapshot_dirs(locked: &mut LockedBox<'_>) -> Result<()> {
     let rows = locked.snapshots()?;
     let snapshots = locked.store.home().snapshots_dir(&locked.record.id);
     for name in names_in(&snapshots)? {
@@ -143,21 +150,24 @@ fn settle_snapshot_directories(locked: &mut LockedBox<'_>) -> Result<()> {
             durable::unlink(&snapshots.join(&name).join(UNRECORDED))?;
             continue;
         }
-        // One of ours that was made beside a runtime has a name that no snapshot can have.
+        // Beside a runtime we make directories under a name that no snapshot can have.
         let is_marked = snapshots.join(&name).join(UNRECORDED).exists();
         if !is_snapshot_name(&name) && !is_marked {
             continue;
         }
-        settle_snapshot_directory(locked, &name)?;
+        recover_snapshot_dir(locked, &name)?;
     }
     Ok(())
 }
 
-/// Read by path: a snapshot BoxLite finished on disk, it gets its row. Its layer named
-/// elsewhere too: ours, being made or being deleted, it goes. Marked: an import, a rename or a
-/// deletion of ours that did not come to its end, likewise. None of these: left where it is.
-fn settle_snapshot_directory(locked: &mut LockedBox<'_>, name: &str) -> Result<()> {
-    let home = &locked.store.home();
+/// Recovers one directory under `snapshots/` that has no row, in this order:
+///
+/// * A header names its layer: BoxLite completed this snapshot on disk, so it gets its row.
+/// * It is marked, or its layer has another name: an import, rename, deletion or snapshot of ours
+///   was cut off, so the directory is removed.
+/// * Neither: it stays where it is.
+fn recover_snapshot_dir(locked: &mut LockedBox<'_>, name: &str) -> Result<()> {
+    let home = locked.store.home();
     let path = home.snapshot_disk(&locked.record.id, name);
     let dir = home.snapshots_dir(&locked.record.id).join(name);
     let mark = dir.join(UNRECORDED);
@@ -165,7 +175,7 @@ fn settle_snapshot_directory(locked: &mut LockedBox<'_>, name: &str) -> Result<(
         if mark.exists() {
             durable::unlink(&mark)?;
         }
-        // Only an empty directory goes.
+        // Removes only an empty directory.
         let _ = durable::remove_dir(&dir);
         return Ok(());
     }
@@ -175,7 +185,7 @@ fn settle_snapshot_directory(locked: &mut LockedBox<'_>, name: &str) -> Result<(
         adopt(locked, &path)?;
         record_snapshot(locked, &snapshot_id()?, name, &path, virtual_size, None)?;
         locked.store.events().info(&format!(
-            "box {}: recorded snapshot {name}, which BoxLite had made but not recorded",
+            "box {}: recorded snapshot {name}, which BoxLite had completed without a row",
             display_name(&locked.record)
         ));
     } else if mark.exists() || has_another_name(&layers, &path)? {

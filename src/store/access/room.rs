@@ -1,7 +1,8 @@
-//! Room for what makes room: on a full disk, deleting needs some itself, for rows and marks.
+//! Deleting on a full disk: a deletion itself needs some space, for rows and marks.
 //!
-//! What can be made again goes first: compressed archives, then files nobody needs. Then a reserve that is
-//! kept for this, and is filled again once there is room.
+//! Space is freed in three steps: compressed archives, which can be made again; layers that are no
+//! longer needed; then a reserve kept for this purpose. The reserve is made again once there is
+//! space.
 
 use std::fs;
 use std::fs::OpenOptions;
@@ -14,23 +15,28 @@ use crate::store::Store;
 use crate::store::access::home_recovery::free_unneeded;
 use crate::store::layers::collect::has_unneeded;
 
-/// Bytes set aside: the changed pages of a deletion, some more than once, and directories' blocks; btrfs wants
-/// more room for a new name than it takes.
+/// Bytes of the reserve. A deletion writes database pages, some more than once, and directory
+/// blocks; btrfs demands more space for a new name than it then uses.
 const RESERVE: u64 = 1 << 20;
 
-/// It is only kept where it is no more than this part of what is free.
+/// The reserve is at most one part in so many of the free space; else none is kept.
 const PART_OF_FREE: u64 = 16;
 
-/// Deletes something. Where that fails for lack of room, room is made and it is tried again; that it is
-/// gone by then is success.
+/// Runs a deletion. While it fails for lack of space, frees some and tries again. ENOENT in a later
+/// attempt is success: an earlier one deleted the object.
+///
+/// # Errors
+/// Those of the deletion; ENOSPC or EDQUOT when no space can be freed.
 pub fn delete_with_room(store: &Store, delete: &dyn Fn() -> Result<()>) -> Result<()> {
     let mut result = delete();
     let steps: [(&str, &dyn Fn() -> bool); 3] = [
-        ("compressed archives were let go of", &|| drop_spools(store)),
-        ("what nothing needs was freed", &|| free_for_room(store)),
-        ("the reserve was used", &|| use_reserve(store)),
+        ("removed compressed archives", &|| drop_spools(store)),
+        ("freed layers that are no longer needed", &|| {
+            free_for_room(store)
+        }),
+        ("used the reserve", &|| use_reserve(store)),
     ];
-    for (what, make_room) in steps {
+    for (step, make_room) in steps {
         let is_full = |error: &crate::Error| matches!(error.errno(), libc::ENOSPC | libc::EDQUOT);
         if !result.as_ref().is_err_and(is_full) {
             break;
@@ -38,9 +44,9 @@ pub fn delete_with_room(store: &Store, delete: &dyn Fn() -> Result<()>) -> Resul
         if !make_room() {
             continue;
         }
-        // Some file systems give room back only with what they write next.
+        // Some file systems release freed space only with their next commit.
         let _ = durable::sync_file_system(store.home().root());
-        log::info!("the disk is full: {what}");
+        log::info!("the disk is full: {step} to delete");
         result = match delete() {
             Err(error) if error.errno() == libc::ENOENT => Ok(()),
             result => result,
@@ -50,30 +56,32 @@ pub fn delete_with_room(store: &Store, delete: &dyn Fn() -> Result<()>) -> Resul
     result
 }
 
-/// Lets go of compressed archives that nobody reads. False if there was none.
+/// Drops compressed archives that are not being read. Returns false if there was none.
 fn drop_spools(store: &Store) -> bool {
     store.exports.plain.let_go_of_unread();
     store.exports.compressed.drop_unread()
 }
 
-/// Frees layers that nothing reads. A change without a reader needs no room before it frees the first.
+/// Frees layers that are no longer read. Such a change needs no space before it frees the first
+/// one. Returns false if nothing was freed.
 fn free_for_room(store: &Store) -> bool {
     let Ok(catalog) = store.home().catalog() else {
         return false;
     };
-    has_unneeded(store, &catalog).is_ok_and(|it| it) && free_unneeded(store).is_ok()
+    has_unneeded(store, &catalog).unwrap_or(false) && free_unneeded(store).is_ok()
 }
 
 fn reserve_path(store: &Store) -> PathBuf {
     store.home().staging_dir().join("reserve")
 }
 
-/// Gives the reserve back to the file system. False if there is none.
+/// Removes the reserve, so that its space is free. Returns false if there is none.
 fn use_reserve(store: &Store) -> bool {
     fs::remove_file(reserve_path(store)).is_ok()
 }
 
-/// Sets the reserve aside, if there is room for it. Nothing depends on it.
+/// Makes the reserve if it is missing and there is enough space. A failure is logged: changes work
+/// without it.
 pub fn keep_reserve(store: &Store) {
     let path = reserve_path(store);
     if store.is_read_only() || fs::symlink_metadata(&path).is_ok() {
@@ -89,7 +97,7 @@ pub fn keep_reserve(store: &Store) {
     let mut options = OpenOptions::new();
     let made = options.write(true).create_new(true).mode(0o600).open(&path);
     let kept = made.and_then(|file| {
-        // Not posix_fallocate, which writes all of it where the file system can't do it.
+        // Not posix_fallocate, which writes zeros where the file system does not support it.
         let flags = rustix::fs::FallocateFlags::empty();
         rustix::fs::fallocate(&file, flags, 0, RESERVE).map_err(std::io::Error::from)
     });
@@ -97,7 +105,7 @@ pub fn keep_reserve(store: &Store) {
         .map_err(|e| e.to_string())
         .and_then(|()| store.home().give_to_owner(&path).map_err(|e| e.to_string()));
     if let Err(error) = kept {
-        log::info!("no room is kept for deleting on a full disk: {error}");
+        log::info!("cannot reserve space for deletions on a full disk: {error}");
         let _ = fs::remove_file(&path);
     }
 }

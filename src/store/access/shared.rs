@@ -1,10 +1,15 @@
-//! Changes beside a BoxLite runtime (the mount option `shared`): what is refused, and how the live disk
-//! is replaced while somebody else may be replacing it.
+//! Changes beside a BoxLite runtime (the mount option `shared`): what is refused, and how the live
+//! disk is replaced while BoxLite may be replacing it as well.
 //!
-//! That runtime takes no lock we could take while it makes or restores a snapshot or a clone. It moves the
-//! live disk away, or removes it, and makes another in its place; then it records what it made, or, for
-//! a restore, nothing. So: from [`Change::hold`] on it records nothing, the live disk is exchanged
-//! for another in one step, and what comes out of that shows whether it was the one that was meant.
+//! BoxLite holds no lock that we could take while it makes or restores a snapshot or a clone. It
+//! moves the live disk away, or removes it, and makes another in its place. Then it records what it
+//! made; for a restore it records nothing.
+//!
+//! So our change first keeps BoxLite from recording anything until our own transaction ends. It
+//! then exchanges the live disk with the new one in one step. The file that comes out shows whether
+//! the live disk was still the expected one.
+//!
+//! Shared access runs no recovery: what a crash left looks the same as what BoxLite is doing.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -21,11 +26,14 @@ use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::graph::Role;
 use crate::{Context, Error, Result};
 
-/// EBUSY where recovery would have to come first: beside a runtime, what a crash left can't be told
-/// from what BoxLite is doing.
+/// Refuses a box that needs recovery first. Beside a runtime, what a crash left looks the same as
+/// what BoxLite is doing.
+///
+/// # Errors
+/// EBUSY.
 pub fn refuse_unsettled(locked: &LockedBox<'_>) -> Result<()> {
     let name = display_name(&locked.record);
-    let home = &locked.store.home();
+    let home = locked.store.home();
     refuse_pending(locked)?;
     if home.box_dir(&locked.record.id).join(UNRECORDED).exists() {
         return Err(unsettled(locked));
@@ -34,7 +42,7 @@ pub fn refuse_unsettled(locked: &LockedBox<'_>) -> Result<()> {
     let Ok(meta) = std::fs::symlink_metadata(&live) else {
         if home.box_dir(&locked.record.id).join("disks").is_dir() {
             return Err(Error::busy(format!(
-                "box {name} has no disk at this moment: BoxLite is replacing it, or never started the box; try again"
+                "box {name} has no disk at this moment: BoxLite is replacing it, or has never started the box; try again"
             )));
         }
         return Ok(());
@@ -51,37 +59,44 @@ pub fn refuse_unsettled(locked: &LockedBox<'_>) -> Result<()> {
 
 fn unsettled(locked: &LockedBox<'_>) -> Error {
     Error::busy(format!(
-        "a change of box {} was cut off, and is undone once no BoxLite runtime has the home; end the program that has it open, and try again",
+        "a change of box {} was cut off and has to be undone first, which needs the home without a BoxLite runtime; end the program that has the home open, and try again",
         display_name(&locked.record)
     ))
 }
 
-/// EBUSY while BoxLite takes a snapshot of the box, or after it ended in the middle of one.
+/// Refuses a box while BoxLite takes a snapshot of it, or after BoxLite ended in the middle of one.
+///
+/// # Errors
+/// EBUSY.
 pub fn refuse_pending(locked: &LockedBox<'_>) -> Result<()> {
     let marker = locked.store.home().pending_marker(&locked.record.id);
     match std::fs::symlink_metadata(&marker) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         _ => Err(Error::busy(format!(
-            "BoxLite is taking a snapshot of box {}, or ended in the middle of one ({}); try again, or start BoxLite anew",
+            "BoxLite is taking a snapshot of box {}, or ended in the middle of one ({}); try again, or restart BoxLite",
             display_name(&locked.record),
             marker.display()
         ))),
     }
 }
 
-/// For a base without a row: BoxLite records one when its clone is done, and could not if we did.
+/// Returns the error for a base without a row: BoxLite is cloning the box. It records the row at
+/// the end of the clone, which would fail if we had recorded one before.
 pub fn cloned_just_now(locked: &LockedBox<'_>, base: &Path) -> Error {
     Error::busy(format!(
-        "box {} reads from {}, which has no row: BoxLite is cloning the box, or ended in the middle of that; try again, or end the program that has the home open",
+        "box {} reads from {}, which has no row: BoxLite is cloning the box, or ended while it did; try again, or end the program that has the home open",
         display_name(&locked.record),
         base.display()
     ))
 }
 
-/// Moves `new` over the live disk, which is `old`. Beside a runtime only if it is still that one, and
-/// nobody began to use it: the two are exchanged, and exchanged back if what came out is another.
+/// Moves `new` over the live disk, whose file was `old` when it was checked. Beside a runtime, the
+/// two files are exchanged, and exchanged back if the file that came out is not `old`.
 ///
-/// A crash leaves the one or the other in place, and what came out in the workspace.
+/// A crash leaves one of them in place and the other in the workspace.
+///
+/// # Errors
+/// EBUSY when BoxLite replaced the disk meanwhile or uses it; EIO.
 pub fn replace_live(
     locked: &mut LockedBox<'_>,
     new: &Path,
@@ -103,21 +118,21 @@ pub fn replace_live(
         ),
     })?;
     crash_point("beside.exchanged");
-    let mut taken = FileId::at(new)?;
-    if taken == old {
-        // Where it can't be made certain, the live disk is what it was (see [`Store::replace`]).
+    let mut removed = FileId::at(new)?;
+    if removed == old {
+        // If this cannot be made durable, the old disk goes back, as in `Workspace::replace`.
         durable::sync_parent(live).inspect_err(|_| {
             let _ = exchange(new, live);
         })?;
         return durable::unlink(new);
     }
-    // BoxLite put another there. Back with it; and should it have replaced ours meanwhile, that is the
-    // one to stay.
-    while taken != ours {
-        let before = taken;
+    // BoxLite put another disk there, so that disk goes back. If BoxLite replaced ours meanwhile,
+    // the exchange removes its newest disk: exchange again until ours comes out.
+    while removed != ours {
+        let before = removed;
         exchange(new, live).context(|| format!("cannot put {} back", live.display()))?;
-        taken = FileId::at(new)?;
-        if taken == before {
+        removed = FileId::at(new)?;
+        if removed == before {
             break;
         }
     }
@@ -125,24 +140,30 @@ pub fn replace_live(
     Err(replaced_just_now(locked))
 }
 
-/// EBUSY beside a runtime for a disk of another size than the live one: BoxLite reads the size before it
-/// moves the disk away, and makes the next one as large.
+/// Refuses, beside a runtime, a disk whose virtual size in bytes differs from that of the live
+/// disk. BoxLite reads the size before it moves the disk away, and gives its next disk the same
+/// size.
+///
+/// # Errors
+/// EBUSY.
 pub fn refuse_other_size(locked: &LockedBox<'_>, live: &Path, size: u64) -> Result<()> {
     let is_same = || Ok(Header::open(live)?.is_some_and(|header| header.virtual_size == size));
     if !locked.change.is_shared() || is_same()? {
         return Ok(());
     }
     Err(Error::busy(format!(
-        "the disk of box {} would get another size, which is not done while a BoxLite runtime has the home; end the program that has it open, or import under a new name",
+        "the disk of box {} would get another size, which is not possible while a BoxLite runtime has the home; end the program that has the home open, or import under a new name",
         display_name(&locked.record)
     )))
 }
 
-/// renameat2(RENAME_EXCHANGE): each gets the other's name, in one step; ENOENT when one is not there.
+/// Exchanges the names of two files in one step (renameat2 with RENAME_EXCHANGE). ENOENT when one
+/// is missing.
 fn exchange(one: &Path, other: &Path) -> io::Result<()> {
     renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(io::Error::from)
 }
 
+/// Returns the error for a live disk that is no longer the one that was checked.
 pub fn replaced_just_now(locked: &LockedBox<'_>) -> Error {
     Error::busy(format!(
         "the disk of box {} was changed just now; try again",

@@ -1,5 +1,5 @@
-//! What a mount does by itself once it is left alone: bases that nobody needs any more are freed, and
-//! layers are merged. Slowly, behind everybody else, and not while anything else is going on.
+//! Background compaction: an idle mount frees bases that are no longer needed and merges layers. It
+//! works slowly and at the lowest priority, and pauses while anything else goes on.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -22,15 +22,15 @@ use crate::store::layers::put_back::keep_spares;
 use crate::store::maintenance::compact::{log_merge, merge_operation};
 use crate::{Error, Result};
 
-/// When a mount merges layers by itself.
+/// When a mount compacts its home in the background.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Compacting {
-    /// Once nothing went on for so long; None: never.
+    /// Idle time before compaction begins; None for never.
     pub after: Option<Duration>,
 }
 
 impl Default for Compacting {
-    /// Half a minute.
+    /// Returns 30 idle seconds.
     fn default() -> Self {
         Compacting {
             after: Some(Duration::from_secs(30)),
@@ -38,28 +38,29 @@ impl Default for Compacting {
     }
 }
 
-/// How often it is looked whether there is something to do.
+/// How often the thread checks for work.
 const TICK: Duration = Duration::from_secs(2);
 
-/// How often plans that nobody reads are let go of, as long as there are any: whoever compacts the home
-/// waits for that.
+/// How often it does so while export plans exist that are not being read. Each check drops those,
+/// and `boxlitefs compact` waits for them.
 const UNREAD: Duration = Duration::from_secs(1);
 
-/// What could not be done (a box ran, somebody read) is tried again after so long.
-const AGAIN: Duration = Duration::from_secs(60);
+/// How long to wait before work is tried again that was not possible (a box ran, a layer was read).
+const RETRY: Duration = Duration::from_secs(60);
 
-/// How often it is looked whether others are done.
+/// How often a paused merge checks whether the mount is idle again.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The thread that does it. Ends, and is waited for, when this is dropped: a crash is no harm, but
-/// leaves something to tidy up.
+/// The background thread. Dropping this stops the thread and waits for its end. A crash instead
+/// does no harm but leaves files for the next mount to remove.
 pub struct BackgroundCompaction {
     stop: Arc<Stop>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// Asks the thread to stop, and wakes it.
 #[derive(Default)]
-pub struct Stop {
+struct Stop {
     is_asked: AtomicBool,
     lock: Mutex<()>,
     bell: Condvar,
@@ -70,32 +71,33 @@ impl Stop {
         self.is_asked.load(Ordering::Acquire)
     }
 
-    /// Waits; true when it is to end.
-    fn wait(&self, long: Duration) -> bool {
+    /// Waits for `duration`, or until the stop. Returns whether the thread is to stop.
+    fn wait(&self, duration: Duration) -> bool {
         let mut lock = self.lock.lock();
         if !self.is_asked() {
-            self.bell.wait_for(&mut lock, long);
+            self.bell.wait_for(&mut lock, duration);
         }
         self.is_asked()
     }
 }
 
 impl BackgroundCompaction {
-    /// Begins, if it is wanted and there is a thread for it.
+    /// Starts the thread. Returns None if compaction is off or the thread cannot be started, which
+    /// is logged.
     pub fn begin(store: &Arc<Store>, compacting: Compacting) -> Option<BackgroundCompaction> {
         let after = compacting.after?;
         let stop = Arc::<Stop>::default();
-        let mut rounds = Compactor {
+        let mut compactor = Compactor {
             store: store.clone(),
             stop: stop.clone(),
             after,
-            seen: None,
-            again: None,
-            hopeless: HashSet::new(),
+            compacted: None,
+            retry_at: None,
+            not_worthwhile: HashSet::new(),
         };
         let thread = std::thread::Builder::new()
             .name("upkeep".into())
-            .spawn(move || rounds.run());
+            .spawn(move || compactor.run());
         match thread {
             Ok(thread) => Some(BackgroundCompaction {
                 stop,
@@ -104,7 +106,7 @@ impl BackgroundCompaction {
             Err(error) => {
                 store
                     .events()
-                    .info(&format!("layers are not merged by this mount: {error}"));
+                    .info(&format!("this mount does not merge layers: {error}"));
                 None
             }
         }
@@ -124,23 +126,25 @@ impl Drop for BackgroundCompaction {
     }
 }
 
+/// What the background thread does, and what it remembers between rounds.
 struct Compactor {
     store: Arc<Store>,
     stop: Arc<Stop>,
+    /// Idle time before a round begins.
     after: Duration,
-    /// The rows when there was nothing left to do.
-    seen: Option<Arc<Catalog>>,
-    /// When to look again although they are the same.
-    again: Option<Instant>,
-    /// LayerGraph on top of what would take more room as one.
-    hopeless: HashSet<FileId>,
+    /// The catalog when the last complete round ended.
+    compacted: Option<Arc<Catalog>>,
+    /// When to begin a round although the catalog is unchanged.
+    retry_at: Option<Instant>,
+    /// Top layers of chains that would take more space when merged.
+    not_worthwhile: HashSet<FileId>,
 }
 
 impl Compactor {
     fn run(&mut self) {
         set_upkeep();
         step_back();
-        let mut begun = Instant::now();
+        let mut last_round = Instant::now();
         loop {
             let tick = if self.store.exports.let_go_of_unread() == 0 {
                 TICK
@@ -150,62 +154,65 @@ impl Compactor {
             if self.stop.wait(tick.min(self.after)) {
                 return;
             }
-            if begun.elapsed() < self.after || !self.is_quiet(self.after) || !self.has_news() {
+            if last_round.elapsed() < self.after
+                || !self.is_idle(self.after)
+                || !self.may_have_work()
+            {
                 continue;
             }
-            // A panic is a fault of ours, and no reason to take the mount down.
+            // A panic is a bug in compaction and must not end the mount.
             let round = std::panic::AssertUnwindSafe(|| self.round());
             match std::panic::catch_unwind(round) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
-                    log::debug!("upkeep: {error}");
-                    self.again = Some(Instant::now() + AGAIN);
+                    log::debug!("background compaction: {error}");
+                    self.retry_at = Some(Instant::now() + RETRY);
                 }
                 Err(_) => return,
             }
-            begun = Instant::now();
+            last_round = Instant::now();
         }
     }
 
-    /// Whether nobody reads, and nothing else went on for so long.
-    fn is_quiet(&self, long: Duration) -> bool {
-        !self.store.exports.are_read() && self.store.shared.foreground.is_quiet(long)
+    /// Returns whether no export is being read and the mount was idle for `duration`.
+    fn is_idle(&self, duration: Duration) -> bool {
+        !self.store.exports.are_read() && self.store.shared.foreground.is_quiet(duration)
     }
 
-    /// Whether rows changed since there was nothing left to do, or it is time to try again.
-    fn has_news(&self) -> bool {
+    /// Returns whether the catalog changed since the last complete round, or it is time to retry.
+    fn may_have_work(&self) -> bool {
         let Ok(catalog) = self.store.home().catalog() else {
             return false;
         };
-        let same = self
-            .seen
+        let is_unchanged = self
+            .compacted
             .as_ref()
-            .is_some_and(|seen| Arc::ptr_eq(seen, &catalog));
-        !same || self.again.is_some_and(|again| again <= Instant::now())
+            .is_some_and(|compacted| Arc::ptr_eq(compacted, &catalog));
+        !is_unchanged || self.retry_at.is_some_and(|at| at <= Instant::now())
     }
 
-    /// Does what can be done.
+    /// Frees and merges what is possible now.
     fn round(&mut self) -> Result<()> {
         let catalog = self.store.home().catalog()?;
-        self.again = None;
+        self.retry_at = None;
         if has_unneeded(&self.store, &catalog)? {
             free_unneeded(&self.store)?;
         }
         keep_spares(&self.store)?;
         keep_reserve(&self.store);
-        let mut settled = self.hopeless.clone();
+        let mut tried = self.not_worthwhile.clone();
         loop {
-            let mut work = mergeable(&self.store)?.into_iter();
-            let next = work.find_map(|merge| {
+            let mut plans = mergeable(&self.store)?.into_iter();
+            let next = plans.find_map(|merge| {
                 let id = merge.top_id()?;
-                settled.insert(id).then_some(merge.worthwhile()).flatten()
+                tried.insert(id).then_some(merge.worthwhile()).flatten()
             });
             let Some(merge) = next else {
                 break;
             };
             self.merge(&merge)?;
         }
-        self.seen = Some(catalog);
+        self.compacted = Some(catalog);
         Ok(())
     }
 
@@ -214,16 +221,17 @@ impl Compactor {
         let mut last = Instant::now();
         let mut pace = |bytes| {
             operation.advance(bytes);
-            // As much rest as work: what is written is flushed by others.
+            // Rests as long as it worked: what it writes slows down the flushes of others.
             let rest = last.elapsed().min(PAUSE);
-            let mut is_over = self.stop.wait(rest);
-            while !is_over && !self.is_quiet_for_now() {
-                is_over = self.stop.wait(PAUSE);
+            let mut must_stop = self.stop.wait(rest);
+            while !must_stop && !self.is_idle_for_now() {
+                must_stop = self.stop.wait(PAUSE);
             }
             last = Instant::now();
-            match is_over {
-                true => Err(Error::new(libc::ECANCELED, "the mount ends")),
-                false => Ok(()),
+            if must_stop {
+                Err(Error::new(libc::ECANCELED, "the mount ends"))
+            } else {
+                Ok(())
             }
         };
         match merge_layers(&self.store, merge, &mut pace) {
@@ -232,20 +240,20 @@ impl Compactor {
                 Ok(())
             }
             Err(error) if error.errno() == libc::ENODATA => {
-                self.hopeless.extend(merge.top_id());
+                self.not_worthwhile.extend(merge.top_id());
                 Ok(())
             }
             Err(error) if self.stop.is_asked() => Err(error),
             Err(error) => {
-                log::debug!("upkeep: {error}");
-                self.again = Some(Instant::now() + AGAIN);
+                log::debug!("background compaction: {error}");
+                self.retry_at = Some(Instant::now() + RETRY);
                 Ok(())
             }
         }
     }
 
-    /// While it is at it: a second is enough.
-    fn is_quiet_for_now(&self) -> bool {
-        self.is_quiet(self.after.min(Duration::from_secs(1)))
+    /// Returns whether a merge may go on: one idle second is enough.
+    fn is_idle_for_now(&self) -> bool {
+        self.is_idle(self.after.min(Duration::from_secs(1)))
     }
 }

@@ -1,6 +1,7 @@
-//! `boxlitefs check`: every row has its files, every file its row, every chain resolves, every
-//! qcow2 header is sane, leftovers are named. Looks only; changes nothing and takes no lock.
-//! `check --repair` then removes or adopts what can be, under the lock.
+//! `boxlitefs check`: every row has its files, every file has its row, every chain resolves, every
+//! qcow2 header is sane, and leftovers are named. It changes nothing and takes no lock.
+//!
+//! `boxlitefs check --repair` then removes or adopts what it can, under the lock.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt::Display;
@@ -30,23 +31,23 @@ use crate::store::layers::snapshot_place::record_snapshot;
 use crate::store::maintenance::compact::amount;
 use crate::{Context, Result};
 
-/// Checks a home and prints a line for each finding, then a summary. True when there is none. With
-/// `repair`, what can be mended is, and what is left counts.
+/// Checks a home. Prints a line for each finding, then a summary. Returns whether there is no
+/// finding. With `repair`, first repairs what it can; the result counts the remaining findings.
 ///
 /// # Errors
-/// When the check could not be made: no home, a damaged database, or `out` can't be written. EBUSY when
-/// something is to be repaired while a BoxLite runtime has the home.
+/// Those of opening the home (none there, a damaged database) and of writing to `out`. EBUSY when a
+/// repair is needed while a BoxLite runtime has the home.
 pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
-    let mut report = look(home)?;
+    let mut report = inspect(home)?;
     if repair && !(report.findings.is_empty() && report.notes.is_empty()) {
         let store = Store::open(home, false, Compression::default())?;
         repair_home(&store)?;
         drop(store);
-        let before = std::mem::replace(&mut report, look(home)?);
-        let left: HashSet<&String> = report.findings.iter().chain(&report.notes).collect();
-        let found = before.findings.iter().chain(&before.notes);
-        for mended in found.filter(|finding| !left.contains(finding)) {
-            say(out, &format!("repaired: {mended}"))?;
+        let before = std::mem::replace(&mut report, inspect(home)?);
+        let remaining: HashSet<&String> = report.findings.iter().chain(&report.notes).collect();
+        let findings = before.findings.iter().chain(&before.notes);
+        for repaired in findings.filter(|finding| !remaining.contains(finding)) {
+            say(out, &format!("repaired: {repaired}"))?;
         }
     }
     for finding in &report.findings {
@@ -71,23 +72,25 @@ pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
 }
 
 fn say(out: &mut dyn Write, line: &str) -> Result<()> {
-    writeln!(out, "{line}").context(|| "cannot print what was found")
+    writeln!(out, "{line}").context(|| "cannot print the findings")
 }
 
+/// The result of a check.
 struct Report {
     root: PathBuf,
+    /// Number of boxes.
     boxes: usize,
     findings: Vec<String>,
-    /// What is no fault, and takes space.
+    /// What takes space or needs attention but is not damage.
     notes: Vec<String>,
-    /// How many layers nothing reads any more, each of which is a finding.
+    /// The sum of our layers that are no longer read, each of which is a finding.
     unread: Option<String>,
 }
 
-fn look(home: &Path) -> Result<Report> {
+fn inspect(home: &Path) -> Result<Report> {
     let home = Home::open(home)?;
     let events = EventLog::open(&home, true);
-    let store = Store::to_look(home, events);
+    let store = Store::without_recovery(home, events);
     let mut check = Check {
         catalog: store.home().catalog()?,
         layers: store.layers.scan()?,
@@ -113,10 +116,10 @@ fn look(home: &Path) -> Result<Report> {
     })
 }
 
-/// Removes what a crash left and nothing needs, gives rows to bases that are read, and makes
-/// snapshots of layers that lie in a snapshot's place without a row. Boxes that run are left alone.
+/// Removes leftovers of a crash that are not needed, gives rows to bases that are read, and makes
+/// snapshots of layers that lie in a snapshot's place without a row. Skips running boxes.
 fn repair_home(store: &Store) -> Result<()> {
-    // Says why, where nothing can be changed now.
+    // Fails early, with the reason, if the home cannot be changed now.
     drop(store.home().change()?);
     let catalog = store.home().catalog()?;
     for record in catalog.boxes() {
@@ -133,11 +136,11 @@ fn repair_home(store: &Store) -> Result<()> {
     keep_spares(store)
 }
 
-/// LayerGraph in a snapshot's place that have no row, and whose chain can be read: recovery has left them
-/// because they may be the only copy of a state. They become snapshots, which the user can
-/// look at and delete.
+/// Makes snapshots of layers that lie in a snapshot's place without a row and whose chain can be
+/// read. Recovery leaves them because they may be the only copy of a state. As snapshots, the user
+/// can inspect and delete them.
 fn record_orphans(locked: &mut LockedBox<'_>) -> Result<()> {
-    let home = &locked.store.home();
+    let home = locked.store.home();
     let rows = locked.snapshots()?;
     for name in names_in(&home.snapshots_dir(&locked.record.id))? {
         let path = home.snapshot_disk(&locked.record.id, &name);
@@ -161,6 +164,7 @@ fn record_orphans(locked: &mut LockedBox<'_>) -> Result<()> {
     Ok(())
 }
 
+/// A check under way: what it reads, and what it has found so far.
 struct Check<'s> {
     store: &'s Store,
     catalog: std::sync::Arc<Catalog>,
@@ -172,41 +176,43 @@ struct Check<'s> {
 }
 
 impl Check<'_> {
-    fn found(&mut self, what: impl Display) {
-        self.findings.push(what.to_string());
+    fn report(&mut self, finding: impl Display) {
+        self.findings.push(finding.to_string());
     }
 
+    /// Finds a database schema that we may not change.
     fn schema(&mut self) {
         if let Some(why) = self.catalog.schema().read_only.clone() {
-            self.found(why);
+            self.report(why);
         }
     }
 
-    /// CatalogIndex and headers that name files of this home by other paths. BoxLite goes by those of bases, and
-    /// deletes what it does not find named.
+    /// Finds rows and headers that name files of this home by other paths. BoxLite compares the
+    /// paths of bases as text and deletes a base that it does not find named.
     fn paths(&mut self) -> Result<()> {
-        let found = match misspelled_now(self.store, Some(&self.layers)) {
-            Ok(found) => found,
+        let misspelled = match misspelled_now(self.store, Some(&self.layers)) {
+            Ok(misspelled) => misspelled,
             Err(error) if error.errno() == libc::EPERM => {
-                self.found(error);
+                self.report(error);
                 return Ok(());
             }
             Err(error) => return Err(error),
         };
-        for it in found {
-            match it.is_dangerous() {
-                true => self.found(format!(
-                    "{it}; BoxLite may delete that file at its next start; mounting the home, or check --repair, puts it right"
-                )),
-                false => self.notes.push(format!(
-                    "{it}; mounting the home, or check --repair, puts it right"
-                )),
+        for path in misspelled {
+            if path.is_dangerous() {
+                self.report(format!(
+                    "{path}; BoxLite may delete that file at its next start; mounting the home, or check --repair, corrects it"
+                ));
+            } else {
+                self.notes.push(format!(
+                    "{path}; mounting the home, or check --repair, corrects it"
+                ));
             }
         }
         Ok(())
     }
 
-    /// Every image file's header.
+    /// Finds image files whose header is damaged.
     fn headers(&mut self) {
         let damaged: Vec<String> = self
             .layers
@@ -217,6 +223,7 @@ impl Check<'_> {
         self.findings.extend(damaged);
     }
 
+    /// Checks the rows, disks and snapshots of every box.
     fn boxes(&mut self) {
         let catalog = self.catalog.clone();
         for record in catalog.boxes() {
@@ -226,24 +233,25 @@ impl Check<'_> {
                 self.chain(&format!("box {}", display_name(record)), &live);
                 self.one_name(record, &live);
             } else if !catalog.snapshots_of(&record.id).is_empty() {
-                self.found(format!(
+                self.report(format!(
                     "box {} has snapshots but no disk at {}",
                     display_name(record),
                     live.display()
                 ));
             }
             for snapshot in catalog.snapshots_of(&record.id) {
-                let what = format!("snapshot {} of box {}", snapshot.name, display_name(record));
+                let subject = format!("snapshot {} of box {}", snapshot.name, display_name(record));
                 let path = self.store.exports.disks.snapshot_layer(snapshot);
                 if path.is_file() {
-                    self.chain(&what, &path);
+                    self.chain(&subject, &path);
                 } else {
-                    self.found(format!("{what} has no file {}", path.display()));
+                    self.report(format!("{subject} has no file {}", path.display()));
                 }
             }
         }
     }
 
+    /// Checks that the row of a box can be read and that its directory is the one of this home.
     fn configuration(&mut self, record: &BoxRecord) {
         let name = display_name(record);
         match record.config() {
@@ -251,23 +259,23 @@ impl Check<'_> {
                 let box_home = config["box_home"].as_str().unwrap_or_default().to_owned();
                 let here = self.store.home().box_dir(&record.id);
                 if !here.is_dir() {
-                    self.found(format!("box {name} has no directory {}", here.display()));
+                    self.report(format!("box {name} has no directory {}", here.display()));
                 } else if FileId::at(Path::new(&box_home)).ok() != FileId::at(&here).ok() {
-                    self.found(format!(
+                    self.report(format!(
                         "box {name} says it lives in {box_home}, not in {}: this home is a copy, changes are refused",
                         here.display()
                     ));
                 }
             }
-            Err(error) => self.found(error),
+            Err(error) => self.report(error),
         }
         if let Err(error) = record.state() {
-            self.found(error);
+            self.report(error);
         }
     }
 
-    /// Every layer of a chain opens, and none lies outside the home.
-    fn chain(&mut self, what: &str, top: &Path) {
+    /// Checks that every layer of a chain opens and that none lies outside the home.
+    fn chain(&mut self, subject: &str, top: &Path) {
         let home = self.store.home();
         match Chain::open_in(top, &self.store.exports.disks.scope_of(top)) {
             Ok(chain) => {
@@ -278,17 +286,17 @@ impl Check<'_> {
                     .filter(|path| !home.contains(path))
                     .collect();
                 for path in outside {
-                    self.found(format!(
-                        "{what} reads from {}, outside this home; changes are refused",
+                    self.report(format!(
+                        "{subject} reads from {}, outside this home; changes are refused",
                         path.display()
                     ));
                 }
             }
-            Err(error) => self.found(format!("{what}: {error}")),
+            Err(error) => self.report(format!("{subject}: {error}")),
         }
     }
 
-    /// A live disk with a name in `bases/` is a change that did not come to its end.
+    /// Finds further names of a live disk: they come from a change that was cut off.
     fn one_name(&mut self, record: &BoxRecord, live: &Path) {
         let Ok(id) = FileId::at(live) else { return };
         let names: Vec<String> = self
@@ -298,14 +306,15 @@ impl Check<'_> {
             .map(|name| name.path.display().to_string())
             .collect();
         for name in names {
-            self.found(format!(
+            self.report(format!(
                 "{name} is also the live disk of box {}: a change was cut off; mounting the home undoes it",
                 display_name(record)
             ));
         }
     }
 
-    /// Bases that BoxLite made, keeps for a box, and nothing reads: it frees them with that box.
+    /// Notes bases that BoxLite made and that are no longer read. BoxLite frees them with their
+    /// box.
     fn unneeded_of_boxlite(&mut self) {
         let named = named_in(self.store, &self.catalog);
         let bases: Vec<BaseRecord> = self
@@ -327,7 +336,7 @@ impl Check<'_> {
         self.notes.extend(notes);
     }
 
-    /// CatalogIndex of bases and their files.
+    /// Finds rows of bases without files, and files in `bases/` without rows.
     fn bases(&mut self) {
         let rows = std::mem::take(&mut self.bases);
         let mut with_rows = BTreeSet::new();
@@ -345,11 +354,11 @@ impl Check<'_> {
                 };
                 if let Some(spare) = self.layers.spares().of_base(&right) {
                     why = format!(
-                        "{why}; its layer is still there as {}, and mounting the home, or check --repair, puts it back",
+                        "{why}; its layer is still there as {}: mounting the home, or check --repair, restores the file",
                         spare.path.display()
                     );
                 }
-                self.found(format!(
+                self.report(format!(
                     "base {} has no file {}; {why}",
                     row.id,
                     path.display()
@@ -364,12 +373,12 @@ impl Check<'_> {
             .iter()
             .filter(|file| matches!(file.role, Role::Base { .. }) && !with_rows.contains(&file.path))
             .map(|file| {
-                let read = match self.layers.readers_of(&file.path).next() {
-                    Some(_) => "it is read from, so it stays",
-                    None => "nothing reads from it; it is kept, for it can be what a crash left of a box's disk",
+                let why = match self.layers.readers_of(&file.path).next() {
+                    Some(_) => "a layer reads from it, so it is kept",
+                    None => "nothing reads from it; it is kept, because a crash can leave a box's disk like this",
                 };
                 format!(
-                    "{} ({}) has no row in the database; {read}",
+                    "{} ({}) has no row in the database; {why}",
                     file.path.display(),
                     amount(file.allocated)
                 )
@@ -380,7 +389,8 @@ impl Check<'_> {
         self.spares(&rows);
     }
 
-    /// Bases of ours that nothing reads: BoxLite removed their last reader, or a change was cut off.
+    /// Finds our own bases that are no longer read: BoxLite removed their last reader, or a change
+    /// was cut off.
     fn unread(&mut self, rows: &[BaseRecord]) {
         let unread: Vec<&ImageFile> = rows
             .iter()
@@ -410,19 +420,20 @@ impl Check<'_> {
         self.findings.extend(messages);
     }
 
-    /// Spare names of bases that are gone. Those of bases with rows are told of with these.
+    /// Finds spare names whose base has neither file nor row. A base with a row is found by
+    /// [`Self::bases`].
     fn spares(&mut self, rows: &[BaseRecord]) {
         let has_row = |base: &Path| rows.iter().any(|row| is_row_of(row, base));
         let spares = self.layers.spares().all().iter();
-        let gone = spares.filter(|spare| self.layers.at(&spare.base).is_none());
-        let found: Vec<String> = gone
+        let orphans = spares.filter(|spare| self.layers.at(&spare.base).is_none());
+        let findings: Vec<String> = orphans
             .filter_map(|spare| {
                 let (path, base) = (spare.path.display(), spare.base.display());
                 let size = amount(spare.allocated);
                 if let Some(reader) = self.layers.readers_of(&spare.base).next() {
                     let reader = reader.path.display();
                     return (!has_row(&spare.base)).then(|| format!(
-                        "{reader} reads from {base}, which is gone; its layer is still there as {path}, and mounting the home, or check --repair, puts it back"
+                        "{reader} reads from {base}, which is gone; its layer is still there as {path}: mounting the home, or check --repair, restores the file"
                     ));
                 }
                 (!has_row(&spare.base)).then(|| format!(
@@ -430,26 +441,26 @@ impl Check<'_> {
                 ))
             })
             .collect();
-        self.findings.extend(found);
+        self.findings.extend(findings);
     }
 
-    /// Files and directories that no row speaks of.
+    /// Finds files and directories that belong to no row, and workspaces of killed mounts.
     fn leftovers(&mut self) -> Result<()> {
         let home = self.store.home();
-        let mut found = Vec::new();
+        let mut findings = Vec::new();
         for id in names_in(&home.boxes_dir())? {
             let dir = home.box_dir(&id);
             let Some(record) = self.catalog.box_by_id(&id) else {
-                found.push(format!(
+                findings.push(format!(
                     "{} belongs to no box ({}); BoxLite removes it at its next start",
                     dir.display(),
-                    amount(taken(&dir))
+                    amount(allocated_below(&dir))
                 ));
                 continue;
             };
             if home.pending_marker(&id).exists() {
-                found.push(format!(
-                    "box {} was left by BoxLite in the middle of a snapshot",
+                findings.push(format!(
+                    "box {} was left by BoxLite in the middle of a snapshot; start BoxLite once to recover the box",
                     display_name(record)
                 ));
             }
@@ -461,41 +472,42 @@ impl Check<'_> {
                         || self.store.exports.disks.snapshot_layer(row).parent() == Some(&dir)
                 };
                 if !rows.any(is_of) {
-                    found.push(format!(
-                        "{} belongs to no snapshot of box {} ({}); boxlitefs check --repair makes one of it, or removes it where nothing is lost",
+                    findings.push(format!(
+                        "{} belongs to no snapshot of box {} ({}); boxlitefs check --repair makes a snapshot of it, or removes it where nothing is lost",
                         dir.display(),
                         display_name(record),
-                        amount(taken(&dir))
+                        amount(allocated_below(&dir))
                     ));
                 }
             }
         }
         for dir in workspace::abandoned(&home.staging_dir()) {
             for archive in waiting_in(&dir) {
-                found.push(format!(
+                findings.push(format!(
                     "the archive {} in {} waited for its box when boxlitefs was killed; mounting the home makes a box of it",
                     archive.name,
                     dir.display()
                 ));
             }
-            found.push(format!(
+            findings.push(format!(
                 "{} was left by a boxlitefs that was killed ({}); mounting the home removes it",
                 dir.display(),
-                amount(taken(&dir))
+                amount(allocated_below(&dir))
             ));
         }
-        self.findings.extend(found);
+        self.findings.extend(findings);
         Ok(())
     }
 }
 
-/// Bytes that what is below a directory takes on the disk; names it shares with others count, too.
-pub fn taken(dir: &Path) -> u64 {
+/// Returns the bytes on disk of all files below a directory. A file with several names counts once
+/// for each.
+fn allocated_below(dir: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(dir) else {
         return 0;
     };
     let of_entry = |entry: std::fs::DirEntry| match entry.metadata() {
-        Ok(meta) if meta.is_dir() => taken(&entry.path()),
+        Ok(meta) if meta.is_dir() => allocated_below(&entry.path()),
         Ok(meta) => meta.blocks() * 512,
         Err(_) => 0,
     };

@@ -1,5 +1,5 @@
-//! `boxlitefs compact`: what nothing needs any more is freed, layers that one other alone needs are merged
-//! with that, and chains that are too long for a virtual machine become short enough.
+//! `boxlitefs compact`: frees layers that are no longer needed, merges layers that only one other
+//! layer reads, and shortens chains that are too long for a virtual machine.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -17,27 +17,27 @@ use crate::store::layers::mergeable::{MergePlan, mergeable};
 use crate::store::layers::put_back::keep_spares;
 use crate::{Context, Error, Result};
 
-/// How long whoever has a layer open is waited for: a mount lets go of what nobody reads.
+/// How long to wait for layers that are in use. A mount closes layers soon after they were read.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Shown while layers are written.
+/// Shows progress while layers are written.
 pub trait Meter {
-    /// Something begins that may take this many bytes.
+    /// Begins an operation that writes at most about `bytes`; `what` says whose layers are merged.
     fn begin(&self, what: &str, bytes: u64);
-    /// So many more bytes are done.
+    /// Adds `bytes` to what was done since `begin`.
     fn advance(&self, bytes: u64);
-    /// It is over; what is printed next is not in its way.
+    /// Ends the operation and clears the line, since output may follow.
     fn end(&self);
 }
 
-/// Compacts a home now and prints what came of it, a line each, then a summary.
+/// Compacts a home now. Prints a line for each merge, then a summary.
 ///
 /// # Errors
-/// EBUSY while a BoxLite runtime has the home; those of opening it; what made a merge fail other than
-/// somebody's using the layers.
+/// EBUSY while a BoxLite runtime has the home; those of opening it; the first error of a merge
+/// other than that its layers are in use.
 pub fn run(home: &Path, out: &mut dyn Write, meter: &dyn Meter) -> Result<()> {
     let store = Store::open(home, false, Compression::default())?;
-    // Says why, where nothing can be changed now.
+    // Fails early, with the reason, if the home cannot be changed now.
     drop(store.home().change()?);
     let before = allocated_in_home(&store)?;
     free_unneeded(&store)?;
@@ -54,10 +54,10 @@ pub fn run(home: &Path, out: &mut dyn Write, meter: &dyn Meter) -> Result<()> {
 }
 
 fn say(out: &mut dyn Write, line: &str) -> Result<()> {
-    writeln!(out, "{line}").context(|| "cannot print what was done")
+    writeln!(out, "{line}").context(|| "cannot print the result")
 }
 
-/// Bytes as people read them.
+/// Formats a number of bytes for people.
 pub(super) fn amount(bytes: u64) -> String {
     let mut amount = bytes as f64;
     let mut unit = "bytes";
@@ -74,7 +74,7 @@ pub(super) fn amount(bytes: u64) -> String {
     }
 }
 
-/// Bytes that all image files of the home take on the disk.
+/// Returns the bytes on disk of all image files of the home, each counted once.
 fn allocated_in_home(store: &Store) -> Result<u64> {
     let layers = store.layers.scan()?;
     let mut seen = HashSet::new();
@@ -82,23 +82,24 @@ fn allocated_in_home(store: &Store) -> Result<u64> {
     Ok(files.map(|file| file.allocated).sum())
 }
 
-/// Merges all that can be merged, then shortens what is still too long.
+/// Carries out all merges that are possible. Retries those whose layers are in use until
+/// [`PATIENCE`] is over.
 fn compact_home(store: &Store, out: &mut dyn Write, meter: &dyn Meter) -> Result<()> {
     let begun = Instant::now();
     let mut failure = Ok(());
-    let mut settled: HashSet<FileId> = HashSet::new();
-    let mut waits: Vec<(MergePlan, Error)> = Vec::new();
+    let mut tried: HashSet<FileId> = HashSet::new();
+    let mut in_use: Vec<(MergePlan, Error)> = Vec::new();
     loop {
-        let mut work = mergeable(store)?;
-        work.retain(|merge| !merge.top_id().is_some_and(|id| settled.contains(&id)));
-        let Some(merge) = work.into_iter().next() else {
+        let mut plans = mergeable(store)?;
+        plans.retain(|merge| !merge.top_id().is_some_and(|id| tried.contains(&id)));
+        let Some(merge) = plans.into_iter().next() else {
             let is_late = begun.elapsed() > PATIENCE;
-            if waits.is_empty() || is_late {
+            if in_use.is_empty() || is_late {
                 break;
             }
-            // Once more, those that somebody was reading.
-            for (merge, _) in waits.drain(..) {
-                merge.top_id().map(|id| settled.remove(&id));
+            // Retry the merges whose layers were in use.
+            for (merge, _) in in_use.drain(..) {
+                merge.top_id().map(|id| tried.remove(&id));
             }
             std::thread::sleep(Duration::from_millis(500));
             continue;
@@ -106,13 +107,13 @@ fn compact_home(store: &Store, out: &mut dyn Write, meter: &dyn Meter) -> Result
         match merge_metered(store, &merge, meter) {
             Ok(merged) => say(out, &log_merge(store, &merge, merged))?,
             Err(error) => {
-                settled.extend(merge.top_id());
+                tried.extend(merge.top_id());
                 match error.errno() {
-                    // It takes more room as one.
+                    // The merged layer would take more space.
                     libc::ENODATA => {}
-                    libc::EBUSY => waits.push((merge, error)),
+                    libc::EBUSY => in_use.push((merge, error)),
                     _ => {
-                        let failed = format!("{} stays as it is", names_of_readers(store, &merge));
+                        let failed = format!("{} is not merged", names_of_readers(store, &merge));
                         store.events().info(&format!("{failed}: {error}"));
                         say(out, &failed)?;
                         failure = failure.and(Err(error));
@@ -121,7 +122,7 @@ fn compact_home(store: &Store, out: &mut dyn Write, meter: &dyn Meter) -> Result
             }
         }
     }
-    for (merge, error) in waits {
+    for (merge, error) in in_use {
         say(
             out,
             &format!("{}: not now, {error}", names_of_readers(store, &merge)),
@@ -140,13 +141,13 @@ fn merge_metered(store: &Store, merge: &MergePlan, meter: &dyn Meter) -> Result<
     merged
 }
 
-/// A merge that begins, to be told of.
+/// Begins the operation that shows a merge in the mount's status.
 pub(super) fn merge_operation(store: &Store, merge: &MergePlan) -> Operation {
     let what = format!("merging layers of {}", names_of_readers(store, merge));
     store.operations().begin(what, Some(merge.allocated()))
 }
 
-/// Who reads the layers of a merge.
+/// Names the boxes that read the layers of a merge.
 fn names_of_readers(store: &Store, merge: &MergePlan) -> String {
     let mut names = merge
         .boxes()
@@ -160,6 +161,7 @@ fn names_of_readers(store: &Store, merge: &MergePlan) -> String {
     }
 }
 
+/// Logs a merge and returns the message.
 pub(super) fn log_merge(store: &Store, merge: &MergePlan, merged: Merged) -> String {
     let mut message = format!(
         "{}: {} layers became one",

@@ -1,4 +1,4 @@
-//! What keeps a home in order: recovery when a mount begins, compaction, checks, and what takes space.
+//! Maintenance of a home: recovery when a mount begins, compaction, checks and disk usage.
 
 pub(super) mod at_mount;
 pub(super) mod background;

@@ -1,4 +1,4 @@
-//! What boxes and snapshots take on the disk: bytes that go with them, and bytes that others need, too.
+//! Disk usage of boxes and snapshots: bytes that would go with them, and bytes shared with others.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -11,42 +11,45 @@ use crate::home::Catalog;
 use crate::store::Store;
 use crate::store::layers::graph::LayerGraph;
 
-/// How long an answer is good for while rows stay the same: whoever reads of all boxes, one after the other, has all files
-/// looked at once a second and not once for each.
-const LASTING: Duration = Duration::from_secs(1);
+/// How long a result stays valid while the rows are unchanged. A program that asks for all boxes in
+/// turn then causes one scan a second, not one for each box.
+const VALID_FOR: Duration = Duration::from_secs(1);
 
-/// Bytes on the disk.
+/// Bytes on disk, by who reads them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Of layers that nothing else reads.
+    /// Bytes of layers that nothing else reads.
     pub own: u64,
-    /// Of layers that others read, too.
+    /// Bytes of layers that others read as well.
     pub shared: u64,
 }
 
-/// The answer of a moment ago.
+/// The last result: when it was made, of which catalog, and the usages.
 #[derive(Default)]
 pub struct UsageCache(Option<(Instant, Arc<Catalog>, Arc<Usages>)>);
 
+/// The usage of every box and of every disk state of a home.
 #[derive(Default)]
 struct Usages {
     boxes: HashMap<String, Usage>,
     states: HashMap<Source, Usage>,
 }
 
-/// What a box takes, with all its snapshots.
+/// Returns the disk usage of a box with all its snapshots. `own` are layers that no other box
+/// reads.
 ///
 /// # Errors
-/// Those of looking at the files.
+/// EIO; those of the database.
 pub fn usage_of_box(store: &Store, box_id: &str) -> Result<Usage> {
     let usages = usages(store)?;
     Ok(usages.boxes.get(box_id).copied().unwrap_or_default())
 }
 
-/// What a live disk or a snapshot takes.
+/// Returns the disk usage of a live disk or of a snapshot. `own` are layers that no other disk
+/// state reads.
 ///
 /// # Errors
-/// Likewise.
+/// Those of [`usage_of_box`].
 pub fn usage_of(store: &Store, source: &Source) -> Result<Usage> {
     let usages = usages(store)?;
     Ok(usages.states.get(source).copied().unwrap_or_default())
@@ -54,9 +57,9 @@ pub fn usage_of(store: &Store, source: &Source) -> Result<Usage> {
 
 fn usages(store: &Store) -> Result<Arc<Usages>> {
     let catalog = store.home().catalog()?;
-    if let Some((at, of, usages)) = &store.usage.lock().0
-        && at.elapsed() < LASTING
-        && Arc::ptr_eq(of, &catalog)
+    if let Some((made_at, made_of, usages)) = &store.usage.lock().0
+        && made_at.elapsed() < VALID_FOR
+        && Arc::ptr_eq(made_of, &catalog)
     {
         return Ok(usages.clone());
     }
@@ -66,7 +69,8 @@ fn usages(store: &Store) -> Result<Arc<Usages>> {
     Ok(usages)
 }
 
-/// Each disk state with the files of its chain, as far as they are the home's layers.
+/// Returns each disk state with the image files of its chain that lie in the home: file → bytes on
+/// disk.
 pub fn states(
     store: &Store,
     layers: &LayerGraph,
@@ -101,7 +105,7 @@ pub fn states(
 
 impl Usages {
     fn of(states: Vec<(Source, HashMap<FileId, u64>)>) -> Usages {
-        // How many states read a file, and which boxes.
+        // File → how many states read it, and which boxes.
         let mut readers: HashMap<FileId, (usize, HashSet<&str>)> = HashMap::new();
         let mut files: HashMap<&str, HashMap<FileId, u64>> = HashMap::new();
         for (source, chain) in &states {
@@ -116,9 +120,10 @@ impl Usages {
         let sum = |files: &HashMap<FileId, u64>, is_own: &dyn Fn(&FileId) -> bool| {
             let mut usage = Usage::default();
             for (id, bytes) in files {
-                match is_own(id) {
-                    true => usage.own += bytes,
-                    false => usage.shared += bytes,
+                if is_own(id) {
+                    usage.own += bytes;
+                } else {
+                    usage.shared += bytes;
                 }
             }
             usage

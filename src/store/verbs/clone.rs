@@ -1,4 +1,4 @@
-//! `cp -r web web2`: a new box that starts from a state of another, copy-on-write.
+//! `cp -r web web2`: makes a new box that starts from a state of another one, copy-on-write.
 
 use crate::Result;
 use crate::exports::{Contents, Source};
@@ -14,36 +14,38 @@ use crate::store::layers::frozen::{FrozenDisk, make_overlay};
 use crate::store::layers::snapshot_place::{name_layer, refuse_taken};
 use crate::store::verbs::install::{NewClone, install};
 
-/// A snapshot about to be made of something that was copied.
+/// The identity of a snapshot that is about to be made from a copy.
 #[derive(Clone, Debug)]
 pub struct NewSnapshotName {
-    /// The id it gets, chosen by the caller ([`crate::home::snapshot_id`]).
+    /// The id of the snapshot, chosen by the caller ([`crate::home::snapshot_id`]).
     pub id: String,
-    /// The name it gets.
+    /// The name of the snapshot.
     pub name: String,
-    /// Seconds since 1970; None for now.
+    /// When it was taken, in seconds since 1970; None for now.
     pub created_at: Option<i64>,
 }
 
-/// Makes a box that starts from `source`: no data moves, whatever its size. `read` is what was read
-/// of the source.
+/// Makes a box that starts from `source`. Copies no data, whatever the size of the disk. `read` is
+/// the state of the source that the caller read.
 ///
 /// # Errors
-/// EEXIST when the name is taken, EBUSY, ENODATA, ENOENT, EIO when the source is not as it was read.
+/// EEXIST when the name is taken, EBUSY, ENODATA for a source without a disk, ENOENT, EIO when the
+/// source has changed since it was read.
 pub fn clone_box(store: &Store, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
-    let what = format!(
+    let action = format!(
         "clone {} of {}",
         new.name,
         store.exports.disks.describe(source)
     );
     let result = make_clone(store, source, read, new);
-    store.events().log_outcome(&what, result)
+    store.events().log_outcome(&action, result)
 }
 
-/// Order: freeze the source (or adopt the snapshot's layer), build the box in the workspace,
-/// move its directory into `boxes/`, then everything of it in one transaction. A crash before
-/// the transaction leaves a directory without a row, which is removed (BoxLite's own start
-/// removes it too). The row first would leave a box without a disk.
+/// Order: freeze the source (or adopt the snapshot's layer); build the box in the workspace; move
+/// its directory into `boxes/`; record all its rows in one transaction.
+///
+/// A crash before the transaction leaves a directory without a row, which recovery removes, as
+/// BoxLite's own start does. With the row first, a crash would leave a box without a disk.
 fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
     let draft = draft_of(store, source, read, &|| draft_clone(store, source))?;
     let mut locked = lock_source(store, source.box_id())?;
@@ -66,11 +68,13 @@ fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewClone) -
     )
 }
 
-/// Makes a state of one box a snapshot of another, which shares its layer: how the snapshots of
-/// a cloned box come along. `read` is what was read of the source.
+/// Makes a snapshot of box `box_id` from a state of another box, whose layer both then share. This
+/// is how a clone gets the snapshots of its source. `read` is the state of the source that the
+/// caller read.
 ///
 /// # Errors
-/// EINVAL, EEXIST, EBUSY, ENOENT, EIO when the source is not as it was read.
+/// EINVAL for a name that BoxLite would refuse, EEXIST when the name is taken, EBUSY, ENOENT, EIO
+/// when the source has changed since it was read.
 pub fn share_snapshot(
     store: &Store,
     source: &Source,
@@ -79,17 +83,17 @@ pub fn share_snapshot(
     new: &NewSnapshotName,
 ) -> Result<()> {
     let name = &new.name;
-    let what = format!(
+    let action = format!(
         "snapshot {name} of box {} from {}",
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
     let result = make_shared(store, source, read, box_id, new);
-    store.events().log_outcome(&what, result)
+    store.events().log_outcome(&action, result)
 }
 
-/// Order: the source as for a clone; references of the new reader; then as a snapshot.
-/// Surplus references, which a crash leaves, are harmless.
+/// Order: freeze or adopt the source as for a clone; add the references of the box; name the layer
+/// as for a snapshot. A crash leaves surplus references, which are harmless.
 fn make_shared(
     store: &Store,
     source: &Source,
@@ -116,9 +120,9 @@ fn make_shared(
     Ok(())
 }
 
-/// A box's directory in the workspace whose disk is an empty overlay on the frozen state.
+/// Builds a box's directory in the workspace. Its disk is an empty overlay on the frozen state.
 fn build_box(locked: &LockedBox<'_>, frozen: &FrozenDisk) -> Result<Scratch> {
-    let home = &locked.store.home();
+    let home = locked.store.home();
     let dir = locked.store.workspace().scratch("box")?;
     home.make_dir(&dir)?;
     home.make_dir(&dir.join("disks"))?;

@@ -1,4 +1,4 @@
-//! `cp b.boxlite MNT/NEW.boxlite`: a box, or a snapshot of one, from an archive that arrived.
+//! `cp b.boxlite MNT/NEW.boxlite`: makes a box, or a snapshot of one, from a received archive.
 
 use std::path::Path;
 
@@ -22,40 +22,40 @@ use crate::store::verbs::install::{NewClone, install};
 use crate::store::verbs::remove_snapshot::remove_snapshot;
 use crate::{Context, Error, Result};
 
-/// What a snapshot is made of that is copied in.
+/// The source of a snapshot that is copied in.
 pub enum SnapshotContents<'a> {
     /// A complete archive.
     Archive(&'a ImportStream),
-    /// A disk state of this home, and what its export was read as.
+    /// A disk state of this home, and the state of it that the caller read.
     Shared(&'a Source, &'a Contents),
 }
 
-/// Makes a box of a complete archive.
+/// Makes a box from a complete archive.
 ///
 /// # Errors
-/// EBADMSG when it is not complete or BoxLite could not read its options, EPERM when those are not
-/// allowed here, EEXIST when the name is taken, EBUSY.
-pub fn import_box(store: &Store, arrival: &ImportStream, new: &NewClone) -> Result<()> {
-    let result = make_imported(store, arrival, new);
+/// EBADMSG when the archive is incomplete or BoxLite could not read its options, EPERM when its
+/// options are not allowed here, EEXIST when the name is taken, EBUSY.
+pub fn import_box(store: &Store, stream: &ImportStream, new: &NewClone) -> Result<()> {
+    let result = make_imported(store, stream, new);
     store
         .events()
         .log_outcome(&format!("import of box {}", new.name), result)
 }
 
-/// Order: the directory is built in the workspace, where the disk was unpacked and checked;
-/// then as for a clone.
-fn make_imported(store: &Store, arrival: &ImportStream, new: &NewClone) -> Result<()> {
+/// Order: the disk was unpacked and checked in the workspace; build the box's directory there; then
+/// as for a clone.
+fn make_imported(store: &Store, stream: &ImportStream, new: &NewClone) -> Result<()> {
     store.refuse_read_only()?;
-    if !arrival.is_complete() {
+    if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
-    import_disk(store, arrival.disk(), arrival.box_options()?, new)
+    import_disk(store, stream.disk(), stream.box_options()?, new)
 }
 
-/// Makes a box of a disk in the workspace, which it no longer needs there.
+/// Makes a box from a disk in the workspace, and removes the disk from there.
 ///
 /// # Errors
-/// EEXIST when the name is taken, EBUSY.
+/// EROFS, EEXIST when the name is taken, EBUSY, EIO.
 pub fn import_disk(store: &Store, disk: &Path, options: Value, new: &NewClone) -> Result<()> {
     let dir = store.workspace().scratch("box")?;
     store.home().make_dir(&dir)?;
@@ -70,15 +70,16 @@ pub fn import_disk(store: &Store, disk: &Path, options: Value, new: &NewClone) -
     Ok(())
 }
 
-/// Gives a snapshot that came back from a backup the time it was taken at.
+/// Records when a snapshot from a backup was taken, in seconds since 1970.
 ///
 /// # Errors
-/// EBUSY, or what the database says.
+/// EROFS, EBUSY; those of the database.
 pub fn date_snapshot(store: &Store, box_id: &str, id: &str, created_at: i64) -> Result<()> {
     begin_shared_change(store)?.transaction(|rows| rows.date_snapshot(box_id, id, created_at))
 }
 
-/// Whether a snapshot is what the box's disk is: the layer that it reads from, and nothing over it.
+/// Returns whether the live disk of a box has the contents of the snapshot: it reads from the
+/// snapshot's layer and holds no data of its own.
 ///
 /// # Errors
 /// ENOENT when the snapshot is gone, EIO.
@@ -96,12 +97,12 @@ pub fn is_live(store: &Store, box_id: &str, snapshot_id: &str) -> Result<bool> {
         && !Layer::open(&live, Format::Qcow2)?.holds_data()?)
 }
 
-/// Puts a snapshot that is copied in the place of one that is what the box's disk is. The archive
-/// is complete by then, so that only the file system can fail; then the snapshot is gone, and
-/// its contents are those of the disk.
+/// Replaces a snapshot that has the contents of the live disk with one that is copied in. The
+/// archive is complete, so only the file system can fail after the removal. If it does, the
+/// snapshot is gone, but the live disk still has its contents.
 ///
 /// # Errors
-/// EPERM when the disk changed meanwhile, and those of removing and importing a snapshot.
+/// EPERM when the live disk has other contents; those of removing and importing a snapshot.
 pub fn replace_snapshot(
     store: &Store,
     box_id: &str,
@@ -113,31 +114,32 @@ pub fn replace_snapshot(
         return Err(Error::new(
             libc::EPERM,
             format!(
-                "the box changed since snapshot {} was taken, so the snapshot stays; copy to another name",
+                "the box changed since snapshot {} was taken, so the snapshot is not replaced; copy to another name",
                 new.name
             ),
         ));
     }
     remove_snapshot(store, box_id, snapshot_id)?;
     match with {
-        SnapshotContents::Archive(arrival) => import_snapshot(store, arrival, box_id, new),
+        SnapshotContents::Archive(stream) => import_snapshot(store, stream, box_id, new),
         SnapshotContents::Shared(source, read) => share_snapshot(store, source, read, box_id, new),
     }
 }
 
-/// Makes a snapshot of a box of a complete archive: how the snapshots of a
-/// whole box's backup come back.
+/// Makes a snapshot of a box from a complete archive. This is how the snapshots in a backup of a
+/// whole box come back.
 ///
 /// # Errors
-/// EBADMSG, EINVAL, EEXIST, EBUSY.
+/// EBADMSG when the archive is incomplete, EINVAL for a name that BoxLite would refuse, EEXIST when
+/// the name is taken, EBUSY.
 pub fn import_snapshot(
     store: &Store,
-    arrival: &ImportStream,
+    stream: &ImportStream,
     box_id: &str,
     new: &NewSnapshotName,
 ) -> Result<()> {
     let name = &new.name;
-    let result = make_imported_snapshot(store, arrival, box_id, new);
+    let result = make_imported_snapshot(store, stream, box_id, new);
     store.events().log_outcome(
         &format!(
             "import of snapshot {name} of box {}",
@@ -147,25 +149,25 @@ pub fn import_snapshot(
     )
 }
 
-/// Order: the directory is built in the workspace with a mark in it and moved into place, then
-/// the row, then the mark goes. A crash before the row leaves a marked directory without one:
-/// recovery removes it.
+/// Order: build the directory with a mark in it in the workspace; move it into place; record the
+/// row; remove the mark. A crash before the row leaves a marked directory without a row, which
+/// recovery removes.
 fn make_imported_snapshot(
     store: &Store,
-    arrival: &ImportStream,
+    stream: &ImportStream,
     box_id: &str,
     new: &NewSnapshotName,
 ) -> Result<()> {
     let name = &new.name;
     refuse_bad_name(name)?;
-    if !arrival.is_complete() {
+    if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
-    store.home().give_to_owner(arrival.disk())?;
+    store.home().give_to_owner(stream.disk())?;
     let mut locked = lock_shared(store, box_id)?;
     refuse_taken(&locked, name)?;
     let dir = marked_dir(store)?;
-    give_disk(arrival.disk(), &dir.join("disk.qcow2"))?;
+    give_disk(stream.disk(), &dir.join("disk.qcow2"))?;
     durable::sync_dir(&dir)?;
     locked.change.begin_exclusive()?;
     let place = place_of(&locked, name, &new.id);
@@ -176,16 +178,17 @@ fn make_imported_snapshot(
         &new.id,
         name,
         &path,
-        arrival.virtual_size(),
+        stream.virtual_size(),
         new.created_at,
     );
     settle_place(&locked, &path, recorded)?;
-    discard(arrival.disk());
+    discard(stream.disk());
     Ok(())
 }
 
-/// Puts the disk of an archive into a directory that is being built, as a hard link: if a later step fails,
-/// the archive still has its disk. On a file system without hard links it is moved.
+/// Puts the disk of an archive into a directory that is being built. The disk is hard-linked, so
+/// that the archive keeps it if a later step fails. On a file system without hard links it is
+/// moved.
 fn give_disk(disk: &Path, to: &Path) -> Result<()> {
     std::fs::hard_link(disk, to)
         .or_else(|_| std::fs::rename(disk, to))

@@ -1,4 +1,4 @@
-//! An archive on its way in, from a writer who may write out of order.
+//! Receives an archive that a program writes into the mount, possibly out of order.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,36 +16,38 @@ use crate::progress::UnderWay;
 use crate::store::Store;
 use crate::{Context, Error, Result};
 
-/// Bytes fed at once from the spool or for a gap.
+/// Bytes that are fed to the decoder at once, from the spool or for a hole.
 const PIECE: usize = 1024 * 1024;
 
-/// What archives may bring.
+/// Limits on imported archives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Imports {
-    /// Most bytes that one of them may have written into the home; None: as many as there is room for.
+    /// The most bytes that one archive may write into the home; None for no limit but free space.
     pub most: Option<u64>,
     /// Options that reach into the host are refused.
     pub untrusted: bool,
 }
 
-/// An archive as it arrives: what comes in order is decoded, hashed and unpacked at once; what
-/// comes early waits in a spool. Its disk is removed with it unless it was taken.
+/// An archive that is being received. Bytes in order are decoded, hashed and unpacked at once;
+/// early bytes wait in a spool. Dropping the stream removes its disk, unless the disk was moved
+/// away.
 pub struct ImportStream {
     incoming: Incoming,
     disk: PathBuf,
     /// Bytes from the start that the decoder has seen.
     fed: u64,
-    spool: Option<Spool>,
-    /// Length the writer gave the file, where it said so (ftruncate after a hole at the end).
+    spool: Option<PieceSpool>,
+    /// The length that the writer gave the file, if any (ftruncate after a hole at the end).
     length: u64,
-    wanted: ImportTarget,
+    target: ImportTarget,
     imports: Imports,
-    /// The archive is complete, and right for what it is wanted for.
+    /// The archive is complete and fit for its target.
     complete: bool,
+    /// The error that refused the archive: errno and message.
     refused: Option<(i32, String)>,
-    /// A note says that it waits, and which name a box made of it gets.
+    /// The name in the note that says that the archive waits; a box made from it gets that name.
     note: Option<String>,
-    /// Its disk and its note stay when it is dropped.
+    /// The disk and the note stay when the stream is dropped.
     is_left: bool,
     _under_way: UnderWay,
 }
@@ -53,17 +55,17 @@ pub struct ImportStream {
 /// What an archive is received for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImportTarget {
-    /// A box: what it says of its configuration is checked and taken.
+    /// A new box: the archive's configuration is checked and used.
     Box,
-    /// Only its disk, for a box that has its configuration.
+    /// A box that has a configuration: only the archive's disk is used.
     Disk,
 }
 
-/// Starts to receive an archive.
+/// Begins to receive an archive.
 ///
 /// # Errors
-/// EROFS, or those of making a file in the workspace.
-pub fn receive(store: &Store, wanted: ImportTarget) -> Result<ImportStream> {
+/// EROFS; those of making a file in the workspace.
+pub fn receive(store: &Store, target: ImportTarget) -> Result<ImportStream> {
     store.refuse_read_only()?;
     let disk = store.workspace().fresh_path("disk")?;
     Ok(ImportStream {
@@ -72,7 +74,7 @@ pub fn receive(store: &Store, wanted: ImportTarget) -> Result<ImportStream> {
         disk,
         fed: 0,
         length: 0,
-        wanted,
+        target,
         imports: store.imports,
         complete: false,
         refused: None,
@@ -83,23 +85,23 @@ pub fn receive(store: &Store, wanted: ImportTarget) -> Result<ImportStream> {
 }
 
 impl ImportStream {
-    /// Takes `bytes` at `offset` of the archive. The verdict falls in the write that completes the
-    /// archive or shows that it can't become one; it is sticky.
+    /// Accepts `bytes` at `offset` of the archive. The write that completes the archive, or that
+    /// makes it invalid, returns the verdict. An error is final: every later call returns it again.
     ///
     /// # Errors
-    /// EBADMSG with the check that failed, EPERM naming an option that is not allowed here, EFBIG for
-    /// more than may come, ENOSPC, EIO; ESPIPE for bytes that were taken before.
+    /// EBADMSG with the check that failed, EPERM naming an option that is not allowed here, EFBIG
+    /// above the limit, ENOSPC, EIO; ESPIPE for bytes that were already decoded.
     pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.refused()?;
-        let result = self.take(offset, bytes);
-        self.remember(result)
+        self.check_refused()?;
+        let result = self.accept(offset, bytes);
+        self.keep_refusal(result)
     }
 
-    fn take(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+    fn accept(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         if offset < self.fed {
             return Err(Error::new(
                 libc::ESPIPE,
-                "an archive can't be changed once it is written; copy it again from the start",
+                "bytes of an archive can't be changed after they were written; copy the archive again from the start",
             ));
         }
         if offset > self.fed {
@@ -114,8 +116,8 @@ impl ImportStream {
         self.fed += bytes.len() as u64;
         if progress == Progress::Complete && !self.complete {
             self.incoming.finish()?;
-            if self.wanted == ImportTarget::Box {
-                // In the same write as the other verdicts.
+            if self.target == ImportTarget::Box {
+                // Checked here so that the same write returns every verdict.
                 self.box_options()?;
             }
             self.complete = true;
@@ -123,11 +125,13 @@ impl ImportStream {
         Ok(())
     }
 
-    /// The box options for a new box's row. Looked at also where the archive came for its disk alone,
-    /// as a snapshot of a box being made, and was moved to where it makes a box.
+    /// Returns the checked options for the row of a new box. Works for an archive that was received
+    /// for its disk alone, too: a file can be moved from where it makes a snapshot to where it
+    /// makes a box.
     ///
     /// # Errors
-    /// EBADMSG for options that BoxLite could not read, EPERM for those that are not allowed here.
+    /// EBADMSG for options that BoxLite could not read, EPERM for options that are not allowed
+    /// here.
     pub fn box_options(&self) -> Result<Value> {
         let manifest = self.manifest()?;
         let options = match &manifest.options {
@@ -135,7 +139,7 @@ impl ImportStream {
             None => plain_options(manifest),
         };
         check_options(&options)?;
-        // What ports mean depends on the version.
+        // The meaning of ports depends on the version of the archive.
         let options = normalize_imported(options, Some(manifest.version));
         if self.imports.untrusted {
             reject_host_access(&options)?;
@@ -143,7 +147,7 @@ impl ImportStream {
         Ok(options)
     }
 
-    /// Describes it as an archive that waits and is to become a box of this name.
+    /// Describes the archive as one that waits and becomes a box of this name.
     ///
     /// # Errors
     /// EBADMSG while it is incomplete.
@@ -155,8 +159,8 @@ impl ImportStream {
         })
     }
 
-    /// The options for a box of its own, where it came for its disk alone: where its options are not
-    /// allowed here, those of a box that has only an image.
+    /// Returns the options for a box that is made from this archive alone. If its own options are
+    /// refused, these are the options of a box that has only an image.
     ///
     /// # Errors
     /// EBADMSG while it is incomplete.
@@ -177,43 +181,43 @@ impl ImportStream {
         Ok(())
     }
 
-    fn spool(&mut self) -> Result<&mut Spool> {
+    fn spool(&mut self) -> Result<&mut PieceSpool> {
         if self.spool.is_none() {
-            self.spool = Some(Spool::create(
+            self.spool = Some(PieceSpool::create(
                 &self.disk.with_extension("spool"),
                 self.imports.most,
             )?);
         }
         self.spool
             .as_mut()
-            .ok_or_else(|| Error::damaged("the spool is gone"))
+            .ok_or_else(|| Error::damaged("the spool is missing"))
     }
 
-    /// Whether the archive is complete and right so far.
+    /// Returns whether the archive is complete and was not refused.
     pub fn is_complete(&self) -> bool {
         self.complete && self.refused.is_none()
     }
 
-    /// Whether nothing was written.
+    /// Returns whether nothing was written yet.
     pub fn is_untouched(&self) -> bool {
         self.fed == 0 && self.spool.is_none() && self.refused.is_none()
     }
 
-    /// The file is at least `length` bytes long; what was not written of it is zeros.
+    /// Makes the file at least `length` bytes long. Bytes that were not written are zeros.
     pub fn set_length(&mut self, length: u64) {
         self.length = self.length.max(length);
     }
 
-    /// A descriptor was closed: holes that were left are zeros, and the archive should be complete.
-    /// That it is not is no verdict yet: closing happens for every copy of a descriptor, and the
-    /// writer may go on.
+    /// Fills remaining holes with zeros, since a descriptor was closed, and checks that the archive
+    /// is complete. An incomplete archive is an error but not refused: every copy of a descriptor
+    /// is closed, and the writer may go on with another.
     ///
     /// # Errors
-    /// As [`ImportStream::write_at`]; EBADMSG while it is incomplete.
+    /// Those of [`ImportStream::write_at`]; EBADMSG while the archive is incomplete.
     pub fn finish(&mut self) -> Result<()> {
-        self.refused()?;
+        self.check_refused()?;
         let result = self.fill_holes();
-        self.remember(result)?;
+        self.keep_refusal(result)?;
         if !self.complete {
             self.incoming.finish()?;
         }
@@ -229,7 +233,7 @@ impl ImportStream {
                     self.fed - filled
                 )));
             }
-            let spooled = self.spool.as_ref().and_then(Spool::next_offset);
+            let spooled = self.spool.as_ref().and_then(PieceSpool::next_offset);
             let gap = spooled.unwrap_or(self.length).saturating_sub(self.fed);
             if gap == 0 && spooled.is_none() {
                 break;
@@ -239,15 +243,15 @@ impl ImportStream {
             filled += zeros.len() as u64;
             self.feed_spooled()?;
         }
-        // What comes after the end has to be zeros too, and is looked at.
-        while let Some(next) = self.spool.as_ref().and_then(Spool::next_offset) {
+        // Bytes after the end of the archive must be zeros: feed them, too.
+        while let Some(next) = self.spool.as_ref().and_then(PieceSpool::next_offset) {
             self.fed = self.fed.max(next);
             self.feed_spooled()?;
         }
         Ok(())
     }
 
-    /// What the archive says of the box.
+    /// Returns the archive's manifest.
     ///
     /// # Errors
     /// EBADMSG while it is incomplete.
@@ -258,41 +262,41 @@ impl ImportStream {
             .ok_or_else(|| Error::bad_archive("the archive is incomplete"))
     }
 
-    /// Virtual size of the disk in bytes.
+    /// Returns the virtual size of the disk in bytes; 0 while the archive is incomplete.
     pub fn virtual_size(&self) -> u64 {
         self.incoming
             .arrived()
             .map_or(0, |arrived| arrived.header.virtual_size)
     }
 
-    /// The name in the note that says that it waits; None where there is no note.
+    /// Returns the name in the note that says that the archive waits; None if there is no note.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }
 
-    /// A note says so from now on, with this name.
+    /// Records that a note with this name was written.
     pub fn set_note(&mut self, name: &str) {
         self.note = Some(name.to_owned());
     }
 
-    /// Its disk and its note stay from now on, whatever becomes of this.
+    /// Keeps the disk and the note when the stream is dropped.
     pub fn leave(&mut self) {
         self.is_left = true;
     }
 
-    /// Where the unpacked disk is; moving it away is how it is taken.
+    /// Returns the path of the unpacked disk. To take the disk, move it away.
     pub fn disk(&self) -> &Path {
         &self.disk
     }
 
-    fn refused(&self) -> Result<()> {
+    fn check_refused(&self) -> Result<()> {
         match &self.refused {
             Some((errno, message)) => Err(Error::new(*errno, message.clone())),
             None => Ok(()),
         }
     }
 
-    fn remember(&mut self, result: Result<()>) -> Result<()> {
+    fn keep_refusal(&mut self, result: Result<()>) -> Result<()> {
         if let Err(error) = &result {
             self.refused = Some((error.errno(), error.to_string()));
         }
@@ -308,26 +312,26 @@ impl Drop for ImportStream {
         if self.note.is_some() {
             discard(&WaitingArchive::note_of(&self.disk));
         }
-        // Not there when it became a box's.
+        // Does nothing if the disk was moved away.
         discard(&self.disk);
     }
 }
 
-/// The options of a box of which nothing but its image is known.
+/// Returns the options of a box that has only an image.
 fn plain_options(manifest: &Manifest) -> Value {
     json!({"rootfs": {"Image": manifest.image}})
 }
 
-/// Pieces that came before their turn, at their offsets in an unlinked file.
-struct Spool {
+/// The early bytes of an archive, at their offsets in an unlinked file.
+struct PieceSpool {
     file: File,
     /// Offset → end of each piece; disjoint.
     pieces: BTreeMap<u64, u64>,
     allowance: Allowance,
 }
 
-impl Spool {
-    fn create(path: &Path, most: Option<u64>) -> Result<Spool> {
+impl PieceSpool {
+    fn create(path: &Path, most: Option<u64>) -> Result<PieceSpool> {
         let message = || format!("cannot make the spool {}", path.display());
         let file = OpenOptions::new()
             .read(true)
@@ -337,7 +341,7 @@ impl Spool {
             .open(path)
             .context(message)?;
         fs::remove_file(path).context(message)?;
-        Ok(Spool {
+        Ok(PieceSpool {
             file,
             pieces: BTreeMap::new(),
             allowance: Allowance::of(most),
@@ -348,13 +352,12 @@ impl Spool {
         let end = offset
             .checked_add(bytes.len() as u64)
             .ok_or_else(|| Error::new(libc::EFBIG, "the archive is too large"))?;
-        let what = "more of the archive came out of order";
-        self.allowance.take(bytes.len(), what)?;
+        let source = "more of the archive came out of order";
+        self.allowance.take(bytes.len(), source)?;
         self.file
             .write_all_at(bytes, offset)
-            .context(|| "cannot keep a part of the archive that came out of order")?;
-        // The later of two overlapping writes has won in the file; the pieces only say where
-        // something is.
+            .context(|| "cannot spool a part of the archive that came out of order")?;
+        // Where two writes overlap, the file has the bytes of the later one. Merge the ranges.
         let mut start = offset;
         let mut stop = end;
         let touching: Vec<u64> = self
@@ -377,7 +380,7 @@ impl Spool {
         self.pieces.keys().next().copied()
     }
 
-    /// Moves the next bytes at `offset` into `buffer`; false when none are there.
+    /// Moves the next bytes at `offset` into `buffer`. Returns false if there are none.
     fn take_at(&mut self, offset: u64, buffer: &mut Vec<u8>) -> Result<bool> {
         let Some((start, end)) = self.pieces.iter().next().map(|(s, e)| (*s, *e)) else {
             return Ok(false);
@@ -393,7 +396,7 @@ impl Spool {
         buffer.resize(length, 0);
         self.file
             .read_exact_at(buffer, offset)
-            .context(|| "cannot read back a part of the archive")?;
+            .context(|| "cannot read a spooled part of the archive")?;
         let rest = offset + length as u64;
         if rest < end {
             self.pieces.insert(rest, end);

@@ -1,4 +1,4 @@
-//! Putting a finished box into its place.
+//! Installs a finished box: moves its directory into `boxes/` and records it.
 
 use std::path::Path;
 
@@ -10,16 +10,23 @@ use crate::home::{BoxRecord, Change, NewBox, container_id, normalize_imported};
 use crate::store::Store;
 use crate::store::layers::bases::now;
 
-/// A box about to be made.
+/// The identity of a box that is about to be made.
 #[derive(Clone, Debug)]
 pub struct NewClone {
-    /// The id it gets, chosen by the caller ([`crate::home::box_id`]).
+    /// The id of the box, chosen by the caller ([`crate::home::box_id`]).
     pub id: String,
-    /// The name it gets.
+    /// The name of the box.
     pub name: String,
 }
 
-/// Moves a finished directory into `boxes/` and records the box.
+/// Moves the finished directory `dir` into `boxes/`, then records the box and its references to
+/// `bases` in one transaction. The configuration comes from `options`, or else from the box
+/// `source`.
+///
+/// A failure removes the directory again, unless the row may exist.
+///
+/// # Errors
+/// EBUSY when another runtime began meanwhile; EIO; those of the database.
 pub fn install(
     store: &Store,
     change: &mut Change<'_>,
@@ -48,13 +55,13 @@ pub fn install(
         state_of_source: source.map(BoxRecord::state).transpose()?,
         lock_id: change.new_lock_id()?,
     };
-    let take_back = || {
-        // Nothing else is there: its id is new.
+    let undo = || {
+        // The id is new, so nothing else is in this directory.
         let _ = std::fs::remove_dir_all(&target);
         let _ = std::fs::remove_file(store.home().box_lock(row.lock_id));
     };
     change.begin_exclusive()?;
-    place(dir, &target).inspect_err(|_| take_back())?;
+    place(dir, &target).inspect_err(|_| undo())?;
     crash_point("install.renamed");
     let recorded = change.transaction(|rows| {
         rows.insert_box(&row)?;
@@ -62,21 +69,21 @@ pub fn install(
             .iter()
             .try_for_each(|base| rows.insert_ref(base, &new.id))
     });
-    // A runtime that began before the row was there removes the directory.
+    // A runtime that started before the row existed removes the directory.
     let recorded = recorded.and_then(|()| {
         change.refuse_other_runtime().inspect_err(|_| {
-            // What it says does not count: the box is looked for below.
+            // The result does not matter: whether the row exists is checked below.
             let _ = change.transaction(|rows| rows.delete_box(&new.id));
         })
     });
     if let Err(error) = recorded {
-        // A commit that reports an error can be durable all the same. Where the row is there, or
-        // can't be looked for, the directory stays, and its mark for recovery.
+        // A failed commit may be durable all the same. If the row exists, or cannot be looked up,
+        // the directory and its mark stay for recovery.
         if change
             .box_by_id(&new.id)
             .is_err_and(|e| e.errno() == libc::ENOENT)
         {
-            take_back();
+            undo();
         }
         return Err(error);
     }
@@ -84,7 +91,10 @@ pub fn install(
     durable::unlink(&target.join(UNRECORDED))
 }
 
-/// Marks a box's directory as one without a row and moves it to its place.
+/// Marks a box's directory as unrecorded and moves it to its place, durably.
+///
+/// # Errors
+/// EIO and others of the file system.
 pub fn place(dir: &Path, target: &Path) -> Result<()> {
     durable::sync_dir(&dir.join("disks"))?;
     mark_unrecorded(dir)?;

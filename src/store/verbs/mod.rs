@@ -1,4 +1,4 @@
-//! One file for each change that a user can ask for, in its crash-safe order.
+//! The changes that a user can ask for, one file each, in their crash-safe order.
 
 pub(super) mod clone;
 pub(super) mod import;

@@ -1,4 +1,4 @@
-//! `rm -r web`: a box goes, and with it every snapshot of it. Layers that others read from stay.
+//! `rm -r web`: removes a box with all its snapshots. Layers that others read from stay.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -23,16 +23,16 @@ use crate::store::layers::collect::free_bases;
 use crate::store::layers::graph::Directories;
 use crate::{Context, Error, Result, mountinfo};
 
-/// What is meant to go with a box: what its remover has seen of it.
+/// What may be removed with a box: what the caller has seen of it.
 #[derive(Clone, Debug, Default)]
 pub struct Gone {
-    /// Its snapshots: id → name.
+    /// The snapshots: id → name.
     pub snapshots: BTreeMap<String, String>,
-    /// Its live disk when the removal began.
+    /// The live disk when the removal began; None to remove any.
     pub disk: Option<SeenDisk>,
 }
 
-/// A live disk as it was seen; another disk, or one that was written to, is not equal.
+/// Identifies a state of a live disk: another disk, or the same one after a write, is not equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SeenDisk {
     file: FileId,
@@ -41,7 +41,7 @@ pub struct SeenDisk {
     modified: SystemTime,
 }
 
-/// The live disk of a box as it is now; None where it has none.
+/// Returns the current state of a box's live disk; None if it has none.
 pub fn see_disk(store: &Store, box_id: &str) -> Option<SeenDisk> {
     let meta = fs::metadata(store.home().live_disk(box_id)).ok()?;
     Some(SeenDisk {
@@ -51,23 +51,25 @@ pub fn see_disk(store: &Store, box_id: &str) -> Option<SeenDisk> {
     })
 }
 
-/// Removes a box with all its snapshots, if it is what its remover has seen.
+/// Removes a box with all its snapshots, if nothing was added or changed since the caller saw it.
 ///
 /// # Errors
-/// ENOTEMPTY when it has a snapshot beside `gone` or another disk, EBUSY, EPERM when another box reads from its
-/// live disk, ENOENT.
+/// ENOTEMPTY when the box has a snapshot that is not in `gone`, or another disk; EBUSY; EPERM when
+/// another box reads from its live disk; ENOENT.
 pub fn remove_box(store: &Store, box_id: &str, gone: &Gone) -> Result<()> {
-    let what = format!("removal of box {}", store.exports.disks.name_of(box_id));
+    let action = format!("removal of box {}", store.exports.disks.name_of(box_id));
     let result = delete_with_room(store, &|| delete_box(store, box_id, gone));
-    store.events().log_outcome(&what, result)
+    store.events().log_outcome(&action, result)
 }
 
-/// Order: adopt the layers that others read from, complete the references of all; a mark in the
-/// directory; one transaction for all rows of the box; the directory; then bases that nothing reads
-/// from any more. A crash before the transaction leaves the box as it was, with a mark that
-/// recovery takes away; after it a marked directory without a row, which recovery removes, as
-/// BoxLite's own start does.
-pub fn delete_box(store: &Store, box_id: &str, gone: &Gone) -> Result<()> {
+/// Order: adopt the layers that others read from; complete the references of all other boxes; mark
+/// the directory; delete all rows of the box in one transaction; remove the directory; free the
+/// bases that are no longer read.
+///
+/// A crash before the transaction leaves the box unchanged but marked; recovery removes the mark.
+/// A crash after it leaves a marked directory without a row, which recovery removes, as BoxLite's
+/// own start does.
+fn delete_box(store: &Store, box_id: &str, gone: &Gone) -> Result<()> {
     let mut locked = lock_box(store, box_id)?;
     refuse_other_snapshots(&locked, gone)?;
     if gone.disk.is_some() && gone.disk != see_disk(store, box_id) {
@@ -82,15 +84,15 @@ pub fn delete_box(store: &Store, box_id: &str, gone: &Gone) -> Result<()> {
     let dir = store.home().box_dir(box_id);
     if let Some(mountpoint) = mountinfo::below(&dir)? {
         return Err(Error::busy(format!(
-            "something is mounted on {}; unmount it first, or its contents would be deleted",
+            "something is mounted on {} and its contents would be deleted with the box; unmount it first",
             mountpoint.display()
         )));
     }
     adopt_for_others(&mut locked)?;
     complete_refs_of_others(&mut locked)?;
     let bases = bases_of_box(&locked)?;
-    let lock = locked.record.state().ok();
-    let lock = lock.and_then(|state| u32::try_from(state["lock_id"].as_u64()?).ok());
+    let state = locked.record.state().ok();
+    let lock_id = state.and_then(|state| u32::try_from(state["lock_id"].as_u64()?).ok());
     crash_point("remove-box.adopted");
     let aside = store.workspace().fresh_path("removed")?;
     let has_directory = dir.is_dir();
@@ -100,40 +102,41 @@ pub fn delete_box(store: &Store, box_id: &str, gone: &Gone) -> Result<()> {
     crash_point("remove-box.marked");
     let unrecorded = locked.change.transaction(|rows| rows.delete_box(box_id));
     if let Err(error) = unrecorded {
-        // A commit that reports an error can be durable all the same: where the row is gone, or
-        // can't be looked for, the mark stays for recovery.
+        // A failed commit may be durable all the same. If the row is gone, or cannot be looked up,
+        // the mark stays for recovery.
         if locked.change.box_by_id(box_id).is_ok() {
             let _ = durable::unlink(&dir.join(UNRECORDED));
         }
         return Err(error);
     }
     crash_point("remove-box.unrecorded");
-    // The box is gone; what follows does not bring it back.
-    let moved = match has_directory {
-        true => put_aside(store, &dir, &aside),
-        false => Ok(()),
+    // The box is removed. A failure from here on is only logged.
+    let moved = if has_directory {
+        put_aside(store, &dir, &aside)
+    } else {
+        Ok(())
     };
-    let tidied = moved.and_then(|()| {
+    let cleaned_up = moved.and_then(|()| {
         crash_point("remove-box.moved");
-        if let Some(lock) = lock {
-            durable::unlink(&store.home().box_lock(lock))?;
+        if let Some(lock_id) = lock_id {
+            durable::unlink(&store.home().box_lock(lock_id))?;
         }
         free_bases(store, &mut locked.change, &|row| {
             row.is_ours() || bases.contains(&row.id)
         })
     });
     drop(locked);
-    if let Err(error) = tidied {
+    if let Err(error) = cleaned_up {
         store.events().info(&format!(
-            "{error}; what is left of the box goes when the home is mounted next"
+            "{error}; the next mount of the home removes the rest of the box"
         ));
     }
     remove_aside(aside);
     Ok(())
 }
 
-/// Moves a box's directory into the workspace, where a crash leaves it to be removed. Further names
-/// of bases go at once: whether a base may be freed is told by its having no other.
+/// Moves a box's directory into the workspace, which the next mount removes after a crash. Names of
+/// bases in it are removed at once, because a base is freed only when it has no other name.
 fn put_aside(store: &Store, dir: &Path, aside: &Path) -> Result<()> {
     durable::rename(dir, aside)?;
     durable::sync_dir(&store.home().boxes_dir())?;
@@ -147,8 +150,8 @@ fn put_aside(store: &Store, dir: &Path, aside: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what was put aside, if anything was, in a thread of its own: large files take long to remove,
-/// and whoever removed a name keeps all others out of its directory until he is answered.
+/// Removes the directory that was put aside, if any, in a separate thread. Removing large files
+/// takes long, and the kernel keeps the parent directory locked until the caller has its reply.
 fn remove_aside(aside: PathBuf) {
     let remove = {
         let aside = aside.clone();
@@ -162,9 +165,9 @@ fn remove_aside(aside: PathBuf) {
 
 fn refuse_other_snapshots(locked: &LockedBox<'_>, gone: &Gone) -> Result<()> {
     let snapshots = locked.snapshots()?;
-    // One that got another name meanwhile is meant to stay.
-    let is_gone = |row: &SnapshotRecord| gone.snapshots.get(&row.id) == Some(&row.name);
-    match snapshots.iter().find(|row| !is_gone(row)) {
+    // A snapshot that was renamed meanwhile counts as another one.
+    let was_seen = |row: &SnapshotRecord| gone.snapshots.get(&row.id) == Some(&row.name);
+    match snapshots.iter().find(|row| !was_seen(row)) {
         None => Ok(()),
         Some(row) => Err(Error::new(
             libc::ENOTEMPTY,
@@ -177,7 +180,7 @@ fn refuse_other_snapshots(locked: &LockedBox<'_>, gone: &Gone) -> Result<()> {
     }
 }
 
-/// Adopts every layer in the box's directory that something outside reads from.
+/// Adopts every layer in the box's directory that a layer outside of it reads from.
 fn adopt_for_others(locked: &mut LockedBox<'_>) -> Result<()> {
     loop {
         let layers = locked.layers()?;
@@ -198,8 +201,8 @@ fn adopt_for_others(locked: &mut LockedBox<'_>) -> Result<()> {
     }
 }
 
-/// Makes every other box refer to the bases that it reads from, as far as they have rows: once this
-/// box's references are gone, BoxLite goes by the others'.
+/// Adds the missing references from every other box to the bases that it reads from and that have
+/// rows. Once the references of this box are gone, only theirs keep BoxLite from collecting a base.
 fn complete_refs_of_others(locked: &mut LockedBox<'_>) -> Result<()> {
     let layers = locked.layers()?;
     let mut ids: HashMap<PathBuf, Vec<String>> = HashMap::new();
@@ -215,11 +218,11 @@ fn complete_refs_of_others(locked: &mut LockedBox<'_>) -> Result<()> {
             continue;
         }
         let referred = refs.get(&record.id);
-        let has = |id: &String| referred.is_some_and(|referred| referred.contains(id));
+        let refers_to = |id: &String| referred.is_some_and(|referred| referred.contains(id));
         for file in layers.of_box(&record.id) {
             for path in layers.chain(&file.path) {
-                let known = ids.get(path).into_iter().flatten();
-                for id in known.filter(|id| !has(id)) {
+                let bases = ids.get(path).into_iter().flatten();
+                for id in bases.filter(|id| !refers_to(id)) {
                     missing.insert((id.clone(), record.id.clone()));
                 }
             }
@@ -235,7 +238,8 @@ fn complete_refs_of_others(locked: &mut LockedBox<'_>) -> Result<()> {
     })
 }
 
-/// The ids of the bases that the box refers to or that were made from it, images' caches aside.
+/// Returns the ids of the bases that the box refers to or that were made from it, without the
+/// cached disks of images.
 fn bases_of_box(locked: &LockedBox<'_>) -> Result<BTreeSet<String>> {
     let referred = locked.change.refs_of(&locked.record.id)?;
     let is_of_box =

@@ -1,4 +1,4 @@
-//! `rmdir web/snapshots/NAME`.
+//! `rmdir web/snapshots/NAME`: deletes a snapshot.
 
 use crate::Result;
 use crate::files::crash_points::crash_point;
@@ -15,20 +15,20 @@ use crate::store::layers::snapshot_place::{
 /// Deletes a snapshot. Its layer stays in `bases/` while any chain reads from it.
 ///
 /// # Errors
-/// ENOENT when it is gone, EBUSY.
+/// ENOENT when there is no such snapshot, EBUSY.
 pub fn remove_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result<()> {
-    let what = format!(
+    let action = format!(
         "removal of snapshot {} of box {}",
         store.exports.disks.snapshot_name(box_id, snapshot_id)?,
         store.exports.disks.name_of(box_id)
     );
     let result = delete_with_room(store, &|| delete_snapshot(store, box_id, snapshot_id));
-    store.events().log_outcome(&what, result)
+    store.events().log_outcome(&action, result)
 }
 
-/// Order: adopt if any chain names its path, mark the directory, delete the row, unlink the layer's
-/// name. A crash after the row leaves a marked directory without one: recovery removes it, also
-/// where the layer had no other name.
+/// Order: adopt the layer if any chain names its path; mark the directory; delete the row; unlink
+/// the layer's name. A crash after the row was deleted leaves a marked directory without a row,
+/// which recovery removes even if the layer has no other name.
 fn delete_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result<()> {
     let mut locked = lock_box(store, box_id)?;
     let snapshot = locked.snapshot(snapshot_id)?;
@@ -40,19 +40,19 @@ fn delete_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result<()>
         .change
         .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id));
     if let Err(error) = unrecorded {
-        // Recovery sees whether the row is there.
+        // The row may be deleted all the same: recovery checks.
         let _ = recover_box(&mut locked);
         return Err(error);
     }
     crash_point("remove.unrecorded");
     durable::unlink(&layer)?;
     crash_point("remove.unlinked");
-    // The snapshot is gone; what follows does not bring it back.
+    // The snapshot is deleted. A failure from here on is only logged.
     remove_snapshot_dir(store, layer.parent());
     if let Err(error) = free_surplus(&mut locked) {
         store
             .events()
-            .info(&format!("{error}; its space is not freed"));
+            .info(&format!("{error}; the space of the snapshot is not freed"));
     }
     Ok(())
 }

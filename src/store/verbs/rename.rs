@@ -1,4 +1,4 @@
-//! `mv web api` and `mv web/snapshots/a web/snapshots/b`.
+//! `mv web api` renames a box; `mv web/snapshots/a web/snapshots/b` renames a snapshot.
 
 use crate::Result;
 use crate::files::crash_points::crash_point;
@@ -13,21 +13,21 @@ use crate::store::layers::snapshot_place::{
     unread_layer,
 };
 
-/// Gives a box another name.
+/// Renames a box.
 ///
 /// # Errors
-/// EEXIST when it is taken, EBUSY.
+/// EEXIST when the name is taken, EBUSY, ENOENT.
 pub fn rename_box(store: &Store, box_id: &str, name: &str) -> Result<()> {
-    let what = format!(
+    let action = format!(
         "rename of box {} to {name}",
         store.exports.disks.name_of(box_id)
     );
-    let result = give_name(store, box_id, name);
-    store.events().log_outcome(&what, result)
+    let result = rename_box_row(store, box_id, name);
+    store.events().log_outcome(&action, result)
 }
 
-/// One update of one row: nothing else has the name of a box.
-fn give_name(store: &Store, box_id: &str, name: &str) -> Result<()> {
+/// Updates one row: only the box's row has its name.
+fn rename_box_row(store: &Store, box_id: &str, name: &str) -> Result<()> {
     let mut locked = lock_unprepared(store, box_id)?;
     if locked.record.name.as_deref() == Some(name) {
         return Ok(());
@@ -40,24 +40,26 @@ fn give_name(store: &Store, box_id: &str, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Gives a snapshot another name.
+/// Renames a snapshot.
 ///
 /// # Errors
-/// EINVAL for a name BoxLite would refuse, EEXIST when it is taken, EBUSY, ENOENT.
+/// EINVAL for a name that BoxLite would refuse, EEXIST when the name is taken, EBUSY, ENOENT.
 pub fn rename_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> Result<()> {
-    let what = format!(
+    let action = format!(
         "rename of snapshot {} of box {} to {name}",
         store.exports.disks.snapshot_name(box_id, snapshot_id)?,
         store.exports.disks.name_of(box_id)
     );
     let result = move_snapshot(store, box_id, snapshot_id, name);
-    store.events().log_outcome(&what, result)
+    store.events().log_outcome(&action, result)
 }
 
-/// Order: adopt the layer if any chain names its path; a marked directory with a further name of
-/// it, moved into place; the old directory is marked, too; the row; the old name. A crash before
-/// the row leaves a marked directory without one, and after it the old directory likewise:
-/// recovery removes either, also if BoxLite removed the other meanwhile.
+/// Order: adopt the layer if any chain names its path; move a marked directory with a further name
+/// of the layer into place; mark the old directory, too; update the row; unlink the old name.
+///
+/// A crash before the row was updated leaves the new directory marked and without a row; a crash
+/// after it leaves the old directory in that state. Recovery removes either, even if BoxLite
+/// removed the other meanwhile.
 fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> Result<()> {
     refuse_bad_name(name)?;
     let mut locked = lock_box(store, box_id)?;
@@ -69,7 +71,7 @@ fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> 
     let layer = unread_layer(&mut locked, &snapshot)?;
     crash_point("rename.adopted");
     let dir = marked_dir(store)?;
-    // Its row may name another place than the one that is its own.
+    // The row may name a file outside of the snapshot's own directory.
     durable::link(
         &store.exports.disks.snapshot_layer(&snapshot),
         &dir.join("disk.qcow2"),
@@ -81,7 +83,8 @@ fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> 
         rows.rename_snapshot(box_id, snapshot_id, name, &path.display().to_string())
     });
     if let Err(error) = recorded {
-        // Whatever the row says now, one of the two directories has none, and recovery sees which.
+        // Whichever name the row has now, one of the two directories has no row; recovery removes
+        // it.
         let _ = recover_box(&mut locked);
         return Err(error);
     }

@@ -1,5 +1,5 @@
-//! `cp web/snapshots/NAME/export.boxlite web/export.boxlite`: the live disk becomes another state, one
-//! that is kept in the home or one that arrived as an archive.
+//! `cp web/snapshots/NAME/export.boxlite web/export.boxlite`: replaces the live disk with another
+//! state, from the home or from a received archive.
 
 use std::path::PathBuf;
 
@@ -18,24 +18,26 @@ use crate::store::layers::references::free_surplus;
 use crate::store::verbs::import_stream::ImportStream;
 use crate::{Error, Result};
 
-/// Makes the live disk of a box a copy-on-write copy of `source`: no data moves, whatever its size,
-/// and snapshots stay, also later ones. `read` is what was read of the source.
+/// Makes the live disk of a box a copy-on-write copy of `source`. Copies no data, whatever the size
+/// of the disk, and keeps all snapshots, later ones too. `read` is the state of the source that the
+/// caller read.
 ///
 /// # Errors
-/// EBUSY, ENODATA for a box that has no disk, EIO when the source is not as it was read.
+/// EBUSY, ENODATA for a box without a disk, EPERM when others read from the live disk, EIO when the
+/// source has changed since it was read.
 pub fn restore_box(store: &Store, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
-    let what = format!(
+    let action = format!(
         "restore of box {} from {}",
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
     let result = restore_state(store, box_id, source, read);
-    store.events().log_outcome(&what, result)
+    store.events().log_outcome(&action, result)
 }
 
-/// Order: freeze the source (or adopt the snapshot's layer), an overlay on it in the workspace, the
-/// references, the overlay over the live name. A crash before the last step leaves surplus
-/// references, which recovery drops.
+/// Order: freeze the source (or adopt the snapshot's layer); make an overlay on it in the
+/// workspace; add the references; move the overlay over the live disk. A crash before the last step
+/// leaves surplus references, which recovery drops.
 fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
     let is_itself = matches!(source, Source::Live { box_id: other } if other == box_id);
     if is_itself {
@@ -66,17 +68,18 @@ fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) 
     replace_live(&mut locked, &overlay, &live, old)?;
     drop(file);
     crash_point("restore.replaced");
-    live_was_replaced(&mut locked);
+    clean_up_after_restore(&mut locked);
     Ok(())
 }
 
-/// Makes the disk of a complete archive the live disk of a box; the box's identity, name and
-/// configuration stay.
+/// Makes the disk of a complete archive the live disk of a box. The box keeps its id, name,
+/// configuration and snapshots.
 ///
 /// # Errors
-/// EBADMSG when it is not complete, EBUSY, ENODATA for a box that has no disk.
-pub fn restore_archive(store: &Store, box_id: &str, arrival: &ImportStream) -> Result<()> {
-    let result = restore_arrived(store, box_id, arrival);
+/// EBADMSG when the archive is incomplete, EBUSY, ENODATA for a box without a disk, EPERM when
+/// others read from the live disk.
+pub fn restore_archive(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
+    let result = restore_arrived(store, box_id, stream);
     store.events().log_outcome(
         &format!(
             "restore of box {} from an archive",
@@ -86,28 +89,28 @@ pub fn restore_archive(store: &Store, box_id: &str, arrival: &ImportStream) -> R
     )
 }
 
-/// Order: the disk was unpacked and checked in the workspace; it is moved over the live name. A
-/// crash leaves the one or the other, and surplus references, which recovery drops.
-fn restore_arrived(store: &Store, box_id: &str, arrival: &ImportStream) -> Result<()> {
-    if !arrival.is_complete() {
+/// Order: the disk was unpacked and checked in the workspace; flush it; move it over the live disk.
+/// A crash leaves the old or the new disk, and surplus references, which recovery drops.
+fn restore_arrived(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
+    if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
-    store.home().give_to_owner(arrival.disk())?;
-    durable::sync_file(arrival.disk())?;
+    store.home().give_to_owner(stream.disk())?;
+    durable::sync_file(stream.disk())?;
     let mut locked = lock_shared(store, box_id)?;
     let live = replaceable_live(&locked)?;
     let (file, old) = open_disk(&live)?;
-    refuse_other_size(&locked, &live, arrival.virtual_size())?;
+    refuse_other_size(&locked, &live, stream.virtual_size())?;
     crash_point("restore.arrived");
-    replace_live(&mut locked, arrival.disk(), &live, old)?;
+    replace_live(&mut locked, stream.disk(), &live, old)?;
     drop(file);
     crash_point("restore.replaced");
-    live_was_replaced(&mut locked);
+    clean_up_after_restore(&mut locked);
     Ok(())
 }
 
-/// The live disk that another is to take the place of. EPERM where something reads from it: that
-/// would become another disk, too.
+/// Returns the path of the live disk, if it may be replaced. EPERM when a layer reads from it,
+/// because the contents of that layer would change as well.
 fn replaceable_live(locked: &LockedBox<'_>) -> Result<PathBuf> {
     let name = display_name(&locked.record);
     let live = locked.live().ok_or_else(|| {
@@ -122,7 +125,7 @@ fn replaceable_live(locked: &LockedBox<'_>) -> Result<PathBuf> {
         return Err(Error::new(
             libc::EPERM,
             format!(
-                "{} reads from the disk of box {name}, and would change with it; export what still reads right and import it again",
+                "{} reads from the disk of box {name} and would change with it; the disk is not replaced. Export the boxes that still read correctly and import them again",
                 reader.path.display()
             ),
         ));
@@ -130,13 +133,14 @@ fn replaceable_live(locked: &LockedBox<'_>) -> Result<PathBuf> {
     Ok(live)
 }
 
-/// What is to be tidied up after the live disk became another; none of it takes that back.
-fn live_was_replaced(locked: &mut LockedBox<'_>) {
+/// Cleans up after the live disk was replaced. The restore has succeeded, so a failure is only
+/// logged.
+fn clean_up_after_restore(locked: &mut LockedBox<'_>) {
     let rootfs = locked.store.home().guest_rootfs(&locked.record.id);
-    let tidied = durable::unlink(&rootfs).and_then(|()| free_surplus(locked));
-    if let Err(error) = tidied {
+    let cleaned_up = durable::unlink(&rootfs).and_then(|()| free_surplus(locked));
+    if let Err(error) = cleaned_up {
         let name = display_name(&locked.record);
-        let message = format!("box {name} was restored, but {error}");
+        let message = format!("box {name} was restored, but not cleaned up: {error}");
         locked.store.events().info(&message);
     }
 }

@@ -1,4 +1,4 @@
-//! `mkdir web/snapshots/NAME`.
+//! `mkdir web/snapshots/NAME`: takes a snapshot.
 
 use crate::Result;
 use crate::home::snapshot_id;
@@ -12,7 +12,8 @@ use crate::store::layers::snapshot_place::{name_layer, refuse_taken};
 /// Takes a snapshot of a box's live disk and returns its id.
 ///
 /// # Errors
-/// EINVAL for a name BoxLite would refuse, EEXIST, EBUSY, ENODATA for a box without a disk.
+/// EINVAL for a name that BoxLite would refuse, EEXIST when the name is taken, EBUSY, ENODATA for a
+/// box without a disk.
 pub fn snapshot_box(store: &Store, box_id: &str, name: &str) -> Result<String> {
     let result = take_snapshot(store, box_id, name);
     store.events().log_outcome(
@@ -24,6 +25,8 @@ pub fn snapshot_box(store: &Store, box_id: &str, name: &str) -> Result<String> {
     )
 }
 
+/// Order: draft what takes long before the lock is taken; freeze the live disk; name the frozen
+/// layer.
 fn take_snapshot(store: &Store, box_id: &str, name: &str) -> Result<String> {
     refuse_bad_name(name)?;
     let draft = draft_freeze(store, box_id)?;

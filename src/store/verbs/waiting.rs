@@ -1,6 +1,8 @@
-//! Archives that were copied whole and wait for their box or their final name. The program that copied
-//! one got success from close, and may have removed its source. So each has a note beside its disk in the
-//! workspace, and outlives a mount that is killed: the next mount makes a box of it.
+//! Complete archives that wait for their box or their final name.
+//!
+//! The program that copied such an archive got success from close and may have removed its source.
+//! So each has a note beside its disk in the workspace and survives the death of the mount: the
+//! next mount makes a box from it.
 
 use std::fs;
 use std::fs::{File, FileTimes};
@@ -22,62 +24,65 @@ use crate::store::verbs::import_stream::ImportStream;
 use crate::store::verbs::install::NewClone;
 use crate::{Context, Error, Result};
 
-/// What a further name of a disk in the workspace says.
+/// Whether a disk in the workspace is in use elsewhere, as its further names tell.
 #[derive(PartialEq, Eq)]
-enum Taken {
+enum DiskUse {
     /// It is the disk of a box or a snapshot.
-    Yes,
-    /// It is nobody else's.
-    No,
-    /// It has another name, which no row knows: that of a change that did not end.
-    Perhaps,
+    Recorded,
+    /// It has no other name.
+    Unused,
+    /// It has another name without a row: that of a change that was cut off.
+    Unclear,
 }
 
-/// Notes that a complete archive waits, and which name a box made of it gets. Durable when this
-/// returns. `made` is the time that its file shows: so it does when it has become a box or a snapshot,
-/// and a tool that compares finds what it has copied.
+/// Writes a note that a complete archive waits, and which name a box made from it gets. The note is
+/// durable on return.
+///
+/// `made` is the modification time that the archive's file shows. The disk gets it, too, so that a
+/// box or a snapshot made from it shows the same time: copy tools compare times.
 ///
 /// # Errors
-/// EBADMSG for an archive that is not complete; ENOSPC, EIO.
-pub fn note_waiting(arrival: &mut ImportStream, name: &str, made: SystemTime) -> Result<()> {
-    if arrival.note() == Some(name) {
+/// EBADMSG while the archive is incomplete; ENOSPC, EIO.
+pub fn note_waiting(stream: &mut ImportStream, name: &str, made: SystemTime) -> Result<()> {
+    if stream.note() == Some(name) {
         return Ok(());
     }
     let times = FileTimes::new().set_modified(made);
     File::options()
         .write(true)
-        .open(arrival.disk())
+        .open(stream.disk())
         .and_then(|disk| disk.set_times(times))
-        .context(|| format!("cannot set the times of {}", arrival.disk().display()))?;
-    let archive = arrival.as_waiting(name)?;
+        .context(|| format!("cannot set the times of {}", stream.disk().display()))?;
+    let archive = stream.as_waiting(name)?;
     match archive.write_note() {
-        Err(error) if arrival.note().is_some() => {
-            log::warn!("the archive {name} keeps the name that it had: {error}");
+        Err(error) if stream.note().is_some() => {
+            log::warn!("the waiting archive {name} keeps its earlier name: {error}");
             return Ok(());
         }
         noted => noted.inspect_err(|_| discard(&WaitingArchive::note_of(&archive.disk)))?,
     }
-    arrival.set_note(name);
+    stream.set_note(name);
     crash_point("waiting.noted");
     Ok(())
 }
 
-/// Makes a box of an archive that waits, as the mount ends; returns the box's name. Where that fails,
-/// the archive stays for the next mount.
+/// Makes a box from a waiting archive when the mount ends, and returns the box's name. If that
+/// fails, the archive stays for the next mount.
 ///
 /// # Errors
 /// Those of importing a box.
-pub fn keep_archive(store: &Store, arrival: &mut ImportStream, name: &str) -> Result<String> {
-    note_waiting(arrival, name, SystemTime::now())?;
-    let archive = arrival.as_waiting(name)?;
-    // From here on the note decides.
-    arrival.leave();
-    let made = make_box_of(store, &archive)?;
+pub fn keep_archive(store: &Store, stream: &mut ImportStream, name: &str) -> Result<String> {
+    note_waiting(stream, name, SystemTime::now())?;
+    let archive = stream.as_waiting(name)?;
+    // From here on the note decides what becomes of the disk.
+    stream.leave();
+    let box_name = make_box_from(store, &archive)?;
     discard_archive(&archive);
-    Ok(made)
+    Ok(box_name)
 }
 
-/// Makes a box of a copy of a state of this home that waits, as the mount ends; returns the box's name.
+/// Makes a box from a waiting copy of a state of this home when the mount ends, and returns the
+/// box's name.
 ///
 /// # Errors
 /// Those of cloning a box.
@@ -87,10 +92,10 @@ pub fn keep_copy(store: &Store, source: &Source, read: &Contents, name: &str) ->
     Ok(new.name)
 }
 
-/// Makes a box of each archive that waited when a mount was killed. `has_recovered`: what a killed
-/// process left elsewhere was looked at.
-pub fn keep_left_archives(store: &Store, left: Vec<Abandoned>, has_recovered: bool) {
-    for workspace in left {
+/// Makes a box from each archive that waited when a mount was killed. `has_recovered` says that the
+/// home was recovered since. Failures are logged, and the archive waits for the next mount.
+pub fn keep_left_archives(store: &Store, abandoned: Vec<Abandoned>, has_recovered: bool) {
+    for workspace in abandoned {
         for archive in waiting_in(workspace.dir()) {
             keep_left_archive(store, &archive, has_recovered);
         }
@@ -102,22 +107,22 @@ pub fn keep_left_archives(store: &Store, left: Vec<Abandoned>, has_recovered: bo
 
 fn keep_left_archive(store: &Store, archive: &WaitingArchive, has_recovered: bool) {
     let name = &archive.name;
-    let made = match is_taken(store, &archive.disk) {
-        Ok(Taken::Yes) => {
+    let made = match disk_use(store, &archive.disk) {
+        Ok(DiskUse::Recorded) => {
             discard_archive(archive);
             return;
         }
-        Ok(Taken::Perhaps) if !has_recovered => Err(Error::busy(
-            "it may be a box's already, which recovery has to tell",
+        Ok(DiskUse::Unclear) if !has_recovered => Err(Error::busy(
+            "its disk may already belong to a box, and only recovery can tell",
         )),
-        Ok(Taken::Perhaps) => Err(Error::busy("a change to its disk did not end")),
-        Ok(Taken::No) => make_box_of(store, archive),
+        Ok(DiskUse::Unclear) => Err(Error::busy("a change with its disk was cut off")),
+        Ok(DiskUse::Unused) => make_box_from(store, archive),
         Err(error) => Err(error),
     };
     match made {
-        Ok(made) => {
+        Ok(box_name) => {
             store.events().info(&format!(
-                "the archive {name} waited when its mount was killed; it is the box {made} now"
+                "the archive {name} waited when its mount was killed; it is now the box {box_name}"
             ));
             discard_archive(archive);
         }
@@ -127,46 +132,49 @@ fn keep_left_archive(store: &Store, archive: &WaitingArchive, has_recovered: boo
     }
 }
 
-/// Makes a box of an archive, under its name or, where that is taken, with a number after it.
-fn make_box_of(store: &Store, archive: &WaitingArchive) -> Result<String> {
+/// Makes a box from an archive and returns its name: that of the archive, with a number appended if
+/// the name is taken.
+fn make_box_from(store: &Store, archive: &WaitingArchive) -> Result<String> {
     let new = new_box(store, &archive.name)?;
     import_disk(store, &archive.disk, archive.options.clone(), &new)?;
     Ok(new.name)
 }
 
-/// Chooses the id and the name of a box: the wanted name, with a number after it if that is taken.
-fn new_box(store: &Store, wanted: &str) -> Result<NewClone> {
+/// Chooses the id and the name of a new box: `name`, with a number appended if it is taken.
+fn new_box(store: &Store, name: &str) -> Result<NewClone> {
     let catalog = store.home().catalog()?;
     let is_free = |name: &String| {
         let mut boxes = catalog.boxes().iter();
         !boxes.any(|record| record.name.as_deref() == Some(name) || record.id == *name)
     };
-    let numbered = (2..).map(|number| format!("{wanted}-{number}"));
-    let name = std::iter::once(wanted.to_owned())
+    let numbered = (2..).map(|number| format!("{name}-{number}"));
+    let name = std::iter::once(name.to_owned())
         .chain(numbered)
         .find(is_free)
-        .ok_or_else(|| Error::new(libc::EEXIST, "no name is free"))?;
+        .ok_or_else(|| Error::new(libc::EEXIST, format!("every name like {name} is taken")))?;
     Ok(NewClone {
         id: box_id()?,
         name,
     })
 }
 
-/// Whether the disk of an archive has become a box's or a snapshot's.
-fn is_taken(store: &Store, disk: &Path) -> Result<Taken> {
+/// Returns whether the disk of an archive has become the disk of a box or a snapshot.
+fn disk_use(store: &Store, disk: &Path) -> Result<DiskUse> {
     let meta = fs::metadata(disk).context(|| format!("cannot look at {}", disk.display()))?;
     if meta.nlink() == 1 {
-        return Ok(Taken::No);
+        return Ok(DiskUse::Unused);
     }
     let layers = store.layers.scan()?;
     let catalog = store.home().catalog()?;
     let mut names = layers.names_of(FileId::of(&meta));
-    match names.any(|file| is_recorded(store, file, &catalog)) {
-        true => Ok(Taken::Yes),
-        false => Ok(Taken::Perhaps),
+    if names.any(|file| is_recorded(store, file, &catalog)) {
+        Ok(DiskUse::Recorded)
+    } else {
+        Ok(DiskUse::Unclear)
     }
 }
 
+/// Returns whether an image file belongs to a box or a snapshot with a row. Bases always count.
 fn is_recorded(store: &Store, file: &ImageFile, catalog: &Catalog) -> bool {
     match &file.role {
         Role::Live { box_id } => catalog.box_by_id(box_id).is_some(),
@@ -178,7 +186,7 @@ fn is_recorded(store: &Store, file: &ImageFile, catalog: &Catalog) -> bool {
     }
 }
 
-/// Removes an archive that has become a box, and its note before it.
+/// Removes an archive that has become a box: first its note, then its disk.
 fn discard_archive(archive: &WaitingArchive) {
     discard(&WaitingArchive::note_of(&archive.disk));
     discard(&archive.disk);

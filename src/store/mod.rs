@@ -1,5 +1,5 @@
 //! Everything that changes a home. Each change is crash-safe: it follows the order in the table of
-//! `docs/design.md`.
+//! `docs/design/layers.md`.
 //!
 //! * `verbs`: one file for each change that a user can ask for.
 //! * `maintenance`: recovery when a mount begins, background compaction, check, compact and usage.

@@ -1,5 +1,5 @@
 //! Recovery of one box. Files and rows show what a crash, ours or BoxLite's, cut off; the change is
-//! undone or finished as the table in `docs/design.md` says.
+//! undone or finished as the table in `docs/design/layers.md` says.
 //!
 //! Recovery runs only under the lock, and only for a box that is not running.
 

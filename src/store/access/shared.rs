@@ -118,7 +118,7 @@ pub fn replace_live(
         ),
     })?;
     crash_point("beside.exchanged");
-    let mut removed = FileId::at(new)?;
+    let removed = FileId::at(new)?;
     if removed == old {
         // If this cannot be made durable, the old disk goes back, as in `Workspace::replace`.
         durable::sync_parent(live).inspect_err(|_| {
@@ -126,18 +126,31 @@ pub fn replace_live(
         })?;
         return durable::unlink(new);
     }
-    // BoxLite put another disk there, so that disk goes back. If BoxLite replaced ours meanwhile,
-    // the exchange removes its newest disk: exchange again until ours comes out.
-    while removed != ours {
-        let before = removed;
+    put_back_newest(ours, removed, &mut || {
         exchange(new, live).context(|| format!("cannot put {} back", live.display()))?;
-        removed = FileId::at(new)?;
-        if removed == before {
-            break;
-        }
-    }
+        FileId::at(new)
+    })?;
     durable::sync_parent(live)?;
     Err(replaced_just_now(locked))
+}
+
+/// Puts the disk back that BoxLite made: `removed` came out where `placed` was put. BoxLite may
+/// replace the live disk before each exchange; then its newest disk comes out, and that one goes
+/// back. `exchange` puts the file that came out last into place, and returns the one that comes out.
+fn put_back_newest(
+    mut placed: FileId,
+    mut removed: FileId,
+    exchange: &mut dyn FnMut() -> Result<FileId>,
+) -> Result<()> {
+    loop {
+        let next = exchange()?;
+        // The file of the exchange before came out: nobody replaced it, so the newest is in place.
+        if next == placed {
+            return Ok(());
+        }
+        placed = removed;
+        removed = next;
+    }
 }
 
 /// Refuses, beside a runtime, a disk whose virtual size in bytes differs from that of the live
@@ -169,4 +182,38 @@ pub fn replaced_just_now(locked: &LockedBox<'_>) -> Error {
         "the disk of box {} was changed just now; try again",
         display_name(&locked.record)
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(ino: u64) -> FileId {
+        FileId { dev: 1, ino }
+    }
+
+    /// The disk that is in place in the end, if BoxLite puts these into place, each before one exchange.
+    fn left_in_place(replacements: &[(usize, u64)]) -> FileId {
+        let (ours, boxlites) = (file(1), file(2));
+        let (mut live, mut aside) = (ours, boxlites);
+        let mut exchanges = 0;
+        put_back_newest(ours, boxlites, &mut || {
+            assert!(exchanges < 10, "it exchanges for ever");
+            if let Some((_, ino)) = replacements.iter().find(|(at, _)| *at == exchanges) {
+                live = file(*ino);
+            }
+            exchanges += 1;
+            std::mem::swap(&mut live, &mut aside);
+            Ok(aside)
+        })
+        .unwrap();
+        live
+    }
+
+    #[test]
+    fn the_disk_that_boxlite_made_last_is_put_back() {
+        assert_eq!(left_in_place(&[]), file(2));
+        assert_eq!(left_in_place(&[(0, 3)]), file(3));
+        assert_eq!(left_in_place(&[(0, 3), (1, 4)]), file(4));
+    }
 }

@@ -9,10 +9,8 @@
 use super::Chain;
 use super::image_layout::{BLOCK_ENTRIES, ImageLayout, TABLE_ENTRIES};
 use super::overlay::{CLUSTER, L2_COVERS, NewHeader, backing_name, dimensions};
-use super::window::{Window, is_set};
+use super::window::{RecentWindows, Window, is_set};
 use crate::{Error, Result};
-use parking_lot::Mutex;
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,8 +21,6 @@ const COPIED: u64 = 1 << 63;
 const READS_AS_ZEROS: u64 = 1;
 /// Guest bytes of a window: what one L2 table maps.
 pub const WINDOW: u64 = L2_COVERS;
-/// Windows whose allocation is remembered, 1 KiB each: enough for some readers at a time.
-const REMEMBERED_WINDOWS: usize = 32;
 
 /// A chain as one qcow2 image: version 3, clusters of 64 KiB, 16-bit refcounts.
 ///
@@ -45,7 +41,7 @@ pub struct Flattened {
     clusters_before: Vec<u64>,
     /// For each window, and one past the last: the L2 tables (windows with any cluster) before it.
     tables_before: Vec<u32>,
-    remembered: Mutex<VecDeque<Arc<Window>>>,
+    recent: RecentWindows,
 }
 
 impl Flattened {
@@ -104,7 +100,7 @@ impl Flattened {
             layout,
             clusters_before,
             tables_before,
-            remembered: Mutex::new(VecDeque::new()),
+            recent: RecentWindows::default(),
         })
     }
 
@@ -263,13 +259,12 @@ impl Flattened {
         self.clusters_before.get(window).copied().unwrap_or(0)
     }
 
-    /// Which clusters of a window are allocated, remembered or asked anew. EIO if they are not as
-    /// many as when the layout was planned.
+    /// Returns which clusters of a window are allocated. EIO if they are not as many as when the layout
+    /// was planned.
     fn window(&self, index: u64) -> Result<Arc<Window>> {
-        if let Some(window) = self.recall(index) {
+        if let Some(window) = self.recent.get(index) {
             return Ok(window);
         }
-        // Not under the lock: this reads tables from the disk.
         let window = Arc::new(Window::of(&self.chain, self.upper, index)?);
         let planned = self
             .before(index as usize + 1)
@@ -277,19 +272,8 @@ impl Flattened {
         if planned != Some(window.count()) {
             return Err(self.changed());
         }
-        let mut remembered = self.remembered.lock();
-        remembered.truncate(REMEMBERED_WINDOWS - 1);
-        remembered.push_front(Arc::clone(&window));
+        self.recent.insert(Arc::clone(&window));
         Ok(window)
-    }
-
-    /// A remembered window, which becomes the last to be forgotten.
-    fn recall(&self, index: u64) -> Option<Arc<Window>> {
-        let mut remembered = self.remembered.lock();
-        let position = remembered.iter().position(|window| window.index == index)?;
-        let window = remembered.remove(position)?;
-        remembered.push_front(Arc::clone(&window));
-        Some(window)
     }
 
     fn changed(&self) -> Error {

@@ -63,7 +63,7 @@ pub fn inspect_standalone(path: &Path) -> Result<Header> {
     let header = Header::read(&file, path)
         .map_err(as_refusal)?
         .ok_or_else(|| refused(path, "it is no qcow2 image"))?;
-    let image = Image {
+    let image = InspectedImage {
         path,
         file,
         length,
@@ -99,7 +99,7 @@ enum Mapping {
     },
 }
 
-struct Image<'a> {
+struct InspectedImage<'a> {
     path: &'a Path,
     file: File,
     length: u64,
@@ -108,7 +108,7 @@ struct Image<'a> {
     read: Cell<u64>,
 }
 
-impl Image<'_> {
+impl InspectedImage<'_> {
     fn refused(&self, why: impl AsRef<str>) -> Error {
         refused(self.path, why)
     }

@@ -3,11 +3,17 @@
 use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES};
 use super::{Chain, DataSource};
 use crate::Result;
+use parking_lot::Mutex;
+use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
+
+/// The most windows that are kept, 1 KiB each: enough for some readers at a time.
+pub(super) const MOST_RECENT: usize = 32;
 
 /// Which clusters of one window are allocated.
 pub(super) struct Window {
-    pub index: u64,
+    index: u64,
     allocated: Bits,
     /// Those that read as zeros whatever lies below.
     pub zeros: Bits,
@@ -132,6 +138,34 @@ impl Window {
             return Some((first, run.count() as u64));
         }
         None
+    }
+}
+
+/// The windows that were asked for last. A miss reads tables from the disk, so it is the caller's, without
+/// the lock.
+#[derive(Default)]
+pub(super) struct RecentWindows(Mutex<VecDeque<Arc<Window>>>);
+
+impl RecentWindows {
+    /// Returns a window that is kept, and makes it the most recent one.
+    pub fn get(&self, index: u64) -> Option<Arc<Window>> {
+        let mut recent = self.0.lock();
+        let position = recent.iter().position(|window| window.index == index)?;
+        let window = recent.remove(position)?;
+        recent.push_front(Arc::clone(&window));
+        Some(window)
+    }
+
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.0.lock().len()
+    }
+
+    /// Keeps a window in place of the least recent one.
+    pub fn insert(&self, window: Arc<Window>) {
+        let mut recent = self.0.lock();
+        recent.truncate(MOST_RECENT - 1);
+        recent.push_front(window);
     }
 }
 

@@ -38,7 +38,7 @@ impl Flattened {
         // One reads while the other writes.
         std::thread::scope(|scope| {
             let writer = scope.spawn(move || write_pieces(out, &to_write, &empty));
-            let reader = Reader {
+            let reader = PieceReader {
                 chain: self.chain(),
                 out,
                 full,
@@ -67,7 +67,7 @@ impl Flattened {
 
     fn read_data_into(
         &self,
-        mut reader: Reader<'_>,
+        mut reader: PieceReader<'_>,
         pace: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         let mut at = self.metadata_len();
@@ -88,7 +88,7 @@ impl Flattened {
 const FAILED: &str = "cannot write the image";
 
 /// Bytes that were read.
-struct Piece {
+struct FilledPiece {
     buffer: Aligned,
     len: usize,
     /// Where they go.
@@ -96,7 +96,7 @@ struct Piece {
 }
 
 /// Writes what was read, until there is no more.
-fn write_pieces(out: &File, pieces: &Receiver<Piece>, empty: &Sender<Aligned>) -> Result<()> {
+fn write_pieces(out: &File, pieces: &Receiver<FilledPiece>, empty: &Sender<Aligned>) -> Result<()> {
     let mut direct = Direct::of(out);
     let mut begun: Option<u64> = None;
     for piece in pieces {
@@ -118,16 +118,16 @@ fn write_pieces(out: &File, pieces: &Receiver<Piece>, empty: &Sender<Aligned>) -
     Ok(())
 }
 
-struct Reader<'r> {
+struct PieceReader<'r> {
     chain: &'r Chain,
     out: &'r File,
-    full: Sender<Piece>,
+    full: Sender<FilledPiece>,
     to_fill: Receiver<Aligned>,
     /// Until the file system shows that it can't.
     can_share: bool,
 }
 
-impl Reader<'_> {
+impl PieceReader<'_> {
     /// Reads guest bytes, at most a piece of them, for byte `to` of the file.
     fn read(&mut self, guest: Range<u64>, to: u64) -> Result<()> {
         let start = guest.start;
@@ -175,7 +175,7 @@ impl Reader<'_> {
         let part = buffer.bytes_mut().get_mut(..len).unwrap_or_default();
         self.chain.read_at(guest.start, part)?;
         let to = to + (guest.start - start);
-        let piece = Piece { buffer, len, to };
+        let piece = FilledPiece { buffer, len, to };
         self.full.send(piece).map_err(|_| ended())
     }
 }

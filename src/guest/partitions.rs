@@ -35,7 +35,7 @@ pub(super) fn find(disk: &Arc<Disk>) -> Result<Option<Vec<PartitionSpan>>> {
     let volume = Volume::new(disk.clone(), 0, disk.len(), "the disk".into());
     let mut sector = [0; SECTOR as usize];
     volume.peek(0, &mut sector)?;
-    let Some(table) = Table::parse(&sector) else {
+    let Some(table) = MbrTable::parse(&sector) else {
         return Ok(None);
     };
     if table.0.iter().any(|entry| entry.kind == PROTECTIVE)
@@ -97,12 +97,12 @@ impl MbrEntry {
 }
 
 /// The table in an MBR, or in the sector before a logical partition.
-struct Table([MbrEntry; 4]);
+struct MbrTable([MbrEntry; 4]);
 
-impl Table {
+impl MbrTable {
     /// None if the sector has no table. The first sector of a FAT file system ends with the same
     /// signature, so the entries must make sense too.
-    fn parse(sector: &[u8]) -> Option<Table> {
+    fn parse(sector: &[u8]) -> Option<MbrTable> {
         let fields = Fields(sector);
         if fields.le16(510) != 0xaa55 {
             return None;
@@ -111,7 +111,7 @@ impl Table {
         if (0..4).any(|index| fields.u8(at(index)) & 0x7f != 0) {
             return None;
         }
-        Some(Table([0, 1, 2, 3].map(|index| MbrEntry {
+        Some(MbrTable([0, 1, 2, 3].map(|index| MbrEntry {
             kind: fields.u8(at(index) + 4),
             first: u64::from(fields.le32(at(index) + 8)),
             sectors: u64::from(fields.le32(at(index) + 12)),
@@ -120,7 +120,7 @@ impl Table {
 }
 
 /// The partitions of an MBR.
-fn mbr(volume: &Volume, table: &Table) -> Result<Vec<PartitionSpan>> {
+fn mbr(volume: &Volume, table: &MbrTable) -> Result<Vec<PartitionSpan>> {
     let mut spans = Vec::new();
     for (number, entry) in (1..).zip(&table.0) {
         if entry.is_used() && !entry.is_extended() {
@@ -144,7 +144,7 @@ fn logical(volume: &Volume, extended: u64, spans: &mut Vec<PartitionSpan>) -> Re
     for _ in 0..MAX_PARTITIONS {
         let mut sector = [0; SECTOR as usize];
         volume.peek(at.saturating_mul(SECTOR), &mut sector)?;
-        let Some(Table(entries)) = Table::parse(&sector) else {
+        let Some(MbrTable(entries)) = MbrTable::parse(&sector) else {
             return Ok(());
         };
         let mut next = None;

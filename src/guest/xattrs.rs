@@ -37,19 +37,19 @@ fn prefix(index: u8) -> Option<&'static [u8]> {
 }
 
 /// An attribute as it is kept.
-struct Stored {
+struct StoredXattr {
     index: u8,
     name: Vec<u8>,
-    value: Value,
+    value: StoredValue,
 }
 
-enum Value {
+enum StoredValue {
     Here(Vec<u8>),
     /// In an inode of its own.
     Inode(u32),
 }
 
-impl Stored {
+impl StoredXattr {
     /// The name the guest gives it; None for what the file system keeps for itself.
     fn full_name(&self) -> Option<Vec<u8>> {
         if (self.index, self.name.as_slice()) == INLINE_REST {
@@ -62,7 +62,7 @@ impl Stored {
 /// Returns the names of a file's extended attributes.
 pub(super) fn names(blocks: &BlockReader, number: u32) -> Result<Vec<Vec<u8>>> {
     let stored = stored(blocks, &blocks.inode(number)?)?;
-    Ok(stored.iter().filter_map(Stored::full_name).collect())
+    Ok(stored.iter().filter_map(StoredXattr::full_name).collect())
 }
 
 /// Returns the value of an extended attribute; None if the file has none of that name.
@@ -75,8 +75,8 @@ pub(super) fn value(blocks: &BlockReader, number: u32, name: &[u8]) -> Result<Op
         return Ok(None);
     };
     let value = match found.value {
-        Value::Here(value) => value,
-        Value::Inode(number) => value_in_inode(blocks, number)?,
+        StoredValue::Here(value) => value,
+        StoredValue::Inode(number) => value_in_inode(blocks, number)?,
     };
     match found.index {
         ACL_ACCESS | ACL_DEFAULT => acl(&value)
@@ -102,7 +102,7 @@ pub(super) fn inline_data(blocks: &BlockReader, inode: &Inode) -> Result<Vec<u8>
     let rest = stored(blocks, inode)?.into_iter().find_map(|stored| {
         let found = (stored.index, stored.name.as_slice()) == INLINE_REST;
         match stored.value {
-            Value::Here(value) if found => Some(value),
+            StoredValue::Here(value) if found => Some(value),
             _ => None,
         }
     });
@@ -111,7 +111,7 @@ pub(super) fn inline_data(blocks: &BlockReader, inode: &Inode) -> Result<Vec<u8>
 }
 
 /// Reads all attributes: no more bytes than an inode and a block have room for.
-fn stored(blocks: &BlockReader, inode: &Inode) -> Result<Vec<Stored>> {
+fn stored(blocks: &BlockReader, inode: &Inode) -> Result<Vec<StoredXattr>> {
     let mut all = Vec::new();
     let damaged = || {
         let number = inode.number;
@@ -149,7 +149,7 @@ fn checksum_is_right(seed: Option<u32>, number: u64, block: &[u8]) -> bool {
 
 /// Takes the entries from `at` on; offsets of values count from the beginning of `area`. None if
 /// they can't be so.
-fn parse(area: &[u8], mut at: usize, all: &mut Vec<Stored>) -> Option<()> {
+fn parse(area: &[u8], mut at: usize, all: &mut Vec<StoredXattr>) -> Option<()> {
     let fields = Fields(area);
     // Thousands of entries could have the same bytes for their values.
     let mut room = area.len();
@@ -161,14 +161,14 @@ fn parse(area: &[u8], mut at: usize, all: &mut Vec<Stored>) -> Option<()> {
             0 => {
                 let from = usize::from(fields.le16(at + 2));
                 room = room.checked_sub(len)?;
-                Value::Here(match len {
+                StoredValue::Here(match len {
                     0 => Vec::new(),
                     _ => area.get(from..from.checked_add(len)?)?.to_vec(),
                 })
             }
-            number => Value::Inode(number),
+            number => StoredValue::Inode(number),
         };
-        all.push(Stored {
+        all.push(StoredXattr {
             index: fields.u8(at + 1),
             name,
             value,

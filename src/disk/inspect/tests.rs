@@ -583,7 +583,7 @@ impl Handmade {
         let path = self.dir.path().join("disk.qcow2");
         let file = open_image(&path, false).unwrap();
         let header = Header::read(&file, &path).unwrap().unwrap();
-        let image = Image {
+        let image = InspectedImage {
             path: &path,
             length: file.metadata().unwrap().len(),
             file,

@@ -1,4 +1,4 @@
-//! Which clusters of a window, the 512 MiB behind one L2 table, are allocated.
+//! Windows of a disk: which clusters of the 512 MiB behind one L2 table are allocated.
 
 use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES};
 use super::{Chain, DataSource};
@@ -11,11 +11,11 @@ use std::sync::Arc;
 /// The most windows that are kept, 1 KiB each: enough for some readers at a time.
 pub(super) const MOST_RECENT: usize = 32;
 
-/// Which clusters of one window are allocated.
+/// The allocation of one window.
 pub(super) struct Window {
     index: u64,
     allocated: Bits,
-    /// Those that read as zeros whatever lies below.
+    /// Clusters that read as zeros, whatever lies below.
     pub zeros: Bits,
 }
 
@@ -23,7 +23,8 @@ pub(super) struct Window {
 pub(super) type Bits = Box<[u64; (L2_ENTRIES / 64) as usize]>;
 
 impl Window {
-    /// Asks the chain. Once a byte of a cluster is known to be data, the rest of it is skipped.
+    /// Asks the chain. Once a byte of a cluster is known to be data, the rest of the cluster is
+    /// skipped.
     pub fn of(chain: &Chain, upper: Option<usize>, index: u64) -> Result<Window> {
         let none = || Box::new([0u64; (L2_ENTRIES / 64) as usize]);
         let mut window = Window {
@@ -74,7 +75,7 @@ impl Window {
         Ok(window)
     }
 
-    /// How many clusters are allocated.
+    /// Returns how many clusters are allocated.
     pub fn count(&self) -> u64 {
         self.allocated
             .iter()
@@ -82,18 +83,18 @@ impl Window {
             .sum()
     }
 
-    /// Whether an L2 table is needed.
+    /// Returns whether an L2 table is needed.
     pub fn has_entries(&self) -> bool {
         let mut words = self.allocated.iter().chain(self.zeros.iter());
         words.any(|&word| word != 0)
     }
 
-    /// Whether a cluster of the window is allocated.
+    /// Returns whether a cluster of the window is allocated.
     pub fn has(&self, cluster: u64) -> bool {
         is_set(&self.allocated, cluster)
     }
 
-    /// How many clusters are allocated before `cluster`, which may be one past the last.
+    /// Returns how many clusters are allocated before `cluster`, which may be one past the last.
     pub fn rank(&self, cluster: u64) -> u64 {
         let (word, bit) = ((cluster / 64) as usize, cluster % 64);
         let whole = self.allocated.iter().take(word);
@@ -107,7 +108,7 @@ impl Window {
             .sum()
     }
 
-    /// The runs of allocated clusters, each by its first and its length.
+    /// Returns the runs of allocated clusters, each by its first cluster and its length.
     pub fn runs(&self) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();
         for cluster in (0..L2_ENTRIES).filter(|&cluster| self.has(cluster)) {
@@ -119,8 +120,8 @@ impl Window {
         runs
     }
 
-    /// The allocated cluster that has `rank` others before it, and how many follow one another from
-    /// it on, itself included, up to `most`.
+    /// Returns the allocated cluster that has `rank` others before it, and how many adjacent ones
+    /// begin with it, up to `most`.
     pub fn run(&self, rank: u64, most: u64) -> Option<(u64, u64)> {
         let mut left = rank;
         for (index, word) in self.allocated.iter().enumerate() {
@@ -141,8 +142,8 @@ impl Window {
     }
 }
 
-/// The windows that were asked for last. A miss reads tables from the disk, so it is the caller's, without
-/// the lock.
+/// The most recently used windows. The caller asks the chain for a missing one, without the lock,
+/// since that reads tables from the disk.
 #[derive(Default)]
 pub(super) struct RecentWindows(Mutex<VecDeque<Arc<Window>>>);
 
@@ -180,7 +181,7 @@ pub(super) fn is_set(bits: &Bits, cluster: u64) -> bool {
     word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
 }
 
-/// Whether any of these bytes of the guest is data.
+/// Returns whether any of these bytes of the guest is data.
 fn has_data(chain: &Chain, guest: Range<u64>) -> Result<bool> {
     let mut walk = chain.walk(guest);
     while let Some(extent) = walk.next_extent()? {

@@ -12,17 +12,17 @@ const MAGIC: u32 = 0xea02_0000;
 const ENTRY: usize = 16;
 /// Bytes before the entries in a block.
 const BLOCK_HEADER: usize = 32;
-/// The kernel allows no longer values.
+/// The longest value that the kernel allows.
 const MAX_VALUE: u64 = 65536;
 
-/// Where the rest of what is in an inode itself is kept, index and name.
+/// Index and name of the attribute that holds the rest of inline contents.
 const INLINE_REST: (u8, &[u8]) = (SYSTEM, b"data");
 const SYSTEM: u8 = 7;
 const ACL_ACCESS: u8 = 2;
 const ACL_DEFAULT: u8 = 3;
 
-/// What the index in an entry stands for. Others are for the file system itself (encryption), and
-/// not shown.
+/// The prefix that the index in an entry stands for. Other indexes are for the file system itself
+/// (encryption) and are not shown.
 fn prefix(index: u8) -> Option<&'static [u8]> {
     Some(match index {
         1 => b"user.",
@@ -36,7 +36,7 @@ fn prefix(index: u8) -> Option<&'static [u8]> {
     })
 }
 
-/// An attribute as it is kept.
+/// An attribute as it is stored.
 struct StoredXattr {
     index: u8,
     name: Vec<u8>,
@@ -50,7 +50,7 @@ enum StoredValue {
 }
 
 impl StoredXattr {
-    /// The name the guest gives it; None for what the file system keeps for itself.
+    /// Returns the guest's name for it; None for attributes of the file system's own.
     fn full_name(&self) -> Option<Vec<u8>> {
         if (self.index, self.name.as_slice()) == INLINE_REST {
             return None;
@@ -115,7 +115,9 @@ fn stored(blocks: &BlockReader, inode: &Inode) -> Result<Vec<StoredXattr>> {
     let mut all = Vec::new();
     let damaged = || {
         let number = inode.number;
-        blocks.damaged(format_args!("the attributes of inode {number} can't be so"))
+        blocks.damaged(format_args!(
+            "the attributes of inode {number} are impossible"
+        ))
     };
     let area = inode.attribute_area();
     if Fields(area).le32(0) == MAGIC {
@@ -147,11 +149,11 @@ fn checksum_is_right(seed: Option<u32>, number: u64, block: &[u8]) -> bool {
     })
 }
 
-/// Takes the entries from `at` on; offsets of values count from the beginning of `area`. None if
-/// they can't be so.
+/// Parses the entries from `at` on; offsets of values count from the beginning of `area`. None if
+/// they are impossible.
 fn parse(area: &[u8], mut at: usize, all: &mut Vec<StoredXattr>) -> Option<()> {
     let fields = Fields(area);
-    // Thousands of entries could have the same bytes for their values.
+    // Thousands of entries could share the same bytes for their values.
     let mut room = area.len();
     while at + 4 <= area.len() && fields.le32(at) != 0 {
         let name_len = usize::from(fields.u8(at));
@@ -178,8 +180,8 @@ fn parse(area: &[u8], mut at: usize, all: &mut Vec<StoredXattr>) -> Option<()> {
     Some(())
 }
 
-/// An access control list as programs know it; the file system keeps it shorter, without the IDs
-/// that most entries do not need.
+/// Converts an access control list to the form programs know. The file system stores it shorter,
+/// without the IDs that most entries do not need.
 fn acl(stored: &[u8]) -> Option<Vec<u8>> {
     const VERSION: u32 = 2;
     const USER: u16 = 0x02;

@@ -17,12 +17,12 @@ use super::shared_access::SharedAccess;
 use super::transactions::Transaction;
 use crate::{Context, Error, Result};
 
-/// The first lock number we hand out. A running runtime hands out the lowest unused number it knows of,
-/// and fails when that was taken behind its back.
+/// The first lock number we hand out. A running runtime hands out the lowest unused number it knows
+/// of, and fails when that was taken meanwhile.
 const FIRST_LOCK_ID: u32 = 1_000_000;
 
-/// The right to change a home. It keeps a fresh connection open, and nobody else changes the home as
-/// long as it lives, except as [`Home::change_shared`] allows. Hold it for milliseconds.
+/// The right to change a home. It keeps a fresh connection open. As long as it lives, no other
+/// process changes the home, except as [`Home::change_shared`] allows. Hold it for milliseconds.
 ///
 /// It dereferences to the [`Queries`] that read the rows as they are now.
 pub struct Change<'h> {
@@ -132,8 +132,8 @@ impl Change<'_> {
         self.home
     }
 
-    /// Returns whether a BoxLite runtime uses the home, too. What looks like the leftover of a crash may
-    /// then be an operation of BoxLite's under way.
+    /// Returns whether a BoxLite runtime uses the home, too. Then an apparent leftover of a crash
+    /// may be a BoxLite operation in progress.
     pub fn is_shared(&self) -> bool {
         self.shared.is_some()
     }

@@ -1,5 +1,5 @@
-//! Whether the parts of a home lie where changes can be made. Layers are moved and linked between `boxes/`,
-//! `bases/` and our own directory, each of which may be a link to somewhere else.
+//! Checks that the parts of a home are where changes can be made. Layers are moved and linked
+//! between `boxes/`, `bases/` and our own directory, each of which may be a link to another place.
 
 use std::path::Path;
 
@@ -9,11 +9,12 @@ use super::Home;
 use crate::{Context, Error, Result};
 
 impl Home {
-    /// Refuses changes of a home whose parts can't exchange files, or belong to another home. Part of the
-    /// way through a change would be too late to notice.
+    /// Refuses changes of a home whose parts can't exchange files, or belong to another home. In
+    /// the middle of a change it would be too late.
     ///
     /// # Errors
-    /// EXDEV when a part lies on another file system, EPERM when it is in another home; those of looking.
+    /// EXDEV when a part is on another file system, EPERM when it is in another home; those of
+    /// looking.
     pub(super) fn refuse_scattered(&self) -> Result<()> {
         let staging = self.staging_dir();
         let ours = MountedAt::of(&staging)?;
@@ -47,7 +48,7 @@ impl Home {
         Ok(())
     }
 
-    /// Refuses a box that has a directory which is a link: BoxLite and boxlitefs would give its layers
+    /// Refuses a box with a directory that is a link: BoxLite and boxlitefs would give its layers
     /// different names.
     ///
     /// # Errors
@@ -79,8 +80,8 @@ fn led_to(shown: &Path, dir: &Path) -> String {
 #[derive(PartialEq, Eq)]
 struct MountedAt {
     device: (u32, u32),
-    /// One file system may be mounted twice, and nothing can be moved from one mount to the other. 0 where the
-    /// kernel (before 5.8) does not say.
+    /// One file system may be mounted twice, and files can't be moved between the mounts. 0 where
+    /// the kernel (before 5.8) does not tell.
     mount: u64,
 }
 

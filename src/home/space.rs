@@ -1,4 +1,4 @@
-//! How much room there is on the home's file system.
+//! Space on the home's file system.
 
 use super::Home;
 use crate::{Context, Result};
@@ -33,10 +33,10 @@ impl Space {
 }
 
 impl Home {
-    /// Space on the file system it is on.
+    /// Returns the space on the home's file system.
     ///
     /// # Errors
-    /// What statvfs says.
+    /// Those of statvfs.
     pub fn space(&self) -> Result<Space> {
         let root = self.root();
         let found = rustix::fs::statvfs(root)

@@ -179,7 +179,7 @@ impl<'de> Visitor<'de> for UniqueVisitor {
             if object.contains_key(&name) {
                 let short: String = name.chars().take(100).collect();
                 return Err(A::Error::custom(format_args!(
-                    "{short:?} stands in it twice"
+                    "{short:?} occurs twice in it"
                 )));
             }
             object.insert(name, value);

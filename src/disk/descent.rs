@@ -81,7 +81,7 @@ impl Descent {
             return endless("has more than 64 layers");
         }
         if !self.seen.insert(FileId::of(&meta)) {
-            return endless("comes back to itself");
+            return endless("has a cycle");
         }
         let format = match format {
             Some(format) => format,

@@ -56,7 +56,7 @@ pub(super) fn open_image(path: &Path, writable: bool) -> Result<File> {
     if !meta.is_file() {
         return Err(Error::new(
             libc::EINVAL,
-            format!("the image {} is no regular file", path.display()),
+            format!("the image {} is not a regular file", path.display()),
         ));
     }
     Ok(file)

@@ -64,7 +64,7 @@ pub fn inspect_standalone(path: &Path) -> Result<Header> {
         .len();
     let header = Header::read(&file, path)
         .map_err(as_refusal)?
-        .ok_or_else(|| refused(path, "it is no qcow2 image"))?;
+        .ok_or_else(|| refused(path, "it is not a qcow2 image"))?;
     let image = InspectedImage {
         path,
         file,

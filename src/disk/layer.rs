@@ -283,7 +283,7 @@ impl Mapped {
             Ok(())
         } else {
             Err(io::Error::other(format!(
-                "the compressed cluster at guest offset {at} refers to what lies before its beginning"
+                "the compressed cluster at guest offset {at} refers to bytes before its beginning"
             )))
         }
     }

@@ -20,7 +20,7 @@ fn regular(blocks: &BlockReader, number: u32) -> Result<Inode> {
         FileKind::Regular => return Ok(inode),
         FileKind::Directory => (libc::EISDIR, "is a directory"),
         FileKind::Symlink => (libc::EINVAL, "is a symbolic link"),
-        _ => (libc::ENXIO, "is of no use outside of the guest"),
+        _ => (libc::ENXIO, "cannot be used outside of the guest"),
     };
     Err(Error::new(errno, format!("inode {number} {what}")))
 }

@@ -59,7 +59,7 @@ impl<'a> Directory<'a> {
                 break;
             }
             if since_last > MAX_SEARCH {
-                return Err(names.damaged("goes on and on without a name"));
+                return Err(names.damaged("has over 1 GiB without a name"));
             }
         }
         Ok(())
@@ -95,7 +95,7 @@ impl<'a> Directory<'a> {
             ByIndex::Missing | ByIndex::Unusable => {}
         }
         if size > MAX_SEARCH {
-            let what = "is too large to be looked through, and its index can't be used";
+            let what = "is too large to be searched, and its index can't be used";
             return Err(self.names().damaged(what));
         }
         let mut index = NameIndex::default();
@@ -165,7 +165,7 @@ pub(super) fn parent(blocks: &BlockReader, number: u32) -> Result<u32> {
     };
     parent
         .filter(|parent| (1..=blocks.superblock().inodes).contains(parent))
-        .ok_or_else(|| names.damaged("does not say what it is in"))
+        .ok_or_else(|| names.damaged("has no entry for its parent"))
 }
 
 /// Returns the inode of the entry `..`, which is the second one after `.`.

@@ -113,7 +113,7 @@ impl<'a> JournalLog<'a> {
             return Err(blocks.damaged("the journal is larger than the file system"));
         }
         if log.start != 0 && !(log.first..log.end).contains(&log.start) {
-            return Err(blocks.damaged("the journal begins outside of itself"));
+            return Err(blocks.damaged("the journal's first transaction lies outside of it"));
         }
         Ok(log)
     }
@@ -225,7 +225,7 @@ impl<'a> LogReader<'a> {
             return Err(self
                 .log
                 .blocks
-                .damaged("the journal is too large to be read here"));
+                .damaged("the journal is too large to be read"));
         }
         Ok(self.finish())
     }
@@ -305,7 +305,7 @@ impl<'a> LogReader<'a> {
             return Err(self
                 .log
                 .blocks
-                .damaged("the journal gives up too many blocks"));
+                .damaged("the journal revokes too many blocks"));
         }
         self.new_revoked
             .extend(list.chunks_exact(len).map(|entry| match len {

@@ -24,7 +24,7 @@ pub(super) struct Guard {
 
 impl Guard {
     pub fn begin() -> Result<Guard> {
-        let message = || "cannot start the process that sets a paused virtual machine going";
+        let message = || "cannot start the guard that resumes a paused virtual machine";
         let mut child = Command::new("/proc/self/exe")
             .arg(GUARD)
             .stdin(Stdio::piped())

@@ -84,11 +84,11 @@ fn refused(place: &str, why: &str) -> Error {
 fn harm_of(place: &str) -> &'static str {
     match place {
         "ports" => "publishes a port on more than the loopback address",
-        "rootfs.RootfsPath" | "volumes" | "mounts" => "reaches for files of the host",
+        "rootfs.RootfsPath" | "volumes" | "mounts" => "uses files of the host",
         "advanced.kernel" => "brings a kernel of its own",
         "advanced.nested_virtualization" => "asks for nested virtualization",
         "advanced.privileged" | "advanced.capabilities.add" => "asks for privileges",
-        _ => "weakens what keeps the box apart from the host",
+        _ => "weakens the isolation of the box from the host",
     }
 }
 

@@ -38,7 +38,7 @@ impl Home {
                 return Err(Error::new(
                     libc::EPERM,
                     format!(
-                        "{} is part of another home, {}: a change could take away what that one needs; give this home a directory of its own",
+                        "{} is part of another home, {}: a change could remove layers that it needs; give this home a directory of its own",
                         led_to(&shown, &dir),
                         other.display()
                     ),
@@ -61,7 +61,7 @@ impl Home {
             Some(part) => Err(Error::new(
                 libc::EPERM,
                 format!(
-                    "{} is a link: layers are named by where they lie, so put the directory itself there (rm the link, mv the directory)",
+                    "{} is a link: layers are named by their paths, so put the directory itself there (rm the link, mv the directory)",
                     part.display()
                 ),
             )),

@@ -62,7 +62,7 @@ impl BoxRecord {
 fn parse(text: &str, what: &str, id: &str) -> Result<Value> {
     let damaged = || {
         Error::damaged(format!(
-            "the {what} of box {id} in db/boxlite.db is no JSON object; BoxLite cannot read it either"
+            "the {what} of box {id} in db/boxlite.db is not a JSON object; BoxLite cannot read it either"
         ))
     };
     match serde_json::from_str(text) {

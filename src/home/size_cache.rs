@@ -199,7 +199,7 @@ impl std::fmt::Display for Unusable {
             Unusable::Sqlite(error) => error.fmt(f),
             Unusable::Newer { is, known } => write!(
                 f,
-                "it is of a newer boxlitefs (version {is} of its tables, {known} is known): mount with that, or delete the file, which is a cache"
+                "a newer boxlitefs made it (its tables have version {is}, {known} is known): mount with the newer one, or delete the file, which is a cache"
             ),
         }
     }

@@ -127,9 +127,7 @@ impl Paused {
         let deadline = Instant::now() + STOPPING;
         while !self.processes.iter().all(|it| it.process.is_stopped()) {
             if Instant::now() > deadline {
-                return Err(Error::busy(
-                    "the virtual machine does not stand still; try again",
-                ));
+                return Err(Error::busy("the virtual machine does not stop; try again"));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -165,7 +163,7 @@ impl Paused {
         }
         let went_on = || {
             Error::busy(
-                "the virtual machine went on while its disk was copied: somebody else set it going, or ended it; try again",
+                "the virtual machine ran while its disk was copied: another process resumed or ended it; try again",
             )
         };
         let now = stamp(&self.disk).map_err(|_| went_on())?;

@@ -105,7 +105,7 @@ fn what_readers_would_read_differently_is_refused() {
     ] {
         let error = Manifest::parse(good.replacen(once, twice, 1).as_bytes()).unwrap_err();
         assert_eq!(error.errno(), libc::EBADMSG);
-        assert!(error.to_string().contains("stands in it twice"), "{error}");
+        assert!(error.to_string().contains("occurs twice in it"), "{error}");
     }
     let deep = good.replacen("{}", &"[".repeat(100_000), 1);
     let error = Manifest::parse(deep.as_bytes()).unwrap_err();

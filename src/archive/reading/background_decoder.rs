@@ -97,7 +97,7 @@ impl BackgroundDecoder {
         match &mut self.location {
             Location::Here(decoder) => Ok(decoder),
             Location::Background(_) | Location::Gone => Err(Error::damaged(
-                "decoding the archive has ended early; this is a fault of boxlitefs",
+                "decoding the archive ended early; this is a fault of boxlitefs",
             )),
         }
     }

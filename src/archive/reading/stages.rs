@@ -355,11 +355,11 @@ fn spawn(name: &str) -> Builder {
 }
 
 fn unstartable() -> &'static str {
-    "cannot start the threads that take in an archive"
+    "cannot start the threads that receive an archive"
 }
 
 fn over() -> Error {
-    Error::damaged("taking in the archive's disk has ended early; this is a fault of boxlitefs")
+    Error::damaged("receiving the archive's disk ended early; this is a fault of boxlitefs")
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use super::paths::Home;
+use super::placement::reject_scattered;
 use crate::{Context, Error, Result};
 
 /// How long we wait for another boxlitefs, which holds the lock for milliseconds. A BoxLite runtime
@@ -18,7 +19,7 @@ pub(super) fn take_turn(home: &Home) -> Result<File> {
         return Err(error);
     }
     let dir = home.make_staging_dir()?;
-    home.refuse_scattered()?;
+    reject_scattered(home)?;
     let message = || format!("cannot lock {}", dir.display());
     let file = File::open(&dir).context(message)?;
     if flock_within(&file, LOCK_PATIENCE).context(message)? {

@@ -49,6 +49,7 @@ pub use lock::flock_exclusive;
 pub use option_types::check_options;
 pub use options::{normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
+pub use placement::reject_linked_box;
 pub use process::start_time;
 pub use queries::Queries;
 pub use recorded_paths::{RecordedIn, RecordedPath};

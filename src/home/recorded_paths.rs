@@ -84,13 +84,13 @@ pub struct RecordedPath {
     pub path: String,
 }
 
-impl Home {
-    /// Reads every path in the rows as they are now, without the lock.
+impl RecordedPath {
+    /// Reads every path in the rows of a home as they are now, without the lock.
     ///
     /// # Errors
     /// EIO when the database is damaged.
-    pub fn recorded_paths(&self) -> Result<Vec<RecordedPath>> {
-        let database = self.database();
+    pub fn all(home: &Home) -> Result<Vec<RecordedPath>> {
+        let database = home.database();
         let connection = connect_for_reading(&database)?;
         read_paths(&connection).map_err(|e| failed(&connection, &database, e))
     }

@@ -21,24 +21,12 @@ pub struct Space {
 }
 
 impl Space {
-    /// Bytes of all blocks.
-    pub fn bytes(&self) -> u64 {
-        self.blocks.saturating_mul(self.block_size.into())
-    }
-
-    /// Bytes that are free for users that are not root.
-    pub fn available_bytes(&self) -> u64 {
-        self.available.saturating_mul(self.block_size.into())
-    }
-}
-
-impl Home {
-    /// Returns the space on the home's file system.
+    /// Returns the space on a home's file system.
     ///
     /// # Errors
     /// Those of statvfs.
-    pub fn space(&self) -> Result<Space> {
-        let root = self.root();
+    pub fn of(home: &Home) -> Result<Space> {
+        let root = home.root();
         let found = rustix::fs::statvfs(root)
             .map_err(std::io::Error::from)
             .context(|| format!("cannot look at {}", root.display()))?;
@@ -50,5 +38,15 @@ impl Home {
             files: found.f_files,
             files_free: found.f_ffree,
         })
+    }
+
+    /// Bytes of all blocks.
+    pub fn bytes(&self) -> u64 {
+        self.blocks.saturating_mul(self.block_size.into())
+    }
+
+    /// Bytes that are free for users that are not root.
+    pub fn available_bytes(&self) -> u64 {
+        self.available.saturating_mul(self.block_size.into())
     }
 }

@@ -29,18 +29,6 @@ pub struct VmProcess {
     started: u64,
 }
 
-impl Home {
-    /// Returns the process of a box's virtual machine, if `shim.pid` has its start time and it is
-    /// alive.
-    pub fn vm_process(&self, record: &BoxRecord) -> Option<VmProcess> {
-        let (pid, started) = live_process(&self.box_dir(&record.id).join("shim.pid"))?;
-        Some(VmProcess {
-            pid,
-            started: started?,
-        })
-    }
-}
-
 /// A virtual machine that is paused until this is dropped.
 pub struct Paused {
     processes: Vec<Stopped>,
@@ -60,6 +48,15 @@ struct Stopped {
 }
 
 impl VmProcess {
+    /// Returns the process of a box's virtual machine, if `shim.pid` has its start time and it is alive.
+    pub fn of(home: &Home, record: &BoxRecord) -> Option<VmProcess> {
+        let (pid, started) = live_process(&home.box_dir(&record.id).join("shim.pid"))?;
+        Some(VmProcess {
+            pid,
+            started: started?,
+        })
+    }
+
     /// Stops the process, its descendants and all their threads, and waits until they are stopped.
     /// Processes that were stopped before are not resumed by us. `disk` is the file they write to.
     ///

@@ -15,7 +15,7 @@ use super::prepare::Prepared;
 use super::workspace::Scratch;
 use super::{Store, durable};
 use crate::disk::{FileId, Format, Header, Layer, Stamped};
-use crate::home::{BaseRecord, BoxRecord, is_open, is_open_for_writing};
+use crate::home::{BaseRecord, BoxRecord, Space, is_open, is_open_for_writing};
 use crate::{Context, Error, Result};
 
 /// Layers that can become one. Comparable: it is the same as long as none of them changed, nor who
@@ -379,7 +379,7 @@ impl Store {
 
     /// ENOSPC unless there is room for that many bytes and some more.
     fn refuse_full(&self, bytes: u64) -> Result<()> {
-        let space = self.home.space()?;
+        let space = Space::of(&self.home)?;
         let left = space.available_bytes().saturating_sub(bytes);
         // What guests and others write meanwhile.
         if left >= (space.bytes() / 100).min(1 << 30) {

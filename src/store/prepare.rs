@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use super::layers::{Layers, is_row_of, resolve};
 use super::{Store, display_name};
 use crate::disk::FileId;
-use crate::home::{Activity, BaseRecord, BoxRecord, Change, NewBase, SnapshotRecord, base_id};
+use crate::home::{
+    Activity, BaseRecord, BoxRecord, Change, NewBase, SnapshotRecord, VmProcess, base_id,
+    reject_linked_box,
+};
 use crate::{Error, Result};
 
 /// A box that may be changed: the lock is held, it is not running, recovery is done, every layer
@@ -170,7 +173,7 @@ impl Prepared<'_> {
         if self.store.home.activity(&self.record) == Activity::Idle {
             return self.make_ready();
         }
-        if self.store.home.vm_process(&self.record).is_none() {
+        if VmProcess::of(&self.store.home, &self.record).is_none() {
             return self.store.refuse_active(&self.record);
         }
         self.refuse_pending()?;
@@ -245,14 +248,14 @@ impl Prepared<'_> {
     /// EPERM when rows or headers of the box speak of another home.
     pub(super) fn refuse_strangers(&self) -> Result<()> {
         self.store.refuse_copied(&self.record)?;
-        self.store.home.refuse_linked_box(&self.record.id)?;
+        reject_linked_box(&self.store.home, &self.record.id)?;
         self.refuse_foreign_layers()
     }
 
     /// Likewise, by headers that were read already.
     pub(super) fn refuse_strangers_in(&self, layers: &Layers) -> Result<()> {
         self.store.refuse_copied(&self.record)?;
-        self.store.home.refuse_linked_box(&self.record.id)?;
+        reject_linked_box(&self.store.home, &self.record.id)?;
         let tops = self.tops()?;
         let mut paths = tops.iter().flat_map(|top| layers.chain(top));
         paths

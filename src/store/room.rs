@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use super::{Store, durable};
 use crate::Result;
+use crate::home::Space;
 
 /// Bytes set aside: the changed pages of a deletion, some more than once, and directories' blocks; btrfs wants
 /// more room for a new name than it takes.
@@ -82,7 +83,7 @@ impl Store {
         if self.read_only || fs::symlink_metadata(&path).is_ok() {
             return;
         }
-        let free = self.home.space().map_or(0, |space| space.available_bytes());
+        let free = Space::of(&self.home).map_or(0, |space| space.available_bytes());
         if free / PART_OF_FREE < RESERVE || self.home.make_staging_dir().is_err() {
             return;
         }

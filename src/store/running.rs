@@ -21,7 +21,7 @@ use super::prepare::Prepared;
 use super::{Contents, Source, Store, display_name, durable, layers};
 use crate::archive::Export;
 use crate::disk::{self, Chain, FileId};
-use crate::home::{Activity, BoxRecord, Paused, base_id};
+use crate::home::{Activity, BoxRecord, Paused, Space, VmProcess, base_id};
 use crate::{Context, Error, Result};
 
 /// How long a copy that nobody has read yet is kept: who opened it, and was told its size, opens it once more.
@@ -57,7 +57,7 @@ impl Store {
         };
         self.kept_running(box_id, form).is_none()
             && self.record_of(source).is_ok_and(|record| {
-                self.home.vm_process(&record).is_some()
+                VmProcess::of(&self.home, &record).is_some()
                     && self.home.activity(&record) != Activity::Idle
             })
     }
@@ -80,7 +80,7 @@ impl Store {
             return Ok(kept);
         }
         let record = self.record_of(source)?;
-        let Some(shim) = self.home.vm_process(&record) else {
+        let Some(shim) = VmProcess::of(&self.home, &record) else {
             return self.open_export(source);
         };
         self.foreground.touch();
@@ -153,7 +153,7 @@ impl Store {
         &self,
         source: &Source,
         record: &BoxRecord,
-        shim: crate::home::VmProcess,
+        shim: VmProcess,
         go_on: &dyn Fn() -> bool,
     ) -> Result<File> {
         let live = self.existing_top(source, record)?;
@@ -186,7 +186,7 @@ impl Store {
             .context(|| "cannot look at the disk")?
             .blocks()
             * 512;
-        let space = self.home.space()?;
+        let space = Space::of(&self.home)?;
         if space.available_bytes() >= wanted || super::adopt::can_share(original, copy) {
             return Ok(());
         }

@@ -199,7 +199,7 @@ impl Store {
     /// # Errors
     /// Those of looking; as [`Store::put_paths_right`].
     pub(super) fn misspelled_now(&self, layers: Option<&Layers>) -> Result<Vec<Misspelled>> {
-        self.misspelled(self.home.recorded_paths()?, layers)
+        self.misspelled(RecordedPath::all(&self.home)?, layers)
     }
 
     /// Says in the log that BoxLite's next start would delete layers, where that can't be mended now.

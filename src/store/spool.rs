@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Source, Store};
+use crate::home::Space;
 use crate::{Context, Result};
 
 /// Bytes that room is made for at a time.
@@ -125,7 +126,7 @@ impl Store {
     /// Sets `more` bytes of the cache aside for a spool of `source`, by letting go of archives nobody
     /// reads, those used least lately first. False if that is not enough.
     fn make_room(&self, source: &Source, more: u64) -> bool {
-        let space = self.home.space();
+        let space = Space::of(&self.home);
         if !space.is_ok_and(|space| space.available_bytes() >= more + space.bytes() / LEFT_FREE) {
             return false;
         }

@@ -131,8 +131,8 @@ impl Chain {
         Walk::new(&self.layers, range, upper)
     }
 
-    /// Fills `buf` with the guest bytes from `guest_offset` on; zeros past the virtual size. EIO when
-    /// a layer is damaged; other errors are those of reading.
+    /// Fills `buf` with the guest bytes from `guest_offset` on; zeros past the virtual size. EIO
+    /// when a layer is damaged; other errors are those of reading.
     pub fn read_at(&self, guest_offset: u64, buf: &mut [u8]) -> Result<()> {
         // No disk reaches this far: bytes that have no offset are past the virtual size.
         let end = guest_offset.saturating_add(buf.len() as u64);

@@ -46,8 +46,8 @@ pub struct Flattened {
 }
 
 impl Flattened {
-    /// Works out the layout from the chain's metadata; no data is read. EFBIG beyond 2 PiB; EIO when
-    /// a layer's tables are damaged.
+    /// Works out the layout from the chain's metadata; no data is read. EFBIG beyond 2 PiB; EIO
+    /// when a layer's tables are damaged.
     pub fn plan(chain: Arc<Chain>) -> Result<Flattened> {
         Flattened::plan_as(chain, None)
     }
@@ -260,8 +260,8 @@ impl Flattened {
         self.clusters_before.get(window).copied().unwrap_or(0)
     }
 
-    /// Returns which clusters of a window are allocated. EIO if they are not as many as when the layout
-    /// was planned.
+    /// Returns which clusters of a window are allocated. EIO if they are not as many as when the
+    /// layout was planned.
     fn window(&self, index: u64) -> Result<Arc<Window>> {
         if let Some(window) = self.recent.get(index) {
             return Ok(window);

@@ -90,8 +90,8 @@ fn first_run(extents: &[FileExtent], at: u64, end: u64) -> (bool, u64) {
 }
 
 fn map(file: &File, request: &mut Request) -> io::Result<()> {
-    // SAFETY: the descriptor is open, and `request` is a struct fiemap with room for as many extents
-    // as `count` says.
+    // SAFETY: the descriptor is open, and `request` is a struct fiemap with room for as many
+    // extents as `count` says.
     match unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut *request) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),

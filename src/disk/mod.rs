@@ -5,16 +5,18 @@
 //! * `overlay`: a new, empty layer on top of another.
 //! * `holes`: where a raw image has data.
 //! * `layer`: one open image, without the layers below it.
-//! * `descent`, `walk`, `chain`: a chain of layers as the guest sees it, opened from header to header,
-//!   and walked along its bytes.
-//! * `image_layout`, `window`, `flatten`: a chain, or its upper layers, as one image, computed and not
-//!   stored.
-//! * `write`: such an image as a file. `direct`: writes past the page cache. `reflink`: shared blocks.
+//! * `descent`, `walk`, `chain`: a chain of layers as the guest sees it, opened from header to
+//!   header, and walked along its bytes.
+//! * `image_layout`, `window`, `flatten`: a chain, or its upper layers, as one image, computed and
+//!   not stored.
+//! * `write`: such an image as a file. `direct`: writes past the page cache. `reflink`: shared
+//!   blocks.
 //! * `inspect`: whether an image that came from outside may be used.
 //! * `state`: states of files, and the clocks that tell whether one can change unseen.
 //!
 //! The room knows nothing of boxes, rows or archives. Format rules are those of qemu's
-//! `docs/interop/qcow2.rst`. The limits are qemu's and imago's where these are tighter than the format's.
+//! `docs/interop/qcow2.rst`. The limits are qemu's and imago's where these are tighter than the
+//! format's.
 
 mod chain;
 mod descent;

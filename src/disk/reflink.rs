@@ -30,7 +30,8 @@ pub(super) fn clone_range(
         from_length,
         to_offset,
     };
-    // SAFETY: both descriptors are open, and `request` is a struct file_clone_range, which is only read.
+    // SAFETY: both descriptors are open, and `request` is a struct file_clone_range, which is only
+    // read.
     match unsafe { libc::ioctl(to.as_raw_fd(), FICLONERANGE, &raw const request) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),

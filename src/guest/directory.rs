@@ -10,11 +10,11 @@ use super::xattrs::inline_data;
 use crate::{Error, Result};
 use std::ops::ControlFlow;
 
-/// The most bytes of a directory that one call searches: for a name, or for the next one of a listing. A
-/// damaged directory may have the same block again and again.
+/// The most bytes of a directory that one call searches: for a name, or for the next one of a
+/// listing. A damaged directory may have the same block again and again.
 const MAX_SEARCH: u64 = 1 << 30;
-/// Where the index of a directory does not have a name, a directory up to this size is searched all the
-/// same, since the index may be damaged. For larger ones the index decides, as for the kernel.
+/// Where the index of a directory does not have a name, a directory up to this size is searched all
+/// the same, since the index may be damaged. For larger ones the index decides, as for the kernel.
 const MAX_DISTRUSTED: u64 = 1 << 20;
 
 /// A directory whose names can be read.
@@ -65,7 +65,8 @@ impl<'a> Directory<'a> {
         Ok(())
     }
 
-    /// Passes the entries that are in the inode itself to `each`. The first word says what is above.
+    /// Passes the entries that are in the inode itself to `each`. The first word says what is
+    /// above.
     fn list_inline(&self, from: u64, each: Each) -> Result<()> {
         const PARENT: usize = 4;
         let data = inline_data(self.blocks, &self.inode)?;

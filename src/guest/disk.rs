@@ -1,4 +1,5 @@
-//! The guest's disk as file systems read it: a part of a chain, in pieces that are kept for a while.
+//! The guest's disk as file systems read it: a part of a chain, in pieces that are kept for a
+//! while.
 
 use super::name_cache::NameCache;
 use crate::disk::Chain;

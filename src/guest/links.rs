@@ -47,7 +47,8 @@ pub(super) fn place(blocks: &BlockReader, inode: u32, directory: u32) -> Result<
     })
 }
 
-/// Returns the target of a link so that following it from `place` leads to where the guest would get.
+/// Returns the target of a link so that following it from `place` leads to where the guest would
+/// get.
 pub(super) fn target_within(blocks: &BlockReader, inode: u32, place: LinkPlace) -> Result<Vec<u8>> {
     let own = read_link(blocks, inode)?;
     let words = Words::of(&own);

@@ -95,8 +95,8 @@ fn value_in_inode(blocks: &BlockReader, number: u32) -> Result<Vec<u8>> {
     BlockMap::of(blocks, &inode).read_all(MAX_VALUE)
 }
 
-/// Returns the contents of a file that are in the inode itself: `i_block`, and what follows it in an
-/// attribute.
+/// Returns the contents of a file that are in the inode itself: `i_block`, and what follows it in
+/// an attribute.
 pub(super) fn inline_data(blocks: &BlockReader, inode: &Inode) -> Result<Vec<u8>> {
     let mut bytes = inode.block().to_vec();
     let rest = stored(blocks, inode)?.into_iter().find_map(|stored| {
@@ -139,8 +139,8 @@ fn stored(blocks: &BlockReader, inode: &Inode) -> Result<Vec<StoredXattr>> {
     Ok(all)
 }
 
-/// Verifies the checksum of a block. It covers the block's number, too, since several files may share the
-/// block.
+/// Verifies the checksum of a block. It covers the block's number, too, since several files may
+/// share the block.
 fn checksum_is_right(seed: Option<u32>, number: u64, block: &[u8]) -> bool {
     let fields = Fields(block);
     seed.is_none_or(|seed| {

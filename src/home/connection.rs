@@ -44,7 +44,8 @@ pub(super) fn failed(connection: &Connection, database: &Path, error: rusqlite::
 
 /// Returns the errno of the last system call that failed for SQLite.
 fn system_errno(connection: &Connection) -> i32 {
-    // SAFETY: the handle is that of an open connection, borrowed for the call, which only reads a number.
+    // SAFETY: the handle is that of an open connection, borrowed for the call, which only reads a
+    // number.
     unsafe { rusqlite::ffi::sqlite3_system_errno(connection.handle()) }
 }
 

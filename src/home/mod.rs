@@ -1,17 +1,20 @@
 //! A BoxLite home: its paths, its SQLite rows, its locks, and its virtual machines.
 //!
-//! * `paths`, `placement`, `space`: where things are, whether changes can be made there, free space.
+//! * `paths`, `placement`, `space`: where things are, whether changes can be made there, free
+//!   space.
 //! * `connection`, `read_connection`: connections to the database, to change it or only to read it.
 //! * `records`, `catalog`, `recorded_paths`: the rows.
-//! * `lock`, `shared_access`, `queries`, `transactions`, `change`: the right to change a home, and what
-//!   it is used for.
+//! * `lock`, `shared_access`, `queries`, `transactions`, `change`: the right to change a home, and
+//!   what it is used for.
 //! * `option_types`, `options`, `host_access`: BoxLite's box options.
-//! * `activity`, `process`, `guard`, `vm_process`: whether a box runs, and how its machine is paused.
+//! * `activity`, `process`, `guard`, `vm_process`: whether a box runs, and how its machine is
+//!   paused.
 //! * `size_cache`: sizes and digests that were computed before.
 //! * `identity`: identifiers and times as BoxLite writes them.
 //!
-//! It is the only room that knows SQL. It knows nothing of qcow2 and FUSE. Facts about the files are in
-//! BoxLite's own sources (runtime/layout, db/schema); where they matter, a comment says which.
+//! It is the only room that knows SQL. It knows nothing of qcow2 and FUSE. Facts about the files
+//! are in BoxLite's own sources (runtime/layout, db/schema); where they matter, a comment says
+//! which.
 
 mod activity;
 mod catalog;

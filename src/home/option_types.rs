@@ -1,9 +1,9 @@
 //! The types of BoxLite's box options: whether BoxLite is able to read them.
 //!
-//! BoxLite reads every row when it lists boxes, and one that it can't parse breaks the whole home. So
-//! options from an archive are checked against the types of BoxLite's own struct (runtime/options.rs
-//! and advanced_options.rs) before they get into a row. Every field has a default there and unknown
-//! fields are ignored, so absent and unknown fields pass.
+//! BoxLite reads every row when it lists boxes, and one that it can't parse breaks the whole home.
+//! So options from an archive are checked against the types of BoxLite's own struct
+//! (runtime/options.rs and advanced_options.rs) before they get into a row. Every field has a
+//! default there and unknown fields are ignored, so absent and unknown fields pass.
 
 use serde_json::Value;
 

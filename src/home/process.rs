@@ -162,7 +162,7 @@ mod tests {
         while !process.is_stopped() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        // Somebody else wants it to stand still as well.
+        // Another process wants it stopped as well.
         assert!(!process.is_to_stop());
         process.signal(Signal::STOP).unwrap();
         assert!(process.is_to_stop());

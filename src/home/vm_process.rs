@@ -48,7 +48,8 @@ struct Stopped {
 }
 
 impl VmProcess {
-    /// Returns the process of a box's virtual machine, if `shim.pid` has its start time and it is alive.
+    /// Returns the process of a box's virtual machine, if `shim.pid` has its start time and it is
+    /// alive.
     pub fn of(home: &Home, record: &BoxRecord) -> Option<VmProcess> {
         let (pid, started) = live_process(&home.box_dir(&record.id).join("shim.pid"))?;
         Some(VmProcess {

@@ -83,7 +83,8 @@ pub enum Progress {
 pub struct Arrived {
     /// The checked manifest.
     pub manifest: Manifest,
-    /// The header of the disk, which passed [`inspect_standalone`](crate::disk::inspect_standalone).
+    /// The header of the disk, which passed
+    /// [`inspect_standalone`](crate::disk::inspect_standalone).
     pub header: Header,
 }
 

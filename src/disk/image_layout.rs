@@ -7,6 +7,7 @@ use std::ops::Range;
 pub(super) const BLOCK_ENTRIES: u64 = CLUSTER / 2;
 /// Table entries (64 bits each) in a cluster.
 pub(super) const TABLE_ENTRIES: u64 = CLUSTER / 8;
+
 /// Where the parts begin and end, as host cluster numbers. The header is cluster 0.
 pub(super) struct ImageLayout {
     pub refcount_table: Range<u64>,

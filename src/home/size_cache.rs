@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_learnt_is_known_to_the_next_who_opens_it() {
+    fn what_was_put_is_there_for_the_next_that_opens_it() {
         let dir = tempfile::tempdir().unwrap();
         let home = home(dir.path());
         let cache = SizeCache::open(&home, false);

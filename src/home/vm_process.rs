@@ -21,6 +21,7 @@ const LONGEST_COPY: Duration = Duration::from_secs(45);
 const STOPPING: Duration = Duration::from_secs(5);
 /// The pause before they are checked: then they are certainly stopped.
 const MOMENT: Duration = Duration::from_millis(20);
+
 /// A process that is identified by number and start time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VmProcess {

@@ -23,6 +23,7 @@ const BLOCK: usize = 512;
 const MAX_MANIFEST: u64 = 1 << 20;
 /// Largest extension member (a name, pax records).
 const MAX_EXTENSION: u64 = 1 << 20;
+
 /// Reads a tar, and keeps what it brings.
 pub(super) struct Members {
     disk: DiskFile,

@@ -982,7 +982,7 @@ fn nothing_written_is_no_archive_and_leaves_nothing() {
 
 #[test]
 #[ignore = "needs programs"]
-fn a_complete_archive_that_nobody_finished_leaves_nothing() {
+fn a_complete_archive_without_a_finish_leaves_nothing() {
     let b = Packer::new();
     let (mut incoming, to) = b.begin();
     assert_eq!(incoming.write(&b.plain()).unwrap(), Progress::Complete);

@@ -5,6 +5,7 @@ use std::ops::{Range, RangeInclusive};
 /// Host clusters whose compressed references are counted in one walk: 32 MiB of counters, and at
 /// most 32 walks, since each cluster has a bit in the bitmap.
 pub(super) const COUNT_WINDOW: u64 = 16 << 20;
+
 /// The windows of host clusters that have compressed data.
 pub(super) struct ClaimWindows {
     marked: Vec<bool>,

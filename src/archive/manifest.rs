@@ -1,4 +1,4 @@
-//! `manifest.json`: what an archive says about the box in it.
+//! `manifest.json`: the description of the box in an archive.
 
 use crate::{Error, Result};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
@@ -6,16 +6,17 @@ use serde_json::{Map, Value, json};
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Newest version of the manifest that is read and written (boxlite-home: "Readers accept up to 5").
+/// The newest version of the manifest that is read and written (boxlite-home: "Readers accept up to
+/// 5").
 const NEWEST: u64 = 5;
-/// First version with options and with a checksum that is always there.
+/// The first version with options and with a mandatory checksum.
 const FIRST_WITH_OPTIONS: u64 = 3;
 /// Largest manifest that is read, in bytes.
 const LARGEST: usize = 1 << 20;
 /// How a checksum begins.
 const SHA256: &str = "sha256:";
 
-/// What an export says about its box.
+/// The description of the box in an export.
 #[derive(Clone, Debug)]
 pub struct About {
     /// The box's name; None for a box without one.
@@ -24,7 +25,7 @@ pub struct About {
     pub image: String,
     /// The options, in the shape of `box_config.json`.
     pub options: Value,
-    /// When the disk changed last; times in the archive are this one, so that two exports of one
+    /// When the disk changed last. All times in the archive are this one, so two exports of one
     /// state are the same bytes.
     pub changed_at: SystemTime,
 }
@@ -46,8 +47,9 @@ pub struct Manifest {
     pub exported_at: Option<String>,
 }
 
-/// The manifest as JSON, of the same length whatever the digest (sha256 of `disk.qcow2`). The
-/// version is the lowest that can say what the options say: 5 with ports, 4 with capabilities, else 3.
+/// Returns the manifest as JSON. Its length does not depend on the digest (sha256 of `disk.qcow2`).
+/// The version is the lowest that can express the options: 5 with ports, 4 with capabilities, else
+/// 3.
 pub fn manifest_bytes(about: &About, digest: &[u8; 32]) -> Vec<u8> {
     let manifest = json!({
         "version": version_for(&about.options),
@@ -61,7 +63,7 @@ pub fn manifest_bytes(about: &About, digest: &[u8; 32]) -> Vec<u8> {
     format!("{manifest:#}\n").into_bytes()
 }
 
-/// The lowest version whose readers understand `options`.
+/// Returns the lowest version whose readers understand `options`.
 fn version_for(options: &Value) -> u64 {
     let ports = &options["ports"];
     let none = ports.is_null() || ports.as_array().is_some_and(Vec::is_empty);
@@ -75,9 +77,9 @@ fn version_for(options: &Value) -> u64 {
 }
 
 impl Manifest {
-    /// Reads and checks the bytes of `manifest.json`. EBADMSG for anything that is not a manifest of
-    /// version 1 to 5: over 1 MiB, no JSON object, a key twice in any object, a field that is missing or of another type, a
-    /// checksum that is none (from version 2 on there must be one).
+    /// Parses and checks `manifest.json`. EBADMSG for anything that is not a manifest of version 1
+    /// to 5: over 1 MiB, not a JSON object, an object with a key twice, a field that is missing or
+    /// has another type, a malformed checksum (mandatory from version 2 on).
     pub fn parse(bytes: &[u8]) -> Result<Manifest> {
         if bytes.len() > LARGEST {
             return Err(refused("is larger than 1 MiB"));
@@ -102,7 +104,7 @@ impl Manifest {
                 "has version {version}; versions 1 to {NEWEST} are known"
             )));
         }
-        // The guest's own disk is made anew, so its checksum is of no use, but it must be there.
+        // BoxLite makes the guest's own disk anew, so its checksum is unused, but it must be there.
         required_text(fields, "guest_disk_checksum")?;
         Ok(Manifest {
             version,
@@ -116,7 +118,7 @@ impl Manifest {
 }
 
 /// JSON in which no object has a key twice. Readers differ in which of the two counts: one could be
-/// looked at here, and the other be used later.
+/// checked here, and the other used later.
 struct Unique(Value);
 
 impl<'de> Deserialize<'de> for Unique {
@@ -177,7 +179,7 @@ impl<'de> Visitor<'de> for UniqueVisitor {
             if object.contains_key(&name) {
                 let short: String = name.chars().take(100).collect();
                 return Err(A::Error::custom(format_args!(
-                    "{short:?} stands in it twice"
+                    "{short:?} occurs twice in it"
                 )));
             }
             object.insert(name, value);
@@ -186,7 +188,7 @@ impl<'de> Visitor<'de> for UniqueVisitor {
     }
 }
 
-/// EBADMSG with what is wrong with the manifest.
+/// EBADMSG that says what is wrong with the manifest.
 fn refused(what: &str) -> Error {
     Error::bad_archive(format!("the archive's manifest.json {what}"))
 }
@@ -205,7 +207,7 @@ fn required_text(fields: &Map<String, Value>, name: &str) -> Result<String> {
     text(fields, name)?.ok_or_else(|| refused(&format!("has no {name}")))
 }
 
-/// The options, where the version has them.
+/// Returns the options, if the version has them.
 fn options(fields: &Map<String, Value>, version: u64) -> Result<Option<Value>> {
     match fields.get("box_options") {
         _ if version < FIRST_WITH_OPTIONS => Ok(None),
@@ -215,7 +217,7 @@ fn options(fields: &Map<String, Value>, version: u64) -> Result<Option<Value>> {
     }
 }
 
-/// The checksum of the disk. Version 1 may leave it out or empty: then nothing is checked.
+/// Returns the checksum of the disk. Version 1 may leave it out or empty; then nothing is checked.
 fn disk_digest(fields: &Map<String, Value>, version: u64) -> Result<Option<[u8; 32]>> {
     let checksum = match text(fields, "container_disk_checksum")? {
         Some(checksum) => checksum,
@@ -256,7 +258,8 @@ fn unhex(digits: &str) -> Option<[u8; 32]> {
     Some(digest)
 }
 
-/// Whole seconds since 1970, within the years 1970 to 9999 that RFC 3339 and tar can say.
+/// Returns whole seconds since 1970, within the years 1970 to 9999 that RFC 3339 and tar can
+/// express.
 pub(super) fn unix_seconds(time: SystemTime) -> u64 {
     const END_OF_9999: u64 = 253_402_300_799;
     time.duration_since(UNIX_EPOCH)
@@ -271,7 +274,7 @@ fn rfc3339(time: SystemTime) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// The Gregorian date `days` after 1970-01-01, as (year, month, day). Years are counted from March,
+/// Returns the Gregorian date `days` after 1970-01-01, as (year, month, day). Years begin in March,
 /// so that the leap day is the last of its year; 146 097 days make 400 years.
 fn civil_date(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;

@@ -1,5 +1,5 @@
-//! The `.boxlite` archive format: a tar of `disk.qcow2` and `manifest.json`, compressed with zstd or
-//! plain.
+//! The `.boxlite` archive format: a tar of `disk.qcow2` and `manifest.json`, compressed with zstd
+//! or plain.
 //!
 //! * `manifest`: the JSON member, written and read.
 //! * `writing`: an archive that is computed while it is read, and never stored.

@@ -1,4 +1,4 @@
-//! Layers above one another, top first, as the guest sees them.
+//! Chains of layers, top first, as the guest sees them.
 
 use super::descent::{Descent, Scope, check_owner};
 use super::walk::{DataSource, Extent, Walk};
@@ -9,18 +9,18 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-/// An open backing chain, top first. All layers stay open, so that neither a rename nor a removal
-/// pulls one away from a reader.
+/// An open backing chain, top first. All layers stay open, so a rename or a removal takes none away
+/// from a reader.
 pub struct Chain {
     layers: Vec<Layer>,
-    /// Each layer's metadata when it was opened, and the state that says.
+    /// Each layer's metadata when it was opened, and the state these describe.
     opened: Vec<(Metadata, FileState)>,
     changed_at: SystemTime,
 }
 
 impl Chain {
-    /// Opens the image at `top` and every layer below it. A layer's format is what the header above
-    /// it says; where nothing is said, and for `top`, the magic decides.
+    /// Opens the image at `top` and every layer below it. The header above a layer says its format.
+    /// Without that, and for `top`, the magic decides.
     ///
     /// Errors: those of opening, naming the layer; EINVAL for a layer that is no regular file;
     /// EPERM for a layer outside of `home` (symlinks resolved) that does not belong to the user
@@ -36,7 +36,8 @@ impl Chain {
         Chain::open_in(top, &scope)
     }
 
-    /// Likewise, of a home whose directories may be links, or lie elsewhere than headers say.
+    /// Opens the chain of an image in a home whose directories may be links, or lie elsewhere than
+    /// headers say.
     ///
     /// # Errors
     /// As [`Chain::open`].
@@ -44,8 +45,8 @@ impl Chain {
         Chain::descend(Descent::from(top), top, scope)
     }
 
-    /// Likewise, with `copy` in the place of the file at `top`: what it names is looked for as if it were
-    /// that.
+    /// Opens the chain of `copy`, which takes the place of the file at `top`: what it names is
+    /// looked for as if it were that file.
     ///
     /// # Errors
     /// As [`Chain::open`].
@@ -105,9 +106,9 @@ impl Chain {
         self.changed_at
     }
 
-    /// The guest bytes of `range` cut into runs, in order and covering it completely; adjacent runs
-    /// that go on in the same way are one. Past the virtual size there are zeros. EIO when a
-    /// layer's tables are damaged.
+    /// Returns the guest bytes of `range` as runs, in order and complete. Adjacent runs that
+    /// continue each other are one. Past the virtual size there are zeros. EIO when a layer's
+    /// tables are damaged.
     pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>> {
         let mut extents: Vec<Extent> = Vec::new();
         let mut walk = self.walk(range);
@@ -120,20 +121,20 @@ impl Chain {
         Ok(extents)
     }
 
-    /// Walks the guest bytes of `range`, without keeping what was passed.
+    /// Walks the guest bytes of `range`, and keeps nothing of what was passed.
     pub(super) fn walk(&self, range: Range<u64>) -> Walk<'_> {
         self.walk_upper(range, self.layers.len())
     }
 
-    /// Likewise, and asks only the `upper` layers on top.
+    /// Walks the guest bytes of `range`, and asks only the `upper` layers on top.
     pub(super) fn walk_upper(&self, range: Range<u64>, upper: usize) -> Walk<'_> {
         Walk::new(&self.layers, range, upper)
     }
 
-    /// Fills `buf` with the guest bytes from `guest_offset` on; zeros past the virtual size. EIO when
-    /// a layer is damaged; other errors are those of reading.
+    /// Fills `buf` with the guest bytes from `guest_offset` on; zeros past the virtual size. EIO
+    /// when a layer is damaged; other errors are those of reading.
     pub fn read_at(&self, guest_offset: u64, buf: &mut [u8]) -> Result<()> {
-        // No disk reaches so far: the bytes that have no offset are past the virtual size.
+        // No disk reaches this far: bytes that have no offset are past the virtual size.
         let end = guest_offset.saturating_add(buf.len() as u64);
         let (mut rest, past) = buf.split_at_mut((end - guest_offset) as usize);
         past.fill(0);
@@ -163,7 +164,8 @@ impl Chain {
         }
     }
 
-    /// Bytes of the disk that come from a layer; the rest is zeros. EIO when a layer's tables are damaged.
+    /// Returns how many bytes of the disk come from a layer; the rest is zeros. EIO when a layer's
+    /// tables are damaged.
     pub fn allocated(&self) -> Result<u64> {
         let mut walk = self.walk(0..self.virtual_size());
         let mut allocated = 0;
@@ -175,8 +177,9 @@ impl Chain {
         Ok(allocated)
     }
 
-    /// Where from `at` on the disk's bytes come from a layer (`data`), or are zeros that no layer has;
-    /// None if there is no such place before its end. EIO when a layer's tables are damaged.
+    /// Returns where from `at` on the disk's bytes come from a layer (`data`), or are zeros that no
+    /// layer has; None if there is no such place before the end. EIO when a layer's tables are
+    /// damaged.
     pub fn next(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let mut walk = self.walk(at..self.virtual_size());
         while let Some(extent) = walk.next_extent()? {
@@ -187,14 +190,15 @@ impl Chain {
         Ok(None)
     }
 
-    /// EIO if the size or mtime of any layer's open file differ from when it was opened: what was
-    /// read may be a mixture. (A rebase changes neither for longer than an instant.)
+    /// Verifies that size and mtime of each layer's open file are as they were when it was opened.
+    /// EIO otherwise: what was read may be a mixture. (A rebase changes the mtime for an instant
+    /// only.)
     pub fn unchanged(&self) -> Result<()> {
         for (layer, (opened, _)) in self.layers.iter().zip(&self.opened) {
             if !layer.differs_from(opened)? {
                 continue;
             }
-            // A rebase puts the mtime back in the next system call: give it that moment.
+            // A rebase restores the mtime in the next system call: give it that moment.
             std::thread::sleep(Duration::from_millis(20));
             if layer.differs_from(opened)? {
                 return Err(Error::damaged(format!(

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
-/// Most layers of a chain. Far more than libkrun starts (9), far less than what could hurt us.
+/// The most layers of a chain: far more than libkrun starts (9), and few enough to be harmless.
 const MAX_LAYERS: usize = 64;
 
 /// Where the layers of a chain may be.
@@ -17,16 +17,16 @@ const MAX_LAYERS: usize = 64;
 pub struct Scope {
     /// Directories of the home, canonical.
     pub homes: Vec<PathBuf>,
-    /// Whose files may lie elsewhere: with others' a header could make a mount that runs as root show files
-    /// its user may not read.
+    /// The user whose files may lie elsewhere. If a header could name other users' files, a mount
+    /// that runs as root would show files that its user may not read.
     pub owner: u32,
-    /// Directories to look in first for what headers name elsewhere, each with the name it has in a home: of a
-    /// home that lies elsewhere than when it was written, such as a backup.
+    /// Directories to search first for files that headers name elsewhere, each with its name in a
+    /// home. For a home that was moved since it was written, such as a backup.
     pub moved: Vec<(&'static str, PathBuf)>,
 }
 
 impl Scope {
-    /// The file of this home that a path names in the home this is a copy of.
+    /// Returns the file of this home for a path in the home that this is a copy of.
     pub(super) fn relocated(&self, path: &Path) -> Option<PathBuf> {
         if self.homes.iter().any(|home| path.starts_with(home)) {
             return None;
@@ -40,9 +40,9 @@ impl Scope {
     }
 }
 
-/// The way down a chain, one image after another, within the limits.
+/// A walk down a chain, one image after another, within the limits.
 pub(super) struct Descent {
-    /// The first file, where it is open already.
+    /// The first file, if it is open already.
     pub top: Option<File>,
     pub next: Option<(PathBuf, Option<Format>)>,
     seen: HashSet<FileId>,
@@ -58,7 +58,8 @@ impl Descent {
         }
     }
 
-    /// Opens the next image: its path, the file and its format. ELOOP as [`Chain::open`](super::Chain::open).
+    /// Opens the next image; returns its path, the file and its format. ELOOP as
+    /// [`Chain::open`](super::Chain::open).
     pub fn next_layer(&mut self) -> Result<Option<(PathBuf, File, Format)>> {
         let Some((path, format)) = self.next.take() else {
             return Ok(None);
@@ -80,7 +81,7 @@ impl Descent {
             return endless("has more than 64 layers");
         }
         if !self.seen.insert(FileId::of(&meta)) {
-            return endless("comes back to itself");
+            return endless("has a cycle");
         }
         let format = match format {
             Some(format) => format,
@@ -90,7 +91,7 @@ impl Descent {
         Ok(Some((path, file, format)))
     }
 
-    /// Goes on with what the header of the image at `path` names.
+    /// Continues with the layer that the header of the image at `path` names.
     pub fn below(&mut self, path: &Path, header: Option<&Header>) {
         self.next = header.and_then(|header| {
             let format = header.backing.as_ref().and_then(|backing| backing.format);
@@ -99,9 +100,9 @@ impl Descent {
     }
 }
 
-/// A layer outside of the home must belong to the home's owner: otherwise a header could make a
-/// mount that runs as root show files its user may not read. /proc tells where the file that is open
-/// really is, so nothing can be swapped between the check and the use.
+/// Verifies that a layer outside of the home belongs to the home's owner. Otherwise a header could
+/// make a mount that runs as root show files that its user may not read. /proc tells where the open
+/// file is, so it can't be swapped between check and use.
 pub(super) fn check_owner(path: &Path, file: &File, meta: &Metadata, scope: &Scope) -> Result<()> {
     if meta.uid() == scope.owner {
         return Ok(());
@@ -122,9 +123,9 @@ pub(super) fn check_owner(path: &Path, file: &File, meta: &Metadata, scope: &Sco
     ))
 }
 
-/// The path of every image of the chain, top first, from the headers alone: absolute and normalised
-/// by their text (`.` and `..` removed, symlinks not resolved). Errors as [`Chain::open`](super::Chain::open), but
-/// nobody need own the files.
+/// Returns the path of every image of the chain, top first, from the headers alone. Paths are
+/// absolute, without `.` and `..`; symlinks are not resolved. Errors as
+/// [`Chain::open`](super::Chain::open), except that the owner of a file does not matter.
 pub fn chain_paths(top: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     let mut walk = Descent::from(top);
@@ -144,7 +145,7 @@ pub fn chain_paths(top: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// `path` made absolute, with `.` and `..` removed by text alone.
+/// Returns `path` as an absolute path, with `.` and `..` removed by text alone.
 fn normalised(path: &Path) -> Result<PathBuf> {
     let absolute = std::path::absolute(path)
         .context(|| format!("cannot make {} an absolute path", path.display()))?;

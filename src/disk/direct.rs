@@ -1,4 +1,4 @@
-//! Writing past the page cache: a disk that was written is not read again soon, and through the cache
+//! Writes past the page cache. A disk that was just written is not read soon; through the cache,
 //! its bytes would be copied once more and push others out.
 
 use std::fs::File;
@@ -7,15 +7,16 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
-/// Offsets, lengths and memory that O_DIRECT takes are multiples of this on every common file system
-/// (statx's `stx_dio_offset_align` is at most a page); where they are not, writing goes on without it.
+/// The alignment of offsets, lengths and memory that O_DIRECT takes on every common file system
+/// (statx's `stx_dio_offset_align` is at most a page). Where it needs more, writes go through the
+/// cache.
 pub const BLOCK: usize = 4096;
 
-/// A second descriptor of a file, opened with O_DIRECT where the file system has that.
+/// A second descriptor of a file, opened with O_DIRECT if the file system supports that.
 pub struct Direct(Option<File>);
 
 impl Direct {
-    /// For a file that is open for writing, whatever its name.
+    /// Opens one for a file that is open for writing, whatever its name.
     pub fn of(file: &File) -> Direct {
         let own = format!("/proc/self/fd/{}", file.as_raw_fd());
         let options = File::options()
@@ -25,18 +26,19 @@ impl Direct {
         Direct(options.ok())
     }
 
-    /// Without direct I/O, whatever the file system has.
+    /// Does without direct I/O, whatever the file system supports.
     pub fn none() -> Direct {
         Direct(None)
     }
 
-    /// Whether what is written goes to the disk at once.
+    /// Returns whether writes go to the disk at once.
     pub fn is_direct(&self) -> bool {
         self.0.is_some()
     }
 
-    /// Writes bytes at an offset of `file`, the file this is of: whole blocks directly where offset and
-    /// memory allow, the rest through the page cache. Either way the file has to be synced at the end.
+    /// Writes bytes at an offset of `file`, which this was opened for: whole blocks directly where
+    /// offset and memory allow, the rest through the page cache. In both cases the file has to be
+    /// flushed at the end.
     ///
     /// # Errors
     /// Those of pwrite(2).
@@ -51,7 +53,7 @@ impl Direct {
             return file.write_all_at(bytes, at);
         }
         match direct.write_all_at(blocks, at) {
-            // Another alignment than ours is wanted here.
+            // The file system needs another alignment.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
                 self.0 = None;
                 return file.write_all_at(bytes, at);
@@ -75,7 +77,7 @@ impl Aligned {
     pub fn zeros(len: usize) -> Aligned {
         // Never grown, so that it stays where it is.
         let memory = vec![0; len.saturating_add(BLOCK)];
-        // Where no aligned place were found, direct I/O would be done without.
+        // Without an aligned place, writes would go through the cache.
         let start = memory.as_ptr().align_offset(BLOCK).min(BLOCK);
         Aligned { memory, start, len }
     }
@@ -95,8 +97,8 @@ impl Aligned {
     }
 }
 
-/// Asks the kernel to begin writing these bytes of a file to the disk; it is not waited for. Only speed
-/// depends on it: what fails here is found by the flush at the end.
+/// Asks the kernel to begin writing these bytes of a file to the disk, and does not wait. Only
+/// speed depends on it: the flush at the end finds what fails here.
 pub fn begin_write_back(file: &File, range: Range<u64>) {
     let offset = i64::try_from(range.start).unwrap_or(i64::MAX);
     let length = i64::try_from(range.end - range.start).unwrap_or(0);

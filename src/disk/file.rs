@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Which file it is, whatever its names: `(st_dev, st_ino)`.
+/// The identity of a file, whatever its names: `(st_dev, st_ino)`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct FileId {
     /// `st_dev`: the filesystem.
@@ -17,7 +17,7 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// The file that `meta` describes.
+    /// Returns the identity of the file that `meta` describes.
     pub fn of(meta: &Metadata) -> FileId {
         FileId {
             dev: meta.dev(),
@@ -25,14 +25,15 @@ impl FileId {
         }
     }
 
-    /// The file that is open; `path` is what it is called. Errors: those of fstat.
+    /// Returns the identity of an open file; `path` is for messages. Errors: those of fstat.
     pub fn of_open(file: &File, path: &Path) -> Result<FileId> {
         let meta = file.metadata();
         let meta = meta.context(|| format!("cannot look at {}", path.display()))?;
         Ok(FileId::of(&meta))
     }
 
-    /// The file at `path` itself; a symlink is not followed. Errors: those of lstat.
+    /// Returns the identity of the file at `path`; a symlink is not followed. Errors: those of
+    /// lstat.
     pub fn at(path: &Path) -> Result<FileId> {
         let meta = std::fs::symlink_metadata(path)
             .context(|| format!("cannot look at {}", path.display()))?;
@@ -40,8 +41,8 @@ impl FileId {
     }
 }
 
-/// Opens an image. O_NONBLOCK, lest a FIFO in its place hang us; what is no regular file is refused
-/// with EINVAL.
+/// Opens an image. O_NONBLOCK, because opening a FIFO would hang. EINVAL if it is not a regular
+/// file.
 pub(super) fn open_image(path: &Path, writable: bool) -> Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -55,14 +56,14 @@ pub(super) fn open_image(path: &Path, writable: bool) -> Result<File> {
     if !meta.is_file() {
         return Err(Error::new(
             libc::EINVAL,
-            format!("the image {} is no regular file", path.display()),
+            format!("the image {} is not a regular file", path.display()),
         ));
     }
     Ok(file)
 }
 
-/// Fills `buf` from `offset` of `file`; what lies past the end of the file is zeros (qemu leaves the
-/// last cluster of an image short).
+/// Fills `buf` from `offset` of `file`, with zeros past its end: qemu leaves the last cluster of an
+/// image short.
 pub(crate) fn read_zero_padded(file: &File, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !buf.is_empty() {
         match file.read_at(buf, offset) {
@@ -81,7 +82,8 @@ pub(crate) fn read_zero_padded(file: &File, mut buf: &mut [u8], mut offset: u64)
     Ok(())
 }
 
-/// The access and modification times of a file, to be put back after a write that changes no contents.
+/// The access and modification times of a file, to restore them after a write that leaves the
+/// contents as they are.
 ///
 /// std's `File::set_times` cannot name every timestamp that stat returns.
 #[derive(Clone)]

@@ -1,18 +1,17 @@
-//! A chain, or the upper part of one, as one image, computed while it is read and stored nowhere.
+//! Flattened chains: all or the upper layers as one image, computed while it is read and stored
+//! nowhere.
 //!
-//! Layout, in clusters of 64 KiB: header, refcount table, refcount blocks, L1 table, L2 tables, then
-//! the data in guest order. All of it follows from which guest clusters are allocated, so any byte
-//! can be had without those before it. A disk of terabytes must not cost memory by the cluster: per
-//! window (the 512 MiB behind one L2 table) only a count is kept, and which clusters of a window are
-//! allocated is asked of the chain again when needed.
+//! Layout, in clusters of 64 KiB: header, refcount table, refcount blocks, L1 table, L2 tables,
+//! then the data in guest order. All of it follows from which guest clusters are allocated, so any
+//! byte can be computed without those before it. A disk of terabytes must not take memory for each
+//! cluster: of each window (the 512 MiB behind one L2 table) only a count is kept, and the chain is
+//! asked again which clusters are allocated.
 
 use super::Chain;
 use super::image_layout::{BLOCK_ENTRIES, ImageLayout, TABLE_ENTRIES};
 use super::overlay::{CLUSTER, L2_COVERS, NewHeader, backing_name, dimensions};
-use super::window::{Window, is_set};
+use super::window::{RecentWindows, Window, is_set};
 use crate::{Error, Result};
-use parking_lot::Mutex;
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,20 +22,18 @@ const COPIED: u64 = 1 << 63;
 const READS_AS_ZEROS: u64 = 1;
 /// Guest bytes of a window: what one L2 table maps.
 pub const WINDOW: u64 = L2_COVERS;
-/// Windows whose allocation is remembered, 1 KiB each: enough for some readers at a time.
-const REMEMBERED_WINDOWS: usize = 32;
 
 /// A chain as one qcow2 image: version 3, clusters of 64 KiB, 16-bit refcounts.
 ///
-/// Standalone: a cluster is allocated if any byte of it is data in the chain; so the image is a
-/// function of the chain's contents and allocation, never of paths.
+/// A standalone image: a cluster is allocated if any byte of it is data in the chain. So the image
+/// depends on the chain's contents and allocation, and never on paths.
 ///
-/// Or its upper layers on top of what they lie on: a cluster is left to the layers below if none of
-/// the upper ones speaks of any byte of it; else it is data if any byte of it is data in the chain, or
-/// reads as zeros. So the new chain has the contents and, flattened, the allocation of the old one.
+/// Or the upper layers, on top of those below: a cluster is left to the layers below if no upper
+/// layer has any byte of it. Otherwise it is data if any byte of it is data in the chain, else it
+/// reads as zeros. So the new chain has the contents of the old one and, flattened, its allocation.
 pub struct Flattened {
     chain: Arc<Chain>,
-    /// How many layers it stands for, where that is not all.
+    /// The number of layers it stands for, unless that is all.
     upper: Option<usize>,
     /// Header, and what it names.
     first_cluster: Vec<u8>,
@@ -45,18 +42,18 @@ pub struct Flattened {
     clusters_before: Vec<u64>,
     /// For each window, and one past the last: the L2 tables (windows with any cluster) before it.
     tables_before: Vec<u32>,
-    remembered: Mutex<VecDeque<Arc<Window>>>,
+    recent: RecentWindows,
 }
 
 impl Flattened {
-    /// Works out the layout from the chain's metadata; no data is read. EFBIG beyond 2 PiB; EIO when
-    /// a layer's tables are damaged.
+    /// Works out the layout from the chain's metadata; no data is read. EFBIG beyond 2 PiB; EIO
+    /// when a layer's tables are damaged.
     pub fn plan(chain: Arc<Chain>) -> Result<Flattened> {
         Flattened::plan_as(chain, None)
     }
 
-    /// The `upper` layers on top as one, on top of the layer after them, which is at `backing`;
-    /// standalone if there is none. Errors besides: those of naming it, as
+    /// Plans the `upper` layers on top as one, on top of the layer after them, which is at
+    /// `backing`; standalone if there is no such layer. Errors besides: those of naming it, as
     /// [`create_overlay`](super::create_overlay).
     pub fn plan_upper(chain: Arc<Chain>, upper: usize, backing: &Path) -> Result<Flattened> {
         if chain.layers().get(upper).is_some() {
@@ -104,7 +101,7 @@ impl Flattened {
             layout,
             clusters_before,
             tables_before,
-            remembered: Mutex::new(VecDeque::new()),
+            recent: RecentWindows::default(),
         })
     }
 
@@ -119,9 +116,9 @@ impl Flattened {
         self.layout.data.start * CLUSTER
     }
 
-    /// Where in the image the allocated clusters of the guest bytes `guest` lie: one run of bytes,
-    /// empty if none is allocated. Both ends of `guest` are multiples of 64 KiB (or the end of the
-    /// disk), within one [`WINDOW`]. Errors: those of reading tables.
+    /// Returns where in the image the allocated clusters of the guest bytes `guest` are: one run of
+    /// bytes, empty if none is allocated. Both ends of `guest` are multiples of 64 KiB (or the end
+    /// of the disk), within one [`WINDOW`]. Errors: those of reading tables.
     pub fn data_of(&self, guest: Range<u64>) -> Result<Range<u64>> {
         let index = guest.start / L2_COVERS;
         let window = self.window(index)?;
@@ -139,7 +136,7 @@ impl Flattened {
         self.before(to).saturating_sub(self.before(from))
     }
 
-    /// How many [`WINDOW`]s the disk has.
+    /// Returns how many [`WINDOW`]s the disk has.
     pub fn windows(&self) -> u64 {
         self.clusters_before.len() as u64 - 1
     }
@@ -171,7 +168,7 @@ impl Flattened {
         Ok(())
     }
 
-    /// The runs of guest bytes that are data, in order, of window number `index`.
+    /// Returns the runs of guest bytes that are data, in order, of window number `index`.
     pub(super) fn data_in(&self, index: u64) -> Result<Vec<Range<u64>>> {
         let start = index * L2_COVERS;
         let disk = self.chain.virtual_size();
@@ -240,8 +237,8 @@ impl Flattened {
         Ok(bytes)
     }
 
-    /// Fills the beginning of `buf` from data cluster number `first`, `within` bytes into it, as far
-    /// as the guest's clusters follow one another; returns how many bytes that are, at least 1.
+    /// Fills the beginning of `buf` from data cluster number `first`, `within` bytes into it, as
+    /// far as the guest's clusters are adjacent. Returns how many bytes that are, at least 1.
     fn read_data(&self, first: u64, within: u64, buf: &mut [u8]) -> Result<usize> {
         let window = self
             .clusters_before
@@ -263,13 +260,12 @@ impl Flattened {
         self.clusters_before.get(window).copied().unwrap_or(0)
     }
 
-    /// Which clusters of a window are allocated, remembered or asked anew. EIO if they are not as
-    /// many as when the layout was planned.
+    /// Returns which clusters of a window are allocated. EIO if they are not as many as when the
+    /// layout was planned.
     fn window(&self, index: u64) -> Result<Arc<Window>> {
-        if let Some(window) = self.recall(index) {
+        if let Some(window) = self.recent.get(index) {
             return Ok(window);
         }
-        // Not under the lock: this reads tables from the disk.
         let window = Arc::new(Window::of(&self.chain, self.upper, index)?);
         let planned = self
             .before(index as usize + 1)
@@ -277,19 +273,8 @@ impl Flattened {
         if planned != Some(window.count()) {
             return Err(self.changed());
         }
-        let mut remembered = self.remembered.lock();
-        remembered.truncate(REMEMBERED_WINDOWS - 1);
-        remembered.push_front(Arc::clone(&window));
+        self.recent.insert(Arc::clone(&window));
         Ok(window)
-    }
-
-    /// A remembered window, which becomes the last to be forgotten.
-    fn recall(&self, index: u64) -> Option<Arc<Window>> {
-        let mut remembered = self.remembered.lock();
-        let position = remembered.iter().position(|window| window.index == index)?;
-        let window = remembered.remove(position)?;
-        remembered.push_front(Arc::clone(&window));
-        Some(window)
     }
 
     fn changed(&self) -> Error {

@@ -1,4 +1,4 @@
-//! The first cluster of a qcow2 image: reading it with suspicion, and rebasing it in place.
+//! The header of a qcow2 image, read with suspicion.
 //!
 //! Field offsets are those of qemu's `docs/interop/qcow2.rst`.
 
@@ -23,7 +23,7 @@ pub(super) const EXTENSION_BACKING_FORMAT: u32 = 0xE279_2ACA;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_F857;
 /// Header extension: the name of an external data file.
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
-/// What is read of a first cluster if the backing name, which follows all extensions, ends in it.
+/// Bytes read of a first cluster if the backing name, which follows all extensions, ends in them.
 const PAGE: u64 = 4096;
 /// Longest backing file name (qcow2.rst, byte 16 of the header).
 pub(super) const MAX_BACKING_NAME: usize = 1023;
@@ -36,8 +36,8 @@ const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
 const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
 const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 
-/// What the header of a qcow2 image says, checked: tables are aligned and inside the file, the L1
-/// table covers the virtual size, and no feature is in use that would change how the image reads.
+/// The header of a qcow2 image, checked: tables are aligned and inside the file, the L1 table
+/// covers the virtual size, and no feature is in use that would change how the image reads.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Header {
     /// 2 or 3.
@@ -68,10 +68,10 @@ pub struct Header {
     pub autoclear_features: u64,
     /// Length of the header structure in bytes (72 in version 2).
     pub header_length: u32,
-    /// An extension names an external data file (which no feature bit puts to use, or reading the
-    /// header would have been an error).
+    /// An extension names an external data file. No feature bit makes use of it, or reading the
+    /// header would have been an error.
     pub names_data_file: bool,
-    /// Where the backing name lies in the file, if there is one.
+    /// Where the backing name is in the file, if there is one.
     pub(super) name: Option<NameSpan>,
     /// First byte after the extensions' end marker; None if there is no end marker.
     pub(super) extensions_end: Option<u64>,
@@ -86,7 +86,7 @@ pub struct Backing {
     pub format: Option<Format>,
 }
 
-/// Where a backing name lies: bytes of the image file.
+/// Where a backing name is, in bytes of the image file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct NameSpan {
     pub offset: u64,
@@ -101,10 +101,10 @@ impl NameSpan {
 }
 
 impl Header {
-    /// Reads the header of `file`; `path` is for the message of an error only. `Ok(None)`: no qcow2
-    /// magic, so this is a raw image. EIO: it is qcow2, but insane, or with a feature that is
-    /// refused (extended L2 entries, encryption, external data file, a compression other than
-    /// deflate, dirty or corrupt, unknown incompatible bits); the message names it.
+    /// Reads the header of `file`; `path` is only for messages. `Ok(None)`: there is no qcow2
+    /// magic, so it is a raw image. EIO: it is a qcow2 that is malformed, or has an unsupported
+    /// feature (extended L2 entries, encryption, external data file, a compression other than
+    /// deflate, dirty or corrupt, unknown incompatible bits). The message names it.
     pub fn read(file: &File, path: &Path) -> Result<Option<Header>> {
         let unreadable = || format!("cannot read the header of {}", path.display());
         let mut fixed = [0u8; V3_HEADER_LENGTH as usize];
@@ -120,7 +120,7 @@ impl Header {
 
         // The backing name and the extensions both lie in the first cluster (qcow2.rst).
         header.name = header.place_of_name(&fixed, path)?;
-        // Mostly in the first page: thousands of headers are read to find out who reads what.
+        // Mostly in the first page. Finding out which layer reads which takes thousands of headers.
         let wanted = match header.name {
             Some(name) if name.end() <= PAGE => PAGE.min(header.cluster_size()),
             _ => header.cluster_size(),
@@ -141,13 +141,14 @@ impl Header {
         Ok(Some(header))
     }
 
-    /// As [`Header::read`], of the file at `path`. Errors besides: those of opening it.
+    /// Reads the header of the file at `path` as [`Header::read`] does. Errors besides: those of
+    /// opening it.
     pub fn open(path: &Path) -> Result<Option<Header>> {
         Header::read(&open_image(path, false)?, path)
     }
 
-    /// The path of the layer below, a relative one taken from the directory of the image at `image`
-    /// (not from the working directory).
+    /// Returns the path of the layer below. A relative path is taken from the directory of the
+    /// image at `image`, not from the working directory.
     pub fn backing_path(&self, image: &Path) -> Option<PathBuf> {
         let stored = &self.backing.as_ref()?.path;
         Some(match image.parent() {
@@ -161,7 +162,7 @@ impl Header {
         1 << self.cluster_bits
     }
 
-    /// Everything of fixed place, and the checks that need nothing else.
+    /// Parses the fields at fixed places, and checks what needs nothing else.
     fn fixed_fields(fixed: &[u8; V3_HEADER_LENGTH as usize], path: &Path) -> Result<Header> {
         let fault = |what: String| Err(Error::damaged(format!("{} {what}", path.display())));
         let version = be32(fixed, 4);
@@ -223,8 +224,8 @@ impl Header {
         Ok(header)
     }
 
-    /// The L1 table must be aligned, inside the file and long enough for the virtual size; the
-    /// refcount table must be aligned and begin inside the file.
+    /// Verifies the tables. The L1 table must be aligned, inside the file and long enough for the
+    /// virtual size; the refcount table must be aligned and begin inside the file.
     fn check_tables(&self, file_len: u64, path: &Path) -> Result<()> {
         let fault = |what: &str| Err(Error::damaged(format!("{} {what}", path.display())));
         let cluster = self.cluster_size();
@@ -262,7 +263,7 @@ impl Header {
         Ok(())
     }
 
-    /// Where the backing name lies. imago wants it to end before the end of the cluster.
+    /// Finds the backing name. imago wants it to end before the end of the cluster.
     fn place_of_name(&self, fixed: &[u8], path: &Path) -> Result<Option<NameSpan>> {
         let fault = |what: &str| Err(Error::damaged(format!("{} {what}", path.display())));
         let place = NameSpan {
@@ -329,7 +330,7 @@ impl Header {
     }
 }
 
-/// Says no to every incompatible feature, by name.
+/// Refuses every incompatible feature, by name.
 fn refuse_features(bits: u64, path: &Path) -> Result<()> {
     let known = [
         (
@@ -367,7 +368,7 @@ fn refuse_features(bits: u64, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The format that a backing format extension names. "file" is the older name of raw.
+/// Parses a backing format extension. "file" is the older name of raw.
 fn backing_format(name: &[u8], path: &Path) -> Result<Format> {
     match name {
         b"qcow2" => Ok(Format::Qcow2),
@@ -380,8 +381,8 @@ fn backing_format(name: &[u8], path: &Path) -> Result<Format> {
     }
 }
 
-/// Takes the dirty bit from a copy of an image: its reference counts may be wrong, its tables are right, and
-/// nobody writes to a copy. `of` is what the original is called.
+/// Clears the dirty bit in a copy of an image. The copy's refcounts may be wrong, but its tables
+/// are right, and nothing writes to a copy. `of` is the path of the original, for messages.
 ///
 /// # Errors
 /// Those of reading and writing it.
@@ -402,13 +403,13 @@ pub fn forget_dirty(copy: &File, of: &Path) -> Result<()> {
         .context(message)
 }
 
-/// `len` bytes of `bytes` from `at`, if they are there.
+/// Returns `len` bytes of `bytes` from `at`, if they exist.
 fn slice(bytes: &[u8], at: u64, len: u64) -> Option<&[u8]> {
     let at = usize::try_from(at).ok()?;
     bytes.get(at..at.checked_add(usize::try_from(len).ok()?)?)
 }
 
-/// A big-endian u32 at `at`; what lies past the end of `bytes` is zeros.
+/// Reads a big-endian u32 at `at`; bytes past the end are zeros.
 pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes
         .get(at..)
@@ -416,7 +417,7 @@ pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
         .map_or(0, |four| u32::from_be_bytes(*four))
 }
 
-/// A big-endian u64 at `at`; what lies past the end of `bytes` is zeros.
+/// Reads a big-endian u64 at `at`; bytes past the end are zeros.
 pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
     bytes
         .get(at..)

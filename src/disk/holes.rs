@@ -1,19 +1,20 @@
-//! Where a file has data, as the file system's own map says it (FIEMAP).
+//! Finds the data of a file by the file system's own map (FIEMAP).
 //!
-//! SEEK_DATA does not do: space that was set aside and never written (mke2fs leaves such) counts as
-//! data for it while the kernel has pages of it, so what was read lately would decide what an export
-//! is made of.
+//! SEEK_DATA is not enough. It reports space that was allocated and never written (mke2fs leaves
+//! such) as data while the kernel has pages of it. So what was read lately would decide what an
+//! export contains.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// `_IOWR('f', 11, struct fiemap)` (linux/fs.h), as most machines encode it; elsewhere it fails, and
-/// is done without.
+/// `_IOWR('f', 11, struct fiemap)` (linux/fs.h), as most machines encode it. Elsewhere the call
+/// fails, and callers do without it.
 const FS_IOC_FIEMAP: libc::Ioctl = 0xc020_660b_u32 as libc::Ioctl;
-/// What is dirty is written first (linux/fiemap.h): so that nothing unwritten has data.
+/// Dirty pages are written first (linux/fiemap.h), so no extent is reported as unwritten that has
+/// data.
 const FLAG_SYNC: u32 = 1;
-/// The extent was set aside and never written: zeros.
+/// The extent was allocated and never written: zeros.
 const EXTENT_UNWRITTEN: u32 = 0x800;
 /// Extents asked for at once.
 const EXTENTS: usize = 64;
@@ -42,11 +43,11 @@ struct Request {
     extents: [FileExtent; EXTENTS],
 }
 
-/// Whether data is at `at` of `file`, or zeros nothing is stored for, and for how many bytes (1 to
-/// `max`) that goes on at least.
+/// Returns whether data is at `at` of `file`, or zeros that take no space, and for how many bytes
+/// (1 to `max`) that goes on at least.
 ///
 /// # Errors
-/// What the file system says: EOPNOTSUPP or ENOTTY where it has no such map.
+/// Those of the file system: EOPNOTSUPP or ENOTTY where it has no such map.
 pub(super) fn run_at(file: &File, at: u64, max: u64) -> io::Result<(bool, u64)> {
     let mut request = Request {
         start: at,
@@ -63,7 +64,7 @@ pub(super) fn run_at(file: &File, at: u64, max: u64) -> io::Result<(bool, u64)> 
     Ok(first_run(extents, at, at.saturating_add(max)))
 }
 
-/// The first run of one kind in `at..end`, of which these are the first extents, in order.
+/// Returns the first run of one kind in `at..end`, of which these are the first extents, in order.
 fn first_run(extents: &[FileExtent], at: u64, end: u64) -> (bool, u64) {
     let mut reached = at;
     let mut kind = None;
@@ -89,8 +90,8 @@ fn first_run(extents: &[FileExtent], at: u64, end: u64) -> (bool, u64) {
 }
 
 fn map(file: &File, request: &mut Request) -> io::Result<()> {
-    // SAFETY: the descriptor is open, and `request` is a struct fiemap with room for as many extents
-    // as `count` says.
+    // SAFETY: the descriptor is open, and `request` is a struct fiemap with room for as many
+    // extents as `count` says.
     match unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut *request) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),

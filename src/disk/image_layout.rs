@@ -1,4 +1,4 @@
-//! Where the parts of a computed image lie.
+//! The layout of a computed image.
 
 use super::overlay::CLUSTER;
 use std::ops::Range;
@@ -7,6 +7,7 @@ use std::ops::Range;
 pub(super) const BLOCK_ENTRIES: u64 = CLUSTER / 2;
 /// Table entries (64 bits each) in a cluster.
 pub(super) const TABLE_ENTRIES: u64 = CLUSTER / 8;
+
 /// Where the parts begin and end, as host cluster numbers. The header is cluster 0.
 pub(super) struct ImageLayout {
     pub refcount_table: Range<u64>,
@@ -17,11 +18,11 @@ pub(super) struct ImageLayout {
 }
 
 impl ImageLayout {
-    /// Where everything lies in an image of `l1_size` L1 entries, `tables` L2 tables and `clusters`
+    /// Computes the layout of an image of `l1_size` L1 entries, `tables` L2 tables and `clusters`
     /// data clusters.
     pub fn of(l1_size: u64, tables: u64, clusters: u64) -> ImageLayout {
         let others = 1 + l1_size.div_ceil(TABLE_ENTRIES) + tables + clusters;
-        // The refcounts count their own clusters too: grow until they cover everything.
+        // The refcounts count their own clusters, too: grow until they cover everything.
         let (mut blocks, mut table) = (1u64, 1u64);
         loop {
             let needed = (others + table + blocks).div_ceil(BLOCK_ENTRIES);
@@ -46,7 +47,7 @@ impl ImageLayout {
         }
     }
 
-    /// The refcount table's entry: where a refcount block is, 0 for none.
+    /// Returns an entry of the refcount table: where a refcount block is, 0 for none.
     pub fn refcount_table_entry(&self, index: u64) -> u64 {
         let block = self.refcount_blocks.start + index;
         if self.refcount_blocks.contains(&block) {

@@ -1,9 +1,9 @@
-//! The check of an image that came from outside, before a guest or a reader gets it.
+//! Checks images that come from outside, before a guest or a reader uses them.
 //!
-//! Nothing in such an image is trusted: every table is walked once and every host cluster it names
-//! is claimed in a bitmap, so that no two things share one and none lies outside the file. Then the
-//! refcounts are read once: a cluster in use with refcount 0 would be handed out again, and the
-//! guest's next write would land in somebody else's data.
+//! Nothing in such an image is trusted. Every table is walked once, and every host cluster it names
+//! is claimed in a bitmap, so no cluster is used twice and none lies outside the file. Then the
+//! refcounts are read once: a cluster in use with refcount 0 would be allocated again, and the
+//! guest's next write would damage other data.
 //!
 //! Offsets, masks and limits are those of qemu's `docs/interop/qcow2.rst` and `block/qcow2.h`.
 
@@ -26,7 +26,7 @@ use crate::{Context, Error, Result};
 const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 /// qemu's QCOW_MAX_REFTABLE_SIZE, in bytes.
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
-/// Most memory for one bit per host cluster, in bytes.
+/// The most memory for one bit per host cluster, in bytes.
 const MAX_BITMAP_BYTES: u64 = 64 << 20;
 /// Bytes of a table read at once.
 const TABLE_CHUNK: u64 = 64 << 10;
@@ -42,18 +42,20 @@ const ZERO: u64 = 1;
 /// Bits 9–63 of a refcount table entry.
 const REFCOUNT_OFFSET_MASK: u64 = !0x1ff;
 
-/// Checks that the image at `path` can stand alone and be written by a guest: a sane qcow2 header of
-/// 1 byte to 64 TiB; no backing file, external data file, encryption, internal snapshot, dirty or
-/// corrupt mark, extended L2 entries; tables and clusters aligned, inside the file, none in use
-/// twice (compressed clusters may share one, as the format has it); every host cluster in use with a
-/// refcount that covers its uses. Unset COPIED flags and leaked clusters are accepted.
+/// Checks that the image at `path` can stand alone and be written by a guest. It needs a sane qcow2
+/// header of 1 byte to 64 TiB; no backing file, external data file, encryption, internal snapshot,
+/// dirty or corrupt mark, or extended L2 entries; tables and clusters that are aligned, inside the
+/// file, and used once (compressed clusters may share one, as the format allows); and for every
+/// host cluster in use a refcount that covers its uses. Unset COPIED flags and leaked clusters are
+/// accepted.
 ///
-/// Memory is one bit per host cluster, at most 64 MiB, and at most one L2 table (2 MiB) and 32 MiB of
-/// counters beyond that. No more is read than twice the length of the file, whatever its tables say.
+/// It takes one bit of memory per host cluster, at most 64 MiB, and besides at most one L2 table (2
+/// MiB) and 32 MiB of counters. It reads at most twice the length of the file, whatever its tables
+/// say.
 ///
 /// # Errors
 ///
-/// EBADMSG naming the check that failed; what reading the file says where that fails.
+/// EBADMSG naming the check that failed; those of reading the file.
 pub fn inspect_standalone(path: &Path) -> Result<Header> {
     let file = open_image(path, false)?;
     let length = file
@@ -62,8 +64,8 @@ pub fn inspect_standalone(path: &Path) -> Result<Header> {
         .len();
     let header = Header::read(&file, path)
         .map_err(as_refusal)?
-        .ok_or_else(|| refused(path, "it is no qcow2 image"))?;
-    let image = Image {
+        .ok_or_else(|| refused(path, "it is not a qcow2 image"))?;
+    let image = InspectedImage {
         path,
         file,
         length,
@@ -76,7 +78,7 @@ pub fn inspect_standalone(path: &Path) -> Result<Header> {
     Ok(header)
 }
 
-/// A damaged header is, in something imported, a refused archive; other errors keep their errno.
+/// Makes a damaged header a refused archive; other errors keep their errno.
 fn as_refusal(error: Error) -> Error {
     match error.errno() {
         libc::EIO | libc::EOPNOTSUPP | libc::EINVAL => error.with_errno(libc::EBADMSG),
@@ -88,7 +90,7 @@ fn refused(path: &Path, why: impl AsRef<str>) -> Error {
     Error::bad_archive(format!("{} is refused: {}", path.display(), why.as_ref()))
 }
 
-/// One L2 entry, taken apart. Offsets and lengths in bytes of the file.
+/// A parsed L2 entry. Offsets and lengths are in bytes of the file.
 enum Mapping {
     Unallocated,
     /// Data, or an explicit zero cluster that keeps its place in the file.
@@ -99,7 +101,7 @@ enum Mapping {
     },
 }
 
-struct Image<'a> {
+struct InspectedImage<'a> {
     path: &'a Path,
     file: File,
     length: u64,
@@ -108,7 +110,7 @@ struct Image<'a> {
     read: Cell<u64>,
 }
 
-impl Image<'_> {
+impl InspectedImage<'_> {
     fn refused(&self, why: impl AsRef<str>) -> Error {
         refused(self.path, why)
     }
@@ -117,12 +119,12 @@ impl Image<'_> {
         self.header.cluster_size()
     }
 
-    /// Host clusters in the file, counting a last one that the file ends inside of.
+    /// Returns the number of host clusters in the file. A last partial one counts.
     fn host_clusters(&self) -> u64 {
         self.length.div_ceil(self.cluster_size())
     }
 
-    /// What [`Header::read`] leaves open, as other images may have it.
+    /// Checks what [`Header::read`] accepts in other images.
     fn check_header(&self) -> Result<()> {
         let header = self.header;
         let refcount_bytes = u64::from(header.refcount_table_clusters) << header.cluster_bits;
@@ -152,7 +154,7 @@ impl Image<'_> {
         Err(self.refused(why))
     }
 
-    /// A table must start at a cluster and lie inside the file.
+    /// Verifies that a table starts at a cluster and lies inside the file.
     fn check_place(&self, what: &str, offset: u64, bytes: u64) -> Result<()> {
         if !offset.is_multiple_of(self.cluster_size()) {
             return Err(self.refused(format!("the {what} at {offset:#x} is not cluster-aligned")));
@@ -188,7 +190,7 @@ impl Image<'_> {
             .try_for_each(|window| self.check_compressed(&claims, window))
     }
 
-    /// The host clusters that the bytes `start..end`, which are not empty, lie in.
+    /// Returns the host clusters of the bytes `start..end`, which are not empty.
     fn clusters_of(&self, start: u64, end: u64) -> RangeInclusive<u64> {
         let bits = self.header.cluster_bits;
         start >> bits..=end.saturating_sub(1) >> bits
@@ -215,7 +217,7 @@ impl Image<'_> {
         })
     }
 
-    /// The file offset of the refcount block a refcount table entry names.
+    /// Returns the file offset of the refcount block that a refcount table entry names.
     fn refcount_block(&self, entry: u64) -> Result<Option<u64>> {
         if entry & !REFCOUNT_OFFSET_MASK != 0 {
             return Err(self.refused(format!(
@@ -285,8 +287,8 @@ impl Image<'_> {
 
     /// Calls `visit` with every L2 table's offset, then with each of its mappings.
     ///
-    /// A table that two L1 entries name is refused by the claim on the first walk, before it is
-    /// read twice: so a walk reads no more than the file holds.
+    /// The claim on the first walk refuses a table that two L1 entries name, before it is read
+    /// twice. So a walk reads no more than the file has.
     fn each_mapping(
         &self,
         mut visit: impl FnMut(&Self, u64, MappingOrTable) -> Result<()>,
@@ -333,8 +335,9 @@ impl Image<'_> {
         })
     }
 
-    /// A compressed cluster: the lower `62 - (cluster_bits - 8)` bits are its offset, the rest up to
-    /// bit 61 how many 512-byte sectors it reaches into beyond the one it starts in.
+    /// Parses a compressed cluster: the lower `62 - (cluster_bits - 8)` bits are its offset, the
+    /// others up to bit 61 the number of 512-byte sectors it reaches into beyond the one it starts
+    /// in.
     fn compressed(&self, entry: u64) -> Result<Mapping> {
         if entry & COPIED != 0 {
             return Err(self.refused(format!(
@@ -354,9 +357,9 @@ impl Image<'_> {
         Ok(Mapping::Compressed { start, end })
     }
 
-    /// Host clusters that hold compressed data belong to nothing else, and are counted once for every
-    /// guest cluster in them. Looks at those of a window alone, to keep memory bounded whatever the
-    /// file's size.
+    /// Verifies that host clusters with compressed data are used for nothing else, and counts them
+    /// once for every guest cluster in them. It looks at one window, to bound memory for files of
+    /// any size.
     fn check_compressed(&self, claims: &Claims, window: Range<u64>) -> Result<()> {
         let Range { start: first, end } = window;
         let mut uses = vec![0u16; end.saturating_sub(first) as usize];
@@ -372,7 +375,7 @@ impl Image<'_> {
                     )));
                 }
                 if let Some(uses) = uses.get_mut((cluster - first) as usize) {
-                    // Far more than any packer can get into one cluster.
+                    // Far more than can be packed into one cluster.
                     *uses = uses.checked_add(1).ok_or_else(|| {
                         this.refused(format!(
                             "the compressed cluster at {start:#x} shares its place with over 65535 others"
@@ -391,13 +394,13 @@ impl Image<'_> {
         })
     }
 
-    /// Every cluster in `first..end` must have a refcount of at least `uses(cluster)`. Reads the
-    /// refcount blocks in order, each once.
+    /// Verifies that every cluster in `first..end` has a refcount of at least `uses(cluster)`.
+    /// Reads the refcount blocks in order, each once.
     fn check_refcounts(&self, first: u64, end: u64, uses: impl Fn(u64) -> u64) -> Result<()> {
         let header = self.header;
         let per_block = (self.cluster_size() * 8) >> header.refcount_order;
         let blocks = (u64::from(header.refcount_table_clusters) << header.cluster_bits) / 8;
-        // Clusters no refcount block speaks of come after the last one.
+        // Clusters without a refcount block come after the last block.
         let mut next = first;
         let mut block = vec![0; self.cluster_size() as usize];
         self.each_entry(header.refcount_table_offset, blocks, |index, entry| {
@@ -434,14 +437,14 @@ impl Image<'_> {
     }
 }
 
-/// What a walk over the L2 tables meets.
+/// What a walk over the L2 tables visits.
 enum MappingOrTable {
     Table,
     Mapping(Mapping),
 }
 
-/// The refcount at `index` of a block of `2^order`-bit counters. Below a byte, the first counter is
-/// in the lowest bits; from 16 bits on they are big-endian.
+/// Returns the refcount at `index` of a block of `2^order`-bit counters. Below a byte, the first
+/// counter is in the lowest bits; from 16 bits on they are big-endian.
 fn refcount(block: &[u8], index: u64, order: u32) -> u64 {
     let index = index as usize;
     if order < 3 {

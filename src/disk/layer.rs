@@ -1,4 +1,4 @@
-//! One open image file, looked at without what lies below it.
+//! One open image file, without the layers below it.
 //!
 //! imago reads the mapping tables and inflates compressed clusters; data is read from our own
 //! descriptor, at the host offsets that imago names.
@@ -18,7 +18,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// An image file, opened for reading, with no layer below it attached. Keeps reading the same inode
+/// An image file, opened for reading, without the layer below it. It keeps reading the same inode,
 /// whatever happens to its names.
 pub struct Layer {
     path: PathBuf,
@@ -33,15 +33,15 @@ pub struct Layer {
 struct Mapped {
     header: Header,
     access: FormatAccess<imago::file::File>,
-    /// The compressed cluster inflated last, with its guest offset: reads smaller than a cluster
+    /// The compressed cluster inflated last, with its guest offset. Reads smaller than a cluster
     /// would inflate it again and again.
     inflated: Mutex<Option<(u64, Vec<u8>)>>,
 }
 
-/// What a layer alone has to say about a run of guest bytes.
+/// What one layer has for a run of guest bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Run {
-    /// Nothing: look at the layer below.
+    /// Nothing: the layer below has it.
     Unallocated,
     /// Zeros, whatever lies below.
     Zero,
@@ -52,15 +52,15 @@ pub(super) enum Run {
 }
 
 impl Layer {
-    /// Opens the image at `path` for reading, as `format` says. Errors: those of opening;
-    /// EINVAL when it is no regular file; EIO when a qcow2 is not one, is damaged or needs a feature
-    /// that is not supported (see [`Header::read`]).
+    /// Opens the image at `path` for reading, in this format. Errors: those of opening; EINVAL when
+    /// it is not a regular file; EIO when it should be a qcow2 and is not one, is damaged or needs
+    /// an unsupported feature (see [`Header::read`]).
     pub fn open(path: &Path, format: Format) -> Result<Layer> {
         let file = open_image(path, false)?;
         Layer::of(path, file, format)
     }
 
-    /// As [`Layer::open`], of a file that is open already.
+    /// Opens a layer as [`Layer::open`] does, from an open file.
     pub(super) fn of(path: &Path, file: File, format: Format) -> Result<Layer> {
         let meta = file
             .metadata()
@@ -91,7 +91,7 @@ impl Layer {
         self.id
     }
 
-    /// How its bytes make a disk.
+    /// Its format.
     pub fn format(&self) -> Format {
         self.format
     }
@@ -111,8 +111,8 @@ impl Layer {
         &self.file
     }
 
-    /// Whether any cluster is not "unallocated": data, compressed or explicit zero, i.e. whether the
-    /// layer differs from what lies below it. A raw image always does. EIO when the tables are
+    /// Returns whether any cluster is not "unallocated": data, compressed or explicit zeros. Then
+    /// the layer differs from the one below it. A raw image always does. EIO when the tables are
     /// damaged.
     pub fn holds_data(&self) -> Result<bool> {
         if self.format == Format::Raw {
@@ -128,8 +128,8 @@ impl Layer {
         Ok(false)
     }
 
-    /// What lies at guest offset `at`, and for how many bytes (1 to `max`; `max` is not 0) it goes on.
-    /// Beyond the virtual size: zeros, whatever lies below.
+    /// Returns what is at guest offset `at`, and for how many bytes (1 to `max`; `max` is not 0)
+    /// that goes on. Beyond the virtual size: zeros, whatever lies below.
     pub(super) fn run_at(&self, at: u64, max: u64) -> Result<(Run, u64)> {
         let Some(inside) = self.virtual_size.checked_sub(at).filter(|&n| n > 0) else {
             return Ok((Run::Zero, max));
@@ -149,7 +149,7 @@ impl Layer {
         Ok((run, len.min(max)))
     }
 
-    /// Data or a hole of the file.
+    /// Finds data or a hole by the file system's map.
     fn raw_run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
         match holes::run_at(&self.file, at, max) {
             Ok((true, len)) => Ok((Run::Data { host: at }, len)),
@@ -160,7 +160,7 @@ impl Layer {
         }
     }
 
-    /// The same by SEEK_DATA. A file system without that shows all as data.
+    /// Finds data or a hole by SEEK_DATA. A file system without that shows everything as data.
     fn sought_run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
         let end = at + max;
         let data = match seek(&self.file, SeekFrom::Data(at)) {
@@ -172,7 +172,7 @@ impl Layer {
         if data > at {
             return Ok((Run::Zero, data.min(end) - at));
         }
-        // ENXIO: somebody cut the file at `at` meanwhile; `Chain::unchanged` will say so.
+        // ENXIO: the file was cut at `at` meanwhile; `Chain::unchanged` will report it.
         let hole = match seek(&self.file, SeekFrom::Hole(at)) {
             Ok(hole) => hole.clamp(at + 1, end),
             Err(Errno::NXIO) => end,
@@ -198,7 +198,7 @@ impl Layer {
             .context(|| format!("cannot inflate data of the layer {}", self.path.display()))
     }
 
-    /// Whether length or mtime of the open file are not what `since` says.
+    /// Returns whether length or mtime of the open file differ from `since`.
     pub(super) fn differs_from(&self, since: &std::fs::Metadata) -> Result<bool> {
         let now = self
             .file
@@ -239,7 +239,8 @@ impl Mapped {
         let run = match mapping {
             ShallowMapping::Raw { offset, .. } => Run::Data { host: offset },
             ShallowMapping::Zero { explicit: true, .. } => Run::Zero,
-            // Without an image below, imago shows what is unallocated as zeros that nobody wrote.
+            // Without an image below, imago reports unallocated clusters as zeros that are not
+            // explicit.
             ShallowMapping::Zero { .. } => Run::Unallocated,
             ShallowMapping::Special { .. } => Run::Compressed,
             _ => {
@@ -270,9 +271,9 @@ impl Mapped {
 
     /// Fills `buf`, a cluster long, with the compressed cluster at guest offset `at`.
     ///
-    /// A stream that refers to what lies before its own beginning is damaged, and an error for qemu.
-    /// imago takes what was in the buffer before for it: bytes of anything this process had in its
-    /// memory. So it is done twice, over other bytes; compressed clusters are rare.
+    /// A stream that refers to bytes before its own beginning is damaged, and an error for qemu.
+    /// imago would take whatever was in the buffer: any bytes this process had in memory. So it is
+    /// inflated twice, over different bytes; compressed clusters are rare.
     fn inflate(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
         let mut again = vec![0xffu8; buf.len()];
         buf.fill(0);
@@ -282,12 +283,13 @@ impl Mapped {
             Ok(())
         } else {
             Err(io::Error::other(format!(
-                "the compressed cluster at guest offset {at} refers to what lies before its beginning"
+                "the compressed cluster at guest offset {at} refers to bytes before its beginning"
             )))
         }
     }
 
-    /// A part of the compressed cluster at guest offset `at`, `within` bytes into it.
+    /// Fills `buf` with a part of the compressed cluster at guest offset `at`, `within` bytes into
+    /// it.
     fn read_inflated(&self, at: u64, within: usize, buf: &mut [u8]) -> io::Result<()> {
         let mut inflated = self.inflated.lock();
         if inflated.as_ref().is_none_or(|(held, _)| *held != at) {
@@ -307,8 +309,8 @@ impl Mapped {
 /// Bits of an L1 entry that are the host offset of an L2 table (qcow2.rst).
 const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// imago takes an L2 table beyond the end of the file for an empty one: a file that was cut short
-/// would silently lose data.
+/// Verifies that all L2 tables lie in the file. imago takes one beyond the end for an empty table,
+/// so a file that was cut short would silently lose data.
 fn check_l1_entries(file: &File, header: &Header, file_len: u64, path: &Path) -> Result<()> {
     let mut table = vec![0u8; header.l1_size as usize * 8];
     read_zero_padded(file, &mut table, header.l1_table_offset)

@@ -1,18 +1,22 @@
 //! One qcow2 layer, and chains of them: the only room that knows qcow2.
 //!
-//! * `header`: what the first cluster of an image says, and the one way it is ever changed (rebase).
+//! * `file`: image files, opened, identified, read and stamped.
+//! * `header`: the header of an image. `rebase`: the one way a header is changed.
 //! * `overlay`: a new, empty layer on top of another.
 //! * `holes`: where a raw image has data.
-//! * `layer`: one open image file, looked at without what lies below it.
-//! * `chain`: layers above one another, top first, as the guest sees them.
-//! * `flatten`: a chain, or the upper part of one, as one image, computed and not stored.
-//! * `write`: such an image as a file.
-//! * `direct`: writing past the page cache.
+//! * `layer`: one open image, without the layers below it.
+//! * `descent`, `walk`, `chain`: a chain of layers as the guest sees it, opened from header to
+//!   header, and walked along its bytes.
+//! * `image_layout`, `window`, `flatten`: a chain, or its upper layers, as one image, computed and
+//!   not stored.
+//! * `write`: such an image as a file. `direct`: writes past the page cache. `reflink`: shared
+//!   blocks.
 //! * `inspect`: whether an image that came from outside may be used.
 //! * `state`: states of files, and the clocks that tell whether one can change unseen.
 //!
-//! Knows nothing of boxes, rows or archives. Format rules are those of qemu's `docs/interop/qcow2.rst`,
-//! the limits are qemu's and imago's where they are tighter than the format's.
+//! The room knows nothing of boxes, rows or archives. Format rules are those of qemu's
+//! `docs/interop/qcow2.rst`. The limits are qemu's and imago's where these are tighter than the
+//! format's.
 
 mod chain;
 mod descent;
@@ -49,7 +53,7 @@ pub use reflink::share_contents;
 pub use state::{FileClock, FileState, LONGEST_TICK, Moment, Stamped};
 pub use walk::{DataSource, Extent};
 
-/// How the bytes of an image file make a disk.
+/// The format of an image file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
     /// qemu's qcow2, version 2 or 3.
@@ -59,7 +63,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// The name as it stands in a backing format extension: `qcow2` or `raw`.
+    /// Returns the name in a backing format extension: `qcow2` or `raw`.
     pub fn name(self) -> &'static str {
         match self {
             Format::Qcow2 => "qcow2",

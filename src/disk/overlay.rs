@@ -1,4 +1,4 @@
-//! A new, empty layer on top of another.
+//! Creates overlays: new, empty layers on top of others.
 
 use super::Format;
 use super::header::{EXTENSION_BACKING_FORMAT, MAGIC, MAX_BACKING_NAME, MAX_L1_ENTRIES};
@@ -36,7 +36,7 @@ pub(super) struct NewHeader {
 }
 
 impl NewHeader {
-    /// The header structure: 104 bytes, no extension.
+    /// Returns the header structure: 104 bytes, no extension.
     pub fn bytes(&self) -> [u8; HEADER_LENGTH as usize] {
         let mut bytes = [0u8; HEADER_LENGTH as usize];
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
@@ -57,8 +57,8 @@ impl NewHeader {
         bytes
     }
 
-    /// Header, extensions and backing name of an image on top of the layer `name`, which
-    /// `backing_name_len` is the length of.
+    /// Returns header, extensions and backing name of an image on top of the layer `name`;
+    /// `backing_name_len` is its length.
     pub fn bytes_with_backing(&self, name: &[u8], format: Format) -> Vec<u8> {
         let mut bytes = self.bytes().to_vec();
         bytes.extend(EXTENSION_BACKING_FORMAT.to_be_bytes());
@@ -72,9 +72,9 @@ impl NewHeader {
     }
 }
 
-/// The virtual size and the number of L1 entries of a new image for a disk of `size` bytes. The size
-/// is rounded up to whole sectors of 512 bytes, as qemu does: it truncates an odd one when opening.
-/// EFBIG beyond 2 PiB, what the largest L1 table reaches.
+/// Returns the virtual size and the number of L1 entries of a new image for a disk of `size` bytes.
+/// The size is rounded up to sectors of 512 bytes, as qemu does, which truncates an odd one when it
+/// opens it. EFBIG beyond 2 PiB, the reach of the largest L1 table.
 pub(super) fn dimensions(size: u64) -> Result<(u64, u32)> {
     let entries = size.div_ceil(L2_COVERS).max(1);
     match u32::try_from(entries) {
@@ -90,12 +90,12 @@ pub(super) fn dimensions(size: u64) -> Result<(u64, u32)> {
 
 /// Writes an empty overlay for the layer at `backing`: qcow2 version 3, 64 KiB clusters, 16-bit
 /// refcounts, the backing path at byte 512 and a backing format extension, as BoxLite writes it.
-/// `backing` must be absolute; `virtual_size` is in bytes, rounded up to whole sectors. The file is
-/// synced, its directory is not.
+/// `backing` must be absolute; `virtual_size` is in bytes, rounded up to sectors. It flushes the
+/// file, but not its directory.
 ///
 /// Errors: EEXIST when `path` exists; EINVAL when `backing` is not absolute or not UTF-8;
-/// ENAMETOOLONG when it has over 1023 bytes; EFBIG beyond 2 PiB; those of writing (then nothing
-/// stays behind).
+/// ENAMETOOLONG when it has over 1023 bytes; EFBIG beyond 2 PiB; those of writing (then no file
+/// stays).
 pub fn create_overlay(
     path: &Path,
     backing: &Path,
@@ -113,13 +113,13 @@ pub fn create_overlay(
         .open(path)
         .context(failed)?;
     write_empty(&file, &header, l1_size).map_err(|e| {
-        // Half an overlay is of no use; the first error is the one to report.
+        // Half an overlay is useless; the first error is the one to report.
         let _ = std::fs::remove_file(path);
         Error::io(failed(), e)
     })
 }
 
-/// The backing path as it may stand in a header.
+/// Returns the backing path as it may be in a header.
 pub(super) fn backing_name(backing: &Path) -> Result<&[u8]> {
     let name = backing.as_os_str().as_bytes();
     let refused = |errno, why: &str| {
@@ -157,7 +157,7 @@ fn first_cluster(name: &[u8], format: Format, virtual_size: u64, l1_size: u32) -
     header.bytes_with_backing(name, format)
 }
 
-/// Writes what is not zero, extends the file over the L1 table and syncs it.
+/// Writes everything but zeros, extends the file over the L1 table and flushes it.
 fn write_empty(file: &File, header: &[u8], l1_size: u32) -> io::Result<()> {
     let clusters = 3 + (u64::from(l1_size) * 8).div_ceil(CLUSTER);
     file.set_len(clusters * CLUSTER)?;

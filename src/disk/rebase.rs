@@ -1,4 +1,4 @@
-//! Rebasing an image in place: the one way a header is ever changed.
+//! Rebases images in place: the one way a header is changed.
 
 use super::file::{FileTimes, open_image};
 use super::header::{MAX_BACKING_NAME, NameSpan};
@@ -10,25 +10,25 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Makes the qcow2 image at `image` name `new_backing` as the layer below it, in place. The format
-/// of the layer below stays as it is stored. Contents do not change, so access and modification
-/// times are put back. Does nothing if the image names that path already.
+/// Makes the qcow2 image at `image` name `new_backing` as the layer below it, in place. The stored
+/// format of the layer below stays. Access and modification times are restored, since the contents
+/// stay. Does nothing if the image names that path already.
 ///
-/// Crash-safe and repeatable: the new name is written to a place nothing refers to and synced, then
-/// offset and length (bytes 8 to 19, within one sector) in one write and synced.
+/// Crash-safe and repeatable: writes the new name to a place that nothing refers to and flushes it,
+/// then writes offset and length (bytes 8 to 19, within one sector) in one write and flushes them.
 ///
 /// EOPNOTSUPP, with the file untouched (copy the layer instead): the image is raw or has no backing
-/// file; no end marker in its header extensions; the path is empty, not UTF-8 or over 1023 bytes;
-/// no room for it in the first cluster; or the file at `new_backing` is of another format than
-/// the header says. EIO as [`Header::read`]; other errors are those of the system calls.
+/// file; its header extensions have no end marker; the path is empty, not UTF-8 or over 1023 bytes;
+/// the first cluster has no room for it; or the file at `new_backing` has another format than the
+/// header says. EIO as [`Header::read`]; other errors are those of the system calls.
 pub fn rebase(image: &Path, new_backing: &Path) -> Result<()> {
     rebase_opened(&open_image(image, true)?, image, new_backing)
 }
 
-/// Likewise, if the image still is the file `id`.
+/// Rebases as [`rebase`] does, if the image still is the file `id`.
 ///
 /// # Errors
-/// As [`rebase`]; EBUSY when another file has its name by now.
+/// As [`rebase`]; EBUSY when another file has its name.
 pub fn rebase_this(image: &Path, id: FileId, new_backing: &Path) -> Result<()> {
     let file = open_image(image, true)?;
     if FileId::of_open(&file, image)? != id {
@@ -70,8 +70,8 @@ fn rebase_opened(file: &File, image: &Path, new_backing: &Path) -> Result<()> {
     write_backing(file, image, place, name)
 }
 
-/// The format at `target` must be the stored one: a "raw" extension over a qcow2 silently reads
-/// zeros. A target that is not there (yet) cannot be compared.
+/// Verifies that the layer at `target` has the stored format: with a "raw" extension, a qcow2
+/// silently reads as zeros. A target that does not exist (yet) is not compared.
 fn check_same_format(target: &Path, stored: Format) -> Result<(), String> {
     let found = match Header::open(target) {
         Ok(Some(_)) => Format::Qcow2,
@@ -90,8 +90,8 @@ fn check_same_format(target: &Path, stored: Format) -> Result<(), String> {
     ))
 }
 
-/// A span of `len` bytes in the first cluster that nothing uses: after the extensions, outside of the
-/// current name, ending before the end of the cluster (where imago would refuse it).
+/// Finds a span of `len` bytes in the first cluster that nothing uses: after the extensions,
+/// outside of the current name, ending before the end of the cluster (where imago would refuse it).
 fn unused_span(header: &Header, len: u64) -> Result<NameSpan, String> {
     let start = header
         .extensions_end
@@ -110,7 +110,7 @@ fn unused_span(header: &Header, len: u64) -> Result<NameSpan, String> {
     Ok(span)
 }
 
-/// The two synced writes of a rebase.
+/// Does the two flushed writes of a rebase.
 fn write_backing(file: &File, image: &Path, place: NameSpan, name: &[u8]) -> Result<()> {
     let failed = || format!("cannot write the header of {}", image.display());
     let meta = file.metadata().context(failed)?;
@@ -123,13 +123,13 @@ fn write_backing(file: &File, image: &Path, place: NameSpan, name: &[u8]) -> Res
     pointer[8..].copy_from_slice(&(name.len() as u32).to_be_bytes());
     let mut old = [0u8; 12];
     file.read_exact_at(&mut old, 8).context(failed)?;
-    // A crash after this leaves the old or the new path, both whole.
+    // A crash after this leaves the old or the new path, and both are complete.
     let written = write_untimed(file, &pointer, 8, &times)
         .context(failed)
         .and_then(|()| sync(file, image));
     if written.is_err() {
-        // The kernel takes what a flush failed for as written. With the old path back, whoever tries again
-        // writes the new one again, and does not find it there already.
+        // The kernel considers pages written whose flush failed. With the old path restored,
+        // another attempt writes the new path again instead of finding it there.
         let taken_back = write_untimed(file, &old, 8, &times).and_then(|()| file.sync_all());
         if taken_back.is_err() {
             let unflushed = (image.to_owned(), FileId::of(&meta));
@@ -139,16 +139,16 @@ fn write_backing(file: &File, image: &Path, place: NameSpan, name: &[u8]) -> Res
     written
 }
 
-/// Images that name either path after a loss of power: what a rebase wrote could not be flushed, nor could the
-/// old path.
+/// Images that may name either path after a power loss: neither the new path nor the restored old
+/// one could be flushed.
 static UNFLUSHED: Mutex<Vec<(PathBuf, FileId)>> = Mutex::new(Vec::new());
 
-/// Has the images for which [`rebase`] failed and could not take that back name on disk what they are read to
-/// name. To be called before a layer loses a name or goes that one of them may name. What is no longer where it
-/// was is left as it is.
+/// Flushes the headers of images for which [`rebase`] failed and could not restore the old path, so
+/// that they name on disk what they are read to name. Call it before a layer loses a name, or is
+/// removed, that one of them may name. An image that is no longer at its path is left alone.
 ///
 /// # Errors
-/// EIO and others of the system calls: not yet.
+/// EIO and others of the system calls: call it again later.
 pub fn flush_headers() -> Result<()> {
     let unflushed = UNFLUSHED.lock().clone();
     for (image, id) in unflushed {
@@ -160,13 +160,14 @@ pub fn flush_headers() -> Result<()> {
     Ok(())
 }
 
-/// Writes the backing path as it is read. What a flush failed for counts as written; this does not.
+/// Writes the backing path as it is read. Pages whose flush failed count as written; newly written
+/// ones do not.
 fn write_again(file: &File, image: &Path) -> Result<()> {
     let failed = || format!("cannot write the header of {}", image.display());
     let times = FileTimes::of(&file.metadata().context(failed)?);
     if let Some(name) = Header::read(file, image)?.and_then(|header| header.name) {
         for place in [name, NameSpan { offset: 8, len: 12 }] {
-            // A path has 1023 bytes at most.
+            // A path has at most 1023 bytes.
             let mut bytes = vec![0; place.len as usize];
             file.read_exact_at(&mut bytes, place.offset)
                 .and_then(|()| write_untimed(file, &bytes, place.offset, &times))
@@ -176,13 +177,13 @@ fn write_again(file: &File, image: &Path) -> Result<()> {
     sync(file, image)
 }
 
-/// fsync with a message.
+/// Flushes a file.
 fn sync(file: &File, image: &Path) -> Result<()> {
     file.sync_all()
         .context(|| format!("cannot sync {}", image.display()))
 }
 
-/// A write that leaves the times as `times` has them, for readers who watch the mtime.
+/// Writes and restores the times, since readers watch the mtime.
 fn write_untimed(file: &File, bytes: &[u8], offset: u64, times: &FileTimes) -> std::io::Result<()> {
     file.write_all_at(bytes, offset)?;
     times.set(file)

@@ -12,11 +12,11 @@ struct CloneRange {
     to_offset: u64,
 }
 
-/// `_IOW(0x94, 13, struct file_clone_range)` (linux/fs.h), as most machines encode it; elsewhere it
-/// fails, and is done without.
+/// `_IOW(0x94, 13, struct file_clone_range)` (linux/fs.h), as most machines encode it. Elsewhere
+/// the call fails, and callers do without it.
 const FICLONERANGE: libc::Ioctl = 0x4020_940d_u32 as libc::Ioctl;
 
-/// Has two files share blocks, as btrfs and xfs can.
+/// Makes two files share blocks, as btrfs and xfs can.
 pub(super) fn clone_range(
     from: &File,
     from_offset: u64,
@@ -30,14 +30,16 @@ pub(super) fn clone_range(
         from_length,
         to_offset,
     };
-    // SAFETY: both descriptors are open, and `request` is a struct file_clone_range, which is only read.
+    // SAFETY: both descriptors are open, and `request` is a struct file_clone_range, which is only
+    // read.
     match unsafe { libc::ioctl(to.as_raw_fd(), FICLONERANGE, &raw const request) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
     }
 }
 
-/// Has an empty file share all blocks of another, as btrfs and xfs can; false if the file system can't.
+/// Makes an empty file share all blocks of another, as btrfs and xfs can; false if the file system
+/// can't.
 pub fn share_contents(from: &File, to: &File) -> bool {
     // A length of 0 reaches to the end.
     clone_range(from, 0, 0, to, 0).is_ok()

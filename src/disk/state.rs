@@ -1,13 +1,12 @@
-//! The states of files, and whether a file can change without showing another state.
+//! States of files, and whether a file can change without showing another state.
 //!
-//! A file system stamps what is written with a clock that moves in ticks: nanoseconds where it has
-//! multigrain time stamps, else 1 to 10 ms, a whole second (ext4 with inodes of 128 bytes, NFS over
-//! such), or two. Two writes within one tick leave the same time. So a state says which bytes a
-//! file has only once the clock has moved on since: then whatever is written next gets another
-//! time.
+//! A file system stamps writes with a clock that moves in ticks: nanoseconds with multigrain time
+//! stamps, else 1 to 10 ms, a whole second (ext4 with inodes of 128 bytes, NFS on such), or two.
+//! Two writes within one tick leave the same time. So a state identifies a file's bytes only once
+//! the clock has moved on since: then any later write gets another time.
 //!
-//! How long a tick is need not be known. A [`FileClock`] changes a file without a name on the same
-//! file system and looks which time that got: a [`Moment`]. A state that was looked at after a
+//! The length of a tick need not be known. A [`FileClock`] changes a file without a name on the
+//! same file system and reads the time that got: a [`Moment`]. A state that was read after a
 //! moment, and that is older than it, can't change unseen.
 
 use std::collections::HashMap;
@@ -23,19 +22,19 @@ use parking_lot::Mutex;
 use super::FileId;
 use super::file::FileTimes;
 
-/// The longest tick of any file system (FAT): a file that was seen unchanged for so long shows the
+/// The longest tick of any file system (FAT). A file that was unchanged for this long shows the
 /// next change, whatever its clock says.
 pub const LONGEST_TICK: Duration = Duration::from_secs(2);
 
-/// How far the clock of a file server may be from ours where it can't be asked for its time.
+/// How far the clock of a file server may be from ours, if it can't be asked for its time.
 const ASTRAY: Duration = Duration::from_secs(24 * 3600);
 
-/// Longest pause between two looks at a clock that is waited for.
+/// The longest pause between two looks at a clock that is waited for.
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
-/// Which file it is and in which state. A rebase changes none of it, nor do a new name and a
-/// rename. A file that got the inode number of one that is gone was born later. As long as this is
-/// the same, so are the bytes, if a [`Moment`] before it was looked at is after it.
+/// The identity of a file, and its state. A rebase, a new name and a rename leave it as it is. A
+/// later file with the same inode number has another birth time. As long as this is the same, so
+/// are the bytes, if a [`Moment`] taken before it was read is after it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FileState {
     /// Which file.
@@ -44,8 +43,8 @@ pub struct FileState {
     pub len: u64,
     /// When it was last written, in nanoseconds since 1970.
     pub modified: i128,
-    /// When it was made, likewise; below 0 the inode's generation where the file system does not
-    /// keep that, and 0 where neither is known.
+    /// When it was created, in nanoseconds since 1970. Where the file system does not keep that:
+    /// below 0, from the inode's generation, or 0 if neither is known.
     pub born: i128,
 }
 
@@ -77,14 +76,14 @@ impl FileState {
         }
     }
 
-    /// Whether `meta`, looked at by a path, describes this state.
+    /// Returns whether `meta`, read by a path, describes this state.
     pub fn is_of(&self, meta: &Metadata) -> bool {
         let now = FileState::of(meta);
         let born = if self.born < 0 { self.born } else { now.born };
         *self == FileState { born, ..now }
     }
 
-    /// The same as bytes, for hashing.
+    /// Returns it as bytes, for hashing.
     pub fn bytes(&self) -> [u8; 56] {
         let mut bytes = [0; 56];
         let (id, rest) = bytes.split_at_mut(24);
@@ -101,7 +100,7 @@ impl FileState {
     }
 }
 
-/// The generation of an inode: another one each time its number is given away.
+/// Returns the generation of an inode: another one each time its number is reused.
 fn generation(file: &File) -> Option<u32> {
     let mut number: libc::c_long = 0;
     // SAFETY: the descriptor is open as long as `file` is; the kernel writes an int into `number`,
@@ -112,14 +111,14 @@ fn generation(file: &File) -> Option<u32> {
     written.filter(|_| done == 0)
 }
 
-/// What the clocks of file systems said: what is looked at from then on, and is older, can't change
-/// unseen.
+/// The times of file systems at one moment. A state that is read from then on, and is older, can't
+/// change unseen.
 #[derive(Clone, Debug, Default)]
 pub struct Moment(Vec<(u64, i128)>);
 
 impl Moment {
-    /// Whether a file of this file system with this time (nanoseconds since 1970), which it was
-    /// seen to have after the moment was taken, gets another one when it is changed.
+    /// Returns whether a file of this file system gets another time when it is changed. `time` (in
+    /// nanoseconds since 1970) is the time it was seen to have after the moment was taken.
     pub fn is_after(&self, dev: u64, time: i128) -> bool {
         self.0.iter().any(|(of, now)| *of == dev && time < *now)
     }
@@ -130,7 +129,7 @@ impl Moment {
     }
 }
 
-/// A file, and a time of its file system that it has.
+/// A file, and its time on its file system.
 #[derive(Clone, Debug)]
 pub struct Stamped {
     /// Where it is.
@@ -150,20 +149,20 @@ pub struct FileClock {
 /// The clock of one file system.
 #[derive(Default)]
 struct Clock {
-    /// A file without a name on it. Within: none where what is made lies on another (overlayfs has
-    /// several in one).
+    /// A file without a name on it. The inner None: new files lie on another file system (overlayfs
+    /// has several in one).
     probe: Option<Option<Arc<File>>>,
     /// Its latest time.
     latest: Option<i128>,
-    /// Our own time then: should ours go back, theirs may have as well.
+    /// Our own time then. If our clock goes back, theirs may have gone back as well.
     at: Option<SystemTime>,
 }
 
-/// Makes a file without a name where a file system can't do so by itself.
+/// Creates a file without a name where a file system can't do so by itself.
 pub type MakeProbe<'a> = dyn Fn() -> Option<File> + 'a;
 
 impl FileClock {
-    /// The latest moment that is known.
+    /// Returns the latest known moment.
     pub fn latest(&self) -> Moment {
         let now = SystemTime::now();
         let mut known = self.known.lock();
@@ -178,8 +177,8 @@ impl FileClock {
         )
     }
 
-    /// Asks the clocks of these files that are not known to have moved on since. Whether all have
-    /// by now.
+    /// Asks the clocks of these files, unless they are known to have moved on since. Returns
+    /// whether all have.
     pub fn advance(&self, files: &[Stamped], make: &MakeProbe<'_>) -> bool {
         let latest = self.latest();
         let mut all = true;
@@ -197,8 +196,8 @@ impl FileClock {
         all
     }
 
-    /// The time of a file system now; None where nothing can be changed on it. It is changed
-    /// without a lock: that may take a while.
+    /// Returns the time of a file system now; None if nothing can be changed on it. It takes no
+    /// lock while it changes the file, since that may take a while.
     fn ask(&self, file: &Stamped, make: &MakeProbe<'_>) -> Option<i128> {
         let probe = match self.probe_on(file.dev) {
             Some(probe) => probe,
@@ -220,7 +219,7 @@ impl FileClock {
     }
 
     /// Waits until the clocks of these files have moved on, at most for the longest tick there is:
-    /// what was not changed by then shows the next change.
+    /// a file that did not change for this long shows the next change.
     pub fn wait(&self, files: &[Stamped], make: &MakeProbe<'_>) {
         let began = Instant::now();
         let mut pause = Duration::from_millis(1);
@@ -235,7 +234,7 @@ impl FileClock {
     }
 }
 
-/// A file without a name in the directory of another.
+/// Creates a file without a name in the directory of another.
 fn unnamed_beside(path: &Path) -> Option<File> {
     OpenOptions::new()
         .read(true)
@@ -246,8 +245,8 @@ fn unnamed_beside(path: &Path) -> Option<File> {
         .ok()
 }
 
-/// A time that the file system of `path` is certain to have passed, by our own clock: where nothing
-/// can be changed on it. That of a file server may be another.
+/// Returns a time that the file system of `path` has certainly passed, by our own clock, for file
+/// systems on which nothing can be changed. A file server's clock may differ.
 fn by_our_clock(path: &Path) -> i128 {
     let margin = if is_local(path) { LONGEST_TICK } else { ASTRAY };
     SystemTime::now()
@@ -255,7 +254,7 @@ fn by_our_clock(path: &Path) -> i128 {
         .map_or(0, |since| since.as_nanos() as i128)
 }
 
-/// Whether a file is on a file system that this kernel keeps the time of.
+/// Returns whether a file is on a file system that this kernel stamps.
 fn is_local(path: &Path) -> bool {
     /// ext2 to ext4, XFS, btrfs, f2fs, tmpfs, overlayfs, squashfs, erofs, ISO 9660, FAT, ZFS,
     /// bcachefs.
@@ -273,7 +272,7 @@ fn is_local(path: &Path) -> bool {
         0x2fc1_2fc1,
         0xca45_1a4e,
     ];
-    // Only to ask: whatever lies there by now is not opened.
+    // Opened for fstatfs only; whatever is there by now is not read.
     let open = |path: &Path| {
         OpenOptions::new()
             .read(true)

@@ -36,7 +36,7 @@ pub enum DataSource {
 }
 
 impl DataSource {
-    /// The source of what follows after `len` bytes, if it goes on in the same way.
+    /// Returns the source after `len` bytes, if it continues in the same way.
     pub(super) fn after(self, len: u64) -> DataSource {
         match self {
             DataSource::Data { layer, host } => DataSource::Data {
@@ -48,14 +48,13 @@ impl DataSource {
     }
 }
 
-/// A walk along the guest's bytes. What a layer said about a run is kept until the walk has passed
-/// it: asked anew at every fragment of the layers below, it would go through the same table entries
-/// again and again.
+/// A walk along the guest's bytes. It keeps a layer's answer about a run until it has passed the
+/// run. Otherwise each fragment of the layers below would have the same table entries read again.
 pub(super) struct Walk<'a> {
     layers: &'a [Layer],
     at: u64,
     end: u64,
-    /// The run that was looked at last, with the guest bytes it covers, of each layer that is asked.
+    /// The last run of each layer that is asked, with the guest bytes it covers.
     runs: Vec<Option<(Range<u64>, Run)>>,
 }
 
@@ -70,11 +69,11 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// The next run of bytes from one place (maybe continued by the one after); None at the end of
-    /// the range. EIO when a layer's tables are damaged.
+    /// Returns the next run of bytes from one source (the run after it may continue it); None at
+    /// the end of the range. EIO when a layer's tables are damaged.
     pub(super) fn next_extent(&mut self) -> Result<Option<Extent>> {
         let run = self.next_run()?;
-        // What no layer speaks of is zeros.
+        // Bytes that no layer has are zeros.
         Ok(run.map(|(guest, source)| Extent {
             guest: guest.start,
             len: guest.end - guest.start,
@@ -82,7 +81,8 @@ impl<'a> Walk<'a> {
         }))
     }
 
-    /// As [`Walk::next_extent`], where it comes from being None if no layer that is asked says so.
+    /// Returns the next run as [`Walk::next_extent`] does; the source is None if no layer that is
+    /// asked has the bytes.
     pub(super) fn next_run(&mut self) -> Result<Option<(Range<u64>, Option<DataSource>)>> {
         let guest = self.at;
         if guest >= self.end {
@@ -105,12 +105,12 @@ impl<'a> Walk<'a> {
         Ok(Some((guest..end, source)))
     }
 
-    /// Goes on at guest offset `at`, if that is further on.
+    /// Continues at guest offset `at`, if that is further on.
     pub(super) fn skip_to(&mut self, at: u64) {
         self.at = self.at.max(at);
     }
 
-    /// What a layer says about the byte the walk is at, and where that ends.
+    /// Returns what a layer has at the position of the walk, and where that ends.
     fn run_of(&mut self, layer: usize) -> Result<(Run, u64)> {
         let at = self.at;
         let (Some(image), Some(known)) = (self.layers.get(layer), self.runs.get_mut(layer)) else {

@@ -1,15 +1,21 @@
-//! Which clusters of a window, the 512 MiB behind one L2 table, are allocated.
+//! Windows of a disk: which clusters of the 512 MiB behind one L2 table are allocated.
 
 use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES};
 use super::{Chain, DataSource};
 use crate::Result;
+use parking_lot::Mutex;
+use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 
-/// Which clusters of one window are allocated.
+/// The most windows that are kept, 1 KiB each: enough for some readers at a time.
+pub(super) const MOST_RECENT: usize = 32;
+
+/// The allocation of one window.
 pub(super) struct Window {
-    pub index: u64,
+    index: u64,
     allocated: Bits,
-    /// Those that read as zeros whatever lies below.
+    /// Clusters that read as zeros, whatever lies below.
     pub zeros: Bits,
 }
 
@@ -17,7 +23,8 @@ pub(super) struct Window {
 pub(super) type Bits = Box<[u64; (L2_ENTRIES / 64) as usize]>;
 
 impl Window {
-    /// Asks the chain. Once a byte of a cluster is known to be data, the rest of it is skipped.
+    /// Asks the chain. Once a byte of a cluster is known to be data, the rest of the cluster is
+    /// skipped.
     pub fn of(chain: &Chain, upper: Option<usize>, index: u64) -> Result<Window> {
         let none = || Box::new([0u64; (L2_ENTRIES / 64) as usize]);
         let mut window = Window {
@@ -68,7 +75,7 @@ impl Window {
         Ok(window)
     }
 
-    /// How many clusters are allocated.
+    /// Returns how many clusters are allocated.
     pub fn count(&self) -> u64 {
         self.allocated
             .iter()
@@ -76,18 +83,18 @@ impl Window {
             .sum()
     }
 
-    /// Whether an L2 table is needed.
+    /// Returns whether an L2 table is needed.
     pub fn has_entries(&self) -> bool {
         let mut words = self.allocated.iter().chain(self.zeros.iter());
         words.any(|&word| word != 0)
     }
 
-    /// Whether a cluster of the window is allocated.
+    /// Returns whether a cluster of the window is allocated.
     pub fn has(&self, cluster: u64) -> bool {
         is_set(&self.allocated, cluster)
     }
 
-    /// How many clusters are allocated before `cluster`, which may be one past the last.
+    /// Returns how many clusters are allocated before `cluster`, which may be one past the last.
     pub fn rank(&self, cluster: u64) -> u64 {
         let (word, bit) = ((cluster / 64) as usize, cluster % 64);
         let whole = self.allocated.iter().take(word);
@@ -101,7 +108,7 @@ impl Window {
             .sum()
     }
 
-    /// The runs of allocated clusters, each by its first and its length.
+    /// Returns the runs of allocated clusters, each by its first cluster and its length.
     pub fn runs(&self) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();
         for cluster in (0..L2_ENTRIES).filter(|&cluster| self.has(cluster)) {
@@ -113,8 +120,8 @@ impl Window {
         runs
     }
 
-    /// The allocated cluster that has `rank` others before it, and how many follow one another from
-    /// it on, itself included, up to `most`.
+    /// Returns the allocated cluster that has `rank` others before it, and how many adjacent ones
+    /// begin with it, up to `most`.
     pub fn run(&self, rank: u64, most: u64) -> Option<(u64, u64)> {
         let mut left = rank;
         for (index, word) in self.allocated.iter().enumerate() {
@@ -135,6 +142,34 @@ impl Window {
     }
 }
 
+/// The most recently used windows. The caller asks the chain for a missing one, without the lock,
+/// since that reads tables from the disk.
+#[derive(Default)]
+pub(super) struct RecentWindows(Mutex<VecDeque<Arc<Window>>>);
+
+impl RecentWindows {
+    /// Returns a window that is kept, and makes it the most recent one.
+    pub fn get(&self, index: u64) -> Option<Arc<Window>> {
+        let mut recent = self.0.lock();
+        let position = recent.iter().position(|window| window.index == index)?;
+        let window = recent.remove(position)?;
+        recent.push_front(Arc::clone(&window));
+        Some(window)
+    }
+
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.0.lock().len()
+    }
+
+    /// Keeps a window in place of the least recent one.
+    pub fn insert(&self, window: Arc<Window>) {
+        let mut recent = self.0.lock();
+        recent.truncate(MOST_RECENT - 1);
+        recent.push_front(window);
+    }
+}
+
 fn set(bits: &mut Bits, cluster: u64) {
     if let Some(word) = bits.get_mut((cluster / 64) as usize) {
         *word |= 1 << (cluster % 64);
@@ -146,7 +181,7 @@ pub(super) fn is_set(bits: &Bits, cluster: u64) -> bool {
     word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
 }
 
-/// Whether any of these bytes of the guest is data.
+/// Returns whether any of these bytes of the guest is data.
 fn has_data(chain: &Chain, guest: Range<u64>) -> Result<bool> {
     let mut walk = chain.walk(guest);
     while let Some(extent) = walk.next_extent()? {

@@ -1,4 +1,4 @@
-//! A computed image as a file.
+//! Writes computed images to files.
 
 use super::overlay::CLUSTER;
 use super::reflink::clone_range;
@@ -9,21 +9,21 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// Bytes written at once, and between two looks at whether to go on.
+/// Bytes that are written at once, and after which `pace` is asked.
 const PIECE: u64 = 4 << 20;
-/// Runs of data from one place that are shorter are read together with what lies beside them.
+/// Shorter runs of data are read together with their neighbours.
 const ALONE: u64 = CLUSTER;
-/// Without direct I/O: bytes after which the kernel is asked to begin with what was written, so that the
-/// flush at the end is short, and what others want to write does not wait behind all of it.
+/// Without direct I/O: bytes after which the kernel is asked to begin writing. So the flush at the
+/// end is short, and writes of other processes do not wait behind all of it.
 const BEGUN: u64 = 32 << 20;
 
 /// Pieces between the thread that reads and the one that writes.
 const QUEUE: usize = 2;
 
 impl Flattened {
-    /// Writes the image into an empty file, which is not synced. Zeros become holes, and blocks are
-    /// shared with the layers where the file system can. `pace` is told after each piece how many
-    /// bytes it had, and may end it with an error.
+    /// Writes the image into an empty file, without flushing it. Zeros become holes, and blocks are
+    /// shared with the layers where the file system can. `pace` gets the number of bytes after each
+    /// piece, and may end the work with an error.
     ///
     /// # Errors
     /// Those of `pace`, of reading layers and of writing.
@@ -38,7 +38,7 @@ impl Flattened {
         // One reads while the other writes.
         std::thread::scope(|scope| {
             let writer = scope.spawn(move || write_pieces(out, &to_write, &empty));
-            let reader = Reader {
+            let reader = PieceReader {
                 chain: self.chain(),
                 out,
                 full,
@@ -47,7 +47,7 @@ impl Flattened {
             };
             let read = self.read_data_into(reader, pace);
             let written = writer.join();
-            // Where writing failed, reading ended for that.
+            // If writing failed, that is why reading ended.
             written.unwrap_or_else(|_| Err(Error::damaged("the thread that writes has ended")))?;
             read
         })
@@ -67,7 +67,7 @@ impl Flattened {
 
     fn read_data_into(
         &self,
-        mut reader: Reader<'_>,
+        mut reader: PieceReader<'_>,
         pace: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         let mut at = self.metadata_len();
@@ -88,15 +88,15 @@ impl Flattened {
 const FAILED: &str = "cannot write the image";
 
 /// Bytes that were read.
-struct Piece {
+struct FilledPiece {
     buffer: Aligned,
     len: usize,
     /// Where they go.
     to: u64,
 }
 
-/// Writes what was read, until there is no more.
-fn write_pieces(out: &File, pieces: &Receiver<Piece>, empty: &Sender<Aligned>) -> Result<()> {
+/// Writes pieces until no more come.
+fn write_pieces(out: &File, pieces: &Receiver<FilledPiece>, empty: &Sender<Aligned>) -> Result<()> {
     let mut direct = Direct::of(out);
     let mut begun: Option<u64> = None;
     for piece in pieces {
@@ -112,23 +112,23 @@ fn write_pieces(out: &File, pieces: &Receiver<Piece>, empty: &Sender<Aligned>) -
             begin_write_back(out, from..piece.to);
             begun = Some(piece.to);
         }
-        // Nobody waits for it once all is read.
+        // Once all is read, no buffer is needed any more.
         let _ = empty.send(piece.buffer);
     }
     Ok(())
 }
 
-struct Reader<'r> {
+struct PieceReader<'r> {
     chain: &'r Chain,
     out: &'r File,
-    full: Sender<Piece>,
+    full: Sender<FilledPiece>,
     to_fill: Receiver<Aligned>,
     /// Until the file system shows that it can't.
     can_share: bool,
 }
 
-impl Reader<'_> {
-    /// Reads guest bytes, at most a piece of them, for byte `to` of the file.
+impl PieceReader<'_> {
+    /// Reads guest bytes, at most a piece of them, that go to byte `to` of the file.
     fn read(&mut self, guest: Range<u64>, to: u64) -> Result<()> {
         let start = guest.start;
         // Guest bytes that are read together.
@@ -146,7 +146,7 @@ impl Reader<'_> {
         self.copy(together, to, start)
     }
 
-    /// Leaves zeros a hole, or has the file system share the extent's blocks; false if it can't.
+    /// Leaves a hole for zeros, or makes the file share the extent's blocks; false if it can't.
     fn share(&mut self, extent: &Extent, to: u64) -> Result<bool> {
         let DataSource::Data { layer, host } = extent.source else {
             return Ok(extent.source == DataSource::Zero);
@@ -157,7 +157,7 @@ impl Reader<'_> {
         match clone_range(layer.file(), host, extent.len, self.out, to) {
             Ok(()) => Ok(true),
             Err(error) => {
-                // Of a range that is not whole blocks it says EINVAL.
+                // For a range of partial blocks it says EINVAL.
                 self.can_share = error.raw_os_error() == Some(libc::EINVAL);
                 Ok(false)
             }
@@ -175,12 +175,12 @@ impl Reader<'_> {
         let part = buffer.bytes_mut().get_mut(..len).unwrap_or_default();
         self.chain.read_at(guest.start, part)?;
         let to = to + (guest.start - start);
-        let piece = Piece { buffer, len, to };
+        let piece = FilledPiece { buffer, len, to };
         self.full.send(piece).map_err(|_| ended())
     }
 }
 
-/// Where there is anything but zeros, in blocks: those stay holes in a file that has nothing yet.
+/// Returns the runs of blocks with anything but zeros: the others stay holes in a new file.
 fn runs_of_data(bytes: &[u8]) -> Vec<Range<usize>> {
     const BLOCK: usize = 16 << 10;
     const ZEROS: [u8; BLOCK] = [0; BLOCK];
@@ -198,7 +198,7 @@ fn runs_of_data(bytes: &[u8]) -> Vec<Range<usize>> {
     runs
 }
 
-/// Cut into pieces; where it begins does not matter, for a run begins at a cluster.
+/// Cuts a range into pieces. Where it begins does not matter, since a run begins at a cluster.
 fn pieces(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let end = range.end;
     (range.start..end)

@@ -13,7 +13,7 @@ use crate::exports::production::Production;
 use crate::exports::recent::Recent;
 use crate::exports::spool::Spool;
 use crate::files::workspace::Workspace;
-use crate::home::{Catalog, Home};
+use crate::home::{Catalog, Home, Space};
 
 /// Archives whose frame sizes are kept in memory without readers.
 const KEPT_SIZES: usize = 8;
@@ -97,7 +97,7 @@ impl CompressedArchives {
     /// Sets `more` bytes of the cache aside for a spool of `source`. Drops spools without readers
     /// if needed, the least recently used first. Returns false if there is not enough space.
     pub fn make_room(&self, source: &Source, more: u64) -> bool {
-        let space = self.home.space();
+        let space = Space::of(&self.home);
         if !space.is_ok_and(|space| space.available_bytes() >= more + space.bytes() / LEFT_FREE) {
             return false;
         }

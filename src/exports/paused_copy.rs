@@ -25,7 +25,7 @@ use crate::files::copies::{can_share, copy_contents};
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::workspace::Workspace;
-use crate::home::{Activity, BoxRecord, Home, Paused};
+use crate::home::{Activity, BoxRecord, Home, Paused, Space, VmProcess};
 use crate::progress::Foreground;
 use crate::{Context, Error, Result};
 
@@ -94,7 +94,7 @@ impl PausedCopies {
         };
         self.kept_copy(box_id, form).is_none()
             && self.disks.record_of(source).is_ok_and(|record| {
-                self.home.vm_process(&record).is_some()
+                VmProcess::of(&self.home, &record).is_some()
                     && self.home.activity(&record) != Activity::Idle
             })
     }
@@ -119,7 +119,7 @@ impl PausedCopies {
             return Ok(kept);
         }
         let record = self.disks.record_of(source)?;
-        let Some(shim) = self.home.vm_process(&record) else {
+        let Some(shim) = VmProcess::of(&self.home, &record) else {
             return self.plain.open(source);
         };
         self.foreground.touch();
@@ -193,7 +193,7 @@ impl PausedCopies {
         &self,
         source: &Source,
         record: &BoxRecord,
-        shim: crate::home::VmProcess,
+        shim: VmProcess,
         go_on: &dyn Fn() -> bool,
     ) -> Result<File> {
         let live = self.disks.existing_top(source, record)?;
@@ -229,7 +229,7 @@ impl PausedCopies {
             .context(|| "cannot look at the disk")?
             .blocks()
             * 512;
-        let space = self.home.space()?;
+        let space = Space::of(&self.home)?;
         if space.available_bytes() >= needed || can_share(original, copy) {
             return Ok(());
         }

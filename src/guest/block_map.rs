@@ -1,5 +1,5 @@
-//! Which blocks of the disk a file's blocks are: trees of extents (ext4) and of block numbers (ext2,
-//! ext3).
+//! Block maps: which blocks of the disk a file's blocks are, by extent trees (ext4) or block
+//! numbers (ext2, ext3).
 
 use super::block_reader::BlockReader;
 use super::checksum::crc32c;
@@ -10,20 +10,20 @@ use super::inode::Inode;
 use crate::Result;
 use std::ops::Range;
 
-/// Files have no more blocks than this.
+/// The most blocks that a file may have.
 const MAX_BLOCKS: u64 = 1 << 32;
 const EXTENT_MAGIC: u16 = 0xf30a;
-/// The kernel makes no deeper trees.
+/// The deepest tree that the kernel makes.
 const MAX_DEPTH: u16 = 5;
 /// Bytes of a node's header, and of each of its entries.
 const ENTRY: usize = 12;
-/// An extent that is longer by this was set aside and never written.
+/// An extent whose length is greater by this was allocated and never written.
 const UNWRITTEN: u64 = 32768;
 
-/// Blocks of a file that are side by side.
+/// Adjacent blocks of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Run {
-    /// The first of them on disk; None where there are zeros that nothing is stored for.
+    /// The first of them on disk; None for zeros that take no space.
     pub block: Option<u64>,
     /// How many; at least 1.
     pub len: u64,
@@ -80,7 +80,7 @@ impl<'a> BlockMap<'a> {
         Ok(())
     }
 
-    /// Where the block `block` of a file is, and for how many (at least one) it goes on like that.
+    /// Returns where a block of the file is, and for how many blocks (at least one) that goes on.
     /// EIO if the map is damaged.
     pub fn run_at(self, block: u64) -> Result<Run> {
         if block >= MAX_BLOCKS {
@@ -93,8 +93,9 @@ impl<'a> BlockMap<'a> {
         }
     }
 
-    /// Down the tree of extents. Each node may speak only of what its parent's entry leaves to it: so
-    /// every node is of use in one place, and no tree is larger than what it takes on disk.
+    /// Walks down the extent tree. A node may only speak of the range that its parent's entry
+    /// leaves to it. So every node is used in one place, and no tree is larger than what it takes
+    /// on disk.
     fn run_by_extents(self, block: u64) -> Result<Run> {
         let mut range = 0..MAX_BLOCKS;
         let mut node = self.extent_node(self.inode.block().to_vec(), None)?;
@@ -116,13 +117,13 @@ impl<'a> BlockMap<'a> {
         }
     }
 
-    /// What a node of the tree says, checked. `above` is the depth of its parent, None for the root.
+    /// Parses and checks a node of the tree. `above` is the depth of its parent, None for the root.
     fn extent_node(self, bytes: Vec<u8>, above: Option<u16>) -> Result<ExtentNode> {
         let damaged = |what: &str| Err(self.damaged(what));
         let fields = Fields(&bytes);
         let (count, room, depth) = (fields.le16(2), fields.le16(4), fields.le16(6));
         if fields.le16(0) != EXTENT_MAGIC {
-            return damaged("a node of its extents is none");
+            return damaged("a node of its extents has no magic number");
         }
         let deeper_by_one = match above {
             Some(above) => depth.checked_add(1) == Some(above),
@@ -130,9 +131,9 @@ impl<'a> BlockMap<'a> {
         };
         let end = ENTRY + usize::from(room) * ENTRY;
         if !deeper_by_one || count > room || end > bytes.len() {
-            return damaged("a node of its extents can't be so");
+            return damaged("a node of its extents is impossible");
         }
-        // The root is covered by the checksum of the self.inode.
+        // The checksum of the inode covers the root.
         if let (Some(seed), Some(_)) = (self.inode.seed, above)
             && crc32c(seed, &[fields.bytes(0, end)]) != fields.le32(end)
         {
@@ -142,7 +143,8 @@ impl<'a> BlockMap<'a> {
         Ok(ExtentNode { entries, depth })
     }
 
-    /// What an extent says of `block`, which is not before it; the next begins at `end`.
+    /// Returns what an extent says of `block`, which is not before it; the next extent begins at
+    /// `end`.
     fn run_of_extent(self, extent: Fields, block: u64, end: u64) -> Result<Run> {
         let (first, len) = (u64::from(extent.le32(0)), u64::from(extent.le16(4)));
         let start = extent.le32_and(8, u32::from(extent.le16(6)));
@@ -164,8 +166,8 @@ impl<'a> BlockMap<'a> {
         })
     }
 
-    /// By twelve numbers of blocks in the inode, and three of blocks of numbers, of blocks of those,
-    /// and so on.
+    /// Looks a block up by the twelve block numbers in the inode, and the three trees of block
+    /// numbers of one to three levels.
     fn run_by_numbers(self, block: u64) -> Result<Run> {
         const DIRECT: u64 = 12;
         let Some(mut rest) = block.checked_sub(DIRECT) else {
@@ -186,7 +188,7 @@ impl<'a> BlockMap<'a> {
         Ok(Run::hole(u64::MAX - block))
     }
 
-    /// The block `rest` of the `covers` blocks that are found by the numbers in the block `table`.
+    /// Looks up block `rest` of the `covers` blocks in the tree whose root is the block `table`.
     fn run_below(self, mut table: u64, mut covers: u64, mut rest: u64) -> Result<Run> {
         let per = self.blocks.superblock().pointers();
         loop {
@@ -204,7 +206,7 @@ impl<'a> BlockMap<'a> {
         }
     }
 
-    /// The run that begins at `index` in a table of numbers.
+    /// Returns the run that begins at `index` in a table of block numbers.
     fn run_of_numbers(self, numbers: &[u8], index: u64) -> Result<Run> {
         let mut rest = numbers
             .get(index as usize * 4..)
@@ -237,8 +239,8 @@ struct ExtentNode {
     depth: u16,
 }
 
-/// The entry of a node that `block` belongs to, if there is one, and where what can be said of it
-/// ends. None if the entries are not in order, or one is outside of what the node may speak of.
+/// Returns the entry of a node that `block` belongs to, if any, and the end of what that says. None
+/// if the entries are out of order, or one is outside of the node's range.
 fn entry_for<'a>(
     entries: &'a [u8],
     block: u64,

@@ -54,8 +54,8 @@ impl BlockReader {
         self.number
     }
 
-    /// Returns how many blocks exist, whatever the superblock says. No directory and no journal has more,
-    /// unless it has one block many times.
+    /// Returns how many blocks exist, whatever the superblock says. No directory and no journal has
+    /// more, unless it has one block many times.
     pub fn block_count(&self) -> u64 {
         (self.volume.len() / self.superblock.block_size).min(self.superblock.blocks)
     }
@@ -107,8 +107,8 @@ impl BlockReader {
         Ok(())
     }
 
-    /// Returns the bytes from the beginning of `block` to the next block in the journal: at least one
-    /// block.
+    /// Returns the bytes from the beginning of `block` to the next block in the journal: at least
+    /// one block.
     fn until_replaced(&self, block: u64) -> u64 {
         let next = self.journal.next_replaced(block).unwrap_or(u64::MAX);
         (next - block).saturating_mul(self.superblock.block_size)

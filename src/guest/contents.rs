@@ -8,9 +8,9 @@ use crate::{Error, Result};
 
 /// The kernel allows no longer targets of symbolic links.
 const MAX_SYMLINK: u64 = 4096;
-/// The most runs of a file that one search for a hole or data looks at. Then the answer is the one that
-/// is never wrong: a hole may be called data. Fewer where blocks are larger than 4 KiB, since each run
-/// may take a few blocks of the file's map.
+/// The most runs of a file that one search for a hole or data looks at. Then the answer is the one
+/// that is never wrong: a hole may be called data. Fewer where blocks are larger than 4 KiB, since
+/// each run may take a few blocks of the file's map.
 const MAX_RUNS: u64 = 1 << 16;
 
 /// Reads the inode of a regular file. EISDIR for a directory, ENXIO for what has no contents here.
@@ -20,7 +20,7 @@ fn regular(blocks: &BlockReader, number: u32) -> Result<Inode> {
         FileKind::Regular => return Ok(inode),
         FileKind::Directory => (libc::EISDIR, "is a directory"),
         FileKind::Symlink => (libc::EINVAL, "is a symbolic link"),
-        _ => (libc::ENXIO, "is of no use outside of the guest"),
+        _ => (libc::ENXIO, "cannot be used outside of the guest"),
     };
     Err(Error::new(errno, format!("inode {number} {what}")))
 }

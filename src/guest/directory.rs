@@ -10,11 +10,11 @@ use super::xattrs::inline_data;
 use crate::{Error, Result};
 use std::ops::ControlFlow;
 
-/// The most bytes of a directory that one call searches: for a name, or for the next one of a listing. A
-/// damaged directory may have the same block again and again.
+/// The most bytes of a directory that one call searches: for a name, or for the next one of a
+/// listing. A damaged directory may have the same block again and again.
 const MAX_SEARCH: u64 = 1 << 30;
-/// Where the index of a directory does not have a name, a directory up to this size is searched all the
-/// same, since the index may be damaged. For larger ones the index decides, as for the kernel.
+/// Where the index of a directory does not have a name, a directory up to this size is searched all
+/// the same, since the index may be damaged. For larger ones the index decides, as for the kernel.
 const MAX_DISTRUSTED: u64 = 1 << 20;
 
 /// A directory whose names can be read.
@@ -59,13 +59,14 @@ impl<'a> Directory<'a> {
                 break;
             }
             if since_last > MAX_SEARCH {
-                return Err(names.damaged("goes on and on without a name"));
+                return Err(names.damaged("has over 1 GiB without a name"));
             }
         }
         Ok(())
     }
 
-    /// Passes the entries that are in the inode itself to `each`. The first word says what is above.
+    /// Passes the entries that are in the inode itself to `each`. The first word says what is
+    /// above.
     fn list_inline(&self, from: u64, each: Each) -> Result<()> {
         const PARENT: usize = 4;
         let data = inline_data(self.blocks, &self.inode)?;
@@ -95,7 +96,7 @@ impl<'a> Directory<'a> {
             ByIndex::Missing | ByIndex::Unusable => {}
         }
         if size > MAX_SEARCH {
-            let what = "is too large to be looked through, and its index can't be used";
+            let what = "is too large to be searched, and its index can't be used";
             return Err(self.names().damaged(what));
         }
         let mut index = NameIndex::default();
@@ -165,7 +166,7 @@ pub(super) fn parent(blocks: &BlockReader, number: u32) -> Result<u32> {
     };
     parent
         .filter(|parent| (1..=blocks.superblock().inodes).contains(parent))
-        .ok_or_else(|| names.damaged("does not say what it is in"))
+        .ok_or_else(|| names.damaged("has no entry for its parent"))
 }
 
 /// Returns the inode of the entry `..`, which is the second one after `.`.

@@ -27,8 +27,8 @@ pub struct Entry<'a> {
     /// The kind of file, if the directory tells.
     pub kind: Option<FileKind>,
     /// Where a listing goes on after this entry: the `from` of
-    /// [`FileSystem::list`](super::FileSystem::list). At least 12, so smaller numbers are free for the
-    /// caller's own entries.
+    /// [`FileSystem::list`](super::FileSystem::list). At least 12, so smaller numbers are free for
+    /// the caller's own entries.
     pub next: u64,
 }
 
@@ -62,8 +62,8 @@ impl<'a> DirectoryBlocks<'a> {
             .transpose()
     }
 
-    /// Passes the entries of a block, or of a region that stands for one, to `each`. `base` is where it
-    /// begins in the directory; entries before `from` are left out.
+    /// Passes the entries of a block, or of a region that stands for one, to `each`. `base` is
+    /// where it begins in the directory; entries before `from` are left out.
     pub fn list_region(
         self,
         bytes: &[u8],
@@ -88,9 +88,9 @@ impl<'a> DirectoryBlocks<'a> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Returns whether a block of names has the right checksum. Blocks of an index have theirs elsewhere,
-    /// and may still end like the block of names they once were. Nothing of them is used: read as a block
-    /// of names they are empty.
+    /// Returns whether a block of names has the right checksum. Blocks of an index have theirs
+    /// elsewhere, and may still end like the block of names they once were. Nothing of them is
+    /// used: read as a block of names they are empty.
     pub fn checksum_is_right(self, number: u64, bytes: &[u8]) -> bool {
         let Some(seed) = self.inode.seed else {
             return true;
@@ -115,8 +115,8 @@ impl<'a> DirectoryBlocks<'a> {
     }
 }
 
-/// Parses the entry that `bytes` begin with: the entry if it is in use, and its length. None if it is
-/// impossible.
+/// Parses the entry that `bytes` begin with: the entry if it is in use, and its length. None if it
+/// is impossible.
 pub(super) fn parse_entry<'b>(
     superblock: &Superblock,
     bytes: &'b [u8],

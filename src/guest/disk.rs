@@ -1,4 +1,5 @@
-//! The guest's disk as file systems read it: a part of a chain, in pieces that are kept for a while.
+//! The guest's disk as file systems read it: a part of a chain, in pieces that are kept for a
+//! while.
 
 use super::name_cache::NameCache;
 use crate::disk::Chain;
@@ -8,16 +9,16 @@ use quick_cache::sync::Cache;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What is read at once and kept as one. Large enough that the inodes of a directory's files, which
-/// lie side by side, come with one read; small enough that one inode alone costs little.
+/// Bytes that are read and kept together. Large enough to read the inodes of a directory's files,
+/// which are adjacent, at once; small enough that a single inode costs little.
 const PIECE: usize = 64 << 10;
-/// Most bytes of structures (inodes, directories, maps of files) kept for all disks together.
+/// The most bytes of structures (inodes, directories, block maps) kept for all disks together.
 const METADATA: u64 = 32 << 20;
-/// Most bytes of files' contents kept for all disks together. The kernel keeps contents itself; this
-/// is for small files that lie side by side in one piece.
+/// The most bytes of files' contents kept for all disks together. The kernel caches contents
+/// itself; this is for small files that share a piece.
 const CONTENTS: u64 = 4 << 20;
 
-/// What is read, so that contents that stream by do not push out structures.
+/// What is read: contents that stream by must not push out structures.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Use {
     /// Structures of the file system.
@@ -26,7 +27,7 @@ pub(super) enum Use {
     Contents,
 }
 
-/// What was read lately of all guests' disks: one bound for all of them, however many are open.
+/// The caches of all guests' disks: one bound for all of them, however many are open.
 pub struct Caches {
     /// The next disk or file system gets this number.
     next: AtomicU64,
@@ -60,13 +61,13 @@ impl Default for Caches {
 }
 
 impl Caches {
-    /// A number that nothing kept has.
+    /// Returns a number that nothing in the caches has.
     pub(super) fn number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 }
 
-/// A chain, and what of it was read lately.
+/// A chain that is read through the caches.
 pub(super) struct Disk {
     chain: Arc<Chain>,
     number: u64,
@@ -98,7 +99,7 @@ impl Disk {
         self.chain.virtual_size()
     }
 
-    /// Fills `buf` from `at` on. What is long goes straight into it, the rest by way of pieces.
+    /// Fills `buf` from `at` on. Long reads go straight into it, others through pieces.
     fn read(&self, what: Use, mut at: u64, mut buf: &mut [u8]) -> Result<()> {
         if buf.len() >= PIECE {
             return self.chain.read_at(at, buf);
@@ -115,7 +116,7 @@ impl Disk {
         Ok(())
     }
 
-    /// A piece, kept or read now; read once, however many ask for it.
+    /// Returns a piece, from the cache or read now. Concurrent callers read it once.
     fn piece(&self, what: Use, number: u64) -> Result<Arc<[u8]>> {
         let pieces = match what {
             Use::Metadata => &self.caches.metadata,
@@ -139,7 +140,7 @@ pub(super) struct Volume {
 }
 
 impl Volume {
-    /// `len` bytes from `start` on, as far as the disk reaches; `name` is how messages call it.
+    /// The `len` bytes from `start` on, as far as the disk reaches; `name` is its name in messages.
     pub fn new(disk: Arc<Disk>, start: u64, len: u64, name: String) -> Volume {
         let len = len.min(disk.len().saturating_sub(start));
         Volume {
@@ -160,7 +161,7 @@ impl Volume {
         self.len
     }
 
-    /// How messages call it.
+    /// Its name in messages.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -1,7 +1,7 @@
 //! Numbers in structures read from disk.
 
-/// The bytes of a structure. What lies past their end reads as zero: formats grew at their ends, and
-/// zero is what a field means where it is not there yet.
+/// The bytes of a structure. What lies past their end reads as zero: formats grew at their ends,
+/// and zero is what a field means where it is not there yet.
 #[derive(Clone, Copy)]
 pub(super) struct Fields<'a>(pub &'a [u8]);
 

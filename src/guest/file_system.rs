@@ -63,34 +63,34 @@ impl FileSystem {
             .attributes(self.blocks.superblock()))
     }
 
-    /// Reads a regular file from `offset` on into `buf`. Returns the number of bytes, fewer than asked for
-    /// only at the end of the file. EISDIR, EINVAL, ENXIO for another kind of file; ENOKEY if it is
-    /// encrypted.
+    /// Reads a regular file from `offset` on into `buf`. Returns the number of bytes, fewer than
+    /// asked for only at the end of the file. EISDIR, EINVAL, ENXIO for another kind of file;
+    /// ENOKEY if it is encrypted.
     pub fn read_at(&self, inode: u32, offset: u64, buf: &mut [u8]) -> Result<usize> {
         contents::read_at(&self.blocks, inode, offset, buf)
     }
 
-    /// `SEEK_DATA`: returns the first data from `offset` on; None if there is none up to the end of the
-    /// file. Errors as [`FileSystem::read_at`].
+    /// `SEEK_DATA`: returns the first data from `offset` on; None if there is none up to the end of
+    /// the file. Errors as [`FileSystem::read_at`].
     pub fn next_data(&self, inode: u32, offset: u64) -> Result<Option<u64>> {
         contents::seek(&self.blocks, inode, offset, true)
     }
 
-    /// `SEEK_HOLE`: returns the first hole from `offset` on, at the latest the end of the file; None if
-    /// `offset` is not before that. Errors as [`FileSystem::read_at`].
+    /// `SEEK_HOLE`: returns the first hole from `offset` on, at the latest the end of the file;
+    /// None if `offset` is not before that. Errors as [`FileSystem::read_at`].
     pub fn next_hole(&self, inode: u32, offset: u64) -> Result<Option<u64>> {
         contents::seek(&self.blocks, inode, offset, false)
     }
 
-    /// Returns the target of a symbolic link as it is stored. EINVAL for another kind of file; ENOKEY if
-    /// it is encrypted.
+    /// Returns the target of a symbolic link as it is stored. EINVAL for another kind of file;
+    /// ENOKEY if it is encrypted.
     pub fn read_link(&self, inode: u32) -> Result<Vec<u8>> {
         contents::read_link(&self.blocks, inode)
     }
 
-    /// Passes the names in a directory to `each`, one after the other, without `.` and `..`, until it
-    /// breaks: those from `from` on, which is 0 or an [`Entry::next`]. ENOTDIR for another kind of file;
-    /// ENOKEY if it is encrypted.
+    /// Passes the names in a directory to `each`, one after the other, without `.` and `..`, until
+    /// it breaks: those from `from` on, which is 0 or an [`Entry::next`]. ENOTDIR for another kind
+    /// of file; ENOKEY if it is encrypted.
     pub fn list(
         &self,
         directory: u32,
@@ -100,8 +100,8 @@ impl FileSystem {
         Directory::open(&self.blocks, directory)?.list(from, each)
     }
 
-    /// Returns the inode of a name in a directory; None if there is no such name. `.` and `..` are no
-    /// names here. Errors as [`FileSystem::list`].
+    /// Returns the inode of a name in a directory; None if there is no such name. `.` and `..` are
+    /// no names here. Errors as [`FileSystem::list`].
     pub fn lookup(&self, directory: u32, name: &[u8]) -> Result<Option<u32>> {
         Directory::open(&self.blocks, directory)?.lookup(name)
     }
@@ -111,8 +111,8 @@ impl FileSystem {
         xattrs::names(&self.blocks, inode)
     }
 
-    /// Returns the value of an extended attribute, as the guest's kernel gives it; None if the file has
-    /// none of that name.
+    /// Returns the value of an extended attribute, as the guest's kernel gives it; None if the file
+    /// has none of that name.
     pub fn xattr(&self, inode: u32, name: &[u8]) -> Result<Option<Vec<u8>>> {
         xattrs::value(&self.blocks, inode, name)
     }
@@ -122,8 +122,8 @@ impl FileSystem {
         links::place(&self.blocks, inode, directory)
     }
 
-    /// Returns the target of a symbolic link so that following it from `place` leads to where the guest
-    /// would get, without leaving the file system. ENAMETOOLONG if that is too long; else as
+    /// Returns the target of a symbolic link so that following it from `place` leads to where the
+    /// guest would get, without leaving the file system. ENAMETOOLONG if that is too long; else as
     /// [`FileSystem::read_link`].
     pub fn link_within(&self, inode: u32, place: LinkPlace) -> Result<Vec<u8>> {
         links::target_within(&self.blocks, inode, place)
@@ -134,8 +134,8 @@ impl FileSystem {
         links::depth(&self.blocks, directory)
     }
 
-    /// Returns whether `child` is a directory that may be entered from `directory`: its `..` leads back
-    /// there. In an intact file system this is so for all names of directories.
+    /// Returns whether `child` is a directory that may be entered from `directory`: its `..` leads
+    /// back there. In an intact file system this is so for all names of directories.
     pub fn is_entered_from(&self, child: u32, directory: u32) -> Result<bool> {
         directory::is_entered_from(&self.blocks, child, directory)
     }

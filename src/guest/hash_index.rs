@@ -1,7 +1,7 @@
-//! The index a directory has on disk: a tree of blocks, sorted by the hashes of names.
+//! The index that a directory has on disk: a tree of blocks, sorted by the hashes of names.
 //!
-//! It is used to find a name and for nothing else: listings go through the blocks of names in their
-//! order. Where anything about it can't be so, it is as if there were none.
+//! It is only used to find a name: listings read the blocks of names in order. An index that is
+//! impossible in any way is ignored.
 
 use super::checksum::crc32c;
 use super::directory_blocks::{DirectoryBlocks, Entry, entry_len};
@@ -12,17 +12,18 @@ use std::ops::ControlFlow;
 
 /// Bytes of an entry: a hash and the number of a block.
 const ENTRY: usize = 8;
-/// Where the root of an index says what kind it is: behind the entries for `.` and `..`.
+/// Where the root of an index says what kind it is: after the entries for `.` and `..`.
 const INFO: usize = 24;
 const INFO_LEN: usize = 8;
-/// Where the entries of other nodes begin: behind an entry for no file, as long as the block.
+/// Where the entries of other nodes begin: after an unused entry as long as the block.
 const NODE_ENTRIES: usize = 8;
-/// Bytes of what the checksum is in, behind the room for entries.
+/// Bytes of the structure with the checksum, after the room for entries.
 const TAIL: usize = 8;
-/// Blocks of names looked at for one hash. Only a directory made to that end has as many.
+/// The most blocks of names searched for one hash. Only a directory made for that purpose has as
+/// many.
 const MAX_SAME: usize = 256;
 
-/// What an index says of a name.
+/// The answer of an index.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ByIndex {
     /// The name is there, for this inode.
@@ -36,7 +37,7 @@ pub(super) enum ByIndex {
 /// A node of the tree.
 struct IndexNode {
     entries: Vec<u8>,
-    /// The entry that leads on.
+    /// The entry that is followed.
     at: usize,
 }
 
@@ -45,7 +46,8 @@ impl IndexNode {
         self.entries.len() / ENTRY
     }
 
-    /// The hash from which on an entry counts. The first has none; its room is taken by counts.
+    /// Returns the hash from which on an entry counts. The first entry has none; counts take its
+    /// room.
     fn hash(&self, entry: usize) -> u32 {
         match entry {
             0 => 0,
@@ -57,7 +59,7 @@ impl IndexNode {
         u64::from(Fields(&self.entries).le32(self.at * ENTRY + 4) & 0x0fff_ffff)
     }
 
-    /// Goes to the last entry that a hash may be behind.
+    /// Goes to the last entry that may lead to a hash.
     fn seek(&mut self, hash: u32) {
         let (mut least, mut end) = (0, self.count());
         while end - least > 1 {
@@ -99,7 +101,7 @@ impl<'a> HashIndex<'a> {
         self.names.blocks.superblock()
     }
 
-    /// None if anything can't be so.
+    /// Returns None if anything is impossible.
     fn search(self, name: &[u8]) -> Option<ByIndex> {
         let root = self.block(0)?;
         let (hash, levels) = self.root(&root)?;
@@ -122,7 +124,7 @@ impl<'a> HashIndex<'a> {
         None
     }
 
-    /// What the root says: how names are hashed, and how many levels are below it.
+    /// Parses the root: how names are hashed, and how many levels are below it.
     fn root(self, root: &[u8]) -> Option<(NameHash, u8)> {
         let layout = self.superblock();
         let fields = Fields(root);
@@ -158,7 +160,7 @@ impl<'a> HashIndex<'a> {
         Some((hash, levels))
     }
 
-    /// The node whose entries begin at `at` of a block.
+    /// Parses the node whose entries begin at `at` of a block.
     fn node(self, block: &[u8], at: usize) -> Option<IndexNode> {
         let fields = Fields(block);
         let tail = if self.names.inode.seed.is_some() {
@@ -188,7 +190,7 @@ impl<'a> HashIndex<'a> {
         })
     }
 
-    /// The node that another leads to.
+    /// Reads the node that another leads to.
     fn node_below(self, above: &IndexNode) -> Option<IndexNode> {
         let block = self.block(above.block())?;
         let fields = Fields(&block);
@@ -197,8 +199,8 @@ impl<'a> HashIndex<'a> {
         is_node.then(|| self.node(&block, NODE_ENTRIES))?
     }
 
-    /// Goes to the next block that may have names of this hash; whether there is one. Names of one
-    /// hash may be in several blocks, and then the hash such a block begins with is marked.
+    /// Goes to the next block that may have names of this hash; false if there is none. Names of
+    /// one hash may take several blocks; the hash that such a block begins with is marked.
     fn go_on(self, path: &mut Vec<IndexNode>, hash: u32) -> Option<bool> {
         let levels = path.len();
         while let Some(node) = path.last_mut() {
@@ -221,7 +223,7 @@ impl<'a> HashIndex<'a> {
         Some(true)
     }
 
-    /// Looks for a name in a block of names: Some(None) if it is not there.
+    /// Searches a block of names; Some(None) if the name is not there.
     fn find_in_block(self, number: u64, name: &[u8]) -> Option<Option<u32>> {
         if number == 0 {
             return None;
@@ -242,7 +244,7 @@ impl<'a> HashIndex<'a> {
         looked_at.is_ok().then_some(found)
     }
 
-    /// A block of a directory, by its number in the directory.
+    /// Reads a block by its number in the directory.
     fn block(self, number: u64) -> Option<Vec<u8>> {
         let blocks = self.names.size() / self.superblock().block_size;
         if number >= blocks {

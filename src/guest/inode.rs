@@ -1,4 +1,4 @@
-//! What an inode says of its file.
+//! Inodes: what the file system knows of a file.
 
 use super::checksum::crc32c;
 use super::fields::Fields;
@@ -9,7 +9,7 @@ use crate::Error;
 pub(super) const ROOT: u32 = 2;
 /// Bytes of an inode that all versions have.
 const OLD_SIZE: usize = 128;
-/// `i_block` is here: numbers of blocks, the root of a tree of extents, or what is short.
+/// `i_block` is here: block numbers, the root of an extent tree, or short contents.
 const BLOCK_AT: usize = 0x28;
 /// Its length.
 pub(super) const BLOCK_LEN: usize = 60;
@@ -24,7 +24,7 @@ mod flags {
     pub const CASEFOLD: u32 = 0x4000_0000;
 }
 
-/// What a file is.
+/// The kind of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum FileKind {
     /// A regular file.
@@ -58,7 +58,7 @@ impl FileKind {
         })
     }
 
-    /// By the number in a directory entry; None if it tells nothing.
+    /// By the number in a directory entry; None if it says nothing.
     pub(super) fn of_entry(number: u8) -> Option<FileKind> {
         Some(match number {
             1 => FileKind::Regular,
@@ -82,7 +82,7 @@ pub struct Time {
     pub nanoseconds: u32,
 }
 
-/// What `stat` tells of a file.
+/// The result of `stat` for a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Attributes {
     /// The guest's inode number; the same for all names of a file.
@@ -91,7 +91,7 @@ pub struct Attributes {
     pub kind: FileKind,
     /// Permissions with set-user-ID, set-group-ID and sticky bit: `st_mode & 0o7777`.
     pub permissions: u16,
-    /// Number of names; 1 for a directory of more directories than can be counted.
+    /// Number of names; 1 for a directory that has more directories in it than can be counted.
     pub links: u32,
     /// The guest's user ID.
     pub uid: u32,
@@ -111,23 +111,23 @@ pub struct Attributes {
     pub created: Option<Time>,
     /// `st_rdev`: which device a device node is for, 0 for other files.
     pub device: u64,
-    /// Tells apart files that had the same inode number one after the other.
+    /// Tells files apart that had the same inode number at different times.
     pub generation: u32,
 }
 
-/// An inode as it is on disk, known to be one.
+/// An inode as it is on disk, checked.
 pub(super) struct Inode {
     /// Its number.
     pub number: u32,
     /// What it is.
     pub kind: FileKind,
     raw: Vec<u8>,
-    /// The first value of checksums of what belongs to it.
+    /// The seed of the checksums of everything that belongs to it.
     pub seed: Option<u32>,
 }
 
 impl Inode {
-    /// The inode whose bytes these are. The error says what is wrong with it.
+    /// Parses an inode. The error says what is wrong with it.
     pub fn parse(
         number: u32,
         raw: Vec<u8>,
@@ -137,7 +137,7 @@ impl Inode {
         let seed = superblock
             .seed
             .map(|seed| crc32c(seed, &[&number.to_le_bytes(), fields.bytes(0x64, 4)]));
-        // First whether it is in use: one that never was may have no checksum.
+        // Checked first: an inode that was never used may have no checksum.
         let (mode, links) = (fields.le16(0), fields.le16(0x1a));
         if links == 0 {
             return Err("is not in use");
@@ -189,17 +189,17 @@ impl Inode {
         self.fields().bytes(BLOCK_AT, BLOCK_LEN)
     }
 
-    /// Whether its blocks are found by a tree of extents.
+    /// Returns whether an extent tree maps its blocks.
     pub fn has_extents(&self) -> bool {
         self.flag(flags::EXTENTS)
     }
 
-    /// Whether what it contains is in the inode itself.
+    /// Returns whether its contents are in the inode itself.
     pub fn is_inline(&self) -> bool {
         self.flag(flags::INLINE_DATA)
     }
 
-    /// Whether contents, and names in a directory, are encrypted.
+    /// Returns whether its contents, or the names in it, are encrypted.
     pub fn is_encrypted(&self) -> bool {
         self.flag(flags::ENCRYPT)
     }
@@ -214,22 +214,22 @@ impl Inode {
         Err(Error::new(libc::ENOKEY, message))
     }
 
-    /// Whether it is a directory with an index, whose blocks are not all of names.
+    /// Returns whether it is a directory with an index. Some of its blocks have no names.
     pub fn is_indexed(&self) -> bool {
         self.flag(flags::INDEX)
     }
 
-    /// Whether it is a directory that takes names for the same that differ in case.
+    /// Returns whether it is a directory that ignores the case of names.
     pub fn ignores_case(&self) -> bool {
         self.flag(flags::CASEFOLD)
     }
 
-    /// Whether it is no file, but has the value of an attribute.
+    /// Returns whether it is not a file, but holds the value of an attribute.
     pub fn is_attribute(&self) -> bool {
         self.flag(flags::EA_INODE)
     }
 
-    /// Whether it is a symbolic link whose target is in `i_block`.
+    /// Returns whether it is a symbolic link whose target is in `i_block`.
     pub fn is_fast_symlink(&self, superblock: &Superblock) -> bool {
         let of_attributes = match self.attribute_block() {
             0 => 0,
@@ -257,8 +257,8 @@ impl Inode {
         }
     }
 
-    /// As the kernel tells it: what is in the inode counts, or programs would take the file for a
-    /// hole.
+    /// Returns the space as the kernel reports it. Contents in the inode count, or programs would
+    /// take the file for a hole.
     fn shown_blocks(&self, superblock: &Superblock) -> u64 {
         let inline = if self.kind == FileKind::Regular && self.is_inline() {
             self.size(superblock).div_ceil(512)
@@ -268,13 +268,13 @@ impl Inode {
         self.blocks(superblock).saturating_add(inline)
     }
 
-    /// The block with attributes that did not fit into the inode; 0 if there is none.
+    /// Returns the block with the attributes that did not fit into the inode; 0 without one.
     pub fn attribute_block(&self) -> u64 {
         let fields = self.fields();
         fields.le32_and(0x68, u32::from(fields.le16(0x76)))
     }
 
-    /// The part of the inode that is for attributes.
+    /// Returns the part of the inode that holds attributes.
     pub fn attribute_area(&self) -> &[u8] {
         if self.raw.len() <= OLD_SIZE {
             return &[];
@@ -283,7 +283,7 @@ impl Inode {
         self.fields().bytes(at, self.raw.len())
     }
 
-    /// What `stat` tells.
+    /// Returns the result of `stat`.
     pub fn attributes(&self, superblock: &Superblock) -> Attributes {
         let fields = self.fields();
         Attributes {
@@ -304,14 +304,15 @@ impl Inode {
         }
     }
 
-    /// Whether the inode's extra fields reach up to `end`.
+    /// Returns whether the inode's extra fields reach up to `end`.
     fn reaches(&self, end: usize) -> bool {
         self.raw.len() > OLD_SIZE && OLD_SIZE + extra_size(self.fields()) >= end
     }
 
-    /// The time at `at`, whose fraction and further seconds are at `extra`, if they are there.
+    /// Returns the time at `at`. Its fraction and more bits of its seconds are at `extra`, if
+    /// present.
     fn time(&self, at: usize, extra: usize) -> Time {
-        // The first 32 bits have a sign, the two further ones count up from there.
+        // The first 32 bits are signed; the two more count up from there.
         let seconds = i64::from(self.fields().le32(at) as i32);
         let extra = if self.reaches(extra + 4) {
             self.fields().le32(extra)
@@ -343,7 +344,7 @@ fn extra_size(fields: Fields) -> usize {
     usize::from(fields.le16(0x80))
 }
 
-/// The checksum is of the whole inode, with zeros in its own two places.
+/// Verifies the checksum, which covers the whole inode with zeros in its own two places.
 fn checksum_is_right(seed: u32, fields: Fields) -> bool {
     let len = fields.0.len();
     let low = fields.le16(0x7c);

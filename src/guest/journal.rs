@@ -1,7 +1,7 @@
-//! What the journal has of a file system that was not unmounted: blocks that were written there and
-//! not yet to their places.
+//! The journal of a file system that was not unmounted: blocks that were written there and not yet
+//! to their places.
 //!
-//! Nothing is written back, as the kernel would. Whoever reads a block gets the one in the journal.
+//! The kernel would write the blocks back. Here nothing is written: they are read in the journal.
 
 use super::block_map::BlockMap;
 use super::block_reader::BlockReader;
@@ -15,13 +15,13 @@ use std::collections::{BTreeMap, HashMap};
 
 /// Bytes of magic, kind and sequence number.
 const HEADER: usize = 12;
-/// Most blocks of a journal that are looked at.
+/// The most blocks of a journal that are read.
 const MAX_BLOCKS: u64 = 1 << 20;
-/// Most bytes of a journal that are looked at; mke2fs makes 1 GiB at most with the usual block size.
+/// The most bytes of a journal that are read; mke2fs makes at most 1 GiB with the usual block size.
 const MAX_BYTES: u64 = 4 << 30;
-/// Most revoked blocks that are remembered.
+/// The most revoked blocks that are remembered.
 const MAX_REVOKED: usize = 1 << 20;
-/// Blocks for fast commits at the end, if the superblock leaves it open.
+/// Blocks for fast commits at the end, if the superblock does not say how many.
 const FAST_BLOCKS: u32 = 256;
 
 mod kind {
@@ -41,8 +41,8 @@ mod incompat {
     pub const READ: u32 = 0x1 | BITS64 | 0x4 | CSUM_V2 | CSUM_V3 | FAST_COMMIT;
 }
 
-/// What is in the journal of `inode`. EIO if it can't be read; a journal that ends in the middle of a
-/// transaction is as usual, and counts up to the last one that is complete.
+/// Reads the journal of `inode`. EIO if it can't be read. A journal may end in the middle of a
+/// transaction; then it counts up to the last complete one.
 pub(super) fn load(blocks: &BlockReader, inode: &Inode) -> Result<JournalMap> {
     let log = JournalLog::open(blocks, inode)?;
     match log.start {
@@ -56,7 +56,7 @@ struct JournalLog<'a> {
     blocks: &'a BlockReader,
     inode: &'a Inode,
     incompat: u32,
-    /// The blocks in which transactions go round.
+    /// The blocks that transactions use in turn.
     first: u32,
     end: u32,
     /// Where the first transaction begins; 0 if there is none.
@@ -113,7 +113,7 @@ impl<'a> JournalLog<'a> {
             return Err(blocks.damaged("the journal is larger than the file system"));
         }
         if log.start != 0 && !(log.first..log.end).contains(&log.start) {
-            return Err(blocks.damaged("the journal begins outside of itself"));
+            return Err(blocks.damaged("the journal's first transaction lies outside of it"));
         }
         Ok(log)
     }
@@ -122,12 +122,12 @@ impl<'a> JournalLog<'a> {
         self.incompat & (incompat::CSUM_V2 | incompat::CSUM_V3) != 0
     }
 
-    /// How many blocks are looked at at most.
+    /// Returns the most blocks that are read.
     fn most(&self) -> u64 {
         MAX_BLOCKS.min(MAX_BYTES / self.blocks.superblock().block_size)
     }
 
-    /// Where a block of the journal is on disk.
+    /// Returns where a block of the journal is on disk.
     fn place(&self, block: u32) -> Result<u64> {
         let run = BlockMap::of(self.blocks, self.inode).run_at(u64::from(block))?;
         run.block
@@ -149,14 +149,14 @@ impl<'a> JournalLog<'a> {
         }
     }
 
-    /// Whether a block that ends with a checksum is right.
+    /// Verifies a block that ends with a checksum.
     fn tail_is_right(&self, bytes: &[u8]) -> bool {
         let at = bytes.len().saturating_sub(4);
         let sum = Fields(bytes).be32(at);
         !self.has_checksums() || crc32c(self.seed, &[Fields(bytes).bytes(0, at), &[0; 4]]) == sum
     }
 
-    /// Whether a commit block is right.
+    /// Verifies a commit block.
     fn commit_is_right(&self, bytes: &[u8]) -> bool {
         let fields = Fields(bytes);
         let parts = [fields.bytes(0, 16), &[0; 4], fields.bytes(20, bytes.len())];
@@ -176,19 +176,19 @@ struct LoggedBlock {
     by: Replacement,
 }
 
-/// Going through the log, one transaction after the other.
+/// Reads the log, one transaction after the other.
 struct LogReader<'a> {
     log: &'a JournalLog<'a>,
     sequence: u32,
-    /// Of complete transactions, in order.
+    /// The blocks of complete transactions, in order.
     writes: Vec<LoggedBlock>,
-    /// Blocks that were given up, and by which transaction last: what earlier ones wrote there is of
-    /// no meaning, the block may have contents of a file since.
+    /// Revoked blocks, and the last transaction that revoked each. What earlier transactions wrote
+    /// there does not count: the block may hold a file's contents since.
     revoked: HashMap<u64, u32>,
-    /// Of the transaction at hand.
+    /// The blocks of the current transaction.
     new_writes: Vec<LoggedBlock>,
     new_revoked: Vec<u64>,
-    /// Blocks that may still be looked at.
+    /// Blocks that may still be read.
     left: u64,
 }
 
@@ -225,13 +225,13 @@ impl<'a> LogReader<'a> {
             return Err(self
                 .log
                 .blocks
-                .damaged("the journal is too large to be read here"));
+                .damaged("the journal is too large to be read"));
         }
         Ok(self.finish())
     }
 
-    /// Takes a block of the log; the next one is at `at`. Where to go on; None where the log ends:
-    /// at the first block that does not belong to it any more.
+    /// Takes a block of the log; the next one is at `at`. Returns where to go on. None at the end
+    /// of the log, which is the first block that does not belong to it.
     fn step(&mut self, bytes: &[u8], at: u32) -> Result<Option<u32>> {
         let header = Fields(bytes);
         if header.be32(0) != MAGIC || header.be32(8) != self.sequence {
@@ -281,7 +281,7 @@ impl<'a> LogReader<'a> {
         Ok(Some(at))
     }
 
-    /// Whether the block at `at` has the checksum its tag says.
+    /// Verifies the block at `at` by the checksum in its tag.
     fn is_right(&self, tag: &DescriptorTag, at: u32, v3: bool) -> Result<bool> {
         let bytes = self.log.block(at)?;
         let sum = crc32c(self.log.seed, &[&self.sequence.to_be_bytes(), &bytes]);
@@ -292,7 +292,7 @@ impl<'a> LogReader<'a> {
         })
     }
 
-    /// A list of blocks that were given up.
+    /// A list of revoked blocks.
     fn revoke(&mut self, bytes: &[u8]) -> Result<()> {
         let len = match self.log.incompat & incompat::BITS64 {
             0 => 4,
@@ -305,7 +305,7 @@ impl<'a> LogReader<'a> {
             return Err(self
                 .log
                 .blocks
-                .damaged("the journal gives up too many blocks"));
+                .damaged("the journal revokes too many blocks"));
         }
         self.new_revoked
             .extend(list.chunks_exact(len).map(|entry| match len {
@@ -324,7 +324,7 @@ impl<'a> LogReader<'a> {
         self.sequence = self.sequence.wrapping_add(1);
     }
 
-    /// What counts of all that was written.
+    /// Returns the blocks that count.
     fn finish(self) -> JournalMap {
         let mut replaced = BTreeMap::new();
         for write in self.writes {

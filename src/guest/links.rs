@@ -1,15 +1,15 @@
-//! Where symbolic links lead: inside of the file system they are in, whatever they say.
+//! Symbolic links, rewritten so that they stay inside their file system.
 //!
-//! In a guest an absolute link begins at the guest's root, and `..` in the root is the root. Whoever
-//! follows a link from outside, in a mount, begins at his own root and goes up as far as it goes. So
-//! the words of a link are rewritten where they would lead there: what is absolute becomes as many
-//! `..` as lead to the root of the file system, and each `..` that would go above it is left out.
-//! Words that lead to the right file as they are, are kept as they are.
+//! In a guest an absolute link begins at the guest's root, and `..` in the root is the root. In a
+//! mount, the kernel would begin at the caller's root and go up beyond the mount point. So a target
+//! is rewritten: an absolute target becomes as many `..` as lead to the root of the file system,
+//! and each `..` that would go above it is left out. Targets that lead to the right file stay as
+//! they are.
 //!
-//! That is right only if the way up from a directory is the one by which it was reached. So a directory
-//! may be entered by the one name that its own `..` agrees with ([`is_entered_from`]), and
-//! [`depth`] goes by `..` too. And since a link may have names in several directories, what
-//! its words are depends on where it is: [`LinkPlace`].
+//! This is right only if the way up from a directory is the way it was reached by. So a directory
+//! may be entered only by the one name that its own `..` agrees with ([`is_entered_from`]), and
+//! [`depth`] follows `..`, too. A link may have names in several directories, so its target depends
+//! on where it is: [`LinkPlace`].
 
 use super::block_reader::BlockReader;
 use super::contents::read_link;
@@ -18,19 +18,19 @@ use super::inode::{FileKind, ROOT};
 use crate::{Error, Result};
 use std::ops::Range;
 
-/// Directories deeper than this count as being just so deep: no words could lead to the root.
+/// Deeper directories count as this deep: no target could lead to the root.
 pub const DEEPEST: u16 = 4096;
-/// The longest words that a link may have.
+/// The longest target that a link may have.
 const MAX_WORDS: usize = 4095;
-/// As many links as the kernel follows on one way.
+/// The most links that the kernel follows on one way.
 const MAX_LINKS: usize = 40;
-/// Steps looked at of the way of one link.
+/// The most steps that are followed for one link.
 const MAX_STEPS: usize = 2000;
 
-/// Where a symbolic link is, as far as its words depend on that.
+/// Where a symbolic link is, as far as its target depends on that.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LinkPlace {
-    /// In any directory that is so many steps below the root.
+    /// In any directory this many steps below the root.
     Depth(u16),
     /// In this directory.
     Directory(u32),
@@ -47,7 +47,8 @@ pub(super) fn place(blocks: &BlockReader, inode: u32, directory: u32) -> Result<
     })
 }
 
-/// Returns the target of a link so that following it from `place` leads to where the guest would get.
+/// Returns the target of a link so that following it from `place` leads to where the guest would
+/// get.
 pub(super) fn target_within(blocks: &BlockReader, inode: u32, place: LinkPlace) -> Result<Vec<u8>> {
     let own = read_link(blocks, inode)?;
     let words = Words::of(&own);
@@ -156,7 +157,7 @@ fn too_long() -> Error {
     Error::new(libc::ENAMETOOLONG, message)
 }
 
-/// As many `..` as lead to the root, and then `rest`.
+/// Returns as many `..` as lead to the root, and then `rest`.
 fn from_root(depth: u16, rest: &[u8]) -> Result<Vec<u8>> {
     if usize::from(depth) * 3 > MAX_WORDS {
         return Err(too_long());
@@ -172,7 +173,7 @@ fn from_root(depth: u16, rest: &[u8]) -> Result<Vec<u8>> {
     Ok(words)
 }
 
-/// The target of a link, taken apart.
+/// The target of a link, split into steps.
 struct Words<'w> {
     own: &'w [u8],
     absolute: bool,
@@ -201,19 +202,19 @@ impl<'w> Words<'w> {
         }
     }
 
-    /// How many `..` it begins with.
+    /// Returns how many `..` it begins with.
     fn ups(&self) -> usize {
         self.steps.iter().take_while(|step| **step == b"..").count()
     }
 
-    /// Whether there is a `..` further on: where that leads depends on what the steps before are.
+    /// Returns whether a `..` follows a name: where it leads depends on the steps before it.
     fn turns_back(&self) -> bool {
         let begin = if self.absolute { 0 } else { self.ups() };
         let rest = self.steps.get(begin..).unwrap_or_default();
         rest.contains(&&b".."[..])
     }
 
-    /// The words from a step on, as they are.
+    /// Returns the target from a step on, as it is.
     fn rest(&self, from: usize) -> &'w [u8] {
         let place = self.places.get(from);
         place
@@ -221,7 +222,7 @@ impl<'w> Words<'w> {
             .unwrap_or_default()
     }
 
-    /// These steps as words; what said that it is a directory goes on doing so.
+    /// Joins these steps to a target. A trailing slash stays.
     fn rebuilt(&self, steps: &[&[u8]]) -> Vec<u8> {
         let mut words = steps.join(&b'/');
         if !words.is_empty() && self.own.last() == Some(&b'/') {
@@ -234,19 +235,19 @@ impl<'w> Words<'w> {
     }
 }
 
-/// A way through directories, as the guest would go it.
+/// A walk through directories, as the guest would take it.
 struct LinkWalk<'a> {
     blocks: &'a BlockReader,
     /// The directories from the root to where it is.
     way: Vec<u32>,
-    /// It went where nothing is, so far below the root; nobody who follows it comes further.
+    /// How far below the root the walk ran into nothing; the way ends there.
     lost: Option<usize>,
     links: usize,
     steps: usize,
 }
 
 impl LinkWalk<'_> {
-    /// A step up; false if there is none, in the root.
+    /// Goes up; false in the root.
     fn up(&mut self) -> bool {
         match &mut self.lost {
             Some(0) => false,
@@ -262,7 +263,7 @@ impl LinkWalk<'_> {
         }
     }
 
-    /// A step into what has this name, through all the links there are.
+    /// Enters a name, through all the links on the way.
     fn enter(&mut self, name: &[u8]) -> Result<()> {
         if let Some(depth) = &mut self.lost {
             *depth += 1;
@@ -286,7 +287,7 @@ impl LinkWalk<'_> {
         Ok(())
     }
 
-    /// A step to one name; `left` is what is to be gone after it. False if it leads nowhere.
+    /// Goes to one name; `left` gets the steps after it. False if it leads nowhere.
     fn step(&mut self, name: &[u8], left: &mut Vec<Vec<u8>>) -> Result<bool> {
         let here = self.way.last().copied().unwrap_or(ROOT);
         let Some(inode) = Directory::open(self.blocks, here)?.lookup(name)? else {

@@ -1,10 +1,9 @@
 //! The guest's file systems inside of a disk, read only: the only room that knows ext2, ext3, ext4
 //! and partition tables.
 //!
-//! A [`Guest`] is made of a chain and lasts as long as its disk does not change. It has a
-//! [`FileSystem`], or partitions that have one each; in a file system files go by the guest's inode
-//! numbers. There is nothing to open or close: whoever has a `Guest` may ask for anything, from any
-//! number of threads.
+//! A [`Guest`] is made of a chain and is valid as long as its disk does not change. It has a
+//! [`FileSystem`], or partitions that have one each. In a file system, files go by the guest's
+//! inode numbers. Nothing is opened or closed: any thread may ask for anything at any time.
 //!
 //! From the bottom up:
 //!
@@ -22,18 +21,18 @@
 //! * `links`: where symbolic links lead inside of the file system.
 //! * `file_system`: the face of all of it, [`FileSystem`].
 //!
-//! **Nothing on the disk is trusted.** Whoever has root in a guest can write what he likes there. So
-//! every number is checked before it is used to count, to index or to allocate; what is damaged is
-//! EIO with a message, for the one file or directory that it concerns if possible.
+//! **Nothing on the disk is trusted.** Root in a guest can write anything there. So every number is
+//! checked before it is used to count, to index or to allocate. Damage is EIO with a message, for
+//! the one file or directory it concerns if possible.
 //!
-//! **Memory** is bounded by constants: of what was read, 32 MiB of structures, 4 MiB of contents and
-//! 16 MiB of names for all guests together ([`Caches`]), and per call a few blocks.
+//! **Memory** is bounded by constants: 32 MiB of structures, 4 MiB of contents and 16 MiB of names
+//! are cached for all guests together ([`Caches`]), and a call takes a few blocks.
 //!
-//! What is not read: what is encrypted (ENOKEY); fast commits in the journal, so that a guest that
-//! has switched them on and was killed is seen as it was at its last full commit. Names in
-//! directories that ignore case are compared as they are.
+//! Two things are not read: encrypted files (ENOKEY), and fast commits in the journal. A guest that
+//! uses fast commits and was killed is seen as of its last full commit. Names in directories that
+//! ignore case are compared as they are.
 //!
-//! Knows nothing of boxes, nodes or FUSE.
+//! The room knows nothing of boxes, nodes or FUSE.
 
 mod block_map;
 mod block_reader;
@@ -67,7 +66,7 @@ use disk::{Disk, Volume};
 use partitions::PartitionSpan;
 use std::sync::{Arc, OnceLock};
 
-/// What is on the disk of a box, or of a snapshot.
+/// The contents of the disk of a box, or of a snapshot.
 pub struct Guest {
     disk: Arc<Disk>,
     content: Content,
@@ -82,9 +81,9 @@ pub enum Content {
 }
 
 impl Guest {
-    /// Looks at what is on the disk that `chain` makes: a file system all over it, or a table of
-    /// partitions, which are not looked into yet. EIO if there is neither, or the file system is
-    /// damaged or not known here; the message says what is there instead.
+    /// Opens the disk that `chain` makes: one file system on all of it, or a partition table.
+    /// Partitions are not looked into yet. EIO if there is neither, or if the file system is
+    /// damaged or unknown; the message says what is there instead.
     pub fn open(chain: Arc<Chain>, caches: &Arc<Caches>) -> Result<Guest> {
         let disk = Arc::new(Disk::new(chain, caches.clone()));
         let spans = partitions::find(&disk)?;
@@ -95,7 +94,7 @@ impl Guest {
             }
             Some(spans) => match FileSystem::open(whole) {
                 Ok(Some(found)) => Content::FileSystem(found),
-                // What is left of a file system from before the partitions.
+                // The remains of a file system that was there before the partitions.
                 Err(_) if partitions::can_be(&disk, &spans) => {
                     Content::Partitions(Partition::all(&disk, &spans))
                 }
@@ -107,7 +106,7 @@ impl Guest {
         Ok(Guest { disk, content })
     }
 
-    /// The chain it is read from: to ask whether it is unchanged.
+    /// The chain it is read from, to check that it is unchanged.
     pub fn chain(&self) -> &Arc<Chain> {
         self.disk.chain()
     }
@@ -168,8 +167,8 @@ impl Partition {
         self.span.len
     }
 
-    /// The file system in it, looked at when it is first asked for. EIO as [`Guest::open`], the same
-    /// each time.
+    /// Returns the file system in it, opened when it is first asked for. EIO as [`Guest::open`],
+    /// the same each time.
     pub fn file_system(&self) -> Result<&FileSystem> {
         let found = self.found.get_or_init(|| {
             let PartitionSpan { number, start, len } = self.span;

@@ -1,19 +1,20 @@
-//! Indexes of names that were made here, for directories that have none of their own.
+//! A cache of indexes made here, for directories without an index of their own.
 
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-/// Most bytes of indexes of names made here, kept for all file systems together.
+/// The most bytes of indexes kept for all file systems together.
 const INDEXES: u64 = 16 << 20;
-/// A directory of a million names and more gets none; names in it are found by looking at all of them.
+/// The largest index: a directory of more than a million names gets none, and every lookup searches
+/// all names.
 const MAX_INDEX: usize = 8 << 20;
 
-/// The names of directories that were looked up in lately, by file system and directory.
+/// The names of recently searched directories, by file system and directory.
 pub(super) struct NameCache {
     kept: Cache<Key, Arc<NameIndex>, BySize>,
-    /// Nobody can make names that have one hash.
+    /// A random seed: names can't be chosen to have the same hash.
     hashes: RandomState,
 }
 
@@ -21,7 +22,7 @@ type Key = (u64, u32);
 
 impl NameCache {
     pub fn new() -> NameCache {
-        // So few that the cache is not cut in parts, into which a large index would not fit.
+        // So few that the cache is not split into parts that are too small for a large index.
         const EXPECTED: usize = 32;
         NameCache {
             kept: Cache::with_weighter(EXPECTED, INDEXES, BySize),
@@ -52,7 +53,7 @@ impl Weighter<Key, Arc<NameIndex>> for BySize {
     }
 }
 
-/// All names of a directory, to be found quickly.
+/// The names of a directory, by hash.
 #[derive(Default)]
 pub(super) struct NameIndex {
     /// By hash, once sorted.
@@ -60,7 +61,7 @@ pub(super) struct NameIndex {
     pub is_too_large: bool,
 }
 
-/// The hash of a name, and the place that a listing of its entry begins at, in units of four bytes.
+/// The hash of a name, and where a listing of its entry begins, in units of four bytes.
 type HashedName = (u32, u32);
 
 impl NameIndex {
@@ -80,7 +81,7 @@ impl NameIndex {
         self
     }
 
-    /// Where names may be that have this hash.
+    /// Returns where names of this hash may be.
     pub fn places(&self, hash: u32) -> impl Iterator<Item = u64> {
         let first = self.entries.partition_point(|entry| entry.0 < hash);
         let rest = self.entries.get(first..).unwrap_or_default();

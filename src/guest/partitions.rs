@@ -7,16 +7,16 @@ use super::superblock;
 use crate::Result;
 use std::sync::Arc;
 
-/// Bytes of what an MBR counts in, and of the sectors of most disks.
+/// The unit of an MBR in bytes, and the sector size of most disks.
 const SECTOR: u64 = 512;
-/// The sectors that a GPT may be made for, the usual one first.
+/// The sector sizes that a GPT may be made for, the usual one first.
 const GPT_SECTORS: [u64; 2] = [SECTOR, 4096];
 /// The table's place in an MBR, and bytes of each of its four entries.
 const TABLE_AT: usize = 446;
 const ENTRY: usize = 16;
-/// An MBR that says: there is a GPT.
+/// The partition type in an MBR that stands for a GPT.
 const PROTECTIVE: u8 = 0xee;
-/// As many as the kernel shows of one disk. A chain of logical partitions could go round for ever.
+/// As many as the kernel shows of one disk. A chain of logical partitions could be endless.
 const MAX_PARTITIONS: usize = 256;
 
 /// Where a partition is.
@@ -30,12 +30,12 @@ pub(super) struct PartitionSpan {
     pub len: u64,
 }
 
-/// The partitions of a disk, by number; None if it has no table.
+/// Returns the partitions of a disk, by number; None if it has no table.
 pub(super) fn find(disk: &Arc<Disk>) -> Result<Option<Vec<PartitionSpan>>> {
     let volume = Volume::new(disk.clone(), 0, disk.len(), "the disk".into());
     let mut sector = [0; SECTOR as usize];
     volume.peek(0, &mut sector)?;
-    let Some(table) = Table::parse(&sector) else {
+    let Some(table) = MbrTable::parse(&sector) else {
         return Ok(None);
     };
     if table.0.iter().any(|entry| entry.kind == PROTECTIVE)
@@ -46,17 +46,17 @@ pub(super) fn find(disk: &Arc<Disk>) -> Result<Option<Vec<PartitionSpan>>> {
     mbr(&volume, &table).map(Some)
 }
 
-/// Whether partitions can be so: each begins on the disk, and not with its first sector.
+/// Returns whether partitions are possible: each begins on the disk, and after its first sector.
 pub(super) fn can_be(disk: &Disk, spans: &[PartitionSpan]) -> bool {
     let can_be = |span: &PartitionSpan| (SECTOR..disk.len()).contains(&span.start);
     !spans.is_empty() && spans.iter().all(can_be)
 }
 
-/// Whether partitions are what a disk has, even if it looks as if one file system takes all of it.
+/// Returns whether a disk has partitions, even if it looks as if one file system takes all of it.
 ///
-/// A file system that is made on a whole disk takes the first sector, and a table there with it. So a
-/// table is the newer of the two, and a superblock is left from before, if the partitions can be so
-/// and one of them has a file system that is known.
+/// Making a file system on a whole disk overwrites the first sector, and a table there with it. So
+/// the table is newer, and the superblock is a remainder, if the partitions are possible and one of
+/// them has a known file system.
 pub(super) fn hide_a_file_system(disk: &Arc<Disk>, spans: &[PartitionSpan]) -> Result<bool> {
     if !can_be(disk, spans) {
         return Ok(false);
@@ -78,7 +78,7 @@ struct MbrEntry {
 }
 
 impl MbrEntry {
-    /// Whether it is a partition that has further ones in it.
+    /// Returns whether it is a partition that has others in it.
     fn is_extended(&self) -> bool {
         matches!(self.kind, 0x05 | 0x0f | 0x85)
     }
@@ -97,12 +97,12 @@ impl MbrEntry {
 }
 
 /// The table in an MBR, or in the sector before a logical partition.
-struct Table([MbrEntry; 4]);
+struct MbrTable([MbrEntry; 4]);
 
-impl Table {
+impl MbrTable {
     /// None if the sector has no table. The first sector of a FAT file system ends with the same
     /// signature, so the entries must make sense too.
-    fn parse(sector: &[u8]) -> Option<Table> {
+    fn parse(sector: &[u8]) -> Option<MbrTable> {
         let fields = Fields(sector);
         if fields.le16(510) != 0xaa55 {
             return None;
@@ -111,7 +111,7 @@ impl Table {
         if (0..4).any(|index| fields.u8(at(index)) & 0x7f != 0) {
             return None;
         }
-        Some(Table([0, 1, 2, 3].map(|index| MbrEntry {
+        Some(MbrTable([0, 1, 2, 3].map(|index| MbrEntry {
             kind: fields.u8(at(index) + 4),
             first: u64::from(fields.le32(at(index) + 8)),
             sectors: u64::from(fields.le32(at(index) + 12)),
@@ -119,8 +119,8 @@ impl Table {
     }
 }
 
-/// The partitions of an MBR.
-fn mbr(volume: &Volume, table: &Table) -> Result<Vec<PartitionSpan>> {
+/// Returns the partitions of an MBR.
+fn mbr(volume: &Volume, table: &MbrTable) -> Result<Vec<PartitionSpan>> {
     let mut spans = Vec::new();
     for (number, entry) in (1..).zip(&table.0) {
         if entry.is_used() && !entry.is_extended() {
@@ -144,7 +144,7 @@ fn logical(volume: &Volume, extended: u64, spans: &mut Vec<PartitionSpan>) -> Re
     for _ in 0..MAX_PARTITIONS {
         let mut sector = [0; SECTOR as usize];
         volume.peek(at.saturating_mul(SECTOR), &mut sector)?;
-        let Some(Table(entries)) = Table::parse(&sector) else {
+        let Some(MbrTable(entries)) = MbrTable::parse(&sector) else {
             return Ok(());
         };
         let mut next = None;
@@ -170,8 +170,8 @@ fn logical(volume: &Volume, extended: u64, spans: &mut Vec<PartitionSpan>) -> Re
     Ok(())
 }
 
-/// The partitions of a GPT, by its header in the second sector or by the copy in the last; None if
-/// there is neither. What a sector is, only the place of the header tells.
+/// Returns the partitions of a GPT, by its header in the second sector or the copy in the last;
+/// None if there is neither. The size of a sector follows from where the header is.
 fn gpt(volume: &Volume, len: u64) -> Result<Option<Vec<PartitionSpan>>> {
     for sector in GPT_SECTORS {
         for header in [1, (len / sector).saturating_sub(1)] {
@@ -183,7 +183,7 @@ fn gpt(volume: &Volume, len: u64) -> Result<Option<Vec<PartitionSpan>>> {
     Ok(None)
 }
 
-/// The partitions of a GPT whose header is in a sector.
+/// Returns the partitions of the GPT whose header is in this sector.
 fn gpt_at(volume: &Volume, sector: u64, header: u64) -> Result<Option<Vec<PartitionSpan>>> {
     const MAX_TABLE: usize = 1 << 20;
     let mut bytes = [0; SECTOR as usize];

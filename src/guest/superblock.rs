@@ -1,4 +1,4 @@
-//! What the superblock of an ext2, ext3 or ext4 file system says, and where the rest is.
+//! The superblock of an ext2, ext3 or ext4 file system: its features, and where everything is.
 
 use super::checksum::crc32c;
 use super::disk::Volume;
@@ -15,7 +15,7 @@ const MAGIC: u16 = 0xef53;
 pub(super) mod incompat {
     /// Directory entries tell the kind of file.
     pub const FILETYPE: u32 = 0x2;
-    /// The journal has what is not in its place yet.
+    /// The journal has blocks that are not in their places yet.
     pub const RECOVER: u32 = 0x4;
     /// It is a journal, without a file system.
     pub const JOURNAL_DEV: u32 = 0x8;
@@ -25,13 +25,14 @@ pub(super) mod incompat {
     pub const BITS64: u32 = 0x80;
     /// Values of large attributes have inodes of their own.
     pub const EA_INODE: u32 = 0x400;
-    /// The checksums' first value is in the superblock.
+    /// The seed of the checksums is in the superblock.
     pub const CSUM_SEED: u32 = 0x2000;
     /// Directories may be larger than 4 GiB.
     pub const LARGEDIR: u32 = 0x4000;
-    /// What is read here: these, and extents (0x40), multiple mount protection (0x100, it concerns
-    /// writers), flexible groups (0x200), inline data (0x8000), encryption (0x10000, what is not
-    /// encrypted can be read) and case folding (0x20000, names are compared as they are).
+    /// The features that are supported: these, and extents (0x40), multiple mount protection
+    /// (0x100, which concerns writers), flexible groups (0x200), inline data (0x8000), encryption
+    /// (0x10000, other files can be read) and case folding (0x20000, names are compared as they
+    /// are).
     pub const READ: u32 = FILETYPE
         | RECOVER
         | META_BG
@@ -47,7 +48,7 @@ pub(super) mod incompat {
         | 0x20000;
 }
 
-/// Features that only a writer has to know (`s_feature_ro_compat`), of which some tell a reader more.
+/// Features that only a writer has to know (`s_feature_ro_compat`). Some tell a reader more.
 mod ro_compat {
     pub const SPARSE_SUPER: u32 = 0x1;
     pub const HUGE_FILE: u32 = 0x8;
@@ -55,7 +56,7 @@ mod ro_compat {
     pub const METADATA_CSUM: u32 = 0x400;
 }
 
-/// Features that nobody has to know (`s_feature_compat`).
+/// Features that may be ignored (`s_feature_compat`).
 mod compat {
     /// Directories may have an index.
     pub const DIR_INDEX: u32 = 0x20;
@@ -63,13 +64,13 @@ mod compat {
     pub const SPARSE_SUPER2: u32 = 0x200;
 }
 
-/// `s_flags`: how bytes of names count where names are hashed.
+/// `s_flags`: whether bytes of names are signed when they are hashed.
 mod flags {
     pub const SIGNED_HASH: u32 = 0x1;
     pub const UNSIGNED_HASH: u32 = 0x2;
 }
 
-/// What the superblock says.
+/// A parsed superblock.
 #[derive(Clone)]
 pub(super) struct Superblock {
     /// Bytes of a block: 1 KiB to 64 KiB.
@@ -78,9 +79,9 @@ pub(super) struct Superblock {
     pub cluster_size: u64,
     /// Whether directories may have an index.
     pub has_indexes: bool,
-    /// Whether bytes of names are signed where they are hashed; None if the superblock does not say.
+    /// Whether bytes of names are signed when they are hashed; None if the superblock does not say.
     pub signed_hash: Option<bool>,
-    /// What hashing names begins with.
+    /// The seed of the hashes of names.
     pub hash_seed: [u32; 4],
     /// Number of blocks.
     pub blocks: u64,
@@ -94,7 +95,7 @@ pub(super) struct Superblock {
     pub incompat: u32,
     /// Whether numbers of blocks of files are kept in 48 bits.
     pub huge_files: bool,
-    /// The checksums' first value, where structures have checksums.
+    /// The seed of the checksums, where structures have checksums.
     pub seed: Option<u32>,
     /// The journal's inode; 0 if it is not in this file system.
     pub journal_inode: u32,
@@ -115,12 +116,12 @@ enum Copies {
 }
 
 impl Superblock {
-    /// Whether this may be a superblock.
+    /// Returns whether this may be a superblock.
     pub fn is_one(bytes: &[u8]) -> bool {
         Fields(bytes).le16(0x38) == MAGIC
     }
 
-    /// What the superblock says. EIO if it can't be so, or says what is not understood.
+    /// Parses a superblock. EIO if it is impossible, or needs an unsupported feature.
     pub fn parse(bytes: &[u8], volume: &Volume) -> Result<Superblock> {
         let sb = Fields(bytes);
         let superblock = Superblock::fields(sb);
@@ -133,7 +134,7 @@ impl Superblock {
         Ok(superblock)
     }
 
-    /// The fields, as they are.
+    /// Reads the fields, unchecked.
     fn fields(sb: Fields) -> Superblock {
         let incompat = sb.le32(0x60);
         let ro_compat = sb.le32(0x64);
@@ -181,7 +182,7 @@ impl Superblock {
         }
     }
 
-    /// Refuses what can't be so, and what is not understood.
+    /// Refuses impossible values and unsupported features.
     fn check(&self, sb: Fields) -> Result<(), String> {
         if sb.le16(0x38) != MAGIC {
             return Err("it has no superblock".into());
@@ -234,17 +235,17 @@ impl Superblock {
         Ok(())
     }
 
-    /// Whether it has a feature of [`incompat`].
+    /// Returns whether it has a feature of [`incompat`].
     pub fn has(&self, feature: u32) -> bool {
         self.incompat & feature != 0
     }
 
-    /// Entries of a block of block numbers.
+    /// Returns the number of entries in a block of block numbers.
     pub fn pointers(&self) -> u64 {
         self.block_size / 4
     }
 
-    /// The group that has an inode, and its place there.
+    /// Returns the group of an inode, and its index there.
     pub fn place_of(&self, inode: u32) -> (u64, u64) {
         let index = inode.saturating_sub(1);
         (
@@ -253,7 +254,7 @@ impl Superblock {
         )
     }
 
-    /// Where the descriptor of a group is: the block, the byte in it, and its length.
+    /// Returns where the descriptor of a group is: the block, the byte in it, and its length.
     pub fn descriptor(&self, group: u64) -> (u64, u64, usize) {
         let per_block = self.block_size / self.descriptor_size;
         let (table, index) = (group / per_block, group % per_block);
@@ -277,7 +278,7 @@ impl Superblock {
         )
     }
 
-    /// Whether a group begins with a copy of the superblock.
+    /// Returns whether a group begins with a copy of the superblock.
     fn has_copy(&self, group: u64) -> bool {
         let power_of = |base: u64| {
             let mut power = base;
@@ -293,7 +294,8 @@ impl Superblock {
         }
     }
 
-    /// The first block of a group's inodes, as its descriptor says; None for a wrong checksum.
+    /// Returns the first block of a group's inodes, as its descriptor says; None for a wrong
+    /// checksum.
     pub fn inode_table(&self, group: u64, descriptor: &[u8]) -> Option<u64> {
         let fields = Fields(descriptor);
         if let Some(seed) = self.seed {
@@ -309,14 +311,14 @@ impl Superblock {
     }
 }
 
-/// Whether a volume has a file system, or something else that is known; it need not be whole.
+/// Returns whether a volume has a file system or something else that is known. It may be damaged.
 pub(super) fn is_known(volume: &Volume) -> Result<bool> {
     let mut bytes = vec![0; SUPERBLOCK_LEN];
     volume.peek(SUPERBLOCK_AT, &mut bytes)?;
     Ok(Superblock::is_one(&bytes) || known_as(volume)?.is_some())
 }
 
-/// What else the disk may hold, for a message that helps.
+/// Returns what else the volume holds, for a message that helps.
 pub(super) fn known_as(volume: &Volume) -> Result<Option<&'static str>> {
     for (at, magic, name) in [
         (0, &b"XFSB"[..], "an XFS file system"),

@@ -12,17 +12,17 @@ const MAGIC: u32 = 0xea02_0000;
 const ENTRY: usize = 16;
 /// Bytes before the entries in a block.
 const BLOCK_HEADER: usize = 32;
-/// The kernel allows no longer values.
+/// The longest value that the kernel allows.
 const MAX_VALUE: u64 = 65536;
 
-/// Where the rest of what is in an inode itself is kept, index and name.
+/// Index and name of the attribute that holds the rest of inline contents.
 const INLINE_REST: (u8, &[u8]) = (SYSTEM, b"data");
 const SYSTEM: u8 = 7;
 const ACL_ACCESS: u8 = 2;
 const ACL_DEFAULT: u8 = 3;
 
-/// What the index in an entry stands for. Others are for the file system itself (encryption), and
-/// not shown.
+/// The prefix that the index in an entry stands for. Other indexes are for the file system itself
+/// (encryption) and are not shown.
 fn prefix(index: u8) -> Option<&'static [u8]> {
     Some(match index {
         1 => b"user.",
@@ -36,21 +36,21 @@ fn prefix(index: u8) -> Option<&'static [u8]> {
     })
 }
 
-/// An attribute as it is kept.
-struct Stored {
+/// An attribute as it is stored.
+struct StoredXattr {
     index: u8,
     name: Vec<u8>,
-    value: Value,
+    value: StoredValue,
 }
 
-enum Value {
+enum StoredValue {
     Here(Vec<u8>),
     /// In an inode of its own.
     Inode(u32),
 }
 
-impl Stored {
-    /// The name the guest gives it; None for what the file system keeps for itself.
+impl StoredXattr {
+    /// Returns the guest's name for it; None for attributes of the file system's own.
     fn full_name(&self) -> Option<Vec<u8>> {
         if (self.index, self.name.as_slice()) == INLINE_REST {
             return None;
@@ -62,7 +62,7 @@ impl Stored {
 /// Returns the names of a file's extended attributes.
 pub(super) fn names(blocks: &BlockReader, number: u32) -> Result<Vec<Vec<u8>>> {
     let stored = stored(blocks, &blocks.inode(number)?)?;
-    Ok(stored.iter().filter_map(Stored::full_name).collect())
+    Ok(stored.iter().filter_map(StoredXattr::full_name).collect())
 }
 
 /// Returns the value of an extended attribute; None if the file has none of that name.
@@ -75,8 +75,8 @@ pub(super) fn value(blocks: &BlockReader, number: u32, name: &[u8]) -> Result<Op
         return Ok(None);
     };
     let value = match found.value {
-        Value::Here(value) => value,
-        Value::Inode(number) => value_in_inode(blocks, number)?,
+        StoredValue::Here(value) => value,
+        StoredValue::Inode(number) => value_in_inode(blocks, number)?,
     };
     match found.index {
         ACL_ACCESS | ACL_DEFAULT => acl(&value)
@@ -95,14 +95,14 @@ fn value_in_inode(blocks: &BlockReader, number: u32) -> Result<Vec<u8>> {
     BlockMap::of(blocks, &inode).read_all(MAX_VALUE)
 }
 
-/// Returns the contents of a file that are in the inode itself: `i_block`, and what follows it in an
-/// attribute.
+/// Returns the contents of a file that are in the inode itself: `i_block`, and what follows it in
+/// an attribute.
 pub(super) fn inline_data(blocks: &BlockReader, inode: &Inode) -> Result<Vec<u8>> {
     let mut bytes = inode.block().to_vec();
     let rest = stored(blocks, inode)?.into_iter().find_map(|stored| {
         let found = (stored.index, stored.name.as_slice()) == INLINE_REST;
         match stored.value {
-            Value::Here(value) if found => Some(value),
+            StoredValue::Here(value) if found => Some(value),
             _ => None,
         }
     });
@@ -111,11 +111,13 @@ pub(super) fn inline_data(blocks: &BlockReader, inode: &Inode) -> Result<Vec<u8>
 }
 
 /// Reads all attributes: no more bytes than an inode and a block have room for.
-fn stored(blocks: &BlockReader, inode: &Inode) -> Result<Vec<Stored>> {
+fn stored(blocks: &BlockReader, inode: &Inode) -> Result<Vec<StoredXattr>> {
     let mut all = Vec::new();
     let damaged = || {
         let number = inode.number;
-        blocks.damaged(format_args!("the attributes of inode {number} can't be so"))
+        blocks.damaged(format_args!(
+            "the attributes of inode {number} are impossible"
+        ))
     };
     let area = inode.attribute_area();
     if Fields(area).le32(0) == MAGIC {
@@ -137,8 +139,8 @@ fn stored(blocks: &BlockReader, inode: &Inode) -> Result<Vec<Stored>> {
     Ok(all)
 }
 
-/// Verifies the checksum of a block. It covers the block's number, too, since several files may share the
-/// block.
+/// Verifies the checksum of a block. It covers the block's number, too, since several files may
+/// share the block.
 fn checksum_is_right(seed: Option<u32>, number: u64, block: &[u8]) -> bool {
     let fields = Fields(block);
     seed.is_none_or(|seed| {
@@ -147,11 +149,11 @@ fn checksum_is_right(seed: Option<u32>, number: u64, block: &[u8]) -> bool {
     })
 }
 
-/// Takes the entries from `at` on; offsets of values count from the beginning of `area`. None if
-/// they can't be so.
-fn parse(area: &[u8], mut at: usize, all: &mut Vec<Stored>) -> Option<()> {
+/// Parses the entries from `at` on; offsets of values count from the beginning of `area`. None if
+/// they are impossible.
+fn parse(area: &[u8], mut at: usize, all: &mut Vec<StoredXattr>) -> Option<()> {
     let fields = Fields(area);
-    // Thousands of entries could have the same bytes for their values.
+    // Thousands of entries could share the same bytes for their values.
     let mut room = area.len();
     while at + 4 <= area.len() && fields.le32(at) != 0 {
         let name_len = usize::from(fields.u8(at));
@@ -161,14 +163,14 @@ fn parse(area: &[u8], mut at: usize, all: &mut Vec<Stored>) -> Option<()> {
             0 => {
                 let from = usize::from(fields.le16(at + 2));
                 room = room.checked_sub(len)?;
-                Value::Here(match len {
+                StoredValue::Here(match len {
                     0 => Vec::new(),
                     _ => area.get(from..from.checked_add(len)?)?.to_vec(),
                 })
             }
-            number => Value::Inode(number),
+            number => StoredValue::Inode(number),
         };
-        all.push(Stored {
+        all.push(StoredXattr {
             index: fields.u8(at + 1),
             name,
             value,
@@ -178,8 +180,8 @@ fn parse(area: &[u8], mut at: usize, all: &mut Vec<Stored>) -> Option<()> {
     Some(())
 }
 
-/// An access control list as programs know it; the file system keeps it shorter, without the IDs
-/// that most entries do not need.
+/// Converts an access control list to the form programs know. The file system stores it shorter,
+/// without the IDs that most entries do not need.
 fn acl(stored: &[u8]) -> Option<Vec<u8>> {
     const VERSION: u32 = 2;
     const USER: u16 = 0x02;

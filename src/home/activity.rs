@@ -1,4 +1,4 @@
-//! Whether a box is running, whatever its row says.
+//! Tells whether a box is running, whatever its row says.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -9,21 +9,21 @@ use super::paths::Home;
 use super::process::{ignore_signals, start_time};
 use super::records::BoxRecord;
 
-/// What a box is doing as far as its disk is concerned.
+/// The activity of a box, as far as its disk is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Activity {
-    /// Nobody writes to its disk.
+    /// Nothing writes to its disk.
     Idle,
-    /// Somebody may; the message says who.
+    /// A process may; the message says which.
     Active(String),
 }
 
 impl Home {
-    /// Looks at shim.pid, the row and the live disk.
+    /// Determines it from shim.pid, the row and the live disk.
     ///
-    /// A live process in shim.pid means active whatever the row says: while a VM boots the row
-    /// says failed with no pid, and a shim outlives its runtime for seconds with the runtime lock
-    /// free. The read lease is refused by the kernel while anyone has the disk open for writing.
+    /// A live process in shim.pid means active, whatever the row says: while a VM boots, the row
+    /// says failed with no pid, and a shim outlives its runtime by seconds with the runtime lock
+    /// free. The kernel refuses a read lease while any process has the disk open for writing.
     pub fn activity(&self, record: &BoxRecord) -> Activity {
         if let Some(pid) = live_shim(&self.box_dir(&record.id).join("shim.pid")) {
             return Activity::Active(format!("its virtual machine runs as process {pid}"));
@@ -44,13 +44,13 @@ impl Home {
     }
 }
 
-/// The pid in shim.pid if that very process is alive: line 1 is the pid, line 2 its start time
-/// (field 22 of /proc/PID/stat), which tells it from a later process of the same number.
+/// Returns the pid in shim.pid if that process is alive. Line 1 is the pid. Line 2 is its start
+/// time (field 22 of /proc/PID/stat), which tells it from a later process of the same number.
 fn live_shim(path: &Path) -> Option<u32> {
     live_process(path).map(|(pid, _)| pid)
 }
 
-/// Likewise, with the start time, where the file has one.
+/// Returns the pid as [`live_shim`] does, and the start time if the file has one.
 pub(super) fn live_process(path: &Path) -> Option<(u32, Option<u64>)> {
     let text = fs::read_to_string(path).ok()?;
     let mut lines = text.lines();
@@ -63,13 +63,14 @@ pub(super) fn live_process(path: &Path) -> Option<(u32, Option<u64>)> {
     }
 }
 
-/// Asks for a read lease, which the kernel refuses (EAGAIN) while anyone has the file open for
-/// writing, and gives it back. Where leases do not work at all, says no.
+/// Returns whether any process has the file open for writing. The kernel refuses (EAGAIN) a read
+/// lease then; a lease it grants is given back. False where leases do not work at all.
 pub fn is_open_for_writing(path: &Path) -> bool {
     is_refused_a_lease(path, libc::F_RDLCK)
 }
 
-/// Likewise a write lease, which is refused while anyone, this process too, has the file open at all.
+/// Returns whether any process, including this one, has the file open at all. The kernel refuses a
+/// write lease then.
 pub fn is_open(path: &Path) -> bool {
     is_refused_a_lease(path, libc::F_WRLCK)
 }
@@ -89,8 +90,8 @@ fn is_refused_a_lease(path: &Path, kind: i32) -> bool {
     }
 }
 
-/// The kernel announces with SIGIO that somebody wants to write to a leased file, and SIGIO ends a
-/// process that does not care for it. Ours holds leases for microseconds and needs no notice.
+/// The kernel announces with SIGIO that a process wants to write to a leased file, and SIGIO ends a
+/// process that does not handle it. Ours holds leases for microseconds and needs no notice.
 fn ignore_lease_breaks() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

@@ -1,4 +1,4 @@
-//! The rows as they are now, read afresh whenever somebody changed the database.
+//! The rows as they are now, read afresh whenever the database changed.
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,11 +14,11 @@ use super::read_connection::{ReadConnection, connect_for_reading};
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
 use crate::{Error, Result};
 
-/// Newest schema whose snapshot and base tables we know to be missing or different below it
+/// The oldest schema that we change. Below it, snapshot and base tables are missing or different
 /// (BoxLite migrates older databases itself at its next start).
 const OLDEST_WRITABLE_SCHEMA: i64 = 7;
 
-/// Which version of BoxLite's schema a database has, and whether we may change it.
+/// The version of BoxLite's schema, and whether we may change it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schema {
     /// `schema_version.version`.
@@ -75,7 +75,7 @@ pub(super) struct CatalogReader {
 }
 
 struct OpenDatabase {
-    /// (st_dev, st_ino): a connection kept over a database that was made anew reads the old one.
+    /// (st_dev, st_ino): a connection kept over a replaced database reads the old one.
     file: (u64, u64),
     connection: ReadConnection,
     /// SQLite's count of commits by others; the rows below are of this version.
@@ -109,7 +109,7 @@ impl CatalogReader {
             return Ok(open.catalog.clone());
         }
         let connection = connect_for_reading(&self.database)?;
-        // Version first: a commit that comes between is seen the next time.
+        // Version first: a commit in between is seen the next time.
         let data_version =
             data_version(&connection).map_err(|e| failed(&connection, &self.database, e))?;
         let catalog = Arc::new(read_all(&connection, &self.database)?);
@@ -123,7 +123,8 @@ impl CatalogReader {
     }
 }
 
-/// (st_dev, st_ino) of the database. That it is not there is EIO: ENOENT would be said of a box.
+/// Returns (st_dev, st_ino) of the database. A missing one is EIO: ENOENT would be taken for a
+/// missing box.
 pub(super) fn database_id(database: &std::path::Path) -> Result<(u64, u64)> {
     match fs::metadata(database) {
         Ok(meta) => Ok((meta.dev(), meta.ino())),
@@ -162,12 +163,13 @@ fn read_all(connection: &Connection, database: &Path) -> Result<Catalog> {
     })
 }
 
-/// Every box, or the one with this id. Boxes whose id could not be a directory name are left out.
+/// Reads every box, or the one with this id. Leaves out boxes whose id could not be a directory
+/// name.
 pub(super) fn read_boxes(
     connection: &Connection,
     id: Option<&str>,
 ) -> rusqlite::Result<Vec<BoxRecord>> {
-    // A condition that is always there keeps SQLite from using its indexes.
+    // A condition that is always true would keep SQLite from using its indexes.
     let condition = id.map_or("", |_| "WHERE c.id = ?1");
     let mut statement = connection.prepare_cached(&format!(
         "SELECT c.id, c.name, c.created_at, c.json, s.status, s.pid, s.json
@@ -192,8 +194,8 @@ pub(super) fn read_boxes(
     Ok(boxes)
 }
 
-/// Every snapshot, or those of one box, oldest first. Names that could leave their directory are
-/// left out: BoxLite refuses to make them, so whoever wrote the row was not BoxLite.
+/// Reads every snapshot, or those of one box, oldest first. Leaves out names that could leave their
+/// directory: BoxLite refuses to make them, so BoxLite did not write the row.
 pub(super) fn read_snapshots(
     connection: &Connection,
     box_id: Option<&str>,
@@ -219,8 +221,7 @@ pub(super) fn read_snapshots(
     Ok(snapshots)
 }
 
-/// Gives snapshots of a box that were made in one second times in the order they were made in; they
-/// are in that order.
+/// Gives snapshots of a box that were made in one second distinct times, in the order of rows.
 fn show_one_after_the_other(snapshots: &mut [SnapshotRecord]) {
     let mut last: HashMap<&str, i64> = HashMap::new();
     for snapshot in snapshots {
@@ -231,14 +232,15 @@ fn show_one_after_the_other(snapshots: &mut [SnapshotRecord]) {
     }
 }
 
-/// Every base disk.
+/// Reads every base disk.
 pub(super) fn read_bases(connection: &Connection) -> rusqlite::Result<Vec<BaseRecord>> {
     let mut statement =
         connection.prepare_cached(&format!("SELECT {BASE_COLUMNS} FROM base_disk"))?;
     statement.query_map([], base_of)?.collect()
 }
 
-/// The bases whose row names this very path, else those whose row names a file of that name anywhere.
+/// Reads the bases whose row names this path, or else those whose row names a file of that name
+/// anywhere.
 pub(super) fn read_bases_at(
     connection: &Connection,
     path: &str,
@@ -258,7 +260,7 @@ pub(super) fn read_bases_at(
     read("substr(base_path, -length(?1)) = ?1", &ending)
 }
 
-/// The bases that a box refers to.
+/// Reads the bases that a box refers to.
 pub(super) fn read_bases_of(
     connection: &Connection,
     box_id: &str,
@@ -270,7 +272,7 @@ pub(super) fn read_bases_of(
     statement.query_map([box_id], base_of)?.collect()
 }
 
-/// What [`base_of`] reads.
+/// The columns that [`base_of`] reads.
 const BASE_COLUMNS: &str = "id, source_box_id, kind, base_path, created_at, json";
 
 fn base_of(row: &rusqlite::Row<'_>) -> rusqlite::Result<BaseRecord> {
@@ -308,8 +310,8 @@ const NEEDED: &[(&str, &[&str])] = &[
     ("base_disk_ref", &["base_disk_id", "box_id"]),
 ];
 
-/// The schema's version, and whether all we use is there. A newer version that has the tables and
-/// columns works; an older one, or one that lacks something, is read only.
+/// Reads the schema's version, and whether everything we use is there. A newer version that has the
+/// tables and columns works. An older one, or one that lacks something, is read only.
 pub(super) fn read_schema(connection: &Connection) -> rusqlite::Result<Schema> {
     let version = connection.query_row(
         "SELECT version FROM schema_version WHERE id = 1",

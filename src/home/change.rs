@@ -17,12 +17,12 @@ use super::shared_access::SharedAccess;
 use super::transactions::Transaction;
 use crate::{Context, Error, Result};
 
-/// The first lock number we hand out. A running runtime hands out the lowest unused number it knows of,
-/// and fails when that was taken behind its back.
+/// The first lock number we hand out. A running runtime hands out the lowest unused number it knows
+/// of, and fails when that was taken meanwhile.
 const FIRST_LOCK_ID: u32 = 1_000_000;
 
-/// The right to change a home. It keeps a fresh connection open, and nobody else changes the home as
-/// long as it lives, except as [`Home::change_shared`] allows. Hold it for milliseconds.
+/// The right to change a home. It keeps a fresh connection open. As long as it lives, no other
+/// process changes the home, except as [`Home::change_shared`] allows. Hold it for milliseconds.
 ///
 /// It dereferences to the [`Queries`] that read the rows as they are now.
 pub struct Change<'h> {
@@ -40,7 +40,8 @@ impl Home {
     /// Takes the runtime lock and opens the database afresh.
     ///
     /// # Errors
-    /// EBUSY when a BoxLite runtime holds the lock, EROFS when we do not know how to change the schema.
+    /// EBUSY when a BoxLite runtime holds the lock, EROFS when we do not know how to change the
+    /// schema.
     pub fn change(&self) -> Result<Change<'_>> {
         let serial = self.changing.lock();
         let ours = take_turn(self)?;
@@ -53,8 +54,8 @@ impl Home {
         self.change_with(serial, ours, Some(lock), None)
     }
 
-    /// Takes the runtime lock as [`change`](Home::change) does. While a BoxLite runtime holds it, keeps
-    /// all others from writing to the database instead.
+    /// Takes the runtime lock as [`change`](Home::change) does. While a BoxLite runtime holds it,
+    /// keeps all others from writing to the database instead.
     ///
     /// # Errors
     /// EBUSY when the holder of the lock is unknown, or another writer takes too long; EROFS.
@@ -99,8 +100,9 @@ impl Home {
                 "the database was replaced while it was being opened; try again",
             ));
         }
-        // Reading the schema makes SQLite create the -wal file if there is none. SQLite flushes its name
-        // with the first commit and does not report a failure: a power loss would lose that commit.
+        // Reading the schema makes SQLite create the -wal file if there is none. SQLite flushes its
+        // name with the first commit and does not report a failure: a power loss would lose that
+        // commit.
         let dir = database.parent().unwrap_or(self.root());
         let flushed = File::open(dir).and_then(|dir| dir.sync_all());
         flushed.context(|| format!("cannot flush {}", dir.display()))?;
@@ -132,14 +134,14 @@ impl Change<'_> {
         self.home
     }
 
-    /// Returns whether a BoxLite runtime uses the home, too. What looks like the leftover of a crash may
-    /// then be an operation of BoxLite's under way.
+    /// Returns whether a BoxLite runtime uses the home, too. Then an apparent leftover of a crash
+    /// may be a BoxLite operation in progress.
     pub fn is_shared(&self) -> bool {
         self.shared.is_some()
     }
 
-    /// In shared access, keeps BoxLite from starting this box, and makes the change fail if the rows of
-    /// the box change meanwhile. Call it before looking at anything of the box.
+    /// In shared access, keeps BoxLite from starting this box, and makes the change fail if the
+    /// rows of the box change meanwhile. Call it before looking at anything of the box.
     ///
     /// # Errors
     /// EBUSY while BoxLite starts the box.
@@ -150,9 +152,9 @@ impl Change<'_> {
         }
     }
 
-    /// In shared access, begins a transaction that keeps all others from recording anything until it
-    /// ends, and verifies that the watched rows are as they were when this change began. Call it before
-    /// moving a file. With the runtime lock held, does nothing.
+    /// In shared access, begins a transaction that keeps all others from recording anything until
+    /// it ends, and verifies that the watched rows are as they were when this change began. Call it
+    /// before moving a file. With the runtime lock held, does nothing.
     ///
     /// # Errors
     /// EBUSY when BoxLite was faster.
@@ -164,8 +166,8 @@ impl Change<'_> {
     }
 
     /// Refuses to go on when the runtime that held the lock ended and another began: a runtime that
-    /// starts removes whatever has no row yet. A runtime that begins after this check has to find what was
-    /// recorded before it.
+    /// starts removes whatever has no row yet. A runtime that begins after this check has to find
+    /// what was recorded before it.
     ///
     /// # Errors
     /// EBUSY for that, or those of reading the kernel's list of locks.

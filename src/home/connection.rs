@@ -1,4 +1,4 @@
-//! Connections to BoxLite's database, and messages for what SQLite says of it.
+//! Connections to BoxLite's database, and messages for SQLite's errors.
 
 use std::fs;
 use std::path::Path;
@@ -26,13 +26,13 @@ pub(super) fn data_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "data_version", |row| row.get(0))
 }
 
-/// A message for what SQLite says of the database.
+/// Returns a message for an error of SQLite.
 pub(super) fn damaged(database: &Path, error: rusqlite::Error) -> Error {
     told(database, error, 0)
 }
 
-/// Likewise, with the errno of the system call behind it: SQLite itself calls all but a full disk an I/O
-/// error, or says that a file can't be opened.
+/// Returns a message for an error of SQLite, with the errno of the system call behind it. SQLite
+/// itself calls everything but a full disk an I/O error, or says that a file can't be opened.
 pub(super) fn failed(connection: &Connection, database: &Path, error: rusqlite::Error) -> Error {
     use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
     let errno = match error.sqlite_error_code() {
@@ -42,17 +42,18 @@ pub(super) fn failed(connection: &Connection, database: &Path, error: rusqlite::
     told(database, error, errno)
 }
 
-/// The errno of the last system call that failed for SQLite.
+/// Returns the errno of the last system call that failed for SQLite.
 fn system_errno(connection: &Connection) -> i32 {
-    // SAFETY: the handle is that of an open connection, borrowed for the call, which only reads a number.
+    // SAFETY: the handle is that of an open connection, borrowed for the call, which only reads a
+    // number.
     unsafe { rusqlite::ffi::sqlite3_system_errno(connection.handle()) }
 }
 
-/// SQLite needs a little room also to read.
+/// Reading needs a little room, too.
 const FULL: (i32, &str) = (libc::ENOSPC, "cannot grow, the disk is full");
 
-/// The errno of making a file beside a database, 0 where one can be made: of those that it can't make
-/// itself SQLite does not tell why.
+/// Returns the errno of creating a file beside a database, 0 if that succeeds: SQLite does not say
+/// why it can't create its own files.
 fn errno_beside(database: &Path) -> i32 {
     /// As much as SQLite wants at first.
     static WANTED: [u8; 64 << 10] = [1; 64 << 10];
@@ -67,7 +68,7 @@ fn errno_beside(database: &Path) -> i32 {
 fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
     let code = error.sqlite_error_code();
     let errno = match code {
-        // The last errno may be that of a file that was only looked for, but for these.
+        // For other errors, the last errno may be that of a file that was only looked for.
         Some(_) if matches!(errno, libc::EMFILE | libc::ENFILE) => errno,
         Some(rusqlite::ErrorCode::CannotOpen) => errno_beside(database),
         _ => errno,

@@ -9,13 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::process::{Process, ignore_signals};
 use crate::{Context, Error, Result};
 
-/// Longest time that a virtual machine stands still for us. The guard sets it going then, come what may.
+/// The longest time that we pause a virtual machine. Then the guard resumes it in any case.
 const LONGEST: Duration = Duration::from_secs(60);
-/// Tells the guard that all is over, and nothing to be done.
+/// Tells the guard to end without doing anything.
 const OVER: &str = "over";
 
-/// A process of its own that sets going what we stopped if we die, or after [`LONGEST`]. It is there before
-/// anything is stopped, and knows of each process before that is.
+/// A separate process that resumes what we stopped if we die, or after [`LONGEST`]. It runs before
+/// anything is stopped, and knows of each process before that is stopped.
 pub(super) struct Guard {
     child: Child,
     orders: ChildStdin,
@@ -24,7 +24,7 @@ pub(super) struct Guard {
 
 impl Guard {
     pub fn begin() -> Result<Guard> {
-        let message = || "cannot start the process that sets a paused virtual machine going";
+        let message = || "cannot start the guard that resumes a paused virtual machine";
         let mut child = Command::new("/proc/self/exe")
             .arg(GUARD)
             .stdin(Stdio::piped())
@@ -44,7 +44,7 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Has it know of a process.
+    /// Tells the guard about a process.
     pub fn watch(&mut self, process: &Process) -> Result<()> {
         let order = format!("{} {}\n", process.pid, process.started);
         self.orders
@@ -67,7 +67,7 @@ impl Guard {
 
     pub fn is_over(&mut self) {
         let _ = self.orders.write_all(format!("{OVER}\n").as_bytes());
-        // It ends by itself; waited for, so that it leaves no zombie.
+        // It ends by itself; wait, so that it leaves no zombie.
         let _ = self.child.wait();
     }
 }
@@ -75,11 +75,12 @@ impl Guard {
 /// The hidden command that runs a guard.
 pub const GUARD: &str = "guard-of-paused-machines";
 
-/// What that command does: reads which processes are about to be stopped, a number and a start time a line,
-/// and answers each once it is ready. Sets all of them going when its input ends without a last word, or after a minute.
+/// Runs the guard: reads which processes are about to be stopped, a number and a start time in each
+/// line, and answers each line once it is ready. Resumes all of them when its input ends without a
+/// last word, or after a minute.
 pub fn run_guard() {
-    // A session of its own, and deaf: what ends the mount, or everything in its terminal, must not end
-    // this. It fails only for the leader of a group, which has what it needs already.
+    // A session of its own, deaf to signals: what ends the mount, or everything in its terminal,
+    // must not end the guard. setsid fails only for the leader of a process group.
     let _ = rustix::process::setsid();
     ignore_signals(&[
         libc::SIGHUP,
@@ -95,7 +96,7 @@ pub fn run_guard() {
     }
 }
 
-/// True once it was told that all is over.
+/// Returns true when it was told to end.
 fn guard_loop(processes: &mut Vec<Process>) -> bool {
     let deadline = Instant::now() + LONGEST;
     let mut input = std::io::stdin().lock();

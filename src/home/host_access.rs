@@ -1,9 +1,9 @@
-//! What of an archive's options reaches into the host that its box will run on.
+//! Rejects options of an archive that would give its box access to the host.
 //!
-//! A box is kept apart from its host by its virtual machine and by the jail that BoxLite puts that
-//! into. These are the options that open either (BoxLite's runtime/options.rs and advanced_options.rs;
-//! its own import of uploads refuses most of them, too). What is left is what a guest is and does
-//! inside: its image, commands, environment, resources, and its way out to the network.
+//! A box is isolated from its host by its virtual machine, and by the jail around that. These are
+//! the options that open either (BoxLite's runtime/options.rs and advanced_options.rs; its own
+//! import of uploads refuses most of them, too). All others concern the inside of the guest: its
+//! image, commands, environment, resources, and its way out to the network.
 
 use std::net::IpAddr;
 
@@ -12,10 +12,11 @@ use serde_json::Value;
 use super::option_types::unknown_option;
 use crate::{Error, Result};
 
-/// Whether a value is as harmless as what BoxLite would put there itself.
+/// Returns whether a value is as harmless as BoxLite's default.
 type Harmless = fn(&Value) -> bool;
 
-/// Options by their place, each with what it may be. Absent is BoxLite's default, which is harmless.
+/// Options by their place, each with the values it may have. Absent is BoxLite's default, which is
+/// harmless.
 const HARMLESS: &[(&str, Harmless)] = &[
     ("rootfs.RootfsPath", never),
     ("volumes", is_empty),
@@ -50,12 +51,12 @@ const HARMLESS: &[(&str, Harmless)] = &[
     ("advanced.security.sandbox_profile", Value::is_null),
 ];
 
-/// EPERM naming the first option that reaches into the host, or that is not known: a newer BoxLite may
-/// give it a meaning. The options are such that BoxLite can read them, and
+/// Rejects options that give access to the host, and options that are not known: a newer BoxLite
+/// may give them a meaning. BoxLite must be able to read the options, and they must be
 /// [normalized](super::normalize_imported).
 ///
 /// # Errors
-/// EPERM: the archive may be right, but is not wanted here.
+/// EPERM naming the first such option. The archive may be valid, but it is not accepted here.
 pub fn reject_host_access(options: &Value) -> Result<()> {
     if let Some(place) = unknown_option(options) {
         return Err(refused(&place, "is not known here"));
@@ -79,15 +80,15 @@ fn refused(place: &str, why: &str) -> Error {
     )
 }
 
-/// What an option opens, for the message.
+/// Returns the harm of an option, for the message.
 fn harm_of(place: &str) -> &'static str {
     match place {
         "ports" => "publishes a port on more than the loopback address",
-        "rootfs.RootfsPath" | "volumes" | "mounts" => "reaches for files of the host",
+        "rootfs.RootfsPath" | "volumes" | "mounts" => "uses files of the host",
         "advanced.kernel" => "brings a kernel of its own",
         "advanced.nested_virtualization" => "asks for nested virtualization",
         "advanced.privileged" | "advanced.capabilities.add" => "asks for privileges",
-        _ => "weakens what keeps the box apart from the host",
+        _ => "weakens the isolation of the box from the host",
     }
 }
 
@@ -107,7 +108,7 @@ fn is_false(value: &Value) -> bool {
     value.as_bool() == Some(false)
 }
 
-/// Null has BoxLite choose a user without rights; 65534 is nobody.
+/// For null, BoxLite chooses an unprivileged user; 65534 is the user nobody.
 fn is_nobody(value: &Value) -> bool {
     value.is_null() || value.as_u64() == Some(65534)
 }
@@ -116,7 +117,7 @@ fn is_chroot_base(value: &Value) -> bool {
     value.as_str() == Some("/srv/boxlite")
 }
 
-/// What of the host's environment the virtual machine's process may see.
+/// The variables of the host's environment that the virtual machine's process may see.
 fn has_log_level_alone(value: &Value) -> bool {
     let names = value.as_array();
     names.is_some_and(|names| names.iter().all(|name| name == "RUST_LOG"))

@@ -9,27 +9,27 @@ use crate::{Context, Result};
 /// Digits of BoxLite's ids (runtime/id.rs: base62).
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// A new box id: 12 base62 characters.
+/// Returns a new box id: 12 base62 characters.
 pub fn box_id() -> Result<String> {
     base62(12)
 }
 
-/// A new base disk id: 8 base62 characters; also the stem of its file in `bases/`.
+/// Returns a new base disk id: 8 base62 characters; also the stem of its file in `bases/`.
 pub fn base_id() -> Result<String> {
     base62(8)
 }
 
-/// A new snapshot id: 8 base62 characters.
+/// Returns a new snapshot id: 8 base62 characters.
 pub fn snapshot_id() -> Result<String> {
     base62(8)
 }
 
-/// A new container id: 64 hexadecimal digits.
+/// Returns a new container id: 64 hexadecimal digits.
 pub fn container_id() -> Result<String> {
     Ok(random(32)?.iter().map(|b| format!("{b:02x}")).collect())
 }
 
-/// `length` random base62 characters, each equally likely.
+/// Returns `length` random base62 characters, each equally likely.
 fn base62(length: usize) -> Result<String> {
     let mut id = String::with_capacity(length);
     while id.len() < length {
@@ -53,8 +53,8 @@ fn random(length: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Whether an id from the database may be used as one path component: BoxLite's are base62, and
-/// anything that could leave its directory is refused.
+/// Returns whether an id from the database may be used as one path component. BoxLite's ids are
+/// base62; anything that could leave its directory is refused.
 pub fn is_safe_component(id: &str) -> bool {
     !id.is_empty()
         && id.len() <= 255
@@ -63,8 +63,8 @@ pub fn is_safe_component(id: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
 }
 
-/// BoxLite's rule for snapshot names (snapshot_mgr.rs, validate_snapshot_name): not empty, at most
-/// 255 bytes, no leading dot, no `/`, `\` or NUL.
+/// Returns whether BoxLite accepts a snapshot name (snapshot_mgr.rs, validate_snapshot_name): not
+/// empty, at most 255 bytes, no leading dot, no `/`, `\` or NUL.
 pub fn is_snapshot_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 255
@@ -72,14 +72,15 @@ pub fn is_snapshot_name(name: &str) -> bool {
         && !name.contains(['/', '\\', '\0'])
 }
 
-/// A time in seconds since 1970 as RFC 3339 in UTC, the way BoxLite's JSON has it.
+/// Formats a time in seconds since 1970 as RFC 3339 in UTC, as in BoxLite's JSON.
 pub fn rfc3339(seconds: i64) -> String {
     jiff::Timestamp::from_second(seconds)
         .unwrap_or(jiff::Timestamp::UNIX_EPOCH)
         .to_string()
 }
 
-/// Likewise, of a time whose part of a second does not matter; before 1970 it is the beginning of that.
+/// Formats a time as [`rfc3339`] does, without its part of a second. A time before 1970 becomes the
+/// beginning of 1970.
 pub fn rfc3339_at(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     rfc3339(i64::try_from(since.as_secs()).unwrap_or(0))

@@ -1,24 +1,25 @@
-//! The locks of a home: our own, BoxLite's runtime lock, and who holds that.
+//! The locks of a home: our own, BoxLite's runtime lock, and its holder.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use super::paths::Home;
+use super::placement::reject_scattered;
 use crate::{Context, Error, Result};
 
-/// How long another boxlitefs, which holds the lock for milliseconds, is waited for. A BoxLite
-/// runtime holds it for its whole life.
+/// How long we wait for another boxlitefs, which holds the lock for milliseconds. A BoxLite runtime
+/// holds it for its whole life.
 pub(super) const LOCK_PATIENCE: Duration = Duration::from_millis(150);
 
-/// Keeps other boxlitefs from changing the home: those that don't go by the runtime lock, too. It is the
-/// flock of our own directory.
+/// Keeps other boxlitefs from changing the home, including those in shared access. It is the flock
+/// of our own directory.
 pub(super) fn take_turn(home: &Home) -> Result<File> {
     if let Some(error) = home.unwritable() {
         return Err(error);
     }
     let dir = home.make_staging_dir()?;
-    home.refuse_scattered()?;
+    reject_scattered(home)?;
     let message = || format!("cannot lock {}", dir.display());
     let file = File::open(&dir).context(message)?;
     if flock_within(&file, LOCK_PATIENCE).context(message)? {
@@ -31,8 +32,8 @@ pub(super) fn take_turn(home: &Home) -> Result<File> {
     }
 }
 
-/// flock(LOCK_EX | LOCK_NB) on a descriptor of our own, as a runtime does (runtime/lock.rs); None when
-/// somebody has it for longer than `patience`.
+/// Takes the runtime lock with flock(LOCK_EX | LOCK_NB) on a descriptor of our own, as a runtime
+/// does (runtime/lock.rs). None when another process holds it for longer than `patience`.
 pub(super) fn take_lock(home: &Home, patience: Duration) -> Result<Option<File>> {
     let path = home.runtime_lock();
     let fresh = !path.exists();
@@ -50,7 +51,7 @@ pub(super) fn take_lock(home: &Home, patience: Duration) -> Result<Option<File>>
     Ok(is_taken.then_some(file))
 }
 
-/// Takes a file's flock; false when somebody else has it for longer than `patience`.
+/// Takes a file's flock; false when another process holds it for longer than `patience`.
 fn flock_within(file: &File, patience: Duration) -> std::io::Result<bool> {
     let deadline = Instant::now() + patience;
     loop {
@@ -68,13 +69,13 @@ fn flock_within(file: &File, patience: Duration) -> std::io::Result<bool> {
     }
 }
 
-/// The process that has the runtime lock, by the kernel's list; None where it is not in it (a process
-/// that can't be seen from here, say).
+/// Returns the process that holds the runtime lock, by the kernel's list. None if it is not in the
+/// list, such as a process in another namespace.
 pub(super) fn holder_of(home: &Home) -> Result<Option<u32>> {
     let path = home.runtime_lock();
     let meta = fs::metadata(&path).context(|| format!("cannot look at {}", path.display()))?;
     let table = fs::read_to_string("/proc/locks").context(|| "cannot read /proc/locks")?;
-    // 1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF; who waits has an arrow in front.
+    // 1: FLOCK ADVISORY WRITE 1234 fe:00:5678 0 EOF; a waiting process has an arrow in front.
     let flocks = table.lines().filter_map(|line| {
         let mut fields = line.split_ascii_whitespace().skip(1);
         let kind = fields.next()?;
@@ -90,17 +91,18 @@ pub(super) fn holder_of(home: &Home) -> Result<Option<u32>> {
         libc::minor(meta.dev())
     );
     let exact = flocks.iter().find(|(_, of)| *of == device);
-    // Some file systems (btrfs) have one device for stat and another for this list.
+    // Some file systems (btrfs) report one device in stat and another in this list.
     Ok(match (exact, &flocks[..]) {
         (Some((pid, _)), _) | (None, [(pid, _)]) => Some(*pid),
         _ => None,
     })
 }
 
-/// Takes a file's flock if nobody has it; the kernel gives it back when the process dies, however.
+/// Takes a file's flock if it is free. The kernel releases it when the process dies, in whatever
+/// way.
 ///
 /// # Errors
-/// EWOULDBLOCK when somebody has it.
+/// EWOULDBLOCK when another process holds it.
 pub fn flock_exclusive(file: &File) -> std::io::Result<()> {
     // std's try_lock is not promised to be flock, and BoxLite uses flock.
     let operation = rustix::fs::FlockOperation::NonBlockingLockExclusive;

@@ -1,8 +1,20 @@
-//! What BoxLite keeps on disk: paths, SQLite rows, the runtime lock, is-it-running.
+//! A BoxLite home: its paths, its SQLite rows, its locks, and its virtual machines.
 //!
-//! The only room that knows SQL. It knows nothing of qcow2 and nothing of FUSE. Facts about the
-//! files are in BoxLite's own sources (runtime/layout, db/schema); where they matter, the comment
-//! at the code says which.
+//! * `paths`, `placement`, `space`: where things are, whether changes can be made there, free
+//!   space.
+//! * `connection`, `read_connection`: connections to the database, to change it or only to read it.
+//! * `records`, `catalog`, `recorded_paths`: the rows.
+//! * `lock`, `shared_access`, `queries`, `transactions`, `change`: the right to change a home, and
+//!   what it is used for.
+//! * `option_types`, `options`, `host_access`: BoxLite's box options.
+//! * `activity`, `process`, `guard`, `vm_process`: whether a box runs, and how its machine is
+//!   paused.
+//! * `size_cache`: sizes and digests that were computed before.
+//! * `identity`: identifiers and times as BoxLite writes them.
+//!
+//! It is the only room that knows SQL. It knows nothing of qcow2 and FUSE. Facts about the files
+//! are in BoxLite's own sources (runtime/layout, db/schema); where they matter, a comment says
+//! which.
 
 mod activity;
 mod catalog;
@@ -40,6 +52,7 @@ pub use lock::flock_exclusive;
 pub use option_types::check_options;
 pub use options::{normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
+pub use placement::reject_linked_box;
 pub use process::start_time;
 pub use queries::Queries;
 pub use recorded_paths::{RecordedIn, RecordedPath};

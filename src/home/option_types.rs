@@ -1,9 +1,9 @@
 //! The types of BoxLite's box options: whether BoxLite is able to read them.
 //!
-//! BoxLite reads every row when it lists boxes, and one that it can't parse breaks the whole home. So
-//! options from an archive are checked against the types of BoxLite's own struct (runtime/options.rs
-//! and advanced_options.rs) before they get into a row. Every field has a default there and unknown
-//! fields are ignored, so absent and unknown fields pass.
+//! BoxLite reads every row when it lists boxes, and one that it can't parse breaks the whole home.
+//! So options from an archive are checked against the types of BoxLite's own struct
+//! (runtime/options.rs and advanced_options.rs) before they get into a row. Every field has a
+//! default there and unknown fields are ignored, so absent and unknown fields pass.
 
 use serde_json::Value;
 
@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// The type a known field must have, as serde reads it.
 enum OptionType {
     Bool,
-    /// An unsigned integer up to this.
+    /// An unsigned integer of at most this value.
     Unsigned(u64),
     Text,
     List(&'static OptionType),
@@ -31,7 +31,7 @@ enum OptionType {
     ),
     /// All of these at once.
     All(&'static [&'static OptionType]),
-    /// A list that must be empty, for its elements differ between versions of BoxLite.
+    /// A list that must be empty, because its elements differ between versions of BoxLite.
     EmptyList,
     /// Null, for the same reason.
     Nothing,
@@ -158,22 +158,22 @@ const OPTIONS: OptionType = Object(&[
 /// std::time::Duration as serde writes it.
 const DURATION: OptionType = Complete(&[("secs", U64), ("nanos", Unsigned(999_999_999))]);
 
-/// Whether BoxLite can read these options.
+/// Checks that BoxLite can read these options.
 ///
 /// # Errors
-/// EBADMSG naming the field and what it should be.
+/// EBADMSG naming the field and the expected type.
 pub fn check_options(options: &Value) -> Result<()> {
     let mut at = String::from("box_options");
     OPTIONS.check(options, &mut at)
 }
 
-/// Where the first option stands that is not among those BoxLite is known to have.
+/// Returns the place of the first option that BoxLite is not known to have.
 pub fn unknown_option(options: &Value) -> Option<String> {
     OPTIONS.unknown(options, &mut String::from("box_options"))
 }
 
 impl OptionType {
-    /// The type of a field of an object; None where it is not known.
+    /// Returns the type of a field of an object; None if it is not known.
     fn field(&self, name: &str) -> Option<&OptionType> {
         match self {
             Object(fields) | Complete(fields) => {
@@ -190,7 +190,7 @@ impl OptionType {
         }
     }
 
-    /// Where the first field stands in a value of this type that is not known.
+    /// Returns the place of the first unknown field in a value of this type.
     fn unknown(&self, value: &Value, at: &mut String) -> Option<String> {
         match value {
             Value::Object(fields) => {
@@ -324,7 +324,7 @@ fn check_variant(
     Err(mismatch(at, &one_of(words, variants)))
 }
 
-/// A name from an archive, fit for a message.
+/// Quotes and cuts a name from an archive, for a message.
 fn shown(name: &str) -> String {
     let short: String = name.chars().take(100).collect();
     format!("{short:?}")

@@ -1,18 +1,18 @@
-//! BoxLite's box options: what a new box may keep of them, and what must not be shown.
+//! BoxLite's box options: which a new box keeps, and which are not shown.
 
 use serde_json::{Value, json};
 
-/// What replaces a secret in everything that is shown.
+/// Replaces secrets in everything that is shown.
 const HIDDEN: &str = "(hidden)";
 
-/// Archive version from which port mappings say which host address and protocol they mean
-/// (BoxLite's PUBLISHED_PORTS_ARCHIVE_VERSION).
+/// The first archive version whose port mappings mean their host address and protocol (BoxLite's
+/// PUBLISHED_PORTS_ARCHIVE_VERSION).
 const PUBLISHED_PORTS: u64 = 5;
 
-/// Options as a new box gets them, imported (with the archive's `version`) or cloned (None):
-/// `auto_remove` false and `auto_delete` null, or BoxLite would delete the box at its next start;
-/// ports of an archive below version 5 rewritten the way BoxLite's import does, because they never
-/// meant their host address and protocol.
+/// Returns the options of a new box, imported (with the archive's `version`) or cloned (None).
+/// `auto_remove` is false and `auto_delete` null, or BoxLite would delete the box at its next
+/// start. Ports of an archive below version 5 are rewritten as BoxLite's import does, because they
+/// never meant their host address and protocol.
 pub fn normalize_imported(mut options: Value, version: Option<u64>) -> Value {
     if !options.is_object() {
         options = json!({});
@@ -20,7 +20,8 @@ pub fn normalize_imported(mut options: Value, version: Option<u64>) -> Value {
     options["auto_remove"] = json!(false);
     options["auto_delete"] = Value::Null;
     if version.is_some_and(|version| version < PUBLISHED_PORTS)
-        // Not by index, which would put a null in: BoxLite can't read that, nor then any box.
+        // Not by index, which would insert a null. BoxLite can't read that, nor any box of the home
+        // then.
         && let Some(ports) = options.get_mut("ports").and_then(Value::as_array_mut)
     {
         for port in ports.iter_mut().filter(|port| port.is_object()) {
@@ -56,7 +57,7 @@ fn hide_values(secrets: &mut Value) {
         Value::Array(list) => {
             for secret in list {
                 if !secret.is_object() {
-                    // A shape we do not know: better nothing than a secret.
+                    // An unknown shape: hide everything rather than show a secret.
                     *secret = json!(HIDDEN);
                 } else if let Some(value) = secret.get_mut("value") {
                     *value = json!(HIDDEN);

@@ -1,4 +1,4 @@
-//! Where things are in a home, and whose they are.
+//! Where things are in a home, and who owns them.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -13,11 +13,11 @@ use super::read_connection::{connect_for_reading, may_write};
 use super::records::BaseRecord;
 use crate::{Context, Error, Result};
 
-/// The directory of our own files in a home: same file system, and BoxLite leaves it alone (it
-/// wipes `tmp/` and deletes rowless directories of `boxes/` at its start).
+/// The directory of our own files in a home: on the same file system, and BoxLite leaves it alone
+/// (at its start it wipes `tmp/` and deletes directories of `boxes/` without a row).
 const STAGING: &str = ".boxlitefs";
 
-/// Who owns a home; new files in it are given to the same user.
+/// The owner of a home; new files in it are given to the same user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// User id.
@@ -31,8 +31,8 @@ pub struct Owner {
 /// A BoxLite home: a directory with `db/boxlite.db`, `boxes/` and `bases/`.
 pub struct Home {
     root: PathBuf,
-    /// The directories layers lie in, as BoxLite names them: each may be a link, and BoxLite writes where it
-    /// leads to.
+    /// The directories of layers, as BoxLite names them: each may be a link, and BoxLite writes the
+    /// path it leads to.
     boxes: PathBuf,
     bases: PathBuf,
     images: PathBuf,
@@ -91,7 +91,7 @@ impl Home {
         Ok(home)
     }
 
-    /// The rows as they are now. Costs one stat and one pragma while nothing changed.
+    /// Returns the rows as they are now. While nothing changed, this costs one stat and one pragma.
     ///
     /// # Errors
     /// EIO when the database is gone, damaged or has no boxes table.
@@ -99,7 +99,7 @@ impl Home {
         self.catalog.lock().current()
     }
 
-    /// Every base disk as it is now, without the lock.
+    /// Reads every base disk as it is now, without the lock.
     ///
     /// # Errors
     /// EIO when the database is damaged.
@@ -117,7 +117,7 @@ impl Home {
         &self.root
     }
 
-    /// Why the home can't be changed by this process, where it lies as it lies; None if it can be.
+    /// Returns why this process can't change the home where it is; None if it can.
     pub fn unwritable(&self) -> Option<Error> {
         let db = self.root.join("db");
         let dirs = [&self.root, &db, &self.boxes, &self.bases];
@@ -129,24 +129,24 @@ impl Home {
         })
     }
 
-    /// Whose home it is.
+    /// The owner of the home.
     pub fn owner(&self) -> Owner {
         self.owner
     }
 
-    /// Whether a path (absolute, links resolved) is that of a file of this home.
+    /// Returns whether a path (absolute, links resolved) is in this home.
     pub fn contains(&self, path: &Path) -> bool {
         self.directories().any(|dir| path.starts_with(dir))
     }
 
-    /// Where files of the home lie: its own directory, and what links in it lead to.
+    /// The directories of the home's files: its own, and those that links in it lead to.
     pub fn directories(&self) -> impl Iterator<Item = &Path> {
         [&self.root, &self.boxes, &self.bases, &self.images]
             .into_iter()
             .map(PathBuf::as_path)
     }
 
-    /// `boxes/`, where that leads to if it is a link.
+    /// `boxes/`; if that is a link, where it leads.
     pub fn boxes_dir(&self) -> PathBuf {
         self.boxes.clone()
     }
@@ -171,8 +171,8 @@ impl Home {
         self.snapshots_dir(id).join(name).join("disk.qcow2")
     }
 
-    /// `boxes/ID/disks/guest-rootfs.qcow2`: of older versions of BoxLite, which makes it anew where it is
-    /// missing.
+    /// `boxes/ID/disks/guest-rootfs.qcow2`: of older versions of BoxLite, which recreates a missing
+    /// one.
     pub fn guest_rootfs(&self, id: &str) -> PathBuf {
         self.box_dir(id).join("disks/guest-rootfs.qcow2")
     }
@@ -182,8 +182,8 @@ impl Home {
         self.box_dir(id).join(".snapshot_pending")
     }
 
-    /// `bases/`, where that leads to if it is a link. BoxLite deletes every file in it that no row names by
-    /// this very path.
+    /// `bases/`; if that is a link, where it leads. BoxLite deletes every file in it that no row
+    /// names by this very path.
     pub fn bases_dir(&self) -> PathBuf {
         self.bases.clone()
     }
@@ -208,7 +208,7 @@ impl Home {
         self.root.join("db/boxlite.db")
     }
 
-    /// `db/boxlitefs.db`: what we worked out before; may be deleted at any time.
+    /// `db/boxlitefs.db`: the size cache, which may be deleted at any time.
     pub fn size_cache_file(&self) -> PathBuf {
         self.root.join("db/boxlitefs.db")
     }
@@ -218,7 +218,7 @@ impl Home {
         self.root.join(STAGING)
     }
 
-    /// Makes `.boxlitefs` if it is not there, and sees that nobody but its owner can enter.
+    /// Creates `.boxlitefs` if it is missing, and ensures that only its owner can enter.
     ///
     /// # Errors
     /// Those of mkdir and chown.
@@ -229,14 +229,14 @@ impl Home {
         }
         let message = || format!("cannot set the mode of {}", dir.display());
         let mode = fs::metadata(&dir).context(message)?.mode() & 0o7777;
-        // What is prepared in it may hold secrets.
+        // Its files may hold secrets.
         if mode & 0o077 != 0 {
             fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).context(message)?;
         }
         Ok(dir)
     }
 
-    /// Makes one directory and gives it to the owner of the home.
+    /// Creates one directory and gives it to the owner of the home.
     ///
     /// # Errors
     /// Those of mkdir and chown.
@@ -245,8 +245,8 @@ impl Home {
         self.give_to_owner(dir)
     }
 
-    /// Gives a file that root made to the owner of the home, who could not use it otherwise. Does
-    /// nothing for other users: their files are theirs.
+    /// Gives a file that root created to the owner of the home, who could not use it otherwise.
+    /// Does nothing for other users: their files are theirs.
     ///
     /// # Errors
     /// Those of chown.
@@ -261,12 +261,12 @@ impl Home {
     }
 }
 
-/// The path of a directory with links resolved; one that is not there stays as it is.
+/// Resolves links in the path of a directory; a missing one stays as it is.
 fn where_it_leads(dir: PathBuf) -> PathBuf {
     fs::canonicalize(&dir).unwrap_or(dir)
 }
 
-/// Whether this process may give files away.
+/// Returns whether this process may give files away.
 fn rights_of_root() -> bool {
     rustix::process::geteuid().is_root()
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// Start time of a live process in clock ticks since boot; None when there is none or it is a
-/// zombie.
+/// Returns the start time of a live process in clock ticks since boot; None if there is no such
+/// process, or it is a zombie.
 pub fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Field 2 is the command in parentheses and may hold spaces and parentheses itself.
@@ -19,7 +19,7 @@ pub fn start_time(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
-/// A process by a descriptor of its own: its number may be another's by now, this is not.
+/// A process by its pidfd. Its number may be reused; the pidfd is not.
 pub(super) struct Process {
     pub pid: u32,
     pub started: u64,
@@ -27,12 +27,12 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// The process with this number, which must have begun at `started`, where that is known.
+    /// Opens the process with this number. If `started` is known, it must have started then.
     pub fn open(pid: u32, started: Option<u64>) -> std::io::Result<Process> {
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
         let number = number.ok_or_else(|| std::io::Error::from_raw_os_error(libc::ESRCH))?;
         let handle = pidfd_open(number, PidfdFlags::empty())?;
-        // Looked at with the descriptor open: the number is that process's as long as it lives.
+        // Read with the pidfd open: the number belongs to that process as long as it lives.
         let now = start_time(pid).filter(|now| started.is_none_or(|started| started == *now));
         match now {
             Some(started) => Ok(Process {
@@ -48,10 +48,11 @@ impl Process {
         pidfd_send_signal(&self.handle, signal).map_err(std::io::Error::from)
     }
 
-    /// Sets it going, unless somebody else wants it to stand still, too: to a stopped process that signal waits.
+    /// Resumes it, unless another process wants it stopped, too: a stopped process keeps that
+    /// signal pending.
     pub fn go_on(&self) {
         if !self.is_to_stop() {
-            // It ended: nothing to set going.
+            // It ended, so there is nothing to resume.
             let _ = self.signal(Signal::CONT);
         }
     }
@@ -66,7 +67,7 @@ impl Process {
         (pending("SigPnd:") | pending("ShdPnd:")) & (1 << (libc::SIGSTOP - 1)) != 0
     }
 
-    /// How often its threads gave up the processor: more often once they ran again.
+    /// Returns how often its threads gave up the processor. The number grows when they run.
     pub fn runs(&self) -> u64 {
         let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
             return 0;
@@ -82,7 +83,7 @@ impl Process {
         threads.flatten().map(of_thread).fold(0, u64::wrapping_add)
     }
 
-    /// Whether all of its threads stand still, or it is gone.
+    /// Returns whether all of its threads are stopped, or it is gone.
     pub fn is_stopped(&self) -> bool {
         let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
             return true;
@@ -97,7 +98,7 @@ impl Process {
     }
 }
 
-/// The processes that one started and that are still its own.
+/// Returns the children of a process.
 pub(super) fn children(pid: u32) -> Vec<u32> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
@@ -110,8 +111,8 @@ pub(super) fn children(pid: u32) -> Vec<u32> {
     pids.filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// Whether a process has a file open for writing. What can't be seen is none. No file is looked at by what a
-/// process has open: that may be of this very mount, which would have to answer itself.
+/// Returns whether a process is seen to have a file open for writing. It does not follow the links
+/// of open files: they may lead into our own mount, which would have to answer itself.
 pub(super) fn has_open_for_writing(pid: u32, file: &Path, inode: u64) -> bool {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else {
         return false;
@@ -131,7 +132,7 @@ pub(super) fn has_open_for_writing(pid: u32, file: &Path, inode: u64) -> bool {
                 entry.file_name().to_string_lossy()
             ))
         };
-        // An inode number alone may be one of another file system.
+        // The inode number alone may belong to another file system.
         is_writing && is_inode && name().is_ok_and(|name| name.file_name() == file.file_name())
     })
 }
@@ -161,7 +162,7 @@ mod tests {
         while !process.is_stopped() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        // Somebody else wants it to stand still as well.
+        // Another process wants it stopped as well.
         assert!(!process.is_to_stop());
         process.signal(Signal::STOP).unwrap();
         assert!(process.is_to_stop());

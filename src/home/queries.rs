@@ -1,4 +1,4 @@
-//! What BoxLite's rows say while a home is changed.
+//! Queries of BoxLite's rows while a home is changed.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -27,15 +27,15 @@ impl Queries {
         self.sql(self.connection.execute_batch(statements))
     }
 
-    /// Every box as it is now.
+    /// Returns every box as it is now.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn boxes(&self) -> Result<Vec<BoxRecord>> {
         self.sql(read_boxes(&self.connection, None))
     }
 
-    /// The box with this id as it is now.
+    /// Returns the box with this id as it is now.
     ///
     /// # Errors
     /// ENOENT when it is gone.
@@ -45,10 +45,10 @@ impl Queries {
             .ok_or_else(|| Error::new(libc::ENOENT, format!("box {id} is gone")))
     }
 
-    /// Whether a box has this name.
+    /// Returns whether a box has this name.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn is_name_taken(&self, name: &str) -> Result<bool> {
         self.sql(self.connection.query_row(
             "SELECT EXISTS (SELECT 1 FROM box_config WHERE name = ?1 OR id = ?1)",
@@ -57,26 +57,26 @@ impl Queries {
         ))
     }
 
-    /// The snapshots of a box as they are now, oldest first.
+    /// Returns the snapshots of a box as they are now, oldest first.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn snapshots_of(&self, box_id: &str) -> Result<Vec<SnapshotRecord>> {
         self.sql(read_snapshots(&self.connection, Some(box_id)))
     }
 
-    /// The snapshots of all boxes as they are now, oldest first.
+    /// Returns the snapshots of all boxes as they are now, oldest first.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>> {
         self.sql(read_snapshots(&self.connection, None))
     }
 
-    /// The ids of the boxes that refer to any base.
+    /// Returns the ids of the boxes that refer to any base.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn referring_boxes(&self) -> Result<HashSet<String>> {
         let rows = || -> rusqlite::Result<_> {
             let mut statement = self
@@ -87,18 +87,19 @@ impl Queries {
         self.sql(rows())
     }
 
-    /// Every base disk as it is now.
+    /// Returns every base disk as it is now.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn bases(&self) -> Result<Vec<BaseRecord>> {
         self.sql(read_bases(&self.connection))
     }
 
-    /// The bases whose row names this path, or (spelled otherwise, say) a file of that name.
+    /// Returns the bases whose row names this path, or (spelled differently, say) a file of that
+    /// name.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn bases_at(&self, path: &Path) -> Result<Vec<BaseRecord>> {
         let (Some(text), Some(name)) = (path.to_str(), path.file_name().and_then(|n| n.to_str()))
         else {
@@ -107,18 +108,18 @@ impl Queries {
         self.sql(read_bases_at(&self.connection, text, name))
     }
 
-    /// The bases that a box refers to.
+    /// Returns the bases that a box refers to.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn bases_of(&self, box_id: &str) -> Result<Vec<BaseRecord>> {
         self.sql(read_bases_of(&self.connection, box_id))
     }
 
-    /// Every reference: the bases that each box refers to, by its id.
+    /// Returns every reference: the bases that each box refers to, by its id.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn refs(&self) -> Result<HashMap<String, Vec<String>>> {
         let rows = || -> rusqlite::Result<Vec<(String, String)>> {
             let mut statement = self
@@ -134,10 +135,10 @@ impl Queries {
         Ok(refs)
     }
 
-    /// The ids of the bases that a box refers to.
+    /// Returns the ids of the bases that a box refers to.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn refs_of(&self, box_id: &str) -> Result<Vec<String>> {
         let rows = || -> rusqlite::Result<Vec<String>> {
             let mut statement = self
@@ -148,10 +149,10 @@ impl Queries {
         self.sql(rows())
     }
 
-    /// The ids of the bases that any box refers to.
+    /// Returns the ids of the bases that any box refers to.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn referred_bases(&self) -> Result<HashSet<String>> {
         let rows = || -> rusqlite::Result<_> {
             let mut statement = self
@@ -162,10 +163,11 @@ impl Queries {
         self.sql(rows())
     }
 
-    /// Whether a row vouches for the very bytes of a base's file, as those of some builds do.
+    /// Returns whether a row has a digest of a base's file, as those of some builds do: then its
+    /// bytes must stay.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn has_digest(&self, base_id: &str) -> Result<bool> {
         let has_column = self.connection.column_exists(None, "base_disk", "digest");
         if !self.sql(has_column)? {

@@ -1,5 +1,5 @@
-//! Connections for looking at BoxLite's database, wherever it lies. SQLite wants to make a file beside it; on
-//! read-only media, and in somebody else's backup, it can't.
+//! Connections that only read BoxLite's database, wherever it is. SQLite wants to create files
+//! beside it; on read-only media, and in another user's backup, it can't.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -20,14 +20,14 @@ use crate::{Context, Error, Result};
 /// How often a database that changes while it is copied is copied again.
 const TRIES: usize = 5;
 
-/// What changed so lately may have changed once more without a mark: file times have ticks, of two seconds at
-/// worst.
+/// A file that changed this recently may have changed again without another time: file times have
+/// ticks, of at most two seconds.
 const TICK: Duration = Duration::from_secs(2);
 
-/// A connection for looking.
+/// A connection for reading.
 pub(super) struct ReadConnection {
     connection: Connection,
-    /// Of what the files were, where SQLite does not see for itself that they changed.
+    /// The state of the files, if SQLite does not notice itself that they changed.
     unlocked: Option<UnlockedRead>,
 }
 
@@ -47,7 +47,7 @@ struct UnlockedRead {
 }
 
 impl ReadConnection {
-    /// Whether the files are others by now than those this connection reads.
+    /// Returns whether the files have changed since this connection was opened.
     pub fn is_outdated(&self, database: &Path) -> bool {
         let Some(unlocked) = &self.unlocked else {
             return false;
@@ -58,7 +58,7 @@ impl ReadConnection {
     }
 }
 
-/// Inode, length, and time of change (ns) of a file; None where there is none.
+/// Inode, length, and time of change (ns) of a file; None without a file.
 type Stamp = Option<(u64, u64, i128)>;
 
 /// The files of a database.
@@ -80,7 +80,7 @@ impl Files {
         self.wal.is_some_and(|(_, length, _)| length > 0)
     }
 
-    /// When the later of the two changed.
+    /// Returns the later time of change.
     fn changed(&self) -> i128 {
         let times = [self.database, self.wal].into_iter().flatten();
         times.map(|(_, _, changed)| changed).max().unwrap_or(0)
@@ -93,18 +93,17 @@ fn stamp_of(path: &Path) -> Stamp {
     Some((meta.ino(), meta.len(), changed))
 }
 
-/// The file that SQLite keeps beside a database.
+/// Returns the path of a file that SQLite keeps beside a database.
 fn beside(database: &Path, ending: &str) -> PathBuf {
     let mut path = database.as_os_str().to_owned();
     path.push(ending);
     path.into()
 }
 
-/// As [`connect`], for looking only: the last connection to close moves the WAL into the database,
-/// and who only looks writes nothing. Where there was no WAL, closing removes the empty one that
-/// opening makes.
+/// Connects for reading only. The last connection to close moves the WAL into the database, and a
+/// reader must not write. Without a WAL, closing removes the empty one that opening creates.
 pub(super) fn connect_for_reading(database: &Path) -> Result<ReadConnection> {
-    // SQLite follows a link, and keeps its files beside what that leads to.
+    // SQLite follows a link, and keeps its files beside the target.
     let real = fs::canonicalize(database).unwrap_or_else(|_| database.to_owned());
     let writable = real.parent().is_none_or(|dir| may_write(dir).is_ok());
     if !writable {
@@ -126,13 +125,13 @@ fn keep_wal(connection: &Connection, database: &Path, keep: bool) -> Result<()> 
         .map_err(|e| damaged(database, e))
 }
 
-/// Whether this process may make files in a directory, by its permissions and by how it is mounted.
+/// Checks that this process may create files in a directory, by its permissions and its mount.
 pub(super) fn may_write(dir: &Path) -> io::Result<()> {
     accessat(CWD, dir, Access::WRITE_OK, AtFlags::EACCESS).map_err(io::Error::from)
 }
 
-/// Reads a database beside which nothing can be made: the file itself where all is in it, else a copy of it
-/// and its WAL. Should somebody change it by another path, it is read anew.
+/// Reads a database beside which no file can be created: the file itself if everything is in it,
+/// else a copy of it and its WAL. If it is changed by another path, it is read anew.
 fn read_unlocked(database: &Path) -> Result<ReadConnection> {
     for _ in 0..TRIES {
         let files = Files::of(database);
@@ -161,7 +160,7 @@ fn read_unlocked(database: &Path) -> Result<ReadConnection> {
     )))
 }
 
-/// Without locks, and without the files SQLite would make.
+/// Opens a database without locks, and without the files SQLite would create.
 fn open_immutable(database: &Path) -> Result<Connection> {
     let mut uri = String::from("file:");
     for byte in database.as_os_str().as_bytes() {
@@ -179,7 +178,7 @@ fn open_immutable(database: &Path) -> Result<Connection> {
     Connection::open_with_flags(uri, flags).map_err(|e| damaged(database, e))
 }
 
-/// A private directory that goes with this value.
+/// A private directory that is removed when this is dropped.
 struct PrivateDir(PathBuf);
 
 impl Drop for PrivateDir {
@@ -188,7 +187,7 @@ impl Drop for PrivateDir {
     }
 }
 
-/// Of a copy that has no name any more when this returns: it holds the secrets of boxes.
+/// Opens a copy, which has no name any more when this returns: it holds the secrets of boxes.
 fn open_copy(database: &Path) -> Result<Connection> {
     let dir = std::env::temp_dir().join(format!("boxlitefs-{}", base_id()?));
     let message = || format!("cannot copy {} to {}", database.display(), dir.display());
@@ -202,8 +201,8 @@ fn open_copy(database: &Path) -> Result<Connection> {
     copy_private(&beside(database, "-wal"), &beside(&copy, "-wal")).context(message)?;
     let connection = connect(&copy)?;
     keep_wal(&connection, database, true)?;
-    // Nobody else has it: then SQLite keeps what it knows of the WAL in memory, and needs no name after the
-    // first look.
+    // In exclusive mode, SQLite keeps its index of the WAL in memory, and needs no name after the
+    // first read.
     connection
         .pragma_update(None, "locking_mode", "EXCLUSIVE")
         .and_then(|()| connection.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(())))

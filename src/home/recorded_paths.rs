@@ -1,5 +1,5 @@
-//! The absolute paths in BoxLite's rows, each in its place: BoxLite compares them as strings with the paths
-//! it computes itself.
+//! The absolute paths in BoxLite's rows. BoxLite compares them as strings with the paths it
+//! computes.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use super::read_connection::connect_for_reading;
 use super::transactions::Transaction;
 use crate::Result;
 
-/// Which value of a row holds a path.
+/// The value of a row that holds a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RecordedIn {
     /// `base_disk.base_path`. BoxLite's start deletes every base that no row names by this column.
@@ -27,7 +27,7 @@ pub enum RecordedIn {
 }
 
 impl RecordedIn {
-    /// The statement that selects id and path of all such values.
+    /// Returns the statement that selects id and path of all such values.
     fn select(self) -> &'static str {
         match self {
             RecordedIn::BaseColumn => "SELECT id, base_path FROM base_disk",
@@ -43,7 +43,7 @@ impl RecordedIn {
         }
     }
 
-    /// The statement that puts a path (the third parameter) in the place of the one that is known.
+    /// Returns the statement that replaces a known path by another (the third parameter).
     fn update(self) -> &'static str {
         match self {
             RecordedIn::BaseColumn => {
@@ -84,33 +84,34 @@ pub struct RecordedPath {
     pub path: String,
 }
 
-impl Home {
-    /// Every path in the rows as they are now, without the lock.
+impl RecordedPath {
+    /// Reads every path in the rows of a home as they are now, without the lock.
     ///
     /// # Errors
     /// EIO when the database is damaged.
-    pub fn recorded_paths(&self) -> Result<Vec<RecordedPath>> {
-        let database = self.database();
+    pub fn all(home: &Home) -> Result<Vec<RecordedPath>> {
+        let database = home.database();
         let connection = connect_for_reading(&database)?;
         read_paths(&connection).map_err(|e| failed(&connection, &database, e))
     }
 }
 
 impl Queries {
-    /// Every path in the rows.
+    /// Reads every path in the rows.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn recorded_paths(&self) -> Result<Vec<RecordedPath>> {
         self.sql(read_paths(&self.connection))
     }
 }
 
 impl Transaction<'_> {
-    /// Has a row name a file by another path. Does nothing if the path is not the known one any more.
+    /// Makes a row name a file by another path. Does nothing if the row no longer has the known
+    /// path.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn record_path(&self, known: &RecordedPath, path: &Path) -> Result<()> {
         let path = path.display().to_string();
         self.run(known.place.update(), [&known.id, &known.path, &path])?;
@@ -134,7 +135,7 @@ fn read_paths(connection: &Connection) -> rusqlite::Result<Vec<RecordedPath>> {
             Ok((row.get(0)?, row.get::<_, rusqlite::types::Value>(1)?))
         })?;
         for row in rows {
-            // A value that is no text is not a path BoxLite wrote.
+            // BoxLite writes paths as text.
             let (id, rusqlite::types::Value::Text(path)) = row? else {
                 continue;
             };

@@ -14,7 +14,7 @@ pub const OUR_SOURCE_BOX: &str = "__boxlitefs__";
 pub struct BoxRecord {
     /// BoxLite's id of the box: the name of its directory.
     pub id: String,
-    /// What the user called it; a box may have no name.
+    /// The user's name for it; a box may have no name.
     pub name: Option<String>,
     /// Seconds since 1970.
     pub created_at: i64,
@@ -45,8 +45,8 @@ impl BoxRecord {
         parse(&self.state, "state", &self.id)
     }
 
-    /// The reference of the image the box was made from, or the host path of its root file
-    /// system; for people and for the manifest.
+    /// Returns the reference of the image the box was made from, or the host path of its root file
+    /// system. For people and for the manifest.
     pub fn image(&self) -> String {
         let config = self.config().unwrap_or(Value::Null);
         let rootfs = &config["options"]["rootfs"];
@@ -58,11 +58,11 @@ impl BoxRecord {
     }
 }
 
-/// A JSON column, which is an object in all that BoxLite writes.
+/// Parses a JSON column, which is an object in everything that BoxLite writes.
 fn parse(text: &str, what: &str, id: &str) -> Result<Value> {
     let damaged = || {
         Error::damaged(format!(
-            "the {what} of box {id} in db/boxlite.db is no JSON object; BoxLite cannot read it either"
+            "the {what} of box {id} in db/boxlite.db is not a JSON object; BoxLite cannot read it either"
         ))
     };
     match serde_json::from_str(text) {
@@ -123,7 +123,7 @@ pub struct BaseRecord {
     pub json: String,
 }
 
-/// What the row of a base says of its file.
+/// The description of a base's file in its row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BaseFile {
     /// When it was recorded, in seconds since 1970.
@@ -135,7 +135,7 @@ pub struct BaseFile {
 }
 
 impl BaseRecord {
-    /// What it says of the file; None where it does not.
+    /// Returns the description of the file; None if it is incomplete.
     pub fn file(&self) -> Option<BaseFile> {
         let value: Value = serde_json::from_str(&self.json).ok()?;
         Some(BaseFile {
@@ -145,7 +145,7 @@ impl BaseRecord {
         })
     }
 
-    /// Whether boxlitefs made it.
+    /// Returns whether boxlitefs made it.
     pub fn is_ours(&self) -> bool {
         self.source_box_id == OUR_SOURCE_BOX
     }
@@ -175,8 +175,8 @@ pub struct NewSnapshot {
     pub box_id: String,
     /// Its name, already checked.
     pub name: String,
-    /// Absolute path of `snapshots/NAME/disk.qcow2`: alone in its directory, for BoxLite's remove
-    /// deletes the directory.
+    /// Absolute path of `snapshots/NAME/disk.qcow2`. It is alone in its directory, because
+    /// BoxLite's remove deletes the directory.
     pub path: String,
     /// Virtual size in bytes.
     pub virtual_size: u64,
@@ -199,11 +199,11 @@ pub struct NewBox {
     pub box_home: String,
     /// Seconds since 1970.
     pub created_at: i64,
-    /// BoxLite's box options; [`crate::home::normalize_imported`] has been over them.
+    /// BoxLite's box options, normalized by [`crate::home::normalize_imported`].
     pub options: Value,
     /// The configuration of the box it is cloned from, whose unknown fields are kept.
     pub config_of_source: Option<Value>,
-    /// The state of the box it is cloned from, likewise.
+    /// The state of the box it is cloned from, whose unknown fields are kept.
     pub state_of_source: Option<Value>,
     /// Number of its file in `locks/`: 1,000,000 and up.
     pub lock_id: u32,

@@ -1,8 +1,8 @@
 //! Changing a home while a BoxLite runtime holds its lock.
 //!
-//! SQLite lets one connection write at a time. From [`SharedAccess::begin_exclusive`] to the commit the
-//! runtime records nothing. What BoxLite does to files before it records them, and what it never
-//! records, the change has to notice by itself.
+//! SQLite lets one connection write at a time. From [`SharedAccess::begin_exclusive`] to the commit
+//! the runtime records nothing. What BoxLite does to files before it records them, and what it
+//! never records, the change has to notice by itself.
 
 use std::cell::{Cell, RefCell};
 use std::fs::{self, File, OpenOptions};
@@ -67,8 +67,8 @@ impl SharedAccess {
                 "box {name} has no lock of its own, so BoxLite can't be kept from starting it; end the program that has the home open"
             ))
         })?);
-        // BoxLite opens the file by its name each time and does not create it: without the file BoxLite
-        // can't start the box either.
+        // BoxLite opens the file by its name each time and does not create it: without the file
+        // BoxLite can't start the box either.
         let file = OpenOptions::new().read(true).write(true).open(&path);
         let file = file.map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => Error::busy(format!(
@@ -91,8 +91,8 @@ impl SharedAccess {
         Ok(())
     }
 
-    /// Begins a transaction unless one is open, and verifies that nothing this change depends on has
-    /// changed.
+    /// Begins a transaction unless one is open, and verifies that nothing this change depends on
+    /// has changed.
     ///
     /// # Errors
     /// EBUSY when BoxLite was faster.

@@ -1,7 +1,7 @@
-//! `db/boxlitefs.db`: what was worked out before and costs much to work out again.
+//! `db/boxlitefs.db`: sizes and digests that were computed before and are expensive to compute.
 //!
-//! A cache: it may be deleted at any time, and nothing that goes wrong with it is an error for
-//! anybody. Its keys are hashes of all that a value follows from, so it never has to be told of changes.
+//! A cache: it may be deleted at any time, and its failures are no errors. Its keys are hashes of
+//! everything that determines a value, so nothing has to be invalidated.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,14 +11,14 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
 use super::Home;
 
-/// Most rows of frames: those of 2 TiB of disks, some 40 MB.
+/// The most rows of frames: those of 2 TiB of disks, some 40 MB.
 const MOST_FRAMES: i64 = 1_000_000;
-/// Most archives, and most digests.
+/// The most archives, and the most digests.
 const MOST_ARCHIVES: i64 = 1000;
-/// How long another process may keep the database to itself before we do without.
+/// How long we wait for another process to release the database before we do without it.
 const BUSY: Duration = Duration::from_millis(500);
-/// What each version of the tables adds to the one before. SQLite's user_version is the number of those that
-/// were done. What is here stays as it is; a change is one more.
+/// What each version of the tables adds to the one before. SQLite's user_version counts the
+/// versions that were applied. Never edit a version; add one.
 const VERSIONS: &[&str] = &["
     CREATE TABLE frame (key BLOB PRIMARY KEY, size INTEGER NOT NULL, used INTEGER NOT NULL)
         WITHOUT ROWID;
@@ -26,19 +26,19 @@ const VERSIONS: &[&str] = &["
         used INTEGER NOT NULL);
     CREATE TABLE disk (key BLOB PRIMARY KEY, sha256 BLOB NOT NULL, used INTEGER NOT NULL);"];
 
-/// What was worked out before.
+/// The cache of sizes and digests.
 pub struct SizeCache {
     path: PathBuf,
     /// None where it can't be used.
     connection: Mutex<Option<Connection>>,
-    /// That a newer boxlitefs made it.
+    /// A message, if a newer boxlitefs made it.
     newer: Option<String>,
     writable: bool,
 }
 
 impl SizeCache {
-    /// Opens the database of a home, or makes it unless `read_only`. What can't be opened is done
-    /// without, and a damaged one is made anew.
+    /// Opens the database of a home, or creates it unless `read_only`. Without a usable database
+    /// the cache is empty; a damaged one is created anew.
     pub fn open(home: &Home, read_only: bool) -> SizeCache {
         SizeCache::of(home, read_only, VERSIONS)
     }
@@ -70,12 +70,12 @@ impl SizeCache {
         }
     }
 
-    /// A message, if a newer boxlitefs made the database: it is left as it is, and done without.
+    /// Returns a message if a newer boxlitefs made the database. It is left as it is and not used.
     pub fn newer(&self) -> Option<&str> {
         self.newer.as_deref()
     }
 
-    /// The compressed size of a frame in bytes.
+    /// Returns the compressed size of a frame in bytes.
     pub fn frame(&self, key: &[u8; 16]) -> Option<u32> {
         self.get("SELECT size FROM frame WHERE key = ?1", key)
     }
@@ -92,12 +92,12 @@ impl SizeCache {
         });
     }
 
-    /// The sizes of all frames of a compressed archive.
+    /// Returns the sizes of all frames of a compressed archive.
     pub fn archive(&self, key: &[u8; 32]) -> Option<Vec<u8>> {
         self.get("SELECT sizes FROM archive WHERE key = ?1", key)
     }
 
-    /// Length of a compressed archive in bytes.
+    /// Returns the length of a compressed archive in bytes.
     pub fn archive_size(&self, key: &[u8; 32]) -> Option<u64> {
         self.get("SELECT size FROM archive WHERE key = ?1", key)
             .and_then(|size: i64| u64::try_from(size).ok())
@@ -114,7 +114,7 @@ impl SizeCache {
         });
     }
 
-    /// Forgets a compressed archive, and the sizes of frames, one of which was wrong.
+    /// Removes a compressed archive, and the sizes of all frames, one of which was wrong.
     pub fn forget_archive(&self, key: &[u8; 32]) {
         self.change(|transaction, _| {
             transaction.execute("DELETE FROM archive WHERE key = ?1", params![key])?;
@@ -123,7 +123,7 @@ impl SizeCache {
         });
     }
 
-    /// The sha256 of a flattened disk.
+    /// Returns the sha256 of a flattened disk.
     pub fn digest(&self, key: &[u8; 32]) -> Option<[u8; 32]> {
         self.get("SELECT sha256 FROM disk WHERE key = ?1", key)
     }
@@ -168,7 +168,7 @@ impl SizeCache {
     }
 }
 
-/// Lets go of the rows that were used least lately, a tenth of `most` at a time.
+/// Removes the oldest rows, a tenth of `most` at a time.
 fn prune(transaction: &rusqlite::Transaction, table: &str, most: i64) -> rusqlite::Result<()> {
     let count: i64 =
         transaction.query_row(&format!("SELECT count(*) FROM {table}"), [], |row| {
@@ -186,7 +186,7 @@ fn prune(transaction: &rusqlite::Transaction, table: &str, most: i64) -> rusqlit
     Ok(())
 }
 
-/// Why the database is not used: what SQLite says, or a newer version of it.
+/// Why the database is not used: an error of SQLite, or a newer version.
 #[derive(Debug)]
 enum Unusable {
     Sqlite(rusqlite::Error),
@@ -199,7 +199,7 @@ impl std::fmt::Display for Unusable {
             Unusable::Sqlite(error) => error.fmt(f),
             Unusable::Newer { is, known } => write!(
                 f,
-                "it is of a newer boxlitefs (version {is} of its tables, {known} is known): mount with that, or delete the file, which is a cache"
+                "a newer boxlitefs made it (its tables have version {is}, {known} is known): mount with the newer one, or delete the file, which is a cache"
             ),
         }
     }
@@ -211,7 +211,7 @@ impl From<rusqlite::Error> for Unusable {
     }
 }
 
-/// Whether it is damaged, rather than locked, newer, or not permitted.
+/// Returns whether it is damaged, rather than locked, newer, or forbidden.
 fn is_ours_to_replace(connection: &Result<Connection, Unusable>) -> bool {
     matches!(connection, Err(Unusable::Sqlite(error)) if matches!(
         error.sqlite_error_code(),
@@ -219,8 +219,7 @@ fn is_ours_to_replace(connection: &Result<Connection, Unusable>) -> bool {
     ))
 }
 
-/// Opens it, and brings an older one up to what is known now. Read-only, an older one is used as far as it
-/// has what is asked for.
+/// Opens the database, and upgrades an older one. Read-only, an older one is used for what it has.
 fn open(path: &Path, read_only: bool, versions: &[&str]) -> Result<Connection, Unusable> {
     let known = i64::try_from(versions.len()).unwrap_or(i64::MAX);
     let access = if read_only {
@@ -228,7 +227,7 @@ fn open(path: &Path, read_only: bool, versions: &[&str]) -> Result<Connection, U
     } else {
         OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE
     };
-    // A mount may be root's and the home a user's: a link of his would have root write elsewhere.
+    // Root may mount a user's home: following a link of the user would have root write elsewhere.
     let access = access | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let mut connection =
         Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
@@ -242,7 +241,7 @@ fn open(path: &Path, read_only: bool, versions: &[&str]) -> Result<Connection, U
     if is < known && !read_only {
         let transaction =
             connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        // Another mount may have made the tables meanwhile.
+        // Another mount may have created the tables meanwhile.
         let is: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         for step in versions.iter().skip(usize::try_from(is).unwrap_or(0)) {
             transaction.execute_batch(step)?;
@@ -274,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_learnt_is_known_to_the_next_who_opens_it() {
+    fn what_was_put_is_there_for_the_next_that_opens_it() {
         let dir = tempfile::tempdir().unwrap();
         let home = home(dir.path());
         let cache = SizeCache::open(&home, false);

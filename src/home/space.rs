@@ -1,4 +1,4 @@
-//! How much room there is on the home's file system.
+//! Space on the home's file system.
 
 use super::Home;
 use crate::{Context, Result};
@@ -21,24 +21,12 @@ pub struct Space {
 }
 
 impl Space {
-    /// Bytes of all blocks.
-    pub fn bytes(&self) -> u64 {
-        self.blocks.saturating_mul(self.block_size.into())
-    }
-
-    /// Bytes that are free for users that are not root.
-    pub fn available_bytes(&self) -> u64 {
-        self.available.saturating_mul(self.block_size.into())
-    }
-}
-
-impl Home {
-    /// Space on the file system it is on.
+    /// Returns the space on a home's file system.
     ///
     /// # Errors
-    /// What statvfs says.
-    pub fn space(&self) -> Result<Space> {
-        let root = self.root();
+    /// Those of statvfs.
+    pub fn of(home: &Home) -> Result<Space> {
+        let root = home.root();
         let found = rustix::fs::statvfs(root)
             .map_err(std::io::Error::from)
             .context(|| format!("cannot look at {}", root.display()))?;
@@ -50,5 +38,15 @@ impl Home {
             files: found.f_files,
             files_free: found.f_ffree,
         })
+    }
+
+    /// Bytes of all blocks.
+    pub fn bytes(&self) -> u64 {
+        self.blocks.saturating_mul(self.block_size.into())
+    }
+
+    /// Bytes that are free for users that are not root.
+    pub fn available_bytes(&self) -> u64 {
+        self.available.saturating_mul(self.block_size.into())
     }
 }

@@ -1,4 +1,4 @@
-//! What a transaction records in BoxLite's rows.
+//! Transactions: what is recorded in BoxLite's rows.
 
 use rusqlite::params;
 use serde_json::{Value, json};
@@ -26,11 +26,11 @@ impl<'t> Transaction<'t> {
             .sql(prepared.and_then(|mut statement| statement.execute(params)))
     }
 
-    /// Records a base of ours. Its name stays NULL and its source is nobody's id, so BoxLite never
-    /// collects it, not even when a box is removed by force.
+    /// Records a base of ours. Its name stays NULL and its source is the id of no box, so BoxLite
+    /// never collects it, not even when a box is removed by force.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn insert_base(&self, base: &NewBase) -> Result<()> {
         let json = json!({
             "id": base.id,
@@ -58,7 +58,7 @@ impl<'t> Transaction<'t> {
     /// Removes a base and every reference to it.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn delete_base(&self, base_id: &str) -> Result<()> {
         self.run(
             "DELETE FROM base_disk_ref WHERE base_disk_id = ?1",
@@ -68,11 +68,11 @@ impl<'t> Transaction<'t> {
         Ok(())
     }
 
-    /// Makes a base ours, whoever made it: BoxLite does not collect it any more, and a crash leaves
-    /// nothing of it that could be taken for BoxLite's.
+    /// Makes any base ours. BoxLite no longer collects it, and after a crash it can't be taken for
+    /// BoxLite's.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn claim_base(&self, base_id: &str) -> Result<()> {
         self.run(
             "UPDATE base_disk SET source_box_id = ?2, kind = 'snapshot',
@@ -86,7 +86,7 @@ impl<'t> Transaction<'t> {
     /// Records that the file of a base or a snapshot has another length.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn resize_layer(&self, path: &str, file_size: u64) -> Result<()> {
         let file_size = i64::try_from(file_size).unwrap_or(i64::MAX);
         for (table, at) in [
@@ -104,10 +104,11 @@ impl<'t> Transaction<'t> {
     }
 
     /// Records that a chain of the box reaches the base. The box's own row must exist, or be made
-    /// in this transaction: a reference of nobody makes BoxLite refuse to remove the source.
+    /// in this transaction: because of a reference without a box, BoxLite refuses to remove the
+    /// source.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn insert_ref(&self, base_id: &str, box_id: &str) -> Result<()> {
         self.run(
             "INSERT OR IGNORE INTO base_disk_ref (base_disk_id, box_id) VALUES (?1, ?2)",
@@ -119,7 +120,7 @@ impl<'t> Transaction<'t> {
     /// Records that no chain of the box reaches the base any more.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn delete_ref(&self, base_id: &str, box_id: &str) -> Result<()> {
         self.run(
             "DELETE FROM base_disk_ref WHERE base_disk_id = ?1 AND box_id = ?2",
@@ -188,7 +189,7 @@ impl<'t> Transaction<'t> {
     /// Gives a snapshot another creation time, in the column and in the JSON.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn date_snapshot(&self, box_id: &str, id: &str, created_at: i64) -> Result<()> {
         self.run(
             "UPDATE snapshot SET created_at = ?3, json = json_set(json, '$.created_at', ?3)
@@ -218,7 +219,7 @@ impl<'t> Transaction<'t> {
     /// Removes a snapshot's row; ENOENT when it is gone.
     ///
     /// # Errors
-    /// What SQLite says.
+    /// Those of SQLite.
     pub fn delete_snapshot(&self, box_id: &str, id: &str) -> Result<()> {
         match self.run(
             "DELETE FROM snapshot WHERE box_id = ?1 AND id = ?2",
@@ -249,7 +250,7 @@ impl<'t> Transaction<'t> {
     }
 }
 
-/// A violated UNIQUE constraint is a name that is taken.
+/// Makes a violated UNIQUE constraint EEXIST: the name is taken.
 fn taken(error: Error, message: &str) -> Error {
     let constraint = std::error::Error::source(&error)
         .and_then(|source| source.downcast_ref::<rusqlite::Error>())
@@ -262,7 +263,8 @@ fn taken(error: Error, message: &str) -> Error {
     }
 }
 
-/// `box_config.json` of a new box: BoxLite's fields set, a cloned box's unknown ones kept.
+/// Returns `box_config.json` of a new box: BoxLite's fields are set, unknown ones of a cloned box
+/// kept.
 fn config_of(new: &NewBox) -> Value {
     let mut config = new.config_of_source.clone().unwrap_or_else(|| json!({}));
     config["id"] = json!(new.id);
@@ -280,7 +282,8 @@ fn config_of(new: &NewBox) -> Value {
     config
 }
 
-/// `box_state.json` of a new box: stopped, with a lock number (null makes its start fail).
+/// Returns `box_state.json` of a new box: stopped, with a lock number (null would make its start
+/// fail).
 fn state_of(new: &NewBox) -> Value {
     let mut state = new.state_of_source.clone().unwrap_or_else(|| json!({}));
     for gone in [

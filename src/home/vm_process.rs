@@ -1,5 +1,5 @@
-//! The process that a box's virtual machine runs in, and how it is paused: stopped for as long as its disk is
-//! copied, and always set going again, also if this process dies meanwhile.
+//! The process of a box's virtual machine, and how it is paused: stopped while its disk is copied,
+//! and always resumed, even if this process dies meanwhile.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -15,13 +15,14 @@ use super::process::{Process, children, has_open_for_writing};
 use super::records::BoxRecord;
 use crate::{Context, Error, Result};
 
-/// By then a copy gives up, so that the guard need not.
+/// After this time a copy gives up, before the guard has to act.
 const LONGEST_COPY: Duration = Duration::from_secs(45);
-/// How long threads may take to stop: those in the middle of a write end that first.
+/// How long threads may take to stop: a thread in the middle of a write completes that first.
 const STOPPING: Duration = Duration::from_secs(5);
-/// How long after that they are looked at: then they do stand still.
+/// The pause before they are checked: then they are certainly stopped.
 const MOMENT: Duration = Duration::from_millis(20);
-/// A process that is certain to be the one that was meant.
+
+/// A process that is identified by number and start time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VmProcess {
     pid: u32,
@@ -29,22 +30,11 @@ pub struct VmProcess {
     started: u64,
 }
 
-impl Home {
-    /// The process of a box's virtual machine, if `shim.pid` says when it began and it lives.
-    pub fn vm_process(&self, record: &BoxRecord) -> Option<VmProcess> {
-        let (pid, started) = live_process(&self.box_dir(&record.id).join("shim.pid"))?;
-        Some(VmProcess {
-            pid,
-            started: started?,
-        })
-    }
-}
-
-/// A virtual machine that stands still until this is dropped.
+/// A virtual machine that is paused until this is dropped.
 pub struct Paused {
     processes: Vec<Stopped>,
-    /// Tell whether it still does: nobody may set it going but us. How often its threads ran tells
-    /// also where the times of files have long ticks.
+    /// The next fields tell whether it is still paused: no other process may resume it. The number
+    /// of times its threads ran also tells where file times have long ticks.
     disk: File,
     disk_was: (u64, i64, i64),
     ran: u64,
@@ -54,17 +44,27 @@ pub struct Paused {
 
 struct Stopped {
     process: Process,
-    /// It was running before.
+    /// It was running before, so we resume it.
     by_us: bool,
 }
 
 impl VmProcess {
-    /// Stops the process, what it started, and all their threads, and waits until they do stand still. Whoever
-    /// had them stopped before has to set them going. `disk` is the file they write to.
+    /// Returns the process of a box's virtual machine, if `shim.pid` has its start time and it is
+    /// alive.
+    pub fn of(home: &Home, record: &BoxRecord) -> Option<VmProcess> {
+        let (pid, started) = live_process(&home.box_dir(&record.id).join("shim.pid"))?;
+        Some(VmProcess {
+            pid,
+            started: started?,
+        })
+    }
+
+    /// Stops the process, its descendants and all their threads, and waits until they are stopped.
+    /// Processes that were stopped before are not resumed by us. `disk` is the file they write to.
     ///
     /// # Errors
-    /// EBUSY when somebody else writes to the disk, when the process ended, may not be stopped from here or
-    /// does not stop.
+    /// EBUSY when another process writes to the disk, or when the process ended, may not be stopped
+    /// by us or does not stop.
     pub fn pause(self, disk: &Path) -> Result<Paused> {
         let message = || format!("cannot look at {}", disk.display());
         let file = File::open(disk).context(message)?;
@@ -79,7 +79,7 @@ impl VmProcess {
         paused.stop_all(self)?;
         paused.wait_until_stopped()?;
         paused.refuse_other_writers(disk)?;
-        // A thread that is about to stop is shown as if it stood still, and runs once more.
+        // A thread that is about to stop is shown as stopped, and runs once more.
         std::thread::sleep(MOMENT);
         paused.ran = paused.runs();
         paused.disk_was = stamp(&paused.disk).context(message)?;
@@ -92,7 +92,7 @@ impl Paused {
         let root = Process::open(vm.pid, Some(vm.started))
             .map_err(|error| Error::busy(format!("process {} can't be paused: {error}", vm.pid)))?;
         self.stop(root)?;
-        // What it started meanwhile is found by the next look; what is stopped starts nothing.
+        // The next look finds what it started meanwhile; stopped processes start nothing.
         loop {
             let known: Vec<u32> = self.processes.iter().map(|it| it.process.pid).collect();
             let found = known.iter().flat_map(|pid| children(*pid));
@@ -101,7 +101,7 @@ impl Paused {
                 return Ok(());
             }
             for pid in found {
-                // Gone is as good as stopped.
+                // A process that is gone is as good as stopped.
                 if let Ok(process) = Process::open(pid, None) {
                     self.stop(process)?;
                 }
@@ -126,16 +126,14 @@ impl Paused {
         let deadline = Instant::now() + STOPPING;
         while !self.processes.iter().all(|it| it.process.is_stopped()) {
             if Instant::now() > deadline {
-                return Err(Error::busy(
-                    "the virtual machine does not stand still; try again",
-                ));
+                return Err(Error::busy("the virtual machine does not stop; try again"));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
     }
 
-    /// EBUSY when a process that was not stopped has the disk open for writing, as far as that can be seen.
+    /// EBUSY when a process that was not stopped is seen to have the disk open for writing.
     fn refuse_other_writers(&self, disk: &Path) -> Result<()> {
         let meta = self.disk.metadata().context(|| "cannot look at the disk")?;
         let entries = fs::read_dir("/proc").context(|| "cannot read /proc")?;
@@ -151,10 +149,10 @@ impl Paused {
         Ok(())
     }
 
-    /// EBUSY when it did not stand still all the time, or does so for too long.
+    /// Verifies that it has been stopped all the time, and not for too long.
     ///
     /// # Errors
-    /// That.
+    /// EBUSY otherwise.
     pub fn still(&self) -> Result<()> {
         if self.since.elapsed() > LONGEST_COPY {
             return Err(Error::busy(format!(
@@ -164,7 +162,7 @@ impl Paused {
         }
         let went_on = || {
             Error::busy(
-                "the virtual machine went on while its disk was copied: somebody else set it going, or ended it; try again",
+                "the virtual machine ran while its disk was copied: another process resumed or ended it; try again",
             )
         };
         let now = stamp(&self.disk).map_err(|_| went_on())?;
@@ -177,7 +175,7 @@ impl Paused {
 }
 
 impl Paused {
-    /// How often its threads were set going by the kernel until now.
+    /// Returns how often the kernel ran its threads until now.
     fn runs(&self) -> u64 {
         let processes = self.processes.iter();
         processes.map(|it| it.process.runs()).sum()

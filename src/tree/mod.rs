@@ -277,7 +277,7 @@ impl Tree {
     /// # Errors
     /// What statvfs says.
     pub fn space(&self) -> Result<Space> {
-        self.store.home().space()
+        Space::of(self.store.home())
     }
 
     /// Nobody reads any more: whoever still waits for an archive is told so.

@@ -309,7 +309,7 @@ def manifests(disk):
         yield f"deep-{name}", text.replace('"web"', deep).encode(), "recursion limit"
     deep = "[" * 200 + "]" * 200
     yield "deep-closed", text.replace('"web"', deep).encode(), "recursion limit"
-    twice = "stands in it twice"
+    twice = "occurs twice in it"
     yield "twice-version", text.replace("{", '{"version":5,', 1).encode(), twice
     yield "twice-escaped", text.replace("{", '{"\\u0076ersion":5,', 1).encode(), twice
     yield "twice-options", text.replace('"rootfs"', '"volumes":[],"volumes":[],"rootfs"').encode(), twice

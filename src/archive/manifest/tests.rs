@@ -30,7 +30,7 @@ fn a_manifest_is_read_as_it_was_written() {
 }
 
 #[test]
-fn numbers_that_nobody_knows_stay_as_they_are() {
+fn unknown_numbers_stay_as_they_are() {
     let numbers = "[2e-130,1.7976931348623157e+308,18446744073709551615,-0.1]";
     let text = format!(r#"{{"unknown":{numbers}}}"#);
     let options: Value = serde_json::from_str(&text).unwrap();
@@ -105,7 +105,7 @@ fn what_readers_would_read_differently_is_refused() {
     ] {
         let error = Manifest::parse(good.replacen(once, twice, 1).as_bytes()).unwrap_err();
         assert_eq!(error.errno(), libc::EBADMSG);
-        assert!(error.to_string().contains("stands in it twice"), "{error}");
+        assert!(error.to_string().contains("occurs twice in it"), "{error}");
     }
     let deep = good.replacen("{}", &"[".repeat(100_000), 1);
     let error = Manifest::parse(deep.as_bytes()).unwrap_err();

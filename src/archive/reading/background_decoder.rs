@@ -1,10 +1,10 @@
-//! Where an archive is decoded: in the call that brings its bytes, or behind it.
+//! Decodes an archive in the call that brings its bytes, or in a thread behind it.
 //!
-//! Decoding zstd takes as long as all the rest. So while it is certain that the archive does not end
-//! in what was brought, a thread decodes it, and whoever wrote it can get the next bytes meanwhile.
-//! It is certain as long as the tar lacks more bytes than can come out of all blocks that the thread
-//! was sent ([`OutputBound`]). Where the end may be, the thread is waited for and decoding goes on in the
-//! calls, so that each says what became of its bytes.
+//! Decoding zstd takes as long as everything else. So while it is certain that the archive does not
+//! end in the bytes at hand, a thread decodes them, and the writer can get the next ones meanwhile.
+//! It is certain as long as the tar lacks more bytes than can come out of all blocks that the
+//! thread was sent ([`OutputBound`]). Near the end the thread is joined and the calls decode, so
+//! that each returns the verdict on its bytes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,19 +17,20 @@ use super::members::Members;
 use super::output_bound::{BLOCK_MAX, OutputBound};
 use crate::{Context, Error, Result};
 
-/// Bytes of the tar that must be missing beyond those under way: for fewer no thread is started.
+/// Bytes of the tar that must be missing beyond those in progress: for fewer, no thread is started.
 const LEAST: u64 = 8 << 20;
-/// Bytes sent at once, and how often that before the thread is waited for: 2 MiB.
+/// Bytes sent at once, and how many portions before the sender waits for the thread: 2 MiB.
 const PORTION: usize = 128 << 10;
 const PORTIONS: usize = 16;
 
-/// The decoder, where it is now, and how far it may be from the end of the archive.
+/// The decoder, wherever it is now, and how far it may be from the end of the archive.
 pub(super) struct BackgroundDecoder {
     location: Location,
     bound: OutputBound,
-    /// Location most so many bytes of the tar come out of what came since the decoder was last here.
+    /// An upper bound of the bytes of the tar that come out of what came since the decoder was last
+    /// here.
     coming: u64,
-    /// More than so many bytes of the tar were missing then.
+    /// A lower bound of the bytes of the tar that were missing then.
     missing: u64,
 }
 
@@ -50,8 +51,8 @@ impl BackgroundDecoder {
         }
     }
 
-    /// Takes the next bytes of the archive. An error may be that of bytes that came earlier, unless
-    /// the archive could end in these.
+    /// Takes the next bytes of the archive. An error may be about earlier bytes, unless the archive
+    /// could end in these.
     pub(super) fn take(&mut self, bytes: &[u8]) -> Result<()> {
         self.coming = self.coming.saturating_add(self.bound.feed(bytes));
         if self.coming < self.missing {
@@ -66,16 +67,16 @@ impl BackgroundDecoder {
                 self.coming = BLOCK_MAX;
                 self.missing = missing.saturating_sub(LEAST);
             }
-            // Its threads and its memory end with it.
+            // Drops its threads and its memory.
             Err(_) => self.location = Location::Gone,
         }
         taken
     }
 
-    /// Waits until all that was taken is decoded, hashed and written as far as that goes.
+    /// Waits until everything taken is decoded, hashed and written, as far as that goes.
     ///
     /// # Errors
-    /// What any of it failed with.
+    /// Those of decoding, hashing and writing.
     pub(super) fn drain(&mut self) -> Result<&Decoder> {
         let drained = self.call_back()?.drain();
         if let Err(error) = drained {
@@ -85,7 +86,7 @@ impl BackgroundDecoder {
         self.call_back().map(|decoder| &*decoder)
     }
 
-    /// Waits for all that was taken to be decoded.
+    /// Waits until everything taken is decoded, and returns the decoder.
     fn call_back(&mut self) -> Result<&mut Decoder> {
         if matches!(self.location, Location::Background(_))
             && let Location::Background(thread) =
@@ -96,7 +97,7 @@ impl BackgroundDecoder {
         match &mut self.location {
             Location::Here(decoder) => Ok(decoder),
             Location::Background(_) | Location::Gone => Err(Error::damaged(
-                "decoding the archive has ended early; this is a fault of boxlitefs",
+                "decoding the archive ended early; this is a fault of boxlitefs",
             )),
         }
     }
@@ -122,11 +123,12 @@ impl BackgroundDecoder {
     }
 }
 
-/// A decoder at work. Dropped, it stops after the portion at hand, and is gone when `drop` returns.
+/// A decoder in a thread. When it is dropped, the thread stops after the current portion and is
+/// joined.
 struct DecoderThread {
     bytes: Option<SyncSender<Vec<u8>>>,
-    /// Portions that were decoded, to be filled again: made anew each time, by whichever thread
-    /// brings a write, they would leave much of the heap unused and not given back.
+    /// Decoded portions, to be filled again. If each write allocated new ones in its own thread,
+    /// much of the heap would stay unused.
     empty: Receiver<Vec<u8>>,
     /// The decoder comes back unless it failed.
     thread: Option<JoinHandle<Result<Box<Decoder>>>>,
@@ -151,7 +153,7 @@ impl DecoderThread {
         })
     }
 
-    /// Sends bytes, and waits while the thread is too far behind; false when it has failed.
+    /// Sends bytes; waits while the thread is too far behind. False when it has failed.
     fn send(&self, bytes: &[u8]) -> bool {
         let Some(thread) = &self.bytes else {
             return false;
@@ -164,7 +166,7 @@ impl DecoderThread {
         })
     }
 
-    /// Waits until all that was sent is decoded; the decoder comes back unless that failed.
+    /// Waits until everything sent is decoded; returns the decoder unless that failed.
     fn join(mut self) -> Result<Box<Decoder>> {
         self.bytes = None;
         match self.thread.take().map(JoinHandle::join) {
@@ -197,7 +199,7 @@ fn decode(
             break;
         }
         decoder.take(&bytes)?;
-        // Nobody takes them any more once the end is waited for.
+        // The sender no longer takes them once it waits for the end.
         let _ = decoded.send(bytes);
     }
     Ok(decoder)

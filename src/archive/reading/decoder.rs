@@ -14,7 +14,7 @@ pub(super) struct Decoder {
 
 /// How the tar is packed.
 enum Packing {
-    /// Fewer bytes than zstd's magic have come, and those there are begin it.
+    /// The first bytes; they may still become zstd's magic.
     Unknown(Vec<u8>),
     Plain,
     Zstd(Box<Frames>),
@@ -29,12 +29,12 @@ impl Decoder {
         }
     }
 
-    /// Waits until all that was decoded is hashed and written.
+    /// Waits until everything decoded is hashed and written.
     pub(super) fn drain(&mut self) -> Result<()> {
         self.unpacker.members.drain()
     }
 
-    /// Returns how many bytes of the tar are still to come at least.
+    /// Returns a lower bound of the bytes of the tar that are still to come.
     pub(super) fn missing(&self) -> u64 {
         self.unpacker.members.missing()
     }
@@ -75,7 +75,7 @@ impl Decoder {
         }
     }
 
-    /// What the next byte would belong to.
+    /// Returns what the next byte belongs to, for messages.
     pub(super) fn place(&self) -> String {
         let members = &self.unpacker.members;
         match &self.packing {

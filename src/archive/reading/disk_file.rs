@@ -1,4 +1,5 @@
-//! The file a disk is unpacked into: hashed as the archive has it, stored with holes for zeros.
+//! The file that a disk is unpacked into: hashed as it is in the archive, stored with holes for
+//! zeros.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -9,17 +10,17 @@ use super::stages::Stages;
 use super::{MOST_HOLES, over_limit};
 use crate::{Context, Error, Result};
 
-/// No disk is larger: 64 TiB, as for the virtual size.
+/// The largest disk: 64 TiB, as for the virtual size.
 const MAX_LENGTH: u64 = 64 << 40;
 
-/// The file, the piece that is not whole yet, and the stages that whole ones go through.
+/// The file, the current piece, and the stages that complete pieces go through.
 pub(super) struct DiskFile {
     path: PathBuf,
-    /// To ask its file system.
+    /// For statfs.
     file: Arc<File>,
     piece: Piece,
     stages: Stages,
-    /// Most bytes that may be written to the file.
+    /// The most bytes that may be written to the file.
     most: Option<u64>,
 }
 
@@ -43,7 +44,7 @@ impl DiskFile {
         })
     }
 
-    /// Forgets all that came: another disk takes its place.
+    /// Starts anew: another disk takes its place.
     pub(super) fn begin_anew(&mut self) -> Result<()> {
         let path = self.path.clone();
         std::fs::remove_file(&path).context(|| format!("cannot remove {}", path.display()))?;
@@ -55,8 +56,8 @@ impl DiskFile {
         &self.path
     }
 
-    /// Refuses a disk that can't fit before any of it is written: `stored` bytes are in the archive,
-    /// which expand to `expanded`.
+    /// Refuses a disk that can't fit before any of it is written. `stored` bytes are in the
+    /// archive, which expand to `expanded`.
     pub(super) fn check_room(&self, stored: u64, expanded: u64) -> Result<()> {
         if expanded > MAX_LENGTH {
             return Err(Error::bad_archive(format!(
@@ -89,7 +90,7 @@ impl DiskFile {
         Ok(())
     }
 
-    /// Appends data. An error may be that of data that came earlier.
+    /// Appends data. An error may be about earlier data.
     pub(super) fn data(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
             bytes = self.piece.fill(bytes);
@@ -100,7 +101,7 @@ impl DiskFile {
         Ok(())
     }
 
-    /// Appends `count` zeros; likewise.
+    /// Appends `count` zeros. An error may be about earlier data.
     pub(super) fn zeros(&mut self, mut count: u64) -> Result<()> {
         while count > 0 {
             let whole = count - count % PIECE as u64;
@@ -116,7 +117,7 @@ impl DiskFile {
         Ok(())
     }
 
-    /// Waits until all that came is hashed and written, but for the piece that is not whole.
+    /// Waits until everything is hashed and written, except for the current piece.
     pub(super) fn drain(&mut self) -> Result<()> {
         self.stages.drain()
     }
@@ -127,13 +128,13 @@ impl DiskFile {
         self.stages.end()
     }
 
-    /// Makes the disk survive a power cut. Its directory entry is the caller's to keep.
+    /// Makes the disk durable. The caller flushes its directory.
     pub(super) fn sync(&self) -> Result<()> {
         self.stages.sync()
     }
 }
 
-/// Bytes a user without privileges may still write to the file system of `file`.
+/// Returns the bytes that a user without privileges may still write to the file system of `file`.
 fn free_space(file: &File) -> std::io::Result<u64> {
     let stat = rustix::fs::fstatvfs(file)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))

@@ -10,18 +10,19 @@ use super::Allowance;
 use crate::disk::{Aligned, BLOCK, Direct, begin_write_back};
 use crate::{Error, Result};
 
-/// Bytes of a piece. Writes of this size keep a disk busy, and a few of them are little memory.
+/// Bytes of a piece: large enough to keep a disk busy, and small enough to have a few of them.
 pub(super) const PIECE: usize = 1 << 20;
 /// Zeros to hash and to compare with.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-/// Zeros inside a piece that are left out at least: with direct I/O, each hole costs a write more,
-/// and writing 8 KiB takes as long as that (tried). A cluster of qcow2 is 64 KiB.
+/// The shortest run of zeros inside a piece that is left out. With direct I/O each hole costs one
+/// more write, and writing 8 KiB takes as long (measured). A cluster of qcow2 is 64 KiB.
 const HOLE: usize = 16 << 10;
-/// Without direct I/O: written bytes after which the kernel is asked to begin writing back. It then
-/// works while more arrives, and the flush in the write that completes the archive finds little left.
+/// Without direct I/O: written bytes after which the kernel is asked to begin writing back. It
+/// works while more bytes arrive, and the flush in the write that completes the archive finds
+/// little left.
 const WRITE_BACK: u64 = 8 << 20;
 
-/// What is too much where the size that was told is not.
+/// The beginning of the message when more is written than the header said.
 const TAKES_MORE: &str = "the archive's disk.qcow2 takes more";
 
 /// The file, and how far it was written.
@@ -37,8 +38,8 @@ pub(super) struct DiskWriter {
 }
 
 impl DiskWriter {
-    /// `file` is what was just created at `path`; at most `most` bytes of it will be written. Pieces of
-    /// a sparse member may be so small that a block of each is more than was in the archive.
+    /// Writes to `file`, which was just created at `path`, at most `most` bytes. Pieces of a sparse
+    /// member may be so small that their blocks are more than was in the archive.
     pub(super) fn new(path: &Path, file: Arc<File>, most: Option<u64>) -> DiskWriter {
         DiskWriter {
             path: path.to_owned(),
@@ -50,7 +51,7 @@ impl DiskWriter {
         }
     }
 
-    /// Appends bytes. All calls but the last bring whole blocks.
+    /// Appends bytes: whole blocks in all calls but the last.
     pub(super) fn data(&mut self, bytes: &[u8]) -> Result<()> {
         let (blocks, tail) = bytes.split_at(bytes.len() - bytes.len() % BLOCK);
         for run in data_runs(blocks) {
@@ -77,13 +78,13 @@ impl DiskWriter {
         self.at = self.at.saturating_add(count);
     }
 
-    /// Gives the file its length: zeros at the end were left out too.
+    /// Sets the file's length, since zeros at the end were left out, too.
     pub(super) fn end(&self) -> Result<()> {
         self.file.set_len(self.at).map_err(|e| self.unwritable(e))
     }
 
-    /// Makes the bytes and the length survive a power cut: direct writes too may still be in the
-    /// drive's cache, and where they lie in the file system's. The directory entry is the caller's.
+    /// Makes bytes and length durable: direct writes may still be in the drive's cache, and their
+    /// places in the file system's. The caller flushes the directory.
     pub(super) fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(|e| self.unwritable(e))
     }
@@ -101,7 +102,7 @@ impl DiskWriter {
     }
 }
 
-/// What is to be written of `blocks`: all but zeros at their ends and runs of [`HOLE`] zeros.
+/// Returns what to write of `blocks`: all but zeros at their ends and runs of [`HOLE`] zeros.
 fn data_runs(blocks: &[u8]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (n, block) in blocks.as_chunks::<BLOCK>().0.iter().enumerate() {
@@ -167,7 +168,7 @@ pub(super) fn zeros(count: u64) -> &'static [u8] {
     ZEROS.get(..len).unwrap_or(&ZEROS)
 }
 
-/// Whether all of `bytes` are zeros, however many.
+/// Returns whether all of `bytes` are zeros, however many.
 pub(super) fn all_zero(bytes: &[u8]) -> bool {
     bytes
         .chunks(ZEROS.len())

@@ -1,4 +1,4 @@
-//! zstd frames, one after another, as they come (RFC 8878).
+//! Decodes zstd frames, one after another, as they arrive (RFC 8878).
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
@@ -9,12 +9,13 @@ use crate::{Context, Error, Result};
 pub(super) const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Bytes 1–3 of a skippable frame; byte 0 is 0x50 to 0x5f.
 const SKIPPABLE: [u8; 3] = [0x2a, 0x4d, 0x18];
-/// Largest window accepted: 128 MiB, what `zstd` itself decodes without `--long` or `--memory`.
+/// The largest window that is accepted: 128 MiB, what `zstd` itself decodes without `--long` or
+/// `--memory`.
 const WINDOW_LOG_MAX: u32 = 27;
 /// Bytes decoded at once; at least a block (128 KiB).
 const OUTPUT: usize = 256 << 10;
 
-/// Whether `start` begins a zstd or skippable frame; `None` while it is too short to say.
+/// Returns whether `start` begins a zstd or skippable frame; `None` while it is too short to tell.
 pub(super) fn begins_frame(start: &[u8]) -> Option<bool> {
     let begins = |magic: &[u8]| start.iter().zip(magic).all(|(a, b)| a == b);
     let skippable = match start.split_first() {
@@ -33,8 +34,8 @@ pub(super) fn begins_frame(start: &[u8]) -> Option<bool> {
 pub(super) struct Frames {
     decoder: Decoder<'static>,
     output: Vec<u8>,
-    /// Between frames: the start of the next one's magic. zstd's own check is not relied upon, as it
-    /// would let formats of old versions in.
+    /// Between frames: the beginning of the next magic. zstd's own check would accept formats of
+    /// old versions.
     magic: Vec<u8>,
     in_frame: bool,
 }
@@ -53,7 +54,7 @@ impl Frames {
         })
     }
 
-    /// Decodes `bytes` into `to`, as far as they go, and tells it where frames end.
+    /// Decodes `bytes` into `to`, as far as they go, and reports the ends of frames to it.
     pub(super) fn push(&mut self, mut bytes: &[u8], to: &mut Unpacker) -> Result<()> {
         while !bytes.is_empty() {
             bytes = if self.in_frame {
@@ -65,7 +66,7 @@ impl Frames {
         Ok(())
     }
 
-    /// Takes bytes that come between two frames, until the next one's magic is whole.
+    /// Takes bytes between two frames, until the next magic is complete.
     fn between<'b>(&mut self, bytes: &'b [u8], to: &mut Unpacker) -> Result<&'b [u8]> {
         let Some((first, rest)) = bytes.split_first() else {
             return Ok(bytes);
@@ -96,7 +97,7 @@ impl Frames {
         Ok(rest)
     }
 
-    /// Decodes until the frame ends or `bytes` do; returns what is left of them.
+    /// Decodes until the frame or `bytes` end; returns the rest of `bytes`.
     fn decode<'b>(&mut self, mut bytes: &'b [u8], to: &mut Unpacker) -> Result<&'b [u8]> {
         loop {
             let mut input = InBuffer::around(bytes);

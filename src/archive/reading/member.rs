@@ -7,7 +7,7 @@ use crate::Result;
 
 /// A tar block, in bytes.
 pub(super) const BLOCK_BYTES: u64 = 512;
-/// Most pieces of a sparse member: 32 MiB of map.
+/// The most pieces of a sparse member: 32 MiB of map.
 const MAX_PIECES: usize = 2 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -17,7 +17,8 @@ pub(super) enum MemberKind {
     Pax,
     Manifest,
     Disk,
-    /// Anything else, `guest-rootfs.qcow2` of older archives or what another system adds: read, not kept.
+    /// Anything else, such as `guest-rootfs.qcow2` of older archives or files that another system
+    /// adds: read, not kept.
     Other,
 }
 
@@ -82,7 +83,7 @@ impl Member {
             .map_or(0, |piece| piece.length.saturating_sub(self.within))
     }
 
-    /// Adds the pieces a header or a map block lists.
+    /// Adds the pieces that a header or a map block lists.
     pub fn add_pieces(&mut self, listed: &[GnuSparseHeader]) -> Result<()> {
         for piece in listed.iter().filter(|piece| !piece.is_empty()) {
             if self.pieces.len() >= MAX_PIECES {
@@ -107,7 +108,8 @@ impl Member {
         Ok(())
     }
 
-    /// The pieces must be in order, aligned in the archive, and add up: tar-rs's checks.
+    /// Verifies the map: pieces must be in order, aligned in the archive, and add up. These are
+    /// tar-rs's checks.
     pub fn check_map(&self) -> Result<()> {
         let wrong = |why: &str| damaged(format!("the sparse map of {} {why}", self.kind.name()));
         let (mut stored, mut at) = (0u64, 0u64);

@@ -1,8 +1,9 @@
-//! The tar in an archive, block by block, and what each member must be.
+//! Reads the tar in an archive, block by block, and checks each member.
 //!
-//! Read as tar-rs reads it, with its header types, but from the writer's side: tar-rs reads headers'
-//! extensions and sparse maps of any length into memory, and a sparse member in time quadratic in
-//! its pieces. Here both are bounded, and the place where the archive ends is known to the byte.
+//! It accepts what tar-rs accepts, with tar-rs's header types, but is fed by the writer. tar-rs
+//! reads header extensions and sparse maps of any length into memory, and takes time quadratic in
+//! the pieces of a sparse member. Here both are bounded, and the end of the archive is known to the
+//! byte.
 
 use tar::{EntryType, GnuExtSparseHeader, Header};
 
@@ -22,14 +23,15 @@ const BLOCK: usize = 512;
 const MAX_MANIFEST: u64 = 1 << 20;
 /// Largest extension member (a name, pax records).
 const MAX_EXTENSION: u64 = 1 << 20;
-/// The reader of a tar and keeper of what it brings.
+
+/// Reads a tar, and keeps what it brings.
 pub(super) struct Members {
     disk: DiskFile,
     expect: Expect,
-    /// The block being gathered, and how much of it is there.
+    /// The block being collected, and how much of it is there.
     block: [u8; BLOCK],
     gathered: usize,
-    /// What extension members say about the next member.
+    /// The extension headers for the next member.
     pending: Pending,
     /// The member that came last, for messages.
     last: Option<&'static str>,
@@ -83,12 +85,12 @@ impl Members {
         }
     }
 
-    /// Whether both zero blocks came.
+    /// Returns whether both zero blocks came.
     pub(super) fn ended(&self) -> bool {
         matches!(self.expect, Expect::Nothing)
     }
 
-    /// The disk made durable, and what came. To be called once, after the end.
+    /// Makes the disk durable and returns what came. Call it once, after the end.
     pub(super) fn complete(&mut self) -> Result<Arrived> {
         self.disk.sync()?;
         match (self.manifest.take(), self.header.take()) {
@@ -97,13 +99,14 @@ impl Members {
         }
     }
 
-    /// Waits until what came of the disk is hashed and written, but for less than 1 MiB; says what
+    /// Waits until the disk is hashed and written so far, except for less than 1 MiB. Returns what
     /// failed there.
     pub(super) fn drain(&mut self) -> Result<()> {
         self.disk.drain()
     }
 
-    /// At least so many bytes of the tar are still to come. Precise only inside a member.
+    /// Returns a lower bound of the bytes of the tar that are still to come. It is precise only
+    /// inside a member.
     pub(super) fn missing(&self) -> u64 {
         match &self.expect {
             Expect::Body(member) => {
@@ -114,7 +117,7 @@ impl Members {
         }
     }
 
-    /// What the next byte belongs to, for messages.
+    /// Returns what the next byte belongs to, for messages.
     pub(super) fn place(&self) -> String {
         match &self.expect {
             Expect::Map(member) => format!("the sparse map of {}", member.kind.name()),
@@ -161,7 +164,7 @@ impl Members {
         rest
     }
 
-    /// Gathers a block and, when it is whole, takes it for what was expected.
+    /// Collects a block and, when it is complete, takes it for what was expected.
     fn gather<'b>(&mut self, expected: Expect, bytes: &'b [u8]) -> Result<&'b [u8]> {
         let space = self.block.get_mut(self.gathered..).unwrap_or_default();
         let (some, rest) = bytes.split_at(bytes.len().min(space.len()));
@@ -186,7 +189,7 @@ impl Members {
         Ok(rest)
     }
 
-    /// The end is near: whatever is missing now stays missing.
+    /// Takes the first zero block: what is missing now stays missing.
     fn first_zero_block(&mut self) -> Result<Expect> {
         if !self.pending.is_empty() {
             return Err(damaged(
@@ -289,7 +292,7 @@ impl Members {
         };
         let mut member = Member::whole(kind, stored);
         member.expanded = gnu.real_size().map_err(|e| {
-            damaged(format!("the real size of {} is no number", kind.name())).caused_by(e)
+            damaged(format!("the real size of {} is not a number", kind.name())).caused_by(e)
         })?;
         member.pieces.clear();
         member.add_pieces(&gnu.sparse)?;
@@ -317,11 +320,11 @@ impl Members {
         self.start(member)
     }
 
-    /// All about a member is known but its contents.
+    /// Begins a member: everything about it is known except for its contents.
     fn start(&mut self, member: Member) -> Result<Expect> {
         match member.kind {
             MemberKind::Disk => {
-                // The last one counts, as where archives are unpacked by name.
+                // The last member of a name counts, as for programs that unpack by name.
                 if self.digest.take().is_some() {
                     self.disk.begin_anew()?;
                 }
@@ -362,7 +365,7 @@ impl Members {
         Ok(rest)
     }
 
-    /// Goes on to the next piece that has data, through the holes before it, or to the end.
+    /// Continues with the next piece that has data, through the holes before it, or with the end.
     fn next_piece(&mut self, mut member: Member) -> Result<Expect> {
         while let Some(&SparsePiece { offset, length }) = member.pieces.get(member.piece) {
             if member.within == 0 {
@@ -389,7 +392,7 @@ impl Members {
         Ok(())
     }
 
-    /// The contents of a member are all here.
+    /// Takes a member whose contents are complete.
     fn end(&mut self, member: Member) -> Result<Expect> {
         match member.kind {
             MemberKind::LongName => self.pending.long_name = Some(without_nul(member.bytes)),
@@ -408,8 +411,8 @@ impl Members {
         )
     }
 
-    /// Once all is here: is it the disk the manifest means, and can it be used? Not before: of members by one name the
-    /// last counts.
+    /// Checks, at the end of the archive, that the disk is the one in the manifest, and that it can
+    /// be used. Not earlier, because the last member of a name counts.
     fn check_disk(&mut self) -> Result<()> {
         let (Some(manifest), Some(digest)) = (&self.manifest, &self.digest) else {
             return Ok(());
@@ -446,7 +449,7 @@ fn size_of(header: &Header) -> Result<u64> {
         .map_err(|e| damaged("a tar header has no size").caused_by(e))
 }
 
-/// The sum of a header's bytes with its checksum field taken as blanks (POSIX ustar).
+/// Returns the sum of a header's bytes with its checksum field taken as blanks (POSIX ustar).
 fn checksum(block: &[u8; BLOCK]) -> u32 {
     block
         .iter()

@@ -1,10 +1,10 @@
-//! An archive as it arrives: decoded, hashed, unpacked and checked write by write.
+//! Reads an archive as it arrives: decodes, hashes, unpacks and checks it write by write.
 //!
-//! The verdict falls inside the call that brings the last byte needed for it, so that it reaches
-//! whoever wrote that: many tools ignore what `close` says. Three layers, each fed by the one before:
-//! [`frames`] undoes zstd, [`members`] reads tar blocks, [`disk_file`] keeps the disk. None of them
-//! looks ahead, and none keeps more than a bounded amount in memory. Where that takes long, threads do
-//! it while the next bytes are brought: one decodes ([`background_decoder`]), one hashes the disk and one writes
+//! The call that brings the last byte needed returns the verdict, so that it reaches the writer:
+//! many tools ignore the result of `close`. There are three layers, each fed by the one before:
+//! [`frames`] decodes zstd, [`members`] reads tar blocks, [`disk_file`] keeps the disk. None of
+//! them looks ahead, and each keeps a bounded amount in memory. Threads do the slow work while the
+//! next bytes are brought: one decodes ([`background_decoder`]), one hashes the disk and one writes
 //! it ([`stages`]). A call that may bring the end waits for them.
 
 mod background_decoder;
@@ -32,23 +32,24 @@ use super::Manifest;
 use crate::disk::Header;
 use crate::{Error, Result};
 
-/// Most bytes of holes in an archive, or in the disk in one, that are read as zeros, and most that are
-/// read of a member that is not kept: it takes minutes to hash as many.
+/// The most bytes of holes, in an archive or in the disk in one, that are read as zeros, and the
+/// most bytes that are read of a member that is not kept: hashing as many takes minutes.
 pub const MOST_HOLES: u64 = 256 << 30;
 
-/// How many bytes may still be written for an archive.
+/// The number of bytes that may still be written for an archive.
 pub(crate) struct Allowance {
     written: u64,
     most: Option<u64>,
 }
 
 impl Allowance {
-    /// At most `most` in all; None for as many as there is room for.
+    /// At most `most` bytes in all; None for as many as there is room for.
     pub(crate) fn of(most: Option<u64>) -> Allowance {
         Allowance { written: 0, most }
     }
 
-    /// So many more are about to be written. EFBIG where that is too much, with `what` is.
+    /// Takes this many bytes of the allowance. EFBIG when that is too much; the message begins with
+    /// `what`.
     pub(crate) fn take(&mut self, bytes: usize, what: &str) -> Result<()> {
         self.written = self.written.saturating_add(bytes as u64);
         match self.most.filter(|most| self.written > *most) {
@@ -77,20 +78,21 @@ pub enum Progress {
     Complete,
 }
 
-/// What a complete archive brought, besides the disk in the file given to [`Incoming::begin`].
+/// The contents of a complete archive, besides the disk in the file given to [`Incoming::begin`].
 #[derive(Debug)]
 pub struct Arrived {
     /// The checked manifest.
     pub manifest: Manifest,
-    /// The header of the disk, which passed [`inspect_standalone`](crate::disk::inspect_standalone).
+    /// The header of the disk, which passed
+    /// [`inspect_standalone`](crate::disk::inspect_standalone).
     pub header: Header,
 }
 
 /// An archive being received: a plain tar or a zstd-compressed one, told apart by zstd's magic.
 ///
-/// Members: `manifest.json` and `disk.qcow2`, in any order; of several by one name the last counts. Other
-/// regular members are read and not kept, as BoxLite does (`guest-rootfs.qcow2` of older versions, the `._` files
-/// of a Mac).
+/// Members are `manifest.json` and `disk.qcow2`, in any order; the last one of a name counts. Other
+/// regular members are read and not kept, as BoxLite does (`guest-rootfs.qcow2` of older versions,
+/// the `._` files of a Mac).
 pub struct Incoming {
     disk: PathBuf,
     decoder: BackgroundDecoder,
@@ -99,9 +101,9 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Starts receiving. The file `disk` is created for the disk image and removed again when the
-    /// `Incoming` is dropped without a successful [`finish`](Self::finish). At most `most` bytes are
-    /// written to it.
+    /// Starts receiving. Creates the file `disk` for the disk image, and removes it when the
+    /// `Incoming` is dropped without a successful [`finish`](Self::finish). At most `most` bytes
+    /// are written to it.
     ///
     /// # Errors
     ///
@@ -115,19 +117,20 @@ impl Incoming {
         })
     }
 
-    /// Takes the next bytes, in order. When this returns they are decoded and all that can be told of
-    /// them by that was told; some MiB of the disk may still be on their way to the file.
+    /// Takes the next bytes, in order. When this returns they are decoded, and every verdict that
+    /// follows from them was returned. Some MiB of the disk may still be in transit to the file.
     ///
     /// [`Progress::Complete`] comes from the call that brings the last byte the archive needs: the
-    /// second of tar's two zero blocks and, if compressed, the end of that frame. By then all of the
-    /// disk is checked, and in the file to stay even if the power goes. Later calls may
-    /// bring padding and say `Complete` again: zero bytes, frames of zeros, skippable frames.
+    /// second of tar's two zero blocks and, if compressed, the end of that frame. By then the whole
+    /// disk is checked, and durable in the file. Later calls may bring padding and return
+    /// `Complete` again: zero bytes, frames of zeros, skippable frames.
     ///
     /// # Errors
     ///
-    /// EBADMSG for an archive that can't become a good one, EFBIG when the disk is more than it may be,
-    /// ENOSPC when it does not fit, or what writing it said, in this call or a later one, but never after
-    /// the one that would complete the archive. An error is final: every later call returns it again.
+    /// EBADMSG for an archive that can't become a valid one, EFBIG when the disk is larger than
+    /// allowed, ENOSPC when it does not fit, or those of writing it. They come from this call or a
+    /// later one, but never after the call that would complete the archive. An error is final:
+    /// every later call returns it again.
     pub fn write(&mut self, bytes: &[u8]) -> Result<Progress> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.error());
@@ -141,19 +144,19 @@ impl Incoming {
         }
     }
 
-    /// Says that no more bytes come. After success the disk file belongs to the caller.
+    /// Ends the archive: no more bytes come. After success the disk file belongs to the caller.
     ///
-    /// An incomplete archive is no final verdict: a writer may go on after another descriptor of the
-    /// same file was closed.
+    /// An incomplete archive is no final error: a writer may continue after another descriptor of
+    /// the same file was closed.
     ///
     /// # Errors
     ///
-    /// The error a write returned, or EBADMSG naming what the archive ends in the middle of.
+    /// The error of a write, or EBADMSG naming what the archive ends in the middle of.
     pub fn finish(&mut self) -> Result<&Arrived> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.error());
         }
-        // That the disk can't be written is to be known before that the archive is too short.
+        // An error of writing the disk comes before that of a short archive.
         let place = match self.decoder.drain() {
             Ok(decoder) => decoder.place(),
             Err(error) => return Err(self.refuse(&error)),
@@ -169,7 +172,7 @@ impl Incoming {
         }
     }
 
-    /// What came, once a write returned [`Progress::Complete`] and none was refused since.
+    /// Returns the contents, once a write returned [`Progress::Complete`] and none failed since.
     pub fn arrived(&self) -> Option<&Arrived> {
         match self.refusal {
             None => self.decoder.arrived(),
@@ -195,7 +198,7 @@ impl Drop for Incoming {
     }
 }
 
-/// An error to be returned as often as asked for.
+/// An error that is returned again and again.
 struct Refusal {
     errno: i32,
     message: String,

@@ -1,8 +1,8 @@
-//! Which member of an archive a name stands for, as BoxLite's unpacking by path finds it.
+//! Names of members, as BoxLite's unpacking by path understands them.
 //!
-//! BoxLite unpacks all members into an empty directory and looks for two files in it. A member by another name
-//! is ignored there, and here; one that could not be unpacked ends the import, there and here. Nothing is
-//! unpacked here, so names are only compared.
+//! BoxLite unpacks all members into an empty directory and looks for two files in it. Both ignore
+//! members of other names. A member that BoxLite could not unpack ends the import, there and here.
+//! Nothing is unpacked here, so names are only compared.
 
 use std::collections::HashMap;
 
@@ -11,14 +11,14 @@ use crate::Result;
 
 /// Longest name of a file.
 const MAX_COMPONENT: usize = 255;
-/// Longest path, less what BoxLite's own directory takes of it.
+/// The longest path, without the part that BoxLite's own directory takes.
 const MAX_PATH: usize = 4096 - 256;
-/// Most members besides manifest and disk, and most bytes of their names: they are kept to see what is a file and
-/// what a directory.
+/// The most members besides manifest and disk, and the most bytes of their names. They are kept to
+/// tell files from directories.
 const MOST_OTHERS: usize = 4096;
 const MOST_BYTES: usize = 1 << 20;
 
-/// What a member is.
+/// The meaning of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
     /// `manifest.json`.
@@ -38,10 +38,11 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// What a regular member by this name is. A `..` anywhere has BoxLite skip it; a root and `.` do not count.
+    /// Returns the meaning of a regular member of this name. BoxLite skips a name with `..`
+    /// anywhere; a root and `.` do not count.
     ///
     /// # Errors
-    /// EBADMSG for what BoxLite could not unpack.
+    /// EBADMSG for a member that BoxLite could not unpack.
     pub fn meaning(&mut self, name: &[u8]) -> Result<Meaning> {
         if name.contains(&0) {
             return Err(refused(format!(
@@ -61,7 +62,7 @@ impl Names {
                 shown(name)
             )));
         }
-        // tar-rs makes a directory of a regular member whose name ends so.
+        // tar-rs makes a directory of a regular member whose name ends with a slash.
         let is_directory = name.ends_with(b"/");
         let meaning = match (path.as_slice(), is_directory) {
             (b"manifest.json", false) => Meaning::Manifest,
@@ -75,7 +76,7 @@ impl Names {
         Ok(meaning)
     }
 
-    /// A path is a directory or a file, not both.
+    /// Verifies that a path is either a directory or a file.
     fn add(&mut self, path: Vec<u8>, is_directory: bool, name: &[u8]) -> Result<()> {
         let is_needed = matches!(path.as_slice(), b"manifest.json" | b"disk.qcow2");
         match self.known.get(&path) {

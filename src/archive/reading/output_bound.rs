@@ -1,21 +1,22 @@
-//! zstd data by the headers of its frames and blocks alone (RFC 8878): how much can come out of it?
+//! An upper bound of what zstd data decodes to, from the headers of its frames and blocks alone
+//! (RFC 8878).
 
 use super::frames::{MAGIC, begins_frame};
 
-/// No block of zstd has more.
+/// The most bytes that come out of a block.
 pub(super) const BLOCK_MAX: u64 = 128 << 10;
 /// Bytes of a block's header.
 const BLOCK_HEADER: usize = 3;
 /// Bytes of a frame's checksum.
 const CHECKSUM: u64 = 4;
 
-/// A walk along the headers. It takes every byte of the archive, in order, but judges none: once it
-/// meets what is no zstd it says that anything may come.
+/// A walk along the headers. It takes every byte of the archive, in order, but judges none. After
+/// anything but zstd it returns that anything may come.
 pub(super) struct OutputBound {
     next: NextHeader,
     /// Bytes before the next header.
     skip: u64,
-    /// What came of that header.
+    /// The part of that header that came.
     header: Vec<u8>,
 }
 
@@ -25,7 +26,7 @@ enum NextHeader {
     Block {
         checksum: bool,
     },
-    /// No telling.
+    /// Unknown.
     Lost,
 }
 
@@ -38,7 +39,7 @@ impl OutputBound {
         }
     }
 
-    /// At most so many bytes come out of blocks that begin in `bytes`.
+    /// Takes bytes; returns an upper bound of what comes out of the blocks that begin in them.
     pub(super) fn feed(&mut self, mut bytes: &[u8]) -> u64 {
         let mut most = 0u64;
         while !bytes.is_empty() {
@@ -60,11 +61,11 @@ impl OutputBound {
         most
     }
 
-    /// Looks whether the header of a frame is whole.
+    /// Takes the header of a frame, if it is complete.
     fn frame(&mut self) -> u64 {
         match begins_frame(&self.header) {
             None => {}
-            // Padding, or no zstd.
+            // Padding, or something else than zstd.
             Some(false) => self.next = NextHeader::Lost,
             Some(true) => match self.header.strip_prefix(&MAGIC) {
                 Some([descriptor, rest @ ..]) if rest.len() >= frame_header(*descriptor) => {
@@ -83,7 +84,8 @@ impl OutputBound {
         0
     }
 
-    /// Looks whether the header of a block is whole; at most what comes out of the block.
+    /// Takes the header of a block, if it is complete; returns an upper bound of what comes out of
+    /// the block.
     fn block(&mut self, checksum: bool) -> u64 {
         let [a, b, c] = *self.header.as_slice() else {
             debug_assert!(self.header.len() < BLOCK_HEADER);
@@ -119,7 +121,7 @@ impl OutputBound {
     }
 }
 
-/// Bytes of a frame's header after its descriptor.
+/// Returns the bytes of a frame's header after its descriptor.
 fn frame_header(descriptor: u8) -> usize {
     let single_segment = descriptor & 0x20 != 0;
     let window = usize::from(!single_segment);

@@ -1,17 +1,18 @@
-//! The records of pax extension headers.
+//! Parses pax extension headers.
 
 use super::names::shown;
 use super::refusal::{damaged, refused};
 use crate::Result;
 
-/// The pax records that matter here.
+/// The pax records that are used.
 #[derive(Default)]
 pub(super) struct PaxRecords {
     pub path: Option<Vec<u8>>,
     pub size: Option<u64>,
 }
 
-/// The records of a pax extension, `LENGTH KEY=VALUE\n` each (POSIX pax), of which path and size count.
+/// Parses the records of a pax extension, each `LENGTH KEY=VALUE\n` (POSIX pax). Only path and size
+/// are used.
 pub(super) fn parse_pax(mut records: &[u8]) -> Result<PaxRecords> {
     let mut pax = PaxRecords::default();
     while !records.is_empty() {
@@ -23,7 +24,7 @@ pub(super) fn parse_pax(mut records: &[u8]) -> Result<PaxRecords> {
                 let size = std::str::from_utf8(value)
                     .ok()
                     .and_then(|text| text.parse().ok())
-                    .ok_or_else(|| damaged("the size in a pax header is no number"))?;
+                    .ok_or_else(|| damaged("the size in a pax header is not a number"))?;
                 pax.size.replace(size).is_some()
             }
             _ if key.starts_with(b"GNU.sparse.") => {
@@ -41,7 +42,7 @@ pub(super) fn parse_pax(mut records: &[u8]) -> Result<PaxRecords> {
     Ok(pax)
 }
 
-/// Key and value of the first record, and the records after it.
+/// Returns key and value of the first record, and the records after it.
 fn pax_record(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let blank = records.iter().position(|byte| *byte == b' ')?;
     let length: usize = std::str::from_utf8(records.get(..blank)?)

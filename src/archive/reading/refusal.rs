@@ -1,8 +1,8 @@
-//! The messages about archives that are not taken.
+//! Errors for archives that are refused.
 
 use crate::Error;
 
-/// EBADMSG for an archive that is whole, and is not one that BoxLite would take.
+/// EBADMSG for an intact archive that BoxLite would not accept.
 pub(super) fn refused(why: impl AsRef<str>) -> Error {
     Error::bad_archive(format!("the archive is refused: {}", why.as_ref()))
 }

@@ -1,5 +1,5 @@
-//! What happens to a disk after decoding: it is hashed, then written. For a large disk each has a
-//! thread, so that both go on while the next bytes arrive and are decoded.
+//! The stages of a disk after decoding: hashing, then writing. For a large disk each has a thread,
+//! so both go on while the next bytes arrive and are decoded.
 //!
 //! ```text
 //!             pieces               pieces                  file
@@ -8,8 +8,8 @@
 //!      └────────────── empty pieces ────────────┘
 //! ```
 //!
-//! There is a fixed number of pieces: who is faster waits for one. A stage that fails lets go of its
-//! ends of the channels, so that the others end too, and decoding learns of it where it waits.
+//! The number of pieces is fixed: a stage that is ahead waits for one. A stage that fails drops its
+//! ends of the channels. Then the others end, too, and decoding notices where it waits.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,8 +21,8 @@ use sha2::{Digest, Sha256};
 use super::disk_writer::{DiskWriter, Piece, zeros};
 use crate::{Context, Error, Result};
 
-/// Pieces of 1 MiB under way at most, the one being filled included. A drive that pauses to flush
-/// its cache is waited for only when these are used up.
+/// The most pieces of 1 MiB in progress, including the one being filled. A drive that pauses to
+/// flush its cache delays the import only when these are used up.
 const PIECES: usize = 8;
 /// Bytes of a disk that are hashed and written where they are decoded: threads would take longer to
 /// start than they save.
@@ -66,7 +66,7 @@ impl Stages {
     /// Takes the next bytes, whole blocks unless they are the last, and leaves an empty piece.
     ///
     /// # Errors
-    /// What a stage said of this piece or of one before it.
+    /// Those of a stage, about this piece or an earlier one.
     pub(super) fn data(&mut self, piece: &mut Piece) -> Result<()> {
         self.will_take(piece.bytes().len() as u64)?;
         match &mut self.state {
@@ -137,10 +137,10 @@ impl Stages {
         Ok(sha256.finalize().into())
     }
 
-    /// Makes the disk survive a power cut. Its directory entry is the caller's to keep.
+    /// Makes the disk durable. The caller flushes its directory.
     ///
     /// # Errors
-    /// What the flush said.
+    /// Those of the flush.
     pub(super) fn sync(&self) -> Result<()> {
         match &self.state {
             StageState::Ended(writer) => writer.sync(),
@@ -148,7 +148,7 @@ impl Stages {
         }
     }
 
-    /// Starts the threads when it turns out that the disk is worth it.
+    /// Starts the threads once the disk is large enough.
     fn will_take(&mut self, count: u64) -> Result<()> {
         self.came = self.came.saturating_add(count);
         if self.came <= ALONE || !matches!(self.state, StageState::Here(..)) {
@@ -162,7 +162,7 @@ impl Stages {
         Ok(())
     }
 
-    /// What made the threads end early.
+    /// Returns the error that made the threads end early.
     fn failure(&mut self) -> Error {
         match std::mem::replace(&mut self.state, StageState::Failed) {
             StageState::Threads(threads) => threads.stop().err().unwrap_or_else(over),
@@ -171,12 +171,12 @@ impl Stages {
     }
 }
 
-/// Both stages running, and our ends of the channels.
+/// The threads of both stages, and our ends of the channels.
 struct Threads {
     ends: Option<Ends>,
     hashing: Option<JoinHandle<Sha256>>,
     writing: Option<JoinHandle<Result<DiskWriter>>>,
-    /// Nobody wants the result any more.
+    /// The result is not wanted any more.
     stop: Arc<AtomicBool>,
 }
 
@@ -217,14 +217,14 @@ impl Threads {
         Ok(threads)
     }
 
-    /// Whether the part went on its way.
+    /// Sends a part; false when a stage failed.
     fn send(&self, part: Part) -> bool {
         self.ends
             .as_ref()
             .is_some_and(|ends| ends.parts.send(part).is_ok())
     }
 
-    /// Sends a full piece on its way for an empty one; false when a stage failed.
+    /// Sends a full piece in exchange for an empty one; false when a stage failed.
     fn exchange(&mut self, piece: &mut Piece) -> bool {
         match self.empty_piece() {
             Some(empty) => self.send(Part::Data(std::mem::replace(piece, empty))),
@@ -330,7 +330,7 @@ fn write(
             Part::Data(mut piece) => {
                 writer.data(piece.bytes())?;
                 piece.clear();
-                // Who does not wait for pieces needs none.
+                // A sender that does not wait for pieces needs none.
                 let _ = emptied.send(piece);
             }
             Part::Zeros(count) => writer.hole(count),
@@ -355,11 +355,11 @@ fn spawn(name: &str) -> Builder {
 }
 
 fn unstartable() -> &'static str {
-    "cannot start the threads that take in an archive"
+    "cannot start the threads that receive an archive"
 }
 
 fn over() -> Error {
-    Error::damaged("taking in the archive's disk has ended early; this is a fault of boxlitefs")
+    Error::damaged("receiving the archive's disk ended early; this is a fault of boxlitefs")
 }
 
 #[cfg(test)]

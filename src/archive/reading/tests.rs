@@ -770,7 +770,8 @@ fn a_sparse_map_must_add_up() {
 fn a_sparse_manifest_is_read() {
     let b = Packer::new();
     let json = fs::read(b.path().join("manifest.json")).unwrap();
-    // JSON ends with blanks, not NULs: a hole inside makes it no JSON, one of length 0 does nothing.
+    // JSON ends with blanks, not NULs: a hole inside makes it no JSON, one of length 0 does
+    // nothing.
     let len = json.len() as u64;
     let mut tar = sparse_header("manifest.json", len, len, &[(0, len), (len, 0)]);
     tar.extend(&json);
@@ -981,7 +982,7 @@ fn nothing_written_is_no_archive_and_leaves_nothing() {
 
 #[test]
 #[ignore = "needs programs"]
-fn a_complete_archive_that_nobody_finished_leaves_nothing() {
+fn a_complete_archive_without_a_finish_leaves_nothing() {
     let b = Packer::new();
     let (mut incoming, to) = b.begin();
     assert_eq!(incoming.write(&b.plain()).unwrap(), Progress::Complete);
@@ -1172,7 +1173,8 @@ fn a_file_system_that_fills_up_behind_is_said_so() {
     }
 }
 
-/// Whether this process runs the one test `name`; if not, one that does is started and must succeed.
+/// Whether this process runs the one test `name`; if not, one that does is started and must
+/// succeed.
 fn is_alone(name: &str) -> bool {
     const ALONE: &str = "BOXLITEFS_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {

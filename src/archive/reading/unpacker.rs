@@ -1,10 +1,10 @@
-//! The unpacked side of an archive: what zstd frames and plain tars feed.
+//! The decoded side of an archive, fed by zstd frames and plain tars.
 
 use super::Arrived;
 use super::members::Members;
 use crate::{Error, Result};
 
-/// The members of an archive as its tar arrives, and what they have made once it is complete.
+/// The members of an archive as its tar arrives, and its contents once it is complete.
 pub(super) struct Unpacker {
     pub(super) members: Members,
     pub(super) arrived: Option<Arrived>,
@@ -23,7 +23,8 @@ impl Unpacker {
         self.members.push(bytes)
     }
 
-    /// The packing could end here: after every byte of a plain tar, at the end of a zstd frame.
+    /// Reports that the archive could end here: after every byte of a plain tar, at the end of a
+    /// zstd frame.
     pub(super) fn boundary(&mut self) -> Result<()> {
         if self.arrived.is_none() && self.members.ended() {
             self.arrived = Some(self.members.complete()?);
@@ -31,7 +32,7 @@ impl Unpacker {
         Ok(())
     }
 
-    /// Zero bytes outside any zstd frame: padding, which only a complete archive may have.
+    /// Takes zero bytes outside of zstd frames: padding, which only a complete archive may have.
     pub(super) fn padding(&mut self) -> Result<()> {
         match self.arrived {
             Some(_) => Ok(()),

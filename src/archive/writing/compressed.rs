@@ -1,10 +1,11 @@
-//! An archive as zstd frames that do not depend on one another, so that they can be made on all cores,
-//! and one at a time from any place.
+//! Compressed archives, as independent zstd frames: they can be made on all cores, and one at a
+//! time from any place.
 //!
-//! A frame holds what of the disk's data lies in one [`SPAN`] of guest bytes, so a cluster that becomes
-//! allocated changes its own frame and the tables' and no other. Before the data come the frames of
-//! the tar header and the image's header and tables, after it one frame of the manifest and the
-//! tar's end: stored, not compressed, because its length must not depend on the checksum in it.
+//! A frame holds the data in one [`SPAN`] of guest bytes. So a cluster that becomes allocated
+//! changes its own frame and that of the tables, and no other. Frames of the tar header and of the
+//! image's header and tables come before the data. One frame of the manifest and the tar's end
+//! comes after it: stored, not compressed, because its length must not depend on the checksum in
+//! it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,15 +16,15 @@ use super::frame_sizes::{FrameKey, FrameKeys, Origin, compressed_key};
 use crate::Result;
 use crate::disk::WINDOW;
 
-/// Guest bytes whose data share a frame; also the most bytes of header and tables in one.
+/// Guest bytes whose data share a frame; also the most bytes of header and tables in one frame.
 pub(super) const SPAN: u64 = 2 << 20;
 /// Frames of data in a [`WINDOW`].
 pub(super) const FRAMES: u64 = WINDOW / SPAN;
 
 /// An export as zstd frames.
 ///
-/// Frames are numbered by place: those of the header and tables, one for each [`SPAN`] of the disk
-/// (without any bytes where nothing is allocated), and one for the manifest.
+/// Frames are numbered by place: those of header and tables, one for each [`SPAN`] of the disk
+/// (empty where nothing is allocated), and one for the manifest.
 pub struct Compressed {
     export: Arc<Export>,
     level: i32,
@@ -35,7 +36,8 @@ pub struct Compressed {
 }
 
 impl Compressed {
-    /// `export`, compressed at `level` (1 to 19). `live` says that its top layer is a box's live disk.
+    /// Compresses `export` at `level` (1 to 19). `live` says that its top layer is a box's live
+    /// disk.
     pub fn new(export: Arc<Export>, level: i32, live: bool) -> Compressed {
         let head_len = export.disk_range().start + export.disk().metadata_len();
         Compressed {
@@ -52,12 +54,13 @@ impl Compressed {
         self.level
     }
 
-    /// The archive it is of.
+    /// The plain archive.
     pub fn export(&self) -> &Arc<Export> {
         &self.export
     }
 
-    /// Hash of all that the compressed bytes follow from. The same in another process.
+    /// Returns a hash of everything that determines the compressed bytes. It is the same in another
+    /// process.
     pub fn state_key(&self) -> [u8; 32] {
         compressed_key(self.level, &self.export.state_key())
     }
@@ -67,8 +70,8 @@ impl Compressed {
         self.head + self.data
     }
 
-    /// The first frame from number `from` on that is not known to be empty; windows without data are
-    /// passed over. None after the last.
+    /// Returns the first frame from number `from` on that may have bytes; windows without data are
+    /// skipped. None after the last.
     pub(super) fn next(&self, mut from: u64) -> Option<u64> {
         let last = self.last();
         while from >= self.head && from < last {
@@ -81,7 +84,7 @@ impl Compressed {
         (from <= last).then_some(from)
     }
 
-    /// Where in the plain archive each frame ends, of those that are made, in order.
+    /// Returns where each frame that is made ends in the plain archive, in order.
     pub fn frame_ends(&self) -> impl Iterator<Item = u64> + '_ {
         let mut next = self.next(0);
         std::iter::from_fn(move || {
@@ -95,7 +98,7 @@ impl Compressed {
         })
     }
 
-    /// Which bytes of the archive a frame holds.
+    /// Returns which bytes of the plain archive a frame holds.
     ///
     /// # Errors
     /// Those of reading the layers' tables.
@@ -114,7 +117,7 @@ impl Compressed {
         Ok(disk.start + data.start..disk.start + data.end)
     }
 
-    /// The guest bytes whose data a frame holds.
+    /// Returns the guest bytes whose data a frame holds.
     fn guest(&self, frame: u64) -> Range<u64> {
         let start = frame.saturating_sub(self.head) * SPAN;
         let size = self.export.disk().chain().virtual_size();
@@ -143,19 +146,20 @@ impl Compressed {
         self.head
     }
 
-    /// Fills `raw` with the bytes that a frame holds, as they are in the archive.
+    /// Fills `raw` with the bytes of a frame, as they are in the plain archive.
     ///
     /// # Errors
     /// Those of [`Export::read_at`].
     pub(super) fn read(&self, frame: u64, raw: &mut Vec<u8>) -> Result<()> {
         let range = self.range(frame)?;
         let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-        // Kept as long as it is: clearing it first would write zeros over all of it.
+        // Not cleared first: that would write zeros over all of it.
         raw.resize(len, 0);
         self.export.read_at(range.start, raw).map(|_| ())
     }
 
-    /// The manifest's frame: its bytes as they are, in blocks. Needs the digest, and waits for it.
+    /// Returns the manifest's frame: its bytes as they are, in blocks. It needs the digest, and
+    /// waits for it.
     ///
     /// # Errors
     /// Those of reading the disk.
@@ -166,12 +170,12 @@ impl Compressed {
         stored_frame(&raw)
     }
 
-    /// Length of the manifest's frame in bytes, whatever the digest.
+    /// Returns the length of the manifest's frame in bytes, whatever the digest.
     pub(super) fn manifest_frame_len(&self) -> u64 {
         stored_len(self.export.len() - self.export.disk_range().end)
     }
 
-    /// Makes frames of bytes. One for each thread.
+    /// Returns an encoder; each thread needs its own.
     ///
     /// # Errors
     /// EINVAL for a level zstd does not have.

@@ -1,7 +1,7 @@
-//! The sha256 of a disk, taken along as its bytes come by.
+//! The sha256 of a disk, computed from the bytes that readers read.
 //!
-//! Bytes are hashed by whoever brings the next ones in order, outside the lock: others leave what
-//! they have and go on. What comes too far ahead is not kept; whoever needs the digest reads it again.
+//! The thread that brings the next bytes in order hashes them, outside the lock. Others leave their
+//! bytes and go on. Bytes too far ahead are dropped, and read again when the digest is needed.
 
 use std::collections::BTreeMap;
 
@@ -10,28 +10,27 @@ use sha2::{Digest as _, Sha256};
 
 use crate::Result;
 
-/// Most bytes that are kept because they came ahead of their turn (the kernel's read-ahead comes in
-/// several requests at once, and compressing takes several frames at a time, in any order).
+/// The most bytes that are kept ahead of their turn. (The kernel's read-ahead comes in several
+/// requests at once, and compressing takes several frames at a time, in any order.)
 const MOST_AHEAD: usize = 16 << 20;
 /// Bytes read at a time when the digest has to catch up.
 const CATCH_UP: u64 = 1 << 20;
-/// Buffers that are kept for the next piece that comes ahead: each new one would be faulted in page
-/// by page.
+/// Buffers that are kept for later pieces: a new one would be faulted in page by page.
 const SPARE: usize = 4;
 
-/// A digest on its way.
+/// A digest in progress.
 pub(super) struct DiskDigest {
     /// Bytes of the disk.
     len: u64,
     progress: Mutex<HashProgress>,
-    /// Somebody who was hashing stopped.
+    /// Signalled when a thread stops hashing.
     stopped: Condvar,
-    /// Held by whoever reads the disk only to catch up, so that two do not read the same.
+    /// Held while the disk is read only to catch up, so that no two threads read the same bytes.
     catching_up: Mutex<()>,
 }
 
 struct HashProgress {
-    /// None while somebody hashes.
+    /// None while a thread hashes.
     hasher: Option<Sha256>,
     /// Bytes of the disk that are hashed, or being hashed.
     hashed: u64,
@@ -43,7 +42,7 @@ struct HashProgress {
 }
 
 impl DiskDigest {
-    /// Of a disk of `len` bytes.
+    /// The digest of a disk of `len` bytes.
     pub(super) fn new(len: u64) -> DiskDigest {
         DiskDigest {
             len,
@@ -65,21 +64,21 @@ impl DiskDigest {
         self.progress.lock().finished
     }
 
-    /// The digest is known from before.
+    /// Sets the digest, known from before.
     pub(super) fn set(&self, digest: [u8; 32]) {
         let mut progress = self.progress.lock();
         progress.finished = Some(digest);
         progress.forget_pieces();
     }
 
-    /// Whether hashing is behind those who bring bytes by more than this many.
+    /// Returns whether more than this many bytes wait for a thread that hashes.
     pub(super) fn lags(&self, bytes: usize) -> bool {
         let progress = self.progress.lock();
         progress.hasher.is_none() && progress.ahead_bytes > bytes
     }
 
-    /// Takes `bytes` of the disk, `at` bytes into it: hashed now, with all that follows and is here
-    /// already, or when what is missing before them has come.
+    /// Takes `bytes` of the disk, `at` bytes into it. If they are next, hashes them now, with all
+    /// that follows and is here already; else later.
     pub(super) fn take(&self, at: u64, bytes: &[u8]) {
         let mut progress = self.progress.lock();
         if progress.finished.is_some() || bytes.is_empty() {
@@ -98,7 +97,7 @@ impl DiskDigest {
         }
     }
 
-    /// Hashes `bytes`, which `hashed` counts already, and every piece that follows and has come.
+    /// Hashes `bytes`, which `hashed` counts already, and every piece that follows and is here.
     fn hash(&self, mut hasher: Sha256, bytes: &[u8]) {
         hasher.update(bytes);
         let mut done = Vec::new();
@@ -124,8 +123,8 @@ impl DiskDigest {
         }
     }
 
-    /// The digest: what has come is in it, the rest is read now, by `read`, which fills a buffer with
-    /// the disk's bytes from an offset on.
+    /// Returns the digest. Bytes that did not come are read now by `read`, which fills a buffer
+    /// with the disk's bytes from an offset on.
     ///
     /// # Errors
     /// Those of `read`.
@@ -136,7 +135,7 @@ impl DiskDigest {
         let _alone = self.catching_up.lock();
         let mut piece = vec![0; usize::try_from(self.len.min(CATCH_UP)).unwrap_or(0)];
         loop {
-            // The lock is not held while reading: others go on, and what they read counts.
+            // The lock is not held while reading: other threads go on, and what they read counts.
             let hashed = {
                 let mut progress = self.progress.lock();
                 while progress.finished.is_none() && progress.hasher.is_none() {
@@ -163,7 +162,7 @@ impl HashProgress {
         if behind || self.ahead.contains_key(&at) {
             return;
         }
-        // What comes sooner is worth more: a reader may have looked at the end and gone.
+        // Earlier bytes are worth more: a reader may have looked at the end and gone.
         while self.ahead_bytes.saturating_add(bytes.len()) > MOST_AHEAD {
             match self.ahead.last_entry() {
                 Some(last) if *last.key() > at => self.ahead_bytes -= last.remove().len(),
@@ -177,7 +176,7 @@ impl HashProgress {
         self.ahead.insert(at, piece);
     }
 
-    /// The piece whose turn it is, and how many of its bytes are hashed already; counted as hashed
+    /// Returns the next piece, and how many of its bytes are hashed already. It counts as hashed
     /// from now on.
     fn next_piece(&mut self) -> Option<(usize, Vec<u8>)> {
         loop {

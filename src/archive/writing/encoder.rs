@@ -1,4 +1,4 @@
-//! Frames of zstd: compressed, or stored as they are.
+//! Encodes zstd frames: compressed, or stored.
 
 use zstd::bulk::Compressor;
 use zstd::zstd_safe::{self, CParameter};
@@ -13,13 +13,13 @@ const FRAME_HEADER: usize = 4 + 1 + 4;
 /// Bytes before each block.
 const BLOCK_HEADER: usize = 3;
 
-/// One thread's means to compress frames.
+/// The compressor of one thread.
 pub(super) struct FrameEncoder {
     compressor: Compressor<'static>,
 }
 
 impl FrameEncoder {
-    /// Makes frames at this level of zstd.
+    /// An encoder for this level of zstd.
     ///
     /// # Errors
     /// EINVAL for a level zstd does not have.
@@ -32,8 +32,8 @@ impl FrameEncoder {
         Ok(FrameEncoder { compressor })
     }
 
-    /// Replaces what is in `frame` by `raw` as one frame, with its size and a checksum; nothing for
-    /// nothing.
+    /// Replaces the contents of `frame` by `raw` as one frame, with its size and a checksum.
+    /// Without bytes, the frame is empty.
     ///
     /// # Errors
     /// ENOMEM and the like.
@@ -50,7 +50,7 @@ impl FrameEncoder {
     }
 }
 
-/// `raw` as a zstd frame of blocks that are not compressed (RFC 8878, 3.1.1).
+/// Returns `raw` as a zstd frame of blocks that are not compressed (RFC 8878, 3.1.1).
 pub(super) fn stored_frame(raw: &[u8]) -> Result<Vec<u8>> {
     /// Single segment, content size in four bytes, no checksum, no dictionary.
     const DESCRIPTOR: u8 = 0b1010_0000;

@@ -1,6 +1,6 @@
-//! An archive that is computed while it is read, never stored: a plain tar of `disk.qcow2` and, last,
-//! `manifest.json`, whose length does not depend on the checksum in it. So every size and offset is
-//! known before a byte of the disk is read.
+//! Plain archives, computed while they are read and never stored: a tar of `disk.qcow2` and, last,
+//! `manifest.json`. The manifest's length does not depend on the checksum in it, so every size and
+//! offset is known before a byte of the disk is read.
 
 use super::digest::DiskDigest;
 use crate::archive::manifest::{About, manifest_bytes, unix_seconds};
@@ -13,8 +13,8 @@ use std::sync::Arc;
 const BLOCK: u64 = 512;
 /// Two blocks of zeros end a tar.
 const TRAILER: u64 = 2 * BLOCK;
-/// Says which layout keys are of; to be raised when the same layers make other bytes. Of states
-/// that could change unseen, earlier versions remembered what may be wrong.
+/// The layout that keys are of. Change it when the same layers make other bytes. Earlier versions
+/// remembered what may be wrong of states that could change unseen.
 const LAYOUT_CONTEXT: &str = "boxlitefs 2026-11-29 plain archive of settled layers, layout 2";
 
 /// An archive of one state of a box.
@@ -28,7 +28,7 @@ pub struct Export {
     digest: DiskDigest,
 }
 
-/// Where the parts lie, as byte ranges of the archive.
+/// The parts of the archive, as byte ranges.
 struct ArchiveLayout {
     disk_header: Range<u64>,
     disk: Range<u64>,
@@ -38,7 +38,7 @@ struct ArchiveLayout {
 }
 
 impl Export {
-    /// Works out the layout; no data is read. Errors: those of [`Flattened::plan`].
+    /// Computes the layout; reads no data. Errors: those of [`Flattened::plan`].
     pub fn plan(chain: Arc<Chain>, about: About) -> Result<Export> {
         let disk = Flattened::plan(Arc::clone(&chain))?;
         let manifest_len = manifest_bytes(&about, &[0; 32]).len() as u64;
@@ -67,9 +67,9 @@ impl Export {
         self.layout.len
     }
 
-    /// Fills `buf` with the archive's bytes from `offset` on, completely unless the archive ends;
-    /// returns how many bytes that are. Thread-safe. EIO when the disk changed since the plan, or is
-    /// damaged: never a mixture.
+    /// Fills `buf` with the archive's bytes from `offset` on, completely unless the archive ends.
+    /// Returns how many bytes that are. Thread-safe. EIO when the disk changed since the plan, or
+    /// is damaged: never a mixture.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let left = self.layout.len.saturating_sub(offset);
         let len = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
@@ -100,8 +100,8 @@ impl Export {
         Ok(len)
     }
 
-    /// Takes bytes that [`read_at`](Export::read_at) gave from `offset` on along into the disk's
-    /// checksum. Not part of reading: whoever waits for the bytes need not wait for this.
+    /// Feeds bytes that [`read_at`](Export::read_at) returned for `offset` to the disk's checksum.
+    /// Reading does not do this, so that a reader need not wait for it.
     pub fn take_along(&self, offset: u64, bytes: &[u8]) {
         let disk = &self.layout.disk;
         let skipped = usize::try_from(disk.start.saturating_sub(offset)).unwrap_or(usize::MAX);
@@ -117,12 +117,12 @@ impl Export {
         self.digest.finished()
     }
 
-    /// The sha256 of `disk.qcow2` is known from before.
+    /// Sets the sha256 of `disk.qcow2`, known from before.
     pub fn set_digest(&self, digest: [u8; 32]) {
         self.digest.set(digest);
     }
 
-    /// Whether the checksum is behind what is taken along by more than this many bytes.
+    /// Returns whether the checksum lags by more than this many bytes.
     pub(super) fn digest_lags(&self, bytes: usize) -> bool {
         self.digest.lags(bytes)
     }
@@ -137,15 +137,15 @@ impl Export {
         self.layout.disk.clone()
     }
 
-    /// Hash of all that the archive's bytes follow from: the state of each layer, and what the manifest
-    /// says. The same in another process.
+    /// Returns a hash of everything that determines the archive's bytes: the state of each layer,
+    /// and the manifest. It is the same in another process.
     pub fn state_key(&self) -> [u8; 32] {
         let mut hasher = self.disk_hasher();
         hasher.update(&manifest_bytes(&self.about, &[0; 32]));
         hasher.finalize().into()
     }
 
-    /// Hash of all that the bytes of `disk.qcow2` follow from.
+    /// Returns a hash of everything that determines the bytes of `disk.qcow2`.
     pub fn disk_key(&self) -> [u8; 32] {
         self.disk_hasher().finalize().into()
     }
@@ -155,20 +155,20 @@ impl Export {
         for state in self.chain.states() {
             hasher.update(&state.bytes());
         }
-        // Where a raw layer has holes does not follow from its state on every file system.
+        // On some file systems, the holes of a raw layer do not follow from its state.
         for window in 0..self.disk.windows() {
             hasher.update(&self.disk.clusters_in(window).to_le_bytes());
         }
         hasher
     }
 
-    /// Bytes of `disk.qcow2`, checked to be of the planned state.
+    /// Reads bytes of `disk.qcow2`, and verifies that they are of the planned state.
     fn read_disk(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.disk.read_at(at, buf)?;
         self.chain.unchanged()
     }
 
-    /// The sha256 of `disk.qcow2`: what was taken along is in it, the rest is read now.
+    /// Returns the sha256 of `disk.qcow2`. Bytes that were not fed to it yet are read now.
     pub(super) fn complete_digest(&self) -> Result<[u8; 32]> {
         self.digest.complete(|at, buf| self.read_disk(at, buf))
     }
@@ -191,7 +191,7 @@ impl ArchiveLayout {
     }
 }
 
-/// The tar header of a member: a regular file of root's, mode 0644. Sizes from 8 GiB on are written
+/// Returns the tar header of a member: a regular file of root, mode 0644. Sizes from 8 GiB on are
 /// in base 256, which GNU tar, tar-rs and Python read.
 fn member_header(name: &str, len: u64, modified: u64) -> Result<[u8; BLOCK as usize]> {
     let mut header = tar::Header::new_gnu();
@@ -208,8 +208,8 @@ fn member_header(name: &str, len: u64, modified: u64) -> Result<[u8; BLOCK as us
     Ok(*header.as_bytes())
 }
 
-/// The part of `buf` (the archive's bytes `all`) that belongs to `part`, and how far into `part` it
-/// begins.
+/// Returns the part of `buf` (the archive's bytes `all`) that belongs to `part`, and how far into
+/// `part` it begins.
 fn overlap<'a>(
     all: &Range<u64>,
     part: &Range<u64>,

@@ -1,4 +1,4 @@
-//! All frames of an archive: compressed by several threads, handed over in order.
+//! Produces whole archives: frames compressed by several threads, handed over in order.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -11,16 +11,18 @@ use super::workers::{ASKED, FrameNumbers, given_up, join, start_threads, threads
 use crate::error::not_panicking;
 use crate::{Error, Result};
 
-/// Frames taken but not handed over yet, at most: enough that nobody waits for the slowest.
+/// The most frames taken but not handed over: enough that no thread waits for the slowest.
 const IN_FLIGHT: u64 = 6;
-/// Bytes that wait for the checksum, at most, when the next are read: each thread brings a frame more.
+/// The most bytes that may wait for the checksum when the next are read; each thread may add a
+/// frame.
 const AHEAD_OF_DIGEST: usize = 2 * SPAN as usize;
 
-/// Makes the whole compressed archive and hands it to `sink` in order, piece by piece; the disk's
-/// checksum is worked out beside it. Returns the size of each frame.
+/// Makes the whole compressed archive and hands it to `sink` in order, piece by piece. The disk's
+/// checksum is computed on the way. Returns the size of each frame.
 ///
 /// # Errors
-/// ECANCELED soon after `go_on` says no; EIO when the disk changes meanwhile; those of `sink`.
+/// ECANCELED soon after `go_on` returns false; EIO when the disk changes meanwhile; those of
+/// `sink`.
 pub fn produce(
     of: &Compressed,
     known: &dyn KnownSizes,
@@ -44,7 +46,7 @@ pub fn produce(
                 (started, handed)
             }
         };
-        // Whoever still works would wait for room for ever.
+        // Threads that still work would wait for room for ever.
         let done = line.stop(handed);
         join(started);
         done
@@ -55,7 +57,7 @@ pub fn produce(
     Ok(sizes)
 }
 
-/// Frames on their way through the threads, in line.
+/// The frames in progress, in order.
 struct FrameLine<'a> {
     queue: Mutex<LineQueue<'a>>,
     /// A frame was made, or handed over.
@@ -68,7 +70,7 @@ struct LineQueue<'a> {
     taken: u64,
     handed: u64,
     all_taken: bool,
-    /// Made and waiting for their turn, by place in line: the frame's number and bytes.
+    /// Frames that wait for their turn, by place in line: number and bytes.
     made: BTreeMap<u64, (u64, Vec<u8>)>,
     /// Buffers that were handed over.
     spare: Vec<Vec<u8>>,
@@ -104,7 +106,7 @@ impl<'a> FrameLine<'a> {
                 let size = bytes.len();
                 self.put(place, frame, bytes);
                 if size > 0 {
-                    // After the frame is handed on: nobody waits for this.
+                    // After the frame is handed on, so nothing waits for this.
                     of.export().take_along(of.range(frame)?.start, &raw);
                     learn(of, frame, &raw, size, known)?;
                 }
@@ -117,8 +119,8 @@ impl<'a> FrameLine<'a> {
         }
     }
 
-    /// The next frame to be made: its place in line, its number, and a buffer. Waits while too many are
-    /// on their way.
+    /// Returns the next frame to be made: its place in line, its number, and a buffer. Waits while
+    /// too many are in progress.
     fn take(&self, of: &Compressed) -> Option<(u64, u64, Vec<u8>)> {
         let mut queue = self.queue.lock();
         loop {
@@ -128,7 +130,7 @@ impl<'a> FrameLine<'a> {
             if queue.taken - queue.handed >= IN_FLIGHT {
                 self.moved.wait(&mut queue);
             } else if of.export().digest_lags(AHEAD_OF_DIGEST) {
-                // The checksum moves without telling.
+                // The checksum gives no signal.
                 self.moved.wait_for(&mut queue, Duration::from_millis(1));
             } else {
                 break;
@@ -152,7 +154,7 @@ impl<'a> FrameLine<'a> {
         }
     }
 
-    /// Gives each frame to `sink`, in order, until there are no more.
+    /// Passes each frame to `sink`, in order, until there are no more.
     fn hand_over(
         &self,
         go_on: &dyn Fn() -> bool,
@@ -164,7 +166,7 @@ impl<'a> FrameLine<'a> {
             if let Some(error) = queue.failed.take() {
                 return Err(error);
             }
-            // Also when frames come so fast that nothing is waited for.
+            // Also when frames come so fast that there is no wait.
             if asked.elapsed() >= ASKED {
                 if !go_on() {
                     return Err(given_up());

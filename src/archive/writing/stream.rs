@@ -1,5 +1,5 @@
-//! A compressed archive made where it is read: with the size of every frame known, any place can be
-//! made by itself, and nothing is stored.
+//! Streams of compressed archives, made where they are read. With the size of every frame known,
+//! any place can be made by itself, and nothing is stored.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -15,17 +15,17 @@ use super::workers::threads;
 use crate::error::not_panicking;
 use crate::{Error, Result};
 
-/// Frames made and kept, at most.
+/// The most frames that are kept.
 const KEPT: usize = 12;
-/// Frames made before a reader asks for them, at most.
+/// The most frames made before a reader asks for them.
 const AHEAD: usize = 6;
-/// Readers in order that are told from others: how many places reading was at last.
+/// The most sequential readers that are told apart: the number of recent places.
 const PLACES: usize = 16;
-/// How long a thread waits for more to do before it ends.
+/// How long an idle thread waits before it ends.
 const IDLE: Duration = Duration::from_millis(500);
 
-/// A compressed archive for reading; thread-safe. Its threads end soon after the last reading, and with
-/// it.
+/// A compressed archive for reading; thread-safe. Its threads end soon after the last read, and
+/// when it is dropped.
 pub struct Stream {
     shared: Arc<SharedStream>,
 }
@@ -38,7 +38,7 @@ struct SharedStream {
     made: Condvar,
     /// A frame is wanted.
     wanted: Condvar,
-    /// A frame did not have the size it was known to have.
+    /// A frame had another size than expected.
     wrong: Arc<AtomicBool>,
 }
 
@@ -46,11 +46,11 @@ struct SharedStream {
 struct StreamState {
     kept: VecDeque<MadeFrame>,
     queue: VecDeque<Placed>,
-    /// Being made.
+    /// Frames being made.
     busy: Vec<u64>,
-    /// Frames that were read last, the newest at the end.
+    /// The frames read last, the newest at the end.
     read: VecDeque<u64>,
-    /// Frames somebody waits for.
+    /// Frames that readers wait for.
     awaited: Vec<u64>,
     threads: usize,
     closed: bool,
@@ -59,12 +59,12 @@ struct StreamState {
 struct MadeFrame {
     frame: u64,
     bytes: Result<Arc<Vec<u8>>>,
-    /// Somebody has had it.
+    /// A reader has had it.
     used: bool,
 }
 
 impl Stream {
-    /// Of an archive whose frames have these sizes.
+    /// A stream of an archive whose frames have these sizes.
     pub fn new(of: Arc<Compressed>, sizes: Arc<FrameSizes>) -> Stream {
         Stream {
             shared: Arc::new(SharedStream {
@@ -84,14 +84,14 @@ impl Stream {
         self.shared.sizes.total()
     }
 
-    /// Whether a frame had another size than it was known to have: what is known is to be forgotten,
-    /// also by whoever comes when this stream is gone.
+    /// Returns whether a frame had another size than expected. Then what is remembered of the
+    /// archive is to be forgotten, also after this stream is gone.
     pub fn is_wrong(&self) -> Arc<AtomicBool> {
         self.shared.wrong.clone()
     }
 
-    /// Fills `buf` with the compressed archive's bytes from `offset` on, completely unless it ends;
-    /// returns how many bytes that are.
+    /// Fills `buf` with the compressed archive's bytes from `offset` on, completely unless it ends.
+    /// Returns how many bytes that are.
     ///
     /// # Errors
     /// EIO when the disk changed, or is damaged.
@@ -126,8 +126,8 @@ impl Drop for Stream {
 }
 
 impl SharedStream {
-    /// A frame's bytes, made now unless they are there; those after it are made meanwhile if reading
-    /// goes on in order.
+    /// Returns a frame's bytes, made now unless they are kept. If reading is sequential, the frames
+    /// after it are made meanwhile.
     fn frame(this: &Arc<SharedStream>, placed: Placed) -> Result<Arc<Vec<u8>>> {
         let mut state = this.state.lock();
         this.look_ahead(&mut state, placed);
@@ -137,7 +137,7 @@ impl SharedStream {
                 break bytes;
             }
             if !state.has(placed.frame) {
-                // Made and dropped again for others.
+                // It was made, and dropped again for others.
                 state.queue.push_front(placed);
             }
             if let Err(error) = SharedStream::start_threads(this, &mut state) {
@@ -152,12 +152,12 @@ impl SharedStream {
         {
             state.awaited.swap_remove(index);
         }
-        // What was queued ahead.
+        // For what was queued ahead.
         SharedStream::start_threads(this, &mut state)?;
         bytes
     }
 
-    /// Asks for the frames after `placed` if the one before it was read not long ago.
+    /// Queues the frames after `placed` if the one before it was read recently.
     fn look_ahead(&self, state: &mut StreamState, placed: Placed) {
         let before = placed.start.checked_sub(1);
         let previous = before.and_then(|at| self.sizes.at(&self.of, at));
@@ -182,8 +182,8 @@ impl SharedStream {
             if state.has(next.frame) {
                 continue;
             }
-            // What was made for a reader that went away fills the room until newer frames take it, so
-            // the very next one is asked for in any case.
+            // Frames made for a reader that went away fill the room until newer ones take it. So
+            // the very next frame is queued in any case.
             if ahead > 0 && state.on_the_way() >= KEPT {
                 break;
             }
@@ -208,7 +208,7 @@ impl SharedStream {
         Ok(())
     }
 
-    /// Makes frames as they are wanted.
+    /// Makes the frames in the queue.
     fn work(&self) {
         let mut encoder = self.of.encoder();
         let mut raw = Vec::new();
@@ -243,7 +243,7 @@ impl SharedStream {
             self.made.notify_all();
             if is_made && placed.frame != self.of.last() {
                 drop(state);
-                // After it is handed on: nobody waits for this.
+                // After it is handed on, so nothing waits for this.
                 if let Ok(range) = self.of.range(placed.frame) {
                     self.of.export().take_along(range.start, &raw);
                 }
@@ -287,13 +287,13 @@ impl StreamState {
         self.queue.iter().any(|queued| queued.frame == frame)
     }
 
-    /// Frames made, or about to be, that nobody has had.
+    /// Returns how many frames are made or queued that no reader has had.
     fn on_the_way(&self) -> usize {
         let unused = self.kept.iter().filter(|kept| !kept.used).count();
         unused + self.busy.len() + self.queue.len()
     }
 
-    /// Somebody is about to wait for a frame: before all that is only looked ahead to.
+    /// Moves a frame that a reader waits for to the front of the queue.
     fn want(&mut self, placed: Placed) {
         self.awaited.push(placed.frame);
         if self.is_queued(placed.frame) {
@@ -302,7 +302,8 @@ impl StreamState {
         }
     }
 
-    /// The bytes of a frame that is there. An error is told once and then tried again.
+    /// Returns the bytes of a frame that is kept. An error is returned once; then the frame is made
+    /// again.
     fn had(&mut self, frame: u64) -> Option<Result<Arc<Vec<u8>>>> {
         let index = self.kept.iter().position(|kept| kept.frame == frame)?;
         if let Some(kept) = self.kept.get_mut(index)
@@ -314,7 +315,8 @@ impl StreamState {
         self.kept.remove(index).map(|kept| kept.bytes)
     }
 
-    /// Keeps a frame, and lets go of others: those that were had first, none that is waited for.
+    /// Keeps a frame in place of others: first those that readers have had, never one that is
+    /// waited for.
     fn keep(&mut self, made: MadeFrame) {
         while self.kept.len() >= KEPT {
             let awaited = |kept: &MadeFrame| self.awaited.contains(&kept.frame);

@@ -14,7 +14,7 @@ use crate::disk::{Chain, Format, create_overlay};
 use crate::{Error, Result};
 use std::sync::Arc;
 
-/// Sizes in memory; counts what was asked in vain.
+/// Sizes in memory; counts the sizes that were learnt.
 #[derive(Default)]
 struct Sizes {
     known: Mutex<HashMap<FrameKey, u32>>,
@@ -185,7 +185,7 @@ fn what_was_never_seen_is_not_worth_measuring() {
 
 #[test]
 #[ignore = "needs programs"]
-fn nobody_who_wants_it_any_more_ends_it_and_an_error_of_the_sink_too() {
+fn an_error_of_the_sink_ends_the_production() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
     let full = |_: &[u8]| Err(Error::new(libc::ENOSPC, "full"));
@@ -195,7 +195,7 @@ fn nobody_who_wants_it_any_more_ends_it_and_an_error_of_the_sink_too() {
 
 #[test]
 #[ignore = "needs programs"]
-fn who_is_gone_ends_it_however_fast_frames_come() {
+fn a_reader_that_is_gone_ends_the_production_however_fast_frames_come() {
     let dir = tempfile::tempdir().unwrap();
     let top = dir.path().join("top.qcow2");
     qemu_img_create(&top);

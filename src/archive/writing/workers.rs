@@ -11,17 +11,17 @@ use super::encoder::FrameEncoder;
 use crate::error::not_panicking;
 use crate::{Error, Result};
 
-/// Most threads that compress one archive.
+/// The most threads that compress one archive.
 const MOST_THREADS: usize = 6;
 /// How often the caller is asked whether to go on.
 pub(super) const ASKED: Duration = Duration::from_millis(10);
 
-/// What is done with a frame, given its number and the thread's buffer and encoder.
+/// The work on a frame, given its number and the thread's buffer and encoder.
 pub(super) type FrameWork<'a> =
     dyn Fn(u64, &mut Vec<u8>, &mut FrameEncoder) -> Result<()> + Sync + 'a;
 
-/// How many threads compress: one for each core, up to six. At high levels zstd needs so much memory
-/// for each that there are fewer.
+/// Returns how many threads compress: one for each core, up to six. There are fewer at high levels,
+/// for which zstd needs much memory.
 pub(super) fn threads(level: i32) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let most = match level {
@@ -32,11 +32,11 @@ pub(super) fn threads(level: i32) -> usize {
     cores.min(most)
 }
 
-/// Has `work` done by so many threads, or by fewer where the system gives no more; returns how many.
-/// ([`Scope::spawn`] panics there.)
+/// Starts this many threads for `work`, or fewer if the system refuses more. ([`Scope::spawn`]
+/// would panic then.)
 ///
 /// # Errors
-/// What starting the first one said.
+/// That of starting the first thread.
 pub(super) fn start_threads<'scope>(
     scope: &'scope Scope<'scope, '_>,
     most: usize,
@@ -49,7 +49,7 @@ pub(super) fn start_threads<'scope>(
             .spawn_scoped(scope, work)
         {
             Ok(thread) => started.push(thread),
-            // One is enough to go on.
+            // One thread is enough.
             Err(_) if !started.is_empty() => break,
             Err(e) => return Err(Error::io("cannot start a thread to compress", e)),
         }
@@ -57,20 +57,23 @@ pub(super) fn start_threads<'scope>(
     Ok(started)
 }
 
-/// Waits for their ends, which the scope does as well, but in a way that ThreadSanitizer does not see.
+/// Joins the threads. The scope does that as well, but in a way that ThreadSanitizer does not see.
 pub(super) fn join(threads: Vec<ScopedJoinHandle<'_, ()>>) {
     for thread in threads {
-        // What they do does not panic.
+        // Their work does not panic.
         let _ = thread.join();
     }
 }
 
-/// ECANCELED: whoever wanted it is gone.
+/// ECANCELED: there is no reader any more.
 pub(super) fn given_up() -> Error {
-    Error::new(libc::ECANCELED, "nobody waits for the archive any more")
+    Error::new(
+        libc::ECANCELED,
+        "there is no reader of the archive any more",
+    )
 }
 
-/// Numbers of frames to be looked at, but for the manifest's.
+/// Numbers of frames, without the manifest's.
 pub(super) enum FrameNumbers<'a> {
     All { of: &'a Compressed, next: u64 },
     These(std::vec::IntoIter<u64>),
@@ -101,8 +104,7 @@ impl Iterator for FrameNumbers<'_> {
     }
 }
 
-/// Does something with each of some frames, in several threads, with a buffer and an encoder of the
-/// thread's own.
+/// Does work on each of these frames, in several threads, each with its own buffer and encoder.
 pub(super) fn for_each(
     of: &Compressed,
     frames: &mut FrameNumbers<'_>,
@@ -112,7 +114,7 @@ pub(super) fn for_each(
     let frames = Mutex::new(frames);
     let failed = Mutex::new(None);
     let stop = AtomicBool::new(false);
-    // Threads that have ended.
+    // The number of threads that have ended.
     let ended = (Mutex::new(0), Condvar::new());
     let work = || {
         let mut raw = Vec::new();

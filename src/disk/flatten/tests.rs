@@ -1,6 +1,7 @@
 use super::*;
 use crate::disk::chain::tests::{chains, open};
 use crate::disk::judges::{Numbers, check_clean, create, info, qemu_io, succeed, text};
+use crate::disk::window::MOST_RECENT;
 use crate::disk::{Format, create_overlay};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -183,7 +184,7 @@ fn only_counts_per_window_are_kept() {
     assert_eq!(flattened.tables_before.len() as u64, windows + 1);
     assert_eq!(flattened.clusters_before.last(), Some(&1024));
     whole(&flattened);
-    assert!(flattened.remembered.lock().len() <= REMEMBERED_WINDOWS);
+    assert!(flattened.recent.len() <= MOST_RECENT);
 }
 
 #[test]

@@ -1,11 +1,12 @@
-//! Who uses which host cluster.
+//! Claims on host clusters: which are in use.
 
 use std::ops::{Range, RangeInclusive};
 
-/// Host clusters whose compressed references are counted in one walk: 32 MiB of counters, and no more
-/// than 32 walks, for there is a bit of the bitmap for each.
+/// Host clusters whose compressed references are counted in one walk: 32 MiB of counters, and at
+/// most 32 walks, since each cluster has a bit in the bitmap.
 pub(super) const COUNT_WINDOW: u64 = 16 << 20;
-/// Which windows of host clusters have compressed data in them.
+
+/// The windows of host clusters that have compressed data.
 pub(super) struct ClaimWindows {
     marked: Vec<bool>,
     clusters: u64,
@@ -27,7 +28,7 @@ impl ClaimWindows {
         }
     }
 
-    /// The clusters of each.
+    /// Returns the clusters of each marked window.
     pub fn marked(&self) -> impl Iterator<Item = Range<u64>> {
         let starts = (0..self.clusters).step_by(COUNT_WINDOW as usize);
         let marked = starts.zip(&self.marked).filter(|(_, marked)| **marked);
@@ -41,7 +42,7 @@ pub(super) enum Claim {
     Outside,
 }
 
-/// One bit per host cluster: in use, and by one owner only.
+/// One bit per host cluster: in use, and only once.
 pub(super) struct Claims {
     bits: Vec<u64>,
     clusters: u64,

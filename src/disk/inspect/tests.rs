@@ -525,8 +525,8 @@ fn images_that_do_not_stand_alone_are_refused() {
     refused("no qcow2 image");
 }
 
-/// An image of `len` bytes made by hand, mostly a hole: the refcount table from cluster 1 on, its first
-/// block, the L1 table, L2 tables; and the header's fields for them.
+/// An image of `len` bytes made by hand, mostly a hole: the refcount table from cluster 1 on, its
+/// first block, the L1 table, L2 tables; and the header's fields for them.
 struct Handmade {
     dir: TempDir,
     file: File,
@@ -583,7 +583,7 @@ impl Handmade {
         let path = self.dir.path().join("disk.qcow2");
         let file = open_image(&path, false).unwrap();
         let header = Header::read(&file, &path).unwrap().unwrap();
-        let image = Image {
+        let image = InspectedImage {
             path: &path,
             length: file.metadata().unwrap().len(),
             file,
@@ -609,8 +609,8 @@ fn compressed_clusters_all_over_a_huge_file_cost_a_walk_for_each_part_they_are_i
     }
     let (result, read) = image.inspect();
     result.unwrap();
-    // L1, L2 and refcount table and the three blocks; then for each of the two windows L1 and L2 table,
-    // refcount table, and a block.
+    // L1, L2 and refcount table and the three blocks; then for each of the two windows L1 and L2
+    // table, refcount table, and a block.
     assert!(read <= (6 + 2 * 4) << 16, "{read} bytes of tables");
     // A second user of the last one.
     image.word(l2 + 8 * 2, COMPRESSED | ((3 << 40) + 100));

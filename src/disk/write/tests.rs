@@ -125,7 +125,7 @@ fn whatever_two_layers_say_of_a_cluster_is_kept() {
 
 #[test]
 #[ignore = "needs programs"]
-fn zeros_over_data_stay_zeros_and_what_nobody_speaks_of_stays_unallocated() {
+fn zeros_over_data_stay_zeros_and_unallocated_clusters_stay_unallocated() {
     let dir = tempfile::tempdir().unwrap();
     let name = |what: &str| dir.path().join(what);
     let (bottom, p, c, merged) = (name("b"), name("p"), name("c"), name("m"));
@@ -194,7 +194,7 @@ fn zeros_that_are_data_take_no_space() {
 
 #[test]
 #[ignore = "needs programs"]
-fn who_paces_the_writing_may_end_it() {
+fn pace_may_end_the_writing() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image.qcow2");
     create(&image, "cluster_size=64k", None, "64M");

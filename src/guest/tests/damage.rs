@@ -51,8 +51,9 @@ const LIMITS: Limits = Limits {
     searched: u64::MAX,
 };
 
-/// Damages an image in `rounds` ways, a few bytes each, and walks through it. `make test` has a slice of
-/// them (`EXTENT`, see CONTRIBUTING.md); one that does not end is ended by whoever runs the tests.
+/// Damages an image in `rounds` ways, a few bytes each, and walks through it. `make test` has a
+/// slice of them (`EXTENT`, see CONTRIBUTING.md); one that does not end is ended by whoever runs
+/// the tests.
 fn damage(image: &Image, rounds: u64, seed: u64) {
     let rounds = match std::env::var("EXTENT").as_deref() {
         Err(_) | Ok("" | "slice") => rounds / 5,

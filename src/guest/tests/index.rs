@@ -12,8 +12,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// An image whose directory `many` has `count` names, some of them not ASCII, and an index that e2fsck
-/// made after `change`.
+/// An image whose directory `many` has `count` names, some of them not ASCII, and an index that
+/// e2fsck made after `change`.
 fn indexed(options: &str, count: usize, change: impl FnOnce(&Path)) -> Image {
     let dir = tempfile::tempdir().unwrap();
     let many = dir.path().join("many");

@@ -268,7 +268,8 @@ fn ext4_with_clusters_is_as_the_kernel_says() {
 #[test]
 #[ignore = "needs programs"]
 fn a_short_link_with_an_attribute_block_is_as_the_kernel_says() {
-    // Short inodes have no room for attributes: the link, whose target is in its inode, has a block.
+    // Short inodes have no room for attributes: the link, whose target is in its inode, has a
+    // block.
     for options in [
         "-t ext4 -b 4096 -I 128 -O bigalloc,^has_journal -C 65536",
         "-t ext4 -b 1024 -I 128 -O bigalloc,^has_journal -C 16384",

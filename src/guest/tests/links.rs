@@ -10,8 +10,8 @@ use std::path::Path;
 /// What a walk comes to: a file, or an error.
 type End = Result<u32, i32>;
 
-/// Walks as the guest would (`outside` is false), or as a program in a mount, to which `..` from the root
-/// leads out.
+/// Walks as the guest would (`outside` is false), or as a program in a mount, to which `..` from
+/// the root leads out.
 struct Walker<'a> {
     fs: &'a FileSystem,
     outside: bool,

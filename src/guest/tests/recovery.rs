@@ -1,5 +1,5 @@
-//! File systems that were not unmounted: what is in the journal counts, as after the kernel replayed
-//! it.
+//! File systems that were not unmounted: what is in the journal counts, as after the kernel
+//! replayed it.
 
 use super::images::{Image, debugfs, mke2fs, noise, tree};
 use super::kernel::{Mounted, assert_same};

@@ -1,5 +1,5 @@
-//! A walk through everything that a guest's disk has, which checks that the answers agree. The tests of
-//! damaged images use it, and so does the fuzz target.
+//! A walk through everything that a guest's disk has, which checks that the answers agree. The
+//! tests of damaged images use it, and so does the fuzz target.
 
 use super::{FileKind, FileSystem, Guest};
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,8 +63,8 @@ fn walk(fs: &FileSystem, limits: Limits) {
     }
 }
 
-/// Enters a file as a program in a mount would, which no link may lead outside. None if the way ends
-/// here.
+/// Enters a file as a program in a mount would, which no link may lead outside. None if the way
+/// ends here.
 fn step_into(fs: &FileSystem, way: &mut Vec<u32>, inode: u32, left: &mut u32) -> Option<()> {
     let here = *way.last()?;
     match fs.attributes(inode).ok()?.kind {
@@ -207,8 +207,8 @@ fn holes(fs: &FileSystem, inode: u32, begin: &[u8]) {
     }
 }
 
-/// Returns whether all of `bytes` are zeros. It compares many at once: byte by byte, a fuzzer would be
-/// told of each.
+/// Returns whether all of `bytes` are zeros. It compares many at once: byte by byte, a fuzzer would
+/// be told of each.
 fn are_zeros(bytes: &[u8]) -> bool {
     const ZEROS: [u8; 4096] = [0; 4096];
     bytes.chunks(4096).all(|some| *some == ZEROS[..some.len()])

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::exports::display_name;
 use crate::files::durable;
-use crate::home::{Activity, Change};
+use crate::home::{Activity, Change, VmProcess, reject_linked_box};
 use crate::store::Store;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::path_spelling::{has_right_paths, put_paths_right, refuse_mounted_twice};
@@ -133,7 +133,7 @@ fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
     if locked.store.home().activity(&locked.record) == Activity::Idle {
         return make_ready(locked);
     }
-    if locked.store.home().vm_process(&locked.record).is_none() {
+    if VmProcess::of(locked.store.home(), &locked.record).is_none() {
         return locked.store.exports.disks.refuse_active(&locked.record);
     }
     refuse_pending(locked)?;
@@ -165,7 +165,7 @@ fn switch_unprepared(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
 /// EPERM.
 pub fn refuse_strangers(locked: &LockedBox<'_>) -> Result<()> {
     locked.store.exports.disks.refuse_copied(&locked.record)?;
-    locked.store.home().refuse_linked_box(&locked.record.id)?;
+    reject_linked_box(locked.store.home(), &locked.record.id)?;
     refuse_foreign_layers(locked)
 }
 
@@ -175,7 +175,7 @@ pub fn refuse_strangers(locked: &LockedBox<'_>) -> Result<()> {
 /// EPERM.
 pub fn refuse_strangers_in(locked: &LockedBox<'_>, layers: &LayerGraph) -> Result<()> {
     locked.store.exports.disks.refuse_copied(&locked.record)?;
-    locked.store.home().refuse_linked_box(&locked.record.id)?;
+    reject_linked_box(locked.store.home(), &locked.record.id)?;
     let tops = locked.tops()?;
     let mut paths = tops.iter().flat_map(|top| layers.chain(top));
     paths

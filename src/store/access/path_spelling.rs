@@ -210,7 +210,7 @@ fn mounted_twice(store: &Store, stored: &Path, here: &Path) -> Error {
 /// EPERM when the home is mounted in two places and the rows name the other one; those of the
 /// database.
 pub fn misspelled_now(store: &Store, layers: Option<&LayerGraph>) -> Result<Vec<Misspelled>> {
-    misspelled(store, store.home().recorded_paths()?, layers)
+    misspelled(store, RecordedPath::all(store.home())?, layers)
 }
 
 /// Warns in the log if BoxLite's next start may delete layers. `why` says why the paths cannot be

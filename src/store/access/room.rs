@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 use crate::Result;
 use crate::files::durable;
+use crate::home::Space;
 use crate::store::Store;
 use crate::store::access::home_recovery::free_unneeded;
 use crate::store::layers::collect::has_unneeded;
@@ -87,10 +88,7 @@ pub fn keep_reserve(store: &Store) {
     if store.is_read_only() || fs::symlink_metadata(&path).is_ok() {
         return;
     }
-    let free = store
-        .home()
-        .space()
-        .map_or(0, |space| space.available_bytes());
+    let free = Space::of(store.home()).map_or(0, |space| space.available_bytes());
     if free / PART_OF_FREE < RESERVE || store.home().make_staging_dir().is_err() {
         return;
     }

@@ -12,7 +12,7 @@ use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::listing::resolve;
 use crate::files::workspace::Scratch;
-use crate::home::{is_open, is_open_for_writing};
+use crate::home::{Space, is_open, is_open_for_writing};
 use crate::store::Store;
 use crate::store::access::lock::{lock_box, switch_to};
 use crate::store::access::locked_box::LockedBox;
@@ -142,7 +142,7 @@ fn choose_strategy(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Resu
 
 /// Refuses with ENOSPC unless the file system has room for that many bytes and a reserve.
 fn refuse_full(store: &Store, bytes: u64) -> Result<()> {
-    let space = store.home().space()?;
+    let space = Space::of(store.home())?;
     let left = space.available_bytes().saturating_sub(bytes);
     // The reserve for what guests and other programs write meanwhile.
     if left >= (space.bytes() / 100).min(1 << 30) {

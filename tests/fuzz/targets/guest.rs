@@ -1,8 +1,8 @@
 //! A hostile guest: its file systems and partition tables, with a few bytes changed, are opened and
 //! walked through.
 //!
-//! The first byte of an input says which image, the rest how it is changed ([`Canvas::change`]). With
-//! `BOXLITEFS_FUZZ_KEEP=FILE` the changed image is kept, for other programs to be asked.
+//! The first byte of an input says which image, the rest how it is changed ([`Canvas::change`]).
+//! With `BOXLITEFS_FUZZ_KEEP=FILE` the changed image is kept, for other programs to be asked.
 
 #![no_main]
 

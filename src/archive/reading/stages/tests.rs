@@ -24,7 +24,7 @@ fn piece() -> Piece {
     piece
 }
 
-/// There as long as a thread is.
+/// Upgrades as long as a thread lives.
 fn life(stages: &Stages) -> Weak<AtomicBool> {
     match &stages.state {
         StageState::Threads(threads) => Arc::downgrade(&threads.stop),
@@ -36,9 +36,9 @@ fn life(stages: &Stages) -> Weak<AtomicBool> {
 fn a_write_that_fails_behind_is_told_once_and_ends_the_threads() {
     let mut stages = stages(Path::new("/dev/full"));
     let life = life(&stages);
-    // As many as are let in before the first comes back.
+    // As many as are accepted before the first is reported.
     let error = (0..=PIECES).find_map(|_| stages.data(&mut piece()).err());
-    let error = error.expect("the failure reaches whoever brings pieces");
+    let error = error.expect("the failure reaches the sender");
     assert_eq!(error.errno(), libc::ENOSPC, "{error}");
     assert!(error.to_string().contains("/dev/full"), "{error}");
     assert!(life.upgrade().is_none(), "a thread is left");
@@ -74,7 +74,7 @@ fn a_stage_that_panics_is_an_error_and_no_hang() {
                 StageState::Threads(threads) => assert!(threads.send(Part::Fault(stage))),
                 _ => panic!("there are no threads"),
             }
-            let error = bring(&mut stages).expect("the panic reaches whoever brings pieces");
+            let error = bring(&mut stages).expect("the panic reaches the sender");
             assert!(
                 error.to_string().contains("a fault of boxlitefs"),
                 "{error}"

@@ -1,4 +1,4 @@
-//! Keys of frames: what the size of a frame follows from.
+//! Keys of frames: hashes of what determines a frame's size.
 
 use std::ops::Range;
 
@@ -7,25 +7,25 @@ use zstd::zstd_safe;
 use crate::Result;
 use crate::disk::{Chain, DataSource};
 
-/// What the size of a frame follows from, as a hash: its bytes, or where they come from.
+/// A hash of what determines the size of a frame: its bytes, or where they come from.
 pub type FrameKey = [u8; 16];
 
-/// Says what a frame's key is of; to be raised when the same bytes are made into another frame.
+/// The encoding that keys are of. Change it when the same bytes make another frame.
 const KEY_CONTEXT: &str = "boxlitefs 2026-11-25 zstd frame of 2 MiB of guest data, layout 1";
 
-/// How a frame's bytes can be recognised without compressing them.
+/// How a frame is recognised without compressing it.
 pub enum Origin {
-    /// They are of layers that are never written again: the key says where they lie.
+    /// Its bytes are in layers that are never written again: the key says where.
     Frozen(FrameKey),
-    /// Only the bytes themselves tell.
+    /// Only by its bytes.
     Live,
 }
 
 /// Makes the keys of one archive's frames.
 pub struct FrameKeys {
-    /// Hash of all that a frame follows from besides its bytes.
+    /// A hash of what determines a frame besides its bytes.
     level: blake3::Hasher,
-    /// The top layer may still be written: where its data lie says nothing about what they are.
+    /// The top layer may still be written, so where its data is says nothing about what it is.
     live: bool,
 }
 
@@ -75,7 +75,7 @@ impl FrameKeys {
     }
 }
 
-/// What every key of a frame begins with.
+/// Returns the beginning of every key.
 fn keys_at(level: i32) -> blake3::Hasher {
     let mut keys = blake3::Hasher::new_derive_key(KEY_CONTEXT);
     keys.update(&level.to_le_bytes());

@@ -1,4 +1,4 @@
-//! Finding the sizes of frames without compressing what was compressed before.
+//! Finds the sizes of frames without compressing what was compressed before.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,20 +10,20 @@ use super::keys::{FrameKey, Origin};
 use super::table::FrameSizes;
 use crate::Result;
 
-/// Sizes are worth finding without the frames if at most this part of the bytes has to be compressed
-/// for it: they are compressed again when they are read.
+/// The part of the archive that may be compressed just to find its size, as a divisor: these bytes
+/// are compressed again when they are read.
 const WORTH_MEASURING: u64 = 8;
 
-/// Sizes of frames made before, by key.
+/// Known sizes of frames, by key.
 pub trait KnownSizes: Sync {
-    /// The compressed size of the frame with this key.
+    /// Returns the compressed size of the frame with this key.
     fn size(&self, key: &FrameKey) -> Option<u32>;
-    /// A frame with this key has this size.
+    /// Remembers the size of the frame with this key.
     fn learn(&self, key: FrameKey, size: u32);
 }
 
-/// Finds the size of each frame, making only those that were never seen; None when those are so
-/// many that [`produce`](super::super::produce) is the better way.
+/// Finds the size of each frame, and makes only those that were never seen. None when these are so
+/// many that [`produce`](super::super::produce) is better.
 ///
 /// # Errors
 /// As [`produce`](super::super::produce).
@@ -73,8 +73,8 @@ pub fn measure(
     Ok(Some(sizes))
 }
 
-/// The size of a frame that was seen before. When it was not, or not where it lies now, its bytes
-/// are in `raw` afterwards.
+/// Returns the size of a frame that was seen before. If it was not, or was at another place, its
+/// bytes are in `raw` afterwards.
 fn recognised(
     of: &Compressed,
     frame: u64,

@@ -1,9 +1,9 @@
-//! The table of one archive's frames: how large each is, and where it begins.
+//! Tables of frames: how large each frame of an archive is, and where it begins.
 
 use super::super::compressed::{Compressed, FRAMES};
 
-/// The compressed size of each frame of one archive: with it, any place of the compressed archive can
-/// be made by itself. 4 bytes for 2 MiB of guest data.
+/// The compressed size of each frame of one archive. With it, any place of the compressed archive
+/// can be made by itself. It takes 4 bytes for 2 MiB of guest data.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FrameSizes {
     /// Frames before the data, then those of each window that has data, then the manifest's.
@@ -26,7 +26,7 @@ pub struct Placed {
 }
 
 impl FrameSizes {
-    /// Of nothing yet: all sizes are 0 but the manifest's.
+    /// An empty table: all sizes are 0 but the manifest's.
     pub fn empty(of: &Compressed) -> FrameSizes {
         let head = usize::try_from(of.head()).unwrap_or(usize::MAX);
         let disk = of.export().disk();
@@ -49,7 +49,7 @@ impl FrameSizes {
         sizes
     }
 
-    /// As [`bytes`](FrameSizes::bytes) gave them; None if they are not of this archive.
+    /// Reads what [`bytes`](FrameSizes::bytes) returned; None if it is of another archive.
     pub fn from_bytes(of: &Compressed, bytes: &[u8]) -> Option<FrameSizes> {
         let mut sizes = FrameSizes::empty(of);
         let manifest = sizes.sizes.last().copied();
@@ -63,7 +63,7 @@ impl FrameSizes {
         (sizes.sizes.last().copied() == manifest).then_some(sizes)
     }
 
-    /// To be kept.
+    /// Returns the sizes as bytes, for storage.
     pub fn bytes(&self) -> Vec<u8> {
         self.sizes
             .iter()
@@ -89,7 +89,8 @@ impl FrameSizes {
         (within < FRAMES).then(|| self.head + run * FRAMES as usize + within as usize)
     }
 
-    /// Notes a frame's size; [`place`](FrameSizes::place) is to follow. The manifest's is known.
+    /// Sets a frame's size; call [`place`](FrameSizes::place) after the last one. The manifest's
+    /// size is known.
     pub fn set(&mut self, frame: u64, size: usize) {
         if let Some(index) = self.index(frame)
             && let Some(slot) = self.sizes.get_mut(index)
@@ -98,7 +99,7 @@ impl FrameSizes {
         }
     }
 
-    /// Adds the sizes up.
+    /// Computes where each run begins.
     pub fn place(&mut self) {
         let (head, rest) = self.sizes.split_at(self.head.min(self.sizes.len()));
         let sum = |sizes: &[u32]| sizes.iter().map(|size| u64::from(*size)).sum::<u64>();
@@ -111,7 +112,7 @@ impl FrameSizes {
         self.total = at;
     }
 
-    /// The frame that has the byte `at` of the compressed archive, of `of`; None past its end.
+    /// Returns the frame that has the byte `at` of the compressed archive `of`; None past its end.
     pub fn at(&self, of: &Compressed, at: u64) -> Option<Placed> {
         if at >= self.total {
             return None;

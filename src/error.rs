@@ -1,13 +1,13 @@
-//! The one error type: an errno for the kernel, a message for the person, and what caused it.
+//! The one error type: an errno for the kernel, a message for people, and the cause.
 
 use std::fmt;
 use std::io;
 
-/// Shorthand for results of this crate.
+/// The results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong: the errno a user would look up, and a message that says what was wrong with
-/// what, and what to do. The message reaches the log in the mount and the terminal.
+/// An error: the errno a user would look up, and a message that names the object, the problem, and
+/// what to do. The message reaches the log in the mount and the terminal.
 #[derive(Debug)]
 pub struct Error {
     errno: i32,
@@ -16,7 +16,7 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of our own finding. `errno` is a positive `libc::E…` value.
+    /// Makes an error that boxlitefs found itself. `errno` is a positive `libc::E…` value.
     pub fn new(errno: i32, message: impl Into<String>) -> Self {
         Error {
             errno,
@@ -25,8 +25,8 @@ impl Error {
         }
     }
 
-    /// An error that a system call or library reported; the errno is its own where it has one,
-    /// EIO otherwise.
+    /// Makes an error that a system call or a library reported. The errno is that of `source`, or
+    /// EIO if it has none.
     pub fn io(message: impl Into<String>, source: io::Error) -> Self {
         Error {
             errno: source.raw_os_error().unwrap_or(libc::EIO),
@@ -35,44 +35,44 @@ impl Error {
         }
     }
 
-    /// The same error with another errno, where the cause's own would mislead.
+    /// Replaces the errno, where the cause's own would mislead.
     pub fn with_errno(mut self, errno: i32) -> Self {
         self.errno = errno;
         self
     }
 
-    /// The same error with what caused it.
+    /// Adds the cause.
     pub fn caused_by(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         self.source = Some(Box::new(source));
         self
     }
 
-    /// The same error, for one more who waits for what failed; without the cause's own type.
+    /// Copies the error for another waiter. The copy has the cause only as text.
     pub fn again(&self) -> Self {
         Error::new(self.errno, self.to_string())
     }
 
-    /// The positive errno value.
+    /// Returns the errno, a positive value.
     pub fn errno(&self) -> i32 {
         self.errno
     }
 
-    /// The bare message, without the cause.
+    /// Returns the message without the cause.
     pub fn message(&self) -> &str {
         &self.message
     }
 
-    /// EIO: something on disk is not as it must be.
+    /// Makes an EIO: data on disk is damaged.
     pub fn damaged(message: impl Into<String>) -> Self {
         Error::new(libc::EIO, message)
     }
 
-    /// EBADMSG: an archive, or an image in one, is refused.
+    /// Makes an EBADMSG: an archive, or an image in one, is refused.
     pub fn bad_archive(message: impl Into<String>) -> Self {
         Error::new(libc::EBADMSG, message)
     }
 
-    /// EBUSY: somebody else uses it now.
+    /// Makes an EBUSY: another process uses it now.
     pub fn busy(message: impl Into<String>) -> Self {
         Error::new(libc::EBUSY, message)
     }
@@ -94,15 +94,18 @@ impl std::error::Error for Error {
     }
 }
 
-/// What `work` returns; a fault of ours is an error, where somebody waits for what this thread makes.
+/// Runs `work` and turns a panic into an error, for work that another thread waits for.
+///
+/// # Errors
+/// Those of `work`; EIO if it panics.
 pub(crate) fn not_panicking<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
 }
 
-/// Says what was being done when an `io::Error` came.
+/// Adds to an `io::Error` what was being done.
 pub trait Context<T> {
-    /// Wraps the error with a message, keeping its errno.
+    /// Wraps the error with a message and keeps its errno.
     fn context<S: Into<String>>(self, message: impl FnOnce() -> S) -> Result<T>;
 }
 
@@ -117,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_io_error_keeps_its_errno_and_gains_a_sentence() {
+    fn an_io_error_keeps_its_errno_and_gains_a_message() {
         let failed: io::Result<()> = Err(io::Error::from_raw_os_error(libc::ENOSPC));
         let error = failed.context(|| "cannot write the overlay").unwrap_err();
         assert_eq!(error.errno(), libc::ENOSPC);

@@ -1,27 +1,27 @@
 //! boxlitefs mounts a BoxLite home as files.
 //!
-//! The map of the crate; arrows go one way, from the kernel's side down to the disk:
+//! The map of the crate. Arrows go one way, from the kernel's side down to the disk:
 //!
 //! ```text
-//! cli ── mount ─ fuse ─→ tree ─→ store ─→ home     rows, paths, the runtime lock (the only room that knows SQL)
-//!                                   ├───→ archive  the .boxlite format ─→ disk
-//!                     │             └───→ disk     layers and chains (the only room that knows qcow2)
-//!                     └─→ guest ─→ disk            the guest's file systems (the only room that knows ext4)
+//! cli ─→ mount ─→ fuse ─→ tree ─→ store ─┬─→ home      rows, paths, the runtime lock; alone knows SQL
+//!                                        ├─→ archive   the .boxlite format ─→ disk
+//!                                        ├─→ disk      layers and chains; alone knows qcow2
+//!                                        └─→ guest     the guest's file systems; alone knows ext4 ─→ disk
 //! ```
 //!
-//! * [`error`]: the one error type, errno and message.
-//! * [`home`]: what BoxLite keeps on disk.
-//! * [`disk`]: one qcow2 layer, and chains of them.
-//! * [`guest`]: the guest's file systems inside of a disk.
-//! * [`archive`]: the `.boxlite` format, out and in.
-//! * [`store`]: what can be done to boxes, one file per change, each in its crash-safe order.
-//! * [`tree`]: the names and files a user sees, without FUSE.
-//! * [`fuse`]: fuser's callbacks on the tree.
 //! * [`cli`]: the command line, and what it prints.
 //! * [`mount`]: options, daemonizing, signals, readiness.
-//! * `mountinfo`: what is mounted where, for all who have to know.
+//! * [`fuse`]: fuser's callbacks on the tree.
+//! * [`tree`]: the names and files a user sees, without FUSE.
+//! * [`store`]: what can be done to boxes, one file per change, each in its crash-safe order.
+//! * [`archive`]: the `.boxlite` format, written and read.
+//! * [`guest`]: the guest's file systems inside a disk.
+//! * [`disk`]: one qcow2 layer, and chains of them.
+//! * [`home`]: what BoxLite keeps on disk.
+//! * `mountinfo`: the mount table.
+//! * [`error`]: the one error type, errno and message.
 
-// A fault of ours must be an error of one request, and never the end of a mount.
+// A bug must fail one request, and never end a mount.
 #![cfg_attr(
     not(test),
     warn(clippy::expect_used, clippy::panic, clippy::unwrap_used)

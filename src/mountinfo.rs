@@ -1,4 +1,4 @@
-//! The mount table of a process: /proc/PID/mountinfo, described in proc_pid_mountinfo(5).
+//! Reads the mount table of a process: /proc/PID/mountinfo, described in proc_pid_mountinfo(5).
 
 use std::ffi::OsString;
 use std::fmt;
@@ -9,16 +9,17 @@ use std::path::{Path, PathBuf};
 
 use crate::{Context, Result};
 
-/// The file system type of our mounts: what the kernel makes of FUSE's subtype `boxlite`.
+/// The file system type of our mounts, which the kernel makes of FUSE's subtype `boxlite`.
 const OUR_TYPE: &str = "fuse.boxlite";
 
-/// The device of a mounted file system: one number for all mounts of the same file system, in every
-/// mount namespace, and for nothing else as long as it is mounted or in use anywhere.
+/// The device of a mounted file system. All mounts of the file system have the same one, in every
+/// mount namespace, and no other file system has it as long as this one is mounted or in use
+/// anywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Device {
-    /// 0 for all that is on no disk, as FUSE.
+    /// 0 for every file system without a disk, such as FUSE.
     pub major: u32,
-    /// For FUSE the number of its connection.
+    /// For FUSE, the number of the connection.
     pub minor: u32,
 }
 
@@ -28,19 +29,19 @@ impl fmt::Display for Device {
     }
 }
 
-/// What tells one mount from every other that is there at the same time, wherever it is moved to.
+/// The identity of a mount among all that exist at the same time, wherever it is moved to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct MountId {
     /// Its number in the mount table.
     pub id: u64,
-    /// What is mounted.
+    /// The file system that is mounted.
     pub device: Device,
 }
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MountEntry {
-    /// Which mount this is.
+    /// The identity of the mount.
     pub id: MountId,
     /// The number of the mount that this one is mounted on.
     pub parent: u64,
@@ -48,7 +49,7 @@ pub(crate) struct MountEntry {
     pub mountpoint: PathBuf,
     /// For example `ext4` or `fuse.sshfs`.
     pub fstype: String,
-    /// What it was mounted from: the home, for a mount of ours.
+    /// Its source: the home, for a mount of ours.
     pub source: PathBuf,
 }
 
@@ -64,12 +65,12 @@ impl MountEntry {
     }
 }
 
-/// A mount table as it was at one moment.
+/// The mount table of a process at one moment.
 #[derive(Debug)]
 pub(crate) struct MountTable(Vec<MountEntry>);
 
 impl MountTable {
-    /// That of this process.
+    /// Reads the table of this process.
     ///
     /// # Errors
     /// Those of reading /proc/self/mountinfo.
@@ -79,7 +80,7 @@ impl MountTable {
             .context(|| "cannot read the mount table /proc/self/mountinfo; is /proc mounted?")
     }
 
-    /// That of another process.
+    /// Reads the table of another process.
     ///
     /// # Errors
     /// Those of reading /proc/PID/mountinfo: the process is gone, or another user's.
@@ -92,20 +93,21 @@ impl MountTable {
         MountTable(lines.filter_map(entry).collect())
     }
 
-    /// What is mounted on exactly this path (absolute, canonical), where a lookup of it ends: the
-    /// topmost of several, and none that a mount on a directory above hides.
+    /// Returns the mount on exactly this path (absolute, canonical) where a lookup of it ends: the
+    /// topmost of several, and none that is hidden by a mount on a directory above.
     pub fn at(&self, path: &Path) -> Option<&MountEntry> {
         self.0
             .iter()
             .rfind(|entry| entry.mountpoint == path && self.hindrance(entry, false).is_none())
     }
 
-    /// The mount in which this path (absolute, canonical) is.
+    /// Returns the mount in which this path (absolute, canonical) is.
     pub fn around(&self, path: &Path) -> Option<&MountEntry> {
         path.ancestors().find_map(|place| self.at(place))
     }
 
-    /// A mountpoint in this directory, however deep; the directory itself does not count.
+    /// Returns a mountpoint inside this directory, at any depth; the directory itself does not
+    /// count.
     pub fn below(&self, dir: &Path) -> Option<&Path> {
         self.0
             .iter()
@@ -113,29 +115,29 @@ impl MountTable {
             .find(|mountpoint| mountpoint.starts_with(dir) && *mountpoint != dir)
     }
 
-    /// A mount, wherever it is now; None when it is not in this table any more.
+    /// Finds a mount, wherever it is now; None when it is no longer in this table.
     pub fn find(&self, id: MountId) -> Option<&MountEntry> {
         self.0.iter().find(|entry| entry.id == id)
     }
 
-    /// All mounts, in the order of the table.
+    /// Returns all mounts, in the order of the table.
     pub fn entries(&self) -> impl DoubleEndedIterator<Item = &MountEntry> {
         self.0.iter()
     }
 
-    /// All mounts of a file system.
+    /// Returns all mounts of a file system.
     pub fn of_device(&self, device: Device) -> impl DoubleEndedIterator<Item = &MountEntry> {
         self.entries()
             .filter(move |entry| entry.id.device == device)
     }
 
-    /// Another mount that would be hit, or taken along, by an unmount of this one by its path: one
-    /// that covers it or a directory above, or that is mounted somewhere in it.
+    /// Returns another mount that an unmount of this one by its path would hit or take along: one
+    /// that covers it or a directory above, or one that is mounted inside it.
     pub fn in_the_way(&self, entry: &MountEntry) -> Option<&MountEntry> {
         self.hindrance(entry, true)
     }
 
-    /// A mount that covers this one, or if `also_inside` one that is mounted in it.
+    /// Returns a mount that covers this one, or, if `also_inside`, one that is mounted in it.
     fn hindrance(&self, entry: &MountEntry, also_inside: bool) -> Option<&MountEntry> {
         let on_it = |other: &&MountEntry| {
             other.parent == entry.id.id && (also_inside || other.mountpoint == entry.mountpoint)
@@ -145,11 +147,12 @@ impl MountTable {
             .or_else(|| self.what_hides(entry))
     }
 
-    /// A mount on a directory above, made in the same mount as this one or as one above it: lookups go
-    /// into that.
+    /// Returns a mount on a directory above, made in the same mount as this one or as one above it:
+    /// lookups lead into that.
     fn what_hides(&self, entry: &MountEntry) -> Option<&MountEntry> {
         let mut hidden = entry;
-        // A table has no circles; one that was read while it changed ends all the same.
+        // A table has no cycles; the bound also ends the loop for one that changed while it was
+        // read.
         for _ in 0..self.0.len() {
             let covers = |other: &&MountEntry| {
                 other.parent == hidden.parent
@@ -165,7 +168,7 @@ impl MountTable {
     }
 }
 
-/// What is mounted on exactly this path (absolute, canonical); the topmost if several are.
+/// Returns the mount on exactly this path (absolute, canonical), the topmost if there are several.
 ///
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
@@ -173,8 +176,8 @@ pub(crate) fn at(path: &Path) -> Result<Option<MountEntry>> {
     Ok(MountTable::own()?.at(path).cloned())
 }
 
-/// A mountpoint in this directory (absolute, canonical), however deep; the directory itself does not
-/// count.
+/// Returns a mountpoint inside this directory (absolute, canonical), at any depth; the directory
+/// itself does not count.
 ///
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
@@ -182,7 +185,7 @@ pub(crate) fn below(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(MountTable::own()?.below(dir).map(Path::to_owned))
 }
 
-/// Where boxlitefs is mounted, each place once.
+/// Returns where boxlitefs is mounted, each place once.
 ///
 /// # Errors
 /// Those of reading /proc/self/mountinfo.
@@ -198,8 +201,8 @@ fn places_of_ours(table: &MountTable) -> Vec<PathBuf> {
     places
 }
 
-/// The path to compare with the mount table: canonical, or where even that needs an answer from
-/// a file system that has none, its canonical directory and its name.
+/// Returns the path to compare with the mount table: canonical, or, where that needs an answer from
+/// a file system that does not answer, its canonical directory and its name.
 ///
 /// # Errors
 /// Those of resolving it.
@@ -215,8 +218,8 @@ pub(crate) fn resolve(path: &Path) -> io::Result<PathBuf> {
     })
 }
 
-/// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`: id, parent, device, root,
-/// mountpoint, options, any number of tags, a dash, type, source, options.
+/// Parses a line such as `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`: id,
+/// parent, device, root, mountpoint, options, any number of tags, a dash, type, source, options.
 fn entry(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
     let mut text = || std::str::from_utf8(fields.next()?).ok();
@@ -239,7 +242,8 @@ fn entry(line: &[u8]) -> Option<MountEntry> {
     })
 }
 
-/// The kernel writes blanks, line breaks and backslashes as a backslash and three octal digits.
+/// Decodes a field: the kernel writes blanks, line breaks and backslashes as a backslash and three
+/// octal digits.
 fn unescaped(field: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;

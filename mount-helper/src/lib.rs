@@ -1,5 +1,5 @@
-//! The command line of mount.boxlite, as mount(8) describes it under "external helpers". Apart from the
-//! program, so that its manual page is made of the same definition.
+//! The command line of mount.boxlite, as mount(8) describes it under "external helpers". It is a
+//! library, so that the manual page is made from the same definition.
 
 #![forbid(unsafe_code)]
 
@@ -7,7 +7,7 @@ use std::ffi::OsString;
 
 use clap::{ArgAction, Parser};
 
-/// What stands at the end of `mount.boxlite --help` and of its manual page.
+/// The end of `mount.boxlite --help` and of its manual page.
 pub const EXAMPLES: &str = "\
 Examples:
   mount -t boxlite /srv/boxlite-home /mnt/boxlite
@@ -15,7 +15,7 @@ Examples:
   mount -o remount,ro /mnt/boxlite
   umount /mnt/boxlite
 
-In /etc/fstab, for everybody, and for a user who mounts it himself:
+In /etc/fstab, for everybody, and for a user who mounts it:
   /srv/boxlite-home     /mnt/boxlite     boxlite  nofail,allow_other  0  0
   /home/alice/.boxlite  /home/alice/boxes  boxlite  user,noauto         0  0
 
@@ -23,10 +23,10 @@ Exit status: 0 mounted, 1 the command line is wrong, 2 the system lacks somethin
 
 /// Mounts a BoxLite home, for mount(8) and /etc/fstab
 ///
-/// mount(8) runs mount.boxlite for file systems of the types boxlite and fuse.boxlite; it runs `boxlitefs
-/// mount`, which goes to the background, and returns once the mount serves. Root mounts the home of
-/// another user as that user, so that the boxes are his and nobody else sees them; with allow_other or
-/// allow_root, as root.
+/// mount(8) runs mount.boxlite for file systems of the types boxlite and fuse.boxlite. It runs
+/// `boxlitefs mount`, which serves in the background, and returns once the mount serves. Root
+/// mounts the home of another user as that user, so that only the owner of the boxes sees them;
+/// with allow_other or allow_root, as root.
 #[derive(Clone, Debug, Parser, PartialEq, Eq)]
 #[command(
     name = "mount.boxlite",
@@ -41,17 +41,17 @@ pub struct Request {
     /// The directory to mount it on
     #[arg(value_name = "DIRECTORY")]
     pub directory: OsString,
-    /// Mount options, separated by commas: those of `boxlitefs mount`, those that every mount takes, and
-    /// remount with ro or rw
+    /// Mount options, separated by commas: those of `boxlitefs mount`, those that every mount
+    /// takes, and remount with ro or rw
     #[arg(short = 'o', value_name = "OPTION[,OPTION…]", allow_hyphen_values = true, action = ArgAction::Append)]
     pub options: Vec<OsString>,
-    /// Ignore options that are not known
+    /// Ignore unknown options
     #[arg(short = 's')]
     pub sloppy: bool,
-    /// Do everything but the mount
+    /// Do everything except the mount
     #[arg(short = 'f')]
     pub fake: bool,
-    /// Say what is run
+    /// Print what is run
     #[arg(short = 'v')]
     pub verbose: bool,
     /// Accepted: there is no mtab to keep out of
@@ -66,7 +66,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// Each of the options by itself, in the order in which they were given.
+    /// Returns each single option, in the order given.
     pub fn each_option(&self) -> impl Iterator<Item = &str> {
         let lists = self.options.iter().filter_map(|list| list.to_str());
         lists

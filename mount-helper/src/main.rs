@@ -1,6 +1,6 @@
-//! mount.boxlite: what mount(8) runs for file systems of type `boxlite`, so that `mount -t
-//! boxlite HOME DIRECTORY` and lines in /etc/fstab work. It starts `boxlitefs mount`, which
-//! returns once the mount serves.
+//! mount.boxlite, which mount(8) runs for file systems of type `boxlite`: `mount -t boxlite HOME
+//! DIRECTORY` and lines in /etc/fstab work with it. It starts `boxlitefs mount`, which returns once
+//! the mount serves.
 
 #![forbid(unsafe_code)]
 
@@ -17,15 +17,15 @@ use std::process::{Command, ExitCode};
 use clap::Parser;
 use mount_helper::Request;
 
-/// Exit statuses of mount(8) that its helpers share.
+/// The exit statuses of mount(8), which its helpers share.
 const INCORRECT_INVOCATION: u8 = 1;
 const SYSTEM_ERROR: u8 = 2;
 const MOUNT_FAILURE: u8 = 32;
 
-/// What clap exits with, in `boxlitefs`, for a command line it can't make sense of.
+/// The exit status of `boxlitefs` for a wrong command line.
 const BOXLITEFS_USAGE: i32 = 2;
 
-/// Where programs are when PATH is not set, as mount(8) leaves it.
+/// Where to search for programs when PATH is not set, as mount(8) leaves it.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 fn main() -> ExitCode {
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     }
     match command.status() {
         Ok(status) if status.success() => ExitCode::SUCCESS,
-        // boxlitefs has said why.
+        // boxlitefs has printed why.
         Ok(status) if status.code() == Some(BOXLITEFS_USAGE) => {
             ExitCode::from(INCORRECT_INVOCATION)
         }
@@ -71,7 +71,7 @@ fn main() -> ExitCode {
                 let name = owner.name;
                 return failed(
                     &format!(
-                        "the home belongs to {name}, so it is mounted as {name}, to whom {directory} has to belong: `chown {name} {directory}`, or mount with allow_other"
+                        "the home belongs to {name}, so it is mounted as {name}, who must own {directory}: `chown {name} {directory}`, or mount with allow_other"
                     ),
                     MOUNT_FAILURE,
                 );
@@ -106,7 +106,7 @@ fn command_for(program: &Path, request: &Request) -> Command {
     command
 }
 
-/// `boxlitefs`, beside this program or in PATH.
+/// Finds `boxlitefs`, beside this program or in PATH.
 fn find_boxlitefs() -> Option<PathBuf> {
     let here = fs::read_link("/proc/self/exe").ok();
     let beside = here.as_deref().and_then(Path::parent).map(Path::to_owned);

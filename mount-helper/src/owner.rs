@@ -1,4 +1,4 @@
-//! The user to whom a home belongs, and whose its mount is to be.
+//! The owner of a home, as whom it is mounted.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -8,19 +8,20 @@ use std::process::Command;
 
 use mount_helper::Request;
 
-/// The user to whom a home belongs.
+/// The user who owns a home.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Owner {
     /// As the user database has it.
     pub name: String,
     uid: u32,
     gid: u32,
-    /// His own home directory.
+    /// The user's home directory.
     home: Option<OsString>,
 }
 
-/// The owner of the home, if root mounts it and it is another's: then the mount is to be his, for only
-/// who mounts gets in. Who lets others in may do so as root.
+/// Returns the owner of the home, if root mounts the home of another user. The mount is then made
+/// as that user, since only the user who mounts may enter. With allow_other or allow_root it is
+/// made as root.
 pub fn other_owner(request: &Request) -> Option<Owner> {
     let lets_in = |option: &str| matches!(option, "allow_other" | "allow_root");
     if !rustix::process::geteuid().is_root() || request.each_option().any(lets_in) {
@@ -39,7 +40,7 @@ pub fn other_owner(request: &Request) -> Option<Owner> {
 }
 
 impl Owner {
-    /// As the user database has him, which getent reads wherever it is kept.
+    /// Looks a user up in the user database, which getent reads wherever it is kept.
     fn of(uid: u32) -> Option<Owner> {
         let output = Command::new("getent")
             .args(["passwd", &uid.to_string()])
@@ -48,7 +49,7 @@ impl Owner {
         Owner::from_line(&String::from_utf8(output.stdout).ok()?, uid)
     }
 
-    /// `name:password:uid:gid:comment:home:shell`.
+    /// Parses `name:password:uid:gid:comment:home:shell`.
     fn from_line(line: &str, uid: u32) -> Option<Owner> {
         let mut fields = line.lines().next()?.split(':');
         let name = fields.next()?.to_owned();
@@ -64,12 +65,12 @@ impl Owner {
         })
     }
 
-    /// Whether he may mount on a directory.
+    /// Whether this user owns a directory, and so may mount on it.
     pub fn has(&self, directory: &OsStr) -> bool {
         fs::metadata(directory).is_ok_and(|meta| meta.uid() == self.uid)
     }
 
-    /// Has a command run as him, without the groups of root.
+    /// Makes a command run as this user, without the groups of root.
     pub fn becomes(&self, command: &mut Command) {
         command.uid(self.uid).gid(self.gid);
         command.env("USER", &self.name).env("LOGNAME", &self.name);

@@ -14,7 +14,7 @@ use rustix::mount::{MountFlags, mount_remount};
 
 use super::{MOUNT_FAILURE, failed};
 
-/// Whether a remount is asked for, and if so, whether read-only.
+/// Returns whether a remount is asked for, and if so, whether read-only.
 pub fn requested(request: &Request) -> Option<bool> {
     let mut is_asked = false;
     let mut read_only = false;
@@ -29,8 +29,8 @@ pub fn requested(request: &Request) -> Option<bool> {
     is_asked.then_some(read_only)
 }
 
-/// Has the kernel refuse changes from now on, or let them through again. The process that serves goes by
-/// what the kernel has.
+/// Makes the kernel refuse changes from now on, or allow them again. The process that serves
+/// follows the kernel's flags.
 pub fn run(request: &Request, read_only: bool) -> ExitCode {
     let shown = Path::new(&request.directory).display();
     let mount = match mount_on(&request.directory) {
@@ -41,7 +41,7 @@ pub fn run(request: &Request, read_only: bool) -> ExitCode {
         }
         Err(error) => return failed(&format!("cannot reach {shown}: {error}"), MOUNT_FAILURE),
     };
-    // Leads to this mount, also if another comes over it now.
+    // Leads to this mount, even if another mount covers it now.
     let place = PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd()));
     let mounted_read_only = || {
         let status = fs::read_to_string(place.join(".boxlite/status")).unwrap_or_default();
@@ -49,7 +49,7 @@ pub fn run(request: &Request, read_only: bool) -> ExitCode {
     };
     if !read_only && mounted_read_only() {
         let message = format!(
-            "{shown} was mounted with ro, and what serves it opened the home only for reading: unmount it, and mount it without ro"
+            "{shown} was mounted with ro, so its process opened the home only for reading: unmount it, and mount it without ro"
         );
         return failed(&message, MOUNT_FAILURE);
     }
@@ -67,15 +67,15 @@ pub fn run(request: &Request, read_only: bool) -> ExitCode {
             MOUNT_FAILURE,
         ),
         Err(Errno::BUSY) => failed(
-            &format!("{shown} is being written to: try again when that is done"),
+            &format!("{shown} is being written to: try again later"),
             MOUNT_FAILURE,
         ),
         Err(error) => failed(&format!("cannot remount {shown}: {error}"), MOUNT_FAILURE),
     }
 }
 
-/// The mount of boxlitefs on a directory. None when what is mounted there is something else, or nothing: it
-/// would get the flags that are meant for ours.
+/// Opens the mount of boxlitefs on a directory. None if something else is mounted there, or
+/// nothing: that would get the flags that are meant for our mount.
 fn mount_on(directory: &OsStr) -> io::Result<Option<OwnedFd>> {
     let mount = open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", mount.as_raw_fd()))?;
@@ -86,8 +86,8 @@ fn mount_on(directory: &OsStr) -> io::Result<Option<OwnedFd>> {
     Ok(is_ours.then_some(mount))
 }
 
-/// Whether the mount with this number in a table, as /proc/PID/mountinfo has it, is one of boxlitefs that is
-/// mounted on this path, and not around it.
+/// Whether the mount with this number in a table, in the format of /proc/PID/mountinfo, is one of
+/// boxlitefs and mounted on exactly this path.
 fn is_ours(table: &[u8], number: &str, path: &Path) -> bool {
     let table = String::from_utf8_lossy(table);
     let line = table
@@ -102,8 +102,8 @@ fn is_ours(table: &[u8], number: &str, path: &Path) -> bool {
     })
 }
 
-/// A remount sets all flags anew: those that are always on, and those that are asked for. mount(8) brings
-/// along what the mount had.
+/// Returns the flags of a remount, which sets all of them anew: those that are always on, and those
+/// that are asked for. mount(8) passes the options that the mount had.
 fn remount_flags(request: &Request, read_only: bool) -> MountFlags {
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
     flags.set(MountFlags::RDONLY, read_only);

@@ -1,5 +1,4 @@
-//! What the program takes, as clap has it: the one definition that help, manual pages and completions are
-//! made of.
+//! The command line, defined for clap. Help, manual pages and completions are made from it.
 
 use std::path::PathBuf;
 
@@ -14,10 +13,10 @@ Examples:
   mkdir /mnt/boxlite/web/snapshots/before-upgrade     take a snapshot
   cp /mnt/boxlite/web/export.boxlite /backup/         back a box up
   cp -r /mnt/boxlite/web /mnt/boxlite/web2            clone a box
-  boxlitefs status /mnt/boxlite                       what is going on there
+  boxlitefs status /mnt/boxlite                       see what it is doing
   boxlitefs unmount /mnt/boxlite
 
-Why something failed is in /mnt/boxlite/.boxlite/log.";
+/mnt/boxlite/.boxlite/log says why something failed.";
 
 const MOUNT_EXAMPLES: &str = "\
 Examples:
@@ -28,38 +27,38 @@ Examples:
 In /etc/fstab (with mount.boxlite installed):
   /srv/boxlite-home  /mnt/boxlite  boxlite  nofail,allow_other  0  0
 
-In the foreground, RUST_LOG=debug says more. Under systemd it tells when it serves, and that it is alive.";
+In the foreground, RUST_LOG=debug logs more. Under systemd it reports when it serves, and that it is alive.";
 
 const UNMOUNT_EXAMPLES: &str = "\
 Examples:
   boxlitefs unmount /mnt/boxlite
-  boxlitefs unmount --dead /mnt/boxlite   clear away what a killed mount left, and nothing else
+  boxlitefs unmount --dead /mnt/boxlite   remove what a killed mount left, and nothing else
 
-Exit status: 0 unmounted, and the process that served it has ended; 1 nothing was unmounted, which may be
-tried again; 3 unmounted here, but still served: the message says what has it.";
+Exit status: 0 unmounted, and the process that served it has ended; 1 nothing was unmounted, try again;
+3 unmounted here, but still served: the message says what uses it.";
 
 const STATUS_EXAMPLES: &str = "\
 Examples:
   boxlitefs status                        all mounts of boxlitefs
   boxlitefs status /mnt/boxlite
-  boxlitefs status --watch /mnt/boxlite   look on while boxes are copied
+  boxlitefs status --watch /mnt/boxlite   follow boxes being copied
   boxlitefs status --json /mnt/boxlite    the same as .boxlite/status in the mount";
 
 const CHECK_EXAMPLES: &str = "\
 Examples:
-  boxlitefs check                     look at ~/.boxlite
+  boxlitefs check                     check ~/.boxlite
   boxlitefs check /srv/boxlite-home
-  boxlitefs check --repair            remove what crashes left, once no BoxLite program has it open
+  boxlitefs check --repair            remove what crashes left, while no BoxLite program has it open
 
-Exit status: 0 clean, 1 something was found, 2 the check could not be made.";
+Exit status: 0 clean, 1 something was found, 2 the check failed.";
 
 const COMPACT_EXAMPLES: &str = "\
 Examples:
-  boxlitefs compact                   give back what deleted snapshots took in ~/.boxlite
+  boxlitefs compact                   reclaim the space of deleted snapshots in ~/.boxlite
   boxlitefs compact /srv/boxlite-home
 
-Boxes that run and layers that are being read are left for another time. It works beside a mount of
-the same home, but not while a BoxLite program has it open.";
+Running boxes and layers that are being read are skipped. It works beside a mount of the same home,
+but not while a BoxLite program has it open.";
 
 /// Mounts a BoxLite home as files: snapshot with mkdir, back up and clone with cp.
 #[derive(Parser)]
@@ -82,36 +81,36 @@ pub enum Command {
     /// Unmount what `boxlitefs mount` mounted
     #[command(after_help = UNMOUNT_EXAMPLES)]
     Unmount {
-        /// Only if its process was killed and nobody serves it; else do nothing
+        /// Only if its process was killed and no process serves it; else do nothing
         #[arg(long)]
         dead: bool,
         /// Where it is mounted
         mountpoint: PathBuf,
     },
-    /// Say what is going on in a mount: what is being copied and how far it is, space and memory
+    /// Show what a mount is doing: copies and their progress, space and memory
     #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArguments),
     /// Look for damage and leftovers in a home, without changing it unless asked to
     #[command(after_help = CHECK_EXAMPLES)]
     Check {
-        /// Remove or adopt leftovers; nothing that anything reads from
+        /// Remove or adopt leftovers, and nothing that is read
         #[arg(long)]
         repair: bool,
         /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
         home: Option<PathBuf>,
     },
-    /// Merge layers that nothing needs by themselves, and give their space back, now
+    /// Merge redundant layers and reclaim their space
     #[command(after_help = COMPACT_EXAMPLES)]
     Compact {
         /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
         home: Option<PathBuf>,
     },
-    /// Sets a paused virtual machine going if the mount that paused it dies
+    /// Resumes a paused virtual machine if the mount that paused it dies
     #[command(name = GUARD, hide = true)]
     Guard,
 }
 
-/// What `mount` takes.
+/// The arguments of `mount`.
 #[derive(Args)]
 pub struct MountArguments {
     /// Stay in the foreground and log to standard error
@@ -125,7 +124,7 @@ pub struct MountArguments {
         long_help = options_help()
     )]
     pub options: Vec<String>,
-    /// Ignore options that are not known, as `mount -s` asks
+    /// Ignore unknown options, as `mount -s` asks
     #[arg(long, hide = true)]
     pub sloppy: bool,
     /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite], and the directory to mount on
@@ -133,10 +132,10 @@ pub struct MountArguments {
     pub places: Vec<PathBuf>,
 }
 
-/// What `status` takes.
+/// The arguments of `status`.
 #[derive(Args)]
 pub struct StatusArguments {
-    /// Go on showing it, with a bar for each export and import, until interrupted or unmounted
+    /// Keep showing it, with a bar for each export and import, until interrupted or unmounted
     #[arg(short, long)]
     pub watch: bool,
     /// Print .boxlite/status as it is
@@ -146,11 +145,11 @@ pub struct StatusArguments {
     pub mountpoint: Option<PathBuf>,
 }
 
-/// The mount options, a paragraph each.
+/// Describes the mount options, a paragraph each.
 fn options_help() -> String {
     let mut help = String::from("Mount options, separated by commas:\n");
     for option in DOCUMENTED_OPTIONS {
         help += &format!("\n  {}: {}", option.form, option.effect);
     }
-    help + "\n\nnosuid and nodev are always on. What every mount takes (defaults, nofail, user, x-… and so on) is accepted."
+    help + "\n\nnosuid and nodev are always on. Options of every mount (defaults, nofail, user, x-… and so on) are accepted."
 }

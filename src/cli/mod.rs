@@ -21,10 +21,10 @@ pub use arguments::CommandLine;
 use arguments::{Command, MountArguments};
 use output::{Bar, Findings, done, failed};
 
-/// The exit status of an unmount after which what was mounted is still served.
+/// The exit status of an unmount after which the file system is still served.
 const STILL_SERVED: u8 = 3;
 
-/// Does what the command line of this process asks for; returns its exit status.
+/// Runs the command line of this process; returns its exit status.
 pub fn run() -> ExitCode {
     match CommandLine::parse().command {
         Command::Mount(arguments) => done(run_mount(arguments)),
@@ -52,7 +52,7 @@ fn run_mount(mut arguments: MountArguments) -> Result<()> {
     if arguments.foreground {
         mount::log_to_stderr();
     }
-    // One place is the mountpoint; two are the home and the mountpoint.
+    // One path is the mountpoint; two are the home and the mountpoint.
     let mountpoint = arguments.places.pop().unwrap_or_default();
     mount::run(Mount {
         home: home_or_default(arguments.places.pop())?,
@@ -83,7 +83,11 @@ fn run_compact(home: Option<PathBuf>) -> Result<()> {
     compact::run(&home_or_default(home)?, &mut io::stdout(), &Bar::new())
 }
 
-/// The home asked for, or the one BoxLite itself would use: $BOXLITE_HOME, else ~/.boxlite.
+/// Returns the home that was asked for, or the one that BoxLite itself would use: $BOXLITE_HOME,
+/// else ~/.boxlite.
+///
+/// # Errors
+/// ENOENT when neither is known.
 fn home_or_default(asked: Option<PathBuf>) -> Result<PathBuf> {
     let from_environment = || std::env::var_os("BOXLITE_HOME").filter(|path| !path.is_empty());
     let below_user_home = || Some(std::env::home_dir()?.join(".boxlite").into_os_string());
@@ -95,7 +99,7 @@ fn home_or_default(asked: Option<PathBuf>) -> Result<PathBuf> {
         .ok_or_else(|| {
             Error::new(
                 libc::ENOENT,
-                "it is not known where the BoxLite home is: name it, or set BOXLITE_HOME",
+                "the BoxLite home is unknown: name it, or set BOXLITE_HOME",
             )
         })
 }

@@ -1,4 +1,4 @@
-//! What the commands print, and how an end is told to the shell.
+//! Prints results and progress, and reports the end to the shell.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, IsTerminal, Write};
@@ -14,21 +14,22 @@ use crate::{Context, Result};
 /// Prints a text to standard output.
 ///
 /// # Errors
-/// Those of writing, but that nobody reads it any more is none.
+/// Those of writing, except that a closed pipe is no error.
 pub(super) fn print(text: &str) -> Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
-        // Whoever read it has seen enough.
+        // The reader has seen enough.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         written => written.context(|| "cannot write to standard output"),
     }
 }
 
-/// Standard output, with something that moves on a terminal while nothing is found.
+/// Standard output, with a spinner on a terminal while nothing is found.
 pub(super) struct Findings {
     bar: ProgressBar,
 }
 
 impl Findings {
+    /// Shows the spinner, if standard error is a terminal.
     pub fn begin(home: &Path) -> Findings {
         if !io::stderr().is_terminal() {
             return Findings {
@@ -36,12 +37,12 @@ impl Findings {
             };
         }
         let bar = ProgressBar::new_spinner();
-        bar.set_message(format!("looking at {}", home.display()));
+        bar.set_message(format!("checking {}", home.display()));
         bar.enable_steady_tick(Duration::from_millis(100));
         Findings { bar }
     }
 
-    /// Takes what moves off the terminal.
+    /// Removes the spinner.
     pub fn finish(self) {
         self.bar.finish_and_clear();
     }
@@ -61,6 +62,7 @@ impl Write for Findings {
 pub(super) struct Bar(ProgressBar);
 
 impl Bar {
+    /// Makes a bar that is hidden until it begins.
     pub fn new() -> Bar {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         let style = "{msg}: {bar:30} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
@@ -90,6 +92,7 @@ impl compact::Meter for Bar {
     }
 }
 
+/// Turns the result of a command into its exit status; prints an error.
 pub(super) fn done(result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -97,7 +100,7 @@ pub(super) fn done(result: Result<()>) -> ExitCode {
     }
 }
 
-/// Prints what failed as one line, whatever line breaks a cause brought along.
+/// Prints an error as one line, whatever line breaks its cause has; returns the exit status.
 pub(super) fn failed(error: impl Display, status: u8) -> ExitCode {
     let text = error.to_string();
     let lines: Vec<&str> = text

@@ -1,11 +1,11 @@
-//! Directory listings, as fuser replies with them.
+//! Replies with directory listings.
 
 use fuser::{Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
 
 use super::reply::{errno, file_attr, file_type, ttl};
 use crate::tree::{Attr, Caller, DirEntry, Kind, Tree, WantedOfList};
 
-/// Answers with names, from an offset on. `place` is the directory's inode and its handle.
+/// Replies with names, from an offset on. `place` is the directory's inode and its handle.
 pub(super) fn reply_names(
     tree: &Tree,
     caller: Caller,
@@ -27,7 +27,7 @@ pub(super) fn reply_names(
     }
 }
 
-/// Likewise, with the attributes of each.
+/// Replies with names and the attributes of each.
 pub(super) fn reply_attributes(
     tree: &Tree,
     caller: Caller,
@@ -58,9 +58,9 @@ pub(super) fn reply_attributes(
     }
 }
 
-/// The names of a directory that the tree does not list: itself and its parent.
+/// The two entries of a directory that the tree does not list: itself and its parent.
 fn dots(ino: u64) -> [DirEntry; 2] {
-    // The kernel goes by its own tree for both; the numbers are for show.
+    // The kernel uses its own tree for both; the numbers are only shown.
     [".", ".."].map(|name| DirEntry {
         name: name.into(),
         kind: Kind::Directory,
@@ -68,7 +68,7 @@ fn dots(ino: u64) -> [DirEntry; 2] {
     })
 }
 
-/// How many of them are before an offset.
+/// How many of those two are before an offset.
 fn dots_before(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
 }

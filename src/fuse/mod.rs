@@ -1,6 +1,6 @@
-//! fuser's callbacks on the tree. The only room that knows fuser, and nothing else: it translates
-//! arguments and errors, and sends replies from where the work ends, so that a long job never
-//! holds a thread that `ls` needs.
+//! fuser's callbacks on the tree. This is the only room that knows fuser, and it does nothing else:
+//! it translates arguments and errors, and sends each reply from where the work ends, so a long job
+//! never holds a thread that `ls` needs.
 
 mod listing;
 mod passthrough;
@@ -34,21 +34,21 @@ use reply::{
     caller, errno, file_attr, reply_attr, reply_empty, reply_entry, reply_written, reply_xattr, ttl,
 };
 
-/// Threads for looking at exports: their size needs a plan, made once per disk state.
+/// Threads for lookups of exports: their size needs a plan, which is made once per disk state.
 const LOOK_THREADS: usize = 8;
 
-/// Threads for reading: a read of an export's end has to hash all that comes before it.
+/// Threads for reads: reading the end of an export has to hash everything before it.
 const READ_THREADS: usize = 16;
 
-/// Threads for writing and changes. Each kind has its own, so that however much is copied, `ls` and
-/// `mkdir` are answered.
+/// Threads for writes and changes. Each kind has its own threads, so `ls` and `mkdir` are answered
+/// however much is copied.
 const WORK_THREADS: usize = 16;
 
-/// Largest write and readahead in bytes.
+/// Largest write and readahead, in bytes.
 const TRANSFER: u32 = 1024 * 1024;
 
 thread_local! {
-    /// What a reading thread reads into.
+    /// The buffer that a reading thread reads into.
     static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -72,26 +72,27 @@ impl BoxliteFs {
         })
     }
 
-    /// Does work that may take long away from the thread that takes requests.
+    /// Runs a change, or other work that may take long, on another thread than the one that takes
+    /// requests.
     fn spawn_write(&self, work: impl FnOnce(&Arc<Tree>) + Send + 'static) {
         let tree = self.tree.clone();
         self.writes.spawn(move || work(&tree));
     }
 
-    /// Reads, likewise.
+    /// Runs a read on a thread for reads.
     fn spawn_read(&self, work: impl FnOnce(&Tree) + Send + 'static) {
         let tree = self.tree.clone();
         self.reads.spawn(move || work(&tree));
     }
 
-    /// Answers at once; a fault of ours is an EIO.
+    /// Runs work that needs no disk on this thread. A panic becomes an EIO.
     fn inline<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> Result<T> {
         let tree: &Tree = &self.tree;
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(tree)))
             .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
     }
 
-    /// Looks at what may need an export's plan, likewise.
+    /// Runs a lookup that may need an export's plan on a thread for lookups.
     fn spawn_lookup(&self, work: impl FnOnce(&Arc<Tree>) + Send + 'static) {
         let tree = self.tree.clone();
         self.lookups.spawn(move || work(&tree));
@@ -104,19 +105,19 @@ impl Filesystem for BoxliteFs {
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_PARALLEL_DIROPS,
-            // The tree says when one points elsewhere.
+            // The tree tells the kernel when a link points elsewhere.
             InitFlags::FUSE_CACHE_SYMLINKS,
-            // What is not read through the kernel's pages can be mapped all the same.
+            // Allows mmap of files that are read past the page cache.
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
             InitFlags::FUSE_PASSTHROUGH,
         ] {
-            // A kernel without one of these is slower and nothing else.
+            // A kernel without one of these is only slower.
             let _ = config.add_capabilities(wanted);
         }
         let _ = config.set_max_write(TRANSFER);
         let _ = config.set_max_readahead(TRANSFER);
         let _ = config.set_max_background(64);
-        // For passthrough to files of the home, which is on no stacked file system.
+        // For passthrough to files of the home, which is not on a stacked file system.
         let _ = config.set_max_stack_depth(1);
         Ok(())
     }
@@ -316,7 +317,8 @@ impl Filesystem for BoxliteFs {
     ) {
         self.spawn_read(move |tree| {
             READ_BUFFER.with_borrow_mut(|buffer| {
-                // Only grown, never cleared: a new one would be faulted in page by page.
+                // It only grows and is never cleared: a new buffer would be faulted in page by
+                // page.
                 let length = size as usize;
                 if buffer.len() < length {
                     buffer.resize(length, 0);
@@ -409,7 +411,7 @@ impl Filesystem for BoxliteFs {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        // What is committed is on disk already, and nothing else has anything to lose.
+        // Committed data is on disk already, and nothing else can be lost.
         reply.ok();
     }
 
@@ -482,7 +484,7 @@ impl Filesystem for BoxliteFs {
             let from = u64::try_from(offset).unwrap_or(u64::MAX);
             let found = match whence {
                 libc::SEEK_DATA | libc::SEEK_HOLE => tree.seek(handle.0, from, data),
-                _ => Err(Error::new(libc::EINVAL, "that is no way to seek")),
+                _ => Err(Error::new(libc::EINVAL, "unsupported `whence`")),
             };
             match found.map(i64::try_from) {
                 Ok(Ok(at)) => reply.offset(at),

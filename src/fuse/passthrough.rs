@@ -9,15 +9,15 @@ use parking_lot::Mutex;
 use crate::exports::Spool;
 use crate::tree::Opened;
 
-/// Files the kernel reads by itself for us, where it can.
+/// The files that the kernel reads by itself for us, where it can.
 #[derive(Default)]
 pub(super) struct PassthroughFiles(Mutex<Backings>);
 
 #[derive(Default)]
 struct Backings {
-    /// By spool: an inode must be opened with the same backing each time.
+    /// By the number of the spool: each open of an inode must use the same backing.
     by_spool: HashMap<u64, Weak<BackingId>>,
-    /// By handle: kept as long as it is open.
+    /// By handle: keeps the backing as long as the handle is open.
     by_handle: HashMap<u64, Arc<BackingId>>,
 }
 
@@ -33,13 +33,13 @@ impl PassthroughFiles {
         let mut how = FopenFlags::empty();
         how.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct);
         how.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_pages);
-        // Whoever only reads need not wait when he closes.
+        // A close after reading need not wait for a flush.
         how.set(FopenFlags::FOPEN_NOFLUSH, opened.keep_pages);
         reply.opened(FileHandle(opened.handle), how);
     }
 
-    /// The backing of a spool, kept for a handle. None where the kernel has no passthrough, or not for us
-    /// (it is root's).
+    /// Returns the backing of a spool and keeps it for a handle. None where the kernel has no
+    /// passthrough, or not for us (only root may use it).
     fn open(&self, spool: &Spool, handle: u64, reply: &ReplyOpen) -> Option<Arc<BackingId>> {
         let backings = &mut *self.0.lock();
         let by_spool = &mut backings.by_spool;
@@ -60,7 +60,7 @@ impl PassthroughFiles {
         Some(backing)
     }
 
-    /// The handle is closed.
+    /// Drops what a handle kept, once it is closed.
     pub fn release(&self, handle: u64) {
         self.0.lock().by_handle.remove(&handle);
     }

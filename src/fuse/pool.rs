@@ -9,14 +9,16 @@ use crate::{Error, Result};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads that do one job after another and sleep in between. (A work-stealing pool, and channels
-/// too, look for work for a while before they sleep; with a job for every request that takes more
-/// time than the requests, of cores the reader needs.) They end with the pool, after what is under
-/// way.
+/// Threads that run one job after another and sleep in between. They end with the pool, after the
+/// jobs under way.
+///
+/// A work-stealing pool, or a channel, spins for a while before it sleeps. With a job for every
+/// request the spinning takes more time than the requests, on cores that the reader needs.
 pub(super) struct WorkerPool {
     queue: Arc<JobQueue>,
 }
 
+/// The jobs that no thread has taken yet.
 #[derive(Default)]
 struct JobQueue {
     waiting: Mutex<QueuedJobs>,
@@ -30,7 +32,7 @@ struct QueuedJobs {
 }
 
 impl JobQueue {
-    /// The next job, waited for; None when there will be no more.
+    /// Waits for the next job; None when there will be no more.
     fn next(&self) -> Option<Job> {
         let mut waiting = self.waiting.lock();
         loop {
@@ -46,6 +48,10 @@ impl JobQueue {
 }
 
 impl WorkerPool {
+    /// Starts `count` threads, named after `name`.
+    ///
+    /// # Errors
+    /// When a thread can't be started.
     pub fn start(name: &'static str, count: usize) -> Result<WorkerPool> {
         let queue = Arc::new(JobQueue::default());
         for index in 0..count {
@@ -54,8 +60,8 @@ impl WorkerPool {
                 .name(format!("{name}-{index}"))
                 .spawn(move || {
                     while let Some(job) = queue.next() {
-                        // A fault of ours costs the one request, which fuser answers with EIO, and
-                        // not the mount.
+                        // A panic costs the one request, which fuser answers with EIO, and not the
+                        // mount.
                         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
                         if done.is_err() {
                             log::error!("a request failed; this is a fault of boxlitefs");
@@ -67,6 +73,7 @@ impl WorkerPool {
         Ok(WorkerPool { queue })
     }
 
+    /// Queues a job for the next free thread.
     pub fn spawn(&self, job: impl FnOnce() + Send + 'static) {
         self.queue.waiting.lock().jobs.push_back(Box::new(job));
         self.queue.more.notify_one();
@@ -80,8 +87,8 @@ impl Drop for WorkerPool {
     }
 }
 
-/// Does in a thread of its own what waits for a clock. Without one, the request is answered with
-/// EIO.
+/// Runs work that waits for a clock in a thread of its own. Where no thread can be started, the
+/// request is answered with EIO.
 pub(super) fn spawn_thread(work: impl FnOnce() + Send + 'static) {
     let started = std::thread::Builder::new().name("wait".into()).spawn(work);
     if let Err(error) = started {

@@ -1,4 +1,4 @@
-//! What the tree says, translated into what fuser replies.
+//! Translates answers of the tree into fuser's replies.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use fuser::{
 use crate::tree::{Attr, Caller, Kept, Kind};
 use crate::{Error, Result};
 
-/// How long the kernel may keep a name or attributes that can change behind its back: what BoxLite
-/// does is to show within a second.
+/// How long the kernel may cache a name or attributes that can change behind its back: a change by
+/// BoxLite has to show within a second.
 const MOMENT: Duration = Duration::from_millis(500);
 
-/// How long it may keep what never changes: a file of a guest in one state of its disk.
+/// How long the kernel may cache what never changes: a file of a guest in one state of its disk.
 const LONG: Duration = Duration::from_secs(24 * 3600);
 
 pub(super) fn caller(request: &Request) -> Caller {
@@ -53,7 +53,7 @@ pub(super) fn file_attr(attr: &Attr) -> FileAttr {
         uid: attr.uid,
         gid: attr.gid,
         rdev: attr.device,
-        // Larger, and tools that go by it read in pieces no better and mmap in worse ones.
+        // With a larger one, tools that follow it read no faster and mmap worse pieces.
         blksize: 4096,
         flags: 0,
     }
@@ -88,7 +88,7 @@ pub(super) fn reply_empty(reply: ReplyEmpty, result: Result<()>) {
     }
 }
 
-/// A size of 0 asks how long the answer is.
+/// Answers a request for an extended attribute. A `size` of 0 asks how long the answer is.
 pub(super) fn reply_xattr(reply: ReplyXattr, size: u32, result: Result<Vec<u8>>) {
     match result {
         Ok(bytes) if size == 0 => reply.size(u32::try_from(bytes.len()).unwrap_or(u32::MAX)),

@@ -1,4 +1,4 @@
-//! A mount as it is served: from the kernel's agreement to the last work.
+//! Serves a mount: from the handshake with the kernel to the last work.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -10,30 +10,32 @@ use super::BoxliteFs;
 use crate::tree::Tree;
 use crate::{Error, Result};
 
-/// Threads that take requests from the kernel and answer what needs no disk.
+/// Threads that take requests from the kernel, and answer those that need no disk.
 const REQUEST_THREADS: usize = 4;
 
-/// How long the work that an unmount found under way may take before the process ends over it.
+/// How long work that is under way at an unmount may take before the process ends anyway.
 const LAST_WORK: Duration = Duration::from_secs(10);
 
-/// Who gets into the mount.
+/// Which users may enter the mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Who mounted it, alone.
+    /// Only the user who mounted it.
     Owner,
-    /// root, too.
+    /// That user, and root.
     RootToo,
-    /// Every user, as far as modes allow.
+    /// Every user, as far as the modes of files allow.
     Everybody,
 }
 
-/// Serves the tree to the kernel, whose requests come from `requests`, a descriptor of /dev/fuse, until the
-/// file system is unmounted and nothing of it is open. Calls `ready` once the kernel has agreed, and
-/// `failed` as soon as it can't be served any more though the kernel still has it. It mounts nothing and
-/// unmounts nothing: fuser would, by path, and so what is mounted there by then.
+/// Serves the tree to the kernel until the file system is unmounted and nothing of it is open.
+///
+/// `requests` is the descriptor of /dev/fuse that the kernel's requests come from. Calls `ready`
+/// after the handshake with the kernel, and `failed` if serving ends while the kernel still has the
+/// file system. Neither mounts nor unmounts: fuser would do that by path, and so unmount whatever
+/// is mounted there by then.
 ///
 /// # Errors
-/// What the kernel says, or `failed`.
+/// What the kernel says, or what `failed` returns.
 pub fn serve(
     tree: Arc<Tree>,
     requests: OwnedFd,
@@ -47,7 +49,7 @@ pub fn serve(
         .map_err(|e| Error::io("the kernel does not agree on the mount", e))?;
     let notifier = session.notifier();
     tree.on_drop_pages(move |ino| {
-        // ENOENT: the kernel has none.
+        // ENOENT: the kernel has no pages of it.
         if let Err(error) = notifier.inval_inode(INodeNo(ino), 0, 0) {
             log::debug!("inode {ino} keeps its pages: {error}");
         }
@@ -59,7 +61,7 @@ pub fn serve(
     let served = served.or_else(|error| failed().and(Err(error)));
     tree.keep_waiting();
     tree.close();
-    // What was under way comes to its end, and the workspace goes with the tree.
+    // Work under way completes, and the workspace is removed with the tree.
     let deadline = Instant::now() + LAST_WORK;
     while Arc::strong_count(&tree) > 1 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));

@@ -1,14 +1,14 @@
-//! How much memory freed by many threads stays with the process.
+//! Limits how much freed memory the allocator keeps.
 
-/// Blocks of at least this many bytes are mapped by themselves and go back to the system when they are
-/// freed: the buffers for whole windows and frames are.
+/// Blocks of at least this many bytes get a mapping of their own and return to the system when they
+/// are freed. The buffers for whole windows and frames are that large.
 #[cfg(target_env = "gnu")]
 const MAPPED_BY_ITSELF: libc::c_int = 1 << 20;
 
-/// Keeps glibc from collecting what was freed: it has up to eight arenas for each core, each of which
-/// keeps the most it ever held, so that a process with many short-lived threads would grow with the
-/// number of archives it has made (180 to 310 MiB after some dozen, instead of about 60). To be called
-/// before the first thread starts.
+/// Limits the memory that glibc keeps after it was freed. glibc has up to eight arenas for each
+/// core, and each keeps the most it ever held. So a process with many short-lived threads would
+/// grow with the number of archives it has made (180 to 310 MiB after some dozen, instead of about
+/// 60). Call it before the first thread starts.
 #[cfg(target_env = "gnu")]
 pub(super) fn bound() {
     // SAFETY: mallopt(3) only sets parameters, and no other thread allocates yet.

@@ -1,8 +1,8 @@
-//! Putting a mount into the kernel's table, and finding out which one it is.
+//! Mounts, and finds out which mount of the kernel's table that is.
 //!
-//! The FUSE library could mount by itself. But it also unmounts by itself, by path, when its session
-//! ends, and on that path may be another mount by then. So it gets the device of a mount that is made
-//! here, and never learns a path.
+//! The FUSE library could mount by itself. But it also unmounts by itself, by path, when its
+//! session ends, and another mount may be on that path by then. So it gets the descriptor of a
+//! mount that is made here, and never learns a path.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -24,17 +24,17 @@ use super::{MountPaths, Options, connection, fusermount, validate};
 use crate::mountinfo::{MountEntry, MountTable};
 use crate::{Context, Error, Result};
 
-/// How long another process that mounts on the same directory is waited for.
+/// How long to wait for another process that mounts on the same directory.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A mount that this process made. Dropped, it is taken away, if it is still there: it, and no other that
-/// is on the same path by then.
+/// A mount that this process made. Dropping it unmounts it if it is still there, and never another
+/// mount that is on the same path by then.
 pub(super) struct MountGuard {
     own: OwnMount,
 }
 
 impl MountGuard {
-    /// Which mount it is.
+    /// The mount that was made.
     pub fn own(&self) -> &OwnMount {
         &self.own
     }
@@ -43,26 +43,26 @@ impl MountGuard {
 impl Drop for MountGuard {
     fn drop(&mut self) {
         if let Err(error) = detach::remove_remains(&self.own) {
-            log::error!("a mount that nobody serves is left: {error}");
+            log::error!("a dead mount is left: {error}");
         }
     }
 }
 
-/// Mounts on the mountpoint. Returns the mount, and the descriptor of /dev/fuse on which the kernel sends
-/// requests.
+/// Mounts on the mountpoint. Returns the mount, and the descriptor of /dev/fuse on which the kernel
+/// sends requests.
 ///
 /// # Errors
-/// EBUSY when a FUSE file system is mounted there, EPERM when mounting is not permitted, else what the
-/// kernel or fusermount3 says.
+/// EBUSY when a FUSE file system is mounted there, EPERM when mounting is not permitted, else what
+/// the kernel or fusermount3 says.
 pub(super) fn attach(paths: &MountPaths, options: &Options) -> Result<(MountGuard, OwnedFd)> {
     let shown = paths.mountpoint.display();
     let _turn = take_turn(&paths.mountpoint);
-    // Somebody else may have mounted since it was asked first.
+    // Another process may have mounted since the first check.
     validate::check_uncovered(&paths.mountpoint)?;
     let message = || format!("cannot mount at {shown}");
     let mode = fs::metadata(&paths.mountpoint).context(message)?.mode();
     let requests = match mount_directly(paths, options, mode) {
-        // Who is not root mounts through fusermount3, which is setuid.
+        // Other users than root mount through fusermount3, which is setuid.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
             fusermount::mount(paths, options)?
         }
@@ -70,7 +70,8 @@ pub(super) fn attach(paths: &MountPaths, options: &Options) -> Result<(MountGuar
     };
     let requests = Arc::new(requests);
     let table = MountTable::own()?;
-    // No mount of ours was there before. The ids of earlier mounts are no help: the kernel reuses them.
+    // No mount of ours was there before. The ids of earlier mounts don't help: the kernel reuses
+    // them.
     let is_it = |entry: &&MountEntry| entry.is_ours() && entry.mountpoint == paths.mountpoint;
     let connection = connection::number_of(&requests);
     let entry = table
@@ -78,7 +79,7 @@ pub(super) fn attach(paths: &MountPaths, options: &Options) -> Result<(MountGuar
         .filter(is_it)
         .rfind(|entry| connection.is_none_or(|minor| entry.id.device.minor == minor));
     let Some(entry) = entry else {
-        let message = format!("{shown} was unmounted by somebody else as soon as it was mounted");
+        let message = format!("{shown} was unmounted by another process as soon as it was mounted");
         return Err(Error::new(libc::ENOTCONN, message));
     };
     let attached = MountGuard {
@@ -88,9 +89,10 @@ pub(super) fn attach(paths: &MountPaths, options: &Options) -> Result<(MountGuar
     Ok((attached, for_session))
 }
 
-/// Waits until no other boxlitefs is about to mount on the same directory: without that, two that see a
-/// free mountpoint both mount, and one hides the other. The turn is over when the file is dropped. Without
-/// a lock (another program has it, or the file system has none) it goes on all the same.
+/// Waits until no other boxlitefs is about to mount on the same directory. Otherwise two processes
+/// that see a free mountpoint both mount, and one hides the other. The turn ends when the file is
+/// dropped. Where the lock is unavailable (another program has it, or the file system has none),
+/// mounting continues without it.
 fn take_turn(mountpoint: &Path) -> Option<File> {
     let directory = File::open(mountpoint).ok()?;
     let deadline = Instant::now() + PATIENCE;
@@ -104,7 +106,7 @@ fn take_turn(mountpoint: &Path) -> Option<File> {
     None
 }
 
-/// By mount(2). It says EPERM to who is not root.
+/// Mounts with mount(2), which says EPERM to other users than root.
 fn mount_directly(paths: &MountPaths, options: &Options, mode: u32) -> io::Result<OwnedFd> {
     let requests = File::options().read(true).write(true).open("/dev/fuse")?;
     let mut data = format!(
@@ -128,7 +130,7 @@ fn mount_directly(paths: &MountPaths, options: &Options, mode: u32) -> io::Resul
 }
 
 fn flags(options: &Options) -> MountFlags {
-    // Whatever is asked for: guests and archives come from anywhere.
+    // Always, whatever the options are: guests and archives come from anywhere.
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
     flags.set(MountFlags::RDONLY, options.read_only);
     flags.set(MountFlags::NOEXEC, options.noexec);

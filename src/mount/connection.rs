@@ -5,10 +5,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// What is in front of the number of the connection, in what the kernel says of an open /dev/fuse.
+/// The prefix of the connection's number in the fdinfo of an open /dev/fuse.
 const CONNECTION: &str = "fuse_connection:";
 
-/// Whether the kernel still has the file system whose requests come from this descriptor of /dev/fuse.
+/// Whether the kernel still has the file system whose requests come from this descriptor of
+/// /dev/fuse.
 pub(super) fn is_connected(requests: &OwnedFd) -> bool {
     let mut request = [PollFd::new(requests, PollFlags::empty())];
     let at_once = Timespec::default();
@@ -18,14 +19,15 @@ pub(super) fn is_connected(requests: &OwnedFd) -> bool {
     }
 }
 
-/// The number of the connection, which is that of its device, where the kernel tells (Linux 6.16).
+/// Returns the number of the connection, which is also the minor number of its device. None before
+/// Linux 6.16, which does not tell.
 pub(super) fn number_of(requests: &OwnedFd) -> Option<u32> {
     let number = requests.as_raw_fd();
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
     numbers(&info).next()
 }
 
-/// The connections that the kernel's text on a descriptor speaks of.
+/// The numbers of connections in the fdinfo of a descriptor.
 pub(super) fn numbers(fdinfo: &str) -> impl Iterator<Item = u32> {
     fdinfo
         .lines()

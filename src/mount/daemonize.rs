@@ -1,7 +1,7 @@
-//! A mount in the background: one process serves, the one that was called waits until it does.
+//! Serves a mount in the background: a child serves, and its parent waits until it does.
 //!
-//! The child says one thing through a pipe: `ok`, or the errno and message of what failed. When
-//! it dies without a word the pipe ends, and the parent says so.
+//! The child reports once through a pipe: `ok`, or the errno and message of its failure. If it dies
+//! without a report, the pipe ends, and the parent says so.
 
 use std::fs::File;
 use std::io::{self, PipeWriter, Read, Write};
@@ -18,27 +18,28 @@ use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use super::{signals, unmount};
 use crate::{Context, Error, Result};
 
-/// What the child says when it serves.
+/// The child's report that it serves.
 const SERVING: &str = "ok";
 
-/// The child's one word to its parent; what is said after it goes nowhere.
+/// The pipe for the child's one report to its parent. Further reports are dropped.
 pub(super) struct ReadyPipe(Mutex<Option<PipeWriter>>);
 
 impl ReadyPipe {
-    /// Leaves the terminal and the working directory of the caller, and tells the parent that
-    /// the mount serves.
+    /// Leaves the terminal and the working directory of the caller, and reports that the mount
+    /// serves.
     pub fn report_ready(&self) {
         if let Err(error) = leave_the_terminal() {
             log::warn!("the process stays at its terminal: {error}");
         }
         if self.say(SERVING).is_err() {
-            // Whoever asked for the mount gave up before it was there: nobody expects it.
+            // The caller ended before the mount was there: no process expects it.
             signals::end_this_process();
         }
     }
 
+    /// Reports that serving failed.
     fn report_failure(&self, error: &Error) {
-        // The parent may be gone; there is nobody else to tell.
+        // If the parent is gone, there is no other process to tell.
         let _ = self.say(&format!("{} {error}", error.errno()));
     }
 
@@ -50,11 +51,11 @@ impl ReadyPipe {
     }
 }
 
-/// Runs `serve` in a process of its own and returns once it said that it serves. To be called
-/// before any thread or database connection exists: neither survives a fork.
+/// Runs `serve` in a child and returns once the child reports that it serves. Call it before any
+/// thread or database connection exists: neither survives a fork.
 ///
 /// # Errors
-/// What `serve` failed with before it served; EIO when it died without a word.
+/// The error of `serve` before it served; EIO when the child died without a report.
 pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&ReadyPipe) -> Result<()>) -> Result<()> {
     let (mut reader, writer) = io::pipe().context(|| "cannot make a pipe")?;
     let child = fork().context(|| "cannot start the process that serves the mount")?;
@@ -66,13 +67,13 @@ pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&ReadyPipe) -> Result<
     let mut word = Vec::new();
     reader
         .read_to_end(&mut word)
-        .context(|| "cannot hear from the process that serves the mount")?;
+        .context(|| "cannot read the report of the process that serves the mount")?;
     let word = String::from_utf8_lossy(&word);
     if word == SERVING {
         return Ok(());
     }
     let status = wait_for(child);
-    // Killed, it may have left a mount that nobody serves.
+    // If it was killed, it may have left a dead mount.
     if let Err(error) = unmount::remove_dead(mountpoint) {
         log::debug!("{error}");
     }
@@ -80,14 +81,14 @@ pub(super) fn start(mountpoint: &Path, serve: impl FnOnce(&ReadyPipe) -> Result<
         Error::new(
             libc::EIO,
             format!(
-                "the process that was to serve {} ended without a word ({status}): try again with --foreground to see why",
+                "the process that should serve {} ended without a report ({status}): try again with --foreground to see why",
                 mountpoint.display()
             ),
         )
     }))
 }
 
-/// The child's life; returns its exit status.
+/// Runs the child; returns its exit status.
 fn run_child(writer: PipeWriter, serve: impl FnOnce(&ReadyPipe) -> Result<()>) -> i32 {
     close_inherited(writer.as_raw_fd());
     // It can't fail in a child that leads no process group.
@@ -102,7 +103,7 @@ fn run_child(writer: PipeWriter, serve: impl FnOnce(&ReadyPipe) -> Result<()>) -
     }
 }
 
-/// What the child's `ERRNO SENTENCE` means; None when it said nothing of the kind.
+/// Parses the child's `ERRNO MESSAGE`; None for anything else.
 fn refusal(word: &str) -> Option<Error> {
     let (errno, message) = word.split_once(' ')?;
     Some(Error::new(errno.parse().ok()?, message))
@@ -128,7 +129,8 @@ fn wait_for(child: Pid) -> ExitStatus {
     }
 }
 
-/// A descriptor the caller had open (a lock, a pipe) must not stay open as long as the mount.
+/// Closes inherited descriptors: one that the caller had open (a lock, a pipe) must not stay open
+/// as long as the mount.
 fn close_inherited(keep: RawFd) {
     const FIRST: u32 = 3;
     let Ok(keep) = u32::try_from(keep) else {
@@ -142,11 +144,12 @@ fn close_inherited(keep: RawFd) {
             continue;
         }
         // SAFETY: nothing in this process owns these descriptors: it has opened only `keep`.
-        // Kernels before 5.9 don't know the call; then they stay open, which does no harm.
+        // Kernels before 5.9 lack the call; then the descriptors stay open, which does no harm.
         unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     }
 }
 
+/// Takes `/` as working directory and /dev/null as standard input, output and error.
 fn leave_the_terminal() -> io::Result<()> {
     std::env::set_current_dir("/")?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
@@ -161,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_told_through_the_pipe_keeps_errno_and_sentence() {
+    fn a_failure_reported_through_the_pipe_keeps_errno_and_message() {
         let error = refusal("16 the home is busy: close it").unwrap();
         assert_eq!(error.errno(), libc::EBUSY);
         assert_eq!(error.message(), "the home is busy: close it");

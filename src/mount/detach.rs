@@ -1,14 +1,14 @@
-//! Taking mounts away, and only those that are meant.
+//! Unmounts exactly the mount that is meant.
 //!
-//! The kernel unmounts by path, and what is on a path may be another mount a moment later: the same
-//! home mounted anew, or a stranger's tmpfs. So a mount is named by its number and its device
-//! ([`MountId`]), its path is looked up in the mount table each time, and it is left alone while
-//! another mount would be hit in its place or taken along.
+//! The kernel unmounts by path, and a moment later another mount may be on that path: the same home
+//! mounted anew, or a stranger's tmpfs. So a mount is identified by its number and its device
+//! ([`MountId`]), and its path is looked up in the mount table each time. It stays while an unmount
+//! would hit another mount in its place, or take another one along.
 //!
-//! Between the look and the call there is no gap where root unmounts what is idle. MNT_EXPIRE only
-//! unmounts what carries a mark, and gives the mark to what does not: so the mount is marked, looked
-//! at, and taken if it still has the mark. A mount that came in between has none. fusermount3 and
-//! the kernel's lazy unmount know no such thing; there the look is right before the call.
+//! When root unmounts an idle mount, there is no gap between check and call. MNT_EXPIRE unmounts
+//! only a mount that carries a mark, and marks any other. So the mount is marked, checked, and
+//! unmounted if it still has the mark. A mount that came in between has no mark. fusermount3 and
+//! the kernel's lazy unmount have no such mark; there the check is right before the call.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -23,10 +23,11 @@ use super::{connection, fusermount};
 use crate::mountinfo::{MountEntry, MountId, MountTable};
 use crate::{Context, Error, Result};
 
-/// How often an idle mount is marked. Each look at a file in it, by anybody, takes the mark off.
+/// How often an idle mount is marked. Each access to a file in it, by any process, removes the
+/// mark.
 const MARKS: u32 = 20;
 
-/// How often a mount is looked for: where others mount and unmount, a reader of the mount table may
+/// How often a mount is looked for: while others mount and unmount, a reader of the mount table may
 /// miss a line.
 const LOOKS: u32 = 5;
 
@@ -36,12 +37,12 @@ pub(super) struct OwnMount {
     id: MountId,
     /// What it is mounted from.
     source: PathBuf,
-    /// Where its requests come from.
+    /// The descriptor of /dev/fuse that its requests come from.
     requests: Arc<OwnedFd>,
 }
 
 impl OwnMount {
-    /// The mount of this entry, whose requests come from this descriptor of /dev/fuse.
+    /// Describes the mount of this entry, whose requests come from this descriptor of /dev/fuse.
     pub fn new(entry: &MountEntry, requests: Arc<OwnedFd>) -> OwnMount {
         OwnMount {
             id: entry.id,
@@ -50,18 +51,18 @@ impl OwnMount {
         }
     }
 
-    /// Which mount it is.
+    /// The identity of the mount.
     pub fn id(&self) -> MountId {
         self.id
     }
 
-    /// Whether the kernel still has the file system, mounted or in use. As long as it has, no other has
-    /// its device number.
+    /// Whether the kernel still has the file system, mounted or in use. Until it drops it, no other
+    /// file system has its device number.
     pub fn is_connected(&self) -> bool {
         connection::is_connected(&self.requests)
     }
 
-    /// Where it is mounted now, also by bind mounts: the last one first.
+    /// Returns the places where it is mounted now, bind mounts included, the last one first.
     fn places(&self) -> Result<Vec<MountEntry>> {
         let table = MountTable::own()?;
         let ours = table.of_device(self.id.device).rev();
@@ -69,18 +70,18 @@ impl OwnMount {
     }
 }
 
-/// What became of the mounts of this process.
+/// The result of unmounting the mounts of this process.
 pub(super) enum Detached {
-    /// There was none: somebody else detached it while it was in use.
+    /// There was none: another process detached it while it was in use.
     NotMounted,
-    /// They are gone; what is open in them is served until it is closed.
+    /// They are gone; files open in them are served until they are closed.
     Done,
-    /// Some are still there.
+    /// Some are still there, for this reason.
     Blocked(Error),
 }
 
-/// Unmounts the mount that this process serves, also where it is in use: the names go at once, files
-/// that are open stay usable until they are closed.
+/// Unmounts the mount that this process serves, even in use: its names disappear at once, open
+/// files stay usable until they are closed.
 pub(super) fn detach_own(own: &OwnMount) -> Detached {
     let mut places = Ok(Vec::new());
     for _ in 0..LOOKS {
@@ -91,7 +92,7 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     let places = match places {
-        // Unmounted by somebody else in this moment.
+        // Another process unmounted it at this moment.
         Ok(_) if !own.is_connected() => return Detached::Done,
         Ok(places) if places.is_empty() => return Detached::NotMounted,
         Ok(places) => places,
@@ -100,11 +101,11 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
     let is_ours = || own.is_connected();
     let remove = |place: &MountEntry| {
         let removed = remove_idle(place.id, is_ours).or_else(|error| match error.errno() {
-            // Another mount in the way keeps a lazy unmount from being right, too: it says so itself.
+            // If another mount is in the way, the lazy unmount refuses as well, and says so.
             libc::EBUSY | libc::EPERM => remove_lazily(place.id, is_ours),
             _ => Err(error),
         });
-        // An unmount goes on to the mounts that were made with this one by propagation.
+        // An unmount also removes the mounts that propagation made with this one.
         removed.or_else(|error| {
             if is_gone(place.id) {
                 Ok(())
@@ -115,18 +116,18 @@ pub(super) fn detach_own(own: &OwnMount) -> Detached {
     };
     let removed: Vec<Result<()>> = places.iter().map(remove).collect();
     match removed.into_iter().find_map(Result::err) {
-        // Unmounted by somebody else meanwhile, it is gone as well.
+        // If another process unmounted it meanwhile, it is gone as well.
         Some(error) if own.is_connected() => Detached::Blocked(error),
         _ => Detached::Done,
     }
 }
 
-/// Removes what is left in the mount table of a mount that this process served, when it does no more.
-/// Returns where that was: None when somebody had unmounted it, as a mount ends normally. A live mount
-/// that has got the same number and device since is left alone.
+/// Removes the dead mount that is left when this process no longer serves it. Returns where that
+/// was; None if it was unmounted before, as a mount normally ends. A live mount that has got the
+/// same number and device since is left alone.
 ///
 /// # Errors
-/// Those of unmounting it: it is left there, dead.
+/// Those of unmounting it: a dead mount is left there.
 pub(super) fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
     let mut found = None;
     for place in own.places()? {
@@ -140,7 +141,8 @@ pub(super) fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
         if is_remains() {
             match remove_lazily(place.id, is_remains) {
                 Ok(()) => found = Some(place.mountpoint.clone()),
-                // Another process unmounts it at this moment, and its place may have another by now.
+                // Another process unmounts it at this moment, and its place may have another mount
+                // by now.
                 Err(error) if error.errno() == libc::EINVAL || is_gone(place.id) => {}
                 Err(error) => return Err(error),
             }
@@ -149,11 +151,11 @@ pub(super) fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
     Ok(found)
 }
 
-/// Whether the file system that is mounted on this path says that no process serves it any more. Waits
-/// for the answer of one that does.
+/// Whether the file system on this path says that no process serves it any more. Waits for the
+/// answer of a process that does.
 ///
 /// # Errors
-/// EACCES when it is another user's, who alone is answered.
+/// EACCES when it is another user's mount, which answers only that user.
 pub(super) fn is_dead(mountpoint: &Path) -> Result<bool> {
     let how = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_FORCE_SYNC;
     match statx(CWD, mountpoint, how, StatxFlags::BASIC_STATS) {
@@ -161,7 +163,7 @@ pub(super) fn is_dead(mountpoint: &Path) -> Result<bool> {
         Err(Errno::ACCESS) => Err(Error::new(
             libc::EACCES,
             format!(
-                "the mount on {} is another user's, who alone can see whether it is served",
+                "the mount on {} belongs to another user, and only that user can see whether it is served",
                 mountpoint.display()
             ),
         )),
@@ -169,11 +171,11 @@ pub(super) fn is_dead(mountpoint: &Path) -> Result<bool> {
     }
 }
 
-/// Unmounts a mount that is not in use, if `is_still_meant` says so in the last moment.
+/// Unmounts a mount that is not in use, if `is_still_meant` agrees at the last moment.
 ///
 /// # Errors
-/// EBUSY when it is in use or another mount is in the way, EPERM when it is another user's, EINVAL when it
-/// is not mounted.
+/// EBUSY when it is in use or another mount is in the way, EPERM when it is another user's, EINVAL
+/// when it is not mounted.
 pub(super) fn remove_idle(id: MountId, is_still_meant: impl Fn() -> bool) -> Result<()> {
     let marked = UnmountFlags::EXPIRE | UnmountFlags::NOFOLLOW;
     for _ in 0..MARKS {
@@ -192,13 +194,16 @@ pub(super) fn remove_idle(id: MountId, is_still_meant: impl Fn() -> bool) -> Res
             result => return result.map_err(Into::into).context(message),
         }
     }
-    Err(Error::busy("the mount is looked at all the time"))
+    Err(Error::busy(
+        "the mount is in use: its files are accessed all the time; try again",
+    ))
 }
 
-/// Likewise, also where it is in use: the names go at once.
+/// Unmounts a mount, even in use, if `is_still_meant` agrees at the last moment. Its names
+/// disappear at once.
 ///
 /// # Errors
-/// As for [`remove_idle`], but a mount that is in use is none.
+/// Those of [`remove_idle`], except that a mount in use is no error.
 pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> Result<()> {
     let path = path_of(id)?;
     let message = || format!("cannot unmount {}", path.display());
@@ -220,7 +225,7 @@ pub(super) fn remove_lazily(id: MountId, is_still_meant: impl Fn() -> bool) -> R
     }
 }
 
-/// Whether a mount is not in the table any more.
+/// Whether a mount is no longer in the table.
 fn is_gone(id: MountId) -> bool {
     MountTable::own().is_ok_and(|table| table.find(id).is_none())
 }
@@ -230,7 +235,7 @@ pub(super) fn is_free(id: MountId) -> bool {
     path_of(id).is_ok()
 }
 
-/// Where a mount is now, if an unmount of that path would hit it and nothing else.
+/// Returns where a mount is now, if an unmount of that path would hit only this mount.
 fn path_of(id: MountId) -> Result<PathBuf> {
     let table = MountTable::own()?;
     let Some(entry) = table.find(id) else {
@@ -253,7 +258,7 @@ fn replaced(path: &Path) -> Error {
     Error::new(libc::EINVAL, message)
 }
 
-/// The number of the mount that a descriptor is in.
+/// Returns the number of the mount that a descriptor is in.
 fn mount_number(descriptor: &impl AsFd) -> Option<u64> {
     let number = descriptor.as_fd().as_raw_fd();
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;

@@ -1,23 +1,23 @@
-//! The mount options, as manuals and messages have them.
+//! The mount options as help, manuals and messages describe them.
 
-/// An option of boxlitefs itself, as manuals and messages have it. (What every mount takes is not here.)
+/// A mount option of boxlitefs itself. (Options that every mount takes are not documented here.)
 #[derive(Clone, Copy, Debug)]
 pub struct DocumentedOption {
-    /// As it is written, such as `cache=SIZE`.
+    /// Its form, such as `cache=SIZE`.
     pub form: &'static str,
-    /// What it does, in a message without a full stop.
+    /// What it does, a sentence without a full stop.
     pub effect: &'static str,
 }
 
-/// The options that are for people to know.
+/// All options of boxlitefs.
 pub const DOCUMENTED_OPTIONS: &[DocumentedOption] = &[
     DocumentedOption {
         form: "ro",
-        effect: "every change says EROFS, and nothing at all is written into the home",
+        effect: "every change fails with EROFS, and nothing at all is written into the home",
     },
     DocumentedOption {
         form: "allow_other",
-        effect: "other users may enter; the modes of the files, which follow those of the home, decide",
+        effect: "other users may enter; the modes of the files, which follow those of the home, decide what they may read",
     },
     DocumentedOption {
         form: "allow_root",
@@ -25,11 +25,11 @@ pub const DOCUMENTED_OPTIONS: &[DocumentedOption] = &[
     },
     DocumentedOption {
         form: "shared",
-        effect: "snapshots, clones, imports and restores are made also while a BoxLite program has the home open, of boxes that do not run",
+        effect: "snapshots, clones, imports and restores of stopped boxes also work while a BoxLite program has the home open",
     },
     DocumentedOption {
         form: "noexec",
-        effect: "programs in guests' files can't be run from there",
+        effect: "programs in guests' files can't be run from the mount",
     },
     DocumentedOption {
         form: "noatime",
@@ -37,26 +37,26 @@ pub const DOCUMENTED_OPTIONS: &[DocumentedOption] = &[
     },
     DocumentedOption {
         form: "compress=LEVEL",
-        effect: "zstd's level for export.boxlite.zst, 1 (fast) to 19 (small); 3 unless said",
+        effect: "zstd's level for export.boxlite.zst, from 1 (fast) to 19 (small); default 3",
     },
     DocumentedOption {
         form: "cache=SIZE",
-        effect: "most disk space in the home for finished export.boxlite.zst, as 512M or 8G; 4G unless said, 0 for none",
+        effect: "largest disk space in the home for finished export.boxlite.zst, such as 512M or 8G; default 4G, 0 for none",
     },
     DocumentedOption {
         form: "compact=SECONDS",
-        effect: "how long nothing has to go on until the mount merges layers that nothing needs by themselves; 30 unless said, or off",
+        effect: "idle seconds before the mount merges redundant layers in the background; default 30, or off",
     },
     DocumentedOption {
         form: "max_import=SIZE",
-        effect: "most disk space that one import may take, as 512M or 8G; no limit unless said",
+        effect: "largest disk space that one import may take, such as 512M or 8G; default no limit",
     },
     DocumentedOption {
         form: "import=untrusted",
-        effect: "archives whose options reach into the host (volumes, ports for everyone, weaker isolation) are refused; import=trusted unless said",
+        effect: "archives whose options reach into the host (volumes, ports for everyone, weaker isolation) are refused; default import=trusted",
     },
     DocumentedOption {
         form: "links=guest",
-        effect: "symbolic links in rootfs say what the guest said, to archive a tree as it is; they may lead to files of the host. links=inside unless said: they lead to the guest's own files",
+        effect: "symbolic links in rootfs have the targets that the guest gave them, to archive a tree as it is; they may lead to files of the host. With the default links=inside they lead to the guest's own files",
     },
 ];

@@ -1,4 +1,4 @@
-//! fusermount3, which mounts and unmounts for those who are not root.
+//! fusermount3, which mounts and unmounts for users other than root.
 
 use std::ffi::OsStr;
 use std::io::{self, IoSliceMut, Read};
@@ -14,12 +14,16 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use super::{MountPaths, Options};
 use crate::{Context, Error, Result};
 
-/// Where fusermount3 is looked for besides PATH, which mount(8) unsets.
+/// Where fusermount3 is looked for in addition to PATH, which mount(8) unsets.
 const USUAL_PLACES: [&str; 3] = ["/usr/bin", "/bin", "/sbin"];
 
-/// Through fusermount3, which sends the descriptor back on the socket that is its standard input.
+/// Mounts. fusermount3 sends the descriptor of /dev/fuse back on the socket that is its standard
+/// input.
+///
+/// # Errors
+/// EPERM and EACCES when the user may not mount there, else what fusermount3 says as an EIO.
 pub(super) fn mount(paths: &MountPaths, options: &Options) -> Result<OwnedFd> {
-    let message = || "cannot run fusermount3, which mounts for those who are not root: install the package fuse3";
+    let message = || "cannot run fusermount3, which mounts for users other than root: install the package fuse3";
     let (ours, its) = UnixStream::pair().context(|| "cannot make a socket")?;
     let mut fusermount = Command::new(program())
         .arg("-o")
@@ -36,7 +40,7 @@ pub(super) fn mount(paths: &MountPaths, options: &Options) -> Result<OwnedFd> {
     let received = receive(&ours);
     let mut said = String::new();
     if let Some(stderr) = &mut fusermount.stderr {
-        // It is told as far as it can be read.
+        // The message has as much of it as can be read.
         let _ = stderr.read_to_string(&mut said);
     }
     fusermount.wait().context(message)?;
@@ -55,8 +59,8 @@ pub(super) fn mount(paths: &MountPaths, options: &Options) -> Result<OwnedFd> {
     })
 }
 
-/// fusermount3 takes the options as one string: commas would end the name of the source, and it undoes
-/// these backslashes.
+/// The options as the one string that fusermount3 takes. A comma would end the name of the source;
+/// fusermount3 removes these backslashes.
 fn mount_options(home: &OsStr, options: &Options) -> String {
     let source = home.to_string_lossy();
     let source = source.replace('\\', "\\\\").replace(',', "\\,");
@@ -76,7 +80,7 @@ fn mount_options(home: &OsStr, options: &Options) -> String {
     text
 }
 
-/// The descriptor that fusermount3 sends.
+/// Receives the descriptor that fusermount3 sends.
 fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -98,17 +102,20 @@ fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
     rights.ok_or_else(|| io::Error::other("fusermount3 ended without a word"))
 }
 
-/// Unmounts what this user mounted; fusermount3 is setuid root and checks that. It may fail on what is gone
-/// by then, which `is_gone` says.
+/// Unmounts what this user mounted; fusermount3 is setuid root and checks that. A failure counts as
+/// success if `is_gone` says that the mount is gone anyway.
+///
+/// # Errors
+/// EBUSY when it is in use, else EPERM, with what fusermount3 says.
 pub(super) fn unmount(path: &Path, lazily: bool, is_gone: impl Fn() -> bool) -> Result<()> {
     let output = Command::new(program())
         .arg(if lazily { "-uz" } else { "-u" })
         .arg("--")
         .arg(path)
-        // What it says decides below.
+        // The errno depends on its message.
         .env("LC_ALL", "C")
         .output()
-        .context(|| "cannot run fusermount3, which unmounts for those who are not root: install the package fuse3")?;
+        .context(|| "cannot run fusermount3, which unmounts for users other than root: install the package fuse3")?;
     if output.status.success() || is_gone() {
         return Ok(());
     }
@@ -124,12 +131,12 @@ pub(super) fn unmount(path: &Path, lazily: bool, is_gone: impl Fn() -> bool) -> 
     ))
 }
 
-/// fusermount3, where it is; its bare name when it is nowhere.
+/// The path of fusermount3, or its bare name when it was not found.
 fn program() -> PathBuf {
     find().unwrap_or_else(|| PathBuf::from("fusermount3"))
 }
 
-/// fusermount3 in PATH or in the usual places.
+/// Finds fusermount3 in PATH or in the usual places.
 pub(super) fn find() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)

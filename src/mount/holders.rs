@@ -1,6 +1,6 @@
-//! What keeps a file system of ours from ending: processes that have something of it open, loop devices, and
-//! mounts of it in other places and other mount namespaces. What another user's processes have can only be
-//! seen by root.
+//! Finds what keeps a file system of ours in use: processes that have files of it open, loop
+//! devices, and mounts of it in other places and other mount namespaces. Only root sees what
+//! processes of other users have.
 
 use std::collections::HashSet;
 use std::fs;
@@ -15,25 +15,25 @@ const NAMED: usize = 3;
 /// A mount of a file system, in some mount namespace.
 #[derive(Clone, Debug)]
 pub(super) struct NamespaceMount {
-    /// Which mount it is.
+    /// The identity of the mount.
     pub id: MountId,
     /// Where it is, as the processes of its namespace see it.
     pub mountpoint: PathBuf,
-    /// A process of another mount namespace that has it; None where it is in this one.
+    /// A process of the other mount namespace that has it; None if it is in this one.
     pub elsewhere: Option<Process>,
     /// The number of its mount namespace.
     namespace: u64,
 }
 
 impl NamespaceMount {
-    /// Whether this is the same mount, seen at another time.
+    /// Whether both are the same mount, seen at different times.
     pub fn is(&self, other: &NamespaceMount) -> bool {
         (self.id, self.namespace) == (other.id, other.namespace)
     }
 }
 
-/// All mounts of a file system of boxlitefs, in this mount namespace and in those of all processes that
-/// can be seen.
+/// Returns all mounts of a file system of boxlitefs, in this mount namespace and in those of all
+/// processes that can be seen.
 pub(super) fn mounts_of(device: Device) -> Vec<NamespaceMount> {
     let mut places = Vec::new();
     let own = Process::this();
@@ -44,7 +44,7 @@ pub(super) fn mounts_of(device: Device) -> Vec<NamespaceMount> {
         let Some(namespace) = namespace.filter(|namespace| seen.insert(*namespace)) else {
             continue;
         };
-        // A process that ended meanwhile, or another user's, says nothing.
+        // A process that ended meanwhile, or another user's, can't be read.
         let Ok(table) = MountTable::of_process(process.pid()) else {
             continue;
         };
@@ -60,8 +60,8 @@ pub(super) fn mounts_of(device: Device) -> Vec<NamespaceMount> {
     places
 }
 
-/// What has something of a file system open, or its working directory there, as a message names it. None
-/// where nothing can be seen.
+/// Names, for a message, what has files of a file system open or its working directory there. None
+/// if nothing can be seen.
 pub(super) fn users_of(device: Device, mountpoint: Option<&Path>) -> Option<String> {
     let own = Process::this();
     let mut names: Vec<String> = Process::all()
@@ -87,7 +87,7 @@ pub(super) fn users_of(device: Device, mountpoint: Option<&Path>) -> Option<Stri
     (!names.is_empty()).then(|| names.join(", ") + more)
 }
 
-/// Loop devices on files of a mount: the kernel has those open, and no process.
+/// Returns loop devices on files of a mount. The kernel has those files open, and no process.
 fn loop_devices_on(mountpoint: &Path) -> Vec<String> {
     let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let is_on_it = |device: &fs::DirEntry| {

@@ -1,5 +1,5 @@
-//! Where log lines go: to standard error in the foreground, to the system's log in the background. What
-//! the mount's own log says is among them.
+//! Sends log lines to standard error in the foreground, to the system's log in the background. The
+//! messages of the mount's own log are among them.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -15,25 +15,25 @@ use env_logger::{Target, WriteStyle};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use parking_lot::Mutex;
 
-/// What is logged unless RUST_LOG says otherwise. fuser calls it an error when somebody was killed while he
-/// waited for a reply.
+/// What is logged unless RUST_LOG says otherwise. fuser reports an error when a process was killed
+/// while it waited for a reply.
 const LOGGED: &str = "info,fuser=warn,fuser::reply=off";
 
-/// Where the system takes log lines: systemd's journal, or a syslog.
+/// The socket of the system's log: systemd's journal, or a syslog.
 const SYSTEM_LOG: &str = "/dev/log";
 
-/// Facility of daemons, syslog(3).
+/// The facility of daemons, syslog(3).
 const DAEMON: u8 = 3 << 3;
 
-/// Lines that may wait for standard error to take them.
+/// How many lines may wait for standard error.
 const WAITING: usize = 1024;
 
-/// How long the last lines may take.
+/// How long writing the last lines may take.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// Has the lines written to standard error, as RUST_LOG says. Nobody waits for that: a terminal that was
-/// stopped, or a pipe that nobody reads, would keep the whole mount waiting. Where that is systemd's
-/// journal, each begins with its priority and has no time, which the journal has.
+/// Logs to standard error, as RUST_LOG says. No thread of the mount waits for the output: a stopped
+/// terminal, or a pipe that nobody reads, would block the whole mount. In systemd's journal each
+/// line begins with its priority and has no time, since the journal adds that.
 pub fn log_to_stderr() {
     let mut builder =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(LOGGED));
@@ -58,34 +58,34 @@ pub fn log_to_stderr() {
     });
     let lines = queue.lines.clone();
     builder.target(Target::Pipe(Box::new(QueueWriter { lines, lost: 0 })));
-    // Whoever asks twice has it.
+    // A second call changes nothing.
     let _ = builder.try_init();
 }
 
-/// What is to be written, in order.
+/// An item of the queue, in order.
 enum Line {
     Text(Vec<u8>),
-    /// Tells that all before it was written.
+    /// Reports that all lines before it were written.
     Told(Sender<()>),
 }
 
 /// Lines on their way to standard error.
 struct LineQueue {
     lines: Sender<Line>,
-    /// Until the thread that writes has begun.
+    /// The other end of the queue, until the thread that writes takes it.
     waiting: Mutex<Option<Receiver<Line>>>,
 }
 
-/// Where the process's lines go, once it has a logger.
+/// The queue of this process, once it has a logger.
 static LINES: OnceLock<LineQueue> = OnceLock::new();
 
-/// Starts the thread that writes what was logged, and will be. Not before signals are blocked, for it
-/// would be a thread that takes them.
+/// Starts the thread that writes log lines, those already queued included. Call it after signals
+/// are blocked: otherwise this thread would receive them.
 pub(super) fn begin_to_write() {
     let Some(waiting) = LINES.get().and_then(|queue| queue.waiting.lock().take()) else {
         return;
     };
-    // Where that can't be, lines are lost.
+    // Without that thread, lines are lost.
     let _ = std::thread::Builder::new()
         .name("log".into())
         .spawn(move || write_lines(&waiting, io::stderr()));
@@ -93,7 +93,7 @@ pub(super) fn begin_to_write() {
 
 fn write_lines(waiting: &Receiver<Line>, mut out: impl Write) {
     for line in waiting {
-        // There is nobody else to tell what failed.
+        // There is no other place to report a failure.
         let _ = match line {
             Line::Text(text) => out.write_all(&text),
             Line::Told(told) => {
@@ -104,7 +104,7 @@ fn write_lines(waiting: &Receiver<Line>, mut out: impl Write) {
     }
 }
 
-/// Waits until the lines so far are written, but not for long.
+/// Waits until the lines so far are written, for [`LAST_LINES`] at most.
 pub(super) fn write_last_lines() {
     begin_to_write();
     if let Some(queue) = LINES.get() {
@@ -119,7 +119,8 @@ pub(super) fn write_last_lines() {
     }
 }
 
-/// Takes lines for the thread that writes them. Those that it can't take are counted and lost.
+/// Queues lines for the thread that writes them. Lines that find the queue full are counted and
+/// lost.
 struct QueueWriter {
     lines: Sender<Line>,
     lost: u64,
@@ -144,12 +145,12 @@ impl Write for QueueWriter {
     }
 }
 
-/// Has the lines sent to the system's log, where there is one.
+/// Logs to the system's log, where there is one.
 pub(super) fn log_to_system() {
     let Ok(socket) = UnixDatagram::unbound() else {
         return;
     };
-    // A full log must not keep a mount waiting.
+    // A full log must not block a mount.
     if socket.connect(SYSTEM_LOG).is_err() || socket.set_nonblocking(true).is_err() {
         return;
     }
@@ -159,8 +160,8 @@ pub(super) fn log_to_system() {
     }
 }
 
-/// Whether standard error is the stream to the journal that systemd made: device and inode are in
-/// JOURNAL_STREAM.
+/// Whether standard error is the stream to the journal that systemd made: JOURNAL_STREAM has its
+/// device and inode.
 fn is_journal() -> bool {
     let told = std::env::var("JOURNAL_STREAM").unwrap_or_default();
     let stderr = std::io::stderr()
@@ -171,7 +172,7 @@ fn is_journal() -> bool {
     meta.is_ok_and(|meta| told == format!("{}:{}", meta.dev(), meta.ino()))
 }
 
-/// The priority of syslog(3).
+/// Returns the priority of syslog(3).
 fn priority(level: Level) -> u8 {
     match level {
         Level::Error => 3,
@@ -181,7 +182,7 @@ fn priority(level: Level) -> u8 {
     }
 }
 
-/// The socket of the system's log.
+/// A logger that sends to the system's log.
 struct SystemLog {
     socket: UnixDatagram,
     pid: u32,
@@ -189,7 +190,7 @@ struct SystemLog {
 
 impl Log for SystemLog {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // As LOGGED has it.
+        // The same filter as LOGGED.
         let target = metadata.target();
         let most = match target {
             _ if target.starts_with("fuser::reply") => return false,
@@ -201,7 +202,7 @@ impl Log for SystemLog {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            // There is nobody else to tell.
+            // There is no other place to report a failure.
             let _ = self.socket.send(line(record, self.pid).as_bytes());
         }
     }
@@ -209,7 +210,7 @@ impl Log for SystemLog {
     fn flush(&self) {}
 }
 
-/// `<30>boxlitefs[123]: message`.
+/// Formats a line, as `<30>boxlitefs[123]: message`.
 fn line(record: &Record<'_>, pid: u32) -> String {
     let mut line = String::new();
     let priority = DAEMON | priority(record.level());

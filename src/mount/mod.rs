@@ -1,7 +1,7 @@
-//! Mounting and unmounting: options, checks that say what to do, daemonizing, signals, readiness.
+//! Mounts and unmounts: options, checks that say what to do, daemonizing, signals, readiness.
 //!
-//! Knows processes and the mount table; nothing of boxes, and nothing of FUSE beyond its device
-//! and its file system type.
+//! This room knows processes and the mount table. It knows nothing of boxes, and of FUSE only its
+//! device and its file system type.
 
 mod allocator;
 mod attach;
@@ -32,34 +32,35 @@ pub use unmount::{Unmounted, remove_dead, unmount};
 use serve::serve;
 use validate::MountPaths;
 
-/// A mount that is asked for.
+/// A request to mount.
 #[derive(Clone, Debug)]
 pub struct Mount {
     /// The BoxLite home; may be relative.
     pub home: PathBuf,
     /// The directory to mount on; may be relative.
     pub mountpoint: PathBuf,
-    /// What `-o` asked for.
+    /// The options of `-o`.
     pub options: Options,
-    /// Serve from this process and return after unmount, instead of returning once it serves.
+    /// Serve from this process and return after the unmount, instead of returning once it serves.
     pub foreground: bool,
 }
 
-/// Mounts a home. In the foreground it returns after unmount (by anyone, or by SIGTERM, SIGINT or
-/// SIGHUP); else it forks a process that serves and returns once that really serves. To be called
-/// before the process has started a thread.
+/// Mounts a home. In the foreground it returns after the unmount (by any process, or by SIGTERM,
+/// SIGINT or SIGHUP). Otherwise it forks a process that serves, and returns once that serves. Call
+/// it before the process has started a thread.
 ///
 /// # Errors
-/// ENOENT or ENOTDIR for a home or mountpoint that is not there; EBUSY when something is mounted
-/// on the mountpoint; EINVAL when one lies inside the other or the home is none; ENODEV without
-/// FUSE; EPERM when the user may not mount so; else what serving failed with.
+/// ENOENT or ENOTDIR for a home or mountpoint that is missing; EBUSY when a FUSE file system is
+/// mounted on the mountpoint; EINVAL when one lies inside the other or the home is not a home;
+/// ENODEV without FUSE; EPERM when the user may not mount with these options; else the error of
+/// serving.
 pub fn run(request: Mount) -> Result<()> {
     let paths = MountPaths::check(&request.home, &request.mountpoint)?;
     validate::check_permission(&request.options)?;
     if !request.options.read_only
         && let Some(why) = paths.unwritable()
     {
-        // What mount(8) does with a write-protected device.
+        // As mount(8) does with a write-protected device.
         eprintln!("boxlitefs: {why}: mounting read-only");
     }
     if request.foreground {
@@ -80,7 +81,7 @@ pub fn run(request: Mount) -> Result<()> {
     })
 }
 
-/// Where boxlitefs is mounted now.
+/// Returns where boxlitefs is mounted now, each place once.
 ///
 /// # Errors
 /// Those of reading the mount table.

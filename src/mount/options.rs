@@ -1,4 +1,4 @@
-//! What `-o` may ask for.
+//! Parses the options of `-o`.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -7,18 +7,18 @@ use super::documented::DOCUMENTED_OPTIONS;
 use crate::tree::{Compacting, Compression, Imports, Links};
 use crate::{Error, Result};
 
-/// Options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
+/// The options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// Refuse every change.
     pub read_only: bool,
-    /// Other users may look too; the permission bits decide.
+    /// Other users may enter; the permission bits decide what they may read.
     pub allow_other: bool,
-    /// root may look too.
+    /// root may enter.
     pub allow_root: bool,
-    /// Some changes are made also while a BoxLite runtime has the home.
+    /// Some changes also work while a BoxLite runtime has the home.
     pub shared: bool,
-    /// Programs in guest views can't be run from there.
+    /// Programs in guests' files can't be run from the mount.
     pub noexec: bool,
     /// Access times are not kept.
     pub noatime: bool,
@@ -32,7 +32,7 @@ pub struct Options {
     pub links: Links,
 }
 
-/// What an option changes.
+/// The effect of an option.
 #[derive(Clone, Copy)]
 enum Effect {
     ReadOnly(bool),
@@ -41,11 +41,11 @@ enum Effect {
     Shared,
     NoExec(bool),
     NoAtime(bool),
-    /// Accepted because mount(8) and fstab pass it; nothing to do here.
+    /// Accepted because mount(8) and fstab pass it; no effect here.
     Nothing,
 }
 
-/// Every option without a value; in the order a refusal lists them.
+/// Every option without a value, in the order in which an error lists them.
 const FLAGS: &[(&str, Effect)] = &[
     ("ro", Effect::ReadOnly(true)),
     ("rw", Effect::ReadOnly(false)),
@@ -84,16 +84,16 @@ const FLAGS: &[(&str, Effect)] = &[
     ("default_permissions", Effect::Nothing),
 ];
 
-/// Options with a value, and the name spaces mount(8) keeps for other programs: told by how they
-/// begin, ignored whatever they say.
+/// Prefixes of options with a value, and of name spaces that mount(8) reserves for other programs.
+/// Such options are ignored.
 const IGNORED_PREFIXES: &[&str] = &["fsname=", "subtype=", "comment=", "user=", "x-", "X-"];
 
 impl Options {
-    /// Takes comma-separated lists, the later option winning. With `sloppy`, what is not known is
+    /// Parses comma-separated lists; a later option wins. With `sloppy`, unknown options are
     /// ignored, as mount(8) asks with `-s`.
     ///
     /// # Errors
-    /// EINVAL for an option that is not known, and for allow_other together with allow_root.
+    /// EINVAL for an unknown option, a wrong value, and for allow_other together with allow_root.
     pub fn parse<S: AsRef<str>>(lists: &[S], sloppy: bool) -> Result<Options> {
         let mut options = Options::default();
         let all = lists.iter().flat_map(|list| list.as_ref().split(','));
@@ -103,20 +103,20 @@ impl Options {
             }
             match effect(option) {
                 Some(effect) => options.apply(effect),
-                None if sloppy => log::info!("the option {option} is not known and ignored"),
+                None if sloppy => log::info!("the unknown option {option} is ignored"),
                 None => return Err(unknown(option)),
             }
         }
         if options.allow_other && options.allow_root {
             return Err(Error::new(
                 libc::EINVAL,
-                "the options allow_other and allow_root exclude each other: allow_other lets root in too",
+                "the options allow_other and allow_root exclude each other: allow_other lets root in, too",
             ));
         }
         Ok(options)
     }
 
-    /// Takes an option with a value of ours; false for any other.
+    /// Sets an option of ours that has a value; returns false for any other.
     fn set(&mut self, option: &str) -> Result<bool> {
         match option.split_once('=') {
             Some(("compress", level)) => {
@@ -164,7 +164,7 @@ impl Options {
         Ok(true)
     }
 
-    /// The options by name, as `.boxlite/status` has them.
+    /// Returns the options by name, as `.boxlite/status` has them.
     pub(super) fn to_json(&self) -> serde_json::Value {
         serde_json::json!({
             "ro": self.read_only,
@@ -185,10 +185,10 @@ impl Options {
         })
     }
 
-    /// What lets others in. Where others do, the kernel has to go by the modes: else they may read all that
-    /// guests have.
+    /// Returns the kernel's options that let other users in. With them the kernel must check modes:
+    /// otherwise other users could read everything that guests have.
     pub(super) fn access_options(&self) -> &'static [&'static str] {
-        // The kernel knows no allow_root: fuser lets in root and the owner alone.
+        // The kernel has no allow_root: fuser lets in only root and the owner.
         if self.allow_other || self.allow_root {
             &["default_permissions", "allow_other"]
         } else {
@@ -209,7 +209,7 @@ impl Options {
     }
 }
 
-/// A time as the option takes it.
+/// A time in seconds, as the option takes it.
 fn seconds(long: Duration) -> serde_json::Value {
     match long.subsec_nanos() {
         0 => long.as_secs().into(),
@@ -217,7 +217,7 @@ fn seconds(long: Duration) -> serde_json::Value {
     }
 }
 
-/// A size as people write it: bytes, or 1024 of the unit before with K, M, G, T.
+/// Parses a size: bytes, or with K, M, G or T, each 1024 of the unit before.
 fn bytes(size: &str) -> Option<u64> {
     let digits = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match size.get(digits.len()..)?.to_ascii_uppercase().as_str() {

@@ -1,4 +1,4 @@
-//! What /proc and pidfds tell of processes. Of another user's, only root learns what they have open.
+//! Reads /proc and pidfds of processes. Only root sees what processes of other users have open.
 
 use std::fmt;
 use std::fs;
@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 use super::connection;
 use crate::mountinfo::Device;
 
-/// How much of a command line a message has, in characters.
+/// How much of a command line a message shows, in characters.
 const COMMAND: usize = 60;
 
 /// A process, by its number.
@@ -27,7 +27,7 @@ impl Process {
         Process(std::process::id())
     }
 
-    /// All processes, the oldest numbers first.
+    /// Returns all processes, the lowest numbers first.
     pub fn all() -> Vec<Process> {
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         let mut pids: Vec<u32> = entries
@@ -37,29 +37,30 @@ impl Process {
         pids.into_iter().map(Process).collect()
     }
 
-    /// Its number.
+    /// Its process number.
     pub fn pid(self) -> u32 {
         self.0
     }
 
-    /// A file of it in /proc.
+    /// The path of one of its files in /proc.
     fn file(self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/{name}", self.0))
     }
 
-    /// Its command line, each word ended by NUL. Empty for a thread of the kernel, or a process that is gone.
+    /// Reads its command line, each word ended by NUL. Empty for a kernel thread, or a process that
+    /// is gone.
     pub fn command_line(self) -> Vec<u8> {
         fs::read(self.file("cmdline")).unwrap_or_default()
     }
 
-    /// The number of its mount namespace.
+    /// Returns the number of its mount namespace. None if that can't be read.
     pub fn mount_namespace(self) -> Option<u64> {
         let namespace = fs::metadata(self.file("ns/mnt")).ok()?;
         Some(namespace.ino())
     }
 
-    /// Whether it has something of a file system open or mapped, runs from it, or has its working directory
-    /// or root there.
+    /// Whether it has a file of a file system open or mapped, runs from it, or has its working
+    /// directory or root there.
     pub fn uses(self, device: Device) -> bool {
         let descriptors = fs::read_dir(self.file("fd"));
         let descriptors = descriptors.into_iter().flatten().flatten();
@@ -71,8 +72,8 @@ impl Process {
             || fs::read(self.file("maps")).is_ok_and(|maps| maps_device(&maps, device))
     }
 
-    /// The FUSE connections that it serves, where the kernel tells. A connection whose mount is gone is
-    /// none: the next mount of anybody may have its number.
+    /// Returns the live FUSE connections that it serves, where the kernel tells. A connection whose
+    /// mount is gone does not count: the next FUSE mount may have its number.
     pub fn fuse_connections(self) -> Vec<u32> {
         let infos = fs::read_dir(self.file("fdinfo"));
         let infos = infos.into_iter().flatten().flatten();
@@ -90,8 +91,8 @@ impl Process {
             .collect()
     }
 
-    /// Whether the kernel has given up the FUSE connection that this is a descriptor of. False where it
-    /// can't be told.
+    /// Whether the kernel has given up the FUSE connection of this descriptor. False where that is
+    /// unknown.
     fn is_disconnected(self, descriptor: i32) -> bool {
         let taken = self.number().map(|pid| {
             let process = pidfd_open(pid, PidfdFlags::empty())?;
@@ -103,7 +104,7 @@ impl Process {
         }
     }
 
-    /// A descriptor that stands for it, whatever becomes of its number. None when it is gone.
+    /// Opens a pidfd of it, which stays valid when its number is reused. None if it is gone.
     pub fn open(self) -> Option<OpenProcess> {
         Some(OpenProcess {
             process: self,
@@ -132,12 +133,12 @@ pub(super) struct OpenProcess {
 }
 
 impl OpenProcess {
-    /// Its number.
+    /// Its process number.
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// Waits for its end.
+    /// Waits for its end; returns whether it has ended.
     pub fn ends_within(&self, limit: Duration) -> bool {
         let mut process = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let limit = Timespec::try_from(limit).ok();
@@ -145,7 +146,8 @@ impl OpenProcess {
     }
 }
 
-/// A command line, whose words end with NUL, for people: a process names itself as it likes.
+/// Shows a command line, whose words end with NUL. A process chooses its own name, so control
+/// characters are replaced.
 fn shown_command(words: &[u8]) -> String {
     let words = String::from_utf8_lossy(words).replace('\0', " ");
     let mut shown: String = words.trim().chars().take(COMMAND).collect();
@@ -158,14 +160,16 @@ fn shown_command(words: &[u8]) -> String {
         .collect()
 }
 
-/// Whether what a link of /proc leads to is on a device. Asks no file system: one may have no answer.
+/// Whether a link of /proc leads to a file on a device. It asks no file system, since one may never
+/// answer.
 fn is_on(link: &Path, device: Device) -> bool {
     let looked = statx(CWD, link, AtFlags::STATX_DONT_SYNC, StatxFlags::empty());
     looked
         .is_ok_and(|file| (file.stx_dev_major, file.stx_dev_minor) == (device.major, device.minor))
 }
 
-/// Whether a file of a device is mapped: `7f00-7f10 r--p 00000000 00:33 2 /mnt/web/disk.img`, in hexadecimal.
+/// Whether a file of a device is mapped: `7f00-7f10 r--p 00000000 00:33 2 /mnt/web/disk.img`, in
+/// hexadecimal.
 fn maps_device(maps: &[u8], device: Device) -> bool {
     let wanted = format!("{:02x}:{:02x}", device.major, device.minor);
     maps.split(|&byte| byte == b'\n')

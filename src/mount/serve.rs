@@ -1,4 +1,4 @@
-//! Serving a home, from opening it to the end of the mount.
+//! Serves a home, from opening it to the end of the mount.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,14 +11,18 @@ use crate::fuse::{self, Access};
 use crate::tree::{self, MountFacts, Tree};
 use crate::{Error, Result};
 
-/// Opens the home and serves it until it is unmounted; calls `announce` once it serves.
+/// Opens the home and serves it until it is unmounted. Calls `announce` once it serves.
+///
+/// # Errors
+/// Those of opening the home, of mounting and of serving. ECONNABORTED when the connection was
+/// aborted; the mount is removed then.
 pub(super) fn serve(
     paths: &MountPaths,
     options: &Options,
     announce: impl FnOnce(&Arc<Tree>) + Send,
 ) -> Result<()> {
     allocator::bound();
-    // First of all: the signals must be blocked before anything starts a thread.
+    // First of all, since the signals must be blocked before anything starts a thread.
     let phase = signals::watch()?;
     logging::begin_to_write();
     let tree = Arc::new(Tree::open(
@@ -56,7 +60,8 @@ pub(super) fn serve(
             announce(&tree);
         }
     };
-    // A session that failed answers nobody, so nobody is to come: the mount goes before the last work.
+    // A session that failed answers no requests, so no process must enter any more: the mount is
+    // removed before the last work is waited for.
     let failed = || remove_remains(&own).map(|_| ());
     let result = fuse::serve(tree, requests, access, ready, failed);
     let remains = remove_remains(&own);
@@ -73,20 +78,20 @@ pub(super) fn serve(
     }
 }
 
-/// Takes away what is left of the mount when it is not served any more.
+/// Removes the mount if it is still there when it is no longer served.
 fn remove_remains(own: &OwnMount) -> Result<Option<PathBuf>> {
     detach::remove_remains(own).map_err(|error| {
-        let message = format!("a mount that nobody serves is left: {}", error.message());
+        let message = format!("a dead mount is left: {}", error.message());
         Error::new(error.errno(), message)
     })
 }
 
-/// Kibibytes the kernel reads ahead in this mount: enough that a copy is read, hashed and written at the
-/// same time, each by another core.
+/// Kibibytes that the kernel reads ahead in this mount: enough for a copy to be read, hashed and
+/// written at the same time, each by another core.
 const READ_AHEAD_KIB: &str = "2048";
 
-/// Has the kernel read further ahead than its 128 KiB, beyond which FUSE itself can't ask it to. Only
-/// root may; for others a copy takes somewhat longer.
+/// Lets the kernel read further ahead than its 128 KiB, which FUSE itself can't raise. Only root
+/// may do so; for other users a copy takes somewhat longer.
 fn read_further_ahead(own: &OwnMount) {
     if !validate::is_root() {
         return;
@@ -97,8 +102,7 @@ fn read_further_ahead(own: &OwnMount) {
     }
 }
 
-/// Says what to do when mount(2) itself is not permitted. Through fusermount3 there is no errno,
-/// only what it printed.
+/// Adds what to do when mount(2) is not permitted. fusermount3 gives no errno, only its message.
 fn explain(error: Error) -> Error {
     let text = error.to_string();
     if error.errno() != libc::EPERM && !text.contains("Operation not permitted") {

@@ -1,4 +1,4 @@
-//! SIGTERM, SIGINT and SIGHUP unmount; the serving process then ends by itself, cleanly.
+//! Unmounts on SIGTERM, SIGINT and SIGHUP. The serving process then ends by itself, cleanly.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -13,17 +13,17 @@ use super::detach::{self, Detached, OwnMount};
 use super::{holders, systemd};
 use crate::{Context, Result};
 
-/// How often a mount that another one keeps from being unmounted is tried again.
+/// How long to wait before another try to unmount, while another mount is in the way.
 const AGAIN: Duration = Duration::from_millis(250);
 
-/// How far a mount has come; what a signal has to do depends on it.
+/// How far a mount has come. The effect of a signal depends on it.
 #[derive(Clone)]
 pub(super) enum Phase {
-    /// The home is being opened: nothing is mounted, the process may just end.
+    /// The home is being opened. Nothing is mounted, so the process can simply end.
     Opening,
-    /// The mount appears any moment.
+    /// The mount may appear at any moment.
     Mounting,
-    /// The mount is there, unless somebody unmounted it.
+    /// The mount is there, unless another process unmounted it.
     Serving(OwnMount),
 }
 
@@ -36,15 +36,15 @@ impl SharedPhase {
         SharedPhase(Arc::new((Mutex::new(Phase::Opening), Condvar::new())))
     }
 
-    /// Notes that the mount has come so far.
+    /// Enters a phase.
     pub fn enter(&self, phase: Phase) {
         let (current, changed) = &*self.0;
         *current.lock() = phase;
         changed.notify_all();
     }
 
-    /// The mount, waited for while it appears; None while the home is being opened. Where mounting fails,
-    /// the process ends and nobody waits.
+    /// Returns the mount, and waits while it appears. None while the home is being opened. If
+    /// mounting fails, the process ends, and the wait with it.
     fn mount(&self) -> Option<OwnMount> {
         let (current, changed) = &*self.0;
         let mut phase = current.lock();
@@ -58,8 +58,8 @@ impl SharedPhase {
     }
 }
 
-/// Blocks the signals in this and every later thread, and starts the thread that waits for them.
-/// A signal that was ignored when the process started (nohup) stays ignored.
+/// Blocks the signals in this and every later thread, and starts the thread that waits for them. A
+/// signal that was ignored when the process started (nohup) stays ignored.
 ///
 /// # Errors
 /// When the thread can't be started.
@@ -75,15 +75,15 @@ pub(super) fn watch() -> Result<SharedPhase> {
     Ok(phase)
 }
 
-/// Asks this process to end as a SIGTERM from outside would.
+/// Makes this process end as a SIGTERM from outside would.
 pub(super) fn end_this_process() {
-    // A thread of this very process waits for it.
+    // A thread of this process waits for the signal.
     if let Err(error) = kill_process(getpid(), Signal::TERM) {
         log::error!("cannot end this process: {error}");
     }
 }
 
-/// The first signal unmounts; a second one, when that did not end the process, ends it at once.
+/// Unmounts at the first signal. If that does not end the process, a second signal ends it at once.
 fn obey(signals: &libc::sigset_t, phase: &SharedPhase) {
     let signal = wait(signals);
     let Some(own) = phase.mount() else {
@@ -98,22 +98,24 @@ fn obey(signals: &libc::sigset_t, phase: &SharedPhase) {
         && let Some(users) = holders::users_of(own.id().device, None)
     {
         log::info!(
-            "what is open is served until it is closed, by {users}; another signal ends that"
+            "open files are served until they are closed; in use by {users}; another signal ends the process at once"
         );
     }
     exit(wait(signals));
 }
 
-/// Unmounts what this process serves, as soon as no other mount is in the way.
+/// Unmounts the mount of this process as soon as no other mount is in the way.
 fn unmount(signals: &libc::sigset_t, signal: libc::c_int, own: &OwnMount) {
     let mut is_told = false;
     loop {
         match detach::detach_own(own) {
             Detached::Done => return,
-            // Somebody detached the mount while files were open in it: no name leads here any more.
+            // The mount was detached while files were open in it: no name leads here any more.
             Detached::NotMounted => exit(signal),
             Detached::Blocked(error) if !is_told => {
-                log::error!("{error}; it is served until then, and another signal ends it at once");
+                log::error!(
+                    "{error}; the mount is served until then, and another signal ends the process at once"
+                );
                 is_told = true;
             }
             Detached::Blocked(_) => {}
@@ -124,15 +126,16 @@ fn unmount(signals: &libc::sigset_t, signal: libc::c_int, own: &OwnMount) {
     }
 }
 
+/// Ends the process at once.
 fn exit(signal: libc::c_int) -> ! {
-    // Shells report an end by a signal so.
+    // As shells report an end by a signal.
     const ENDED_BY_SIGNAL: libc::c_int = 128;
-    // SAFETY: ends the process without running destructors of threads that are at work; what a
-    // change leaves then is what a crash leaves, and that is recovered from.
+    // SAFETY: it ends the process without running destructors of working threads. A change under
+    // way then leaves what a crash leaves, which recovery handles.
     unsafe { libc::_exit(ENDED_BY_SIGNAL.saturating_add(signal)) }
 }
 
-/// Blocks those of the signals that are not ignored; returns them as a set.
+/// Blocks the signals that are not ignored; returns those as a set.
 fn block(signals: &[libc::c_int]) -> io::Result<libc::sigset_t> {
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigemptyset initialises the set; the other calls work on it and on numbers of
@@ -152,29 +155,31 @@ fn block(signals: &[libc::c_int]) -> io::Result<libc::sigset_t> {
     }
 }
 
+/// Whether this process ignores a signal.
 fn is_ignored(signal: libc::c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: asks for the action only; it is initialised when the call succeeds.
+    // SAFETY: it only reads the action, which is initialised when the call succeeds.
     unsafe {
         libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
             && action.assume_init().sa_sigaction == libc::SIG_IGN
     }
 }
 
+/// Waits for one of the signals.
 fn wait(signals: &libc::sigset_t) -> libc::c_int {
     let mut signal = 0;
-    // SAFETY: both point to what is ours; an interrupted wait is begun again.
+    // SAFETY: both pointers are to our own data; an interrupted wait is repeated.
     while unsafe { libc::sigwait(signals, &mut signal) } != 0 {}
     signal
 }
 
-/// A signal that comes within the time.
+/// Waits for a signal; None if none comes within the time.
 fn wait_for(signals: &libc::sigset_t, limit: Duration) -> Option<libc::c_int> {
     let limit = libc::timespec {
         tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_nsec: limit.subsec_nanos().into(),
     };
-    // SAFETY: both point to what is ours; nothing is asked of what came with the signal.
+    // SAFETY: both pointers are to our own data; the details of the signal are not requested.
     let signal = unsafe { libc::sigtimedwait(signals, std::ptr::null_mut(), &limit) };
     (signal > 0).then_some(signal)
 }

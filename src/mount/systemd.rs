@@ -1,5 +1,5 @@
-//! A mount as a service of systemd: it tells when it serves, that it is alive, and that it ends. Where
-//! there is no systemd, nothing happens.
+//! Tells systemd when a mount serves, that it is alive, and that it ends. Without systemd, nothing
+//! happens.
 
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -9,8 +9,8 @@ use sd_notify::NotifyState;
 use super::MountPaths;
 use crate::tree::Tree;
 
-/// The mount serves. Where a watchdog is set, it is told from now on, twice in its time, that the mount
-/// answers.
+/// Tells systemd that the mount serves. If a watchdog is set, tells it from now on that the mount
+/// answers, twice in its period.
 pub(super) fn serving(tree: &Arc<Tree>, paths: &MountPaths) {
     let home = paths.home.display();
     let status = format!("{home} is mounted on {}", paths.mountpoint.display());
@@ -32,28 +32,28 @@ pub(super) fn serving(tree: &Arc<Tree>, paths: &MountPaths) {
     }
 }
 
-/// Whether the tree is there, and answers: it does not return while something holds the tree's locks, which
-/// is what a watchdog is for.
+/// Whether the tree exists and answers. It does not return while something holds the tree's locks,
+/// which is what a watchdog is for.
 ///
-/// It asks the tree and not the mount, since a thread that waits for its own mount keeps /dev/fuse open,
+/// It asks the tree and not the mount: a thread that waits for its own mount keeps /dev/fuse open,
 /// and the process could not be killed.
 fn is_alive(tree: &Weak<Tree>) -> bool {
     let Some(tree) = tree.upgrade() else {
         return false;
     };
     if let Err(error) = tree.look_at_root() {
-        log::debug!("the home can't be read just now: {error}");
+        log::debug!("the home can't be read at the moment: {error}");
     }
     true
 }
 
-/// The mount ends on a signal.
+/// Tells systemd that the mount ends on a signal.
 pub(super) fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
 fn tell(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        log::debug!("systemd could not be told: {error}");
+        log::debug!("cannot notify systemd: {error}");
     }
 }

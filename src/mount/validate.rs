@@ -1,4 +1,4 @@
-//! What must be true before a mount is tried, each failure a message that says what to do.
+//! Checks what must be true before a mount is tried. Each error message says what to do.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -18,7 +18,7 @@ pub(super) struct MountPaths {
 }
 
 impl MountPaths {
-    /// Resolves both, as long as the working directory is the caller's.
+    /// Resolves and checks both. Call it while the working directory is still the caller's.
     ///
     /// # Errors
     /// ENOENT, ENOTDIR, EBUSY, EINVAL or ENOTCONN; see [`super::run`].
@@ -31,13 +31,13 @@ impl MountPaths {
 }
 
 impl MountPaths {
-    /// Why the home can't be written; None if it can be, or is none.
+    /// Returns why the home can't be written. None if it can be, or if it is not a home.
     pub fn unwritable(&self) -> Option<Error> {
         Home::open(&self.home).ok()?.unwritable()
     }
 }
 
-/// The canonical path of a home; whether it really is one is for the tree to say.
+/// Returns the canonical path of a home. Whether it really is one is checked when it is opened.
 fn check_home(home: &Path) -> Result<PathBuf> {
     let shown = home.display();
     let canonical = home.canonicalize().map_err(|error| match error.kind() {
@@ -59,7 +59,7 @@ fn check_home(home: &Path) -> Result<PathBuf> {
     Ok(canonical)
 }
 
-/// The canonical path of a directory that can be mounted on.
+/// Returns the canonical path of a directory that can be mounted on.
 fn check_mountpoint(mountpoint: &Path) -> Result<PathBuf> {
     let shown = mountpoint.display();
     let missing = || {
@@ -99,7 +99,7 @@ fn check_mountpoint(mountpoint: &Path) -> Result<PathBuf> {
     }
 }
 
-/// No FUSE file system may be on the mountpoint: a second one would only hide the first.
+/// Checks that no FUSE file system is on the mountpoint: a second one would only hide the first.
 ///
 /// # Errors
 /// EBUSY when there is one.
@@ -118,8 +118,8 @@ pub(super) fn check_uncovered(mountpoint: &Path) -> Result<()> {
     Err(Error::busy(message))
 }
 
-/// Neither may lie inside the other: the mount would hide the home it needs, or BoxLite would
-/// find the mount among its files.
+/// Checks that neither lies inside the other: the mount would hide the home it needs, or BoxLite
+/// would find the mount among its files.
 fn check_apart(home: &Path, mountpoint: &Path) -> Result<()> {
     let message = if mountpoint.starts_with(home) {
         format!(
@@ -144,7 +144,7 @@ pub(super) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Checks that FUSE is there and this user may mount with these options.
+/// Checks that FUSE is available and that this user may mount with these options.
 ///
 /// # Errors
 /// ENODEV without FUSE, EPERM or EACCES when the user may not, ENOENT without fusermount3.
@@ -156,7 +156,7 @@ pub(super) fn check_permission(options: &Options) -> Result<()> {
     if fusermount::find().is_none() {
         return Err(Error::new(
             libc::ENOENT,
-            "mounting without being root needs fusermount3: install the package fuse3",
+            "mounting as another user than root needs fusermount3: install the package fuse3",
         ));
     }
     let asked = match (options.allow_other, options.allow_root) {
@@ -169,12 +169,13 @@ pub(super) fn check_permission(options: &Options) -> Result<()> {
         _ => Err(Error::new(
             libc::EPERM,
             format!(
-                "the option {asked} is for root alone here: have the line user_allow_other put into /etc/fuse.conf, or mount without it"
+                "only root may use the option {asked} here: add the line user_allow_other to /etc/fuse.conf, or mount without the option"
             ),
         )),
     }
 }
 
+/// Checks that this user can open /dev/fuse.
 fn check_device() -> Result<()> {
     let opened = File::options().read(true).write(true).open("/dev/fuse");
     let Err(error) = opened else { return Ok(()) };
@@ -191,7 +192,8 @@ fn check_device() -> Result<()> {
     })
 }
 
-/// fuse.conf(5): the option stands alone on a line; `#` begins a comment.
+/// Whether the text of fuse.conf(5) has user_allow_other: alone on a line, where `#` begins a
+/// comment.
 fn allows_other(conf: &str) -> bool {
     conf.lines()
         .filter_map(|line| line.split('#').next())

@@ -667,11 +667,11 @@ pub fn unmount(mountpoint: &Path) {
     }
 }
 
-/// The process (in /proc) that `boxlitefs unmount` says goes on serving another namespace.
+/// The process (in /proc) that `boxlitefs unmount` says still serves another namespace.
 fn still_serving(done: &Output) -> Option<PathBuf> {
     let said = String::from_utf8_lossy(&done.stderr);
     let (_, process) = said.split_once("boxlitefs (pid ")?;
-    let (process, _) = process.split_once(") goes on serving it")?;
+    let (process, _) = process.split_once(") still serves it")?;
     (done.status.code() == Some(3)).then(|| Path::new("/proc").join(process))
 }
 

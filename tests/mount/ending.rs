@@ -399,7 +399,7 @@ fn a_mount_in_the_background_that_is_killed_before_it_serves_leaves_no_dead_moun
     // At the first request that it reads: the mount is there, and it has not said that it serves.
     place.run(
         r#"
-        fails 1 'ended without a word' strace -f -o /dev/null -P /dev/fuse -e trace=read \
+        fails 1 'ended without a report' strace -f -o /dev/null -P /dev/fuse -e trace=read \
             -e inject=read:signal=SIGKILL $B mount "$H" "$M"
         is "$(on "$M")" ''
         $B mount "$H" "$M"
@@ -488,7 +488,7 @@ fn an_unmount_says_which_process_has_the_mount_in_another_namespace() {
         unshare --mount sleep 1000 &
         HOLDER=$!
         is_sleep $HOLDER
-        fails 3 "unmounted here, but boxlitefs (pid $SERVER) goes on serving it: pid $HOLDER (sleep 1000) has it on $M" \
+        fails 3 "unmounted here, but boxlitefs (pid $SERVER) still serves it: pid $HOLDER (sleep 1000) has it on $M" \
             $B unmount "$M"
         is "$(on "$M")" ''
         lives $SERVER
@@ -507,7 +507,7 @@ fn an_unmount_says_where_else_it_is_mounted() {
         $B mount "$H" "$M"
         SERVER=$(server "$M")
         mount --bind "$M" "$P/bound"
-        fails 3 "boxlitefs (pid $SERVER) goes on serving it: it is also mounted on $P/bound" $B unmount "$M"
+        fails 3 "boxlitefs (pid $SERVER) still serves it: it is also mounted on $P/bound" $B unmount "$M"
         is "$(on "$M")" ''
         serves "$P/bound"
         $B unmount "$P/bound"
@@ -520,7 +520,7 @@ fn an_unmount_says_where_else_it_is_mounted() {
         HOLDER=$!
         is_sleep $HOLDER
         umount -l "$P/bound"
-        fails 3 "still open of it, by pid $HOLDER (sleep 1000)" $B unmount "$M"
+        fails 3 "open files, which are in use by pid $HOLDER (sleep 1000)" $B unmount "$M"
         kill $HOLDER
         gone $SERVER"#,
     );
@@ -553,7 +553,7 @@ fn an_unmount_by_another_name_says_which_mount_is_meant() {
     place.run(
         r#"
         $B mount "$H" "$M"
-        fails 1 "is in the mount on $M, and not a mount itself: unmount it with .boxlitefs unmount $M" $B unmount "$M/web"
+        fails 1 "is inside the mount on $M, and not a mount itself: unmount that with .boxlitefs unmount $M" $B unmount "$M/web"
         fails 1 "is a BoxLite home; it is mounted on $M: unmount it with .boxlitefs unmount $M" $B unmount "$H"
         fails 1 'is a mount of tmpfs, not of boxlitefs' $B unmount "$P/dev"
         fails 1 'nothing is mounted on' $B unmount "$P"

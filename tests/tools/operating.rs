@@ -427,7 +427,7 @@ fn a_live_view_tells_of_what_begins_and_ends_with_the_mount() {
     drop(export);
     mount.unmount();
     assert!(watch.wait().unwrap().success());
-    assert!(seen("not mounted any more"));
+    assert!(seen("no longer mounted"));
 }
 
 // ---- a service ----------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-//! Writes manual pages and completions, made of what clap knows of the command lines, as they are installed
-//! below `share`, into the directory that is its argument.
+//! Writes manual pages and completions, made from the definitions of both command lines. The
+//! argument is the directory that is installed as `share`.
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +14,7 @@ use clap::{Arg, Command, CommandFactory};
 use clap_complete::Shell;
 use roff::{Inline, Roff, bold, italic, roman};
 
-/// Where each completion is looked for, below `share`.
+/// Where shells look for each completion, below `share`.
 const COMPLETIONS: [(Shell, &str); 3] = [
     (Shell::Bash, "bash-completion/completions/boxlitefs"),
     (Shell::Zsh, "zsh/site-functions/_boxlitefs"),
@@ -23,65 +23,65 @@ const COMPLETIONS: [(Shell, &str); 3] = [
 
 const DESCRIPTION: [&str; 3] = [
     "boxlitefs shows a BoxLite home, the directory where BoxLite keeps its boxes, as a directory of files. \
-     What is done to a box is then an ordinary file operation: mkdir in its directory snapshots takes a \
-     snapshot, cp of its file export.boxlite is a backup, cp -r of its directory a clone, rm -r of it its end.",
+     Ordinary file operations then work on boxes: mkdir in the directory snapshots of a box takes a \
+     snapshot, cp of its file export.boxlite makes a backup, cp -r of its directory a clone, rm -r deletes it.",
     "The mount has a directory for each box, in it box.json, export.boxlite, export.boxlite.zst, disk.img, \
-     rootfs (the guest's files) and snapshots. The directory .boxlite is not listed but is there: \
-     .boxlite/log says what was done and what failed, .boxlite/status what is going on.",
+     rootfs (the guest's files) and snapshots. The directory .boxlite is hidden: \
+     .boxlite/log says what was done and what failed, .boxlite/status what the mount is doing.",
     "BoxLite itself may use the same home at the same time. While one of its programs has the home open, \
-     changes in the mount say EBUSY; reading goes on.",
+     changes in the mount fail with EBUSY; reading works.",
 ];
 
 const FILES: [(&str, &str); 5] = [
     (
         "~/.boxlite",
-        "the home, unless it is named or BOXLITE_HOME is set",
+        "the default home, unless another is named or BOXLITE_HOME is set",
     ),
     (
         "HOME/.boxlitefs",
-        "the log, and what is being prepared; may be deleted while nothing is mounted",
+        "the log, and work in progress; may be deleted while nothing is mounted",
     ),
     (
         "HOME/db/boxlitefs.db",
-        "sizes and checksums worked out before; may be deleted at any time",
+        "a cache of sizes and checksums; may be deleted at any time",
     ),
     (
         "MOUNTPOINT/.boxlite/log",
         "what was done and what failed, a message each",
     ),
-    ("MOUNTPOINT/.boxlite/status", "what is going on, as JSON"),
+    (
+        "MOUNTPOINT/.boxlite/status",
+        "what the mount is doing, as JSON",
+    ),
 ];
 
 const ENVIRONMENT: [(&str, &str); 3] = [
-    ("BOXLITE_HOME", "the home, where none is named"),
+    ("BOXLITE_HOME", "the home, if none is named"),
     (
         "RUST_LOG",
         "how much is logged in the foreground: error, warn, info or debug",
     ),
     (
         "NOTIFY_SOCKET, WATCHDOG_USEC, JOURNAL_STREAM",
-        "set by systemd, which is told in the foreground when the mount serves and that it is alive",
+        "set by systemd; in the foreground, boxlitefs tells it when the mount serves and that it is alive",
     ),
 ];
 
 const EXIT_STATUS: [(&str, &str); 4] = [
     ("0", "done; check: nothing was found"),
     ("1", "failed; check: something was found"),
-    (
-        "2",
-        "the command line is wrong; check: it could not be made",
-    ),
+    ("2", "the command line is wrong; check: the check failed"),
     (
         "3",
-        "unmount: unmounted here, but still served, by what the message says",
+        "unmount: unmounted here, but still served, for the reason in the message",
     ),
 ];
 
 const STATUS_OF_MOUNT: [(&str, &str); 4] = [
     ("0", "mounted, or remounted"),
     ("1", "the command line or an option is wrong"),
-    ("2", "boxlitefs is not there or can't be run"),
-    ("32", "the mount failed; boxlitefs has said why"),
+    ("2", "boxlitefs is missing or can't be run"),
+    ("32", "the mount failed; boxlitefs has printed why"),
 ];
 
 fn main() -> ExitCode {
@@ -96,7 +96,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Writes all of them to where they are looked for below `share`.
+/// Writes all pages and completions to their places below `share`.
 ///
 /// # Errors
 /// Those of writing files.
@@ -128,7 +128,7 @@ fn put(share: &Path, place: &str, bytes: &[u8]) -> Result<()> {
     fs::write(&path, bytes).context(message)
 }
 
-/// The command line as people are to see it: without what is hidden.
+/// The command line without its hidden parts.
 fn visible() -> Command {
     let all = CommandLine::command();
     let shown: Vec<Command> = all
@@ -209,7 +209,7 @@ fn head(command: &Command, section: &str) -> Roff {
     let mut page = Roff::new();
     let name = command.get_name();
     let version = format!("boxlitefs {}", env!("CARGO_PKG_VERSION"));
-    // The date is the version's; none is made up.
+    // Without a date: the version says enough.
     page.control(
         "TH",
         [
@@ -227,7 +227,7 @@ fn head(command: &Command, section: &str) -> Roff {
     page
 }
 
-/// The usage, the program's name in bold.
+/// The usage, with the program's name in bold.
 fn usage(command: &Command) -> Vec<Inline> {
     let usage = command.clone().render_usage().to_string();
     let usage = usage.trim_start_matches("Usage:").trim().to_owned();
@@ -293,7 +293,7 @@ fn mount_options(page: &mut Roff) {
     }
     page.control("PP", []);
     page.text([roman(
-        "nosuid and nodev are always on. What every mount takes (defaults, nofail, noauto, user, _netdev, x-systemd options and so on) is accepted.",
+        "nosuid and nodev are always on. Options of every mount (defaults, nofail, noauto, user, _netdev, x-systemd options and so on) are accepted.",
     )]);
 }
 
@@ -306,7 +306,7 @@ fn list<const N: usize>(page: &mut Roff, title: &str, items: [(&str, &str); N]) 
     }
 }
 
-/// The examples of a command, in lines as they are; `heading` begins them.
+/// Adds the examples of a command, line by line; `heading` begins them.
 fn examples(page: &mut Roff, command: &Command, heading: &str) {
     let Some(text) = command.get_after_help().map(ToString::to_string) else {
         return;

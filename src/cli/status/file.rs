@@ -1,4 +1,4 @@
-//! Reading `.boxlite/status` of a mount.
+//! Reads `.boxlite/status` of a mount.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -11,9 +11,13 @@ use serde_json::Value;
 
 use crate::{Context, Error, Result};
 
-/// How long each of several mounts may take to answer.
+/// How long to wait for the answer of each of several mounts.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// Reads the status as text. Waits as long as the mount takes to answer.
+///
+/// # Errors
+/// EINVAL when nothing is mounted there, EACCES when it is another user's mount.
 pub(super) fn read_text(place: &Path) -> Result<String> {
     let shown = place.display();
     fs::read_to_string(place.join(".boxlite/status")).map_err(|error| match error.kind() {
@@ -24,15 +28,18 @@ pub(super) fn read_text(place: &Path) -> Result<String> {
             ),
         ),
         ErrorKind::PermissionDenied => Error::io(
-            format!("the mount on {shown} is another user's, who alone may look into it"),
+            format!("the mount on {shown} belongs to another user, and only that user may read it"),
             error,
         ),
         _ => Error::io(format!("the mount on {shown} does not answer"), error),
     })
 }
 
-/// The same, from a process of its own that is left behind when no answer comes: whoever waits for a mount
-/// whose process is stopped can't be ended, nor can its process.
+/// Reads the status in a process of its own, which is left behind if no answer comes: a thread that
+/// waits for a mount whose process is stopped can't be ended, nor can its process.
+///
+/// # Errors
+/// ETIMEDOUT when no answer comes, else EIO with the message of that process.
 pub(super) fn ask(place: &Path) -> Result<String> {
     let shown = place.display();
     let message = || format!("cannot ask the mount on {shown}");
@@ -65,13 +72,21 @@ pub(super) fn ask(place: &Path) -> Result<String> {
     }
 }
 
+/// Reads the status.
+///
+/// # Errors
+/// Those of [`read_text`] and [`parse`].
 pub(super) fn read(place: &Path) -> Result<Value> {
     parse(place, &read_text(place)?)
 }
 
+/// Parses a status.
+///
+/// # Errors
+/// EIO when it is not JSON.
 pub(super) fn parse(place: &Path, text: &str) -> Result<Value> {
     serde_json::from_str(text).map_err(|error| {
         let shown = place.display();
-        Error::damaged(format!("the status of {shown} is no JSON: {error}"))
+        Error::damaged(format!("the status of {shown} is not JSON: {error}"))
     })
 }

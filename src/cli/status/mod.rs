@@ -1,4 +1,4 @@
-//! `boxlitefs status`: what `.boxlite/status` says, for people.
+//! `boxlitefs status`: shows `.boxlite/status` of mounts to people.
 
 mod file;
 mod text;
@@ -12,10 +12,11 @@ use crate::mount;
 use crate::{Error, Result};
 use watch::watch;
 
-/// Prints it.
+/// Prints the status of one mount, or of all.
 ///
 /// # Errors
-/// EINVAL when nothing is mounted there, EIO when what is there does not answer as boxlitefs does.
+/// EINVAL when nothing is mounted there, ENOENT when nothing is mounted anywhere, EIO when a mount
+/// does not answer as boxlitefs does.
 pub(super) fn run(arguments: &StatusArguments) -> Result<()> {
     if let Some(place) = &arguments.mountpoint {
         return if arguments.watch {
@@ -27,7 +28,8 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<()> {
     let places = mount::mountpoints()?;
     match &*places {
         [] => {
-            let message = "boxlitefs is mounted nowhere: `boxlitefs mount DIRECTORY` mounts it";
+            let message =
+                "boxlitefs is not mounted anywhere: `boxlitefs mount DIRECTORY` mounts it";
             Err(Error::new(libc::ENOENT, message))
         }
         [place] if arguments.watch => watch(place),
@@ -36,7 +38,8 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<()> {
             "there are several mounts: name the one to watch",
         )),
         _ => {
-            // Some may be other users', stopped, or gone meanwhile; only if all are, that is the answer.
+            // Some may be other users', stopped, or gone meanwhile. That is an error only if all
+            // are.
             let show = |place| print(&shown(place, file::ask(place)?, arguments.json)?);
             let (shown, failed): (Vec<_>, Vec<_>) = places
                 .iter()
@@ -52,7 +55,7 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<()> {
     }
 }
 
-/// A status as it is printed: as it is in the file, or for people.
+/// Returns a status as it is printed: as it is in the file, or for people.
 fn shown(place: &Path, status: String, as_json: bool) -> Result<String> {
     if as_json {
         return Ok(status);

@@ -1,9 +1,9 @@
-//! The status of a mount as a text for people.
+//! Describes the status of a mount for people.
 
 use indicatif::BinaryBytes;
 use serde_json::Value;
 
-/// A status as a text of some lines.
+/// Describes a status in some lines.
 pub(super) fn describe(status: &Value) -> String {
     let word = |value: &Value| value.as_str().unwrap_or("?").to_owned();
     let mut text = format!("{}\n", word(&status["mountpoint"]));
@@ -53,7 +53,7 @@ pub(super) fn describe(status: &Value) -> String {
     text
 }
 
-/// As `-o` takes them.
+/// Lists options as `-o` takes them.
 fn options(options: &Value) -> String {
     let mut all = Vec::new();
     for (name, value) in options.as_object().into_iter().flatten() {
@@ -73,7 +73,7 @@ fn options(options: &Value) -> String {
     all.join(",")
 }
 
-/// `export of box web: 512.00 MiB of 2.00 GiB, 25 %`.
+/// Describes an operation, such as `export of box web: 512.00 MiB of 2.00 GiB, 25 %`.
 pub(super) fn operation_line(operation: &Value) -> String {
     let what = operation["what"].as_str().unwrap_or("something");
     let done = bytes(&operation["bytes"]);

@@ -1,4 +1,4 @@
-//! `boxlitefs status --watch`: goes on showing what is going on in a mount.
+//! `boxlitefs status --watch`: keeps showing what a mount is doing.
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
@@ -13,14 +13,17 @@ use super::file;
 use super::text::{describe, operation_line};
 use crate::{Context, Result};
 
-/// How often a live view looks.
+/// The time between two looks.
 const LOOKS: Duration = Duration::from_millis(500);
 
-/// Of an operation whose end is known, and of one of which only what was done is.
+/// The line of an operation whose total is known, and of one whose total is unknown.
 const BAR: &str = "{msg}: {bar:30} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
 const COUNTER: &str = "{spinner} {msg}: {bytes}, {bytes_per_sec}";
 
-/// Goes on until it is interrupted or the mount is gone.
+/// Shows a mount until this process is interrupted or the mount is gone.
+///
+/// # Errors
+/// Those of reading the status for the first time, and of writing.
 pub(super) fn watch(place: &Path) -> Result<()> {
     let is_terminal = io::stderr().is_terminal();
     let first = file::read(place)?;
@@ -36,7 +39,7 @@ pub(super) fn watch(place: &Path) -> Result<()> {
             view.bars
                 .clear()
                 .context(|| "cannot write to the terminal")?;
-            return print(&format!("{} is not mounted any more\n", place.display()));
+            return print(&format!("{} is no longer mounted\n", place.display()));
         };
         if is_terminal {
             view.show(&status);
@@ -58,7 +61,7 @@ pub(super) fn watch(place: &Path) -> Result<()> {
 /// A bar for each operation.
 struct View {
     bars: MultiProgress,
-    /// By what it is and when it began.
+    /// By the name of the operation and when it began.
     shown: BTreeMap<(String, String), ProgressBar>,
 }
 
@@ -82,7 +85,7 @@ impl View {
             bar.tick();
             going_on.insert(key, bar);
         }
-        // What is left is over.
+        // Operations that are no longer listed have ended.
         for (_, bar) in std::mem::replace(&mut self.shown, going_on) {
             bar.finish_and_clear();
             self.bars.remove(&bar);

@@ -1,4 +1,5 @@
-//! Which mount an unmount means, and why one can't be unmounted: messages that say what to do.
+//! Finds the mount that an unmount means, and explains why it can't be unmounted: messages that say
+//! what to do.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -8,7 +9,10 @@ use super::super::process::Process;
 use crate::mountinfo::{Device, MountEntry, MountTable};
 use crate::{Error, Result};
 
-/// The mount of boxlitefs on a path.
+/// Finds the mount of boxlitefs on a path.
+///
+/// # Errors
+/// EINVAL when there is none, with the mount that may have been meant.
 pub(super) fn target(mountpoint: &Path, path: &Path, table: &MountTable) -> Result<MountEntry> {
     let shown = mountpoint.display();
     let message = match table.at(path) {
@@ -22,13 +26,13 @@ pub(super) fn target(mountpoint: &Path, path: &Path, table: &MountTable) -> Resu
     Err(Error::new(libc::EINVAL, message))
 }
 
-/// Why there is nothing to unmount on a path, and which mount may have been meant.
+/// Explains why there is nothing to unmount on a path, and which mount may have been meant.
 fn none_there(mountpoint: &Path, path: &Path, table: &MountTable) -> String {
     let shown = mountpoint.display();
     if let Some(around) = table.around(path).filter(|around| around.is_ours()) {
         let place = around.mountpoint.display();
         return format!(
-            "{shown} is in the mount on {place}, and not a mount itself: unmount it with `boxlitefs unmount {place}`"
+            "{shown} is inside the mount on {place}, and not a mount itself: unmount that with `boxlitefs unmount {place}`"
         );
     }
     let is_home = |entry: &&MountEntry| entry.is_ours() && entry.source == path;
@@ -45,7 +49,7 @@ fn none_there(mountpoint: &Path, path: &Path, table: &MountTable) -> String {
     })
 }
 
-/// A mount that was made on a path and is not there any more, but is still served to somebody.
+/// Looks for a mount that was made on a path and is gone from there, but is still served elsewhere.
 fn still_served(path: &Path, table: &MountTable) -> Option<String> {
     let is_mounted = |device| table.of_device(device).next().is_some();
     Process::all().into_iter().find_map(|process| {
@@ -62,17 +66,17 @@ fn still_served(path: &Path, table: &MountTable) -> Option<String> {
         let held = match holders::mounts_of(device).first() {
             Some(place) => held_by_mount(place),
             None => format!(
-                "{} has something of it open; close that",
+                "{} has files of it open; close those",
                 holders::users_of(device, None)?
             ),
         };
         Some(format!(
-            "nothing is mounted on {shown} any more, but boxlitefs (pid {pid}) goes on serving what was: {held}"
+            "nothing is mounted on {shown} any more, but boxlitefs (pid {pid}) still serves what was: {held}"
         ))
     })
 }
 
-/// What to do about another mount of what was unmounted.
+/// Says what to do about another mount of the same file system.
 pub(super) fn held_by_mount(place: &NamespaceMount) -> String {
     let shown = place.mountpoint.display();
     match place.elsewhere {
@@ -88,6 +92,7 @@ pub(super) fn held_by_mount(place: &NamespaceMount) -> String {
     }
 }
 
+/// The error for a mount that is in use, with its users.
 pub(super) fn in_use(mountpoint: &Path, entry: &MountEntry) -> Error {
     let shown = mountpoint.display();
     Error::busy(
@@ -96,7 +101,7 @@ pub(super) fn in_use(mountpoint: &Path, entry: &MountEntry) -> Error {
                 "{shown} is in use by {users}: close what has files open or its working directory there, then try again"
             ),
             None => format!(
-                "{shown} is in use by what this user can't see: close what has files open or its working directory there (as root, `fuser -vm {shown}` lists it), then try again"
+                "{shown} is in use by a process that this user can't see: close what has files open or its working directory there (as root, `fuser -vm {shown}` lists it), then try again"
             ),
         },
     )

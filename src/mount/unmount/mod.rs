@@ -1,4 +1,5 @@
-//! `boxlitefs unmount`: finds the mount that is meant, unmounts it, and says whether that was all of it.
+//! `boxlitefs unmount`: finds the mount that is meant, unmounts it, and tells whether the file
+//! system has ended with it.
 
 mod diagnose;
 mod remains;
@@ -12,24 +13,24 @@ use crate::{Context, Error, Result};
 
 use remains::{Remains, Server};
 
-/// How long a process that was killed may take to be gone.
+/// How long a killed process may take to disappear.
 const KILLED: Duration = Duration::from_millis(200);
 
-/// How far an unmount came.
+/// The result of an unmount.
 #[derive(Debug)]
 pub enum Unmounted {
-    /// The mount is gone, and so is the process that served it, as far as that can be seen.
+    /// The mount is gone, and so is the process that served it, as far as can be seen.
     Entirely,
-    /// The mount is gone, but what was mounted is still served: the message says what has it.
+    /// The mount is gone, but the file system is still served. The message says what uses it.
     OnlyHere(Error),
 }
 
-/// Unmounts a mount of boxlitefs, and waits until the process that served it is gone, where the kernel
-/// tells which process that is. `tell` is told what is waited for.
+/// Unmounts a mount of boxlitefs, and waits until the process that served it is gone, where the
+/// kernel tells which process that is. Calls `tell` with what it waits for.
 ///
 /// # Errors
-/// EINVAL when it is no mount of boxlitefs, EBUSY when it is in use or another mount is on it, EPERM when
-/// it is another user's. Nothing was unmounted then.
+/// EINVAL when it is not a mount of boxlitefs, EBUSY when it is in use or another mount is on it,
+/// EPERM when it is another user's. Nothing was unmounted then.
 pub fn unmount(mountpoint: &Path, tell: impl Fn(&str)) -> Result<Unmounted> {
     let shown = mountpoint.display();
     let path = resolve(mountpoint).context(|| format!("cannot reach {shown}"))?;
@@ -47,12 +48,12 @@ pub fn unmount(mountpoint: &Path, tell: impl Fn(&str)) -> Result<Unmounted> {
     }))
 }
 
-/// Unmounts a mount of boxlitefs whose process was killed, also where it is in use: nobody serves it. Does
-/// nothing where there is no such mount.
+/// Unmounts a dead mount of boxlitefs, whose process was killed, even if it is in use. Does nothing
+/// if there is no such mount.
 ///
 /// # Errors
-/// EACCES when it is another user's, and it can't be seen whether it is served; EBUSY when another mount is
-/// in the way.
+/// EACCES when it is another user's, so that it can't be seen whether it is served; EBUSY when
+/// another mount is in the way.
 pub fn remove_dead(mountpoint: &Path) -> Result<()> {
     let shown = mountpoint.display();
     let path = resolve(mountpoint).context(|| format!("cannot reach {shown}"))?;
@@ -60,8 +61,8 @@ pub fn remove_dead(mountpoint: &Path) -> Result<()> {
     let Some(entry) = table.at(&path).filter(|entry| entry.is_ours()) else {
         return Ok(());
     };
-    // What is asked may not answer; a process that can be seen needs no asking. One that was just killed
-    // has a moment to be gone.
+    // Asking the mount may hang, so a process that can be seen is preferred as evidence. One that
+    // was just killed gets a moment to disappear.
     let server = Server::of(entry.id.device);
     let is_served = server.is_some_and(|server| !server.ends_within(KILLED));
     if is_served || !detach::is_dead(&path)? {

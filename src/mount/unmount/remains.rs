@@ -1,4 +1,4 @@
-//! Waiting for the process that served a mount, once that is unmounted.
+//! Waits for the process that served a mount, after the unmount.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,23 +8,25 @@ use super::super::process::{OpenProcess, Process};
 use super::diagnose;
 use crate::mountinfo::{Device, MountId};
 
-/// How long a process that ends is waited for without a word about it.
+/// How long to wait for the end of a process without a message.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// How long it is waited for in all: it finishes what is under way, ten seconds at most.
+/// How long to wait after the message: the process finishes its work, which takes ten seconds at
+/// most.
 const FAREWELL: Duration = Duration::from_secs(12);
 
-/// What may be left of a file system after one of its mounts was unmounted.
+/// A file system after one of its mounts was unmounted.
 pub(super) struct Remains {
     device: Device,
-    /// All its other mounts before that. Only one of these can be one of its mounts now: the number of its
-    /// device may be another file system's as soon as it is gone.
+    /// Its other mounts before that. Only these can still be its mounts: another file system may
+    /// get the number of its device as soon as it is gone.
     before: Vec<NamespaceMount>,
     server: Option<Server>,
 }
 
 impl Remains {
-    /// What there is of it while the mount that is to be unmounted is still there.
+    /// Records its other mounts and its server, while the mount that is to be unmounted still
+    /// exists.
     pub fn of(mount: MountId) -> Remains {
         let device = mount.device;
         let server = Server::of(device);
@@ -37,7 +39,7 @@ impl Remains {
         }
     }
 
-    /// Waits until the process that served it has ended. Returns what keeps it from that.
+    /// Waits until the process that served it has ended. Returns what prevents that, as a message.
     pub fn wait_for_the_end(&self, tell: impl Fn(&str)) -> Option<String> {
         let Some(server) = &self.server else {
             return self.other_mount();
@@ -45,7 +47,8 @@ impl Remains {
         if server.ends_within(Duration::ZERO) {
             return None;
         }
-        // Another mount shows at once. What is open is looked for when the process had its moment to end.
+        // Another mount is seen at once. Open files are searched for once the process had a moment
+        // to end.
         if let Some(held) = self.other_mount() {
             return Some(held);
         }
@@ -55,16 +58,14 @@ impl Remains {
         if let Some(held) = self.open_file() {
             return Some(held);
         }
-        tell(&format!(
-            "waiting for {server}, which finishes what is under way"
-        ));
+        tell(&format!("waiting for {server}, which finishes its work"));
         if server.ends_within(FAREWELL) {
             return None;
         }
         let pid = server.0.pid();
         Some(self.open_file().unwrap_or_else(|| {
             format!(
-                "{server} goes on: something that this user can't see has files of it open, or work takes long; `kill {pid}` ends it"
+                "{server} still runs: a process that this user can't see has files open, or work takes long; `kill {pid}` ends it"
             )
         }))
     }
@@ -79,7 +80,7 @@ impl Remains {
         let (left, _) = self.mounts_now();
         let held = diagnose::held_by_mount(left.first()?);
         Some(match &self.server {
-            Some(server) => format!("{server} goes on serving it: {held}"),
+            Some(server) => format!("{server} still serves it: {held}"),
             None => format!("it is still served: {held}"),
         })
     }
@@ -91,13 +92,13 @@ impl Remains {
             return self.other_mount();
         }
         let users = holders::users_of(self.device, None)?;
-        // What was found is of another file system, if one has the number of the device by now.
+        // The users are those of another file system, if one has the number of the device by now.
         let (_, others) = self.mounts_now();
         if !others.is_empty() || server.ends_within(Duration::ZERO) {
             return None;
         }
         Some(format!(
-            "{server} goes on serving what is still open of it, by {users}: close that"
+            "{server} still serves its open files, which are in use by {users}: close those"
         ))
     }
 }
@@ -112,15 +113,15 @@ impl fmt::Display for Server {
 }
 
 impl Server {
-    /// Linux 6.16 and later name the connection in the fdinfo of an open /dev/fuse; elsewhere, and for
-    /// processes of others: None.
+    /// Finds the process. Linux 6.16 and later name the connection in the fdinfo of an open
+    /// /dev/fuse. On other kernels, and for processes of other users: None.
     pub fn of(device: Device) -> Option<Server> {
         let serves = |process: &Process| process.fuse_connections().contains(&device.minor);
         let process = Process::all().into_iter().find(serves)?;
         process.open().map(Server)
     }
 
-    /// Waits for its end.
+    /// Waits for its end; returns whether it has ended.
     pub fn ends_within(&self, limit: Duration) -> bool {
         self.0.ends_within(limit)
     }

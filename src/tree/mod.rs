@@ -5,31 +5,10 @@
 //! `staging`, open files are `handle`s, what was written becomes a box in `commit`, and `change`,
 //! `rename` and `remove` have what alters names; `dealing` remembers who removed which of them.
 
-mod aside;
-mod attr;
-mod caller;
-mod change;
-mod commit;
-mod compressed;
-mod dealing;
-mod describe;
-mod ending;
-mod guest_numbers;
-mod handle;
-mod inside;
-mod known;
-mod listing;
-mod names;
-mod node;
-mod open_file;
-mod putting_aside;
-mod remove;
-mod rename;
-mod staged_file;
+mod changes;
+mod nodes;
+mod reading;
 mod staging;
-mod status;
-mod view;
-mod xattr;
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -42,21 +21,21 @@ use parking_lot::Mutex;
 
 pub use crate::home::Space;
 pub use crate::store::{Compacting, Compression, Imports};
-pub use attr::{Attr, DirEntry, Kept, Kind, Wanted as WantedOfList};
-pub use caller::Caller;
-pub use change::SetAttr;
-pub use compressed::OpenAnswer;
+pub use changes::create::SetAttr;
+pub use nodes::attr::{Attr, DirEntry, Kept, Kind, Wanted as WantedOfList};
+pub use reading::compressed::OpenAnswer;
+pub use staging::caller::Caller;
 
-use node::Derived;
-pub use node::{Node, ROOT_INO};
-pub use open_file::Opened;
-pub use rename::RenameMode;
-pub use status::MountFacts;
+pub use changes::rename::RenameMode;
+use nodes::node::Derived;
+pub use nodes::node::{Node, ROOT_INO};
+pub use nodes::status::MountFacts;
+pub use reading::open_file::Opened;
 
 use crate::store::{Source, Store, Upkeep};
 use crate::{Error, Result};
-use caller::Makers;
-use names::Names;
+use nodes::names::Names;
+use staging::caller::Makers;
 
 /// How a home is shown.
 #[derive(Clone, Copy, Debug, Default)]
@@ -90,13 +69,13 @@ pub struct Tree {
     store: Arc<Store>,
     names: Mutex<Option<Arc<Names>>>,
     /// Nodes the kernel knows.
-    known: Mutex<known::Known>,
+    known: Mutex<nodes::known_nodes::Known>,
     /// What guests' files are numbered by.
-    numbers: guest_numbers::GuestNumbers,
+    numbers: nodes::guest_numbers::GuestNumbers,
     /// Whether links of guests say what the guest said.
     links: Links,
-    staging: Mutex<staging::Staging>,
-    handles: Mutex<HashMap<u64, Arc<open_file::Handle>>>,
+    staging: Mutex<staging::staging_area::Staging>,
+    handles: Mutex<HashMap<u64, Arc<reading::open_file::Handle>>>,
     next_handle: AtomicU64,
     next_made: AtomicU64,
     /// What the kernel was last told an export's inode has, and its generation.
@@ -104,7 +83,7 @@ pub struct Tree {
     /// Generations of inodes whose directory the kernel was told is gone, and is there again.
     raised: Mutex<HashMap<u64, u64>>,
     /// What processes did to boxes that exist, name by name. Locked after `staging` where both are.
-    dealings: Mutex<dealing::Dealings>,
+    dealings: Mutex<staging::caller_history::Dealings>,
     /// Who opened a box's export for writing, by its inode number: copy tools set its size, times and
     /// mode.
     writers: Mutex<HashMap<u64, (Makers, Instant)>>,
@@ -112,7 +91,7 @@ pub struct Tree {
     drop_pages: OnceLock<DropPages>,
     upkeep: Mutex<Option<Upkeep>>,
     /// Versions of `.boxlite/status`. Locked after `known` where both are.
-    status: Mutex<status::Versions>,
+    status: Mutex<nodes::status::Versions>,
     /// What whoever mounted told, and when.
     facts: OnceLock<(MountFacts, SystemTime)>,
 }
@@ -143,7 +122,7 @@ impl Tree {
             store,
             names: Mutex::new(None),
             known: Mutex::default(),
-            numbers: guest_numbers::GuestNumbers::default(),
+            numbers: nodes::guest_numbers::GuestNumbers::default(),
             links: options.links,
             staging: Mutex::default(),
             handles: Mutex::default(),
@@ -291,7 +270,7 @@ impl Tree {
     fn node_to_change(&self, ino: u64) -> Result<Node> {
         self.store.refuse_read_only()?;
         match self.node(ino)? {
-            Node::Guest(_) | Node::DiskImage(_) => Err(inside::only_for_reading()),
+            Node::Guest(_) | Node::DiskImage(_) => Err(reading::guest_files::only_for_reading()),
             node => Ok(node),
         }
     }

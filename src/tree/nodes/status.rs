@@ -9,10 +9,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
-use super::Tree;
-use super::attr::Attr;
-use super::node::Node;
 use crate::home::rfc3339_at;
+use crate::tree::Tree;
+use crate::tree::nodes::attr::Attr;
+use crate::tree::nodes::node::Node;
 use crate::{Error, Result};
 
 /// How long a version is given to whoever looks: cp looks several times, and takes another inode for
@@ -21,7 +21,7 @@ const FRESH: Duration = Duration::from_millis(200);
 
 /// The versions that somebody may still read.
 #[derive(Default)]
-pub(super) struct Versions {
+pub(in crate::tree) struct Versions {
     latest: Option<(u64, Instant)>,
     /// Somebody may just be about to open it.
     previous: Option<u64>,
@@ -32,7 +32,7 @@ pub(super) struct Versions {
 
 impl Versions {
     /// The kernel does not know a version any more; the latest ones may be given to others yet.
-    pub(super) fn forget(&mut self, ino: u64) {
+    pub(in crate::tree) fn forget(&mut self, ino: u64) {
         let latest = self.latest.map(|(number, _)| number);
         let mut given = [latest, self.previous].into_iter().flatten();
         if !given.any(|number| Node::Status(number).ino() == ino) {
@@ -62,7 +62,7 @@ impl Tree {
     }
 
     /// The node of a version that is fresh enough.
-    pub(super) fn status_node(&self) -> Result<Node> {
+    pub(in crate::tree) fn status_node(&self) -> Result<Node> {
         let mut versions = self.status.lock();
         if let Some((number, made)) = versions.latest
             && made.elapsed() < FRESH
@@ -90,12 +90,12 @@ impl Tree {
         Ok(Node::Status(number))
     }
 
-    pub(super) fn status_attr(&self, node: &Node, number: u64) -> Result<Attr> {
+    pub(in crate::tree) fn status_attr(&self, node: &Node, number: u64) -> Result<Attr> {
         let version = self.status_version(number)?;
         Ok(self.file(node, version.bytes.len() as u64, version.made))
     }
 
-    pub(super) fn status_bytes(&self, number: u64) -> Result<Vec<u8>> {
+    pub(in crate::tree) fn status_bytes(&self, number: u64) -> Result<Vec<u8>> {
         Ok(self.status_version(number)?.bytes.clone())
     }
 

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Tree;
-use super::names::{archive_stem, decode};
-use super::node::Node;
-use super::staged_file::{Content, FileState, StagedFile, temporary_for};
+use crate::tree::Tree;
+use crate::tree::nodes::names::{archive_stem, decode};
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::staged_file::{Content, FileState, StagedFile, temporary_for};
 use crate::{Error, Result};
 
 /// The name of a box made of an archive that has no name of its own.
@@ -36,7 +36,11 @@ impl Tree {
     ///
     /// # Errors
     /// ENOSPC, EIO; the file is refused then.
-    pub(super) fn note_waiting(&self, file: &StagedFile, state: &mut FileState) -> Result<()> {
+    pub(in crate::tree) fn note_waiting(
+        &self,
+        file: &StagedFile,
+        state: &mut FileState,
+    ) -> Result<()> {
         let wanted = self.name_of_waiting(file, state);
         let Content::Archive(arrival) = &mut state.content else {
             return Ok(());
@@ -52,7 +56,7 @@ impl Tree {
     }
 
     /// The archives that wait in a box being made may have another name than their notes say.
-    pub(super) fn note_names(&self, box_id: &str) {
+    pub(in crate::tree) fn note_names(&self, box_id: &str) {
         let files: Vec<Arc<StagedFile>> = {
             let staging = self.staging.lock();
             let staged = staging.boxes.get(box_id);

@@ -7,19 +7,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::attr::Attr;
-use super::caller::{Caller, Makers};
-use super::names::{
+use crate::home::{box_id, is_snapshot_name, snapshot_id};
+use crate::store::Source;
+use crate::tree::nodes::attr::Attr;
+use crate::tree::nodes::names::{
     ARCHIVE_SUFFIX, BOX_JSON, EXPORT, HIDDEN, SNAPSHOTS, VIEW, archive_stem, decode, exists,
     not_there,
 };
-use super::node::{Derived, Node};
-use super::open_file::Opened;
-use super::staged_file::{Content, Place, Role, StagedFile, role_of};
-use super::staging::{Child, LooseFile, StagedBox, Unlisted, What};
-use super::{Tree, text};
-use crate::home::{box_id, is_snapshot_name, snapshot_id};
-use crate::store::Source;
+use crate::tree::nodes::node::{Derived, Node};
+use crate::tree::reading::open_file::Opened;
+use crate::tree::staging::caller::{Caller, Makers};
+use crate::tree::staging::staged_file::{Content, Place, Role, StagedFile, role_of};
+use crate::tree::staging::staging_area::{Child, LooseFile, StagedBox, Unlisted, What};
+use crate::tree::{Tree, text};
 use crate::{Error, Result};
 
 /// How long a program that opened an export for writing may set the file's size, times and mode.
@@ -90,7 +90,7 @@ impl Tree {
     }
 
     /// EPERM for `.Trash-0` and its like.
-    pub(super) fn refuse_dotted(&self, name: &str) -> Result<()> {
+    pub(in crate::tree) fn refuse_dotted(&self, name: &str) -> Result<()> {
         if !name.starts_with('.') {
             return Ok(());
         }
@@ -179,7 +179,12 @@ impl Tree {
 
     /// EPERM for a process that copies a whole box over one that exists: it would put parts of the one
     /// into the other, or take a snapshot of today under the name of an old one.
-    pub(super) fn refuse_copying_over(&self, caller: Caller, id: &str, name: &str) -> Result<()> {
+    pub(in crate::tree) fn refuse_copying_over(
+        &self,
+        caller: Caller,
+        id: &str,
+        name: &str,
+    ) -> Result<()> {
         let mut dealings = self.dealings.lock();
         let Some(dealing) = dealings.of(caller, id).filter(|d| d.goes_on_copying()) else {
             return Ok(());
@@ -189,7 +194,7 @@ impl Tree {
         Err(self.refuse_copied_box(name))
     }
 
-    pub(super) fn refuse_copied_box(&self, name: &str) -> Error {
+    pub(in crate::tree) fn refuse_copied_box(&self, name: &str) -> Error {
         self.refuse(
             libc::EPERM,
             format!("{name}: the same process tried to write other files of the box, so it copies a whole box over one that exists; copy it to a new name, or export.boxlite alone to restore"),
@@ -197,7 +202,7 @@ impl Tree {
     }
 
     /// Something was refused that a copy of a whole box over one that exists would begin with.
-    pub(super) fn remember_refused_copy(&self, caller: Caller, node: &Node) {
+    pub(in crate::tree) fn remember_refused_copy(&self, caller: Caller, node: &Node) {
         if let Some(id) = node.box_id() {
             let mut dealings = self.dealings.lock();
             dealings.begin(caller, id).copying_was_refused();
@@ -244,7 +249,7 @@ impl Tree {
 
     /// A file that is to become a box's disk, under the name of its export (which the caller has
     /// removed before) or under a temporary one.
-    pub(super) fn create_over(
+    pub(in crate::tree) fn create_over(
         &self,
         caller: Caller,
         parent: &Node,
@@ -277,7 +282,7 @@ impl Tree {
     }
 
     /// Somebody is about to write over a box's export.
-    pub(super) fn remember_writer(&self, caller: Caller, id: &str) {
+    pub(in crate::tree) fn remember_writer(&self, caller: Caller, id: &str) {
         let export = Node::Export(Source::Live {
             box_id: id.to_owned(),
         });
@@ -302,7 +307,7 @@ impl Tree {
     }
 
     /// Refuses at the first byte what would be refused at the last.
-    pub(super) fn refuse_restore(&self, caller: Caller, id: &str) -> Result<()> {
+    pub(in crate::tree) fn refuse_restore(&self, caller: Caller, id: &str) -> Result<()> {
         self.refuse_copying_over(caller, id, EXPORT)?;
         let source = Source::Live {
             box_id: id.to_owned(),
@@ -454,7 +459,7 @@ impl Tree {
     }
 
     /// EEXIST when the box that `NAME.boxlite` would make is there or is being made.
-    pub(super) fn refuse_taken_box(&self, name: &str) -> Result<()> {
+    pub(in crate::tree) fn refuse_taken_box(&self, name: &str) -> Result<()> {
         let shown = archive_stem(name).unwrap_or(name);
         decode(shown).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
         let names = self.names()?;

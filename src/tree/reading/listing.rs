@@ -6,11 +6,11 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::Tree;
-use super::attr::{Add, Attr, DirEntry, Wanted};
-use super::caller::Caller;
-use super::node::Node;
-use super::open_file::Handle;
+use crate::tree::Tree;
+use crate::tree::nodes::attr::{Add, Attr, DirEntry, Wanted};
+use crate::tree::nodes::node::Node;
+use crate::tree::reading::open_file::Handle;
+use crate::tree::staging::caller::Caller;
 use crate::{Error, Result};
 
 /// Where a listing begins. Smaller offsets are for `.` and `..`, which are not listed here; those of

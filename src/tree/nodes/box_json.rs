@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
-use super::names::{BOX_JSON, SNAPSHOT_JSON};
 use crate::home::{BoxRecord, SnapshotRecord, redact_secrets};
 use crate::store::Usage;
+use crate::tree::nodes::names::{BOX_JSON, SNAPSHOT_JSON};
 use crate::{Error, Result};
 
 /// Configuration with the state under `state` and what it takes on the disk under `space`, pretty, secret
@@ -12,7 +12,7 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// EIO when a row is not JSON.
-pub(super) fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
+pub(in crate::tree) fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
     let mut value = record.config()?;
     if !record.state.is_empty() {
         value["state"] = record.state()?;
@@ -29,7 +29,7 @@ pub(super) fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// EIO when it is not JSON.
-pub(super) fn snapshot_json(snapshot: &SnapshotRecord, usage: Usage) -> Result<Vec<u8>> {
+pub(in crate::tree) fn snapshot_json(snapshot: &SnapshotRecord, usage: Usage) -> Result<Vec<u8>> {
     let mut value = snapshot.value()?;
     value["created_at"] = snapshot.shown_at.into();
     with_usage(value, usage)
@@ -59,13 +59,13 @@ fn pretty(value: &Value) -> Result<Vec<u8>> {
 }
 
 /// `created_at` (seconds since 1970) in a snapshot.json, as it was copied out.
-pub(super) fn created_at(json: &[u8]) -> Option<i64> {
+pub(in crate::tree) fn created_at(json: &[u8]) -> Option<i64> {
     serde_json::from_slice::<Value>(json).ok()?["created_at"].as_i64()
 }
 
 /// EINVAL as soon as a box.json, or a snapshot.json, that is written can't be one of ours any more.
 /// What is complete by now has the fields that every version of us has written.
-pub(super) fn refuse_foreign(is_snapshot: bool, text: &[u8]) -> Result<()> {
+pub(in crate::tree) fn refuse_foreign(is_snapshot: bool, text: &[u8]) -> Result<()> {
     let text = text.trim_ascii();
     let (Some(first), Some(last)) = (text.first(), text.last()) else {
         return Ok(());
@@ -108,7 +108,7 @@ fn has_disk(value: &Value) -> bool {
 }
 
 /// EINVAL for a text that ended in the middle.
-pub(super) fn refuse_partial(text: &[u8]) -> Result<()> {
+pub(in crate::tree) fn refuse_partial(text: &[u8]) -> Result<()> {
     if text.trim_ascii().is_empty() || serde_json::from_slice::<Value>(text).is_ok() {
         return Ok(());
     }

@@ -1,18 +1,22 @@
-//! The calls that make, fill and remove directories for [files put aside](super::aside).
+//! The calls that make, fill and remove directories for [files put aside](crate::tree::staging::aside).
 
 use std::borrow::Cow;
 
-use super::Tree;
-use super::aside::{ASIDE, ASIDE_PREFIX, AsideDirectory};
-use super::attr::{Attr, DirEntry, Kept, Kind};
-use super::caller::{Caller, Makers};
-use super::names::{exists, not_there};
-use super::node::Node;
+use crate::tree::Tree;
+use crate::tree::nodes::attr::{Attr, DirEntry, Kept, Kind};
+use crate::tree::nodes::names::{exists, not_there};
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::aside::{ASIDE, ASIDE_PREFIX, AsideDirectory};
+use crate::tree::staging::caller::{Caller, Makers};
 use crate::{Error, Result};
 
 impl Tree {
     /// Where a name in a directory is kept: for one in a directory of files put aside, beside that.
-    pub(super) fn beside_aside<'n>(&self, parent: Node, name: &'n str) -> (Node, Cow<'n, str>) {
+    pub(in crate::tree) fn beside_aside<'n>(
+        &self,
+        parent: Node,
+        name: &'n str,
+    ) -> (Node, Cow<'n, str>) {
         let dir = match parent {
             Node::Made(_) => self.staging.lock().dir_of_aside(&parent).cloned(),
             _ => None,
@@ -24,7 +28,7 @@ impl Tree {
     }
 
     /// The same, for a caller that changes something there: the directory stays as long as it runs.
-    pub(super) fn change_aside<'n>(
+    pub(in crate::tree) fn change_aside<'n>(
         &self,
         caller: Caller,
         parent: Node,
@@ -44,7 +48,7 @@ impl Tree {
     ///
     /// # Errors
     /// EEXIST.
-    pub(super) fn make_aside(
+    pub(in crate::tree) fn make_aside(
         &self,
         caller: Caller,
         dir: &Node,
@@ -74,7 +78,7 @@ impl Tree {
     ///
     /// # Errors
     /// ENOTEMPTY.
-    pub(super) fn remove_aside(&self, dir: &Node, name: &str) -> Result<bool> {
+    pub(in crate::tree) fn remove_aside(&self, dir: &Node, name: &str) -> Result<bool> {
         let mut staging = self.staging.lock();
         if staging.aside_in(dir).is_none_or(|aside| aside.name != name) {
             return Ok(false);
@@ -87,7 +91,7 @@ impl Tree {
     }
 
     /// The directory for files put aside that a name in a directory is.
-    pub(super) fn aside_child(&self, dir: &Node, name: &str) -> Option<Node> {
+    pub(in crate::tree) fn aside_child(&self, dir: &Node, name: &str) -> Option<Node> {
         if !name.starts_with('.') {
             return None;
         }
@@ -98,7 +102,7 @@ impl Tree {
     }
 
     /// Attributes of a directory for files put aside; None for any other node.
-    pub(super) fn aside_attr(&self, node: &Node) -> Option<Attr> {
+    pub(in crate::tree) fn aside_attr(&self, node: &Node) -> Option<Attr> {
         if !matches!(node, Node::Made(_)) {
             return None;
         }
@@ -112,7 +116,7 @@ impl Tree {
     ///
     /// # Errors
     /// ENOENT where the node is none.
-    pub(super) fn list_aside(&self, node: &Node) -> Result<Vec<DirEntry>> {
+    pub(in crate::tree) fn list_aside(&self, node: &Node) -> Result<Vec<DirEntry>> {
         let staging = self.staging.lock();
         let dir = staging.dir_of_aside(node).ok_or_else(not_there)?;
         let files = staging.put_aside(dir).into_iter();
@@ -126,7 +130,7 @@ impl Tree {
 
     /// The listing of a directory as its callers see it: with the archives that wait in a box that exists, and
     /// those that are put aside in a directory of their own.
-    pub(super) fn fold_aside(&self, dir: &Node, entries: &mut Vec<DirEntry>) {
+    pub(in crate::tree) fn fold_aside(&self, dir: &Node, entries: &mut Vec<DirEntry>) {
         let staging = self.staging.lock();
         if let Node::Box(_) | Node::Snapshot(..) = dir {
             let waiting = staging.waiting_at(dir).into_iter();

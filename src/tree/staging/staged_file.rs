@@ -7,14 +7,14 @@ use std::time::{Instant, SystemTime};
 
 use parking_lot::Mutex;
 
-use super::aside::ASIDE_PREFIX;
-use super::caller::{Caller, Makers};
-use super::describe;
-use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, archive_stem};
-use super::node::Node;
 use crate::archive::Export;
 use crate::progress::Operation;
 use crate::store::{Arrival, Contents, Source};
+use crate::tree::nodes::box_json;
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, archive_stem};
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::aside::ASIDE_PREFIX;
+use crate::tree::staging::caller::{Caller, Makers};
 use crate::{Error, Result};
 
 /// Bytes of a small text (snapshot.json) that are kept.
@@ -22,7 +22,7 @@ const MOST_TEXT: usize = 1024 * 1024;
 
 /// What a written file will be when it is complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Role {
+pub(in crate::tree) enum Role {
     /// `NEW.boxlite` in the root: a new box.
     NewBox,
     /// `export.boxlite` of a box being made: its disk.
@@ -38,7 +38,7 @@ pub(super) enum Role {
 }
 
 /// The role a name gives; None for a name whose bytes would not be kept.
-pub(super) fn role_of(parent: &Node, name: &str) -> Option<Role> {
+pub(in crate::tree) fn role_of(parent: &Node, name: &str) -> Option<Role> {
     let temporary = temporary_for(name);
     let (disk, json) = match parent {
         Node::Root if archive_stem(name).is_some() && !name.starts_with('.') => {
@@ -66,7 +66,7 @@ pub(super) fn role_of(parent: &Node, name: &str) -> Option<Role> {
 
 /// The final name in a temporary one: rsync's `.NAME.XXXXXX` and `.~tmp~/NAME`, rclone's `NAME.XXXXXXXX.partial`, the
 /// `NAME.part` of browsers and of KDE, and those of other programs that upload.
-pub(super) fn temporary_for(name: &str) -> Option<&str> {
+pub(in crate::tree) fn temporary_for(name: &str) -> Option<&str> {
     let random = |text: &str, length: usize| {
         text.len() == length && text.bytes().all(|b| b.is_ascii_alphanumeric())
     };
@@ -104,13 +104,13 @@ fn is_gio_temporary(name: &str) -> bool {
 
 /// Where a file is now, by its last name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(in crate::tree) struct Place {
     pub parent: Node,
     pub name: String,
 }
 
 /// What has come of a file so far.
-pub(super) enum Content {
+pub(in crate::tree) enum Content {
     /// Nothing.
     Nothing,
     /// Bytes of an archive.
@@ -130,7 +130,7 @@ pub(super) enum Content {
 }
 
 /// A file being written.
-pub(super) struct StagedFile {
+pub(in crate::tree) struct StagedFile {
     pub node: Node,
     /// The box it will be, or be part of: an id nobody has yet, or that of the box being made; of the
     /// box whose disk it will be, where it `restores` one.
@@ -154,7 +154,7 @@ pub(super) struct StagedFile {
     pub state: Mutex<FileState>,
 }
 
-pub(super) struct FileState {
+pub(in crate::tree) struct FileState {
     pub place: Place,
     pub content: Content,
     /// Opened and not yet released.
@@ -267,7 +267,7 @@ impl FileState {
             text.resize(end, 0);
         }
         text[start..end].copy_from_slice(bytes);
-        describe::refuse_foreign(is_of_snapshot, text)
+        box_json::refuse_foreign(is_of_snapshot, text)
     }
 
     /// Whether it is to be a snapshot.json, and no box.json.
@@ -286,7 +286,7 @@ impl FileState {
     /// EINVAL for a box.json or snapshot.json that ended in the middle.
     pub fn refuse_partial_text(&self) -> Result<()> {
         match &self.content {
-            Content::Text(text) => describe::refuse_partial(text),
+            Content::Text(text) => box_json::refuse_partial(text),
             _ => Ok(()),
         }
     }
@@ -294,7 +294,7 @@ impl FileState {
 
 /// Notes that a range of an export was copied; the bytes taken, or None when it is not the next
 /// part of one and the same export.
-pub(super) fn share(
+pub(in crate::tree) fn share(
     state: &mut FileState,
     (source, export, contents): (&Source, &Arc<Export>, &Contents),
     offset: u64,
@@ -331,7 +331,7 @@ pub(super) fn share(
 
 /// Whether the data is complete; `size` is the file's length in bytes. An empty file is no error. A part
 /// of an archive is an error, and so is a file that is only a hole.
-pub(super) fn is_complete(state: &mut FileState, size: u64) -> Result<bool> {
+pub(in crate::tree) fn is_complete(state: &mut FileState, size: u64) -> Result<bool> {
     let only_hole = || match size {
         0 => Ok(false),
         _ => Err(Error::bad_archive("there is only a hole in it")),
@@ -351,7 +351,7 @@ pub(super) fn is_complete(state: &mut FileState, size: u64) -> Result<bool> {
 }
 
 /// Whether the data was complete already, without bringing it to an end.
-pub(super) fn is_whole(content: &Content) -> bool {
+pub(in crate::tree) fn is_whole(content: &Content) -> bool {
     match content {
         Content::Archive(arrival) => arrival.is_complete(),
         Content::Shared {

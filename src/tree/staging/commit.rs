@@ -4,20 +4,20 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Tree;
-use super::describe;
-use super::names::{EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
-use super::node::Node;
-use super::staged_file::{Content, FileState, Role, StagedFile, is_complete};
-use super::staging::What;
 use crate::home::snapshot_id;
 use crate::store::{NewClone, NewSnapshotName, SnapshotContents, Source};
+use crate::tree::Tree;
+use crate::tree::nodes::box_json;
+use crate::tree::nodes::names::{EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::staged_file::{Content, FileState, Role, StagedFile, is_complete};
+use crate::tree::staging::staging_area::What;
 use crate::{Error, Result};
 
 impl Tree {
     /// Makes a file what its name says, if its data is complete. Called when a descriptor is
     /// closed and when it gets another name, whichever is last.
-    pub(super) fn settle(&self, file: &Arc<StagedFile>) -> Result<()> {
+    pub(in crate::tree) fn settle(&self, file: &Arc<StagedFile>) -> Result<()> {
         let mut state = file.state.lock();
         if state.committed {
             return Ok(());
@@ -183,7 +183,7 @@ impl Tree {
         Ok(())
     }
 
-    pub(super) fn staged_name(&self, box_id: &str) -> Result<String> {
+    pub(in crate::tree) fn staged_name(&self, box_id: &str) -> Result<String> {
         let staging = self.staging.lock();
         staging
             .names
@@ -194,7 +194,7 @@ impl Tree {
     }
 
     /// Whether the box of a snapshot that came is not made yet.
-    pub(super) fn waits_for_box(&self, file: &StagedFile) -> bool {
+    pub(in crate::tree) fn waits_for_box(&self, file: &StagedFile) -> bool {
         let staging = self.staging.lock();
         staging
             .boxes
@@ -277,7 +277,7 @@ impl Tree {
 
     fn created_at_of(&self, json: &StagedFile) -> Option<i64> {
         match &json.state.lock().content {
-            Content::Text(text) => describe::created_at(text),
+            Content::Text(text) => box_json::created_at(text),
             Content::SharedJson(source) => self.created_at_of_source(source),
             _ => None,
         }

@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::Tree;
-use super::aside::{ASIDE_PREFIX, AsideDirectory};
-use super::attr::{Attr, DirEntry, Kept, Kind};
-use super::caller::{Caller, Makers};
-use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
-use super::node::{Derived, Node};
-use super::staged_file::StagedFile;
+use crate::tree::Tree;
+use crate::tree::nodes::attr::{Attr, DirEntry, Kept, Kind};
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
+use crate::tree::nodes::node::{Derived, Node};
+use crate::tree::staging::aside::{ASIDE_PREFIX, AsideDirectory};
+use crate::tree::staging::caller::{Caller, Makers};
+use crate::tree::staging::staged_file::StagedFile;
 use crate::{Error, Result};
 
 /// How long a maker that lives on, and is no program that copies, may go on putting parts of a
@@ -25,7 +25,7 @@ use crate::{Error, Result};
 const LINGER: Duration = Duration::from_secs(60);
 
 /// What is in a directory being made.
-pub(super) enum What {
+pub(in crate::tree) enum What {
     Directory,
     File(Arc<StagedFile>),
     Link(PathBuf),
@@ -42,13 +42,13 @@ impl What {
 }
 
 /// A name in a directory being made.
-pub(super) struct Child {
+pub(in crate::tree) struct Child {
     pub node: Node,
     pub what: What,
 }
 
 /// A box being made.
-pub(super) struct StagedBox {
+pub(in crate::tree) struct StagedBox {
     pub id: String,
     pub makers: Makers,
     /// Those of them that are programs that copy: they are shown what they have made, and so find the
@@ -77,7 +77,7 @@ pub(super) struct StagedBox {
 
 /// A snapshot that a file server has taken. A program behind it may be copying one, and would leave out what
 /// it finds: to that server the names in it are free, but for those that it has made there.
-pub(super) struct Unlisted {
+pub(in crate::tree) struct Unlisted {
     server: Makers,
     made: HashSet<String>,
 }
@@ -279,7 +279,7 @@ impl StagedBox {
 
 /// A file that is written where no box is being made: an archive dropped into the root, one that comes
 /// in place of a box's export, or a temporary file for either.
-pub(super) struct LooseFile {
+pub(in crate::tree) struct LooseFile {
     /// The root or the directory of a box, and its name there.
     pub dir: Node,
     pub name: String,
@@ -337,7 +337,7 @@ impl LooseFile {
 
 /// Everything being made.
 #[derive(Default)]
-pub(super) struct Staging {
+pub(in crate::tree) struct Staging {
     /// By the id of the box to be.
     pub boxes: HashMap<String, StagedBox>,
     /// Boxes being made, by the name they are shown by: name → id. A committed one is among the
@@ -546,12 +546,12 @@ impl Staging {
 
 impl Staging {
     /// The directory for files put aside in another.
-    pub(super) fn aside_in(&self, dir: &Node) -> Option<&AsideDirectory> {
+    pub(in crate::tree) fn aside_in(&self, dir: &Node) -> Option<&AsideDirectory> {
         self.asides.iter().find(|aside| aside.dir == *dir)
     }
 
     /// Returns the directory that the files put aside in this one belong to.
-    pub(super) fn dir_of_aside(&self, node: &Node) -> Option<&Node> {
+    pub(in crate::tree) fn dir_of_aside(&self, node: &Node) -> Option<&Node> {
         let mut asides = self.asides.iter();
         asides
             .find(|aside| aside.node == *node)
@@ -559,7 +559,7 @@ impl Staging {
     }
 
     /// Lets go of directories whose makers are gone and left nothing in them.
-    pub(super) fn sweep_asides(&mut self) {
+    pub(in crate::tree) fn sweep_asides(&mut self) {
         if self.asides.is_empty() {
             return;
         }
@@ -571,7 +571,7 @@ impl Staging {
     }
 
     /// The files put aside in a directory, with the names that they will have.
-    pub(super) fn put_aside(&self, dir: &Node) -> Vec<(String, Node)> {
+    pub(in crate::tree) fn put_aside(&self, dir: &Node) -> Vec<(String, Node)> {
         let loose = self.files.iter().filter(|loose| loose.dir == *dir);
         let loose = loose.map(|loose| (loose.name.as_str(), &loose.file.node));
         let staged = self.box_of(dir).and_then(|id| self.boxes.get(&id));
@@ -592,7 +592,7 @@ fn not_made() -> Error {
 
 impl Tree {
     /// A name as staging has it; None when staging has no say.
-    pub(super) fn staged_child(
+    pub(in crate::tree) fn staged_child(
         &self,
         caller: Caller,
         parent: &Node,
@@ -618,7 +618,12 @@ impl Tree {
 
     /// What is being put into a box that exists, where the box has nothing of that name: all see a snapshot,
     /// and its maker a temporary file.
-    pub(super) fn arriving_child(&self, caller: Caller, parent: &Node, name: &str) -> Option<Node> {
+    pub(in crate::tree) fn arriving_child(
+        &self,
+        caller: Caller,
+        parent: &Node,
+        name: &str,
+    ) -> Option<Node> {
         let mut staging = self.staging.lock();
         staging.sweep();
         let Node::Snapshots(id) = parent else {
@@ -632,7 +637,7 @@ impl Tree {
     }
 
     /// Snapshots that are being copied into a box that exists.
-    pub(super) fn arriving_in(&self, id: &str) -> Vec<(String, Node, Kind)> {
+    pub(in crate::tree) fn arriving_in(&self, id: &str) -> Vec<(String, Node, Kind)> {
         let mut staging = self.staging.lock();
         staging.sweep();
         let arriving = staging
@@ -647,7 +652,12 @@ impl Tree {
 
     /// Whether the kernel has to be told that a name is not there, because the caller is about to make
     /// it, as a part of the backup it copies: the box that it has made has all of them already.
-    pub(super) fn is_made_by_copy(&self, caller: Caller, parent: &Node, name: &str) -> bool {
+    pub(in crate::tree) fn is_made_by_copy(
+        &self,
+        caller: Caller,
+        parent: &Node,
+        name: &str,
+    ) -> bool {
         let is_part = Derived::named(name).is_some()
             || matches!(
                 (parent, name),
@@ -670,7 +680,12 @@ impl Tree {
     }
 
     /// Whether a name is free to the caller, a file server that has taken this snapshot and not listed it.
-    pub(super) fn is_unlisted(&self, caller: Caller, directory: &Node, name: &str) -> bool {
+    pub(in crate::tree) fn is_unlisted(
+        &self,
+        caller: Caller,
+        directory: &Node,
+        name: &str,
+    ) -> bool {
         if !matches!(directory, Node::Snapshot(..)) {
             return false;
         }
@@ -680,14 +695,14 @@ impl Tree {
     }
 
     /// The caller has made a name, which is free to it no more.
-    pub(super) fn was_made(&self, caller: Caller, directory: &Node, name: &str) {
+    pub(in crate::tree) fn was_made(&self, caller: Caller, directory: &Node, name: &str) {
         if let Some(unlisted) = self.staging.lock().unlisted_by(caller, directory) {
             unlisted.made.insert(name.to_owned());
         }
     }
 
     /// The caller lists a directory: from now on it finds all that is in it.
-    pub(super) fn was_listed(&self, caller: Caller, directory: &Node) {
+    pub(in crate::tree) fn was_listed(&self, caller: Caller, directory: &Node) {
         let mut staging = self.staging.lock();
         if staging.unlisted_by(caller, directory).is_some()
             && let Node::Snapshot(id, snapshot) = directory
@@ -698,7 +713,7 @@ impl Tree {
     }
 
     /// Attributes as staging has them.
-    pub(super) fn staged_attr(&self, caller: Caller, node: &Node) -> Option<Attr> {
+    pub(in crate::tree) fn staged_attr(&self, caller: Caller, node: &Node) -> Option<Attr> {
         let mut staging = self.staging.lock();
         if let Some(loose) = staging.loose_file_at(node) {
             return Some(self.file(node, loose.file.size(), loose.file.created));
@@ -734,7 +749,11 @@ impl Tree {
     }
 
     /// A listing as staging has it.
-    pub(super) fn staged_list(&self, caller: Caller, node: &Node) -> Option<Vec<DirEntry>> {
+    pub(in crate::tree) fn staged_list(
+        &self,
+        caller: Caller,
+        node: &Node,
+    ) -> Option<Vec<DirEntry>> {
         if *node == Node::Root {
             return None;
         }
@@ -754,7 +773,7 @@ impl Tree {
     }
 
     /// What is being made in the root: it is listed until it is a box.
-    pub(super) fn staged_in_root(&self) -> Vec<DirEntry> {
+    pub(in crate::tree) fn staged_in_root(&self) -> Vec<DirEntry> {
         let mut staging = self.staging.lock();
         staging.sweep();
         let directories = staging.names.iter().map(|(name, id)| DirEntry {
@@ -774,7 +793,7 @@ impl Tree {
 
     /// Whether the makers of a box, or those who are removing it, see something else than everyone else
     /// does.
-    pub(super) fn has_two_faces(&self, node: &Node) -> bool {
+    pub(in crate::tree) fn has_two_faces(&self, node: &Node) -> bool {
         node.box_id().is_some_and(|id| {
             let is_made = self.staging.lock().boxes.contains_key(id);
             is_made || self.dealings.lock().concern(id)
@@ -782,7 +801,7 @@ impl Tree {
     }
 
     /// How many directories staging adds to the root.
-    pub(super) fn staged_directories(&self) -> usize {
+    pub(in crate::tree) fn staged_directories(&self) -> usize {
         self.staging.lock().names.len()
     }
 

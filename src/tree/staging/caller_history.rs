@@ -4,16 +4,16 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-use super::caller::{Caller, Makers};
-use super::node::Node;
 use crate::store::Gone;
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::caller::{Caller, Makers};
 
 /// A process that lists a box so long after it last did something to it looks at it anew; a
 /// shorter time may lie between two portions of a listing.
 const ANEW: Duration = Duration::from_secs(2);
 
 /// What one process and its descendants did to one box.
-pub(super) struct Dealing {
+pub(in crate::tree) struct Dealing {
     makers: Makers,
     last: Instant,
     /// Names it removed, by the inode of their directory: gone for it alone.
@@ -88,7 +88,7 @@ impl Dealing {
 
 /// What all processes did to all boxes.
 #[derive(Default)]
-pub(super) struct Dealings {
+pub(in crate::tree) struct Dealings {
     of_box: HashMap<String, Vec<Dealing>>,
 }
 

@@ -72,7 +72,7 @@ pub struct Attr {
 
 impl Attr {
     /// Another size, with as many blocks as that takes.
-    pub(super) fn resize(&mut self, size: u64) {
+    pub(in crate::tree) fn resize(&mut self, size: u64) {
         self.size = size;
         self.blocks = size.div_ceil(512);
     }

@@ -4,13 +4,13 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use super::caller::Caller;
-use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, not_there};
-use super::node::{Derived, Node};
-use super::staged_file::{Content, StagedFile};
-use super::staging::{Staging, What};
-use super::{Tree, text};
 use crate::store::Source;
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, not_there};
+use crate::tree::nodes::node::{Derived, Node};
+use crate::tree::staging::caller::Caller;
+use crate::tree::staging::staged_file::{Content, StagedFile};
+use crate::tree::staging::staging_area::{Staging, What};
+use crate::tree::{Tree, text};
 use crate::{Error, Result};
 
 impl Tree {
@@ -170,7 +170,7 @@ impl Tree {
     }
 
     /// Whether the caller removed a name, which everybody else goes on seeing.
-    pub(super) fn has_removed(&self, caller: Caller, parent: &Node, name: &str) -> bool {
+    pub(in crate::tree) fn has_removed(&self, caller: Caller, parent: &Node, name: &str) -> bool {
         let Some(id) = parent.box_id() else {
             return false;
         };
@@ -322,7 +322,7 @@ impl Tree {
     }
 
     /// A written file that became nothing loses its name.
-    pub(super) fn drop_staged_file(&self, file: &Arc<StagedFile>, refused: bool) {
+    pub(in crate::tree) fn drop_staged_file(&self, file: &Arc<StagedFile>, refused: bool) {
         let mut staging = self.staging.lock();
         staging
             .files

@@ -5,17 +5,17 @@
 //! What is in it is kept with the files beside it, under the name `.~tmp~/NAME`, which no caller can give:
 //! a temporary name like others.
 
-use super::caller::Makers;
-use super::node::Node;
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::caller::Makers;
 
 /// The name of such a directory (rsync's options.c: `tmp_partialdir`).
-pub(super) const ASIDE: &str = ".~tmp~";
+pub(in crate::tree) const ASIDE: &str = ".~tmp~";
 
 /// What a file in it is called beside it.
-pub(super) const ASIDE_PREFIX: &str = ".~tmp~/";
+pub(in crate::tree) const ASIDE_PREFIX: &str = ".~tmp~/";
 
 /// A directory for files put aside.
-pub(super) struct AsideDirectory {
+pub(in crate::tree) struct AsideDirectory {
     /// Its name: `.~tmp~`, or that of rsync's `--partial-dir`.
     pub name: String,
     pub node: Node,

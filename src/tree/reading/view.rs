@@ -4,14 +4,16 @@ use std::ffi::OsStr;
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::attr::{Attr, DirEntry, Kept, Kind};
-use super::caller::Caller;
-use super::describe;
-use super::names::{BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, STATUS, VIEW};
-use super::node::{Derived, Node};
-use super::{Tree, text};
 use crate::home::{BoxRecord, SnapshotRecord};
 use crate::store::{Contents, Source, Usage};
+use crate::tree::nodes::attr::{Attr, DirEntry, Kept, Kind};
+use crate::tree::nodes::box_json;
+use crate::tree::nodes::names::{
+    BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, STATUS, VIEW,
+};
+use crate::tree::nodes::node::{Derived, Node};
+use crate::tree::staging::caller::Caller;
+use crate::tree::{Tree, text};
 use crate::{Error, Result};
 
 fn not_there() -> Error {
@@ -83,7 +85,7 @@ impl Tree {
     }
 
     /// What a name in a directory stands for, for this caller.
-    pub(super) fn child(&self, caller: Caller, parent: &Node, name: &str) -> Result<Node> {
+    pub(in crate::tree) fn child(&self, caller: Caller, parent: &Node, name: &str) -> Result<Node> {
         if let Some(aside) = self.aside_child(parent, name) {
             return Ok(aside);
         }
@@ -104,7 +106,7 @@ impl Tree {
         })
     }
 
-    pub(super) fn real_child(&self, parent: &Node, name: &str) -> Result<Node> {
+    pub(in crate::tree) fn real_child(&self, parent: &Node, name: &str) -> Result<Node> {
         let node = match parent {
             Node::Root if name == HIDDEN => Node::Hidden,
             Node::Root => {
@@ -246,7 +248,7 @@ impl Tree {
     }
 
     /// What an export's bytes are of, plain or compressed. None when there is no disk.
-    pub(super) fn contents(&self, node: &Node) -> Result<Option<Contents>> {
+    pub(in crate::tree) fn contents(&self, node: &Node) -> Result<Option<Contents>> {
         match node {
             Node::Export(source) => self.store.export_contents(source),
             Node::Compressed(source) => self.store.compressed_contents(source),
@@ -254,7 +256,7 @@ impl Tree {
         }
     }
 
-    pub(super) fn attr(&self, caller: Caller, node: &Node) -> Result<Attr> {
+    pub(in crate::tree) fn attr(&self, caller: Caller, node: &Node) -> Result<Attr> {
         if let Some(attr) = self
             .aside_attr(node)
             .or_else(|| self.staged_attr(caller, node))
@@ -287,7 +289,7 @@ impl Tree {
             }
             Node::BoxJson(id) => {
                 let record = self.record(id)?;
-                let size = describe::box_json(&record, Usage::default())?.len() as u64;
+                let size = box_json::box_json(&record, Usage::default())?.len() as u64;
                 let mut attr = self.file(node, size, updated(&record));
                 attr.created = at(record.created_at);
                 Ok(attr)
@@ -307,7 +309,7 @@ impl Tree {
             }
             Node::SnapshotJson(id, snapshot) => {
                 let row = self.snapshot(id, snapshot)?;
-                let size = describe::snapshot_json(&row, Usage::default())?.len() as u64;
+                let size = box_json::snapshot_json(&row, Usage::default())?.len() as u64;
                 Ok(self.file(node, size, at(row.shown_at)))
             }
             Node::View => Ok(self.directory(node, self.names()?.all().len(), UNIX_EPOCH)),
@@ -363,7 +365,7 @@ impl Tree {
             .unwrap_or_else(|| at(record.created_at))
     }
 
-    pub(super) fn record(&self, id: &str) -> Result<BoxRecord> {
+    pub(in crate::tree) fn record(&self, id: &str) -> Result<BoxRecord> {
         self.names()?
             .catalog()
             .box_by_id(id)
@@ -371,7 +373,7 @@ impl Tree {
             .ok_or_else(not_there)
     }
 
-    pub(super) fn snapshot(&self, id: &str, snapshot: &str) -> Result<SnapshotRecord> {
+    pub(in crate::tree) fn snapshot(&self, id: &str, snapshot: &str) -> Result<SnapshotRecord> {
         self.names()?
             .catalog()
             .snapshot_by_id(id, snapshot)
@@ -380,7 +382,7 @@ impl Tree {
     }
 
     /// A directory with this many subdirectories.
-    pub(super) fn directory(
+    pub(in crate::tree) fn directory(
         &self,
         node: &Node,
         subdirectories: usize,
@@ -408,7 +410,7 @@ impl Tree {
     }
 
     /// A regular file of this many bytes.
-    pub(super) fn file(&self, node: &Node, size: u64, changed: SystemTime) -> Attr {
+    pub(in crate::tree) fn file(&self, node: &Node, size: u64, changed: SystemTime) -> Attr {
         let owner = self.store.home().owner();
         Attr {
             ino: node.ino(),
@@ -432,7 +434,7 @@ impl Tree {
 
     /// Every name in a directory, in the order it is listed: `snapshots` last, so that `cp -r` has
     /// made the box when it comes to its snapshots.
-    pub(super) fn list(&self, caller: Caller, node: &Node) -> Result<Vec<DirEntry>> {
+    pub(in crate::tree) fn list(&self, caller: Caller, node: &Node) -> Result<Vec<DirEntry>> {
         if let Node::Made(_) = node {
             return self.list_aside(node);
         }
@@ -575,7 +577,7 @@ fn mode_of_directories(home: u32) -> u16 {
 }
 
 /// A time of BoxLite's rows.
-pub(super) fn at(seconds: i64) -> SystemTime {
+pub(in crate::tree) fn at(seconds: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }
 

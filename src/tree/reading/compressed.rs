@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::Tree;
-use super::caller::Caller;
-use super::names::{HIDDEN, SNAPSHOTS, VIEW};
-use super::node::{Derived, Node};
-use super::open_file::{Handle, Opened};
 use crate::store::{Form, OpenedCompressed, Packed, Source, Waiter};
+use crate::tree::Tree;
+use crate::tree::nodes::names::{HIDDEN, SNAPSHOTS, VIEW};
+use crate::tree::nodes::node::{Derived, Node};
+use crate::tree::reading::open_file::{Handle, Opened};
+use crate::tree::staging::caller::Caller;
 use crate::{Error, Result};
 
 /// Takes the answer to an open that may have to wait.
@@ -140,7 +140,11 @@ impl Tree {
 
     /// Where the link in the directory of a box or a snapshot points: into the hidden view. By names, so
     /// that a box and its backup have the same links.
-    pub(super) fn link_target(&self, derived: Derived, source: &Source) -> Result<PathBuf> {
+    pub(in crate::tree) fn link_target(
+        &self,
+        derived: Derived,
+        source: &Source,
+    ) -> Result<PathBuf> {
         let names = self.names()?;
         let gone = || Error::new(libc::ENOENT, "that is gone");
         let shown = names.of_id(source.box_id()).ok_or_else(gone)?;

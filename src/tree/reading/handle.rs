@@ -3,18 +3,18 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Tree;
-use super::attr::Attr;
-use super::caller::Caller;
-use super::describe;
-use super::inside::only_for_reading;
-use super::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON};
-use super::node::Node;
-use super::open_file::{Handle, Opened};
-use super::staged_file::{
+use crate::store::{Contents, Form, Packed, Source, Wanted};
+use crate::tree::Tree;
+use crate::tree::nodes::attr::Attr;
+use crate::tree::nodes::box_json;
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON};
+use crate::tree::nodes::node::Node;
+use crate::tree::reading::guest_files::only_for_reading;
+use crate::tree::reading::open_file::{Handle, Opened};
+use crate::tree::staging::caller::Caller;
+use crate::tree::staging::staged_file::{
     Content, FileState, Place, Role, StagedFile, is_complete, is_whole, share,
 };
-use crate::store::{Contents, Form, Packed, Source, Wanted};
 use crate::{Error, Result};
 
 /// Most bytes one copy may report: the reply has 32 bits, and this is a multiple of a page.
@@ -24,13 +24,13 @@ const MOST_COPIED: u64 = 0x7fff_f000;
 const PIECE: usize = 1024 * 1024;
 
 impl Tree {
-    pub(super) fn add_handle(&self, handle: Handle) -> u64 {
+    pub(in crate::tree) fn add_handle(&self, handle: Handle) -> u64 {
         let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
         self.handles.lock().insert(number, Arc::new(handle));
         number
     }
 
-    pub(super) fn handle(&self, number: u64) -> Result<Arc<Handle>> {
+    pub(in crate::tree) fn handle(&self, number: u64) -> Result<Arc<Handle>> {
         self.handles
             .lock()
             .get(&number)
@@ -39,7 +39,7 @@ impl Tree {
     }
 
     /// The size an open description had, for fstat.
-    pub(super) fn size_at_open(&self, handle: u64) -> Option<u64> {
+    pub(in crate::tree) fn size_at_open(&self, handle: u64) -> Option<u64> {
         match &*self.handle(handle).ok()? {
             Handle::Bytes { bytes, .. } => Some(bytes.len() as u64),
             _ => None,
@@ -74,7 +74,7 @@ impl Tree {
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::BoxJson(id) => {
-                let bytes = describe::box_json(&self.record(id)?, self.store.usage_of_box(id)?)?;
+                let bytes = box_json::box_json(&self.record(id)?, self.store.usage_of_box(id)?)?;
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::SnapshotJson(id, snapshot) => {
@@ -83,7 +83,7 @@ impl Tree {
                     box_id: id.clone(),
                     snapshot_id: snapshot.clone(),
                 })?;
-                let bytes = describe::snapshot_json(&row, usage)?;
+                let bytes = box_json::snapshot_json(&row, usage)?;
                 (Handle::Bytes { node, bytes }, false)
             }
             Node::Export(source) => {
@@ -190,7 +190,11 @@ impl Tree {
     }
 
     /// The file that is being written over an export by this handle.
-    pub(super) fn written_over(&self, node: &Node, handle: Option<u64>) -> Option<Arc<StagedFile>> {
+    pub(in crate::tree) fn written_over(
+        &self,
+        node: &Node,
+        handle: Option<u64>,
+    ) -> Option<Arc<StagedFile>> {
         match &*self.handle(handle?).ok()? {
             Handle::Writing(file) if file.node == *node => Some(file.clone()),
             _ => None,
@@ -198,7 +202,7 @@ impl Tree {
     }
 
     /// EIO for whoever reads an export of a disk that is not as it was.
-    pub(super) fn changed_under_reader(&self, source: &Source) -> Error {
+    pub(in crate::tree) fn changed_under_reader(&self, source: &Source) -> Error {
         let message = format!(
             "the disk, name or configuration of {} changed while it was read (was the box started?); read it again",
             self.store.describe(source)
@@ -209,7 +213,11 @@ impl Tree {
 
     /// The contents of an open export: of the given handle, or of one that has the node open, best
     /// of one that reads what the kernel was told last.
-    pub(super) fn open_export_of(&self, node: &Node, handle: Option<u64>) -> Option<Contents> {
+    pub(in crate::tree) fn open_export_of(
+        &self,
+        node: &Node,
+        handle: Option<u64>,
+    ) -> Option<Contents> {
         let told = self.told(node);
         let of = |handle: &Handle| match handle {
             Handle::Export {
@@ -232,7 +240,7 @@ impl Tree {
     }
 
     /// Whether a compressed archive is open that is there as a whole, in a file.
-    pub(super) fn is_open_as_whole(&self, node: &Node, handle: Option<u64>) -> bool {
+    pub(in crate::tree) fn is_open_as_whole(&self, node: &Node, handle: Option<u64>) -> bool {
         let handles = self.handles.lock();
         let is_whole = |handle: &Handle| {
             matches!(handle, Handle::Compressed { source, packed: Packed::Spooled(_), .. }
@@ -245,7 +253,7 @@ impl Tree {
     }
 
     /// The contents the kernel was last told that an export's inode has.
-    pub(super) fn told(&self, node: &Node) -> Option<Contents> {
+    pub(in crate::tree) fn told(&self, node: &Node) -> Option<Contents> {
         self.told
             .lock()
             .get(&node.ino())
@@ -254,7 +262,7 @@ impl Tree {
 
     /// The generation of an export's inode, raised when its contents are not what the kernel was
     /// told last. Without contents (it is being written) it stays.
-    pub(super) fn generation(&self, node: &Node, contents: Option<Contents>) -> u64 {
+    pub(in crate::tree) fn generation(&self, node: &Node, contents: Option<Contents>) -> u64 {
         let mut told = self.told.lock();
         let Some(contents) = contents else {
             return told
@@ -299,7 +307,7 @@ impl Tree {
         Ok(self.opened_for_writing(file))
     }
 
-    pub(super) fn opened_for_writing(&self, file: Arc<StagedFile>) -> Opened {
+    pub(in crate::tree) fn opened_for_writing(&self, file: Arc<StagedFile>) -> Opened {
         Opened {
             handle: self.add_handle(Handle::Writing(file)),
             // Writes reach us as they are made, and each gets its own answer.
@@ -607,7 +615,7 @@ impl Tree {
 
     /// Has the log say why an archive that is about to be removed was none. Its last close may be told of
     /// later than its removal.
-    pub(super) fn note_unfinished(&self, file: &Arc<StagedFile>) {
+    pub(in crate::tree) fn note_unfinished(&self, file: &Arc<StagedFile>) {
         let mut state = file.state.lock();
         let is_archive = matches!(state.content, Content::Archive(_));
         if is_archive
@@ -620,7 +628,7 @@ impl Tree {
     }
 
     /// Attributes right after making a file.
-    pub(super) fn attr_of_made(&self, file: &StagedFile) -> Attr {
+    pub(in crate::tree) fn attr_of_made(&self, file: &StagedFile) -> Attr {
         self.file(&file.node, file.size(), file.created)
     }
 }

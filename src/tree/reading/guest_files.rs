@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::attr::{Add, Attr, DirEntry, Kept, Kind, Wanted};
-use super::caller::Caller;
-use super::guest_numbers::{Access, GuestVolume};
-use super::node::{Derived, GuestFile, Node};
-use super::open_file::{Handle, Opened};
-use super::{Links, Tree};
 use crate::guest::{Attributes, Entry, FileKind, FileSystem, Guest, LinkPlace, Time};
 use crate::store::{DiskState, Inside, Source};
+use crate::tree::nodes::attr::{Add, Attr, DirEntry, Kept, Kind, Wanted};
+use crate::tree::nodes::guest_numbers::{Access, GuestVolume};
+use crate::tree::nodes::node::{Derived, GuestFile, Node};
+use crate::tree::reading::open_file::{Handle, Opened};
+use crate::tree::staging::caller::Caller;
+use crate::tree::{Links, Tree};
 use crate::{Error, Result};
 
 fn not_there() -> Error {
@@ -22,7 +22,7 @@ fn not_there() -> Error {
 }
 
 /// For whoever would change anything in a disk.
-pub(super) fn only_for_reading() -> Error {
+pub(in crate::tree) fn only_for_reading() -> Error {
     Error::new(libc::EROFS, "what is in a disk is only for reading")
 }
 
@@ -35,7 +35,7 @@ struct Found<'a> {
 
 impl GuestFile {
     /// Whether it is no directory of the guest, but has the partitions, or nothing that can be read.
-    pub(super) fn is_ours(&self) -> bool {
+    pub(in crate::tree) fn is_ours(&self) -> bool {
         self.inode == 0
     }
 
@@ -283,7 +283,7 @@ fn time_of(time: Time) -> SystemTime {
 
 impl Tree {
     /// What `rootfs` or `disk.img` in the view of a disk state stands for now.
-    pub(super) fn look_inside(&self, source: &Source) -> Result<Arc<Inside>> {
+    pub(in crate::tree) fn look_inside(&self, source: &Source) -> Result<Arc<Inside>> {
         self.store
             .look_inside(source)
             .map_err(|error| self.noted_look(source, error))
@@ -339,7 +339,7 @@ impl Tree {
     }
 
     /// The directory that all of a guest is in.
-    pub(super) fn root_of(&self, inside: &Inside) -> Result<GuestFile> {
+    pub(in crate::tree) fn root_of(&self, inside: &Inside) -> Result<GuestFile> {
         let guest = inside.guest();
         let is_file_system = guest.is_ok_and(|guest| guest.file_system().is_some());
         Ok(GuestFile {
@@ -359,14 +359,14 @@ impl Tree {
     }
 
     /// Finds a name in a directory of a guest; the kernel is told of what is found.
-    pub(super) fn lookup_guest(&self, parent: &GuestFile, name: &OsStr) -> Result<Attr> {
+    pub(in crate::tree) fn lookup_guest(&self, parent: &GuestFile, name: &OsStr) -> Result<Attr> {
         let (file, attr) = self.with_guest(parent, |parent| parent.child(name))?;
         self.tell(&Node::Guest(file));
         Ok(attr)
     }
 
     /// Attributes of a file of a guest, as the guest has them.
-    pub(super) fn guest_attr(&self, file: &GuestFile) -> Result<Attr> {
+    pub(in crate::tree) fn guest_attr(&self, file: &GuestFile) -> Result<Attr> {
         self.with_guest(file, |found| self.attr_of_found(found))
     }
 
@@ -386,7 +386,7 @@ impl Tree {
     }
 
     /// The raw disk as a file.
-    pub(super) fn disk_image_attr(&self, state: &Arc<DiskState>) -> Result<Attr> {
+    pub(in crate::tree) fn disk_image_attr(&self, state: &Arc<DiskState>) -> Result<Attr> {
         let node = Node::DiskImage(state.clone());
         let allocated = self
             .inside(state)?
@@ -400,7 +400,7 @@ impl Tree {
     }
 
     /// The partitions in the directory that has them.
-    pub(super) fn list_partitions(&self, file: &GuestFile) -> Result<Vec<DirEntry>> {
+    pub(in crate::tree) fn list_partitions(&self, file: &GuestFile) -> Result<Vec<DirEntry>> {
         self.with_guest(file, |found| {
             let guest: &Guest = found.inside.guest()?;
             let entry = |number: u32| {
@@ -415,7 +415,7 @@ impl Tree {
     }
 
     /// Opens a directory of a guest to be listed.
-    pub(super) fn open_guest_directory(&self, file: &GuestFile) -> Result<Handle> {
+    pub(in crate::tree) fn open_guest_directory(&self, file: &GuestFile) -> Result<Handle> {
         let inside = self.inside(file.state())?;
         self.with_inside(file, &inside, |found| {
             found
@@ -429,7 +429,7 @@ impl Tree {
     }
 
     /// Gives the names in a directory of a guest from `offset` on to `add` until that is full.
-    pub(super) fn list_guest(
+    pub(in crate::tree) fn list_guest(
         &self,
         (file, inside): (&GuestFile, &Inside),
         offset: u64,
@@ -461,13 +461,13 @@ impl Tree {
 
     /// The target of a guest's symbolic link: what leads to the guest's own file, or, with the option
     /// `links=guest`, what the guest said.
-    pub(super) fn guest_link(&self, file: &GuestFile) -> Result<PathBuf> {
+    pub(in crate::tree) fn guest_link(&self, file: &GuestFile) -> Result<PathBuf> {
         let target = self.with_guest(file, |found| found.link())?;
         Ok(OsString::from_vec(target).into())
     }
 
     /// Opens a file of a guest, or the raw disk, for reading.
-    pub(super) fn open_inside(&self, node: &Node) -> Result<Opened> {
+    pub(in crate::tree) fn open_inside(&self, node: &Node) -> Result<Opened> {
         let state = match node {
             Node::Guest(file) => file.state(),
             Node::DiskImage(state) => state,
@@ -487,7 +487,7 @@ impl Tree {
     }
 
     /// Fills `buf` from `offset` on; returns how many bytes there were.
-    pub(super) fn read_inside(
+    pub(in crate::tree) fn read_inside(
         &self,
         node: &Node,
         inside: &Inside,
@@ -537,7 +537,7 @@ impl Tree {
     }
 
     /// An extended attribute of a guest's file.
-    pub(super) fn guest_xattr(&self, file: &GuestFile, name: &OsStr) -> Result<Vec<u8>> {
+    pub(in crate::tree) fn guest_xattr(&self, file: &GuestFile, name: &OsStr) -> Result<Vec<u8>> {
         let found = match file.is_ours() {
             true => None,
             false => self.with_guest(file, |found| {
@@ -550,7 +550,11 @@ impl Tree {
 
     /// The names of all of them, each ended by a NUL. As everywhere, `trusted.*` is for those alone who
     /// may read it.
-    pub(super) fn guest_xattr_names(&self, caller: Caller, file: &GuestFile) -> Result<Vec<u8>> {
+    pub(in crate::tree) fn guest_xattr_names(
+        &self,
+        caller: Caller,
+        file: &GuestFile,
+    ) -> Result<Vec<u8>> {
         if file.is_ours() {
             return Ok(Vec::new());
         }

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use super::attr::DirEntry;
-use super::node::{GuestFile, Node};
-use super::staged_file::StagedFile;
 use crate::archive::Export;
 use crate::progress::Operation;
 use crate::store::{Contents, Inside, Packed, Source, Spool};
+use crate::tree::nodes::attr::DirEntry;
+use crate::tree::nodes::node::{GuestFile, Node};
+use crate::tree::staging::staged_file::StagedFile;
 
 /// An open file.
-pub(super) enum Handle {
+pub(in crate::tree) enum Handle {
     /// An export; its layers are open, so nothing that happens to names can change it.
     Export {
         source: Source,
@@ -58,7 +58,7 @@ pub struct Opened {
 
 impl Handle {
     /// Its length in bytes, where that is known.
-    pub(super) fn size(&self) -> Option<u64> {
+    pub(in crate::tree) fn size(&self) -> Option<u64> {
         match self {
             Handle::Export { contents, .. } | Handle::Compressed { contents, .. } => {
                 Some(contents.size)

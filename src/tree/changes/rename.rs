@@ -4,15 +4,15 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::aside::ASIDE_PREFIX;
-use super::caller::Caller;
-use super::names::{EXPORT, decode, exists, not_there};
-use super::node::{Derived, Node};
-use super::staged_file::{Place, Role, StagedFile, role_of};
-use super::staging::{Child, StagedBox, What};
-use super::{Tree, text};
 use crate::home::is_snapshot_name;
 use crate::store::Source;
+use crate::tree::nodes::names::{EXPORT, decode, exists, not_there};
+use crate::tree::nodes::node::{Derived, Node};
+use crate::tree::staging::aside::ASIDE_PREFIX;
+use crate::tree::staging::caller::Caller;
+use crate::tree::staging::staged_file::{Place, Role, StagedFile, role_of};
+use crate::tree::staging::staging_area::{Child, StagedBox, What};
+use crate::tree::{Tree, text};
 use crate::{Error, Result};
 
 /// renameat2's flags.

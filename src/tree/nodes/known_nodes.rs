@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::guest_numbers::GuestVolume;
-use super::node::{GuestFile, Node, guest_number, next_number};
+use crate::tree::nodes::guest_numbers::GuestVolume;
+use crate::tree::nodes::node::{GuestFile, Node, guest_number, next_number};
 
 /// What the kernel knows.
 #[derive(Default)]
-pub(super) struct Known {
+pub(in crate::tree) struct Known {
     /// By inode number, each with how often it was told.
     nodes: HashMap<u64, (Node, u64)>,
     /// Those of them that have another number than their own, which was taken.

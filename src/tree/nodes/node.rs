@@ -3,9 +3,9 @@
 
 use sha2::{Digest, Sha256};
 
-use super::guest_numbers::GuestVolume;
-use super::names::{COMPRESSED, DISK_IMAGE, ROOTFS};
 use crate::store::{DiskState, Source};
+use crate::tree::nodes::guest_numbers::GuestVolume;
+use crate::tree::nodes::names::{COMPRESSED, DISK_IMAGE, ROOTFS};
 use std::sync::Arc;
 
 /// A file or directory of the mount.

@@ -3,10 +3,10 @@
 
 use std::ffi::OsStr;
 
-use super::Tree;
-use super::caller::Caller;
-use super::node::Node;
 use crate::home::rfc3339;
+use crate::tree::Tree;
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::caller::Caller;
 use crate::{Error, Result};
 
 const PREFIX: &str = "user.boxlite.";

@@ -146,11 +146,11 @@ impl Names {
     }
 }
 
-pub(super) fn exists(name: &str) -> Error {
+pub(in crate::tree) fn exists(name: &str) -> Error {
     Error::new(libc::EEXIST, format!("{name} is there already"))
 }
 
-pub(super) fn not_there() -> Error {
+pub(in crate::tree) fn not_there() -> Error {
     Error::new(libc::ENOENT, "there is no such file")
 }
 

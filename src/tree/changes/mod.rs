@@ -1,0 +1,5 @@
+//! What changes names: create, rename, remove.
+
+pub(super) mod create;
+pub(super) mod remove;
+pub(super) mod rename;

@@ -19,6 +19,7 @@
 //! * [`fuse`]: fuser's callbacks on the tree.
 //! * [`mount`]: options, daemonizing, signals, readiness.
 //! * `mountinfo`: what is mounted where, for all who have to know.
+//! * `process`: the processes that make requests, as /proc and pidfds show them.
 
 pub mod archive;
 pub mod disk;
@@ -29,6 +30,7 @@ pub mod guest;
 pub mod home;
 pub mod mount;
 mod mountinfo;
+mod process;
 pub mod progress;
 pub mod store;
 pub mod tree;

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms, from the top down. A file takes from its own room and from those after it.
-const ROOMS: [&str; 12] = [
+const ROOMS: [&str; 13] = [
     "command_line",
     "mount",
     "fuse",
@@ -19,6 +19,7 @@ const ROOMS: [&str; 12] = [
     "event_log",
     "home",
     "mountinfo",
+    "process",
 ];
 
 /// A module by the names that lead to it: `store/merge.rs` is `["store", "merge"]`.

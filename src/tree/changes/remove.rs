@@ -4,31 +4,62 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use crate::store::Source;
-use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, not_there};
+use crate::process::Caller;
+use crate::store::{Source, Store};
+use crate::tree::nodes::kernel_view::KernelView;
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, not_there, text};
 use crate::tree::nodes::node::{Derived, Node};
-use crate::tree::staging::caller::Caller;
-use crate::tree::staging::staged_file::{Content, StagedFile};
-use crate::tree::staging::staging_area::{Staging, What};
-use crate::tree::{Tree, text};
+use crate::tree::nodes::refusal::refuse;
+use crate::tree::reading::caller_view::CallerView;
+use crate::tree::staging::caller_history::{CallerHistory, SnapshotRemoval};
+use crate::tree::staging::program::Program;
+use crate::tree::staging::receiver::Receiver;
+use crate::tree::staging::staged_box::{Staged, StagedChild};
+use crate::tree::staging::staged_file::StagedContent;
+use crate::tree::staging::staging_area::StagingArea;
 use crate::{Error, Result};
 
-impl Tree {
-    /// `rmdir`: under `snapshots` it deletes a snapshot; a box only for who has removed all that is in
-    /// it before.
+/// Removes what exists and what is being made.
+pub struct Remover {
+    store: Arc<Store>,
+    kernel: Arc<KernelView>,
+    view: Arc<CallerView>,
+    staging: Arc<StagingArea>,
+    history: Arc<CallerHistory>,
+}
+
+impl Remover {
+    /// Returns one for what callers see of a home.
+    pub fn new(
+        store: Arc<Store>,
+        kernel: Arc<KernelView>,
+        view: Arc<CallerView>,
+        staging: Arc<StagingArea>,
+        history: Arc<CallerHistory>,
+    ) -> Remover {
+        Remover {
+            store,
+            kernel,
+            view,
+            staging,
+            history,
+        }
+    }
+
+    /// Removes a directory (rmdir(2)). Under `snapshots` that deletes a snapshot; a box goes only
+    /// for a caller that has removed all that is in it before.
     ///
     /// # Errors
-    /// ENOTEMPTY for a box, EBUSY, ENOENT, EPERM, EROFS.
-    pub fn rmdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
-        let parent = self.node_to_change(parent)?;
+    /// ENOTEMPTY for a box, EBUSY, ENOENT, EPERM.
+    pub fn directory(&self, caller: Caller, parent: &Node, name: &OsStr) -> Result<()> {
         let name = text(name).map_err(|_| not_there())?;
-        if self.remove_aside(&parent, name)? {
+        if self.staging.remove_aside(parent, name)? {
             return Ok(());
         }
-        if self.remove_staged_dir(caller, &parent, name)? {
+        if self.remove_staged(caller, parent, name)? {
             return Ok(());
         }
-        match self.child(caller, &parent, name)? {
+        match self.view.child(caller, parent, name)? {
             Node::Snapshot(id, snapshot) => self.remove_snapshot(caller, &id, &snapshot, name),
             Node::Snapshots(id) => self.remove_snapshots_dir(caller, &id),
             Node::Box(id) => self.remove_box(caller, &id, name),
@@ -41,31 +72,40 @@ impl Tree {
         }
     }
 
+    /// Removes an empty directory that was being made; false when it is not one.
+    fn remove_staged(&self, caller: Caller, parent: &Node, name: &str) -> Result<bool> {
+        let boxes = &self.staging.boxes;
+        if *parent == Node::Root {
+            return boxes.remove(name);
+        }
+        boxes.end_view_for(caller, parent);
+        boxes.remove_directory(caller, parent, name)
+    }
+
     /// Deletes a snapshot at once, unless the whole box is being removed: then when that is.
     fn remove_snapshot(&self, caller: Caller, id: &str, snapshot: &str, name: &str) -> Result<()> {
-        let a_box = Node::Box(id.to_owned());
         // It may be mv, which makes room for what it brings.
-        self.refuse_unseen(caller)
-            .map_err(|error| self.refuse(error.errno(), format!("snapshot {name}: {error}")))?;
-        {
-            let mut dealings = self.dealings.lock();
-            let mut dealing = dealings.of(caller, id);
-            if let Some(dealing) = dealing.as_mut().filter(|d| d.goes_on_removing()) {
-                // It may have more to remove.
-                dealing.removal_was_refused();
-                return Err(self.refuse(
+        refuse_unseen(caller).map_err(|error| {
+            let message = format!("snapshot {name}: {error}");
+            refuse(&self.store, error.errno(), message)
+        })?;
+        let history = &self.history;
+        match history.remove_snapshot(caller, id, (snapshot, name), BOX_JSON) {
+            SnapshotRemoval::Refused => {
+                return Err(refuse(
+                    &self.store,
                     libc::EPERM,
-                    format!("{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"),
+                    format!(
+                        "{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"
+                    ),
                 ));
             }
-            if let Some(dealing) = dealing.filter(|d| d.has_removed(&a_box, BOX_JSON)) {
-                dealing.remove(&Node::Snapshots(id.to_owned()), name);
-                let snapshots = &mut dealing.gone.snapshots;
-                snapshots.insert(snapshot.to_owned(), name.to_owned());
-                drop(dealings);
-                self.raise_generation(&Node::Snapshot(id.to_owned(), snapshot.to_owned()));
+            SnapshotRemoval::WithBox => {
+                let directory = Node::Snapshot(id.to_owned(), snapshot.to_owned());
+                self.kernel.raise_generation(&directory);
                 return Ok(());
             }
+            SnapshotRemoval::Now => {}
         }
         self.refuse_left_export(caller, id, snapshot, name)?;
         self.refuse_shared(|source| {
@@ -74,18 +114,17 @@ impl Tree {
         self.store.remove_snapshot(id, snapshot)
     }
 
-    /// EBUSY for a state of which a copy waits for its box: mv removes what it has copied.
+    /// Refuses to remove a state of which a copy waits for its box: mv removes what it has copied.
     fn refuse_shared(&self, is_source: impl Fn(&Source) -> bool) -> Result<()> {
-        // A file's state is never waited for with the lock of all in hand.
-        let files = self.staging.lock().all_files();
-        for file in files {
-            let state = file.state.lock();
-            if let Content::Shared { source, .. } = &state.content
+        for file in self.staging.files() {
+            let state = file.state();
+            if let StagedContent::Shared { source, .. } = &state.content
                 && state.open == 0
                 && is_source(source)
             {
                 let which = self.store.describe(source);
-                return Err(self.refuse(
+                return Err(refuse(
+                    &self.store,
                     libc::EBUSY,
                     format!(
                         "a copy of {which} waits for its box; copy that box's {EXPORT} first, or remove the copy"
@@ -96,9 +135,9 @@ impl Tree {
         Ok(())
     }
 
-    /// ENOTEMPTY for a process that removed other files of a snapshot and not its export (`find ! -name
-    /// export.boxlite -delete`, a `tar --remove-files` that could not read it), and for mv, which calls rmdir
-    /// on the directory that it is about to replace. `rmdir` alone deletes a snapshot.
+    /// Refuses a process that removed other files of a snapshot and not its export (`find ! -name
+    /// export.boxlite -delete`, a `tar --remove-files` that could not read it), and mv, which calls
+    /// rmdir on the directory that it is about to replace. `rmdir` alone deletes a snapshot.
     fn refuse_left_export(
         &self,
         caller: Caller,
@@ -107,16 +146,12 @@ impl Tree {
         name: &str,
     ) -> Result<()> {
         let directory = Node::Snapshot(id.to_owned(), snapshot.to_owned());
-        let mut dealings = self.dealings.lock();
-        let dealing = dealings.of(caller, id);
-        let (has_begun, is_emptied) = dealing.map_or((false, false), |dealing| {
-            let has_begun = dealing.has_removed_in(&directory);
-            (has_begun, dealing.has_removed(&directory, EXPORT))
-        });
-        if is_emptied || !(has_begun || caller.moves()) {
+        let (has_begun, is_emptied) = self.history.removed_in(caller, &directory, EXPORT);
+        if is_emptied || !(has_begun || Program::of(caller).is_mv()) {
             return Ok(());
         }
-        Err(self.refuse(
+        Err(refuse(
+            &self.store,
             libc::ENOTEMPTY,
             format!(
                 "{name} is a snapshot, with its {EXPORT} in it; rmdir alone, or rm -r, deletes it"
@@ -124,124 +159,72 @@ impl Tree {
         ))
     }
 
-    /// `snapshots` is gone for who removes it, empty, and nobody else: a step of removing the box, for file
-    /// managers the first, and nothing if the rest never comes.
+    /// Hides `snapshots`, where it is empty, from the caller that removes it. That is a step of
+    /// removing the box, for file managers the first, and nothing if the rest never comes.
     fn remove_snapshots_dir(&self, caller: Caller, id: &str) -> Result<()> {
-        let names = self.names()?;
-        let is_deferred = {
-            let mut dealings = self.dealings.lock();
-            let dealing = dealings.of(caller, id);
-            let gone = dealing.map(|dealing| dealing.gone.snapshots.clone());
-            move |snapshot: &str| gone.as_ref().is_some_and(|ids| ids.contains_key(snapshot))
-        };
+        let names = self.view.home.boxes.names()?;
+        let gone = self.history.gone_with(caller, id).unwrap_or_default();
         let mut snapshots = names.catalog().snapshots_of(id).iter();
-        if snapshots.any(|snapshot| !is_deferred(&snapshot.id)) {
+        if snapshots.any(|snapshot| !gone.snapshots.contains_key(&snapshot.id)) {
             return Err(Error::new(libc::ENOTEMPTY, "there are snapshots in it"));
         }
-        self.remove_for_caller(caller, &Node::Box(id.to_owned()), id, SNAPSHOTS)?;
-        self.raise_generation(&Node::Snapshots(id.to_owned()));
+        self.hide(caller, &Node::Box(id.to_owned()), id, SNAPSHOTS)?;
+        self.kernel
+            .raise_generation(&Node::Snapshots(id.to_owned()));
         Ok(())
     }
 
-    /// Removes a box for who has removed all that is in it.
+    /// Removes a box for a caller that has removed all that is in it.
     fn remove_box(&self, caller: Caller, id: &str, name: &str) -> Result<()> {
         let node = Node::Box(id.to_owned());
         let full = || {
-            Error::new(
-                libc::ENOTEMPTY,
-                format!("{name} is a box; rm -r deletes it"),
-            )
+            let message = format!("{name} is a box; rm -r deletes it");
+            Error::new(libc::ENOTEMPTY, message)
         };
-        let is_removing = {
-            let mut dealings = self.dealings.lock();
-            let dealing = dealings.of(caller, id);
-            dealing
-                .filter(|dealing| dealing.has_removed(&node, BOX_JSON))
-                .map(|dealing| dealing.gone.clone())
-        };
-        let gone = is_removing.ok_or_else(full)?;
-        if !self.list(caller, &node)?.is_empty() {
+        if !self.history.has_removed(caller, &node, BOX_JSON) {
+            return Err(full());
+        }
+        let gone = self.history.gone_with(caller, id).ok_or_else(full)?;
+        if !self.view.list(caller, &node)?.is_empty() {
             return Err(full());
         }
         self.refuse_shared(|source| source.box_id() == id)?;
         self.store.remove_box(id, &gone)?;
-        self.dealings.lock().forget(id);
+        self.history.forget(id);
         Ok(())
     }
 
-    /// Whether the caller removed a name, which everybody else goes on seeing.
-    pub(in crate::tree) fn has_removed(&self, caller: Caller, parent: &Node, name: &str) -> bool {
-        let Some(id) = parent.box_id() else {
-            return false;
-        };
-        let mut dealings = self.dealings.lock();
-        dealings
-            .of(caller, id)
-            .is_some_and(|dealing| dealing.has_removed(parent, name))
-    }
-
-    /// Removes an empty directory that was being made; false when it is not one.
-    fn remove_staged_dir(&self, caller: Caller, parent: &Node, name: &str) -> Result<bool> {
-        let mut staging = self.staging.lock();
-        if *parent == Node::Root {
-            let Some(id) = staging.names.get(name).cloned() else {
-                return Ok(false);
-            };
-            let ino = Node::Box(id.clone()).ino();
-            if let Some(staged) = staging.boxes.get(&id) {
-                staged.refuse_full(ino, name)?;
-            }
-            staging.names.remove(name);
-            staging.boxes.remove(&id);
-            staging.made_in.retain(|_, box_id| *box_id != id);
-            return Ok(true);
-        }
-        staging.end_face(caller, parent);
-        let Some(staged) = staging.face(caller, parent) else {
-            return Ok(false);
-        };
-        let child = staged.child(parent, name).ok_or_else(not_there)?;
-        if !matches!(child.what, What::Directory) {
-            return Err(Error::new(libc::ENOTDIR, "that is not a directory"));
-        }
-        let ino = child.node.ino();
-        staged.refuse_full(ino, name)?;
-        staged.children.remove(&ino);
-        if let Some(names) = staged.children.get_mut(&parent.ino()) {
-            names.remove(name);
-        }
-        staging.made_in.remove(&ino);
-        Ok(true)
-    }
-
-    /// unlink(2): takes back what is being made. A file of a box that exists is gone for the caller
-    /// alone: a step of removing the box, and nothing if the rest never comes.
+    /// Removes a file (unlink(2)): takes back what is being made. A file of a box that exists is
+    /// hidden from the caller alone: a step of removing the box, and nothing if the rest never
+    /// comes. `receiver` wrote what is taken back.
     ///
     /// # Errors
-    /// EBUSY when the box can't be removed now, EPERM for what stays, ENOENT, EROFS.
-    pub fn unlink(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
-        let parent = self.node_to_change(parent)?;
+    /// EBUSY when the box can't be removed now, EPERM for what stays, ENOENT.
+    pub fn file(
+        &self,
+        receiver: &Receiver,
+        caller: Caller,
+        parent: Node,
+        name: &OsStr,
+    ) -> Result<()> {
         let name = text(name).map_err(|_| not_there())?;
-        let (parent, name) = self.change_aside(caller, parent, name);
+        let (parent, name) = self.staging.change_aside(caller, parent, name);
         let name = name.as_ref();
-        let taken = {
-            let mut staging = self.staging.lock();
-            let is_of_box = matches!(name, BOX_JSON | EXPORT | SNAPSHOT_JSON);
-            if (is_of_box || Derived::named(name).is_some())
-                && !staging.is_placeholder(caller, &parent, name)
-            {
-                staging.end_face(caller, &parent);
-            }
-            take_staged(&mut staging, caller, &parent, name)?
-        };
-        match taken {
-            Some(What::File(file)) => {
-                self.note_unfinished(&file);
+        let is_of_box = matches!(name, BOX_JSON | EXPORT | SNAPSHOT_JSON);
+        if (is_of_box || Derived::named(name).is_some())
+            && !self.is_placeholder(caller, &parent, name)
+        {
+            self.staging.boxes.end_view_for(caller, &parent);
+        }
+        match self.staging.take(caller, &parent, name)? {
+            Some(Staged::File(file)) => {
+                receiver.log_unfinished(&file);
                 file.was_removed(name);
                 if !file.restores || name != EXPORT {
                     return Ok(());
                 }
-                // The name is that of the box's export, which the same caller may have removed before.
+                // The name is that of the box's export, which the same caller may have removed
+                // before.
                 match self.remove_real(caller, &parent, name) {
                     Err(error) if error.errno() == libc::ENOENT => Ok(()),
                     result => result,
@@ -252,121 +235,78 @@ impl Tree {
         }
     }
 
+    /// Returns whether a name is an empty file: tar makes one where a link will be, and removes it
+    /// at its end.
+    fn is_placeholder(&self, caller: Caller, parent: &Node, name: &str) -> bool {
+        let boxes = &self.staging.boxes;
+        let is_empty = boxes.with_view_for(caller, parent, |staged| {
+            let file = staged.child(parent, name).and_then(StagedChild::file);
+            file.is_some_and(|file| file.size() == 0)
+        });
+        is_empty == Some(true)
+    }
+
     /// Refuses at the first file what would be refused at the directory, when it is too late.
     fn remove_real(&self, caller: Caller, parent: &Node, name: &str) -> Result<()> {
-        let node = self.child(caller, parent, name)?;
+        let node = self.view.child(caller, parent, name)?;
         let id = match (&node, parent) {
             (Node::BoxJson(id) | Node::SnapshotJson(id, _), Node::Box(_) | Node::Snapshot(..)) => {
                 id.clone()
             }
             (Node::Export(source) | Node::Link(_, source), _) => source.box_id().to_owned(),
             _ => {
-                return Err(self.refuse(
+                return Err(refuse(
+                    &self.store,
                     libc::EPERM,
                     format!("{name} stays; what is in .boxlite goes with what it belongs to"),
                 ));
             }
         };
-        self.remove_for_caller(caller, parent, &id, name)
+        self.hide(caller, parent, &id, name)
     }
 
-    /// A name in the box with this id is gone for the caller alone, unless the box can't be removed now.
-    fn remove_for_caller(&self, caller: Caller, dir: &Node, id: &str, name: &str) -> Result<()> {
-        let unready = self
-            .refuse_unseen(caller)
+    /// Hides a name in the box with this id from the caller, unless the box can't be removed now.
+    fn hide(&self, caller: Caller, dir: &Node, id: &str, name: &str) -> Result<()> {
+        let unready = refuse_unseen(caller)
             .and_then(|()| self.refuse_written(id))
             .and_then(|()| self.refuse_shared(|source| source.box_id() == id))
             .and_then(|()| self.store.refuse_unready(id));
         if let Err(error) = unready {
-            self.dealings.lock().begin(caller, id).removal_was_refused();
-            return Err(self.refuse(error.errno(), format!("removal of {name}: {error}")));
+            self.history.refuse_removal(caller, id);
+            let message = format!("removal of {name}: {error}");
+            return Err(refuse(&self.store, error.errno(), message));
         }
-        let mut dealings = self.dealings.lock();
-        let dealing = dealings.begin(caller, id);
-        let seen = &mut dealing.gone.disk;
-        *seen = seen.or_else(|| self.store.see_disk(id));
-        dealing.remove(dir, name);
+        let see_disk = || self.store.see_disk(id);
+        self.history.remove(caller, id, (dir, name), see_disk);
         Ok(())
     }
 
-    /// EPERM for a process that can't be told from others: a box goes name by name, and nobody could
-    /// say whose steps belong together. EMFILE if the mount has no descriptor left to look
-    /// at the process.
-    fn refuse_unseen(&self, caller: Caller) -> Result<()> {
-        if caller.is_outside() {
-            return Err(Error::new(
-                libc::EPERM,
-                "this process is in a pid namespace that the mount can't see into; remove it where \
-                 the home is mounted",
-            ));
-        }
-        caller.identify().map_err(|error| {
-            Error::new(
-                error.raw_os_error().unwrap_or(libc::EIO),
-                format!("cannot look at process {}: {error}; try again", caller.tid),
-            )
-        })
-    }
-
-    /// EBUSY while an archive is written over the disk of the box.
+    /// Refuses while an archive is written over the disk of the box.
     fn refuse_written(&self, id: &str) -> Result<()> {
-        let staging = self.staging.lock();
-        let mut over = staging.files.iter().filter(|loose| loose.file.restores);
-        let is_written = over.any(|loose| loose.file.box_id == id && loose.is_written());
-        if !is_written {
+        if !self.staging.loose.is_written_over(id) {
             return Ok(());
         }
         Err(Error::busy(
             "an archive is being written over its disk; wait for that, or end it",
         ))
     }
-
-    /// A written file that became nothing loses its name.
-    pub(in crate::tree) fn drop_staged_file(&self, file: &Arc<StagedFile>, refused: bool) {
-        let mut staging = self.staging.lock();
-        staging
-            .files
-            .retain(|loose| !Arc::ptr_eq(&loose.file, file));
-        if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
-            if refused {
-                staged.fail(file.copier);
-            }
-            for names in staged.children.values_mut() {
-                names.retain(|_, child| child.node != file.node);
-            }
-        }
-    }
 }
 
-/// Takes a name that is being made out of its directory.
-fn take_staged(
-    staging: &mut Staging,
-    caller: Caller,
-    parent: &Node,
-    name: &str,
-) -> Result<Option<What>> {
-    if staging.loose_file(caller, parent, name).is_some() {
-        let loose = staging.take_loose_file(caller, parent, name);
-        return Ok(loose.map(|loose| What::File(loose.file)));
+/// Refuses a process that can't be told from others. A box goes name by name, and nobody could say
+/// whose steps belong together: EPERM. EMFILE if the mount has no descriptor left to look at the
+/// process.
+fn refuse_unseen(caller: Caller) -> Result<()> {
+    if caller.is_outside() {
+        return Err(Error::new(
+            libc::EPERM,
+            "this process is in a pid namespace that the mount can't see into; remove it where \
+             the home is mounted",
+        ));
     }
-    let Some(staged) = staging.face(caller, parent) else {
-        return Ok(None);
-    };
-    // What remains stays as long as this process removes it.
-    staged.makers.take_over(caller);
-    let names = staged
-        .children
-        .get_mut(&parent.ino())
-        .ok_or_else(not_there)?;
-    match names.get(name).map(|child| &child.what) {
-        None => Err(not_there()),
-        Some(What::Directory) => Err(Error::new(libc::EISDIR, "that is a directory")),
-        Some(_) => {
-            let child = names.remove(name);
-            if let Some(child) = &child {
-                staging.made_in.remove(&child.node.ino());
-            }
-            Ok(child.map(|child| child.what))
-        }
-    }
+    caller.identify().map_err(|error| {
+        Error::new(
+            error.raw_os_error().unwrap_or(libc::EIO),
+            format!("cannot look at process {}: {error}; try again", caller.tid),
+        )
+    })
 }

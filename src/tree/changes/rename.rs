@@ -2,17 +2,19 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use crate::home::is_snapshot_name;
-use crate::store::Source;
-use crate::tree::nodes::names::{EXPORT, decode, exists, not_there};
-use crate::tree::nodes::node::{Derived, Node};
-use crate::tree::staging::aside::ASIDE_PREFIX;
-use crate::tree::staging::caller::Caller;
-use crate::tree::staging::staged_file::{Place, Role, StagedFile, role_of};
-use crate::tree::staging::staging_area::{Child, StagedBox, What};
-use crate::tree::{Tree, text};
+use crate::process::Caller;
+use crate::store::Store;
+use crate::tree::changes::checks::Checks;
+use crate::tree::nodes::names::{EXPORT, decode, exists, not_there, text};
+use crate::tree::nodes::node::Node;
+use crate::tree::reading::caller_view::CallerView;
+use crate::tree::staging::commit::Committer;
+use crate::tree::staging::role::{FileRole, StagedPlace, role_of};
+use crate::tree::staging::staged_file::StagedFile;
+use crate::tree::staging::staged_rename::StagedRename;
+use crate::tree::staging::staging_area::StagingArea;
 use crate::{Error, Result};
 
 /// renameat2's flags.
@@ -26,266 +28,225 @@ pub enum RenameMode {
     Unsupported,
 }
 
-impl Tree {
-    /// rename(2): gives a box or a snapshot another name, or a file being made its final one, which
-    /// commits it when its data is complete.
+/// A directory, and a name in it.
+type NameIn<'n> = (&'n Node, &'n str);
+
+/// What a rename moved.
+enum Moved {
+    File(Arc<StagedFile>),
+    Other,
+    Nothing,
+}
+
+/// Renames what exists and what is being made.
+pub struct Renamer {
+    store: Arc<Store>,
+    view: Arc<CallerView>,
+    staging: Arc<StagingArea>,
+    checks: Arc<Checks>,
+    committer: Arc<Committer>,
+}
+
+impl Renamer {
+    /// Returns one for what callers see of a home.
+    pub fn new(
+        store: Arc<Store>,
+        view: Arc<CallerView>,
+        staging: Arc<StagingArea>,
+        checks: Arc<Checks>,
+        committer: Arc<Committer>,
+    ) -> Renamer {
+        Renamer {
+            store,
+            view,
+            staging,
+            checks,
+            committer,
+        }
+    }
+
+    /// Gives a box or a snapshot another name, or a file being made its final one, which commits it
+    /// when its data is complete.
     ///
     /// # Errors
-    /// EXDEV where a copy means something (mv then makes one), EEXIST and ENOTEMPTY for a name that is
-    /// taken, EBUSY, EPERM, EINVAL.
+    /// EXDEV where a copy means something (mv then makes one), EEXIST and ENOTEMPTY for a name that
+    /// is taken, EBUSY, EPERM, EINVAL.
     pub fn rename(
         &self,
         caller: Caller,
-        from: (u64, &OsStr),
-        to: (u64, &OsStr),
+        (from_parent, from_name): (Node, &OsStr),
+        (to_parent, to_name): (Node, &OsStr),
         mode: RenameMode,
     ) -> Result<()> {
-        if mode == RenameMode::Unsupported {
-            return Err(Error::new(
-                libc::EINVAL,
-                "names can't be exchanged here; rename one after the other",
-            ));
-        }
-        let (from_parent, to_parent) = (self.node_to_change(from.0)?, self.node_to_change(to.0)?);
-        let from_name = text(from.1).map_err(|_| not_there())?;
+        let from_name = text(from_name).map_err(|_| not_there())?;
         // Not EINVAL: that is a directory moved into itself, and mv says so.
-        let to_name = text(to.1).map_err(|error| self.refuse(libc::EPERM, error.to_string()))?;
+        let to_name =
+            text(to_name).map_err(|error| self.checks.refuse(libc::EPERM, error.to_string()))?;
         if from_parent == to_parent && from_name == to_name {
             return Ok(());
         }
-        let (from_parent, from_name) = self.change_aside(caller, from_parent, from_name);
-        let (to_parent, to_name) = self.change_aside(caller, to_parent, to_name);
-        let (from_name, to_name) = (from_name.as_ref(), to_name.as_ref());
-        let from = (&from_parent, from_name);
-        let to = (&to_parent, to_name);
-        let is_loose = {
-            let mut staging = self.staging.lock();
-            staging.loose_file(caller, from.0, from.1).is_some()
-        };
-        let moved = if is_loose {
-            self.rename_loose(caller, from, to, mode)?
+        let (from_parent, from_name) = self.staging.change_aside(caller, from_parent, from_name);
+        let (to_parent, to_name) = self.staging.change_aside(caller, to_parent, to_name);
+        let from = (&from_parent, from_name.as_ref());
+        let to = (&to_parent, to_name.as_ref());
+        let loose = &self.staging.loose;
+        let moved = if loose.node_for(caller, from.0, from.1).is_some() {
+            Moved::File(self.rename_loose(caller, from, to, mode)?)
         } else if from_parent == Node::Root && to_parent == Node::Root {
-            self.rename_in_root(from_name, to_name)?
+            self.rename_in_root(from.1, to.1)?
         } else {
             self.rename_staged(caller, from, to, mode)?
         };
         match moved {
-            Moved::File(file) => self.settle(&file).inspect_err(|_| {
-                if file.waits.load(Ordering::Relaxed) {
+            Moved::File(file) => self.committer.commit_if_ready(&file).inspect_err(|_| {
+                if file.is_waiting() {
                     self.move_back(&file, from, to);
                 }
             }),
             Moved::Other => {
-                let id = {
-                    let staging = self.staging.lock();
-                    let of_root = staging.names.get(to.1).filter(|_| *to.0 == Node::Root);
-                    of_root.cloned().or_else(|| staging.box_of(to.0))
-                };
-                id.into_iter().for_each(|id| self.note_names(&id));
+                if let Some(id) = self.staged_box_at(to) {
+                    self.committer.waiting().note_names(&id);
+                }
                 Ok(())
             }
             Moved::Nothing => self.rename_real(caller, from, to, mode),
         }
     }
 
-    /// A file that is written outside of a box being made.
+    /// Returns the box being made that an entry is, or is in.
+    fn staged_box_at(&self, (parent, name): NameIn<'_>) -> Option<String> {
+        let boxes = &self.staging.boxes;
+        let of_root = if *parent == Node::Root {
+            boxes.id_of(name)
+        } else {
+            None
+        };
+        of_root.or_else(|| boxes.box_of(parent))
+    }
+
+    /// Renames a file that is written outside of a box being made.
     fn rename_loose(
         &self,
         caller: Caller,
-        (from_dir, from): (&Node, &str),
-        (to_dir, to): (&Node, &str),
+        (from_dir, from): NameIn<'_>,
+        (to_dir, to): NameIn<'_>,
         mode: RenameMode,
-    ) -> Result<Moved> {
+    ) -> Result<Arc<StagedFile>> {
         if from_dir != to_dir {
             return Err(Error::new(libc::EXDEV, "that is another place; copy it"));
         }
-        let role = role_of(to_dir, to);
-        match (to_dir, &role) {
-            (Node::Root, Some(Role::NewBox)) => self
-                .refuse_taken_box(to)
-                .inspect_err(|_| self.staging.lock().fail_loose(from_dir, from))?,
-            (_, None | Some(Role::Json | Role::Placeholder)) => {
+        let loose = &self.staging.loose;
+        match (to_dir, role_of(to_dir, to)) {
+            (Node::Root, Some(FileRole::NewBox)) => {
+                let taken = self.checks.taken_box(to);
+                taken.inspect_err(|_| loose.fail(from_dir, from))?;
+            }
+            (_, None | Some(FileRole::Json | FileRole::Placeholder)) => {
                 return Err(Error::new(
                     libc::EPERM,
                     format!("{to} can't be an archive's name"),
                 ));
             }
-            (Node::Box(_), Some(Role::BoxDisk)) if mode == RenameMode::Keep => {
-                self.child(caller, to_dir, to)
-                    .map_or(Ok(()), |_| Err(exists(to)))?;
+            (Node::Box(_), Some(FileRole::BoxDisk))
+                if mode == RenameMode::Keep && self.view.child(caller, to_dir, to).is_ok() =>
+            {
+                return Err(exists(to));
             }
             _ => {}
         }
-        let mut staging = self.staging.lock();
-        if staging.is_written(to_dir, to)
-            || (*to_dir == Node::Root
-                && !to.starts_with(ASIDE_PREFIX)
-                && staging.has_loose_file(to_dir, to))
-        {
-            return Err(exists(to));
-        }
-        let mut loose = staging
-            .take_loose_file(caller, from_dir, from)
-            .ok_or_else(not_there)?;
-        let file = loose.file.clone();
-        // gio opens what it is about to replace.
-        let replaced = staging.take_loose_file(caller, to_dir, to);
-        loose.name = to.to_owned();
-        staging.files.push(loose);
-        drop(staging);
+        let (file, replaced) = loose.rename(caller, from_dir, (from, to))?;
         if let Some(replaced) = replaced {
-            replaced.file.was_removed(to);
+            replaced.was_removed(to);
         }
-        file.state.lock().place.name = to.to_owned();
-        Ok(Moved::File(file))
+        file.state().place.name = to.to_owned();
+        Ok(file)
     }
 
     /// Gives a waiting archive its old name back, after it could not become what the new name says.
-    fn move_back(
-        &self,
-        file: &Arc<StagedFile>,
-        (from_parent, from): (&Node, &str),
-        (to_parent, to): (&Node, &str),
-    ) {
-        let mut staging = self.staging.lock();
-        for loose in &mut staging.files {
-            if Arc::ptr_eq(&loose.file, file) {
-                loose.name = from.to_owned();
-            }
-        }
-        if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
-            staged.move_child((to_parent, to), (from_parent, from));
-        }
-        drop(staging);
-        file.state.lock().place = Place {
-            parent: from_parent.clone(),
-            name: from.to_owned(),
-        };
+    fn move_back(&self, file: &Arc<StagedFile>, from: NameIn<'_>, to: NameIn<'_>) {
+        self.staging.loose.rename_back(file, from.1);
+        let boxes = &self.staging.boxes;
+        boxes.with(&file.box_id, |staged| staged.move_child(to, from));
+        file.state().place = place(from);
     }
 
-    /// A directory being made.
+    /// Renames a box being made.
     fn rename_in_root(&self, from: &str, to: &str) -> Result<Moved> {
-        let names = self.names()?;
-        let mut staging = self.staging.lock();
-        let Some(id) = staging.names.get(from).cloned() else {
-            return Ok(Moved::Nothing);
+        let names = self.view.home.boxes.names()?;
+        let check = || {
+            decode(to)?;
+            self.checks.dotted(to)?;
+            match names.id_of(to) {
+                Some(_) => Err(exists(to)),
+                None => Ok(()),
+            }
         };
-        decode(to)?;
-        self.refuse_dotted(to)?;
-        if names.id_of(to).is_some() || staging.names.contains_key(to) {
-            return Err(exists(to));
+        if self.staging.boxes.rename(from, to, check)? {
+            Ok(Moved::Other)
+        } else {
+            Ok(Moved::Nothing)
         }
-        staging.names.remove(from);
-        staging.names.insert(to.to_owned(), id);
-        Ok(Moved::Other)
     }
 
+    /// Renames what is in a box being made.
     fn rename_staged(
         &self,
         caller: Caller,
-        (from_parent, from): (&Node, &str),
-        (to_parent, to): (&Node, &str),
+        from: NameIn<'_>,
+        to: NameIn<'_>,
         mode: RenameMode,
     ) -> Result<Moved> {
-        let mut staging = self.staging.lock();
-        let to_box = staging.box_of(to_parent);
-        let same_box = staging.box_of(from_parent) == to_box;
-        let Some(staged) = staging.made_by(caller, from_parent) else {
-            return Ok(Moved::Nothing);
-        };
-        if staged.child(from_parent, from).is_none() && staged.committed {
-            return Ok(Moved::Nothing);
-        }
-        let child = staged.child(from_parent, from);
-        let is_directory = child.is_some_and(|child| matches!(child.what, What::Directory));
-        let is_kept = match child.map(|child| (&child.what, &child.node)) {
-            Some((What::File(_), _)) => role_of(to_parent, to).is_some(),
-            Some((What::Directory, Node::Snapshot(..))) => {
-                matches!(to_parent, Node::Snapshots(_)) && is_snapshot_name(to)
+        let boxes = &self.staging.boxes;
+        let replaces = mode != RenameMode::Keep;
+        match boxes.rename_child(caller, from, to, replaces)? {
+            StagedRename::NotStaged => Ok(Moved::Nothing),
+            StagedRename::Other => Ok(Moved::Other),
+            StagedRename::File(file) => {
+                file.state().place = place(to);
+                Ok(Moved::File(file))
             }
-            Some((What::Directory, _)) => from == to && from_parent == to_parent,
-            _ => Derived::named(to).is_some(),
-        };
-        if !is_kept {
-            return Err(self.refuse(
-                libc::EPERM,
-                format!("{to} would not be kept: it is no part of a backup"),
-            ));
-        }
-        if !same_box {
-            return Err(Error::new(libc::EXDEV, "that is another box; copy it"));
-        }
-        // What is in the box by now is renamed in the box, for everybody.
-        let is_there = |child: &Child| match (&child.what, &child.node) {
-            (What::File(file), _) => file.is_there.load(Ordering::Relaxed),
-            (What::Directory, Node::Snapshot(_, id)) => staged.arrived.contains(id),
-            _ => false,
-        };
-        if staged.committed && child.is_some_and(is_there) {
-            drop(staging);
-            let (from, to) = ((from_parent, from), (to_parent, to));
-            self.rename_real(caller, from, to, mode)?;
-            let mut staging = self.staging.lock();
-            let id = staging.box_of(from_parent);
-            if let Some(staged) = id.and_then(|id| staging.boxes.get_mut(&id)) {
-                staged.move_child(from, to);
+            StagedRename::IsInBox => {
+                self.rename_real(caller, from, to, mode)?;
+                if let Some(id) = boxes.box_of(from.0) {
+                    boxes.with(&id, |staged| staged.move_child(from, to));
+                }
+                Ok(Moved::Other)
             }
-            return Ok(Moved::Other);
         }
-        if let Some(taken) = staged.child(to_parent, to) {
-            if mode == RenameMode::Keep {
-                return Err(exists(to));
-            }
-            refuse_overwriting(taken, is_directory, staged, to)?;
-        }
-        let file = match child.map(|child| &child.what) {
-            Some(What::File(file)) => Some(file.clone()),
-            _ => None,
-        };
-        if !staged.move_child((from_parent, from), (to_parent, to)) {
-            return Err(not_there());
-        }
-        drop(staging);
-        let Some(file) = file else {
-            return Ok(Moved::Other);
-        };
-        file.state.lock().place = Place {
-            parent: to_parent.clone(),
-            name: to.to_owned(),
-        };
-        Ok(Moved::File(file))
     }
 
-    /// What exists. mv copies and removes after EXDEV, so that is only said where the copy makes what
-    /// is meant.
+    /// Renames what exists. mv copies and removes after EXDEV, so that is only said where the copy
+    /// makes what is meant.
     fn rename_real(
         &self,
         caller: Caller,
-        (from_parent, from): (&Node, &str),
-        (to_parent, to): (&Node, &str),
+        (from_parent, from): NameIn<'_>,
+        (to_parent, to): NameIn<'_>,
         mode: RenameMode,
     ) -> Result<()> {
-        let node = self.child(caller, from_parent, from)?;
+        let node = self.view.child(caller, from_parent, from)?;
         let copied = || Err(Error::new(libc::EXDEV, "that is another place; copy it"));
-        let into_staging = self.staging.lock().face(caller, to_parent).is_some();
+        let is_into_staging = self.staging.boxes.is_view_for(caller, to_parent);
+        let refuse = |message: String| self.checks.refuse(libc::EPERM, message);
         match (&node, to_parent) {
             (Node::Box(id), Node::Root) => {
                 self.refuse_taken(caller, to_parent, to, mode)?;
-                self.refuse_dotted(to)?;
+                self.checks.dotted(to)?;
                 // Not EINVAL: that is a directory moved into itself, and mv says so.
-                let name = decode(to).map_err(|error| self.refuse(libc::EPERM, error.to_string()))?;
-                self.with_links(|| self.store.rename_box(id, &name))
+                let name = decode(to).map_err(|error| refuse(error.to_string()))?;
+                let boxes = &self.view.home.boxes;
+                boxes.rename(|| self.store.rename_box(id, &name))
             }
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken(caller, to_parent, to, mode)?;
                 if !is_snapshot_name(to) {
-                    let message = format!("{to:?} can't be a snapshot's name");
-                    return Err(self.refuse(libc::EPERM, message));
+                    return Err(refuse(format!("{to:?} can't be a snapshot's name")));
                 }
-                self.with_links(|| self.store.rename_snapshot(id, snapshot, to))
+                let boxes = &self.view.home.boxes;
+                boxes.rename(|| self.store.rename_snapshot(id, snapshot, to))
             }
             (Node::Snapshot(..), Node::Root) => copied(),
-            (Node::Export(_), Node::Root) if role_of(to_parent, to) == Some(Role::NewBox) => {
+            (Node::Export(_), Node::Root) if role_of(to_parent, to) == Some(FileRole::NewBox) => {
                 copied()
             }
             (Node::Export(_), Node::Box(_)) if to == EXPORT => copied(),
@@ -294,25 +255,21 @@ impl Tree {
                 | Node::BoxJson(_)
                 | Node::SnapshotJson(..)
                 | Node::Link(..)
-                | Node::Snapshot(..),
+                | Node::Snapshot(..)
+                | Node::Snapshots(_),
                 _,
-            ) if into_staging => copied(),
-            (Node::Snapshots(_), _) if into_staging => copied(),
-            (Node::Export(Source::Live { .. } | Source::Snapshot { .. }), _) => {
-                Err(self.refuse(
-                    libc::EPERM,
-                    format!("{from} stays; copy it to NEW.boxlite for a new box, or over another box's {EXPORT}"),
-                ))
-            }
-            (Node::Snapshot(..) | Node::Box(_), _) => Err(self.refuse(
-                libc::EPERM,
-                format!("{from} can't go there: a snapshot stays with its box, and a box in the root; to make a new box of it, copy it into the root"),
-            )),
-            _ => Err(self.refuse(libc::EPERM, format!("{from} stays where it is"))),
+            ) if is_into_staging => copied(),
+            (Node::Export(_), _) => Err(refuse(format!(
+                "{from} stays; copy it to NEW.boxlite for a new box, or over another box's {EXPORT}"
+            ))),
+            (Node::Snapshot(..) | Node::Box(_), _) => Err(refuse(format!(
+                "{from} can't go there: a snapshot stays with its box, and a box in the root; to make a new box of it, copy it into the root"
+            ))),
+            _ => Err(refuse(format!("{from} stays where it is"))),
         }
     }
 
-    /// The errno of rename(2) for a name that is taken.
+    /// Refuses a name that is taken, with the errno of rename(2).
     fn refuse_taken(
         &self,
         caller: Caller,
@@ -320,41 +277,23 @@ impl Tree {
         name: &str,
         mode: RenameMode,
     ) -> Result<()> {
-        let Ok(node) = self.child(caller, parent, name) else {
+        let Ok(node) = self.view.child(caller, parent, name) else {
             return Ok(());
         };
-        let is_directory = matches!(node, Node::Box(_) | Node::Snapshot(..) | Node::Hidden);
-        match (mode, is_directory) {
-            (RenameMode::Keep, _) => Err(exists(name)),
-            (_, true) => Err(Error::new(
-                libc::ENOTEMPTY,
-                format!("{name} is there already, and stays"),
-            )),
-            (_, false) => Err(Error::new(libc::ENOTDIR, format!("{name} is a file"))),
+        if mode == RenameMode::Keep {
+            return Err(exists(name));
         }
+        if matches!(node, Node::Box(_) | Node::Snapshot(..) | Node::Hidden) {
+            let message = format!("{name} is there already, and stays");
+            return Err(Error::new(libc::ENOTEMPTY, message));
+        }
+        Err(Error::new(libc::ENOTDIR, format!("{name} is a file")))
     }
 }
 
-/// The errno of rename(2) for what can't take the place of something that is being made.
-fn refuse_overwriting(
-    taken: &Child,
-    is_directory: bool,
-    staged: &StagedBox,
-    name: &str,
-) -> Result<()> {
-    match (&taken.what, is_directory) {
-        (What::Directory, false) => Err(Error::new(libc::EISDIR, format!("{name} is a directory"))),
-        (What::Directory, true) => staged.refuse_full(taken.node.ino(), name),
-        (What::File(_) | What::Link(_), true) => {
-            Err(Error::new(libc::ENOTDIR, format!("{name} is a file")))
-        }
-        _ => Ok(()),
+fn place((parent, name): NameIn<'_>) -> StagedPlace {
+    StagedPlace {
+        parent: parent.clone(),
+        name: name.to_owned(),
     }
-}
-
-/// What a rename moved.
-enum Moved {
-    File(Arc<StagedFile>),
-    Other,
-    Nothing,
 }

@@ -3,6 +3,9 @@
 use std::ffi::OsString;
 use std::time::SystemTime;
 
+use crate::home::Owner;
+use crate::tree::nodes::node::Node;
+
 /// What kind of file it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -25,7 +28,7 @@ pub enum Kind {
 /// How long the kernel may keep a name and its attributes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
-    /// Not at all: its size or face can change.
+    /// Not at all: its size can change, or what callers see of it.
     Not,
     /// For a moment.
     Moment,
@@ -45,8 +48,8 @@ pub struct Attr {
     pub kind: Kind,
     /// Bytes.
     pub size: u64,
-    /// Blocks of 512 bytes. Of what we make never fewer than the size: cp takes a file with fewer for
-    /// sparse, and reads it where it could have asked for a copy that moves nothing.
+    /// Blocks of 512 bytes. Of what we make never fewer than the size: cp takes a file with fewer
+    /// for sparse, and reads it where it could have asked for a copy that moves nothing.
     pub blocks: u64,
     /// Permission bits.
     pub perm: u16,
@@ -71,8 +74,58 @@ pub struct Attr {
 }
 
 impl Attr {
-    /// Another size, with as many blocks as that takes.
-    pub(in crate::tree) fn resize(&mut self, size: u64) {
+    /// Returns the attributes of a directory with this many subdirectories.
+    pub fn of_directory(
+        owner: Owner,
+        node: &Node,
+        subdirectories: usize,
+        changed: SystemTime,
+    ) -> Attr {
+        Attr {
+            kind: Kind::Directory,
+            size: 0,
+            blocks: 0,
+            // As open as the home is, never more.
+            perm: 0o755 & u16::try_from(owner.mode & 0o777).unwrap_or(0o700),
+            nlink: u32::try_from(subdirectories + 2).unwrap_or(u32::MAX),
+            kept: Kept::Moment,
+            ..Attr::of_file(owner, node, 0, changed)
+        }
+    }
+
+    /// Returns the attributes of a regular file of this many bytes.
+    pub fn of_file(owner: Owner, node: &Node, size: u64, changed: SystemTime) -> Attr {
+        Attr {
+            ino: node.ino(),
+            generation: 0,
+            kind: Kind::File,
+            size,
+            blocks: size.div_ceil(512),
+            device: 0,
+            // Archives hold secrets, and disks what guests keep: for the owner of the home alone.
+            perm: 0o600,
+            nlink: 1,
+            uid: owner.uid,
+            gid: owner.gid,
+            atime: changed,
+            mtime: changed,
+            ctime: changed,
+            created: changed,
+            kept: Kept::Not,
+        }
+    }
+
+    /// Returns the attributes of a symbolic link to a target of this many bytes.
+    pub fn of_link(owner: Owner, node: &Node, size: u64, changed: SystemTime) -> Attr {
+        Attr {
+            kind: Kind::Symlink,
+            perm: 0o777,
+            ..Attr::of_file(owner, node, size, changed)
+        }
+    }
+
+    /// Sets another size, with as many blocks as that takes.
+    pub fn resize(&mut self, size: u64) {
         self.size = size;
         self.blocks = size.div_ceil(512);
     }
@@ -91,13 +144,13 @@ pub struct DirEntry {
 
 /// What is wanted of each name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
+pub enum WantedOfList {
     /// The name, what kind of file it is of, and its number.
     Names,
     /// Attributes too; the kernel is told of each file it gets.
     Attributes,
 }
 
-/// Takes an entry, the offset behind it and its attributes; those are None where they are not wanted,
-/// or can't be had. True if there was no room for it.
+/// Takes an entry, the offset behind it and its attributes; those are None where they are not
+/// wanted, or can't be had. True if there was no room for it.
 pub type Add<'a, 'f> = &'a mut (dyn FnMut(&DirEntry, u64, Option<&Attr>) -> bool + 'f);

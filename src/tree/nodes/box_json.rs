@@ -7,12 +7,13 @@ use crate::store::Usage;
 use crate::tree::nodes::names::{BOX_JSON, SNAPSHOT_JSON};
 use crate::{Error, Result};
 
-/// Configuration with the state under `state` and what it takes on the disk under `space`, pretty, secret
-/// values hidden. Its length does not depend on `usage`, so that it is known without looking for that.
+/// Returns the configuration, with the state under `state` and what the box takes on the disk under
+/// `space`. It is pretty-printed, and secret values are hidden. Its length does not depend on
+/// `usage`, so that it is known without looking for that.
 ///
 /// # Errors
 /// EIO when a row is not JSON.
-pub(in crate::tree) fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
+pub fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
     let mut value = record.config()?;
     if !record.state.is_empty() {
         value["state"] = record.state()?;
@@ -24,12 +25,12 @@ pub(in crate::tree) fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<
     with_usage(value, usage)
 }
 
-/// The snapshot's row, likewise with what it takes, and with the time it is shown with: a backup
-/// keeps the order of snapshots that were made in one second.
+/// Returns the row of a snapshot with what it takes on the disk, and with the time that it is shown
+/// with: a backup keeps the order of snapshots that were made in one second.
 ///
 /// # Errors
-/// EIO when it is not JSON.
-pub(in crate::tree) fn snapshot_json(snapshot: &SnapshotRecord, usage: Usage) -> Result<Vec<u8>> {
+/// EIO when the row is not JSON.
+pub fn snapshot_json(snapshot: &SnapshotRecord, usage: Usage) -> Result<Vec<u8>> {
     let mut value = snapshot.value()?;
     value["created_at"] = snapshot.shown_at.into();
     with_usage(value, usage)
@@ -58,14 +59,17 @@ fn pretty(value: &Value) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// `created_at` (seconds since 1970) in a snapshot.json, as it was copied out.
-pub(in crate::tree) fn created_at(json: &[u8]) -> Option<i64> {
+/// Returns `created_at` (seconds since 1970) of a snapshot.json that was copied out.
+pub fn created_at(json: &[u8]) -> Option<i64> {
     serde_json::from_slice::<Value>(json).ok()?["created_at"].as_i64()
 }
 
-/// EINVAL as soon as a box.json, or a snapshot.json, that is written can't be one of ours any more.
-/// What is complete by now has the fields that every version of us has written.
-pub(in crate::tree) fn refuse_foreign(is_snapshot: bool, text: &[u8]) -> Result<()> {
+/// Refuses a box.json, or a snapshot.json, as soon as the text so far can't be one of ours. A
+/// complete one has the fields that every version of us has written.
+///
+/// # Errors
+/// EINVAL.
+pub fn refuse_foreign(is_snapshot: bool, text: &[u8]) -> Result<()> {
     let text = text.trim_ascii();
     let (Some(first), Some(last)) = (text.first(), text.last()) else {
         return Ok(());
@@ -101,14 +105,17 @@ pub(in crate::tree) fn refuse_foreign(is_snapshot: bool, text: &[u8]) -> Result<
     ))
 }
 
-/// Whether a box.json is of a box that had a disk. Older ones do not say.
+/// Returns whether a box.json is of a box that had a disk. Older ones do not say.
 fn has_disk(value: &Value) -> bool {
     let bytes = |field: &str| value["space"][field].as_u64();
     (bytes("own_bytes"), bytes("shared_bytes")) != (Some(0), Some(0))
 }
 
-/// EINVAL for a text that ended in the middle.
-pub(in crate::tree) fn refuse_partial(text: &[u8]) -> Result<()> {
+/// Refuses a text that ended in the middle.
+///
+/// # Errors
+/// EINVAL.
+pub fn refuse_partial(text: &[u8]) -> Result<()> {
     if text.trim_ascii().is_empty() || serde_json::from_slice::<Value>(text).is_ok() {
         return Ok(());
     }

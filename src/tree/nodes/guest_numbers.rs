@@ -1,11 +1,13 @@
-//! Inode numbers of guests' files: which file a number is of, without a table of files.
+//! Inode numbers of guests' files, which say what they are of without a table of files.
 //!
 //! A number has 32 bits for the guest's own number, and 20 for a slot. A slot stands for a
-//! [`GuestVolume`]: a partition in one state of a disk. It follows from a hash of that, so a file nearly
-//! always has the same number after a remount; where two volumes want one slot, the later one gets the
-//! next that is free. No slot is given to another volume as long as the kernel knows a file of the
-//! first, and as long as possible after that: a tool that goes through many boxes remembers numbers,
-//! too, and would take two files for one.
+//! [`GuestVolume`]: a partition in one state of a disk. It follows from a hash of that, so a file
+//! nearly always has the same number after a remount. Where two volumes want one slot, the later one
+//! gets the next that is free.
+//!
+//! A slot is given to another volume only when the kernel knows no file of the first, and as late as
+//! possible: a tool that goes through many boxes remembers numbers, too, and would take two files
+//! for one.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -19,15 +21,15 @@ use crate::{Error, Result};
 
 /// How many slots there are: a power of two.
 const SLOTS: u32 = 1 << 20;
-/// Volumes remembered, whether anything of them is known or not.
+/// How many volumes are remembered, whether the kernel knows files of them or not.
 const REMEMBERED: usize = 1 << 16;
-/// Volumes of which something is known, at most. A mount that shows a thousand boxes with ten snapshots
-/// each needs some tens of thousands, if all of it is looked through.
+/// Most volumes of which the kernel knows files. A mount that shows a thousand boxes with ten
+/// snapshots each needs some tens of thousands, if all of it is looked through.
 const MOST: usize = 1 << 18;
-/// Likewise, of those that stand for one directory of links.
+/// The most of those that stand for one directory of links.
 const MOST_DIRECTORIES: usize = 1 << 16;
 
-/// What a file of a guest is a file of.
+/// A partition in one state of a disk, and a way to use its files.
 #[derive(Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GuestVolume {
     /// The state of the disk.
@@ -35,35 +37,35 @@ pub struct GuestVolume {
     /// The partition; 0 for a disk without.
     pub partition: u32,
     /// How the file may be used.
-    pub access: Access,
+    pub access: GuestAccess,
     slot: u32,
 }
 
 /// How a file of a guest may be used, as far as that depends on where it was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Access {
+pub enum GuestAccess {
     /// As what it is.
     Plain,
-    /// A directory that must not be entered: its way up does not lead back.
+    /// A directory that must not be entered: its `..` does not lead back.
     Closed,
-    /// A link in a directory so many steps below the root.
+    /// A link in a directory this many steps below the root.
     LinkAt(u16),
     /// A link in this directory.
     LinkIn(u32),
 }
 
-impl Access {
-    /// That of a link.
-    pub fn of_link(place: LinkPlace) -> Access {
+impl GuestAccess {
+    /// Returns the access of a link.
+    pub fn of_link(place: LinkPlace) -> GuestAccess {
         match place {
-            LinkPlace::Depth(depth) => Access::LinkAt(depth),
-            LinkPlace::Directory(directory) => Access::LinkIn(directory),
+            LinkPlace::Depth(depth) => GuestAccess::LinkAt(depth),
+            LinkPlace::Directory(directory) => GuestAccess::LinkIn(directory),
         }
     }
 }
 
 impl GuestVolume {
-    /// The slot its files are numbered by.
+    /// Returns the slot that its files are numbered by.
     pub fn slot(&self) -> u32 {
         self.slot
     }
@@ -92,7 +94,7 @@ struct Given {
 }
 
 impl GuestNumbers {
-    /// The volume that a partition in a state of a disk is.
+    /// Returns the volume that a partition in a state of a disk is.
     ///
     /// # Errors
     /// ENFILE when the kernel knows files of too many.
@@ -100,14 +102,14 @@ impl GuestNumbers {
         &self,
         state: &Arc<DiskState>,
         partition: u32,
-        access: Access,
+        access: GuestAccess,
     ) -> Result<Arc<GuestVolume>> {
         let identity = identity(state, partition, access);
         let mut slots = self.0.lock();
         let known = slots.slots.get(&identity).copied();
         let slot = match known {
             Some(slot) => slot,
-            None => slots.give(identity, matches!(access, Access::LinkIn(_)))?,
+            None => slots.give(identity, matches!(access, GuestAccess::LinkIn(_)))?,
         };
         let Some(given) = slots.volumes.get_mut(&slot) else {
             return Err(too_many());
@@ -151,7 +153,7 @@ impl Slots {
         Ok(slot)
     }
 
-    /// Forgets the oldest of some slots that nothing is known of; false if there is none.
+    /// Forgets the oldest of some slots of which nothing is known. Returns false if there is none.
     fn forget_one(&mut self) -> bool {
         const LOOKED_AT: usize = 64;
         for _ in 0..LOOKED_AT {
@@ -179,13 +181,13 @@ fn too_many() -> Error {
     )
 }
 
-/// What tells a volume from others, the same after a remount.
-fn identity(state: &DiskState, partition: u32, access: Access) -> u64 {
+/// Returns what tells a volume from others, the same after a remount.
+fn identity(state: &DiskState, partition: u32, access: GuestAccess) -> u64 {
     let (kind, value) = match access {
-        Access::Plain => (0, 0),
-        Access::Closed => (1, 0),
-        Access::LinkAt(depth) => (2, u32::from(depth)),
-        Access::LinkIn(directory) => (3, directory),
+        GuestAccess::Plain => (0, 0),
+        GuestAccess::Closed => (1, 0),
+        GuestAccess::LinkAt(depth) => (2, u32::from(depth)),
+        GuestAccess::LinkIn(directory) => (3, directory),
     };
     let mut hash = Sha256::new();
     hash.update(state.number().to_le_bytes());
@@ -213,7 +215,9 @@ mod tests {
         let mut known = Vec::new();
         for state in &states {
             for partition in 0..4 {
-                let volume = numbers.volume(state, partition, Access::Plain).unwrap();
+                let volume = numbers
+                    .volume(state, partition, GuestAccess::Plain)
+                    .unwrap();
                 assert!(volume.slot() < SLOTS && slots.insert(volume.slot()));
                 known.push(volume);
             }
@@ -224,7 +228,7 @@ mod tests {
         }
         // Also for a while after they are forgotten.
         let of = |numbers: &GuestNumbers, n: usize| {
-            let volume = numbers.volume(&states[n], 3, Access::Plain);
+            let volume = numbers.volume(&states[n], 3, GuestAccess::Plain);
             volume.unwrap().slot()
         };
         let before: Vec<u32> = (0..5000).map(|n| of(&numbers, n)).collect();
@@ -240,12 +244,14 @@ mod tests {
     #[test]
     fn slots_are_given_again_when_nothing_is_known_of_the_oldest() {
         let numbers = GuestNumbers::default();
-        let kept = numbers.volume(&state(7), 0, Access::Closed).unwrap();
+        let kept = numbers.volume(&state(7), 0, GuestAccess::Closed).unwrap();
         for number in 0..REMEMBERED as u64 + 1000 {
-            numbers.volume(&state(number), 1, Access::Plain).unwrap();
+            numbers
+                .volume(&state(number), 1, GuestAccess::Plain)
+                .unwrap();
         }
         assert!(numbers.0.lock().volumes.len() <= REMEMBERED);
-        let again = numbers.volume(&state(7), 0, Access::Closed).unwrap();
+        let again = numbers.volume(&state(7), 0, GuestAccess::Closed).unwrap();
         assert!(Arc::ptr_eq(&kept, &again));
     }
 
@@ -253,12 +259,12 @@ mod tests {
     fn directories_of_links_take_a_part_of_the_slots_at_most() {
         let numbers = GuestNumbers::default();
         let state = state(1);
-        let link = |directory| numbers.volume(&state, 0, Access::LinkIn(directory));
+        let link = |directory| numbers.volume(&state, 0, GuestAccess::LinkIn(directory));
         let known: Vec<_> = (0..MOST_DIRECTORIES as u32)
             .map(|directory| link(directory).unwrap())
             .collect();
         assert_eq!(link(u32::MAX).unwrap_err().errno(), libc::ENFILE);
-        assert!(numbers.volume(&state, 1, Access::Plain).is_ok());
+        assert!(numbers.volume(&state, 1, GuestAccess::Plain).is_ok());
         drop(known);
         assert!(link(u32::MAX).is_ok());
     }

@@ -1,4 +1,4 @@
-//! What the kernel was told of, and may ask for by number until it forgets.
+//! The inodes that the kernel knows: it may ask for each by number until it forgets it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,20 +6,20 @@ use std::sync::Arc;
 use crate::tree::nodes::guest_numbers::GuestVolume;
 use crate::tree::nodes::node::{GuestFile, Node, guest_number, next_number};
 
-/// What the kernel knows.
+/// The nodes that the kernel knows, by their inode numbers.
 #[derive(Default)]
-pub(in crate::tree) struct Known {
-    /// By inode number, each with how often it was told.
+pub struct KnownNodes {
+    /// By inode number, each with how often the kernel was told.
     nodes: HashMap<u64, (Node, u64)>,
-    /// Those of them that have another number than their own, which was taken.
+    /// Nodes whose own number was taken, with the number that they have instead.
     moved: HashMap<Node, u64>,
-    /// The volumes that guests' files are of, by slot. Of the files themselves, of which there may be
-    /// millions, nothing is kept: a number tells which one it is.
+    /// The volumes that guests' files are of, by slot, each with how often the kernel was told. Of
+    /// the files, of which there may be millions, nothing is kept: a number says which file it is.
     volumes: HashMap<u32, (Arc<GuestVolume>, u64)>,
 }
 
-impl Known {
-    /// The node that has a number.
+impl KnownNodes {
+    /// Returns the node that has a number.
     pub fn node(&self, ino: u64) -> Option<Node> {
         let Some((slot, inode)) = guest_number(ino) else {
             return self.nodes.get(&ino).map(|(node, _)| node.clone());
@@ -31,12 +31,12 @@ impl Known {
         }))
     }
 
-    /// The number by which the kernel knows a node, if it does.
+    /// Returns the number that the kernel knows a node by, or would know it by.
     pub fn number(&self, node: &Node) -> u64 {
         self.moved.get(node).copied().unwrap_or_else(|| node.ino())
     }
 
-    /// The kernel is told of a node. Returns the number that the node has from now on, until the
+    /// Records that the kernel is told of a node. Returns the number that the node has until the
     /// kernel forgets it.
     pub fn tell(&mut self, node: &Node) -> u64 {
         let ino = node.ino();
@@ -48,7 +48,7 @@ impl Known {
         self.tell_as(node, ino)
     }
 
-    /// Likewise, of a node that wants this number.
+    /// Does the same for a node that wants this number.
     fn tell_as(&mut self, node: &Node, wanted: u64) -> u64 {
         let mut ino = self.moved.get(node).copied().unwrap_or(wanted);
         while self.nodes.get(&ino).is_some_and(|(other, _)| other != node) {
@@ -62,8 +62,8 @@ impl Known {
         ino
     }
 
-    /// The kernel forgets `times` of what it was told. Returns the node that is forgotten by now; of
-    /// guests' files it is not known.
+    /// Records that the kernel forgets `times` of what it was told. Returns the node if the kernel
+    /// does not know it any more; for guests' files, None.
     pub fn forget(&mut self, ino: u64, times: u64) -> Option<Node> {
         if let Some((slot, _)) = guest_number(ino) {
             if let Some((_, told)) = self.volumes.get_mut(&slot) {
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn nodes_that_want_one_number_have_different_ones_until_they_are_forgotten() {
-        let mut known = Known::default();
+        let mut known = KnownNodes::default();
         let nodes: Vec<Node> = ["a", "b", "c"].map(|id| Node::Box(id.into())).into();
         let numbers: Vec<u64> = nodes.iter().map(|node| known.tell_as(node, 0x51)).collect();
         assert_eq!(numbers, [0x51, 0x61, 0x71]);

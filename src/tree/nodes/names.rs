@@ -1,9 +1,7 @@
-//! How boxes are called in the mount.
+//! The names of files in the mount, and how a box's name is written as one.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::ffi::OsStr;
 
-use crate::home::{BoxRecord, Catalog};
 use crate::{Error, Result};
 
 /// The hidden directory of the root.
@@ -34,8 +32,8 @@ pub const ARCHIVE_SUFFIX: &str = ".boxlite";
 /// What a compressed one ends with, as a copy of `export.boxlite.zst` may be called.
 const COMPRESSED_SUFFIX: &str = ".boxlite.zst";
 
-/// The name of the box that an archive of this name in the root becomes; None for what is no
-/// archive's name.
+/// Returns the name of the box that an archive of this name in the root becomes; None for what is
+/// no archive's name.
 pub fn archive_stem(name: &str) -> Option<&str> {
     let stem = name
         .strip_suffix(COMPRESSED_SUFFIX)
@@ -46,8 +44,8 @@ pub fn archive_stem(name: &str) -> Option<&str> {
 /// Longest name of a file system (NAME_MAX), in bytes.
 const LONGEST: usize = 255;
 
-/// A box's name as a file name: `/` is `%2F`, `%` is `%25`. None when it can't be one.
-fn encode(name: &str) -> Option<String> {
+/// Returns a box's name as a file name: `/` is `%2F`, `%` is `%25`. None when it can't be one.
+pub fn encode(name: &str) -> Option<String> {
     let shown = name.replace('%', "%25").replace('/', "%2F");
     let impossible = matches!(shown.as_str(), "" | "." | ".." | HIDDEN)
         || shown.len() > LONGEST
@@ -55,7 +53,7 @@ fn encode(name: &str) -> Option<String> {
     (!impossible).then_some(shown)
 }
 
-/// The box name that a file name stands for.
+/// Returns the box name that a file name stands for.
 ///
 /// # Errors
 /// EINVAL when no box could be shown like this.
@@ -87,71 +85,32 @@ pub fn decode(shown: &str) -> Result<String> {
     Ok(name)
 }
 
-/// The names of all boxes at one moment.
-pub struct Names {
-    catalog: Arc<Catalog>,
-    by_name: HashMap<String, String>,
-    by_id: HashMap<String, String>,
-    shown: Vec<(String, String)>,
-}
-
-impl Names {
-    /// Gives each box the name it is shown by: its own, or its id where that is impossible or
-    /// taken.
-    pub fn of(catalog: Arc<Catalog>) -> Names {
-        let mut by_name = HashMap::new();
-        let mut shown = Vec::new();
-        let (unnamed, named): (Vec<&BoxRecord>, Vec<&BoxRecord>) = catalog
-            .boxes()
-            .iter()
-            .partition(|record| record.name.as_deref().and_then(encode).is_none());
-        // Ids first: a box without a name has no other.
-        for record in unnamed.into_iter().chain(named) {
-            let wanted = record.name.as_deref().and_then(encode);
-            let name = match wanted {
-                Some(name) if !by_name.contains_key(&name) => name,
-                _ => record.id.clone(),
-            };
-            by_name.insert(name.clone(), record.id.clone());
-            shown.push((name, record.id.clone()));
-        }
-        shown.sort();
-        let by_id = shown.iter().map(|(name, id)| (id.clone(), name.clone()));
-        Names {
-            catalog,
-            by_id: by_id.collect(),
-            by_name,
-            shown,
-        }
-    }
-
-    /// The rows the names are of.
-    pub fn catalog(&self) -> &Arc<Catalog> {
-        &self.catalog
-    }
-
-    /// The id of the box shown by this name.
-    pub fn id_of(&self, shown: &str) -> Option<&str> {
-        self.by_name.get(shown).map(String::as_str)
-    }
-
-    /// The name a box is shown by.
-    pub fn of_id(&self, id: &str) -> Option<&str> {
-        self.by_id.get(id).map(String::as_str)
-    }
-
-    /// Every box: the name it is shown by, its id. In the order of names.
-    pub fn all(&self) -> &[(String, String)] {
-        &self.shown
-    }
-}
-
-pub(in crate::tree) fn exists(name: &str) -> Error {
+/// EEXIST for a name that is taken.
+pub fn exists(name: &str) -> Error {
     Error::new(libc::EEXIST, format!("{name} is there already"))
 }
 
-pub(in crate::tree) fn not_there() -> Error {
+/// ENOENT for a name that does not exist.
+pub fn not_there() -> Error {
     Error::new(libc::ENOENT, "there is no such file")
+}
+
+/// ESTALE for a name that the kernel kept too long: it looks the name up again, from the root on.
+pub fn gone() -> Error {
+    Error::new(libc::ESTALE, "that is gone")
+}
+
+/// Returns a file name as text.
+///
+/// # Errors
+/// EINVAL for a name that is not UTF-8, which no box and no snapshot has.
+pub fn text(name: &OsStr) -> Result<&str> {
+    name.to_str().ok_or_else(|| {
+        Error::new(
+            libc::EINVAL,
+            format!("{name:?} is not UTF-8, BoxLite's names are"),
+        )
+    })
 }
 
 #[cfg(test)]

@@ -1,12 +1,16 @@
-//! What the inodes of the mount are. A node is identified by what it stands for, never by a path,
-//! and its inode number follows from that: stable across remounts, renames and staging.
+//! Nodes: the files and directories of the mount. A node is identified by what it stands for, never
+//! by a path, and its inode number follows from that. So it is stable across remounts, renames and
+//! staging.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
 use crate::store::{DiskState, Source};
 use crate::tree::nodes::guest_numbers::GuestVolume;
 use crate::tree::nodes::names::{COMPRESSED, DISK_IMAGE, ROOTFS};
-use std::sync::Arc;
 
 /// A file or directory of the mount.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -18,7 +22,7 @@ pub enum Node {
     /// `.boxlite/log`.
     Log,
     /// A version of `.boxlite/status`.
-    Status(u64),
+    Status(Arc<StatusVersion>),
     /// The directory of a box, by its id; also while it is being made.
     Box(String),
     /// `box.json` of a box.
@@ -46,8 +50,19 @@ pub enum Node {
     /// `snapshot.json` of a snapshot: box id, snapshot id.
     SnapshotJson(String, String),
     /// Something a copy tool made that stands for nothing by itself: an archive dropped in the
-    /// root, a temporary file, what is accepted and dropped.
+    /// root, a temporary file, a name that is accepted and dropped.
     Made(u64),
+}
+
+/// Numbers the nodes that stand for nothing by themselves.
+#[derive(Debug, Default)]
+pub struct MadeNodes(AtomicU64);
+
+impl MadeNodes {
+    /// Returns a node that no other has been.
+    pub fn next(&self) -> Node {
+        Node::Made(self.0.fetch_add(1, Ordering::Relaxed) + 1)
+    }
 }
 
 /// What is shown of a disk state in the view, and by links that point there.
@@ -65,7 +80,7 @@ impl Derived {
     /// All of them, in the order they are listed.
     pub const ALL: [Derived; 3] = [Derived::Compressed, Derived::Rootfs, Derived::DiskImage];
 
-    /// Its name, in the view and in the directory of a box or a snapshot.
+    /// Returns its name, in the view and in the directory of a box or a snapshot.
     pub fn name(self) -> &'static str {
         match self {
             Derived::Compressed => COMPRESSED,
@@ -74,14 +89,14 @@ impl Derived {
         }
     }
 
-    /// The one with this name.
+    /// Returns the one with this name.
     pub fn named(name: &str) -> Option<Derived> {
         Derived::ALL
             .into_iter()
             .find(|derived| derived.name() == name)
     }
 
-    /// Its place among the files of a directory.
+    /// Returns its place among the files of a directory.
     fn place(self) -> u64 {
         match self {
             Derived::Compressed => 3,
@@ -89,6 +104,17 @@ impl Derived {
             Derived::DiskImage => 5,
         }
     }
+}
+
+/// One version of `.boxlite/status`.
+#[derive(Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StatusVersion {
+    /// Tells it from others.
+    pub number: u64,
+    /// Its text.
+    pub bytes: Vec<u8>,
+    /// When it was made.
+    pub made: SystemTime,
 }
 
 /// A file of a guest, as it was in one state of the disk.
@@ -103,43 +129,44 @@ pub struct GuestFile {
 /// FUSE's number of the root.
 pub const ROOT_INO: u64 = 1;
 
-/// All numbers are smaller: programs that keep them as floating point numbers, as JavaScript does, tell
-/// them apart only up to here.
+/// All numbers are smaller: programs that keep them as floating point numbers, as JavaScript does,
+/// tell them apart only up to here.
 pub const NUMBERS: u64 = 1 << 53;
 
-/// What the numbers of guests' files have, and no others: those say by themselves what they are of.
-/// 20 bits for the slot of the volume, 32 for the guest's own number.
+/// The bit that the numbers of guests' files have, and no others. These numbers say by themselves
+/// what they are of: 20 bits are for the slot of the volume, 32 for the guest's own number.
 const OF_GUEST: u64 = NUMBERS >> 1;
 
 /// The bits of a number that are a hash.
 const HASHED: u64 = OF_GUEST - 0x10;
 
-/// The slot of the volume and the inode that a number is of, if it is a guest file's.
+/// Returns the slot of the volume and the inode that a number is of, if it is a guest file's.
 pub fn guest_number(ino: u64) -> Option<(u32, u32)> {
     let of_guest = ino & OF_GUEST != 0;
     of_guest.then_some(((ino >> 32) as u32 & 0xf_ffff, ino as u32))
 }
 
-/// The number to take where another node has this one already.
+/// Returns the number to take where another node has this one already.
 pub fn next_number(ino: u64) -> u64 {
     let group = ino.wrapping_add(0x10) & HASHED;
     group.max(0x10) | (ino & 0xf)
 }
 
 impl Node {
-    /// The inode number: 1 for the root, else 48 bits of a hash of the box or snapshot, and the place
-    /// of the file in its directory. cp goes by inode numbers: so box.json, which says that a whole box
-    /// is being copied, always comes first, and the snapshots come when the box is there.
+    /// Returns the inode number: 1 for the root, else 48 bits of a hash of the box or snapshot, and
+    /// the place of the file in its directory. cp goes by inode numbers. So box.json, which says
+    /// that a whole box is being copied, always comes first, and the snapshots come when the box
+    /// exists.
     ///
-    /// Two nodes may want one number, though hardly ever. The one that the kernel is told of later then
-    /// gets another.
+    /// Two nodes may want one number, though hardly ever. The node that the kernel is told of later
+    /// then gets another.
     pub fn ino(&self) -> u64 {
         let (key, place) = match self {
             Node::Root => return ROOT_INO,
             Node::Hidden => ("hidden".to_owned(), 0),
             Node::Log => ("hidden".to_owned(), 1),
             Node::View => ("hidden".to_owned(), 2),
-            Node::Status(version) => (format!("status/{version}"), 0),
+            Node::Status(version) => (format!("status/{}", version.number), 0),
             Node::Box(id) => (format!("box/{id}"), 0),
             Node::BoxJson(id) => (format!("box/{id}"), 1),
             Node::Snapshot(id, snapshot) => (format!("box/{id}/snapshot/{snapshot}"), 0),
@@ -165,7 +192,7 @@ impl Node {
         group.max(0x10) | place
     }
 
-    /// The box it is in, if any.
+    /// Returns the box that it is in, if any.
     pub fn box_id(&self) -> Option<&str> {
         match self {
             Node::Box(id)
@@ -174,7 +201,7 @@ impl Node {
             | Node::Snapshot(id, _)
             | Node::SnapshotJson(id, _) => Some(id),
             Node::Export(source) | Node::Link(_, source) => Some(source.box_id()),
-            // The view is apart: what is in it is never staged.
+            // What is in the view is never staged.
             Node::Compressed(_)
             | Node::DiskImage(_)
             | Node::Guest(_)
@@ -185,7 +212,7 @@ impl Node {
         }
     }
 
-    /// The snapshot that it is, or is in, if any.
+    /// Returns the snapshot that it is, or is in, if any.
     pub fn snapshot_id(&self) -> Option<&str> {
         match self {
             Node::Snapshot(_, snapshot) | Node::SnapshotJson(_, snapshot) => Some(snapshot),
@@ -195,7 +222,7 @@ impl Node {
         }
     }
 
-    /// The state whose export, or whose description, this file is.
+    /// Returns the state whose export, or whose description, this file is.
     pub fn source(&self) -> Option<Source> {
         match self {
             Node::Export(source) => Some(source.clone()),
@@ -209,7 +236,7 @@ impl Node {
     }
 }
 
-/// What a disk state's nodes are numbered by.
+/// Returns what the nodes of a disk state are numbered by.
 fn key_of(source: &Source) -> String {
     match source {
         Source::Live { box_id } => format!("box/{box_id}"),
@@ -224,14 +251,22 @@ fn key_of(source: &Source) -> String {
 mod tests {
     use super::*;
 
+    fn status(number: u64) -> Node {
+        Node::Status(Arc::new(StatusVersion {
+            number,
+            bytes: Vec::new(),
+            made: SystemTime::UNIX_EPOCH,
+        }))
+    }
+
     #[test]
     fn numbers_follow_from_what_a_node_is_and_differ() {
         let nodes = [
             Node::Root,
             Node::Hidden,
             Node::Log,
-            Node::Status(1),
-            Node::Status(2),
+            status(1),
+            status(2),
             Node::Box("a".into()),
             Node::BoxJson("a".into()),
             Node::Export(Source::Live { box_id: "a".into() }),

@@ -1,34 +1,39 @@
-//! What processes did to boxes that exist, name by name: a box is removed file by file, and only the
-//! last step shows that all of it is meant.
+//! What each process did to boxes that exist. A box is removed, or copied over, file by file, and
+//! only the last step shows what all of it means.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-use crate::store::Gone;
-use crate::tree::nodes::node::Node;
-use crate::tree::staging::caller::{Caller, Makers};
+use parking_lot::Mutex;
 
-/// A process that lists a box so long after it last did something to it looks at it anew; a
-/// shorter time may lie between two portions of a listing.
+use crate::process::{Caller, ProcessGroup};
+use crate::store::{Gone, SeenDisk};
+use crate::tree::nodes::node::Node;
+
+/// A process that lists a box this long after its last step looks at the box anew. A shorter time
+/// may lie between two portions of a listing.
 const ANEW: Duration = Duration::from_secs(2);
 
 /// What one process and its descendants did to one box.
-pub(in crate::tree) struct Dealing {
-    makers: Makers,
+struct HistoryEntry {
+    group: ProcessGroup,
     last: Instant,
-    /// Names it removed, by the inode of their directory: gone for it alone.
+    /// Names that it removed, by the inode of their directory. They are hidden from it alone.
     removed: HashMap<u64, BTreeSet<String>>,
-    /// What goes with the box: the snapshots it removed after box.json, which go so or not at all, and the disk
-    /// that was there when it began.
-    pub gone: Gone,
+    /// What goes with the box: the snapshots that it removed after box.json, which go with the box
+    /// or stay, and the disk that the box had when the removal began.
+    gone: Gone,
+    /// It was not allowed to remove a file, and has not looked at the box anew since, however long
+    /// ago that was.
     refused_removal: bool,
+    /// When it was last refused to put something into the box.
     refused_copy: Option<Instant>,
 }
 
-impl Dealing {
-    fn begin(caller: Caller) -> Dealing {
-        Dealing {
-            makers: Makers::begin(caller),
+impl HistoryEntry {
+    fn begin(caller: Caller) -> HistoryEntry {
+        HistoryEntry {
+            group: ProcessGroup::begin(caller),
             last: Instant::now(),
             removed: HashMap::new(),
             gone: Gone::default(),
@@ -37,12 +42,7 @@ impl Dealing {
         }
     }
 
-    fn is_over(&self) -> bool {
-        !self.makers.any_alive()
-    }
-
-    /// It removed a name.
-    pub fn remove(&mut self, dir: &Node, name: &str) {
+    fn remove(&mut self, dir: &Node, name: &str) {
         self.last = Instant::now();
         self.removed
             .entry(dir.ino())
@@ -50,128 +50,235 @@ impl Dealing {
             .insert(name.to_owned());
     }
 
-    /// Whether it removed a name.
-    pub fn has_removed(&self, dir: &Node, name: &str) -> bool {
+    fn has_removed(&self, dir: &Node, name: &str) -> bool {
         let names = self.removed.get(&dir.ino());
         names.is_some_and(|names| names.contains(name))
     }
 
-    /// Whether it removed any name in a directory.
-    pub fn has_removed_in(&self, dir: &Node) -> bool {
+    fn has_removed_in(&self, dir: &Node) -> bool {
         let names = self.removed.get(&dir.ino());
         names.is_some_and(|names| !names.is_empty())
     }
 
-    /// It was not allowed to remove a file: it is not to get on to the snapshots.
-    pub fn removal_was_refused(&mut self) {
+    fn refuse_removal(&mut self) {
         self.last = Instant::now();
         self.refused_removal = true;
     }
 
-    /// Whether that is so, and it has not looked at the box anew since, however long ago it was.
-    pub fn goes_on_removing(&self) -> bool {
-        self.refused_removal
-    }
-
-    /// It tried to put something into the box that can't be put there: it may be copying a whole box over
-    /// this one, in whatever order.
-    pub fn copying_was_refused(&mut self) {
+    fn refuse_copy(&mut self) {
         self.last = Instant::now();
         self.refused_copy = Some(self.last);
     }
+}
 
-    /// Whether that is so, and it has not looked at the box anew since.
-    pub fn goes_on_copying(&self) -> bool {
-        self.refused_copy.is_some()
+/// The entries of each box, by its id.
+#[derive(Default)]
+struct Entries(HashMap<String, Vec<HistoryEntry>>);
+
+impl Entries {
+    /// Drops the entries of processes that have ended.
+    fn sweep(&mut self) {
+        self.0.retain(|_, entries| {
+            entries.retain(|entry| entry.group.any_alive());
+            !entries.is_empty()
+        });
+    }
+
+    /// Returns what the caller did to a box.
+    fn of(&mut self, caller: Caller, box_id: &str) -> Option<&mut HistoryEntry> {
+        if self.0.is_empty() {
+            return None;
+        }
+        self.sweep();
+        let entries = self.0.get_mut(box_id)?;
+        entries
+            .iter_mut()
+            .find_map(|entry| entry.group.includes(caller).then_some(entry))
+    }
+
+    /// Returns what the caller did to a box, in a new entry if it did nothing before.
+    fn begin(&mut self, caller: Caller, box_id: &str) -> &mut HistoryEntry {
+        self.sweep();
+        let entries = self.0.entry(box_id.to_owned()).or_default();
+        let index = entries
+            .iter_mut()
+            .position(|entry| entry.group.includes(caller));
+        let index = index.unwrap_or_else(|| {
+            entries.push(HistoryEntry::begin(caller));
+            entries.len() - 1
+        });
+        &mut entries[index]
+    }
+
+    fn end(&mut self, caller: Caller, box_id: &str) {
+        if let Some(entries) = self.0.get_mut(box_id) {
+            entries.retain_mut(|entry| !entry.group.includes(caller));
+        }
     }
 }
 
 /// What all processes did to all boxes.
 #[derive(Default)]
-pub(in crate::tree) struct Dealings {
-    of_box: HashMap<String, Vec<Dealing>>,
+pub struct CallerHistory {
+    entries: Mutex<Entries>,
 }
 
-impl Dealings {
-    fn sweep(&mut self) {
-        self.of_box.retain(|_, dealings| {
-            dealings.retain(|dealing| !dealing.is_over());
-            !dealings.is_empty()
-        });
-    }
+/// What removing a snapshot means, after what its remover did before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotRemoval {
+    /// The snapshot is deleted now.
+    Now,
+    /// The whole box is being removed: the snapshot goes with it.
+    WithBox,
+    /// A file of the box could not be removed, so its snapshots stay.
+    Refused,
+}
 
-    /// Whether anybody did anything to a box.
-    pub fn concern(&mut self, box_id: &str) -> bool {
-        if self.of_box.is_empty() {
+impl CallerHistory {
+    /// Returns whether any process did something to a box.
+    pub fn concerns(&self, box_id: &str) -> bool {
+        let mut entries = self.entries.lock();
+        if entries.0.is_empty() {
             return false;
         }
-        self.sweep();
-        self.of_box.contains_key(box_id)
+        entries.sweep();
+        entries.0.contains_key(box_id)
     }
 
-    /// What the caller did to a box, if he did anything.
-    pub fn of(&mut self, caller: Caller, box_id: &str) -> Option<&mut Dealing> {
-        if self.of_box.is_empty() {
-            return None;
+    /// Returns whether the caller removed a name, which all others still see.
+    pub fn has_removed(&self, caller: Caller, dir: &Node, name: &str) -> bool {
+        let Some(box_id) = dir.box_id() else {
+            return false;
+        };
+        let mut entries = self.entries.lock();
+        let entry = entries.of(caller, box_id);
+        entry.is_some_and(|entry| entry.has_removed(dir, name))
+    }
+
+    /// Returns whether the caller removed any name in a directory of a box, and whether it removed
+    /// this one.
+    pub fn removed_in(&self, caller: Caller, dir: &Node, name: &str) -> (bool, bool) {
+        let Some(box_id) = dir.box_id() else {
+            return (false, false);
+        };
+        let mut entries = self.entries.lock();
+        let entry = entries.of(caller, box_id);
+        entry.map_or((false, false), |entry| {
+            (entry.has_removed_in(dir), entry.has_removed(dir, name))
+        })
+    }
+
+    /// Records that the caller removed a name. `see_disk` is the disk of the box as it is now.
+    pub fn remove(
+        &self,
+        caller: Caller,
+        box_id: &str,
+        (dir, name): (&Node, &str),
+        see_disk: impl FnOnce() -> Option<SeenDisk>,
+    ) {
+        let mut entries = self.entries.lock();
+        let entry = entries.begin(caller, box_id);
+        entry.gone.disk = entry.gone.disk.or_else(see_disk);
+        entry.remove(dir, name);
+    }
+
+    /// Records that the caller was refused the removal of a file: it must not get on to the
+    /// snapshots.
+    pub fn refuse_removal(&self, caller: Caller, box_id: &str) {
+        self.entries.lock().begin(caller, box_id).refuse_removal();
+    }
+
+    /// Returns what it means that the caller removes a snapshot, and records it where the snapshot
+    /// goes with the box: that is so once `last_file` of the box was removed.
+    pub fn remove_snapshot(
+        &self,
+        caller: Caller,
+        box_id: &str,
+        (snapshot, name): (&str, &str),
+        last_file: &str,
+    ) -> SnapshotRemoval {
+        let mut entries = self.entries.lock();
+        let Some(entry) = entries.of(caller, box_id) else {
+            return SnapshotRemoval::Now;
+        };
+        if entry.refused_removal {
+            // It may have more to remove.
+            entry.refuse_removal();
+            return SnapshotRemoval::Refused;
         }
-        self.sweep();
-        let dealings = self.of_box.get_mut(box_id)?;
-        dealings
-            .iter_mut()
-            .find_map(|dealing| dealing.makers.includes(caller).then_some(dealing))
+        if !entry.has_removed(&Node::Box(box_id.to_owned()), last_file) {
+            return SnapshotRemoval::Now;
+        }
+        entry.remove(&Node::Snapshots(box_id.to_owned()), name);
+        let snapshots = &mut entry.gone.snapshots;
+        snapshots.insert(snapshot.to_owned(), name.to_owned());
+        SnapshotRemoval::WithBox
     }
 
-    /// Whether one of these processes tried to copy other files of a box over its own since then.
-    pub fn tried_to_copy(&self, box_id: &str, makers: &Makers, since: Instant) -> bool {
-        let dealings = self.of_box.get(box_id).into_iter().flatten();
-        let mut tried =
-            dealings.filter(|dealing| dealing.refused_copy.is_some_and(|at| at >= since));
-        tried.any(|dealing| dealing.makers.share(makers))
+    /// Returns what goes with a box that the caller removes.
+    pub fn gone_with(&self, caller: Caller, box_id: &str) -> Option<Gone> {
+        let mut entries = self.entries.lock();
+        entries.of(caller, box_id).map(|entry| entry.gone.clone())
     }
 
-    /// Likewise; from now on he did something.
-    pub fn begin(&mut self, caller: Caller, box_id: &str) -> &mut Dealing {
-        self.sweep();
-        let dealings = self.of_box.entry(box_id.to_owned()).or_default();
-        let index = dealings
-            .iter_mut()
-            .position(|dealing| dealing.makers.includes(caller));
-        let index = index.unwrap_or_else(|| {
-            dealings.push(Dealing::begin(caller));
-            dealings.len() - 1
-        });
-        &mut dealings[index]
+    /// Records that the caller was refused to put something into a box. It may be copying a whole
+    /// box over this one, in whatever order.
+    pub fn refuse_copy(&self, caller: Caller, box_id: &str) {
+        self.entries.lock().begin(caller, box_id).refuse_copy();
     }
 
-    /// A name is there again, for all.
-    pub fn bring_back(&mut self, box_id: &str, dir: &Node, name: &str) {
-        for dealing in self.of_box.get_mut(box_id).into_iter().flatten() {
-            if let Some(names) = dealing.removed.get_mut(&dir.ino()) {
+    /// Returns whether the caller was refused to put something into a box, and has not looked at
+    /// the box anew since.
+    pub fn goes_on_copying(&self, caller: Caller, box_id: &str) -> bool {
+        let mut entries = self.entries.lock();
+        let entry = entries.of(caller, box_id);
+        let Some(entry) = entry.filter(|entry| entry.refused_copy.is_some()) else {
+            return false;
+        };
+        // It may have more to copy.
+        entry.refuse_copy();
+        true
+    }
+
+    /// Returns whether one of these processes was refused to copy other files of a box over its own
+    /// since then.
+    pub fn tried_to_copy(&self, box_id: &str, group: &ProcessGroup, since: Instant) -> bool {
+        let entries = self.entries.lock();
+        let entries = entries.0.get(box_id).into_iter().flatten();
+        let mut tried = entries.filter(|entry| entry.refused_copy.is_some_and(|at| at >= since));
+        tried.any(|entry| entry.group.shares_member(group))
+    }
+
+    /// Shows a name to all processes again.
+    pub fn bring_back(&self, box_id: &str, dir: &Node, name: &str) {
+        let mut entries = self.entries.lock();
+        for entry in entries.0.get_mut(box_id).into_iter().flatten() {
+            if let Some(names) = entry.removed.get_mut(&dir.ino()) {
                 names.remove(name);
             }
         }
     }
 
-    /// The caller lists a box: after a while, that is a new beginning, and it sees the box whole. No time
-    /// alone makes one: a process that was stopped half way goes on where it was.
-    pub fn look(&mut self, caller: Caller, box_id: &str) {
-        let is_anew = self
+    /// Records that the caller lists a box. After a while that is a new beginning, and the caller
+    /// sees the whole box. No time alone makes one: a process that was stopped half way goes on
+    /// where it was.
+    pub fn look(&self, caller: Caller, box_id: &str) {
+        let mut entries = self.entries.lock();
+        let is_anew = entries
             .of(caller, box_id)
-            .is_some_and(|dealing| dealing.last.elapsed() > ANEW);
-        if is_anew && let Some(dealings) = self.of_box.get_mut(box_id) {
-            dealings.retain_mut(|dealing| !dealing.makers.includes(caller));
+            .is_some_and(|entry| entry.last.elapsed() > ANEW);
+        if is_anew {
+            entries.end(caller, box_id);
         }
     }
 
-    /// The caller does something to a box that nobody does who removes it: it sees the box whole again.
-    pub fn end(&mut self, caller: Caller, box_id: &str) {
-        if let Some(dealings) = self.of_box.get_mut(box_id) {
-            dealings.retain_mut(|dealing| !dealing.makers.includes(caller));
-        }
+    /// Records a step that no removal of the box has. The caller sees the whole box again.
+    pub fn end(&self, caller: Caller, box_id: &str) {
+        self.entries.lock().end(caller, box_id);
     }
 
-    /// The box is gone.
-    pub fn forget(&mut self, box_id: &str) {
-        self.of_box.remove(box_id);
+    /// Drops all that was done to a box: the box is gone.
+    pub fn forget(&self, box_id: &str) {
+        self.entries.lock().0.remove(box_id);
     }
 }

@@ -1,220 +1,246 @@
-//! What was written becomes what its name says: a box, or a snapshot of one. Called when a descriptor
-//! is closed and when a file gets another name, whichever is last.
+//! Makes a box, a snapshot, or the new disk of one, of what was written.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use crate::home::snapshot_id;
-use crate::store::{NewClone, NewSnapshotName, SnapshotContents, Source};
-use crate::tree::Tree;
+use crate::store::{NewClone, NewSnapshotName, SnapshotContents, Source, Store};
 use crate::tree::nodes::box_json;
+use crate::tree::nodes::boxes::Boxes;
 use crate::tree::nodes::names::{EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
 use crate::tree::nodes::node::Node;
-use crate::tree::staging::staged_file::{Content, FileState, Role, StagedFile, is_complete};
-use crate::tree::staging::staging_area::What;
+use crate::tree::nodes::refusal::refuse;
+use crate::tree::staging::caller_history::CallerHistory;
+use crate::tree::staging::role::FileRole;
+use crate::tree::staging::staged_boxes::directory_is_gone;
+use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
+use crate::tree::staging::staging_area::StagingArea;
+use crate::tree::staging::waiting::WaitingArchives;
 use crate::{Error, Result};
 
-impl Tree {
-    /// Makes a file what its name says, if its data is complete. Called when a descriptor is
-    /// closed and when it gets another name, whichever is last.
-    pub(in crate::tree) fn settle(&self, file: &Arc<StagedFile>) -> Result<()> {
-        let mut state = file.state.lock();
-        if state.committed {
+/// Commits what was written.
+pub struct Committer {
+    store: Arc<Store>,
+    boxes: Arc<Boxes>,
+    staging: Arc<StagingArea>,
+    history: Arc<CallerHistory>,
+    waiting: WaitingArchives,
+}
+
+impl Committer {
+    /// Returns one for what is in a staging area.
+    pub fn new(
+        store: Arc<Store>,
+        boxes: Arc<Boxes>,
+        staging: Arc<StagingArea>,
+        history: Arc<CallerHistory>,
+    ) -> Committer {
+        Committer {
+            waiting: WaitingArchives::new(store.clone(), staging.clone()),
+            store,
+            boxes,
+            staging,
+            history,
+        }
+    }
+
+    /// Returns the archives that wait.
+    pub fn waiting(&self) -> &WaitingArchives {
+        &self.waiting
+    }
+
+    /// Makes a file what its name says, if its data is complete. Called when a descriptor is closed
+    /// and when the file gets another name, whichever is last.
+    ///
+    /// # Errors
+    /// The refusal that the file got before, EBADMSG for an incomplete archive, and those of the
+    /// change that its name stands for.
+    pub fn commit_if_ready(&self, file: &Arc<StagedFile>) -> Result<()> {
+        let mut state = file.state();
+        if file.is_committed() {
             return Ok(());
         }
         if let Err(error) = state.refused() {
             // Its name goes with this close, and not with the kernel's later word of the last one.
             drop(state);
-            self.drop_staged_file(file, true);
+            self.staging.drop_file(file, true);
             return Err(error);
         }
         let role = state.role();
-        if role == Role::Json {
+        if role == FileRole::Json {
             // No verdict: closing happens for every copy of a descriptor.
             state.refuse_partial_text()?;
             drop(state);
             self.date_snapshot(file);
             return Ok(());
         }
-        if role == Role::Placeholder || !is_complete(&mut state, file.size())? {
+        if role == FileRole::Placeholder || !state.is_complete(file.size())? {
             return Ok(());
         }
         let result = match role {
-            Role::BoxDisk if file.restores => self.commit_restore(file, &state),
-            Role::NewBox | Role::BoxDisk => self.commit_box(file, &state),
-            Role::SnapshotDisk if file.restores => self.replace_snapshot(file, &state),
-            Role::SnapshotDisk if self.waits_for_box(file) => {
-                return self.note_waiting(file, &mut state);
+            FileRole::BoxDisk if file.restores => self.commit_restore(file, &state),
+            FileRole::NewBox | FileRole::BoxDisk => self.commit_box(file, &state),
+            FileRole::SnapshotDisk if file.restores => self.replace_snapshot(file, &state),
+            FileRole::SnapshotDisk if self.staging.boxes.is_unfinished(&file.box_id) => {
+                return self.waiting.note(file, &mut state);
             }
-            Role::SnapshotDisk => self.commit_snapshot(file, &state),
-            Role::TemporaryArchive => return self.note_waiting(file, &mut state),
-            Role::Json | Role::Placeholder => return Ok(()),
+            FileRole::SnapshotDisk => self.commit_snapshot(file, &state),
+            FileRole::TemporaryArchive => return self.waiting.note(file, &mut state),
+            FileRole::Json | FileRole::Placeholder => return Ok(()),
         };
-        match result {
-            Ok(()) => {
-                state.committed = true;
-                file.waits.store(false, Ordering::Relaxed);
-                file.is_there.store(true, Ordering::Relaxed);
-                state.operation = None;
-            }
-            Err(error) if file.waits.load(Ordering::Relaxed) => {
-                // An earlier close succeeded for it, so it is kept.
-                return Err(error);
-            }
-            Err(error) => {
-                // Not noted again: the store's log has it.
+        if let Err(error) = result {
+            // An earlier close succeeded for a file that waits, so it is kept.
+            if !file.is_waiting() {
+                // The store has logged it.
                 state.refuse(&error);
-                if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
-                    staged.fail(file.copier);
-                }
+                self.fail_box(file);
                 if state.open == 0 {
                     // Refused at its rename: no closing will come to let go of it.
-                    state.content = Content::Nothing;
+                    state.content = StagedContent::Nothing;
                     drop(state);
-                    self.drop_staged_file(file, true);
+                    self.staging.drop_file(file, true);
                 }
-                return Err(error);
             }
+            return Err(error);
         }
+        if file.restores {
+            // Before the file is seen as the box's export: its writer may have removed that.
+            let directory = Node::Box(file.box_id.clone());
+            self.history.bring_back(&file.box_id, &directory, EXPORT);
+        }
+        file.set_stage(&mut state, Stage::Committed);
+        state.operation = None;
         // Its data is used up; the disk was moved into the box.
-        state.content = Content::Nothing;
+        state.content = StagedContent::Nothing;
         // Before another close of the same file can answer: by then it is the box that is seen.
-        let waiting = self.show_committed(file, &role);
+        let waiting = if role == FileRole::BoxDisk && !file.restores {
+            self.staging.boxes.commit(file)
+        } else {
+            Vec::new()
+        };
         drop(state);
+        self.commit_waiting(file, &waiting)
+    }
+
+    /// Commits the snapshots that waited for a box.
+    fn commit_waiting(&self, file: &StagedFile, waiting: &[Arc<StagedFile>]) -> Result<()> {
         let mut result = Ok(());
         for other in waiting {
-            // A file that is still open is settled by its own close.
-            let is_open = other.state.lock().open > 0;
-            if let Err(error) = self.settle(&other)
+            // A file that is still open is committed by its own close.
+            let is_open = other.state().open > 0;
+            if let Err(error) = self.commit_if_ready(other)
                 && !is_open
             {
-                let path = self.waiting_path(&other);
+                let path = self.path_of(other);
                 self.store.events().warn(&format!(
                     "{path} waits, for its box is there and the snapshot could not be made: {error}; \
                      `touch` the file to try again"
                 ));
                 // The box was made, but not all of its snapshots: the close fails.
                 result = Err(error);
-                if let Some(staged) = self.staging.lock().boxes.get_mut(&file.box_id) {
-                    staged.fail(file.copier);
-                }
+                self.fail_box(file);
             }
         }
         result
     }
 
+    fn fail_box(&self, file: &StagedFile) {
+        let boxes = &self.staging.boxes;
+        boxes.with(&file.box_id, |staged| staged.fail(file.copier));
+    }
+
     /// Returns the path of a waiting archive below its box, for the log.
-    fn waiting_path(&self, file: &StagedFile) -> String {
-        let place = file.state.lock().place.clone();
-        let staging = self.staging.lock();
-        let staged = staging.boxes.get(&file.box_id);
-        let directory = staged.and_then(|staged| staged.find(&place.parent));
-        let directory = directory.map_or("?", |(name, _)| name);
+    fn path_of(&self, file: &StagedFile) -> String {
+        let place = file.state().place.clone();
+        let directory = self.staging.boxes.with(&file.box_id, |staged| {
+            staged
+                .find(&place.parent)
+                .map(|(directory, _)| directory.to_owned())
+        });
+        let directory = directory.flatten().unwrap_or_else(|| "?".to_owned());
         format!("{SNAPSHOTS}/{directory}/{}", place.name)
     }
 
-    fn commit_box(&self, file: &StagedFile, state: &FileState) -> Result<()> {
+    fn commit_box(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
         let shown = match &state.place.parent {
             Node::Root => {
                 let name = &state.place.name;
                 archive_stem(name).unwrap_or(name).to_owned()
             }
-            _ => self.staged_name(&file.box_id)?,
+            _ => {
+                let name = self.staging.boxes.name_of(&file.box_id);
+                name.ok_or_else(directory_is_gone)?
+            }
         };
         let new = NewClone {
             id: file.box_id.clone(),
             name: decode(&shown)?,
         };
         match &state.content {
-            Content::Archive(arrival) => self.store.import_box(arrival, &new),
-            Content::Shared {
+            StagedContent::Archive(arrival) => self.store.import_box(arrival, &new),
+            StagedContent::Shared {
                 source, contents, ..
             } => self.store.clone_box(source, contents, &new),
             _ => Ok(()),
         }
     }
 
-    /// What was written over a box's export becomes its disk. Not for who tried to write box.json
-    /// meanwhile: tools that copy several files at once (rclone) may begin with the export.
-    fn commit_restore(&self, file: &StagedFile, state: &FileState) -> Result<()> {
-        let copies_box = {
-            let dealings = self.dealings.lock();
-            dealings.tried_to_copy(&file.box_id, &file.writer, file.begun)
-        };
-        if copies_box {
-            return Err(self.refuse_copied_box(EXPORT));
+    /// Makes what was written over a box's export its disk. Refused to a process that tried to
+    /// write box.json meanwhile: tools that copy several files at once (rclone) may begin with the
+    /// export.
+    fn commit_restore(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
+        let history = &self.history;
+        if history.tried_to_copy(&file.box_id, &file.writer, file.begun) {
+            return Err(refuse_copied_box(&self.store, EXPORT));
         }
         match &state.content {
-            Content::Archive(arrival) => self.store.restore_archive(&file.box_id, arrival),
-            Content::Shared {
+            StagedContent::Archive(arrival) => self.store.restore_archive(&file.box_id, arrival),
+            StagedContent::Shared {
                 source, contents, ..
             } => self.store.restore(&file.box_id, source, contents),
             _ => Ok(()),
         }
     }
 
-    /// What was written over the export of a snapshot takes its place: only as long as the box's disk
-    /// is the same, so that nothing is lost.
-    fn replace_snapshot(&self, file: &StagedFile, state: &FileState) -> Result<()> {
-        let Node::Snapshot(box_id, snapshot) = &state.place.parent else {
-            return Err(Error::new(libc::EINVAL, "that is no snapshot's directory"));
-        };
-        let row = self.snapshot(box_id, snapshot)?;
+    /// Puts what was written over the export of a snapshot in its place. Only as long as the box's
+    /// disk is the same, so that nothing is lost.
+    fn replace_snapshot(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
+        let (box_id, snapshot) = snapshot_of(state)?;
+        let row = self.boxes.snapshot(box_id, snapshot)?;
         let new = NewSnapshotName {
             id: snapshot_id()?,
             name: row.name.clone(),
             created_at: Some(row.created_at),
         };
         let with = match &state.content {
-            Content::Archive(arrival) => SnapshotContents::Archive(arrival),
-            Content::Shared {
+            StagedContent::Archive(arrival) => SnapshotContents::Archive(arrival),
+            StagedContent::Shared {
                 source, contents, ..
             } => SnapshotContents::Shared(source, contents),
             _ => return Ok(()),
         };
         self.store.replace_snapshot(box_id, snapshot, &with, &new)?;
-        let mut staging = self.staging.lock();
-        if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
+        self.staging.boxes.with(&file.box_id, |staged| {
             if let Some(made) = staged.unlisted.remove(snapshot) {
                 staged.unlisted.insert(new.id.clone(), made);
             }
             staged.arrived.insert(new.id);
-        }
+        });
         Ok(())
     }
 
-    pub(in crate::tree) fn staged_name(&self, box_id: &str) -> Result<String> {
-        let staging = self.staging.lock();
-        staging
-            .names
-            .iter()
-            .find(|(_, id)| *id == box_id)
-            .map(|(name, _)| name.clone())
-            .ok_or_else(|| Error::new(libc::ENOENT, "its directory is gone"))
-    }
-
-    /// Whether the box of a snapshot that came is not made yet.
-    pub(in crate::tree) fn waits_for_box(&self, file: &StagedFile) -> bool {
-        let staging = self.staging.lock();
-        staging
-            .boxes
-            .get(&file.box_id)
-            .is_some_and(|staged| !staged.committed)
-    }
-
-    fn commit_snapshot(&self, file: &StagedFile, state: &FileState) -> Result<()> {
-        let Node::Snapshot(box_id, snapshot_id) = &state.place.parent else {
-            return Err(Error::new(libc::EINVAL, "that is no snapshot's directory"));
-        };
-        let (name, json) = self.snapshot_being_made(&file.box_id, &state.place.parent)?;
+    fn commit_snapshot(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
+        let (box_id, snapshot_id) = snapshot_of(state)?;
+        let directory = &state.place.parent;
+        let boxes = &self.staging.boxes;
+        let (name, json) = boxes.snapshot_being_made(&file.box_id, directory)?;
         let mut new = NewSnapshotName {
-            id: snapshot_id.clone(),
+            id: snapshot_id.to_owned(),
             name,
             created_at: json.and_then(|json| self.created_at_of(&json)),
         };
         match &state.content {
-            Content::Archive(arrival) => self.store.import_snapshot(arrival, box_id, &new),
-            Content::Shared {
+            StagedContent::Archive(arrival) => self.store.import_snapshot(arrival, box_id, &new),
+            StagedContent::Shared {
                 source, contents, ..
             } => {
                 new.created_at = new.created_at.or_else(|| self.created_at_of_source(source));
@@ -222,47 +248,28 @@ impl Tree {
             }
             _ => Ok(()),
         }?;
-        if let Some(staged) = self.staging.lock().boxes.get_mut(box_id) {
-            staged.arrived.insert(snapshot_id.clone());
-        }
-        // Another thread may have closed its description after the look above and before it was there.
-        if let Ok((_, Some(json))) = self.snapshot_being_made(&file.box_id, &state.place.parent) {
+        boxes.with(box_id, |staged| {
+            staged.arrived.insert(snapshot_id.to_owned())
+        });
+        // Another thread may have closed its description after the look above and before the
+        // snapshot existed.
+        if let Ok((_, Some(json))) = boxes.snapshot_being_made(&file.box_id, directory) {
             self.date_snapshot(&json);
         }
         Ok(())
     }
 
-    /// The name of a snapshot's directory being made, and the snapshot.json in it.
-    fn snapshot_being_made(
-        &self,
-        box_id: &str,
-        directory: &Node,
-    ) -> Result<(String, Option<Arc<StagedFile>>)> {
-        let staging = self.staging.lock();
-        let staged = staging.boxes.get(box_id);
-        let (name, _) = staged
-            .and_then(|staged| staged.find(directory))
-            .ok_or_else(|| Error::new(libc::ENOENT, "its directory is gone"))?;
-        let json = staged
-            .and_then(|staged| staged.child(directory, SNAPSHOT_JSON))
-            .and_then(|child| match &child.what {
-                What::File(file) => Some(file.clone()),
-                _ => None,
-            });
-        Ok((name.to_owned(), json))
-    }
-
-    /// A snapshot.json that came after its export (rsync goes by names) dates the snapshot.
+    /// Dates a snapshot by a snapshot.json that came after its export (rsync goes by names).
     fn date_snapshot(&self, json: &StagedFile) {
         let parent = {
-            let state = json.state.lock();
+            let state = json.state();
             let is_final = state.place.name == SNAPSHOT_JSON;
             is_final.then(|| state.place.parent.clone())
         };
         let Some(Node::Snapshot(box_id, snapshot_id)) = parent else {
             return;
         };
-        let Ok(row) = self.snapshot(&box_id, &snapshot_id) else {
+        let Ok(row) = self.boxes.snapshot(&box_id, &snapshot_id) else {
             // Not made yet: its own commit will look here.
             return;
         };
@@ -276,9 +283,9 @@ impl Tree {
     }
 
     fn created_at_of(&self, json: &StagedFile) -> Option<i64> {
-        match &json.state.lock().content {
-            Content::Text(text) => box_json::created_at(text),
-            Content::SharedJson(source) => self.created_at_of_source(source),
+        match &json.state().content {
+            StagedContent::Text(text) => box_json::created_at(text),
+            StagedContent::SharedJson(source) => self.created_at_of_source(source),
             _ => None,
         }
     }
@@ -289,34 +296,29 @@ impl Tree {
             Source::Snapshot {
                 box_id,
                 snapshot_id,
-            } => self
-                .snapshot(box_id, snapshot_id)
-                .ok()
-                .map(|row| row.shown_at),
+            } => {
+                let row = self.boxes.snapshot(box_id, snapshot_id).ok()?;
+                Some(row.shown_at)
+            }
         }
     }
+}
 
-    /// A box that was made is shown; snapshots that waited for it follow.
-    fn show_committed(&self, file: &Arc<StagedFile>, role: &Role) -> Vec<Arc<StagedFile>> {
-        let mut waiting = Vec::new();
-        {
-            let mut staging = self.staging.lock();
-            for loose in &mut staging.files {
-                loose.committed |= Arc::ptr_eq(&loose.file, file);
-            }
-            if file.restores {
-                let directory = Node::Box(file.box_id.clone());
-                let mut dealings = self.dealings.lock();
-                dealings.bring_back(&file.box_id, &directory, EXPORT);
-            } else if *role == Role::BoxDisk {
-                staging.names.retain(|_, id| *id != file.box_id);
-                if let Some(staged) = staging.boxes.get_mut(&file.box_id) {
-                    staged.committed = true;
-                    let others = staged.files().filter(|other| !Arc::ptr_eq(other, file));
-                    waiting.extend(others.cloned());
-                }
-            }
-        }
-        waiting
+/// Returns the ids of the box and the snapshot that a file is written for.
+fn snapshot_of(state: &StagedState) -> Result<(&str, &str)> {
+    match &state.place.parent {
+        Node::Snapshot(box_id, snapshot_id) => Ok((box_id, snapshot_id)),
+        _ => Err(Error::new(libc::EINVAL, "that is no snapshot's directory")),
     }
+}
+
+/// EPERM for a file of a whole box that is copied over one that exists.
+pub fn refuse_copied_box(store: &Store, name: &str) -> Error {
+    refuse(
+        store,
+        libc::EPERM,
+        format!(
+            "{name}: the same process tried to write other files of the box, so it copies a whole box over one that exists; copy it to a new name, or export.boxlite alone to restore"
+        ),
+    )
 }

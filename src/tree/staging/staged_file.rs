@@ -1,179 +1,127 @@
-//! A file that a copy tool is writing: what it will be follows from where it is, what has come so
-//! far is kept here until its name is final and its data complete.
+//! A file that a copy tool is writing. What has come so far is kept here until its name is final
+//! and its data complete.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Instant, SystemTime};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::archive::Export;
+use crate::process::{Caller, ProcessGroup};
 use crate::progress::Operation;
 use crate::store::{Arrival, Contents, Source};
 use crate::tree::nodes::box_json;
-use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, archive_stem};
+use crate::tree::nodes::names::SNAPSHOT_JSON;
 use crate::tree::nodes::node::Node;
-use crate::tree::staging::aside::ASIDE_PREFIX;
-use crate::tree::staging::caller::{Caller, Makers};
+use crate::tree::staging::program::Program;
+use crate::tree::staging::role::{FileRole, StagedPlace, role_of};
 use crate::{Error, Result};
 
-/// Bytes of a small text (snapshot.json) that are kept.
+/// Most bytes of a small text (snapshot.json) that are kept.
 const MOST_TEXT: usize = 1024 * 1024;
 
-/// What a written file will be when it is complete.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::tree) enum Role {
-    /// `NEW.boxlite` in the root: a new box.
-    NewBox,
-    /// `export.boxlite` of a box being made: its disk.
-    BoxDisk,
-    /// `export.boxlite` of a snapshot of it.
-    SnapshotDisk,
-    /// A temporary name of one of these (rsync's `.NAME.XXXXXX`, gio's `.goutputstream-XXXXXX`).
-    TemporaryArchive,
-    /// box.json or snapshot.json: what they say follows from the disk that comes with them.
-    Json,
-    /// tar makes an empty file where a link will be, and removes it at its end. It takes no bytes.
-    Placeholder,
-}
-
-/// The role a name gives; None for a name whose bytes would not be kept.
-pub(in crate::tree) fn role_of(parent: &Node, name: &str) -> Option<Role> {
-    let temporary = temporary_for(name);
-    let (disk, json) = match parent {
-        Node::Root if archive_stem(name).is_some() && !name.starts_with('.') => {
-            return Some(Role::NewBox);
-        }
-        Node::Root => {
-            let is_archives = temporary.is_some_and(|inner| archive_stem(inner).is_some());
-            let is_temporary = is_archives || is_gio_temporary(name) || is_shortened(name);
-            return is_temporary.then_some(Role::TemporaryArchive);
-        }
-        Node::Box(_) => (Role::BoxDisk, BOX_JSON),
-        Node::Snapshot(..) => (Role::SnapshotDisk, SNAPSHOT_JSON),
-        _ => return None,
-    };
-    match name {
-        EXPORT => Some(disk),
-        _ if name == json || temporary == Some(json) => Some(Role::Json),
-        // A box is made of a snapshot that is copied into the root.
-        SNAPSHOT_JSON => Some(Role::Json),
-        _ if temporary == Some(SNAPSHOT_JSON) => Some(Role::Json),
-        _ if temporary == Some(EXPORT) || is_gio_temporary(name) => Some(Role::TemporaryArchive),
-        _ => None,
-    }
-}
-
-/// The final name in a temporary one: rsync's `.NAME.XXXXXX` and `.~tmp~/NAME`, rclone's `NAME.XXXXXXXX.partial`, the
-/// `NAME.part` of browsers and of KDE, and those of other programs that upload.
-pub(in crate::tree) fn temporary_for(name: &str) -> Option<&str> {
-    let random = |text: &str, length: usize| {
-        text.len() == length && text.bytes().all(|b| b.is_ascii_alphanumeric())
-    };
-    if let Some(inner) = name.strip_prefix(ASIDE_PREFIX) {
-        return Some(inner);
-    }
-    let ends = [".part", ".filepart", ".crdownload", ".partial~"];
-    let inner = if let Some(inner) = ends.iter().find_map(|end| name.strip_suffix(end)) {
-        inner
-    } else if let Some(inner) = name.strip_suffix(".partial") {
-        let (inner, _) = inner.rsplit_once('.').filter(|(_, end)| random(end, 8))?;
-        inner
-    } else if let Some(inner) = name.strip_suffix(".tmp") {
-        let begins = [".syncthing.", "~syncthing~", "."];
-        begins.iter().find_map(|begin| inner.strip_prefix(begin))?
-    } else {
-        let (inner, _) = name
-            .strip_prefix('.')?
-            .rsplit_once('.')
-            .filter(|(_, end)| random(end, 6))?;
-        inner
-    };
-    (!inner.is_empty()).then_some(inner)
-}
-
-/// rsync cuts a name that is too long for its `.NAME.XXXXXX`, and its suffix with it.
-fn is_shortened(name: &str) -> bool {
-    const NEARLY_LONGEST: usize = 245;
-    name.len() >= NEARLY_LONGEST && name.starts_with('.') && temporary_for(name).is_some()
-}
-
-fn is_gio_temporary(name: &str) -> bool {
-    name.starts_with(".goutputstream-")
-}
-
-/// Where a file is now, by its last name.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::tree) struct Place {
-    pub parent: Node,
-    pub name: String,
-}
-
 /// What has come of a file so far.
-pub(in crate::tree) enum Content {
+pub enum StagedContent {
     /// Nothing.
     Nothing,
     /// Bytes of an archive.
     Archive(Box<Arrival>),
     /// The start of an export, asked for with copy_file_range: no byte moved.
     Shared {
+        /// What the export is of.
         source: Source,
+        /// The export.
         export: Arc<Export>,
         /// What the export's bytes are of.
         contents: Contents,
+        /// How many bytes were asked for.
         covered: u64,
     },
-    /// box.json or snapshot.json of a box or snapshot, likewise.
+    /// box.json or snapshot.json of a box or snapshot, asked for in the same way.
     SharedJson(Source),
     /// A small text.
     Text(Vec<u8>),
 }
 
-/// A file being written.
-pub(in crate::tree) struct StagedFile {
-    pub node: Node,
-    /// The box it will be, or be part of: an id nobody has yet, or that of the box being made; of the
-    /// box whose disk it will be, where it `restores` one.
-    pub box_id: String,
-    /// Written over the export of a box that exists.
-    pub restores: bool,
-    /// Who began to write, where it `restores` a box.
-    pub writer: Makers,
-    /// The process that made it, if that is a program that leaves its source in place.
-    pub copier: Option<u32>,
-    pub created: SystemTime,
-    pub begun: Instant,
-    /// Bytes written so far, as stat shows them.
-    pub size: AtomicU64,
-    /// Whether it has become what its name says: from then on that is what is seen of it.
-    pub is_there: AtomicBool,
-    /// Whether it is a complete archive that was closed and waits for its final name or its box. The program
-    /// that copied it got success, so its source may be gone. That of [`Content::Shared`] is in the home, and
-    /// is not removed meanwhile.
-    pub waits: AtomicBool,
-    pub state: Mutex<FileState>,
+impl StagedContent {
+    /// Returns whether the data was complete already, without bringing it to an end.
+    pub fn is_whole(&self) -> bool {
+        match self {
+            StagedContent::Archive(arrival) => arrival.is_complete(),
+            StagedContent::Shared {
+                export, covered, ..
+            } => *covered == export.len(),
+            _ => false,
+        }
+    }
 }
 
-pub(in crate::tree) struct FileState {
-    pub place: Place,
-    pub content: Content,
-    /// Opened and not yet released.
+/// How far a written file has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Its data still comes, or its name is not final.
+    Arriving,
+    /// It is a complete archive that was closed, and waits for its final name or its box. The
+    /// program that copied it got success, so its source may be gone. The source of
+    /// [`StagedContent::Shared`] is in the home, and is not removed meanwhile.
+    Waiting,
+    /// It has become what its name says. From then on that is what is seen of it.
+    Committed,
+}
+
+/// A file being written.
+pub struct StagedFile {
+    /// Its node.
+    pub node: Node,
+    /// The box that it will be, or be part of: an id that no box has yet, or that of the box being
+    /// made. Where the file `restores` a box, the id of that.
+    pub box_id: String,
+    /// Whether it is written over the export of a box that exists.
+    pub restores: bool,
+    /// The processes that began to write, where it `restores` a box.
+    pub writer: ProcessGroup,
+    /// The process that made it, if that is a program that leaves its source in place.
+    pub copier: Option<u32>,
+    /// When it was made.
+    pub created: SystemTime,
+    /// The same, by the clock that is never set.
+    pub begun: Instant,
+    /// Bytes written so far, as stat shows them.
+    size: AtomicU64,
+    /// A [`Stage`]; written only with `state` locked.
+    stage: AtomicU8,
+    state: Mutex<StagedState>,
+}
+
+/// What changes of a file while it is written.
+pub struct StagedState {
+    /// Where it is now.
+    pub place: StagedPlace,
+    /// What has come of it.
+    pub content: StagedContent,
+    /// How often it is open.
     pub open: usize,
-    /// What is told of an archive that arrives.
+    /// What is shown of an archive that arrives.
     pub operation: Option<Operation>,
-    /// Whether it has become what its name says.
-    pub committed: bool,
-    /// The refusal, once there is one: errno and message. It is sticky.
-    pub refused: Option<(i32, String)>,
+    /// The first refusal: errno and message. All later calls get it as well.
+    refused: Option<(i32, String)>,
 }
 
 impl StagedFile {
-    pub fn new(node: Node, box_id: String, place: Place, by: Caller) -> Arc<StagedFile> {
+    /// Begins a file in a box being made, or an archive in the root.
+    pub fn new(node: Node, box_id: String, place: StagedPlace, by: Caller) -> Arc<StagedFile> {
         StagedFile::begin(node, box_id, (by, false), place)
     }
 
-    /// A file that is written over the export of a box that exists, or will be.
-    pub fn restoring(node: Node, box_id: String, place: Place, by: Caller) -> Arc<StagedFile> {
+    /// Begins a file that is written over the export of a box that exists, or will be.
+    pub fn restoring(
+        node: Node,
+        box_id: String,
+        place: StagedPlace,
+        by: Caller,
+    ) -> Arc<StagedFile> {
         StagedFile::begin(node, box_id, (by, true), place)
     }
 
@@ -181,60 +129,114 @@ impl StagedFile {
         node: Node,
         box_id: String,
         (by, restores): (Caller, bool),
-        place: Place,
+        place: StagedPlace,
     ) -> Arc<StagedFile> {
+        let writer = if restores {
+            ProcessGroup::begin(by)
+        } else {
+            ProcessGroup::default()
+        };
         let process = by.process();
         Arc::new(StagedFile {
             node,
             box_id,
             restores,
-            writer: match restores {
-                true => Makers::begin(by),
-                false => Makers::default(),
-            },
-            copier: process.filter(|_| by.keeps_sources()),
+            writer,
+            copier: process.filter(|_| Program::of(by).keeps_sources()),
             created: SystemTime::now(),
             begun: Instant::now(),
             size: AtomicU64::new(0),
-            is_there: AtomicBool::new(false),
-            waits: AtomicBool::new(false),
-            state: Mutex::new(FileState {
+            stage: AtomicU8::new(Stage::Arriving as u8),
+            state: Mutex::new(StagedState {
                 place,
-                content: Content::Nothing,
+                content: StagedContent::Nothing,
                 open: 0,
                 operation: None,
-                committed: false,
                 refused: None,
             }),
         })
     }
 
+    /// Locks what changes while it is written. It may be held for as long as an archive is
+    /// committed, so never wait for it with another lock of staging in hand.
+    pub fn state(&self) -> MutexGuard<'_, StagedState> {
+        self.state.lock()
+    }
+
+    /// Returns its length in bytes.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
     }
 
-    /// Its name was removed, or given to another: what comes of it from now on counts for nothing.
-    pub fn was_removed(&self, name: &str) {
-        let mut state = self.state.lock();
-        self.waits.store(false, Ordering::Relaxed);
-        if !state.committed {
-            state.content = Content::Nothing;
-            let error = Error::new(libc::ENOENT, format!("{name} was removed"));
-            state.refuse(&error);
-        }
-    }
-
-    /// The file is at least this long.
+    /// Makes its length at least `end`.
     pub fn reaches(&self, end: u64) {
         self.size.fetch_max(end, Ordering::Relaxed);
     }
-}
 
-impl FileState {
-    pub fn role(&self) -> Role {
-        role_of(&self.place.parent, &self.place.name).unwrap_or(Role::Placeholder)
+    /// Returns whether it is a complete archive that waits for its final name or its box.
+    pub fn is_waiting(&self) -> bool {
+        self.stage.load(Ordering::Relaxed) == Stage::Waiting as u8
     }
 
+    /// Returns whether it has become what its name says.
+    pub fn is_committed(&self) -> bool {
+        self.stage.load(Ordering::Relaxed) == Stage::Committed as u8
+    }
+
+    /// Records how far it has come. The state is locked for that.
+    pub fn set_stage(&self, _state: &mut StagedState, stage: Stage) {
+        self.stage.store(stage as u8, Ordering::Relaxed);
+    }
+
+    /// Records that its name was removed, or given to another file. What comes of it from now on
+    /// counts for nothing.
+    pub fn was_removed(&self, name: &str) {
+        let mut state = self.state();
+        if self.is_committed() {
+            return;
+        }
+        self.set_stage(&mut state, Stage::Arriving);
+        state.content = StagedContent::Nothing;
+        let error = Error::new(libc::ENOENT, format!("{name} was removed"));
+        state.refuse(&error);
+    }
+
+    /// Starts it anew at a size of 0, or leaves a hole at its end (truncate(2)).
+    ///
+    /// # Errors
+    /// EINVAL for any other size.
+    pub fn resize(&self, size: u64) -> Result<()> {
+        let mut state = self.state();
+        if self.is_committed() {
+            return Ok(());
+        }
+        if size == 0 {
+            state.content = StagedContent::Nothing;
+            state.refused = None;
+            self.size.store(0, Ordering::Relaxed);
+            return Ok(());
+        }
+        if size < self.size() {
+            return Err(Error::new(
+                libc::EINVAL,
+                "an archive can't be cut; copy it again from the start",
+            ));
+        }
+        if let StagedContent::Archive(arrival) = &mut state.content {
+            arrival.set_length(size);
+        }
+        self.reaches(size);
+        Ok(())
+    }
+}
+
+impl StagedState {
+    /// Returns what it will be, by its place.
+    pub fn role(&self) -> FileRole {
+        role_of(&self.place.parent, &self.place.name).unwrap_or(FileRole::Placeholder)
+    }
+
+    /// Returns the refusal that it got, if any.
     pub fn refused(&self) -> Result<()> {
         match &self.refused {
             Some((errno, message)) => Err(Error::new(*errno, message.clone())),
@@ -242,17 +244,25 @@ impl FileState {
         }
     }
 
-    /// Keeps a refusal for all later calls.
+    /// Returns whether it got a refusal.
+    pub fn is_refused(&self) -> bool {
+        self.refused.is_some()
+    }
+
+    /// Keeps a refusal for all later calls; the first one stays.
     pub fn refuse(&mut self, error: &Error) {
         self.refused
             .get_or_insert_with(|| (error.errno(), error.to_string()));
     }
 
     /// Adds bytes to a small text.
+    ///
+    /// # Errors
+    /// EFBIG, and EINVAL as soon as it can't be a description of ours.
     pub fn put_text(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
         let is_of_snapshot = self.is_of_snapshot();
-        let Content::Text(text) = &mut self.content else {
-            self.content = Content::Text(Vec::new());
+        let StagedContent::Text(text) = &mut self.content else {
+            self.content = StagedContent::Text(Vec::new());
             return self.put_text(offset, bytes);
         };
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -270,165 +280,89 @@ impl FileState {
         box_json::refuse_foreign(is_of_snapshot, text)
     }
 
-    /// Whether it is to be a snapshot.json, and no box.json.
+    /// Returns whether it is to be a snapshot.json, and no box.json.
     fn is_of_snapshot(&self) -> bool {
         self.place.name.contains(SNAPSHOT_JSON)
     }
 
-    /// Whether a description is of the kind that this one is: of a box, or of a snapshot.
+    /// Returns whether a description is of the kind that this one is: of a box, or of a snapshot.
     pub fn describes(&self, node: &Node) -> bool {
-        match self.is_of_snapshot() {
-            true => matches!(node, Node::SnapshotJson(..)),
-            false => matches!(node, Node::BoxJson(_)),
+        if self.is_of_snapshot() {
+            matches!(node, Node::SnapshotJson(..))
+        } else {
+            matches!(node, Node::BoxJson(_))
         }
     }
 
-    /// EINVAL for a box.json or snapshot.json that ended in the middle.
+    /// Refuses a box.json or snapshot.json that ended in the middle.
+    ///
+    /// # Errors
+    /// EINVAL.
     pub fn refuse_partial_text(&self) -> Result<()> {
         match &self.content {
-            Content::Text(text) => box_json::refuse_partial(text),
+            StagedContent::Text(text) => box_json::refuse_partial(text),
             _ => Ok(()),
         }
     }
-}
 
-/// Notes that a range of an export was copied; the bytes taken, or None when it is not the next
-/// part of one and the same export.
-pub(in crate::tree) fn share(
-    state: &mut FileState,
-    (source, export, contents): (&Source, &Arc<Export>, &Contents),
-    offset: u64,
-    length: u64,
-) -> Option<u64> {
-    let end = export.len();
-    let next = offset.saturating_add(length).min(end);
-    match (state.role(), &mut state.content) {
-        (Role::Json | Role::Placeholder, _) => None,
-        (_, Content::Nothing) if offset == 0 => {
-            state.content = Content::Shared {
-                source: source.clone(),
-                export: export.clone(),
-                contents: *contents,
-                covered: next,
-            };
-            Some(next)
-        }
-        (
-            _,
-            Content::Shared {
-                source: known,
-                export: same,
-                covered,
-                ..
-            },
-        ) if known == source && Arc::ptr_eq(same, export) && *covered == offset => {
-            *covered = next;
-            Some(next.saturating_sub(offset))
-        }
-        _ => None,
-    }
-}
-
-/// Whether the data is complete; `size` is the file's length in bytes. An empty file is no error. A part
-/// of an archive is an error, and so is a file that is only a hole.
-pub(in crate::tree) fn is_complete(state: &mut FileState, size: u64) -> Result<bool> {
-    let only_hole = || match size {
-        0 => Ok(false),
-        _ => Err(Error::bad_archive("there is only a hole in it")),
-    };
-    match &mut state.content {
-        Content::Text(_) | Content::SharedJson(_) => Ok(false),
-        Content::Nothing => only_hole(),
-        Content::Archive(arrival) if arrival.is_untouched() => only_hole(),
-        Content::Archive(arrival) => arrival.finish().map(|()| true),
-        Content::Shared {
-            export, covered, ..
-        } if *covered < export.len() => {
-            Err(Error::bad_archive("only a part of the archive was copied"))
-        }
-        Content::Shared { .. } => Ok(true),
-    }
-}
-
-/// Whether the data was complete already, without bringing it to an end.
-pub(in crate::tree) fn is_whole(content: &Content) -> bool {
-    match content {
-        Content::Archive(arrival) => arrival.is_complete(),
-        Content::Shared {
-            export, covered, ..
-        } => *covered == export.len(),
-        _ => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_place_says_what_a_file_will_be() {
-        let a_box = Node::Box("a".into());
-        let snapshot = Node::Snapshot("a".into(), "s".into());
-        for (parent, name, role) in [
-            (&Node::Root, "web.boxlite", Some(Role::NewBox)),
-            (&Node::Root, "web.txt", None),
-            (&Node::Root, ".boxlite", None),
+    /// Records that a range of an export was copied. Returns the bytes taken, or None when it is
+    /// not the next part of one and the same export.
+    pub fn share(
+        &mut self,
+        (source, export, contents): (&Source, &Arc<Export>, &Contents),
+        offset: u64,
+        length: u64,
+    ) -> Option<u64> {
+        let end = export.len();
+        let next = offset.saturating_add(length).min(end);
+        match (self.role(), &mut self.content) {
+            (FileRole::Json | FileRole::Placeholder, _) => None,
+            (_, StagedContent::Nothing) if offset == 0 => {
+                self.content = StagedContent::Shared {
+                    source: source.clone(),
+                    export: export.clone(),
+                    contents: *contents,
+                    covered: next,
+                };
+                Some(next)
+            }
             (
-                &Node::Root,
-                ".web.boxlite.Ab12Cd",
-                Some(Role::TemporaryArchive),
-            ),
-            (&Node::Root, ".web.txt.Ab12Cd", None),
-            (
-                &Node::Root,
-                "web.boxlite.0a1b2c3d.partial",
-                Some(Role::TemporaryArchive),
-            ),
-            (
-                &Node::Root,
-                "web.boxlite.part",
-                Some(Role::TemporaryArchive),
-            ),
-            (&Node::Root, "web.part", None),
-            (&a_box, "export.boxlite", Some(Role::BoxDisk)),
-            (
-                &a_box,
-                ".export.boxlite.Ab12Cd",
-                Some(Role::TemporaryArchive),
-            ),
-            (&a_box, ".box.json.Ab12Cd", Some(Role::Json)),
-            (&a_box, "box.json", Some(Role::Json)),
-            (&a_box, "notes.txt", None),
-            (&a_box, "snapshot.json", Some(Role::Json)),
-            (&a_box, "rootfs", None),
-            (&snapshot, "export.boxlite", Some(Role::SnapshotDisk)),
-            (&snapshot, "snapshot.json", Some(Role::Json)),
-            (&snapshot, "box.json", None),
-            (&Node::Made(3), "export.boxlite", None),
-            (&Node::Root, "web.boxlite.zst", Some(Role::NewBox)),
-            (&Node::Root, ".boxlite.zst", None),
-        ] {
-            assert_eq!(role_of(parent, name), role, "{name} in {parent:?}");
+                _,
+                StagedContent::Shared {
+                    source: known,
+                    export: same,
+                    covered,
+                    ..
+                },
+            ) if known == source && Arc::ptr_eq(same, export) && *covered == offset => {
+                *covered = next;
+                Some(next.saturating_sub(offset))
+            }
+            _ => None,
         }
     }
 
-    #[test]
-    fn temporary_names_of_programs_that_upload_are_taken() {
-        for name in [
-            "web.boxlite.filepart",
-            "web.boxlite.crdownload",
-            "web.boxlite.partial~",
-            ".web.boxlite.tmp",
-            ".syncthing.web.boxlite.tmp",
-            "~syncthing~web.boxlite.tmp",
-            ".web.boxlite.zst.Ab12Cd",
-            &format!(".{}.Ab12Cd", "w".repeat(247)),
-        ] {
-            let role = role_of(&Node::Root, name);
-            assert_eq!(role, Some(Role::TemporaryArchive), "{name}");
-        }
-        for name in ["web.filepart", ".web.tmp", "web.tmp", ".tmp"] {
-            assert_eq!(role_of(&Node::Root, name), None, "{name}");
+    /// Returns whether the data is complete; `size` is the file's length in bytes. An empty file is
+    /// no error.
+    ///
+    /// # Errors
+    /// EBADMSG for a part of an archive, and for a file that is only a hole.
+    pub fn is_complete(&mut self, size: u64) -> Result<bool> {
+        let only_hole = || match size {
+            0 => Ok(false),
+            _ => Err(Error::bad_archive("there is only a hole in it")),
+        };
+        match &mut self.content {
+            StagedContent::Text(_) | StagedContent::SharedJson(_) => Ok(false),
+            StagedContent::Nothing => only_hole(),
+            StagedContent::Archive(arrival) if arrival.is_untouched() => only_hole(),
+            StagedContent::Archive(arrival) => arrival.finish().map(|()| true),
+            StagedContent::Shared {
+                export, covered, ..
+            } if *covered < export.len() => {
+                Err(Error::bad_archive("only a part of the archive was copied"))
+            }
+            StagedContent::Shared { .. } => Ok(true),
         }
     }
 }

@@ -101,8 +101,8 @@ impl Tree {
         file_reader::read(home, &*home.open.get(handle)?, offset, buf)
     }
 
-    /// Adds bytes that were read to the checksum of an export's disk. Called after they were handed
-    /// to the reader, who need not wait for that.
+    /// Adds bytes that were read to the checksum of an export's disk. Called after the reader has
+    /// them, so that it does not wait for that.
     pub fn have_read(&self, handle: u64, offset: u64, bytes: &[u8]) {
         if let Ok(handle) = self.view.home.open.get(handle)
             && let Handle::Export { export, .. } = &*handle

@@ -323,7 +323,7 @@ impl Tree {
     /// Always EPERM.
     pub fn mknod(&self, name: &OsStr) -> Result<Attr> {
         let name = name.display();
-        let message = format!("{name}: pipes, sockets and devices have no place here");
+        let message = format!("{name}: pipes, sockets and devices are not allowed here");
         Err(nodes::refusal::refuse(&self.store, libc::EPERM, message))
     }
 

@@ -49,7 +49,7 @@ impl Checks {
     ///
     /// # Errors
     /// Those of an import.
-    pub fn new_box(&self, name: &str) -> Result<()> {
+    pub fn refuse_new_box(&self, name: &str) -> Result<()> {
         self.store
             .refuse_unready_for_import()
             .map_err(|error| self.refuse(error.errno(), format!("{name}: {error}")))
@@ -59,13 +59,13 @@ impl Checks {
     ///
     /// # Errors
     /// EPERM.
-    pub fn dotted(&self, name: &str) -> Result<()> {
+    pub fn refuse_dotted(&self, name: &str) -> Result<()> {
         if !name.starts_with('.') {
             return Ok(());
         }
         Err(self.refuse(
             libc::EPERM,
-            format!("{name}: directories with a leading dot have no place among boxes"),
+            format!("{name}: directories with a leading dot are not allowed among boxes"),
         ))
     }
 
@@ -73,7 +73,7 @@ impl Checks {
     ///
     /// # Errors
     /// EEXIST; EINVAL for a name that no box can have.
-    pub fn taken_box(&self, name: &str) -> Result<()> {
+    pub fn refuse_taken_box(&self, name: &str) -> Result<()> {
         let shown = archive_stem(name).unwrap_or(name);
         decode(shown).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
         let names = self.boxes.names()?;
@@ -91,11 +91,11 @@ impl Checks {
     ///
     /// # Errors
     /// EPERM.
-    pub fn directory(&self, parent: &Node, name: &str) -> Result<()> {
+    pub fn refuse_directory(&self, parent: &Node, name: &str) -> Result<()> {
         let message = match parent {
             Node::Box(_) if name == SNAPSHOTS => return Ok(()),
             Node::Box(id) if !self.staging.boxes.is_unfinished(id) => {
-                return Err(self.meaningless_directory(name));
+                return Err(self.refuse_meaningless_directory(name));
             }
             Node::Snapshots(_) => return Ok(()),
             Node::Box(_) | Node::Snapshot(..) if Derived::named(name).is_some() => format!(
@@ -106,13 +106,13 @@ impl Checks {
                 "{name}: a box is made of {EXPORT}, box.json and {SNAPSHOTS}; other directories are \
                  not kept, so keep them elsewhere"
             ),
-            _ => return Err(self.meaningless_directory(name)),
+            _ => return Err(self.refuse_meaningless_directory(name)),
         };
         Err(self.refuse(libc::EPERM, message))
     }
 
     /// EPERM for a directory that means nothing where it is made.
-    pub fn meaningless_directory(&self, name: &str) -> Error {
+    pub fn refuse_meaningless_directory(&self, name: &str) -> Error {
         self.refuse(
             libc::EPERM,
             format!("{name}: a directory means something in the root (a box) and in {SNAPSHOTS} (a snapshot) only"),
@@ -124,7 +124,7 @@ impl Checks {
     ///
     /// # Errors
     /// EPERM.
-    pub fn copying_over(&self, caller: Caller, id: &str, name: &str) -> Result<()> {
+    pub fn refuse_copying_over(&self, caller: Caller, id: &str, name: &str) -> Result<()> {
         if self.history.goes_on_copying(caller, id) {
             return Err(refuse_copied_box(&self.store, name));
         }
@@ -140,7 +140,7 @@ impl Checks {
     }
 
     /// Refuses to put something into a box that exists.
-    pub fn put(&self, caller: Caller, parent: &Node, name: &str) -> Error {
+    pub fn refuse_put(&self, caller: Caller, parent: &Node, name: &str) -> Error {
         if role_of(parent, name).is_some() || Derived::named(name).is_some() {
             self.remember_refused_copy(caller, parent);
         }
@@ -160,8 +160,14 @@ impl Checks {
     ///
     /// # Errors
     /// EPERM, and those of reading the home.
-    pub fn replace(&self, caller: Caller, id: &str, snapshot: &str, name: &str) -> Result<()> {
-        self.copying_over(caller, id, name)?;
+    pub fn refuse_replacing(
+        &self,
+        caller: Caller,
+        id: &str,
+        snapshot: &str,
+        name: &str,
+    ) -> Result<()> {
+        self.refuse_copying_over(caller, id, name)?;
         if self.store.is_live(id, snapshot)? {
             return Ok(());
         }
@@ -185,8 +191,8 @@ impl Checks {
     /// # Errors
     /// EPERM for a copy of a whole directory, ENODATA for a box without a disk, and those of a
     /// restore.
-    pub fn restore(&self, caller: Caller, id: &str) -> Result<()> {
-        self.copying_over(caller, id, EXPORT)?;
+    pub fn refuse_restore(&self, caller: Caller, id: &str) -> Result<()> {
+        self.refuse_copying_over(caller, id, EXPORT)?;
         let source = Source::Live {
             box_id: id.to_owned(),
         };

@@ -88,9 +88,9 @@ impl Creator {
             ));
         };
         if role == FileRole::NewBox {
-            self.checks.taken_box(name)?;
+            self.checks.refuse_taken_box(name)?;
         }
-        self.checks.new_box(name)?;
+        self.checks.refuse_new_box(name)?;
         let place = StagedPlace {
             parent: Node::Root,
             name: name.to_owned(),
@@ -129,7 +129,7 @@ impl Creator {
             return self.overwriter.create(caller, parent, name);
         }
         if name == EXPORT {
-            let checked = self.checks.new_box(name);
+            let checked = self.checks.refuse_new_box(name);
             checked.inspect_err(|_| self.checks.fail_made(caller, parent))?;
         }
         let file = StagedFile::new(node, id, place, caller);
@@ -220,7 +220,7 @@ impl Creator {
             return Err(Error::new(libc::EPERM, message));
         }
         if flags & libc::O_APPEND != 0 || file.is_committed() {
-            let message = format!("nothing can be added to {name}");
+            let message = format!("{name} can't be appended to");
             drop(state);
             return Err(self.checks.refuse(libc::EPERM, message));
         }

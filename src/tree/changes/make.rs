@@ -68,19 +68,19 @@ impl Maker {
                 self.snapshot(home, caller, id, name)
             }
             _ => {
-                self.checks.directory(parent, name)?;
+                self.checks.refuse_directory(parent, name)?;
                 let boxes = &self.staging.boxes;
                 boxes
                     .make(caller, parent, name, Staged::Directory)?
-                    .ok_or_else(|| self.checks.meaningless_directory(name))
+                    .ok_or_else(|| self.checks.refuse_meaningless_directory(name))
             }
         }
     }
 
     fn begin_box(&self, home: &HomeView, caller: Caller, name: &str) -> Result<Node> {
-        self.checks.dotted(name)?;
+        self.checks.refuse_dotted(name)?;
         decode(name).map_err(|error| self.checks.refuse(error.errno(), error.to_string()))?;
-        self.checks.new_box(name)?;
+        self.checks.refuse_new_box(name)?;
         if home.boxes.names()?.id_of(name).is_some() {
             return Err(exists(name));
         }
@@ -91,13 +91,13 @@ impl Maker {
     /// snapshot that the program brings: a snapshot of today would stand under the name of an old
     /// one until then, and for good if the tool skips what is there.
     fn snapshot(&self, home: &HomeView, caller: Caller, id: &str, name: &str) -> Result<Node> {
-        self.checks.copying_over(caller, id, name)?;
+        self.checks.refuse_copying_over(caller, id, name)?;
         if caller.is_outside() {
             return Err(self.checks.refuse(
                 libc::EPERM,
                 format!(
                     "snapshot {name}: this process is in a pid namespace that the mount can't see into, so \
-                     nobody can say whether it takes a snapshot or copies one; take it where the home is \
+                     it can't tell whether this takes a snapshot or copies one; take it where the home is \
                      mounted, or with BoxLite"
                 ),
             ));
@@ -146,7 +146,7 @@ impl Maker {
         let made = self.staging.boxes.make(caller, parent, name, link)?;
         let node = made.ok_or_else(|| {
             self.checks.remember_refused_copy(caller, parent);
-            let message = format!("{name}: links have no place here");
+            let message = format!("{name}: links are not allowed here");
             self.checks.refuse(libc::EPERM, message)
         })?;
         self.staging.was_made(caller, parent, name);

@@ -86,17 +86,17 @@ impl Overwriter {
     pub fn create(&self, caller: Caller, parent: &Node, name: &str) -> Result<Arc<StagedFile>> {
         let id = match (parent, role_of(parent, name)) {
             (Node::Box(id), Some(FileRole::BoxDisk | FileRole::TemporaryArchive)) => {
-                self.checks.restore(caller, id)?;
+                self.checks.refuse_restore(caller, id)?;
                 id
             }
             (
                 Node::Snapshot(id, snapshot),
                 Some(FileRole::SnapshotDisk | FileRole::TemporaryArchive),
             ) => {
-                self.checks.replace(caller, id, snapshot, name)?;
+                self.checks.refuse_replacing(caller, id, snapshot, name)?;
                 id
             }
-            _ => return Err(self.checks.put(caller, parent, name)),
+            _ => return Err(self.checks.refuse_put(caller, parent, name)),
         };
         let place = StagedPlace {
             parent: parent.clone(),
@@ -132,15 +132,15 @@ impl Overwriter {
                 };
             }
             Node::Export(Source::Live { .. }) => {
-                "nothing can be added to an export; write a whole archive over it to restore".into()
+                "an export can't be appended to; write a whole archive over it to restore".into()
             }
             Node::Export(source) => format!(
                 "{} stays as it is; to restore it, copy its export over that of its box",
                 self.store.describe(source)
             ),
-            Node::BoxJson(_) => "box.json is only for reading".into(),
+            Node::BoxJson(_) => "box.json is read-only".into(),
             Node::Guest(_) | Node::DiskImage(_) => return only_for_reading(),
-            _ => "snapshot.json, what is compressed and the log are only for reading".into(),
+            _ => "snapshot.json, compressed archives and the log are read-only".into(),
         };
         if !matches!(node, Node::Export(Source::Live { .. })) {
             self.checks.remember_refused_copy(caller, node);

@@ -63,10 +63,10 @@ impl Remover {
             Node::Snapshot(id, snapshot) => self.remove_snapshot(caller, &id, &snapshot, name),
             Node::Snapshots(id) => self.remove_snapshots_dir(caller, &id),
             Node::Box(id) => self.remove_box(caller, &id, name),
-            Node::Hidden => Err(Error::new(libc::EPERM, ".boxlite stays")),
+            Node::Hidden => Err(Error::new(libc::EPERM, ".boxlite can't be removed")),
             Node::View | Node::ViewOf(_) | Node::ViewSnapshots(_) => Err(Error::new(
                 libc::EPERM,
-                "the view goes with what it is a view of",
+                "the view can't be removed; it goes with its box or snapshot",
             )),
             _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
         }
@@ -258,7 +258,9 @@ impl Remover {
                 return Err(refuse(
                     &self.store,
                     libc::EPERM,
-                    format!("{name} stays; what is in .boxlite goes with what it belongs to"),
+                    format!(
+                        "{name} can't be removed; files in .boxlite go with the box that they belong to"
+                    ),
                 ));
             }
         };
@@ -292,9 +294,9 @@ impl Remover {
     }
 }
 
-/// Refuses a process that can't be told from others. A box goes name by name, and nobody could say
-/// whose steps belong together: EPERM. EMFILE if the mount has no descriptor left to look at the
-/// process.
+/// Refuses a process that can't be told from others (EPERM): a box is removed name by name, and the
+/// mount could not tell which steps belong together. EMFILE if the mount has no descriptor left to
+/// look at the process.
 fn refuse_unseen(caller: Caller) -> Result<()> {
     if caller.is_outside() {
         return Err(Error::new(

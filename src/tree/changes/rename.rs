@@ -138,7 +138,7 @@ impl Renamer {
         let loose = &self.staging.loose;
         match (to_dir, role_of(to_dir, to)) {
             (Node::Root, Some(FileRole::NewBox)) => {
-                let taken = self.checks.taken_box(to);
+                let taken = self.checks.refuse_taken_box(to);
                 taken.inspect_err(|_| loose.fail(from_dir, from))?;
             }
             (_, None | Some(FileRole::Json | FileRole::Placeholder)) => {
@@ -175,7 +175,7 @@ impl Renamer {
         let names = self.view.home.boxes.names()?;
         let check = || {
             decode(to)?;
-            self.checks.dotted(to)?;
+            self.checks.refuse_dotted(to)?;
             match names.id_of(to) {
                 Some(_) => Err(exists(to)),
                 None => Ok(()),
@@ -231,7 +231,7 @@ impl Renamer {
         match (&node, to_parent) {
             (Node::Box(id), Node::Root) => {
                 self.refuse_taken(caller, to_parent, to, mode)?;
-                self.checks.dotted(to)?;
+                self.checks.refuse_dotted(to)?;
                 // Not EINVAL: that is a directory moved into itself, and mv says so.
                 let name = decode(to).map_err(|error| refuse(error.to_string()))?;
                 let boxes = &self.view.home.boxes;
@@ -260,12 +260,12 @@ impl Renamer {
                 _,
             ) if is_into_staging => copied(),
             (Node::Export(_), _) => Err(refuse(format!(
-                "{from} stays; copy it to NEW.boxlite for a new box, or over another box's {EXPORT}"
+                "{from} can't be moved; copy it to NEW.boxlite for a new box, or over another box's {EXPORT}"
             ))),
             (Node::Snapshot(..) | Node::Box(_), _) => Err(refuse(format!(
                 "{from} can't go there: a snapshot stays with its box, and a box in the root; to make a new box of it, copy it into the root"
             ))),
-            _ => Err(refuse(format!("{from} stays where it is"))),
+            _ => Err(refuse(format!("{from} can't be moved"))),
         }
     }
 
@@ -284,7 +284,7 @@ impl Renamer {
             return Err(exists(name));
         }
         if matches!(node, Node::Box(_) | Node::Snapshot(..) | Node::Hidden) {
-            let message = format!("{name} is there already, and stays");
+            let message = format!("{name} exists, and a rename does not replace it");
             return Err(Error::new(libc::ENOTEMPTY, message));
         }
         Err(Error::new(libc::ENOTDIR, format!("{name} is a file")))

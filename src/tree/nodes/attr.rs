@@ -32,7 +32,7 @@ pub enum Kept {
     Not,
     /// For a moment.
     Moment,
-    /// As long as it likes: what never changes.
+    /// As long as it likes, for what never changes.
     Long,
 }
 
@@ -41,15 +41,15 @@ pub enum Kept {
 pub struct Attr {
     /// Inode number, which is also FUSE's node id.
     pub ino: u64,
-    /// FUSE's generation: raised when an export's contents change, so that the kernel makes a new
-    /// inode with pages and a size of its own, and whoever reads the old one gets EIO.
+    /// FUSE's generation. It is raised when an export's contents change, so that the kernel makes a
+    /// new inode with pages and a size of its own, and readers of the old one get EIO.
     pub generation: u64,
     /// Directory, file or link.
     pub kind: Kind,
     /// Bytes.
     pub size: u64,
-    /// Blocks of 512 bytes. Of what we make never fewer than the size: cp takes a file with fewer
-    /// for sparse, and reads it where it could have asked for a copy that moves nothing.
+    /// Blocks of 512 bytes. For what we make never fewer than the size has: cp takes a file with
+    /// fewer for sparse, and reads it where it could have asked for a copy that moves no byte.
     pub blocks: u64,
     /// Permission bits.
     pub perm: u16,
@@ -85,7 +85,7 @@ impl Attr {
             kind: Kind::Directory,
             size: 0,
             blocks: 0,
-            // As open as the home is, never more.
+            // As open as the home is, and never more.
             perm: 0o755 & u16::try_from(owner.mode & 0o777).unwrap_or(0o700),
             nlink: u32::try_from(subdirectories + 2).unwrap_or(u32::MAX),
             kept: Kept::Moment,
@@ -142,15 +142,15 @@ pub struct DirEntry {
     pub ino: u64,
 }
 
-/// What is wanted of each name.
+/// What a listing wants of each name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WantedOfList {
     /// The name, what kind of file it is of, and its number.
     Names,
-    /// Attributes too; the kernel is told of each file it gets.
+    /// Attributes too; the kernel is told of each file whose attributes it gets.
     Attributes,
 }
 
-/// Takes an entry, the offset behind it and its attributes; those are None where they are not
-/// wanted, or can't be had. True if there was no room for it.
+/// Takes an entry, the offset after it, and its attributes; None where those are not wanted, or
+/// can't be read. Returns true if there was no room for it.
 pub type Add<'a, 'f> = &'a mut (dyn FnMut(&DirEntry, u64, Option<&Attr>) -> bool + 'f);

@@ -129,7 +129,7 @@ fn foreign(is_snapshot: bool) -> Error {
     let name = if is_snapshot { SNAPSHOT_JSON } else { BOX_JSON };
     Error::new(
         libc::EINVAL,
-        format!("this is not a {name} of a backup, and nothing else of that name is kept here"),
+        format!("this is not the {name} of a backup; no other file of that name is kept here"),
     )
 }
 

@@ -2,12 +2,12 @@
 //!
 //! A number has 32 bits for the guest's own number, and 20 for a slot. A slot stands for a
 //! [`GuestVolume`]: a partition in one state of a disk. It follows from a hash of that, so a file
-//! nearly always has the same number after a remount. Where two volumes want one slot, the later one
-//! gets the next that is free.
+//! nearly always has the same number after a remount. Where two volumes want one slot, the later
+//! one gets the next that is free.
 //!
-//! A slot is given to another volume only when the kernel knows no file of the first, and as late as
-//! possible: a tool that goes through many boxes remembers numbers, too, and would take two files
-//! for one.
+//! A slot is given to another volume only when the kernel knows no file of the first, and as late
+//! as possible: a tool that goes through many boxes remembers numbers, too, and would take two
+//! files for one.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -176,7 +176,7 @@ impl Slots {
 fn too_many() -> Error {
     Error::new(
         libc::ENFILE,
-        "the kernel knows files of too many states of disks; it forgets them in time, or with \
+        "the kernel has cached files of too many disk states; it drops them in time, or with \
          `echo 2 > /proc/sys/vm/drop_caches`",
     )
 }

@@ -108,7 +108,7 @@ pub fn text(name: &OsStr) -> Result<&str> {
     name.to_str().ok_or_else(|| {
         Error::new(
             libc::EINVAL,
-            format!("{name:?} is not UTF-8, BoxLite's names are"),
+            format!("{name:?} is not UTF-8, as all names of BoxLite are"),
         )
     })
 }

@@ -16,7 +16,7 @@ use crate::store::Store;
 use crate::tree::nodes::node::StatusVersion;
 use crate::{Error, Result};
 
-/// How long one version is given to all who look: cp looks several times, and takes another inode
+/// How long one version is given to all callers. cp looks several times, and takes another inode
 /// for another file.
 const FRESH: Duration = Duration::from_millis(200);
 

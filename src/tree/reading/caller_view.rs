@@ -89,8 +89,8 @@ impl CallerView {
         Ok(attr)
     }
 
-    /// Returns whether the makers of a box, or those who are removing it, see something else than
-    /// everyone else does.
+    /// Returns whether a process that makes a box, or removes it, sees something else than all
+    /// others.
     fn differs_by_caller(&self, node: &Node) -> bool {
         node.box_id()
             .is_some_and(|id| self.staging.boxes.contains(id) || self.history.concerns(id))

@@ -20,7 +20,12 @@ pub fn copy_range(
     (to, to_offset): (&Handle, u64),
     length: u64,
 ) -> Result<u32> {
-    let unfit = || Error::new(libc::EOPNOTSUPP, "that can only be read and written");
+    let unfit = || {
+        Error::new(
+            libc::EOPNOTSUPP,
+            "this range can't be shared; read it and write it",
+        )
+    };
     let Handle::Writing(file) = to else {
         return Err(unfit());
     };

@@ -81,8 +81,8 @@ impl<'a> OpenGuestFile<'a> {
     pub fn enter(&self) -> Result<&'a FileSystem> {
         match self.file.volume.access {
             GuestAccess::Closed => Err(Error::damaged(format!(
-                "the directory with inode {} does not say that it is where it was found; e2fsck \
-                 repairs that, and the mount option links=guest goes on all the same",
+                "the `..` of the directory with inode {} does not lead back to where the directory was \
+                 found; e2fsck repairs that, and the mount option links=guest ignores it",
                 self.file.inode
             ))),
             _ => self.file_system(),

@@ -26,7 +26,7 @@ pub struct GuestFiles {
 
 /// EROFS for changes in a disk.
 pub fn only_for_reading() -> Error {
-    Error::new(libc::EROFS, "what is in a disk is only for reading")
+    Error::new(libc::EROFS, "the files in a disk are read-only")
 }
 
 impl GuestFiles {

@@ -83,7 +83,7 @@ impl AsideDirectories {
         Ok(true)
     }
 
-    /// Keeps the directory as long as the caller, who changes something in it, runs.
+    /// Keeps the directory as long as the caller runs, which changes something in it.
     pub fn join(&self, caller: Caller, node: &Node) {
         let mut directories = self.directories.lock();
         if let Some(aside) = directories.iter_mut().find(|aside| aside.node == *node) {

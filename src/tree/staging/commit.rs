@@ -132,7 +132,7 @@ impl Committer {
             {
                 let path = self.path_of(other);
                 self.store.events().warn(&format!(
-                    "{path} waits, for its box is there and the snapshot could not be made: {error}; \
+                    "{path} waits: its box was made, but the snapshot could not be: {error}; \
                      `touch` the file to try again"
                 ));
                 // The box was made, but not all of its snapshots: the close fails.
@@ -308,7 +308,10 @@ impl Committer {
 fn snapshot_of(state: &StagedState) -> Result<(&str, &str)> {
     match &state.place.parent {
         Node::Snapshot(box_id, snapshot_id) => Ok((box_id, snapshot_id)),
-        _ => Err(Error::new(libc::EINVAL, "that is no snapshot's directory")),
+        _ => Err(Error::new(
+            libc::EINVAL,
+            "that is not the directory of a snapshot",
+        )),
     }
 }
 

@@ -41,8 +41,8 @@ impl LooseFile {
         self.dir == *dir && self.name == name
     }
 
-    /// Returns whether it is written in place of an export, under that name. Each writer sees its
-    /// own, and everybody else the export.
+    /// Returns whether it is written in place of an export, under that name. Its writer sees it,
+    /// and all others see the export.
     fn is_over_export(&self) -> bool {
         self.file.restores && self.name == EXPORT
     }
@@ -200,7 +200,7 @@ impl LooseFiles {
             .retain(|loose| !std::ptr::eq(&*loose.file, file));
     }
 
-    /// Returns the file that is this node, whoever asks.
+    /// Returns the file that is this node, for any caller.
     pub fn file_at(&self, node: &Node) -> Option<Arc<StagedFile>> {
         let files = self.files.lock();
         let loose = files.iter().find(|loose| loose.file.node == *node)?;
@@ -213,7 +213,7 @@ impl LooseFiles {
         files.iter().any(|loose| loose.file.node == *node)
     }
 
-    /// Returns the attributes of the file that is this node, whoever asks.
+    /// Returns the attributes of the file that is this node, for any caller.
     pub fn attr(&self, owner: Owner, node: &Node) -> Option<Attr> {
         let files = self.files.lock();
         let file = &files.iter().find(|loose| loose.file.node == *node)?.file;

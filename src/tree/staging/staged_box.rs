@@ -13,8 +13,8 @@ use crate::tree::staging::program::Program;
 use crate::tree::staging::staged_file::StagedFile;
 use crate::{Error, Result};
 
-/// How long a maker that lives on, and is no program that copies, may go on putting parts of a
-/// backup into the box it has made: what it brings later is refused.
+/// How long a maker that lives on, and does not only copy, may go on putting parts of a backup into
+/// the box that it has made. What it brings later is refused.
 const LINGER: Duration = Duration::from_secs(60);
 
 /// What is in a directory being made.
@@ -323,10 +323,10 @@ impl StagedBox {
         attr
     }
 
-    /// Returns whether what was made is done with: nobody who would see it is left, or a maker that
-    /// lives on has not come back for a while. What failed goes with its makers, so that the next
-    /// try starts anew. Archives that were taken stay: they wait for their box, or until somebody
-    /// removes them. A directory that only was made waits for what will be put into it.
+    /// Returns whether what was made is done with: no process that would see it is left, or a maker
+    /// that lives on has not come back for a while. What failed goes with its makers, so that the
+    /// next try starts anew. Archives that were taken stay: they wait for their box, or until they
+    /// are removed. A directory that was made and not filled waits for what will be put into it.
     pub fn is_over(&self) -> bool {
         if self.has_waiting() {
             return false;

@@ -1,4 +1,4 @@
-//! All boxes being made, and who sees them.
+//! All boxes being made, and which callers see them.
 //!
 //! `mkdir NEW` reserves an id, so the directory has the inode of the box it will be. Until the box
 //! is committed everyone sees what was made so far. After that the makers go on seeing only what
@@ -375,7 +375,8 @@ impl StagedBoxes {
         });
     }
 
-    /// Shows the caller, who is about to remove what has become a box, the box as all see it.
+    /// Shows the caller the real box, as all others see it, before it removes what it has made.
+    /// Does nothing while the box is being made or written.
     pub fn end_view_for(&self, caller: Caller, node: &Node) {
         let mut inner = self.swept();
         if let Some(staged) = inner.view_for(caller, node)

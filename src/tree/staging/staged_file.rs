@@ -350,7 +350,7 @@ impl StagedState {
     pub fn is_complete(&mut self, size: u64) -> Result<bool> {
         let only_hole = || match size {
             0 => Ok(false),
-            _ => Err(Error::bad_archive("there is only a hole in it")),
+            _ => Err(Error::bad_archive("the file is only a hole")),
         };
         match &mut self.content {
             StagedContent::Text(_) | StagedContent::SharedJson(_) => Ok(false),

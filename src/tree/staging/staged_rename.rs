@@ -16,7 +16,7 @@ use crate::{Error, Result};
 pub enum StagedRename {
     /// Nothing: no such child is being made.
     NotStaged,
-    /// Nothing: the child exists in the box by now, where it is to be renamed for everybody.
+    /// Nothing: the child exists in the box by now, and is to be renamed there.
     IsInBox,
     /// A file has the name.
     File(Arc<StagedFile>),
@@ -52,7 +52,7 @@ pub fn rename(
         return Err(refuse(
             store,
             libc::EPERM,
-            format!("{to} would not be kept: it is no part of a backup"),
+            format!("{to} would not be kept: it is not part of a backup"),
         ));
     }
     if !is_same_box {

@@ -39,6 +39,7 @@ pub mod guest;
 pub mod home;
 pub mod mount;
 mod mountinfo;
+mod process;
 pub mod progress;
 pub mod store;
 pub mod tree;

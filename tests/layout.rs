@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms, from the top down. A file takes from its own room and from those after it.
-const ROOMS: [&str; 14] = [
+const ROOMS: [&str; 15] = [
     "cli",
     "mount",
     "fuse",
@@ -20,6 +20,7 @@ const ROOMS: [&str; 14] = [
     "disk",
     "event_log",
     "home",
+    "process",
     "mountinfo",
 ];
 

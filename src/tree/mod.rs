@@ -1,130 +1,78 @@
-//! The names and files a user sees, without FUSE: path → node, attributes, staging, handles.
+//! The names and files a user sees, without FUSE.
 //!
-//! Plain Rust that returns [`Result`]; `fuse.rs` only translates. What a node is follows from what
-//! it stands for (`node`), boxes and snapshots that exist are shown by `view`, those being made by
-//! `staging`, open files are `handle`s, what was written becomes a box in `commit`, and `change`,
-//! `rename` and `remove` have what alters names; `dealing` remembers who removed which of them.
+//! Plain Rust that returns [`Result`]; `fuse.rs` only translates. The rooms, from the top down,
+//! each of which uses only those below:
+//!
+//! * `changes`: what makes, renames and removes names.
+//! * `reading`: what exists, what each caller sees of it, and open files.
+//! * `staging`: what is being copied in, and what callers did before.
+//! * `nodes`: what a node is, and what the kernel was told of it.
 
-mod aside;
-mod attr;
-mod caller;
-mod change;
-mod commit;
-mod compressed;
-mod dealing;
-mod describe;
-mod ending;
-mod guest_numbers;
-mod handle;
-mod inside;
-mod known;
-mod listing;
-mod names;
-mod node;
-mod open_file;
-mod putting_aside;
-mod remove;
-mod rename;
-mod staged_file;
+mod changes;
+mod handles;
+mod nodes;
+mod options;
+mod reading;
 mod staging;
-mod status;
-mod view;
-mod xattr;
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
 
-use caller::Makers;
-use names::Names;
-use node::Derived;
+use changes::Changes;
+use nodes::attr::Add;
+use nodes::boxes::Boxes;
+use nodes::guest_numbers::GuestNumbers;
+use nodes::kernel_view::KernelView;
+use nodes::status_file::StatusFile;
+use nodes::xattr;
 use parking_lot::Mutex;
+use reading::caller_view::CallerView;
+use reading::export_files::ExportFiles;
+use reading::guest_file::GuestNodes;
+use reading::guest_files::{GuestFiles, only_for_reading};
+use reading::home_view::HomeView;
+use reading::listing::Listing;
+use reading::lookup::Lookup;
+use reading::open_files::OpenFiles;
+use staging::caller_history::CallerHistory;
+use staging::commit::Committer;
+use staging::receiver::Receiver;
+use staging::staging_area::StagingArea;
 
-use crate::exports::Source;
 use crate::store::{BackgroundCompaction, Store};
 use crate::{Error, Result};
 
 pub use crate::exports::Compression;
 pub use crate::home::Space;
+pub use crate::process::Caller;
 pub use crate::store::{Compacting, Imports};
-pub use attr::{Attr, DirEntry, Kept, Kind, Wanted as WantedOfList};
-pub use caller::Caller;
-pub use change::SetAttr;
-pub use compressed::OpenAnswer;
+pub use changes::create::SetAttr;
+pub use changes::rename::RenameMode;
+pub use handles::OpenAnswer;
+pub use nodes::attr::{Attr, DirEntry, Kept, Kind, WantedOfList};
+pub use nodes::node::{Node, ROOT_INO};
+pub use nodes::status_file::MountFacts;
+pub use options::{Links, Options};
+pub use reading::open_files::Opened;
 
-pub use node::{Node, ROOT_INO};
-pub use open_file::Opened;
-pub use rename::RenameMode;
-pub use status::MountFacts;
-
-/// How a home is shown.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
-    /// Refuse changes, and write nothing into the home at all.
-    pub read_only: bool,
-    /// Make changes that are safe beside a BoxLite runtime also while one has the home.
-    pub is_shared: bool,
-    /// How compressed archives are made and kept.
-    pub compression: Compression,
-    /// When layers are merged.
-    pub compacting: Compacting,
-    /// What archives may bring.
-    pub imports: Imports,
-    /// What links of guests say.
-    pub links: Links,
-}
-
-/// What the symbolic links in a guest are shown to say.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Links {
-    /// What leads to the guest's own files, and never out of `rootfs`.
-    #[default]
-    Inside,
-    /// What the guest said, whatever that is where the mount is.
-    Guest,
-}
-
-/// A home as a tree of files.
+/// A home as a tree of files: what the kernel asks for, given to the parts that have it.
 pub struct Tree {
     store: Arc<Store>,
-    names: Mutex<Option<Arc<Names>>>,
-    /// Nodes the kernel knows.
-    known: Mutex<known::Known>,
-    /// What guests' files are numbered by.
-    numbers: guest_numbers::GuestNumbers,
-    /// Whether links of guests say what the guest said.
-    links: Links,
-    staging: Mutex<staging::Staging>,
-    handles: Mutex<HashMap<u64, Arc<open_file::Handle>>>,
-    next_handle: AtomicU64,
-    next_made: AtomicU64,
-    /// What the kernel was last told an export's inode has, and its generation.
-    told: Mutex<HashMap<u64, (crate::exports::Contents, u64)>>,
-    /// Generations of inodes whose directory the kernel was told is gone, and is there again.
-    raised: Mutex<HashMap<u64, u64>>,
-    /// What processes did to boxes that exist, name by name. Locked after `staging` where both are.
-    dealings: Mutex<dealing::Dealings>,
-    /// Who opened a box's export for writing, by its inode number: copy tools set its size, times and
-    /// mode.
-    writers: Mutex<HashMap<u64, (Makers, Instant)>>,
-    /// Has the kernel drop the pages it has of an inode.
-    drop_pages: OnceLock<DropPages>,
+    kernel: Arc<KernelView>,
+    view: Arc<CallerView>,
+    lookup: Arc<Lookup>,
+    listing: Listing,
+    staging: Arc<StagingArea>,
+    receiver: Receiver,
+    committer: Arc<Committer>,
+    changes: Changes,
+    /// Merges layers in the background until the tree is closed.
     upkeep: Mutex<Option<BackgroundCompaction>>,
-    /// Versions of `.boxlite/status`. Locked after `known` where both are.
-    status: Mutex<status::Versions>,
-    /// What whoever mounted told, and when.
-    facts: OnceLock<(MountFacts, SystemTime)>,
 }
 
 impl Tree {
-    /// Whether nothing can be changed: it was asked for, or the home can't be written.
-    pub fn is_read_only(&self) -> bool {
-        self.store.is_read_only()
-    }
-
     /// Opens a home for showing.
     ///
     /// # Errors
@@ -137,127 +85,60 @@ impl Tree {
             options.compression,
         )?;
         let store = Arc::new(store.taking(options.imports));
-        let upkeep = match store.is_read_only() {
-            true => None,
-            false => BackgroundCompaction::begin(&store, options.compacting),
+        let upkeep = if store.is_read_only() {
+            None
+        } else {
+            BackgroundCompaction::begin(&store, options.compacting)
         };
+        let kernel = Arc::new(KernelView::default());
+        let boxes = Arc::new(Boxes::new(store.clone(), kernel.clone()));
+        let staging = Arc::new(StagingArea::new(store.clone()));
+        let history = Arc::new(CallerHistory::default());
+        let home = home_view(&store, &kernel, &boxes, options.links);
+        let view = CallerView::new(home, staging.clone(), history.clone());
+        let view = Arc::new(view);
+        let lookup = Lookup::new(kernel.clone(), view.clone(), staging.clone());
+        let lookup = Arc::new(lookup);
+        let committer = Committer::new(store.clone(), boxes, staging.clone(), history.clone());
+        let committer = Arc::new(committer);
         Ok(Tree {
+            changes: Changes::new(&kernel, &view, &staging, &history, &committer),
+            listing: Listing::new(kernel.clone(), view.clone(), lookup.clone(), history),
+            receiver: Receiver::new(store.clone(), staging.clone()),
             store,
-            names: Mutex::new(None),
-            known: Mutex::default(),
-            numbers: guest_numbers::GuestNumbers::default(),
-            links: options.links,
-            staging: Mutex::default(),
-            handles: Mutex::default(),
-            next_handle: AtomicU64::new(1),
-            next_made: AtomicU64::new(1),
-            told: Mutex::default(),
-            raised: Mutex::default(),
-            dealings: Mutex::default(),
-            writers: Mutex::default(),
-            drop_pages: OnceLock::new(),
+            kernel,
+            view,
+            lookup,
+            staging,
+            committer,
             upkeep: Mutex::new(upkeep),
-            status: Mutex::default(),
-            facts: OnceLock::new(),
         })
     }
 
-    /// The boxes as they are now, by the names they are shown by.
-    fn names(&self) -> Result<Arc<Names>> {
-        let catalog = self.store.home().catalog()?;
-        let mut names = self.names.lock();
-        match &*names {
-            Some(known) if Arc::ptr_eq(known.catalog(), &catalog) => Ok(known.clone()),
-            known => {
-                self.store.exports().forget_gone(&catalog);
-                let fresh = Arc::new(Names::of(catalog));
-                for link in known
-                    .iter()
-                    .flat_map(|known| links_elsewhere(known, &fresh))
-                {
-                    self.raise_generation(&link);
-                }
-                *names = Some(fresh.clone());
-                Ok(fresh)
-            }
-        }
+    /// Returns whether nothing can be changed: it was asked for, or the home can't be written.
+    pub fn is_read_only(&self) -> bool {
+        self.store.is_read_only()
     }
 
-    /// Takes what has the kernel drop the pages it has of an inode.
+    /// Sets what `.boxlite/status` says of the mount itself. Once, before anybody looks.
+    pub fn tell_of_mount(&self, facts: MountFacts) {
+        self.view.home.status.set_facts(facts);
+    }
+
+    /// Sets what has the kernel drop the pages that it has of an inode. Once.
     pub fn on_drop_pages(&self, drop_pages: impl Fn(u64) + Send + Sync + 'static) {
-        // Whoever serves the tree does so once.
-        let _ = self.drop_pages.set(Box::new(drop_pages));
+        self.kernel.on_drop_pages(drop_pages);
     }
 
-    /// Renames a box or a snapshot; then no link leads to where it was, which another may be by now.
-    /// The kernel keeps where links point.
-    fn with_links(&self, rename: impl FnOnce() -> Result<()>) -> Result<()> {
-        let before = self.names()?;
-        rename()?;
-        let after = self.names()?;
-        if let Some(drop_pages) = self.drop_pages.get() {
-            for link in links_elsewhere(&before, &after) {
-                let ino = self.known.lock().number(&link);
-                drop_pages(ino);
-            }
-        }
-        Ok(())
+    /// Makes a box of each archive that waits. The log has the name of each box, and each failure.
+    pub fn keep_waiting(&self) {
+        self.committer.waiting().keep_all();
     }
 
-    /// The node with an inode number that the kernel was told of.
-    ///
-    /// # Errors
-    /// ESTALE when it was not.
-    fn node(&self, ino: u64) -> Result<Node> {
-        if ino == ROOT_INO {
-            return Ok(Node::Root);
-        }
-        let node = self.known.lock().node(ino);
-        node.ok_or_else(|| Error::new(libc::ESTALE, "that file is gone"))
-    }
-
-    /// The kernel is told of a node: it may ask for it by number until it forgets. Returns the number.
-    fn tell(&self, node: &Node) -> u64 {
-        self.known.lock().tell(node)
-    }
-
-    /// The kernel forgets `times` of what it was told of a node.
-    pub fn forget(&self, ino: u64, times: u64) {
-        let mut known = self.known.lock();
-        if let Some(node) = known.forget(ino, times) {
-            let ino = node.ino();
-            self.told.lock().remove(&ino);
-            self.raised.lock().remove(&ino);
-            self.status.lock().forget(ino);
-        }
-    }
-
-    /// The kernel was told that a directory is gone, which it marks as dead; when it comes back it has
-    /// to be another inode to it.
-    fn raise_generation(&self, node: &Node) {
-        *self.raised.lock().entry(node.ino()).or_default() += 1;
-    }
-
-    /// Whether attributes of this inode may take longer than a look into memory: they need an
-    /// export's size.
-    pub fn is_slow(&self, ino: u64) -> bool {
-        matches!(
-            self.node(ino),
-            Ok(Node::Export(_)
-                | Node::Compressed(_)
-                | Node::Box(_)
-                | Node::Snapshot(..)
-                | Node::ViewOf(_)
-                | Node::Guest(_)
-                | Node::DiskImage(_))
-        )
-    }
-
-    /// Notes a refusal in the log and makes an error of it.
-    fn refuse(&self, errno: i32, message: impl Into<String>) -> Error {
-        let message = message.into();
-        self.store.events().warn(&format!("refused: {message}"));
-        Error::new(errno, message)
+    /// Ends background work, and the opens that wait for an archive.
+    pub fn close(&self) {
+        drop(self.upkeep.lock().take());
+        self.store.exports().compressed.stop();
     }
 
     /// Does what a listing of the root does, with all locks that takes, and forgets what it found.
@@ -268,11 +149,11 @@ impl Tree {
         let caller = Caller {
             tid: std::process::id(),
         };
-        self.list(caller, &Node::Root)?;
+        self.view.list(caller, &Node::Root)?;
         self.getattr(caller, ROOT_INO, None).map(|_| ())
     }
 
-    /// Space on the home's file system.
+    /// Returns the space on the home's file system.
     ///
     /// # Errors
     /// What statvfs says.
@@ -280,61 +161,283 @@ impl Tree {
         Space::of(self.store.home())
     }
 
-    /// Nobody reads any more: whoever still waits for an archive is told so.
-    pub fn close(&self) {
-        drop(self.upkeep.lock().take());
-        self.store.exports().compressed.stop();
+    /// Records that the kernel forgets `times` of what it was told of a node.
+    pub fn forget(&self, ino: u64, times: u64) {
+        self.kernel.forget(ino, times);
     }
 
-    /// The node of a file that is to be changed, or in which something is.
+    /// Returns whether attributes of this inode may take longer than a look into memory: they need
+    /// an export's size.
+    pub fn is_slow(&self, ino: u64) -> bool {
+        matches!(
+            self.kernel.node(ino),
+            Ok(Node::Export(_)
+                | Node::Compressed(_)
+                | Node::Box(_)
+                | Node::Snapshot(..)
+                | Node::ViewOf(_)
+                | Node::Guest(_)
+                | Node::DiskImage(_))
+        )
+    }
+
+    /// Returns whether finding a name may have to wait for the clock of a file system: that of what
+    /// is in a disk that was written to just now.
+    pub fn lookup_may_wait(&self, parent: u64, name: &OsStr) -> bool {
+        let parent = self.kernel.node(parent);
+        let guests = &self.view.home.guests;
+        parent.is_ok_and(|parent| guests.lookup_may_wait(&parent, name))
+    }
+
+    /// Finds a name in a directory; the kernel is told of what is found.
+    ///
+    /// # Errors
+    /// ENOENT, or EIO when an export can't be planned.
+    pub fn lookup(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
+        self.lookup.find(caller, parent, name)
+    }
+
+    /// Returns the attributes of an inode; those of the open file where there is one.
+    ///
+    /// # Errors
+    /// ESTALE or ENOENT when it is gone.
+    pub fn getattr(&self, caller: Caller, ino: u64, handle: Option<u64>) -> Result<Attr> {
+        self.lookup.attr(caller, ino, handle)
+    }
+
+    /// Returns where a symbolic link points.
+    ///
+    /// # Errors
+    /// EINVAL for what is no link.
+    pub fn readlink(&self, caller: Caller, ino: u64) -> Result<PathBuf> {
+        self.view.link_target(caller, &self.kernel.node(ino)?)
+    }
+
+    /// Returns the value of an extended attribute.
+    ///
+    /// # Errors
+    /// ENODATA when there is none of that name.
+    pub fn xattr(&self, caller: Caller, ino: u64, name: &OsStr) -> Result<Vec<u8>> {
+        let node = self.kernel.node(ino)?;
+        if let Node::Guest(file) = &node {
+            return self.view.home.guests.xattr(file, name);
+        }
+        let wanted = xattr::own_name(name)?;
+        if self.staging.boxes.is_view_for(caller, &node) {
+            return Err(xattr::none());
+        }
+        xattr::value(&self.view.home.boxes, &node, wanted)
+    }
+
+    /// Returns the names of all extended attributes, each ended by a NUL.
+    ///
+    /// # Errors
+    /// ESTALE when the file is gone.
+    pub fn xattr_names(&self, caller: Caller, ino: u64) -> Result<Vec<u8>> {
+        let node = self.kernel.node(ino)?;
+        if let Node::Guest(file) = &node {
+            return self.view.home.guests.xattr_names(caller, file);
+        }
+        if self.staging.boxes.is_view_for(caller, &node) {
+            return Ok(Vec::new());
+        }
+        xattr::names(&self.view.home.boxes, &node)
+    }
+
+    /// Opens a directory for listing.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone.
+    pub fn open_list(&self, caller: Caller, ino: u64) -> Result<u64> {
+        self.listing.open(caller, ino)
+    }
+
+    /// Gives the names in an open directory from `offset` on to `add`, until that is full.
+    ///
+    /// # Errors
+    /// EBADF; EIO and ESTALE for a guest's directory.
+    pub fn read_list(
+        &self,
+        caller: Caller,
+        place: (u64, u64),
+        offset: u64,
+        wanted: WantedOfList,
+        add: Add<'_, '_>,
+    ) -> Result<()> {
+        self.listing.read(caller, place, offset, wanted, add)
+    }
+
+    /// Returns attributes for a listed name of which nothing but its kind is known; to be asked for
+    /// again.
+    pub fn listed_attr(&self, entry: &DirEntry) -> Attr {
+        let owner = self.store.home().owner();
+        let mut attr = Attr::of_file(owner, &Node::Root, 0, SystemTime::UNIX_EPOCH);
+        attr.ino = entry.ino;
+        attr.kind = entry.kind;
+        attr
+    }
+
+    /// Returns the node of a file that is to be changed, or in which something is.
     ///
     /// # Errors
     /// EROFS when mounted read-only, and for what is in a disk; ESTALE.
     fn node_to_change(&self, ino: u64) -> Result<Node> {
         self.store.refuse_read_only()?;
-        match self.node(ino)? {
-            Node::Guest(_) | Node::DiskImage(_) => Err(inside::only_for_reading()),
+        match self.kernel.node(ino)? {
+            Node::Guest(_) | Node::DiskImage(_) => Err(only_for_reading()),
             node => Ok(node),
         }
     }
 
-    fn fresh_made(&self) -> Node {
-        Node::Made(self.next_made.fetch_add(1, Ordering::Relaxed))
+    /// Makes a directory: in the root a box begins to be made, under `snapshots` a snapshot is
+    /// taken.
+    ///
+    /// # Errors
+    /// EEXIST, EINVAL, EBUSY, EPERM where directories mean nothing, EROFS.
+    pub fn mkdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
+        let parent = self.node_to_change(parent)?;
+        let maker = &self.changes.maker;
+        let node = maker.directory(&self.view.home, caller, &parent, name)?;
+        self.lookup.tell_made(caller, &node)
+    }
+
+    /// Makes a symbolic link in a box being made: one that our boxes have, which follows from the
+    /// disk.
+    ///
+    /// # Errors
+    /// EPERM for any other, and elsewhere; EROFS.
+    pub fn symlink(
+        &self,
+        caller: Caller,
+        parent: u64,
+        name: &OsStr,
+        target: &Path,
+    ) -> Result<Attr> {
+        let parent = self.node_to_change(parent)?;
+        let node = self.changes.maker.link(caller, &parent, name, target)?;
+        self.lookup.tell_made(caller, &node)
+    }
+
+    /// Refuses mknod(2) of anything but a regular file.
+    ///
+    /// # Errors
+    /// Always EPERM.
+    pub fn mknod(&self, name: &OsStr) -> Result<Attr> {
+        let name = name.display();
+        let message = format!("{name}: pipes, sockets and devices are not allowed here");
+        Err(nodes::refusal::refuse(&self.store, libc::EPERM, message))
+    }
+
+    /// Creates a file (creat(2)): an archive in the root, or a file of a box being made.
+    ///
+    /// # Errors
+    /// EEXIST, EPERM for what can't become anything, EROFS.
+    pub fn create(
+        &self,
+        caller: Caller,
+        parent: u64,
+        name: &OsStr,
+        mode: u32,
+    ) -> Result<(Attr, Opened)> {
+        let parent = self.node_to_change(parent)?;
+        let creator = &self.changes.creator;
+        let file = creator.create(caller, parent, name, mode)?;
+        let owner = self.store.home().owner();
+        let mut attr = Attr::of_file(owner, &file.node, file.size(), file.created);
+        attr.ino = self.kernel.tell(&file.node);
+        Ok((attr, self.view.home.open.add_writing(file)))
+    }
+
+    /// Sets attributes. What copy tools set on what they make is accepted and dropped; the
+    /// attributes of what exists follow from the home.
+    ///
+    /// # Errors
+    /// EPERM on what exists, EROFS.
+    pub fn setattr(
+        &self,
+        caller: Caller,
+        ino: u64,
+        handle: Option<u64>,
+        set: SetAttr,
+    ) -> Result<Attr> {
+        let node = self.node_to_change(ino)?;
+        let parts = (&*self.view.home.open, &*self.committer);
+        let creator = &self.changes.creator;
+        creator.set_attr(parts, caller, (&node, handle), set)?;
+        self.view.attr(caller, &node)
+    }
+
+    /// Renames (rename(2)): gives a box or a snapshot another name, or a file being made its final
+    /// one, which commits it when its data is complete.
+    ///
+    /// # Errors
+    /// EXDEV where a copy means something (mv then makes one), EEXIST and ENOTEMPTY for a name that
+    /// is taken, EBUSY, EPERM, EINVAL.
+    pub fn rename(
+        &self,
+        caller: Caller,
+        from: (u64, &OsStr),
+        to: (u64, &OsStr),
+        mode: RenameMode,
+    ) -> Result<()> {
+        if mode == RenameMode::Unsupported {
+            return Err(Error::new(
+                libc::EINVAL,
+                "names can't be exchanged here; rename one after the other",
+            ));
+        }
+        let from = (self.node_to_change(from.0)?, from.1);
+        let to = (self.node_to_change(to.0)?, to.1);
+        self.changes.renamer.rename(caller, from, to, mode)
+    }
+
+    /// Removes a directory (rmdir(2)). Under `snapshots` that deletes a snapshot; a box goes only
+    /// for a caller that has removed all that is in it before.
+    ///
+    /// # Errors
+    /// ENOTEMPTY for a box, EBUSY, ENOENT, EPERM, EROFS.
+    pub fn rmdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
+        let parent = self.node_to_change(parent)?;
+        self.changes.remover.directory(caller, &parent, name)
+    }
+
+    /// Removes a file (unlink(2)): takes back what is being made. A file of a box that exists is
+    /// hidden from the caller alone: a step of removing the box, and nothing if the rest never
+    /// comes.
+    ///
+    /// # Errors
+    /// EBUSY when the box can't be removed now, EPERM for what stays, ENOENT, EROFS.
+    pub fn unlink(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<()> {
+        let parent = self.node_to_change(parent)?;
+        let remover = &self.changes.remover;
+        remover.file(&self.receiver, caller, parent, name)
     }
 }
 
-/// Has the kernel drop the pages it has of an inode.
-type DropPages = Box<dyn Fn(u64) + Send + Sync>;
-
-/// The links that point elsewhere than before, because names changed.
-fn links_elsewhere(before: &Names, after: &Names) -> Vec<Node> {
-    let mut sources = Vec::new();
-    for (name, id) in before.all() {
-        let is_moved = after.of_id(id).is_some_and(|now| now != name);
-        if is_moved {
-            let box_id = id.clone();
-            sources.push(Source::Live { box_id });
-        }
-        for row in before.catalog().snapshots_of(id) {
-            let now = after.catalog().snapshot_by_id(id, &row.id);
-            if now.is_some_and(|now| is_moved || now.name != row.name) {
-                sources.push(Source::Snapshot {
-                    box_id: id.clone(),
-                    snapshot_id: row.id.clone(),
-                });
-            }
-        }
+/// Returns the view of what exists in a home.
+fn home_view(
+    store: &Arc<Store>,
+    kernel: &Arc<KernelView>,
+    boxes: &Arc<Boxes>,
+    links: Links,
+) -> HomeView {
+    let open = Arc::new(OpenFiles::default());
+    let guests = GuestNodes {
+        numbers: GuestNumbers::default(),
+        links,
+        owner: store.home().owner(),
+        kernel: kernel.clone(),
+    };
+    HomeView {
+        store: store.clone(),
+        boxes: boxes.clone(),
+        exports: Arc::new(ExportFiles::new(
+            store.clone(),
+            kernel.clone(),
+            open.clone(),
+        )),
+        guests: Arc::new(GuestFiles::new(store.clone(), guests)),
+        status: Arc::new(StatusFile::new(store.clone())),
+        open,
     }
-    let links = |source: Source| Derived::ALL.map(|derived| Node::Link(derived, source.clone()));
-    sources.into_iter().flat_map(links).collect()
-}
-
-/// A file name as text; names that are none can't be a box's or a snapshot's.
-fn text(name: &OsStr) -> Result<&str> {
-    name.to_str().ok_or_else(|| {
-        Error::new(
-            libc::EINVAL,
-            format!("{name:?} is not UTF-8, BoxLite's names are"),
-        )
-    })
 }

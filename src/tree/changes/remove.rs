@@ -1,0 +1,315 @@
+//! rmdir and unlink: a snapshot is deleted by its directory, a box by removing all of its files and
+//! then its directory, and what is being made is taken back.
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use crate::exports::Source;
+use crate::process::Caller;
+use crate::store::{self, Store};
+use crate::tree::nodes::kernel_view::KernelView;
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, not_there, text};
+use crate::tree::nodes::node::{Derived, Node};
+use crate::tree::nodes::refusal::refuse;
+use crate::tree::reading::caller_view::CallerView;
+use crate::tree::staging::caller_history::{CallerHistory, SnapshotRemoval};
+use crate::tree::staging::program::Program;
+use crate::tree::staging::receiver::Receiver;
+use crate::tree::staging::staged_box::{Staged, StagedChild};
+use crate::tree::staging::staged_file::StagedContent;
+use crate::tree::staging::staging_area::StagingArea;
+use crate::{Error, Result};
+
+/// Removes what exists and what is being made.
+pub struct Remover {
+    store: Arc<Store>,
+    kernel: Arc<KernelView>,
+    view: Arc<CallerView>,
+    staging: Arc<StagingArea>,
+    history: Arc<CallerHistory>,
+}
+
+impl Remover {
+    /// Returns one for what callers see of a home.
+    pub fn new(
+        store: Arc<Store>,
+        kernel: Arc<KernelView>,
+        view: Arc<CallerView>,
+        staging: Arc<StagingArea>,
+        history: Arc<CallerHistory>,
+    ) -> Remover {
+        Remover {
+            store,
+            kernel,
+            view,
+            staging,
+            history,
+        }
+    }
+
+    /// Removes a directory (rmdir(2)). Under `snapshots` that deletes a snapshot; a box goes only
+    /// for a caller that has removed all that is in it before.
+    ///
+    /// # Errors
+    /// ENOTEMPTY for a box, EBUSY, ENOENT, EPERM.
+    pub fn directory(&self, caller: Caller, parent: &Node, name: &OsStr) -> Result<()> {
+        let name = text(name).map_err(|_| not_there())?;
+        if self.staging.remove_aside(parent, name)? {
+            return Ok(());
+        }
+        if self.remove_staged(caller, parent, name)? {
+            return Ok(());
+        }
+        match self.view.child(caller, parent, name)? {
+            Node::Snapshot(id, snapshot) => self.remove_snapshot(caller, &id, &snapshot, name),
+            Node::Snapshots(id) => self.remove_snapshots_dir(caller, &id),
+            Node::Box(id) => self.remove_box(caller, &id, name),
+            Node::Hidden => Err(Error::new(libc::EPERM, ".boxlite can't be removed")),
+            Node::View | Node::ViewOf(_) | Node::ViewSnapshots(_) => Err(Error::new(
+                libc::EPERM,
+                "the view can't be removed; it goes with its box or snapshot",
+            )),
+            _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
+        }
+    }
+
+    /// Removes an empty directory that was being made; false when it is not one.
+    fn remove_staged(&self, caller: Caller, parent: &Node, name: &str) -> Result<bool> {
+        let boxes = &self.staging.boxes;
+        if *parent == Node::Root {
+            return boxes.remove(name);
+        }
+        boxes.end_view_for(caller, parent);
+        boxes.remove_directory(caller, parent, name)
+    }
+
+    /// Deletes a snapshot at once, unless the whole box is being removed: then when that is.
+    fn remove_snapshot(&self, caller: Caller, id: &str, snapshot: &str, name: &str) -> Result<()> {
+        // It may be mv, which makes room for what it brings.
+        refuse_unseen(caller).map_err(|error| {
+            let message = format!("snapshot {name}: {error}");
+            refuse(&self.store, error.errno(), message)
+        })?;
+        let history = &self.history;
+        match history.remove_snapshot(caller, id, (snapshot, name), BOX_JSON) {
+            SnapshotRemoval::Refused => {
+                return Err(refuse(
+                    &self.store,
+                    libc::EPERM,
+                    format!(
+                        "{name}: the same process tried to remove the box's files, so its snapshots stay; use rmdir on the snapshot alone"
+                    ),
+                ));
+            }
+            SnapshotRemoval::WithBox => {
+                let directory = Node::Snapshot(id.to_owned(), snapshot.to_owned());
+                self.kernel.raise_generation(&directory);
+                return Ok(());
+            }
+            SnapshotRemoval::Now => {}
+        }
+        self.refuse_left_export(caller, id, snapshot, name)?;
+        self.refuse_shared(|source| {
+            matches!(source, Source::Snapshot { box_id, snapshot_id } if box_id == id && snapshot_id == snapshot)
+        })?;
+        store::remove_snapshot(&self.store, id, snapshot)
+    }
+
+    /// Refuses to remove a state of which a copy waits for its box: mv removes what it has copied.
+    fn refuse_shared(&self, is_source: impl Fn(&Source) -> bool) -> Result<()> {
+        for file in self.staging.files() {
+            let state = file.state();
+            if let StagedContent::Shared { source, .. } = &state.content
+                && state.open == 0
+                && is_source(source)
+            {
+                let which = self.store.exports().disks.describe(source);
+                return Err(refuse(
+                    &self.store,
+                    libc::EBUSY,
+                    format!(
+                        "a copy of {which} waits for its box; copy that box's {EXPORT} first, or remove the copy"
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a process that removed other files of a snapshot and not its export (`find ! -name
+    /// export.boxlite -delete`, a `tar --remove-files` that could not read it), and mv, which calls
+    /// rmdir on the directory that it is about to replace. `rmdir` alone deletes a snapshot.
+    fn refuse_left_export(
+        &self,
+        caller: Caller,
+        id: &str,
+        snapshot: &str,
+        name: &str,
+    ) -> Result<()> {
+        let directory = Node::Snapshot(id.to_owned(), snapshot.to_owned());
+        let (has_begun, is_emptied) = self.history.removed_in(caller, &directory, EXPORT);
+        if is_emptied || !(has_begun || Program::of(caller).is_mv()) {
+            return Ok(());
+        }
+        Err(refuse(
+            &self.store,
+            libc::ENOTEMPTY,
+            format!(
+                "{name} is a snapshot, with its {EXPORT} in it; rmdir alone, or rm -r, deletes it"
+            ),
+        ))
+    }
+
+    /// Hides `snapshots`, where it is empty, from the caller that removes it. That is a step of
+    /// removing the box, for file managers the first, and nothing if the rest never comes.
+    fn remove_snapshots_dir(&self, caller: Caller, id: &str) -> Result<()> {
+        let names = self.view.home.boxes.names()?;
+        let gone = self.history.gone_with(caller, id).unwrap_or_default();
+        let mut snapshots = names.catalog().snapshots_of(id).iter();
+        if snapshots.any(|snapshot| !gone.snapshots.contains_key(&snapshot.id)) {
+            return Err(Error::new(libc::ENOTEMPTY, "there are snapshots in it"));
+        }
+        self.hide(caller, &Node::Box(id.to_owned()), id, SNAPSHOTS)?;
+        self.kernel
+            .raise_generation(&Node::Snapshots(id.to_owned()));
+        Ok(())
+    }
+
+    /// Removes a box for a caller that has removed all that is in it.
+    fn remove_box(&self, caller: Caller, id: &str, name: &str) -> Result<()> {
+        let node = Node::Box(id.to_owned());
+        let full = || {
+            let message = format!("{name} is a box; rm -r deletes it");
+            Error::new(libc::ENOTEMPTY, message)
+        };
+        if !self.history.has_removed(caller, &node, BOX_JSON) {
+            return Err(full());
+        }
+        let gone = self.history.gone_with(caller, id).ok_or_else(full)?;
+        if !self.view.list(caller, &node)?.is_empty() {
+            return Err(full());
+        }
+        self.refuse_shared(|source| source.box_id() == id)?;
+        store::remove_box(&self.store, id, &gone)?;
+        self.history.forget(id);
+        Ok(())
+    }
+
+    /// Removes a file (unlink(2)): takes back what is being made. A file of a box that exists is
+    /// hidden from the caller alone: a step of removing the box, and nothing if the rest never
+    /// comes. `receiver` wrote what is taken back.
+    ///
+    /// # Errors
+    /// EBUSY when the box can't be removed now, EPERM for what stays, ENOENT.
+    pub fn file(
+        &self,
+        receiver: &Receiver,
+        caller: Caller,
+        parent: Node,
+        name: &OsStr,
+    ) -> Result<()> {
+        let name = text(name).map_err(|_| not_there())?;
+        let (parent, name) = self.staging.change_aside(caller, parent, name);
+        let name = name.as_ref();
+        let is_of_box = matches!(name, BOX_JSON | EXPORT | SNAPSHOT_JSON);
+        if (is_of_box || Derived::named(name).is_some())
+            && !self.is_placeholder(caller, &parent, name)
+        {
+            self.staging.boxes.end_view_for(caller, &parent);
+        }
+        match self.staging.take(caller, &parent, name)? {
+            Some(Staged::File(file)) => {
+                receiver.log_unfinished(&file);
+                file.was_removed(name);
+                if !file.restores || name != EXPORT {
+                    return Ok(());
+                }
+                // The name is that of the box's export, which the same caller may have removed
+                // before.
+                match self.remove_real(caller, &parent, name) {
+                    Err(error) if error.errno() == libc::ENOENT => Ok(()),
+                    result => result,
+                }
+            }
+            Some(_) => Ok(()),
+            None => self.remove_real(caller, &parent, name),
+        }
+    }
+
+    /// Returns whether a name is an empty file: tar makes one where a link will be, and removes it
+    /// at its end.
+    fn is_placeholder(&self, caller: Caller, parent: &Node, name: &str) -> bool {
+        let boxes = &self.staging.boxes;
+        let is_empty = boxes.with_view_for(caller, parent, |staged| {
+            let file = staged.child(parent, name).and_then(StagedChild::file);
+            file.is_some_and(|file| file.size() == 0)
+        });
+        is_empty == Some(true)
+    }
+
+    /// Refuses at the first file what would be refused at the directory, when it is too late.
+    fn remove_real(&self, caller: Caller, parent: &Node, name: &str) -> Result<()> {
+        let node = self.view.child(caller, parent, name)?;
+        let id = match (&node, parent) {
+            (Node::BoxJson(id) | Node::SnapshotJson(id, _), Node::Box(_) | Node::Snapshot(..)) => {
+                id.clone()
+            }
+            (Node::Export(source) | Node::Link(_, source), _) => source.box_id().to_owned(),
+            _ => {
+                return Err(refuse(
+                    &self.store,
+                    libc::EPERM,
+                    format!(
+                        "{name} can't be removed; files in .boxlite go with the box that they belong to"
+                    ),
+                ));
+            }
+        };
+        self.hide(caller, parent, &id, name)
+    }
+
+    /// Hides a name in the box with this id from the caller, unless the box can't be removed now.
+    fn hide(&self, caller: Caller, dir: &Node, id: &str, name: &str) -> Result<()> {
+        let unready = refuse_unseen(caller)
+            .and_then(|()| self.refuse_written(id))
+            .and_then(|()| self.refuse_shared(|source| source.box_id() == id))
+            .and_then(|()| store::refuse_unready(&self.store, id));
+        if let Err(error) = unready {
+            self.history.refuse_removal(caller, id);
+            let message = format!("removal of {name}: {error}");
+            return Err(refuse(&self.store, error.errno(), message));
+        }
+        let see_disk = || store::see_disk(&self.store, id);
+        self.history.remove(caller, id, (dir, name), see_disk);
+        Ok(())
+    }
+
+    /// Refuses while an archive is written over the disk of the box.
+    fn refuse_written(&self, id: &str) -> Result<()> {
+        if !self.staging.loose.is_written_over(id) {
+            return Ok(());
+        }
+        Err(Error::busy(
+            "an archive is being written over its disk; wait for that, or end it",
+        ))
+    }
+}
+
+/// Refuses a process that can't be told from others (EPERM): a box is removed name by name, and the
+/// mount could not tell which steps belong together. EMFILE if the mount has no descriptor left to
+/// look at the process.
+fn refuse_unseen(caller: Caller) -> Result<()> {
+    if caller.is_outside() {
+        return Err(Error::new(
+            libc::EPERM,
+            "this process is in a pid namespace that the mount can't see into; remove it where \
+             the home is mounted",
+        ));
+    }
+    caller.identify().map_err(|error| {
+        Error::new(
+            error.raw_os_error().unwrap_or(libc::EIO),
+            format!("cannot look at process {}: {error}; try again", caller.tid),
+        )
+    })
+}

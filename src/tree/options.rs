@@ -1,0 +1,31 @@
+//! How a home is shown.
+
+use crate::exports::Compression;
+use crate::store::{Compacting, Imports};
+
+/// How a home is shown.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Refuse changes, and write nothing into the home at all.
+    pub read_only: bool,
+    /// Make changes that are safe beside a BoxLite runtime also while one has the home.
+    pub is_shared: bool,
+    /// How compressed archives are made and kept.
+    pub compression: Compression,
+    /// When layers are merged.
+    pub compacting: Compacting,
+    /// What archives may bring.
+    pub imports: Imports,
+    /// What links of guests say.
+    pub links: Links,
+}
+
+/// What the symbolic links in a guest are shown to say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Links {
+    /// What leads to the guest's own files, and never out of `rootfs`.
+    #[default]
+    Inside,
+    /// What the guest said, whatever that is where the mount is.
+    Guest,
+}

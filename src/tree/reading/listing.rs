@@ -1,0 +1,122 @@
+//! Directories that are open: their names, in portions.
+//!
+//! What we make ourselves is short, and listed as it was when the directory was opened. A directory
+//! of a guest may have any number of names, and can't change: it is read where the listing goes on.
+
+use std::sync::Arc;
+
+use crate::process::Caller;
+use crate::tree::nodes::attr::{Add, DirEntry, WantedOfList};
+use crate::tree::nodes::kernel_view::KernelView;
+use crate::tree::nodes::node::Node;
+use crate::tree::reading::caller_view::CallerView;
+use crate::tree::reading::lookup::Lookup;
+use crate::tree::reading::open_files::Handle;
+use crate::tree::staging::caller_history::CallerHistory;
+use crate::{Error, Result};
+
+/// Where a listing begins. Smaller offsets are for `.` and `..`, which are not listed here; those
+/// of guests' directories are larger anyway.
+const FIRST: u64 = 2;
+
+/// Lists directories.
+pub struct Listing {
+    kernel: Arc<KernelView>,
+    view: Arc<CallerView>,
+    lookup: Arc<Lookup>,
+    history: Arc<CallerHistory>,
+}
+
+impl Listing {
+    /// Returns one that lists what callers see.
+    pub fn new(
+        kernel: Arc<KernelView>,
+        view: Arc<CallerView>,
+        lookup: Arc<Lookup>,
+        history: Arc<CallerHistory>,
+    ) -> Listing {
+        Listing {
+            kernel,
+            view,
+            lookup,
+            history,
+        }
+    }
+
+    /// Opens a directory.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone.
+    pub fn open(&self, caller: Caller, ino: u64) -> Result<u64> {
+        let node = self.kernel.node(ino)?;
+        if let Node::Box(id) = &node {
+            self.history.look(caller, id);
+        }
+        let handle = match &node {
+            Node::Guest(file) if !file.is_ours() => self.view.home.guests.open_directory(file)?,
+            _ => Handle::List(self.view.list(caller, &node)?),
+        };
+        Ok(self.view.home.open.add(handle))
+    }
+
+    /// Gives the names in an open directory from `offset` on to `add`, until that is full.
+    ///
+    /// # Errors
+    /// EBADF; EIO and ESTALE for a guest's directory.
+    pub fn read(
+        &self,
+        caller: Caller,
+        (ino, handle): (u64, u64),
+        offset: u64,
+        wanted: WantedOfList,
+        add: Add<'_, '_>,
+    ) -> Result<()> {
+        match &*self.view.home.open.get(handle)? {
+            Handle::List(entries) => {
+                let entries = (FIRST + 1..).zip(entries.iter());
+                let skipped = usize::try_from(offset.saturating_sub(FIRST));
+                for (next, entry) in entries.skip(skipped.unwrap_or(usize::MAX)) {
+                    if self.add_listed(caller, ino, (entry, next), wanted, add) {
+                        break;
+                    }
+                }
+                Ok(())
+            }
+            Handle::GuestDirectory { file, inside } => {
+                let from = if offset <= FIRST { 0 } else { offset };
+                let guests = &self.view.home.guests;
+                guests.list((file, inside), from, wanted, add)
+            }
+            _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
+        }
+    }
+
+    /// Adds a name of ours; true if there is no room for it.
+    fn add_listed(
+        &self,
+        caller: Caller,
+        ino: u64,
+        (entry, next): (&DirEntry, u64),
+        wanted: WantedOfList,
+        add: Add<'_, '_>,
+    ) -> bool {
+        let found = match wanted {
+            WantedOfList::Names => None,
+            // A listing does not wait, neither for what is looked up by itself then.
+            WantedOfList::Attributes if self.may_wait(ino, entry) => None,
+            // Gone since it was listed, or can't be planned: its own stat says why.
+            WantedOfList::Attributes => self.lookup.find(caller, ino, &entry.name).ok(),
+        };
+        let is_full = add(entry, next, found.as_ref());
+        if let Some(attr) = found.filter(|_| is_full) {
+            self.kernel.forget(attr.ino, 1);
+        }
+        is_full
+    }
+
+    fn may_wait(&self, ino: u64, entry: &DirEntry) -> bool {
+        let parent = self.kernel.node(ino);
+        let guests = &self.view.home.guests;
+        parent.is_ok_and(|parent| guests.lookup_may_wait(&parent, &entry.name))
+    }
+}

@@ -1,0 +1,284 @@
+//! What each process did to boxes that exist. A box is removed, or copied over, file by file, and
+//! only the last step shows what all of it means.
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::process::{Caller, ProcessGroup};
+use crate::store::{Gone, SeenDisk};
+use crate::tree::nodes::node::Node;
+
+/// A process that lists a box this long after its last step looks at the box anew. A shorter time
+/// may lie between two portions of a listing.
+const ANEW: Duration = Duration::from_secs(2);
+
+/// What one process and its descendants did to one box.
+struct HistoryEntry {
+    group: ProcessGroup,
+    last: Instant,
+    /// Names that it removed, by the inode of their directory. They are hidden from it alone.
+    removed: HashMap<u64, BTreeSet<String>>,
+    /// What goes with the box: the snapshots that it removed after box.json, which go with the box
+    /// or stay, and the disk that the box had when the removal began.
+    gone: Gone,
+    /// It was not allowed to remove a file, and has not looked at the box anew since, however long
+    /// ago that was.
+    refused_removal: bool,
+    /// When it was last refused to put something into the box.
+    refused_copy: Option<Instant>,
+}
+
+impl HistoryEntry {
+    fn begin(caller: Caller) -> HistoryEntry {
+        HistoryEntry {
+            group: ProcessGroup::begin(caller),
+            last: Instant::now(),
+            removed: HashMap::new(),
+            gone: Gone::default(),
+            refused_removal: false,
+            refused_copy: None,
+        }
+    }
+
+    fn remove(&mut self, dir: &Node, name: &str) {
+        self.last = Instant::now();
+        self.removed
+            .entry(dir.ino())
+            .or_default()
+            .insert(name.to_owned());
+    }
+
+    fn has_removed(&self, dir: &Node, name: &str) -> bool {
+        let names = self.removed.get(&dir.ino());
+        names.is_some_and(|names| names.contains(name))
+    }
+
+    fn has_removed_in(&self, dir: &Node) -> bool {
+        let names = self.removed.get(&dir.ino());
+        names.is_some_and(|names| !names.is_empty())
+    }
+
+    fn refuse_removal(&mut self) {
+        self.last = Instant::now();
+        self.refused_removal = true;
+    }
+
+    fn refuse_copy(&mut self) {
+        self.last = Instant::now();
+        self.refused_copy = Some(self.last);
+    }
+}
+
+/// The entries of each box, by its id.
+#[derive(Default)]
+struct Entries(HashMap<String, Vec<HistoryEntry>>);
+
+impl Entries {
+    /// Drops the entries of processes that have ended.
+    fn sweep(&mut self) {
+        self.0.retain(|_, entries| {
+            entries.retain(|entry| entry.group.any_alive());
+            !entries.is_empty()
+        });
+    }
+
+    /// Returns what the caller did to a box.
+    fn of(&mut self, caller: Caller, box_id: &str) -> Option<&mut HistoryEntry> {
+        if self.0.is_empty() {
+            return None;
+        }
+        self.sweep();
+        let entries = self.0.get_mut(box_id)?;
+        entries
+            .iter_mut()
+            .find_map(|entry| entry.group.includes(caller).then_some(entry))
+    }
+
+    /// Returns what the caller did to a box, in a new entry if it did nothing before.
+    fn begin(&mut self, caller: Caller, box_id: &str) -> &mut HistoryEntry {
+        self.sweep();
+        let entries = self.0.entry(box_id.to_owned()).or_default();
+        let index = entries
+            .iter_mut()
+            .position(|entry| entry.group.includes(caller));
+        let index = index.unwrap_or_else(|| {
+            entries.push(HistoryEntry::begin(caller));
+            entries.len() - 1
+        });
+        &mut entries[index]
+    }
+
+    fn end(&mut self, caller: Caller, box_id: &str) {
+        if let Some(entries) = self.0.get_mut(box_id) {
+            entries.retain_mut(|entry| !entry.group.includes(caller));
+        }
+    }
+}
+
+/// What all processes did to all boxes.
+#[derive(Default)]
+pub struct CallerHistory {
+    entries: Mutex<Entries>,
+}
+
+/// What removing a snapshot means, after what its remover did before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotRemoval {
+    /// The snapshot is deleted now.
+    Now,
+    /// The whole box is being removed: the snapshot goes with it.
+    WithBox,
+    /// A file of the box could not be removed, so its snapshots stay.
+    Refused,
+}
+
+impl CallerHistory {
+    /// Returns whether any process did something to a box.
+    pub fn concerns(&self, box_id: &str) -> bool {
+        let mut entries = self.entries.lock();
+        if entries.0.is_empty() {
+            return false;
+        }
+        entries.sweep();
+        entries.0.contains_key(box_id)
+    }
+
+    /// Returns whether the caller removed a name, which all others still see.
+    pub fn has_removed(&self, caller: Caller, dir: &Node, name: &str) -> bool {
+        let Some(box_id) = dir.box_id() else {
+            return false;
+        };
+        let mut entries = self.entries.lock();
+        let entry = entries.of(caller, box_id);
+        entry.is_some_and(|entry| entry.has_removed(dir, name))
+    }
+
+    /// Returns whether the caller removed any name in a directory of a box, and whether it removed
+    /// this one.
+    pub fn removed_in(&self, caller: Caller, dir: &Node, name: &str) -> (bool, bool) {
+        let Some(box_id) = dir.box_id() else {
+            return (false, false);
+        };
+        let mut entries = self.entries.lock();
+        let entry = entries.of(caller, box_id);
+        entry.map_or((false, false), |entry| {
+            (entry.has_removed_in(dir), entry.has_removed(dir, name))
+        })
+    }
+
+    /// Records that the caller removed a name. `see_disk` is the disk of the box as it is now.
+    pub fn remove(
+        &self,
+        caller: Caller,
+        box_id: &str,
+        (dir, name): (&Node, &str),
+        see_disk: impl FnOnce() -> Option<SeenDisk>,
+    ) {
+        let mut entries = self.entries.lock();
+        let entry = entries.begin(caller, box_id);
+        entry.gone.disk = entry.gone.disk.or_else(see_disk);
+        entry.remove(dir, name);
+    }
+
+    /// Records that the caller was refused the removal of a file: it must not get on to the
+    /// snapshots.
+    pub fn refuse_removal(&self, caller: Caller, box_id: &str) {
+        self.entries.lock().begin(caller, box_id).refuse_removal();
+    }
+
+    /// Returns what it means that the caller removes a snapshot, and records it where the snapshot
+    /// goes with the box: that is so once `last_file` of the box was removed.
+    pub fn remove_snapshot(
+        &self,
+        caller: Caller,
+        box_id: &str,
+        (snapshot, name): (&str, &str),
+        last_file: &str,
+    ) -> SnapshotRemoval {
+        let mut entries = self.entries.lock();
+        let Some(entry) = entries.of(caller, box_id) else {
+            return SnapshotRemoval::Now;
+        };
+        if entry.refused_removal {
+            // It may have more to remove.
+            entry.refuse_removal();
+            return SnapshotRemoval::Refused;
+        }
+        if !entry.has_removed(&Node::Box(box_id.to_owned()), last_file) {
+            return SnapshotRemoval::Now;
+        }
+        entry.remove(&Node::Snapshots(box_id.to_owned()), name);
+        let snapshots = &mut entry.gone.snapshots;
+        snapshots.insert(snapshot.to_owned(), name.to_owned());
+        SnapshotRemoval::WithBox
+    }
+
+    /// Returns what goes with a box that the caller removes.
+    pub fn gone_with(&self, caller: Caller, box_id: &str) -> Option<Gone> {
+        let mut entries = self.entries.lock();
+        entries.of(caller, box_id).map(|entry| entry.gone.clone())
+    }
+
+    /// Records that the caller was refused to put something into a box. It may be copying a whole
+    /// box over this one, in whatever order.
+    pub fn refuse_copy(&self, caller: Caller, box_id: &str) {
+        self.entries.lock().begin(caller, box_id).refuse_copy();
+    }
+
+    /// Returns whether the caller was refused to put something into a box, and has not looked at
+    /// the box anew since.
+    pub fn goes_on_copying(&self, caller: Caller, box_id: &str) -> bool {
+        let mut entries = self.entries.lock();
+        let entry = entries.of(caller, box_id);
+        let Some(entry) = entry.filter(|entry| entry.refused_copy.is_some()) else {
+            return false;
+        };
+        // It may have more to copy.
+        entry.refuse_copy();
+        true
+    }
+
+    /// Returns whether one of these processes was refused to copy other files of a box over its own
+    /// since then.
+    pub fn tried_to_copy(&self, box_id: &str, group: &ProcessGroup, since: Instant) -> bool {
+        let entries = self.entries.lock();
+        let entries = entries.0.get(box_id).into_iter().flatten();
+        let mut tried = entries.filter(|entry| entry.refused_copy.is_some_and(|at| at >= since));
+        tried.any(|entry| entry.group.shares_member(group))
+    }
+
+    /// Shows a name to all processes again.
+    pub fn bring_back(&self, box_id: &str, dir: &Node, name: &str) {
+        let mut entries = self.entries.lock();
+        for entry in entries.0.get_mut(box_id).into_iter().flatten() {
+            if let Some(names) = entry.removed.get_mut(&dir.ino()) {
+                names.remove(name);
+            }
+        }
+    }
+
+    /// Records that the caller lists a box. After a while that is a new beginning, and the caller
+    /// sees the whole box. No time alone makes one: a process that was stopped half way goes on
+    /// where it was.
+    pub fn look(&self, caller: Caller, box_id: &str) {
+        let mut entries = self.entries.lock();
+        let is_anew = entries
+            .of(caller, box_id)
+            .is_some_and(|entry| entry.last.elapsed() > ANEW);
+        if is_anew {
+            entries.end(caller, box_id);
+        }
+    }
+
+    /// Records a step that no removal of the box has. The caller sees the whole box again.
+    pub fn end(&self, caller: Caller, box_id: &str) {
+        self.entries.lock().end(caller, box_id);
+    }
+
+    /// Drops all that was done to a box: the box is gone.
+    pub fn forget(&self, box_id: &str) {
+        self.entries.lock().0.remove(box_id);
+    }
+}

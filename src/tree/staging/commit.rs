@@ -1,0 +1,332 @@
+//! Makes a box, a snapshot, or the new disk of one, of what was written.
+
+use std::sync::Arc;
+
+use crate::exports::Source;
+use crate::home::snapshot_id;
+use crate::store::{self, NewClone, NewSnapshotName, SnapshotContents, Store};
+use crate::tree::nodes::box_json;
+use crate::tree::nodes::boxes::Boxes;
+use crate::tree::nodes::names::{EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
+use crate::tree::nodes::node::Node;
+use crate::tree::nodes::refusal::refuse;
+use crate::tree::staging::caller_history::CallerHistory;
+use crate::tree::staging::role::FileRole;
+use crate::tree::staging::staged_boxes::directory_is_gone;
+use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
+use crate::tree::staging::staging_area::StagingArea;
+use crate::tree::staging::waiting::WaitingArchives;
+use crate::{Error, Result};
+
+/// Commits what was written.
+pub struct Committer {
+    store: Arc<Store>,
+    boxes: Arc<Boxes>,
+    staging: Arc<StagingArea>,
+    history: Arc<CallerHistory>,
+    waiting: WaitingArchives,
+}
+
+impl Committer {
+    /// Returns one for what is in a staging area.
+    pub fn new(
+        store: Arc<Store>,
+        boxes: Arc<Boxes>,
+        staging: Arc<StagingArea>,
+        history: Arc<CallerHistory>,
+    ) -> Committer {
+        Committer {
+            waiting: WaitingArchives::new(store.clone(), staging.clone()),
+            store,
+            boxes,
+            staging,
+            history,
+        }
+    }
+
+    /// Returns the archives that wait.
+    pub fn waiting(&self) -> &WaitingArchives {
+        &self.waiting
+    }
+
+    /// Makes a file what its name says, if its data is complete. Called when a descriptor is closed
+    /// and when the file gets another name, whichever is last.
+    ///
+    /// # Errors
+    /// The refusal that the file got before, EBADMSG for an incomplete archive, and those of the
+    /// change that its name stands for.
+    pub fn commit_if_ready(&self, file: &Arc<StagedFile>) -> Result<()> {
+        let mut state = file.state();
+        if file.is_committed() {
+            return Ok(());
+        }
+        if let Err(error) = state.refused() {
+            // Its name goes with this close, and not with the kernel's later word of the last one.
+            drop(state);
+            self.staging.drop_file(file, true);
+            return Err(error);
+        }
+        let role = state.role();
+        if role == FileRole::Json {
+            // No verdict: closing happens for every copy of a descriptor.
+            state.refuse_partial_text()?;
+            drop(state);
+            self.date_snapshot(file);
+            return Ok(());
+        }
+        if role == FileRole::Placeholder || !state.is_complete(file.size())? {
+            return Ok(());
+        }
+        let result = match role {
+            FileRole::BoxDisk if file.restores => self.commit_restore(file, &state),
+            FileRole::NewBox | FileRole::BoxDisk => self.commit_box(file, &state),
+            FileRole::SnapshotDisk if file.restores => self.replace_snapshot(file, &state),
+            FileRole::SnapshotDisk if self.staging.boxes.is_unfinished(&file.box_id) => {
+                return self.waiting.note(file, &mut state);
+            }
+            FileRole::SnapshotDisk => self.commit_snapshot(file, &state),
+            FileRole::TemporaryArchive => return self.waiting.note(file, &mut state),
+            FileRole::Json | FileRole::Placeholder => return Ok(()),
+        };
+        if let Err(error) = result {
+            // An earlier close succeeded for a file that waits, so it is kept.
+            if !file.is_waiting() {
+                // The store has logged it.
+                state.refuse(&error);
+                self.fail_box(file);
+                if state.open == 0 {
+                    // Refused at its rename: no closing will come to let go of it.
+                    state.content = StagedContent::Nothing;
+                    drop(state);
+                    self.staging.drop_file(file, true);
+                }
+            }
+            return Err(error);
+        }
+        if file.restores {
+            // Before the file is seen as the box's export: its writer may have removed that.
+            let directory = Node::Box(file.box_id.clone());
+            self.history.bring_back(&file.box_id, &directory, EXPORT);
+        }
+        file.set_stage(&mut state, Stage::Committed);
+        state.operation = None;
+        // Its data is used up; the disk was moved into the box.
+        state.content = StagedContent::Nothing;
+        // Before another close of the same file can answer: by then it is the box that is seen.
+        let waiting = if role == FileRole::BoxDisk && !file.restores {
+            self.staging.boxes.commit(file)
+        } else {
+            Vec::new()
+        };
+        drop(state);
+        self.commit_waiting(file, &waiting)
+    }
+
+    /// Commits the snapshots that waited for a box.
+    fn commit_waiting(&self, file: &StagedFile, waiting: &[Arc<StagedFile>]) -> Result<()> {
+        let mut result = Ok(());
+        for other in waiting {
+            // A file that is still open is committed by its own close.
+            let is_open = other.state().open > 0;
+            if let Err(error) = self.commit_if_ready(other)
+                && !is_open
+            {
+                let path = self.path_of(other);
+                self.store.events().warn(&format!(
+                    "{path} waits: its box was made, but the snapshot could not be: {error}; \
+                     `touch` the file to try again"
+                ));
+                // The box was made, but not all of its snapshots: the close fails.
+                result = Err(error);
+                self.fail_box(file);
+            }
+        }
+        result
+    }
+
+    fn fail_box(&self, file: &StagedFile) {
+        let boxes = &self.staging.boxes;
+        boxes.with(&file.box_id, |staged| staged.fail(file.copier));
+    }
+
+    /// Returns the path of a waiting archive below its box, for the log.
+    fn path_of(&self, file: &StagedFile) -> String {
+        let place = file.state().place.clone();
+        let directory = self.staging.boxes.with(&file.box_id, |staged| {
+            staged
+                .find(&place.parent)
+                .map(|(directory, _)| directory.to_owned())
+        });
+        let directory = directory.flatten().unwrap_or_else(|| "?".to_owned());
+        format!("{SNAPSHOTS}/{directory}/{}", place.name)
+    }
+
+    fn commit_box(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
+        let shown = match &state.place.parent {
+            Node::Root => {
+                let name = &state.place.name;
+                archive_stem(name).unwrap_or(name).to_owned()
+            }
+            _ => {
+                let name = self.staging.boxes.name_of(&file.box_id);
+                name.ok_or_else(directory_is_gone)?
+            }
+        };
+        let new = NewClone {
+            id: file.box_id.clone(),
+            name: decode(&shown)?,
+        };
+        match &state.content {
+            StagedContent::Archive(arrival) => store::import_box(&self.store, arrival, &new),
+            StagedContent::Shared {
+                source, contents, ..
+            } => store::clone_box(&self.store, source, contents, &new),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes what was written over a box's export its disk. Refused to a process that tried to
+    /// write box.json meanwhile: tools that copy several files at once (rclone) may begin with the
+    /// export.
+    fn commit_restore(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
+        let history = &self.history;
+        if history.tried_to_copy(&file.box_id, &file.writer, file.begun) {
+            return Err(refuse_copied_box(&self.store, EXPORT));
+        }
+        match &state.content {
+            StagedContent::Archive(arrival) => {
+                store::restore_archive(&self.store, &file.box_id, arrival)
+            }
+            StagedContent::Shared {
+                source, contents, ..
+            } => store::restore_box(&self.store, &file.box_id, source, contents),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts what was written over the export of a snapshot in its place. Only as long as the box's
+    /// disk is the same, so that nothing is lost.
+    fn replace_snapshot(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
+        let (box_id, snapshot) = snapshot_of(state)?;
+        let row = self.boxes.snapshot(box_id, snapshot)?;
+        let new = NewSnapshotName {
+            id: snapshot_id()?,
+            name: row.name.clone(),
+            created_at: Some(row.created_at),
+        };
+        let with = match &state.content {
+            StagedContent::Archive(arrival) => SnapshotContents::Archive(arrival),
+            StagedContent::Shared {
+                source, contents, ..
+            } => SnapshotContents::Shared(source, contents),
+            _ => return Ok(()),
+        };
+        store::replace_snapshot(&self.store, box_id, snapshot, &with, &new)?;
+        self.staging.boxes.with(&file.box_id, |staged| {
+            if let Some(made) = staged.unlisted.remove(snapshot) {
+                staged.unlisted.insert(new.id.clone(), made);
+            }
+            staged.arrived.insert(new.id);
+        });
+        Ok(())
+    }
+
+    fn commit_snapshot(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
+        let (box_id, snapshot_id) = snapshot_of(state)?;
+        let directory = &state.place.parent;
+        let boxes = &self.staging.boxes;
+        let (name, json) = boxes.snapshot_being_made(&file.box_id, directory)?;
+        let mut new = NewSnapshotName {
+            id: snapshot_id.to_owned(),
+            name,
+            created_at: json.and_then(|json| self.created_at_of(&json)),
+        };
+        match &state.content {
+            StagedContent::Archive(arrival) => {
+                store::import_snapshot(&self.store, arrival, box_id, &new)
+            }
+            StagedContent::Shared {
+                source, contents, ..
+            } => {
+                new.created_at = new.created_at.or_else(|| self.created_at_of_source(source));
+                store::share_snapshot(&self.store, source, contents, box_id, &new)
+            }
+            _ => Ok(()),
+        }?;
+        boxes.with(box_id, |staged| {
+            staged.arrived.insert(snapshot_id.to_owned())
+        });
+        // Another thread may have closed its description after the look above and before the
+        // snapshot existed.
+        if let Ok((_, Some(json))) = boxes.snapshot_being_made(&file.box_id, directory) {
+            self.date_snapshot(&json);
+        }
+        Ok(())
+    }
+
+    /// Dates a snapshot by a snapshot.json that came after its export (rsync goes by names).
+    fn date_snapshot(&self, json: &StagedFile) {
+        let parent = {
+            let state = json.state();
+            let is_final = state.place.name == SNAPSHOT_JSON;
+            is_final.then(|| state.place.parent.clone())
+        };
+        let Some(Node::Snapshot(box_id, snapshot_id)) = parent else {
+            return;
+        };
+        let Ok(row) = self.boxes.snapshot(&box_id, &snapshot_id) else {
+            // Not made yet: its own commit will look here.
+            return;
+        };
+        if let Some(created_at) = self.created_at_of(json)
+            && created_at != row.created_at
+            && let Err(error) = store::date_snapshot(&self.store, &box_id, &snapshot_id, created_at)
+        {
+            let message = format!("snapshot {} keeps the time of its copy: {error}", row.name);
+            self.store.events().info(&message);
+        }
+    }
+
+    fn created_at_of(&self, json: &StagedFile) -> Option<i64> {
+        match &json.state().content {
+            StagedContent::Text(text) => box_json::created_at(text),
+            StagedContent::SharedJson(source) => self.created_at_of_source(source),
+            _ => None,
+        }
+    }
+
+    fn created_at_of_source(&self, source: &Source) -> Option<i64> {
+        match source {
+            Source::Live { .. } => None,
+            Source::Snapshot {
+                box_id,
+                snapshot_id,
+            } => {
+                let row = self.boxes.snapshot(box_id, snapshot_id).ok()?;
+                Some(row.shown_at)
+            }
+        }
+    }
+}
+
+/// Returns the ids of the box and the snapshot that a file is written for.
+fn snapshot_of(state: &StagedState) -> Result<(&str, &str)> {
+    match &state.place.parent {
+        Node::Snapshot(box_id, snapshot_id) => Ok((box_id, snapshot_id)),
+        _ => Err(Error::new(
+            libc::EINVAL,
+            "that is not the directory of a snapshot",
+        )),
+    }
+}
+
+/// EPERM for a file of a whole box that is copied over one that exists.
+pub fn refuse_copied_box(store: &Store, name: &str) -> Error {
+    refuse(
+        store,
+        libc::EPERM,
+        format!(
+            "{name}: the same process tried to write other files of the box, so it copies a whole box over one that exists; copy it to a new name, or export.boxlite alone to restore"
+        ),
+    )
+}

@@ -1,0 +1,277 @@
+//! Programs that copy trees, as their command lines name them. A command line is a hint that any
+//! process can give. So only what a process is shown, and which refusal it meets, depends on it.
+
+use crate::process::Caller;
+
+/// A program that copies whole trees, and reads nothing back from where it has put it.
+struct CopyTool {
+    name: &'static str,
+    copies: CopiesWhen,
+    sources: Sources,
+}
+
+/// When a program copies.
+enum CopiesWhen {
+    Always,
+    /// It does other things as well, and copies by these commands.
+    By(&'static [&'static str]),
+}
+
+/// Whether a program leaves what it copies in place. mv removes the source of each file as soon as
+/// that is copied, and so does rsync with an option for that.
+enum Sources {
+    Stay,
+    MayGo,
+    /// It depends on the words of the command line.
+    StayIf(fn(&[String]) -> bool),
+}
+
+const fn tool(name: &'static str, copies: CopiesWhen, sources: Sources) -> CopyTool {
+    CopyTool {
+        name,
+        copies,
+        sources,
+    }
+}
+
+/// All programs that copy, by the name that they are called by.
+const COPY_TOOLS: [CopyTool; 22] = {
+    use CopiesWhen::{Always, By};
+    use Sources::{MayGo, Stay, StayIf};
+    [
+        tool("cp", Always, Stay),
+        tool("gcp", Always, Stay),
+        tool("tar", Always, Stay),
+        tool("bsdtar", Always, Stay),
+        tool("cpio", Always, Stay),
+        tool("bsdcpio", Always, Stay),
+        tool("pax", Always, Stay),
+        tool("unzip", Always, Stay),
+        tool("mv", Always, MayGo),
+        tool("7z", Always, MayGo),
+        tool("7za", Always, MayGo),
+        tool("7zr", Always, MayGo),
+        tool("7zz", Always, MayGo),
+        tool("7zzs", Always, MayGo),
+        tool("borg", Always, MayGo),
+        tool("restic", Always, MayGo),
+        tool("rsync", Always, StayIf(is_rsync_that_keeps)),
+        tool("gio", By(&["copy", "move"]), MayGo),
+        tool(
+            "busybox",
+            By(&["cp", "mv", "tar", "cpio", "unzip"]),
+            StayIf(is_cp_of_many),
+        ),
+        tool(
+            "toybox",
+            By(&["cp", "mv", "tar", "cpio"]),
+            StayIf(is_cp_of_many),
+        ),
+        tool(
+            "coreutils",
+            By(&["cp", "mv", "install"]),
+            StayIf(is_cp_of_many),
+        ),
+        tool(
+            "rclone",
+            By(&["copy", "copyto", "move", "moveto", "sync", "bisync"]),
+            StayIf(is_rclone_that_keeps),
+        ),
+    ]
+};
+
+fn is_rsync_that_keeps(words: &[String]) -> bool {
+    !words
+        .iter()
+        .any(|word| word.starts_with("--remove-s") || word == "--server" || word == "--daemon")
+}
+
+fn is_cp_of_many(words: &[String]) -> bool {
+    words.get(1).map(|word| base_name(word)) == Some("cp")
+}
+
+fn is_rclone_that_keeps(words: &[String]) -> bool {
+    words
+        .iter()
+        .any(|word| matches!(word.as_str(), "copy" | "copyto" | "sync" | "bisync"))
+}
+
+/// Programs that make a directory tree available to others and make their calls. Which of their
+/// clients a call is for, and why, can't be told.
+const FILE_SERVERS: [&str; 16] = [
+    "sftp-server",
+    "internal-sftp",
+    "sshd",
+    "sshd-session",
+    "smbd",
+    "nfsd",
+    "ganesha.nfsd",
+    "unfsd",
+    "bindfs",
+    "mergerfs",
+    "unionfs",
+    "virtiofsd",
+    "diod",
+    "vsftpd",
+    "proftpd",
+    "pure-ftpd",
+];
+
+fn copy_tool(name: &str) -> Option<&'static CopyTool> {
+    COPY_TOOLS.iter().find(|tool| tool.name == name)
+}
+
+fn base_name(word: &str) -> &str {
+    word.rsplit('/').next().unwrap_or(word)
+}
+
+/// The program that a caller runs: its command line, read once.
+pub struct Program {
+    caller: Caller,
+    words: Vec<String>,
+}
+
+impl Program {
+    /// Reads the command line of a caller.
+    pub fn of(caller: Caller) -> Program {
+        Program {
+            caller,
+            words: caller.command_line(),
+        }
+    }
+
+    /// Returns the file name of the first word.
+    fn name(&self) -> Option<&str> {
+        self.words.first().map(|word| base_name(word))
+    }
+
+    fn is(&self, name: &str) -> bool {
+        self.name() == Some(name)
+    }
+
+    /// Returns whether it copies: what it makes a directory for comes into that directory next.
+    pub fn copies(&self) -> bool {
+        let mut words = self.words.iter().map(|word| base_name(word));
+        // Some tools are Python programs, such as borg.
+        let name = words.find(|word| !word.starts_with("python") && !word.starts_with('-'));
+        match name.and_then(copy_tool).map(|tool| &tool.copies) {
+            None => false,
+            Some(CopiesWhen::Always) => true,
+            Some(CopiesWhen::By(commands)) => words
+                .find(|word| !word.starts_with('-'))
+                .is_some_and(|command| commands.contains(&command)),
+        }
+    }
+
+    /// Returns whether it copies, or is a program that, besides other things, copies trees and
+    /// looks whether a name is free before it makes it.
+    pub fn may_copy(&self) -> bool {
+        self.copies() || self.looks_first()
+    }
+
+    /// Returns whether it copies trees besides other things, and looks whether a name is free
+    /// before it makes it.
+    pub fn looks_first(&self) -> bool {
+        self.is("mc")
+    }
+
+    /// Returns whether it is a file server, whose clients may be programs that copy.
+    pub fn serves_others(&self) -> bool {
+        let Some(name) = self.name() else {
+            let name = self.caller.thread_name();
+            return name.is_some_and(|name| FILE_SERVERS.contains(&name.as_str()));
+        };
+        match name {
+            "rclone" => matches!(
+                self.words.get(1).map(String::as_str),
+                Some("serve" | "mount")
+            ),
+            // `sshd: user@notty` and the like.
+            name => FILE_SERVERS.contains(&name.split([':', ' ']).next().unwrap_or(name)),
+        }
+    }
+
+    /// Returns whether it copies whole trees in the order of their directories, and its command
+    /// line has no file of this name. rsync goes by the alphabet, and its server is not told the
+    /// names.
+    pub fn copies_tree_without(&self, name: &str) -> bool {
+        self.copies() && !self.is_rsync() && !self.words.iter().any(|word| word.ends_with(name))
+    }
+
+    /// Returns whether it is mv, which calls rmdir on the directory that it is about to replace.
+    pub fn is_mv(&self) -> bool {
+        self.is("mv")
+    }
+
+    /// Returns whether it is rsync.
+    pub fn is_rsync(&self) -> bool {
+        self.is("rsync")
+    }
+
+    /// Returns whether it leaves its sources in place, so that what it copied can go if it fails.
+    pub fn keeps_sources(&self) -> bool {
+        match self.name().and_then(copy_tool).map(|tool| &tool.sources) {
+            None | Some(Sources::MayGo) => false,
+            Some(Sources::Stay) => true,
+            Some(Sources::StayIf(stay)) => stay(&self.words),
+        }
+    }
+
+    /// Returns whether it is rsync that puts files aside in a directory whose name has no leading
+    /// dot. Where that directory can't be made, rsync drops what it has received and exits with 0.
+    pub fn puts_files_elsewhere(&self) -> bool {
+        const OPTION: &str = "--partial-dir";
+        let words = &self.words;
+        let is_rsync = words.first().is_some_and(|word| word.ends_with("rsync"));
+        let at = words.iter().position(|word| word.starts_with(OPTION));
+        let directory = at.and_then(|at| match words[at].split_once('=') {
+            Some((_, directory)) => Some(directory),
+            None => words.get(at + 1).map(String::as_str),
+        });
+        let is_kept = directory.is_none_or(|name| name.starts_with('.') && !name.contains('/'));
+        is_rsync && !is_kept && words.iter().any(|word| word.starts_with("--delay-updates"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn program(line: &str) -> Program {
+        Program {
+            caller: Caller { tid: 0 },
+            words: line.split(' ').map(str::to_owned).collect(),
+        }
+    }
+
+    #[test]
+    fn a_command_line_says_whether_a_program_copies_and_leaves_its_sources() {
+        for (line, copies, keeps_sources) in [
+            ("/usr/bin/cp -r a b", true, true),
+            ("mv a b", true, false),
+            ("python3 -u /usr/bin/borg extract", true, false),
+            ("rsync -a a b", true, true),
+            ("rsync -a --remove-source-files a b", true, false),
+            ("rsync --server . b", true, false),
+            ("busybox cp a b", true, true),
+            ("busybox mv a b", true, false),
+            ("busybox sh", false, false),
+            ("rclone --progress copy a b", true, true),
+            ("rclone move a b", true, false),
+            ("gio copy a b", true, false),
+            ("cat a", false, false),
+        ] {
+            let program = program(line);
+            assert_eq!(program.copies(), copies, "{line}");
+            assert_eq!(program.keeps_sources(), keeps_sources, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_command_line_says_whether_a_program_serves_others() {
+        assert!(program("sshd: user@notty").serves_others());
+        assert!(program("rclone serve sftp a").serves_others());
+        assert!(!program("rclone copy a b").serves_others());
+        assert!(!program("cp a b").serves_others());
+    }
+}

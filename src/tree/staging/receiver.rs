@@ -1,0 +1,238 @@
+//! Takes what is written into files that become boxes.
+
+use std::sync::Arc;
+
+use crate::exports::Source;
+use crate::store::{self, ImportTarget, Store};
+use crate::tree::nodes::names::EXPORT;
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::role::FileRole;
+use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
+use crate::tree::staging::staging_area::StagingArea;
+use crate::{Error, Result};
+
+/// Bytes read at once when a shared start has to be turned into bytes after all.
+const PIECE: usize = 1024 * 1024;
+
+/// Writes files being made, and lets go of what becomes nothing.
+pub struct Receiver {
+    store: Arc<Store>,
+    staging: Arc<StagingArea>,
+}
+
+impl Receiver {
+    /// Returns one for the files of a staging area.
+    pub fn new(store: Arc<Store>, staging: Arc<StagingArea>) -> Receiver {
+        Receiver { store, staging }
+    }
+
+    /// Writes bytes of a file being made. Returns how many were written.
+    ///
+    /// # Errors
+    /// EBADMSG in the write that shows the archive is none; ENOSPC, EIO.
+    pub fn write(&self, file: &StagedFile, offset: u64, bytes: &[u8]) -> Result<u32> {
+        let mut state = file.state();
+        state.refused()?;
+        if let Err(error) = self.put(file, &mut state, offset, bytes) {
+            self.log_refusal(file, &mut state, &error);
+            return Err(error);
+        }
+        file.reaches(offset.saturating_add(bytes.len() as u64));
+        u32::try_from(bytes.len()).map_err(|_| Error::new(libc::EINVAL, "too many bytes at once"))
+    }
+
+    /// Writes bytes by the role of the file.
+    fn put(
+        &self,
+        file: &StagedFile,
+        state: &mut StagedState,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
+        if file.is_committed() {
+            return Err(Error::new(libc::EPERM, "it is a box already"));
+        }
+        match state.role() {
+            FileRole::Placeholder if bytes.is_empty() => Ok(()),
+            FileRole::Placeholder => Err(Error::new(
+                libc::EPERM,
+                format!(
+                    "{} takes no bytes: it follows from {EXPORT}",
+                    state.place.name
+                ),
+            )),
+            FileRole::Json => state.put_text(offset, bytes),
+            FileRole::NewBox
+            | FileRole::BoxDisk
+            | FileRole::SnapshotDisk
+            | FileRole::TemporaryArchive => {
+                self.receive(file, state, bytes.is_empty())?;
+                if offset == 0
+                    && let (Some(operation), Some(length)) = (&state.operation, announced(bytes))
+                {
+                    operation.set_total(length);
+                }
+                if let Some(operation) = &state.operation {
+                    operation.reaches(offset.saturating_add(bytes.len() as u64));
+                }
+                match &mut state.content {
+                    StagedContent::Archive(arrival) => arrival.write_at(offset, bytes),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// Makes the content an archive that takes bytes. What was shared so far becomes bytes: the
+    /// tool has gone over from copy_file_range to writing. `nothing` says that no bytes follow.
+    fn receive(&self, file: &StagedFile, state: &mut StagedState, nothing: bool) -> Result<()> {
+        let start = match std::mem::replace(&mut state.content, StagedContent::Nothing) {
+            StagedContent::Nothing if nothing => return Ok(()),
+            StagedContent::Archive(arrival) => {
+                state.content = StagedContent::Archive(arrival);
+                return Ok(());
+            }
+            StagedContent::Shared {
+                export, covered, ..
+            } => Some((export, covered)),
+            _ => None,
+        };
+        let is_box = !file.restores && !matches!(state.place.parent, Node::Snapshot(..));
+        let wanted = if is_box {
+            ImportTarget::Box
+        } else {
+            ImportTarget::Disk
+        };
+        let mut arrival = store::receive(&self.store, wanted)?;
+        let what = self.operation_of(file, &state.place.name);
+        state.operation = Some(self.store.operations().begin(what, None));
+        if let Some((export, covered)) = start {
+            let mut buffer = vec![0; PIECE];
+            let mut offset = 0;
+            while offset < covered {
+                let length = PIECE.min(usize::try_from(covered - offset).unwrap_or(PIECE));
+                let read = export.read_at(offset, &mut buffer[..length])?;
+                if read == 0 {
+                    break;
+                }
+                arrival.write_at(offset, &buffer[..read])?;
+                offset += read as u64;
+            }
+        }
+        state.content = StagedContent::Archive(Box::new(arrival));
+        Ok(())
+    }
+
+    /// Has the log say why an archive that is about to be removed was none. The kernel may tell of
+    /// its last close later than of its removal.
+    pub fn log_unfinished(&self, file: &StagedFile) {
+        let mut state = file.state();
+        let is_archive = matches!(state.content, StagedContent::Archive(_));
+        if is_archive
+            && !file.is_committed()
+            && !state.is_refused()
+            && let Err(error) = state.is_complete(file.size())
+        {
+            self.log_refusal(file, &mut state, &error);
+        }
+    }
+
+    /// Closes one open description of a file, and lets go of it if it was the last and the file
+    /// became nothing.
+    pub fn close(&self, file: &Arc<StagedFile>) {
+        self.staging.touch(file);
+        let mut state = file.state();
+        state.open = state.open.saturating_sub(1);
+        if state.open > 0 {
+            return;
+        }
+        state.operation = None;
+        let role = state.role();
+        if file.is_committed() || role == FileRole::Placeholder {
+            return;
+        }
+        if role == FileRole::Json {
+            let partial = state.refused().and_then(|()| state.refuse_partial_text());
+            drop(state);
+            if let Err(error) = partial {
+                let message = format!("refused: a description: {error}");
+                self.store.events().warn(&message);
+                self.staging.drop_file(file, true);
+            }
+            return;
+        }
+        let is_complete = !state.is_refused() && state.content.is_whole();
+        let waits_for_box =
+            role == FileRole::SnapshotDisk && self.staging.boxes.is_unfinished(&file.box_id);
+        let waits = role == FileRole::TemporaryArchive || waits_for_box || file.is_waiting();
+        if is_complete && waits {
+            // Its name is still to come, or its box.
+            file.set_stage(&mut state, Stage::Waiting);
+            return;
+        }
+        if !state.is_refused()
+            && let Err(error) = state.is_complete(file.size())
+        {
+            self.log_refusal(file, &mut state, &error);
+        }
+        state.content = StagedContent::Nothing;
+        let refused = state.is_refused();
+        drop(state);
+        self.staging.drop_file(file, refused);
+    }
+
+    /// Keeps a refusal for all later calls, and logs the first one.
+    fn log_refusal(&self, file: &StagedFile, state: &mut StagedState, error: &Error) {
+        if !state.is_refused() {
+            let what = self.operation_of(file, &state.place.name);
+            let message = format!("{what} failed: {error}");
+            self.store.events().warn(&message);
+        }
+        state.refuse(error);
+    }
+
+    /// Says what the writing of a file is, in a few words.
+    fn operation_of(&self, file: &StagedFile, name: &str) -> String {
+        if file.restores {
+            let source = Source::Live {
+                box_id: file.box_id.clone(),
+            };
+            return format!(
+                "restore of {}",
+                self.store.exports().disks.describe(&source)
+            );
+        }
+        match self.staging.boxes.name_of(&file.box_id) {
+            Some(of_box) => format!("import of {of_box}/{name}"),
+            None => format!("import of {name}"),
+        }
+    }
+}
+
+/// Returns the length of an archive as its beginning announces it, in bytes: of a plain tar, up to
+/// the end of its disk, after which little comes. None for any other. It is for show, and nothing
+/// depends on it.
+fn announced(beginning: &[u8]) -> Option<u64> {
+    const BLOCK: u64 = 512;
+    let mut header = 0;
+    // The disk may come after the manifest, and each after what pax has to say of it.
+    for _ in 0..4 {
+        let start = usize::try_from(header).ok()?;
+        let field = |from: usize, to: usize| {
+            let bytes = beginning.get(start.checked_add(from)?..start.checked_add(to)?)?;
+            std::str::from_utf8(bytes).ok()
+        };
+        field(257, 262).filter(|magic| *magic == "ustar")?;
+        let size = field(124, 136)?.trim_matches(['\0', ' ']);
+        let size = u64::from_str_radix(size, 8).ok()?;
+        let next = size
+            .checked_next_multiple_of(BLOCK)?
+            .checked_add(BLOCK)?
+            .checked_add(header)?;
+        if field(0, 11)? == "disk.qcow2\0" {
+            return Some(next);
+        }
+        header = next;
+    }
+    None
+}

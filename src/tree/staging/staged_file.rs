@@ -1,0 +1,369 @@
+//! A file that a copy tool is writing. What has come so far is kept here until its name is final
+//! and its data complete.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::{Instant, SystemTime};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::archive::Export;
+use crate::exports::{Contents, Source};
+use crate::process::{Caller, ProcessGroup};
+use crate::progress::Operation;
+use crate::store::ImportStream;
+use crate::tree::nodes::box_json;
+use crate::tree::nodes::names::SNAPSHOT_JSON;
+use crate::tree::nodes::node::Node;
+use crate::tree::staging::program::Program;
+use crate::tree::staging::role::{FileRole, StagedPlace, role_of};
+use crate::{Error, Result};
+
+/// Most bytes of a small text (snapshot.json) that are kept.
+const MOST_TEXT: usize = 1024 * 1024;
+
+/// What has come of a file so far.
+pub enum StagedContent {
+    /// Nothing.
+    Nothing,
+    /// Bytes of an archive.
+    Archive(Box<ImportStream>),
+    /// The start of an export, asked for with copy_file_range: no byte moved.
+    Shared {
+        /// What the export is of.
+        source: Source,
+        /// The export.
+        export: Arc<Export>,
+        /// What the export's bytes are of.
+        contents: Contents,
+        /// How many bytes were asked for.
+        covered: u64,
+    },
+    /// box.json or snapshot.json of a box or snapshot, asked for in the same way.
+    SharedJson(Source),
+    /// A small text.
+    Text(Vec<u8>),
+}
+
+impl StagedContent {
+    /// Returns whether the data was complete already, without bringing it to an end.
+    pub fn is_whole(&self) -> bool {
+        match self {
+            StagedContent::Archive(arrival) => arrival.is_complete(),
+            StagedContent::Shared {
+                export, covered, ..
+            } => *covered == export.len(),
+            _ => false,
+        }
+    }
+}
+
+/// How far a written file has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Its data still comes, or its name is not final.
+    Arriving,
+    /// It is a complete archive that was closed, and waits for its final name or its box. The
+    /// program that copied it got success, so its source may be gone. The source of
+    /// [`StagedContent::Shared`] is in the home, and is not removed meanwhile.
+    Waiting,
+    /// It has become what its name says. From then on that is what is seen of it.
+    Committed,
+}
+
+/// A file being written.
+pub struct StagedFile {
+    /// Its node.
+    pub node: Node,
+    /// The box that it will be, or be part of: an id that no box has yet, or that of the box being
+    /// made. Where the file `restores` a box, the id of that.
+    pub box_id: String,
+    /// Whether it is written over the export of a box that exists.
+    pub restores: bool,
+    /// The processes that began to write, where it `restores` a box.
+    pub writer: ProcessGroup,
+    /// The process that made it, if that is a program that leaves its source in place.
+    pub copier: Option<u32>,
+    /// When it was made.
+    pub created: SystemTime,
+    /// The same, by the clock that is never set.
+    pub begun: Instant,
+    /// Bytes written so far, as stat shows them.
+    size: AtomicU64,
+    /// A [`Stage`]; written only with `state` locked.
+    stage: AtomicU8,
+    state: Mutex<StagedState>,
+}
+
+/// What changes of a file while it is written.
+pub struct StagedState {
+    /// Where it is now.
+    pub place: StagedPlace,
+    /// What has come of it.
+    pub content: StagedContent,
+    /// How often it is open.
+    pub open: usize,
+    /// What is shown of an archive that arrives.
+    pub operation: Option<Operation>,
+    /// The first refusal: errno and message. All later calls get it as well.
+    refused: Option<(i32, String)>,
+}
+
+impl StagedFile {
+    /// Begins a file in a box being made, or an archive in the root.
+    pub fn new(node: Node, box_id: String, place: StagedPlace, by: Caller) -> Arc<StagedFile> {
+        StagedFile::begin(node, box_id, (by, false), place)
+    }
+
+    /// Begins a file that is written over the export of a box that exists, or will be.
+    pub fn restoring(
+        node: Node,
+        box_id: String,
+        place: StagedPlace,
+        by: Caller,
+    ) -> Arc<StagedFile> {
+        StagedFile::begin(node, box_id, (by, true), place)
+    }
+
+    fn begin(
+        node: Node,
+        box_id: String,
+        (by, restores): (Caller, bool),
+        place: StagedPlace,
+    ) -> Arc<StagedFile> {
+        let writer = if restores {
+            ProcessGroup::begin(by)
+        } else {
+            ProcessGroup::default()
+        };
+        let process = by.process();
+        Arc::new(StagedFile {
+            node,
+            box_id,
+            restores,
+            writer,
+            copier: process.filter(|_| Program::of(by).keeps_sources()),
+            created: SystemTime::now(),
+            begun: Instant::now(),
+            size: AtomicU64::new(0),
+            stage: AtomicU8::new(Stage::Arriving as u8),
+            state: Mutex::new(StagedState {
+                place,
+                content: StagedContent::Nothing,
+                open: 0,
+                operation: None,
+                refused: None,
+            }),
+        })
+    }
+
+    /// Locks what changes while it is written. It may be held for as long as an archive is
+    /// committed, so never wait for it with another lock of staging in hand.
+    pub fn state(&self) -> MutexGuard<'_, StagedState> {
+        self.state.lock()
+    }
+
+    /// Returns its length in bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// Makes its length at least `end`.
+    pub fn reaches(&self, end: u64) {
+        self.size.fetch_max(end, Ordering::Relaxed);
+    }
+
+    /// Returns whether it is a complete archive that waits for its final name or its box.
+    pub fn is_waiting(&self) -> bool {
+        self.stage.load(Ordering::Relaxed) == Stage::Waiting as u8
+    }
+
+    /// Returns whether it has become what its name says.
+    pub fn is_committed(&self) -> bool {
+        self.stage.load(Ordering::Relaxed) == Stage::Committed as u8
+    }
+
+    /// Records how far it has come. The state is locked for that.
+    pub fn set_stage(&self, _state: &mut StagedState, stage: Stage) {
+        self.stage.store(stage as u8, Ordering::Relaxed);
+    }
+
+    /// Records that its name was removed, or given to another file. What comes of it from now on
+    /// counts for nothing.
+    pub fn was_removed(&self, name: &str) {
+        let mut state = self.state();
+        if self.is_committed() {
+            return;
+        }
+        self.set_stage(&mut state, Stage::Arriving);
+        state.content = StagedContent::Nothing;
+        let error = Error::new(libc::ENOENT, format!("{name} was removed"));
+        state.refuse(&error);
+    }
+
+    /// Starts it anew at a size of 0, or leaves a hole at its end (truncate(2)).
+    ///
+    /// # Errors
+    /// EINVAL for any other size.
+    pub fn resize(&self, size: u64) -> Result<()> {
+        let mut state = self.state();
+        if self.is_committed() {
+            return Ok(());
+        }
+        if size == 0 {
+            state.content = StagedContent::Nothing;
+            state.refused = None;
+            self.size.store(0, Ordering::Relaxed);
+            return Ok(());
+        }
+        if size < self.size() {
+            return Err(Error::new(
+                libc::EINVAL,
+                "an archive can't be cut; copy it again from the start",
+            ));
+        }
+        if let StagedContent::Archive(arrival) = &mut state.content {
+            arrival.set_length(size);
+        }
+        self.reaches(size);
+        Ok(())
+    }
+}
+
+impl StagedState {
+    /// Returns what it will be, by its place.
+    pub fn role(&self) -> FileRole {
+        role_of(&self.place.parent, &self.place.name).unwrap_or(FileRole::Placeholder)
+    }
+
+    /// Returns the refusal that it got, if any.
+    pub fn refused(&self) -> Result<()> {
+        match &self.refused {
+            Some((errno, message)) => Err(Error::new(*errno, message.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns whether it got a refusal.
+    pub fn is_refused(&self) -> bool {
+        self.refused.is_some()
+    }
+
+    /// Keeps a refusal for all later calls; the first one stays.
+    pub fn refuse(&mut self, error: &Error) {
+        self.refused
+            .get_or_insert_with(|| (error.errno(), error.to_string()));
+    }
+
+    /// Adds bytes to a small text.
+    ///
+    /// # Errors
+    /// EFBIG, and EINVAL as soon as it can't be a description of ours.
+    pub fn put_text(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let is_of_snapshot = self.is_of_snapshot();
+        let StagedContent::Text(text) = &mut self.content else {
+            self.content = StagedContent::Text(Vec::new());
+            return self.put_text(offset, bytes);
+        };
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let end = start.saturating_add(bytes.len());
+        if end > MOST_TEXT {
+            return Err(Error::new(
+                libc::EFBIG,
+                "a box.json or snapshot.json is a few kilobytes long",
+            ));
+        }
+        if text.len() < end {
+            text.resize(end, 0);
+        }
+        text[start..end].copy_from_slice(bytes);
+        box_json::refuse_foreign(is_of_snapshot, text)
+    }
+
+    /// Returns whether it is to be a snapshot.json, and no box.json.
+    fn is_of_snapshot(&self) -> bool {
+        self.place.name.contains(SNAPSHOT_JSON)
+    }
+
+    /// Returns whether a description is of the kind that this one is: of a box, or of a snapshot.
+    pub fn describes(&self, node: &Node) -> bool {
+        if self.is_of_snapshot() {
+            matches!(node, Node::SnapshotJson(..))
+        } else {
+            matches!(node, Node::BoxJson(_))
+        }
+    }
+
+    /// Refuses a box.json or snapshot.json that ended in the middle.
+    ///
+    /// # Errors
+    /// EINVAL.
+    pub fn refuse_partial_text(&self) -> Result<()> {
+        match &self.content {
+            StagedContent::Text(text) => box_json::refuse_partial(text),
+            _ => Ok(()),
+        }
+    }
+
+    /// Records that a range of an export was copied. Returns the bytes taken, or None when it is
+    /// not the next part of one and the same export.
+    pub fn share(
+        &mut self,
+        (source, export, contents): (&Source, &Arc<Export>, &Contents),
+        offset: u64,
+        length: u64,
+    ) -> Option<u64> {
+        let end = export.len();
+        let next = offset.saturating_add(length).min(end);
+        match (self.role(), &mut self.content) {
+            (FileRole::Json | FileRole::Placeholder, _) => None,
+            (_, StagedContent::Nothing) if offset == 0 => {
+                self.content = StagedContent::Shared {
+                    source: source.clone(),
+                    export: export.clone(),
+                    contents: *contents,
+                    covered: next,
+                };
+                Some(next)
+            }
+            (
+                _,
+                StagedContent::Shared {
+                    source: known,
+                    export: same,
+                    covered,
+                    ..
+                },
+            ) if known == source && Arc::ptr_eq(same, export) && *covered == offset => {
+                *covered = next;
+                Some(next.saturating_sub(offset))
+            }
+            _ => None,
+        }
+    }
+
+    /// Returns whether the data is complete; `size` is the file's length in bytes. An empty file is
+    /// no error.
+    ///
+    /// # Errors
+    /// EBADMSG for a part of an archive, and for a file that is only a hole.
+    pub fn is_complete(&mut self, size: u64) -> Result<bool> {
+        let only_hole = || match size {
+            0 => Ok(false),
+            _ => Err(Error::bad_archive("the file is only a hole")),
+        };
+        match &mut self.content {
+            StagedContent::Text(_) | StagedContent::SharedJson(_) => Ok(false),
+            StagedContent::Nothing => only_hole(),
+            StagedContent::Archive(arrival) if arrival.is_untouched() => only_hole(),
+            StagedContent::Archive(arrival) => arrival.finish().map(|()| true),
+            StagedContent::Shared {
+                export, covered, ..
+            } if *covered < export.len() => {
+                Err(Error::bad_archive("only a part of the archive was copied"))
+            }
+            StagedContent::Shared { .. } => Ok(true),
+        }
+    }
+}

@@ -42,7 +42,7 @@ impl GuestFiles {
     pub fn look_inside(&self, source: &Source) -> Result<Arc<Inside>> {
         self.store
             .look_inside(source)
-            .map_err(|error| self.noted_look(source, error))
+            .map_err(|error| self.log_failed_look(source, error))
     }
 
     /// Returns whether finding a name may have to wait for the clock of a file system: that of what
@@ -87,7 +87,7 @@ impl GuestFiles {
         // What was read while the disk changed does not count, and neither does damage that was
         // seen then.
         inside.refuse_changed()?;
-        done.map_err(|error| self.noted_look(file.state().source(), error))
+        done.map_err(|error| self.log_failed_look(file.state().source(), error))
     }
 
     /// Returns a file together with its disk.
@@ -117,7 +117,7 @@ impl GuestFiles {
 
     /// Logs what can't be read of a guest, once. A file that does not exist, or does not exist any
     /// more, is not logged.
-    fn noted_look(&self, source: &Source, error: Error) -> Error {
+    fn log_failed_look(&self, source: &Source, error: Error) -> Error {
         if !matches!(error.errno(), libc::ESTALE | libc::ENOENT | libc::ENODATA) {
             let what = self.store.describe(source);
             let message = format!("looking into {what}: {error}");
@@ -153,7 +153,7 @@ impl GuestFiles {
         let allocated = self
             .inside(state)?
             .allocated()
-            .map_err(|error| self.noted_look(state.source(), error))?;
+            .map_err(|error| self.log_failed_look(state.source(), error))?;
         let mut attr = Attr::of_file(self.nodes.owner, &node, state.size(), state.changed());
         attr.perm &= !0o222;
         attr.blocks = allocated.div_ceil(512);
@@ -274,7 +274,7 @@ impl GuestFiles {
             }
         };
         inside.refuse_changed()?;
-        read.map_err(|error| self.noted_look(inside.state().source(), error))
+        read.map_err(|error| self.log_failed_look(inside.state().source(), error))
     }
 
     /// Returns where from `offset` on a file has data (`data`), or a hole; its end is one. None
@@ -291,7 +291,7 @@ impl GuestFiles {
     ) -> Result<Option<u64>> {
         let found = self.find_next(node, inside, offset, data);
         inside.refuse_changed()?;
-        found.map_err(|error| self.noted_look(inside.state().source(), error))
+        found.map_err(|error| self.log_failed_look(inside.state().source(), error))
     }
 
     /// Returns an extended attribute of a guest's file.

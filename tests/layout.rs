@@ -222,6 +222,29 @@ fn no_room_takes_from_one_above_it() {
     assert!(arrows > 50, "{arrows} arrows between rooms were seen");
 }
 
+/// The rooms of the tree, from the top down.
+const ROOMS_OF_TREE: [&str; 4] = ["changes", "reading", "staging", "nodes"];
+
+#[test]
+fn no_room_of_the_tree_takes_from_one_above_it() {
+    let imports = Imports::of_crate();
+    let rank = |module: &Module| {
+        let room = module.get(1).filter(|_| module[0] == "tree")?;
+        ROOMS_OF_TREE.iter().position(|name| name == room)
+    };
+    let mut arrows = 0;
+    for (from, taken) in &imports.0 {
+        for to in taken.keys() {
+            let (Some(above), Some(below)) = (rank(from), rank(to)) else {
+                continue;
+            };
+            arrows += usize::from(above < below);
+            assert!(above <= below, "{}", imports.message(from, to));
+        }
+    }
+    assert!(arrows > 50, "{arrows} arrows between rooms were seen");
+}
+
 #[test]
 fn what_a_file_takes_is_read_from_its_paths() {
     let text = "use super::{Store, durable};\nuse crate::disk::{self, chain::{Chain, Run as R}};\n\

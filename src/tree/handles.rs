@@ -76,8 +76,8 @@ impl Tree {
 
     fn open_compressed(self: &Arc<Self>, caller: Caller, source: Source, answer: OpenAnswer) {
         let tree = self.clone();
-        // What the kernel was told before, not what others were told while this one waited: the
-        // size in the caller's inode is that.
+        // What the kernel was told before this open waits: the caller's inode has that size,
+        // whatever others are told meanwhile.
         let told = self.view.home.exports.told_of_compressed(&source);
         let opened_by = source.clone();
         let done = move |opened: Result<OpenedCompressed>| {
@@ -161,7 +161,7 @@ impl Tree {
         }
     }
 
-    /// Closes a handle, whose last descriptor is gone. What did not become anything is let go.
+    /// Closes a handle whose last descriptor is gone, and lets go of a file that became nothing.
     pub fn release(&self, handle: u64) {
         let handle = self.view.home.open.remove(handle);
         match handle.as_deref() {
@@ -174,7 +174,7 @@ impl Tree {
     }
 }
 
-/// Opens in a thread of its own what something is waited for first.
+/// Runs an open that waits in a thread of its own.
 fn run_apart(open: impl FnOnce(OpenAnswer) + Send + 'static, answer: OpenAnswer) {
     let answer = Arc::new(Mutex::new(Some(answer)));
     let of_thread = answer.clone();

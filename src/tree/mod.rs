@@ -57,7 +57,7 @@ pub use nodes::status_file::MountFacts;
 pub use options::{Links, Options};
 pub use reading::open_files::Opened;
 
-/// A home as a tree of files: what the kernel asks for, given to the parts that have it.
+/// A home as a tree of files. It gives what the kernel asks for to the parts that have it.
 pub struct Tree {
     store: Arc<Store>,
     kernel: Arc<KernelView>,
@@ -120,12 +120,12 @@ impl Tree {
         self.store.is_read_only()
     }
 
-    /// Sets what `.boxlite/status` says of the mount itself. Once, before anybody looks.
+    /// Sets what `.boxlite/status` says of the mount itself. Only the first call counts.
     pub fn tell_of_mount(&self, facts: MountFacts) {
         self.view.home.status.set_facts(facts);
     }
 
-    /// Sets what has the kernel drop the pages that it has of an inode. Once.
+    /// Sets what has the kernel drop the pages that it has of an inode. Only the first call counts.
     pub fn on_drop_pages(&self, drop_pages: impl Fn(u64) + Send + Sync + 'static) {
         self.kernel.on_drop_pages(drop_pages);
     }
@@ -135,7 +135,7 @@ impl Tree {
         self.committer.waiting().keep_all();
     }
 
-    /// Ends background work, and the opens that wait for an archive.
+    /// Ends background work. Opens that still wait for an archive get an error.
     pub fn close(&self) {
         drop(self.upkeep.lock().take());
         self.store.exports().compressed.stop();
@@ -277,10 +277,10 @@ impl Tree {
         attr
     }
 
-    /// Returns the node of a file that is to be changed, or in which something is.
+    /// Returns the node of a file that is to be changed, or of a directory in which something is.
     ///
     /// # Errors
-    /// EROFS when mounted read-only, and for what is in a disk; ESTALE.
+    /// EROFS when mounted read-only, and for files in a disk; ESTALE.
     fn node_to_change(&self, ino: u64) -> Result<Node> {
         self.store.refuse_read_only()?;
         match self.kernel.node(ino)? {

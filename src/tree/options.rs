@@ -8,7 +8,7 @@ use crate::store::{Compacting, Imports};
 pub struct Options {
     /// Refuse changes, and write nothing into the home at all.
     pub read_only: bool,
-    /// Make changes that are safe beside a BoxLite runtime also while one has the home.
+    /// Make changes that are safe beside a BoxLite runtime even while one has the home.
     pub is_shared: bool,
     /// How compressed archives are made and kept.
     pub compression: Compression,
@@ -26,6 +26,6 @@ pub enum Links {
     /// What leads to the guest's own files, and never out of `rootfs`.
     #[default]
     Inside,
-    /// What the guest said, whatever that is where the mount is.
+    /// What the guest said, wherever that leads on the machine of the mount.
     Guest,
 }

@@ -97,7 +97,7 @@ impl Maker {
                 libc::EPERM,
                 format!(
                     "snapshot {name}: this process is in a pid namespace that the mount can't see into, so \
-                     it can't tell whether this takes a snapshot or copies one; take it where the home is \
+                     the mount can't tell whether it takes a snapshot or copies one; take it where the home is \
                      mounted, or with BoxLite"
                 ),
             ));

@@ -53,13 +53,13 @@ pub struct Attr {
     pub blocks: u64,
     /// Permission bits.
     pub perm: u16,
-    /// Names; for a directory 2 and one for each subdirectory.
+    /// Number of names; for a directory 2 and one for each subdirectory.
     pub nlink: u32,
     /// Owner.
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Of a device of a guest: its number.
+    /// The device number, of a guest's device.
     pub device: u32,
     /// When it was last read.
     pub atime: SystemTime,
@@ -102,7 +102,8 @@ impl Attr {
             size,
             blocks: size.div_ceil(512),
             device: 0,
-            // Archives hold secrets, and disks what guests keep: for the owner of the home alone.
+            // Archives hold secrets, and disks the data of guests: only the owner of the home may
+            // read them.
             perm: 0o600,
             nlink: 1,
             uid: owner.uid,

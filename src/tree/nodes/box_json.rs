@@ -44,7 +44,7 @@ fn with_usage(mut value: Value, usage: Usage) -> Result<Vec<u8>> {
     value["space"] = serde_json::json!({"own_bytes": 0, "shared_bytes": 0});
     let text = String::from_utf8(pretty(&value)?)
         .map_err(|e| Error::damaged("cannot write JSON").caused_by(e))?;
-    // It is the last of all; what a user wrote stands before it.
+    // It is the last object; all text of users comes before it.
     let (before, space) = text.rsplit_once("\"space\": {").unwrap_or((&text, ""));
     let space = space
         .replacen(": 0", &format!(": {:>WIDTH$}", usage.own), 1)

@@ -15,8 +15,8 @@ pub struct BoxNames {
 }
 
 impl BoxNames {
-    /// Gives each box the name it is shown by: its own, or its id where that is impossible or
-    /// taken.
+    /// Gives each box the name that it is shown by: its own, or its id where its own is impossible
+    /// or taken.
     pub fn of(catalog: Arc<Catalog>) -> BoxNames {
         let mut by_name = HashMap::new();
         let mut shown = Vec::new();
@@ -24,7 +24,7 @@ impl BoxNames {
             .boxes()
             .iter()
             .partition(|record| record.name.as_deref().and_then(encode).is_none());
-        // Ids first: a box without a name has no other.
+        // Ids first: a box without a usable name can be shown by nothing else.
         for record in unnamed.into_iter().chain(named) {
             let wanted = record.name.as_deref().and_then(encode);
             let name = match wanted {

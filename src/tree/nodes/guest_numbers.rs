@@ -44,13 +44,13 @@ pub struct GuestVolume {
 /// How a file of a guest may be used, as far as that depends on where it was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum GuestAccess {
-    /// As what it is.
+    /// In every way that its kind allows.
     Plain,
     /// A directory that must not be entered: its `..` does not lead back.
     Closed,
     /// A link in a directory this many steps below the root.
     LinkAt(u16),
-    /// A link in this directory.
+    /// A link in the directory with this inode.
     LinkIn(u32),
 }
 
@@ -77,13 +77,13 @@ pub struct GuestNumbers(Mutex<Slots>);
 
 #[derive(Default)]
 struct Slots {
-    /// By what a volume is.
+    /// Slots, by the identity of their volume.
     slots: HashMap<u64, u32>,
-    /// By slot.
+    /// Volumes, by slot.
     volumes: HashMap<u32, Given>,
-    /// Slots, the longest given first.
+    /// Slots in the order in which they were given.
     order: VecDeque<u32>,
-    /// How many are of directories of links.
+    /// How many of them are of directories of links.
     directories: usize,
 }
 
@@ -173,6 +173,7 @@ impl Slots {
     }
 }
 
+/// ENFILE for a volume that there is no slot for.
 fn too_many() -> Error {
     Error::new(
         libc::ENFILE,

@@ -8,28 +8,28 @@ use crate::{Error, Result};
 pub const HIDDEN: &str = ".boxlite";
 /// The log in it.
 pub const LOG: &str = "log";
-/// What is going on, beside it.
+/// The status, beside the log.
 pub const STATUS: &str = "status";
 /// A box's configuration and state.
 pub const BOX_JSON: &str = "box.json";
 /// A disk state as an archive.
 pub const EXPORT: &str = "export.boxlite";
-/// The same, compressed: a link into the view.
+/// A disk state as a compressed archive: a link into the view.
 pub const COMPRESSED: &str = "export.boxlite.zst";
 /// The guest's files: a link into the view.
 pub const ROOTFS: &str = "rootfs";
 /// The raw disk: a link into the view.
 pub const DISK_IMAGE: &str = "disk.img";
-/// The directory in the hidden one that such links point into.
+/// The directory in the hidden one that these links point into.
 pub const VIEW: &str = "view";
 /// The directory of a box's snapshots.
 pub const SNAPSHOTS: &str = "snapshots";
 /// A snapshot's row.
 pub const SNAPSHOT_JSON: &str = "snapshot.json";
-/// What an archive dropped into the root ends with.
+/// The suffix of archives that are put into the root.
 pub const ARCHIVE_SUFFIX: &str = ".boxlite";
 
-/// What a compressed one ends with, as a copy of `export.boxlite.zst` may be called.
+/// The suffix of compressed ones, as a copy of `export.boxlite.zst` may be called.
 const COMPRESSED_SUFFIX: &str = ".boxlite.zst";
 
 /// Returns the name of the box that an archive of this name in the root becomes; None for what is
@@ -41,7 +41,7 @@ pub fn archive_stem(name: &str) -> Option<&str> {
     stem.filter(|stem| !stem.is_empty())
 }
 
-/// Longest name of a file system (NAME_MAX), in bytes.
+/// The longest file name (NAME_MAX), in bytes.
 const LONGEST: usize = 255;
 
 /// Returns a box's name as a file name: `/` is `%2F`, `%` is `%25`. None when it can't be one.

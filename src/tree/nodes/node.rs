@@ -29,7 +29,7 @@ pub enum Node {
     BoxJson(String),
     /// `export.boxlite` of a box or a snapshot.
     Export(Source),
-    /// A link in the directory of a box or a snapshot.
+    /// A link in the directory of a box or a snapshot, which points into the view.
     Link(Derived, Source),
     /// `export.boxlite.zst`, in the view.
     Compressed(Source),
@@ -126,11 +126,11 @@ pub struct GuestFile {
     pub inode: u32,
 }
 
-/// FUSE's number of the root.
+/// The root's number in FUSE.
 pub const ROOT_INO: u64 = 1;
 
-/// All numbers are smaller: programs that keep them as floating point numbers, as JavaScript does,
-/// tell them apart only up to here.
+/// All inode numbers are smaller. Programs that keep them as floating point numbers, as JavaScript
+/// does, can tell them apart only up to here.
 pub const NUMBERS: u64 = 1 << 53;
 
 /// The bit that the numbers of guests' files have, and no others. These numbers say by themselves

@@ -123,7 +123,7 @@ impl<'a> OpenGuestFile<'a> {
         Ok(match (self.nodes.links, attributes.kind) {
             (Links::Guest, _) => GuestAccess::Plain,
             (Links::Inside, FileKind::Directory) => {
-                // Damage shows when it is listed.
+                // A damaged directory can be seen; the error comes when it is listed.
                 if files.is_entered_from(inode, directory).unwrap_or(false) {
                     GuestAccess::Plain
                 } else {
@@ -184,7 +184,7 @@ impl<'a> OpenGuestFile<'a> {
             return Ok(directory(guest.map_or(0, |guest| guest.partitions().len())));
         }
         match self.attributes() {
-            // A partition that can't be read is there, and says so when it is listed.
+            // A partition that can't be read has a directory; the error comes when that is listed.
             Err(_) if self.file.inode == FileSystem::ROOT && self.file.volume.partition > 0 => {
                 Ok(directory(0))
             }
@@ -210,7 +210,7 @@ impl<'a> OpenGuestFile<'a> {
     /// Returns what stat shows of it.
     fn shown(&self, attributes: &Attributes) -> Result<Attr> {
         let size = match (attributes.kind, self.file.volume.access) {
-            // A link that can't be read says so when it is read.
+            // A link that can't be read has its own size; the error comes when it is read.
             (FileKind::Symlink, GuestAccess::LinkAt(_) | GuestAccess::LinkIn(_)) => self
                 .link()
                 .map_or(attributes.size, |link| link.len() as u64),

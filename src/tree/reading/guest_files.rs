@@ -45,7 +45,7 @@ impl GuestFiles {
             .exports()
             .views
             .open(source)
-            .map_err(|error| self.noted_look(source, error))
+            .map_err(|error| self.log_failed_look(source, error))
     }
 
     /// Returns whether finding a name may have to wait for the clock of a file system: that of what
@@ -90,7 +90,7 @@ impl GuestFiles {
         // What was read while the disk changed does not count, and neither does damage that was
         // seen then.
         inside.refuse_changed()?;
-        done.map_err(|error| self.noted_look(file.state().source(), error))
+        done.map_err(|error| self.log_failed_look(file.state().source(), error))
     }
 
     /// Returns a file together with its disk.
@@ -120,7 +120,7 @@ impl GuestFiles {
 
     /// Logs what can't be read of a guest, once. A file that does not exist, or does not exist any
     /// more, is not logged.
-    fn noted_look(&self, source: &Source, error: Error) -> Error {
+    fn log_failed_look(&self, source: &Source, error: Error) -> Error {
         if !matches!(error.errno(), libc::ESTALE | libc::ENOENT | libc::ENODATA) {
             let what = self.store.exports().disks.describe(source);
             let message = format!("looking into {what}: {error}");
@@ -156,7 +156,7 @@ impl GuestFiles {
         let allocated = self
             .inside(state)?
             .allocated()
-            .map_err(|error| self.noted_look(state.source(), error))?;
+            .map_err(|error| self.log_failed_look(state.source(), error))?;
         let mut attr = Attr::of_file(self.nodes.owner, &node, state.size(), state.changed());
         attr.perm &= !0o222;
         attr.blocks = allocated.div_ceil(512);
@@ -283,7 +283,7 @@ impl GuestFiles {
             }
         };
         inside.refuse_changed()?;
-        read.map_err(|error| self.noted_look(inside.state().source(), error))
+        read.map_err(|error| self.log_failed_look(inside.state().source(), error))
     }
 
     /// Returns where from `offset` on a file has data (`data`), or a hole; its end is one. None
@@ -300,7 +300,7 @@ impl GuestFiles {
     ) -> Result<Option<u64>> {
         let found = self.find_next(node, inside, offset, data);
         inside.refuse_changed()?;
-        found.map_err(|error| self.noted_look(inside.state().source(), error))
+        found.map_err(|error| self.log_failed_look(inside.state().source(), error))
     }
 
     /// Returns an extended attribute of a guest's file.

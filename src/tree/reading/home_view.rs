@@ -323,7 +323,8 @@ impl HomeView {
         let mut children = Vec::new();
         if self.store.exports().disks.has_disk(source) {
             for derived in Derived::ALL {
-                // What is inside follows from looking there, which a listing alone does not.
+                // Which nodes these are is known only after a look into the disk, and a listing
+                // does not look there.
                 let (kind, node) = match derived {
                     Derived::Compressed => (Kind::File, Node::Compressed(source.clone())),
                     Derived::Rootfs => (Kind::Directory, Node::ViewOf(source.clone())),

@@ -102,9 +102,10 @@ impl Listing {
     ) -> bool {
         let found = match wanted {
             WantedOfList::Names => None,
-            // A listing does not wait, neither for what is looked up by itself then.
+            // A listing does not wait for a clock. The kernel looks such a name up on its own
+            // later.
             WantedOfList::Attributes if self.may_wait(ino, entry) => None,
-            // Gone since it was listed, or can't be planned: its own stat says why.
+            // It is gone since it was listed, or can't be planned. Its own stat says why.
             WantedOfList::Attributes => self.lookup.find(caller, ino, &entry.name).ok(),
         };
         let is_full = add(entry, next, found.as_ref());

@@ -65,7 +65,8 @@ impl Lookup {
         if let Node::ViewOf(source) = &parent
             && let Node::Guest(_) | Node::DiskImage(_) = &node
         {
-            // The state it is of never changes; which one the name stands for does.
+            // The node is of one state of the disk for good; the state that the name stands for
+            // changes.
             attr.kept = match source {
                 Source::Live { .. } => Kept::Not,
                 Source::Snapshot { .. } => Kept::Moment,
@@ -77,14 +78,15 @@ impl Lookup {
             self.view.home.exports.contents(&node)?
         };
         if let Some(contents) = contents {
-            // One moment's size and generation: a size may become known between two looks.
+            // Size and generation have to be of one moment: a size may become known between two
+            // looks.
             attr.resize(contents.size);
         }
         (attr.ino, attr.generation) = self.kernel.tell_found(&node, contents);
         Ok(attr)
     }
 
-    /// Returns the attributes of a node that was just made, which the kernel is told of.
+    /// Tells the kernel of a node that was just made. Returns its attributes.
     ///
     /// # Errors
     /// Those of [`CallerView::attr`].

@@ -33,8 +33,8 @@ pub struct AsideDirectories {
     directories: Mutex<Vec<AsideDirectory>>,
 }
 
-/// Returns whether a directory of this name is one for files put aside. Of another name than
-/// rsync's own it may be its `--partial-dir`, which its server's command line need not have.
+/// Returns whether a directory of this name is one for files put aside. One that has another name
+/// than rsync's own may be its `--partial-dir`; the command line of its server need not have that.
 pub fn is_aside(caller: Caller, dir: &Node, name: &str) -> bool {
     matches!(dir, Node::Root | Node::Box(_) | Node::Snapshot(..))
         && (name == ASIDE || (name.starts_with('.') && Program::of(caller).is_rsync()))

@@ -188,8 +188,8 @@ impl CallerHistory {
         self.entries.lock().begin(caller, box_id).refuse_removal();
     }
 
-    /// Returns what it means that the caller removes a snapshot, and records it where the snapshot
-    /// goes with the box: that is so once `last_file` of the box was removed.
+    /// Returns what it means that the caller removes a snapshot. Once the caller has removed
+    /// `last_file` of the box, the snapshot goes with the box; that is recorded.
     pub fn remove_snapshot(
         &self,
         caller: Caller,
@@ -202,7 +202,7 @@ impl CallerHistory {
             return SnapshotRemoval::Now;
         };
         if entry.refused_removal {
-            // It may have more to remove.
+            // Counts as its last step: it may have more to remove.
             entry.refuse_removal();
             return SnapshotRemoval::Refused;
         }
@@ -235,7 +235,7 @@ impl CallerHistory {
         let Some(entry) = entry.filter(|entry| entry.refused_copy.is_some()) else {
             return false;
         };
-        // It may have more to copy.
+        // Counts as its last step: it may have more to copy.
         entry.refuse_copy();
         true
     }

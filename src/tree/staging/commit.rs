@@ -44,7 +44,7 @@ impl Committer {
         }
     }
 
-    /// Returns the archives that wait.
+    /// Returns the part that keeps archives that wait.
     pub fn waiting(&self) -> &WaitingArchives {
         &self.waiting
     }
@@ -61,14 +61,14 @@ impl Committer {
             return Ok(());
         }
         if let Err(error) = state.refused() {
-            // Its name goes with this close, and not with the kernel's later word of the last one.
+            // Its name goes with this close: the kernel reports the last close later.
             drop(state);
             self.staging.drop_file(file, true);
             return Err(error);
         }
         let role = state.role();
         if role == FileRole::Json {
-            // No verdict: closing happens for every copy of a descriptor.
+            // This decides nothing: every copy of a descriptor is closed.
             state.refuse_partial_text()?;
             drop(state);
             self.date_snapshot(file);
@@ -104,7 +104,8 @@ impl Committer {
             return Err(error);
         }
         if file.restores {
-            // Before the file is seen as the box's export: its writer may have removed that.
+            // Before the export is seen in place of the file: the writer may have removed the
+            // export.
             let directory = Node::Box(file.box_id.clone());
             self.history.bring_back(&file.box_id, &directory, EXPORT);
         }
@@ -112,7 +113,7 @@ impl Committer {
         state.operation = None;
         // Its data is used up; the disk was moved into the box.
         state.content = StagedContent::Nothing;
-        // Before another close of the same file can answer: by then it is the box that is seen.
+        // Before another close of the same file is answered: by then the box has to be seen.
         let waiting = if role == FileRole::BoxDisk && !file.restores {
             self.staging.boxes.commit(file)
         } else {
@@ -185,9 +186,9 @@ impl Committer {
         }
     }
 
-    /// Makes what was written over a box's export its disk. Refused to a process that tried to
-    /// write box.json meanwhile: tools that copy several files at once (rclone) may begin with the
-    /// export.
+    /// Makes what was written over a box's export the disk of the box. Refused to a process that
+    /// tried to write box.json meanwhile: tools that copy several files at once (rclone) may begin
+    /// with the export.
     fn commit_restore(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
         let history = &self.history;
         if history.tried_to_copy(&file.box_id, &file.writer, file.begun) {
@@ -204,8 +205,8 @@ impl Committer {
         }
     }
 
-    /// Puts what was written over the export of a snapshot in its place. Only as long as the box's
-    /// disk is the same, so that nothing is lost.
+    /// Puts what was written over the export of a snapshot in place of the snapshot. The store does
+    /// so only as long as the box's disk is the same, so that nothing is lost.
     fn replace_snapshot(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
         let (box_id, snapshot) = snapshot_of(state)?;
         let row = self.boxes.snapshot(box_id, snapshot)?;

@@ -15,7 +15,7 @@ use crate::tree::nodes::node::Node;
 use crate::tree::staging::role::ASIDE_PREFIX;
 use crate::tree::staging::staged_file::StagedFile;
 
-/// How long a file that was closed, and has become nothing, stays while its maker lives on.
+/// How long a file that was closed and became nothing stays while its maker lives on.
 const LINGER: Duration = Duration::from_secs(60);
 
 /// A file that is written where no box is being made.
@@ -95,11 +95,8 @@ impl LooseFiles {
         drop(self.swept());
     }
 
-    /// Adds a file that the caller writes. In the root one name is for one file; elsewhere, files
-    /// that their writers alone see may have the same name.
-    ///
-    /// # Errors
-    /// EEXIST.
+    /// Adds a file that the caller writes. In the root a name is for one file. Elsewhere several
+    /// files may have the same name, if only their writers see them.
     pub fn add(&self, caller: Caller, dir: &Node, name: &str, file: Arc<StagedFile>) -> Result<()> {
         let mut files = if *dir == Node::Root {
             self.files.lock()
@@ -107,7 +104,7 @@ impl LooseFiles {
             self.swept()
         };
         let is_taken = if *dir == Node::Root {
-            // It is another maker's: this caller does not see it, or it would have found it.
+            // It is of another maker: this caller would have found its own.
             files.iter().any(|loose| loose.is_at(dir, name))
         } else {
             is_written(&files, dir, name)
@@ -140,11 +137,8 @@ impl LooseFiles {
         Some(files.swap_remove(index).file)
     }
 
-    /// Gives the file that this caller sees by a name another one in the same directory. Returns
-    /// it, and the file that had the name before.
-    ///
-    /// # Errors
-    /// EEXIST where all see another file by that name; ENOENT.
+    /// Renames the file that this caller sees by a name, in the same directory. Returns it, and the
+    /// file that had the new name before.
     pub fn rename(
         &self,
         caller: Caller,
@@ -227,7 +221,7 @@ impl LooseFiles {
         over.any(|loose| loose.file.box_id == box_id && loose.is_written())
     }
 
-    /// Returns the archives in the root that are no boxes yet.
+    /// Returns the archives in the root that have not become boxes yet.
     pub fn in_root(&self) -> Vec<(String, Node)> {
         let files = self.swept();
         let files = files.iter();

@@ -64,17 +64,17 @@ pub struct StagedBox {
     /// Those of them that are programs that copy. They are shown what they have made, and so find
     /// the other names free. Nothing else of the mount is different to them.
     copiers: ProcessGroup,
-    /// One of those does nothing else.
+    /// Whether one of those does nothing else than copy.
     is_by_copier: bool,
     /// Whether the box exists.
     pub committed: bool,
-    /// The whole box is made here, and not only something put into one that exists.
+    /// Whether the whole box is made here, and not only something put into one that exists.
     is_new: bool,
-    /// A part of it was refused.
+    /// Whether a part of it was refused.
     failed: bool,
     /// The processes that got such a refusal.
     failed_by: HashSet<u32>,
-    /// Directories of snapshots that something else than a snapshot is copied into, by inode.
+    /// Directories of snapshots, by inode, that something other than a snapshot is copied into.
     pub refused: HashSet<u64>,
     /// Snapshots, by id, that a file server has taken and not listed since.
     pub unlisted: HashMap<String, UnlistedSnapshot>,
@@ -82,7 +82,7 @@ pub struct StagedBox {
     pub arrived: HashSet<String>,
     created: SystemTime,
     used: Instant,
-    /// Children by the inode of their directory; a directory has an entry from its making on.
+    /// Children by the inode of their directory. A directory has an entry from when it is made.
     pub children: HashMap<u64, BTreeMap<String, StagedChild>>,
 }
 

@@ -79,7 +79,8 @@ impl BoxTable {
 }
 
 impl StagedBoxes {
-    /// Returns no boxes. `made` numbers what stands for nothing by itself.
+    /// Returns an empty table. `made` numbers the nodes of names that stand for nothing by
+    /// themselves.
     pub fn new(store: Arc<Store>, made: Arc<MadeNodes>) -> StagedBoxes {
         StagedBoxes {
             store,
@@ -131,7 +132,7 @@ impl StagedBoxes {
         self.inner.lock().boxes.get_mut(id).map(work)
     }
 
-    /// Does the same after letting go of boxes that are done with.
+    /// Does the same, after letting go of boxes that are done with.
     pub fn with_swept<T>(&self, id: &str, work: impl FnOnce(&mut StagedBox) -> T) -> Option<T> {
         self.swept().boxes.get_mut(id).map(work)
     }
@@ -226,10 +227,7 @@ impl StagedBoxes {
         }
     }
 
-    /// Makes a name in a box being made. None when the caller sees a real box there.
-    ///
-    /// # Errors
-    /// EBUSY while another process makes the box, EEXIST, ENOENT, EINVAL.
+    /// Makes a name in a box being made. Returns None when the caller sees a real box there.
     pub fn make(
         &self,
         caller: Caller,
@@ -344,7 +342,7 @@ impl StagedBoxes {
         let Some(staged) = inner.view_for(caller, parent) else {
             return Ok(None);
         };
-        // What remains stays as long as this process removes it.
+        // The rest of the box stays as long as this process removes it.
         staged.makers.take_over(caller);
         let names = staged
             .children
@@ -428,7 +426,8 @@ impl StagedBoxes {
         staged_rename::rename(&self.store, staged, (from, to), is_same_box, replaces)
     }
 
-    /// Shows a box that was made as all boxes are. Returns its other files, which waited for it.
+    /// Records that a box was made: it is shown as all boxes are. Returns its other files, which
+    /// waited for it.
     pub fn commit(&self, file: &Arc<StagedFile>) -> Vec<Arc<StagedFile>> {
         let mut inner = self.inner.lock();
         inner.names.retain(|_, id| *id != file.box_id);

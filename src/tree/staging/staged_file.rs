@@ -87,7 +87,7 @@ pub struct StagedFile {
     pub copier: Option<u32>,
     /// When it was made.
     pub created: SystemTime,
-    /// The same, by the clock that is never set.
+    /// The same by the clock that is never set.
     pub begun: Instant,
     /// Bytes written so far, as stat shows them.
     size: AtomicU64,
@@ -96,7 +96,7 @@ pub struct StagedFile {
     state: Mutex<StagedState>,
 }
 
-/// What changes of a file while it is written.
+/// The part of a file that changes while it is written.
 pub struct StagedState {
     /// Where it is now.
     pub place: StagedPlace,
@@ -158,8 +158,8 @@ impl StagedFile {
         })
     }
 
-    /// Locks what changes while it is written. It may be held for as long as an archive is
-    /// committed, so never wait for it with another lock of staging in hand.
+    /// Locks the part that changes while it is written. A commit holds that lock for as long as it
+    /// takes, so no other lock of staging may be held while waiting for it.
     pub fn state(&self) -> MutexGuard<'_, StagedState> {
         self.state.lock()
     }
@@ -184,7 +184,7 @@ impl StagedFile {
         self.stage.load(Ordering::Relaxed) == Stage::Committed as u8
     }
 
-    /// Records how far it has come. The state is locked for that.
+    /// Records how far it has come. Takes the state as proof that it is locked.
     pub fn set_stage(&self, _state: &mut StagedState, stage: Stage) {
         self.stage.store(stage as u8, Ordering::Relaxed);
     }

@@ -79,7 +79,10 @@ pub fn rename(
     Ok(file.map_or(StagedRename::Other, StagedRename::File))
 }
 
-/// The errno of rename(2) for what can't take the place of something that is being made.
+/// Refuses to put a child in the place of another that can't be replaced by it.
+///
+/// # Errors
+/// Those of rename(2): EISDIR, ENOTDIR, ENOTEMPTY.
 fn refuse_overwriting(
     taken: &StagedChild,
     is_directory: bool,

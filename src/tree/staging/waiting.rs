@@ -22,7 +22,7 @@ pub struct WaitingArchives {
 }
 
 impl WaitingArchives {
-    /// Returns those of a staging area.
+    /// Returns the waiting archives of a staging area.
     pub fn new(store: Arc<Store>, staging: Arc<StagingArea>) -> WaitingArchives {
         WaitingArchives { store, staging }
     }

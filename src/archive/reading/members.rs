@@ -291,7 +291,7 @@ impl Members {
         };
         let mut member = Member::whole(kind, stored);
         member.expanded = gnu.real_size().map_err(|e| {
-            damaged(format!("the real size of {} is not a number", kind.name())).caused_by(e)
+            damaged(format!("the real size of {} is no number", kind.name())).caused_by(e)
         })?;
         member.pieces.clear();
         member.add_pieces(&gnu.sparse)?;

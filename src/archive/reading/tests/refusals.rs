@@ -338,11 +338,11 @@ fn a_disk_that_cannot_stand_alone_is_refused() {
     b.run("qemu-img", &["snapshot", "-c", "s", "disk.qcow2"]);
     refused("internal snapshots");
     b.run("qemu-img", &["convert", "-O", "raw", base, "disk.qcow2"]);
-    refused("no qcow2 image");
+    refused("not a qcow2 image");
     let mut dirty = fs::read(b.path().join(base)).unwrap();
     dirty[79] |= 1;
     fs::write(b.path().join("disk.qcow2"), dirty).unwrap();
     refused("dirty");
     fs::write(b.path().join("disk.qcow2"), "").unwrap();
-    refused("no qcow2 image");
+    refused("not a qcow2 image");
 }

@@ -2,11 +2,12 @@
 //!
 //! Field offsets are those of qemu's `docs/interop/qcow2.rst`.
 
+use super::bytes::{be32, be64, slice};
+use super::features::reject_features;
 use super::file::open_image;
 use super::{Format, read_zero_padded};
 use crate::{Context, Error, Result};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// "QFI\xfb", the first four bytes of every qcow2 image.
@@ -29,12 +30,6 @@ const PAGE: u64 = 4096;
 pub(super) const MAX_BACKING_NAME: usize = 1023;
 /// Most entries of an L1 table: 32 MiB, qemu's and imago's limit.
 pub(super) const MAX_L1_ENTRIES: u64 = 4 << 20;
-
-const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
-const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
-const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
-const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
-const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 
 /// The header of a qcow2 image, checked: tables are aligned and inside the file, the L1 table
 /// covers the virtual size, and no feature is in use that would change how the image reads.
@@ -186,7 +181,7 @@ impl Header {
         }
         let v3 = version == 3;
         if v3 {
-            refuse_features(be64(fixed, 72), path)?;
+            reject_features(be64(fixed, 72), path)?;
         }
         let header = Header {
             version,
@@ -330,44 +325,6 @@ impl Header {
     }
 }
 
-/// Refuses every incompatible feature, by name.
-fn refuse_features(bits: u64, path: &Path) -> Result<()> {
-    let known = [
-        (
-            INCOMPATIBLE_DIRTY,
-            "is marked dirty: it was not closed properly; `qemu-img check -r all` repairs it",
-        ),
-        (
-            INCOMPATIBLE_CORRUPT,
-            "is marked corrupt; `qemu-img check -r all` may repair it",
-        ),
-        (
-            INCOMPATIBLE_DATA_FILE,
-            "keeps its data in an external data file, which is not supported",
-        ),
-        (
-            INCOMPATIBLE_COMPRESSION,
-            "has clusters compressed with zstd; only deflate is supported",
-        ),
-        (
-            INCOMPATIBLE_EXTENDED_L2,
-            "has extended L2 entries, which are not supported",
-        ),
-    ];
-    for (bit, message) in known {
-        if bits & bit != 0 {
-            return Err(Error::damaged(format!("{} {message}", path.display())));
-        }
-    }
-    if bits != 0 {
-        return Err(Error::damaged(format!(
-            "{} needs unknown qcow2 features ({bits:#x}); a newer qemu made it",
-            path.display()
-        )));
-    }
-    Ok(())
-}
-
 /// Parses a backing format extension. "file" is the older name of raw.
 fn backing_format(name: &[u8], path: &Path) -> Result<Format> {
     match name {
@@ -379,50 +336,6 @@ fn backing_format(name: &[u8], path: &Path) -> Result<Format> {
             String::from_utf8_lossy(other)
         ))),
     }
-}
-
-/// Clears the dirty bit in a copy of an image. The copy's refcounts may be wrong, but its tables
-/// are right, and nothing writes to a copy. `of` is the path of the original, for messages.
-///
-/// # Errors
-/// Those of reading and writing it.
-pub fn forget_dirty(copy: &File, of: &Path) -> Result<()> {
-    const VERSION: u64 = 4;
-    const INCOMPATIBLE: u64 = 72;
-    let message = || format!("cannot copy {}", of.display());
-    let mut version = [0; 4];
-    let mut bits = [0; 8];
-    copy.read_exact_at(&mut version, VERSION).context(message)?;
-    copy.read_exact_at(&mut bits, INCOMPATIBLE)
-        .context(message)?;
-    let known = u64::from_be_bytes(bits);
-    if u32::from_be_bytes(version) < 3 || known & 1 == 0 {
-        return Ok(());
-    }
-    copy.write_all_at(&(known & !1).to_be_bytes(), INCOMPATIBLE)
-        .context(message)
-}
-
-/// Returns `len` bytes of `bytes` from `at`, if they exist.
-fn slice(bytes: &[u8], at: u64, len: u64) -> Option<&[u8]> {
-    let at = usize::try_from(at).ok()?;
-    bytes.get(at..at.checked_add(usize::try_from(len).ok()?)?)
-}
-
-/// Reads a big-endian u32 at `at`; bytes past the end are zeros.
-pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
-    bytes
-        .get(at..)
-        .and_then(|rest| rest.first_chunk())
-        .map_or(0, |four| u32::from_be_bytes(*four))
-}
-
-/// Reads a big-endian u64 at `at`; bytes past the end are zeros.
-pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
-    bytes
-        .get(at..)
-        .and_then(|rest| rest.first_chunk())
-        .map_or(0, |eight| u64::from_be_bytes(*eight))
 }
 
 #[cfg(test)]

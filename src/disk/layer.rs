@@ -6,8 +6,8 @@
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
+use super::bytes::be64;
 use super::file::open_image;
-use super::header::be64;
 use super::{FileId, Format, Header, holes, read_zero_padded};
 use crate::{Context, Error, Result};
 use imago::qcow2::Qcow2;

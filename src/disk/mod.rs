@@ -1,7 +1,7 @@
 //! One qcow2 layer, and chains of them: the only room that knows qcow2.
 //!
 //! * `file`: image files, opened, identified, read and stamped.
-//! * `header`: the header of an image. `rebase`: the one way a header is changed.
+//! * `bytes`, `features`, `header`: the header of an image, and what it needs. `rebase`: the one way a header is changed.
 //! * `overlay`: a new, empty layer on top of another.
 //! * `holes`: where a raw image has data.
 //! * `layer`: one open image, without the layers below it.
@@ -18,9 +18,11 @@
 //! `docs/interop/qcow2.rst`. The limits are qemu's and imago's where these are tighter than the
 //! format's.
 
+mod bytes;
 mod chain;
 mod descent;
 mod direct;
+mod features;
 mod file;
 mod flatten;
 mod header;
@@ -41,10 +43,11 @@ mod write;
 pub use chain::Chain;
 pub use descent::{Scope, chain_paths};
 pub use direct::{Aligned, BLOCK, Direct, begin_write_back};
+pub use features::clear_dirty;
 pub use file::FileId;
 pub(crate) use file::read_zero_padded;
 pub use flatten::{Flattened, WINDOW};
-pub use header::{Backing, Header, forget_dirty};
+pub use header::{Backing, Header};
 pub use inspect::inspect_standalone;
 pub use layer::Layer;
 pub use overlay::create_overlay;

@@ -120,8 +120,8 @@ def disks():
         name = b"/etc/passwd"
         return disk.text(512, name).word(8, 512).half(16, len(name))
 
-    yield "no-qcow2", bytes(8192), "no qcow2 image"
-    yield "empty", b"", "no qcow2 image"
+    yield "no-qcow2", bytes(8192), "not a qcow2 image"
+    yield "empty", b"", "not a qcow2 image"
     yield "backing-raw", backing(b"raw"), "has a backing file"
     yield "backing-qcow2", backing(b"qcow2"), "has a backing file"
     yield "backing-untold", backing(b""), "has a backing file"
@@ -611,7 +611,7 @@ class Corpus:
             ("minus", b"-1", "no number"), ("float", b"1e3", "no number"), ("hex", b"0x10", "no number"),
             ("empty", b"", "no number"), ("blank", b" 5", "no number"), ("2-64", b"18446744073709551616", "no number"),
             ("2-63", b"9223372036854775808", "impossible"), ("65-tib", str(65 * TIB).encode(), "over 64 TiB"),
-            ("short", b"512", f"{MISMATCH}|{SUM}|no qcow2"), ("0", b"0", f"{MISMATCH}|{SUM}|no qcow2"),
+            ("short", b"512", f"{MISMATCH}|{SUM}|not a qcow2"), ("0", b"0", f"{MISMATCH}|{SUM}|not a qcow2"),
             ("long", str(len(self.disk) + 4096).encode(), f"{CUT}|{MISMATCH}"),
         ):
             self.add("size", f"pax-{label}", self.m + pax([(b"size", value)]) + self.d + END, says)

@@ -10,15 +10,14 @@ use tar::{EntryType, GnuExtSparseHeader, Header};
 use super::disk_file::DiskFile;
 use super::disk_writer::all_zero;
 use super::member::{BLOCK_BYTES, Member, MemberKind, SparsePiece};
-use super::names::{Meaning, Names, shown};
+use super::names::{Meaning, Names};
 use super::pax::{PaxRecords, parse_pax};
 use super::refusal::{damaged, refused};
+use super::tar_header::{BLOCK, checksum, size_of, wrong_type};
 use super::{Arrived, MOST_HOLES};
 use crate::archive::Manifest;
-use crate::{Error, Result, disk};
+use crate::{Result, disk};
 
-/// A tar block, in bytes.
-const BLOCK: usize = 512;
 /// Largest manifest.
 const MAX_MANIFEST: u64 = 1 << 20;
 /// Largest extension member (a name, pax records).
@@ -292,7 +291,7 @@ impl Members {
         };
         let mut member = Member::whole(kind, stored);
         member.expanded = gnu.real_size().map_err(|e| {
-            damaged(format!("the real size of {} is not a number", kind.name())).caused_by(e)
+            damaged(format!("the real size of {} is no number", kind.name())).caused_by(e)
         })?;
         member.pieces.clear();
         member.add_pieces(&gnu.sparse)?;
@@ -425,40 +424,6 @@ impl Members {
         self.header = Some(disk::inspect_standalone(self.disk.path())?);
         Ok(())
     }
-}
-
-fn wrong_type(name: &[u8], found: EntryType) -> Error {
-    let what = match found {
-        EntryType::Link => "a hard link",
-        EntryType::Symlink => "a symlink",
-        EntryType::Char | EntryType::Block => "a device",
-        EntryType::Directory => "a directory",
-        EntryType::Fifo => "a fifo",
-        EntryType::XGlobalHeader => "a global pax header",
-        _ => "of an unknown type",
-    };
-    refused(format!(
-        "the member {} is {what}; only regular files are accepted",
-        shown(name)
-    ))
-}
-
-fn size_of(header: &Header) -> Result<u64> {
-    header
-        .entry_size()
-        .map_err(|e| damaged("a tar header has no size").caused_by(e))
-}
-
-/// Returns the sum of a header's bytes with its checksum field taken as blanks (POSIX ustar).
-fn checksum(block: &[u8; BLOCK]) -> u32 {
-    block
-        .iter()
-        .enumerate()
-        .map(|(at, byte)| match at {
-            148..156 => u32::from(b' '),
-            _ => u32::from(*byte),
-        })
-        .sum()
 }
 
 /// A GNU long name ends with a NUL.

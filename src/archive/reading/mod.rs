@@ -19,6 +19,7 @@ mod output_bound;
 mod pax;
 mod refusal;
 mod stages;
+mod tar_header;
 #[cfg(test)]
 mod tests;
 mod unpacker;

@@ -24,7 +24,7 @@ pub(super) fn parse_pax(mut records: &[u8]) -> Result<PaxRecords> {
                 let size = std::str::from_utf8(value)
                     .ok()
                     .and_then(|text| text.parse().ok())
-                    .ok_or_else(|| damaged("the size in a pax header is not a number"))?;
+                    .ok_or_else(|| damaged("the size in a pax header is no number"))?;
                 pax.size.replace(size).is_some()
             }
             _ if key.starts_with(b"GNU.sparse.") => {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::disk::judges::{create, run, succeed, text};
+use std::os::unix::fs::FileExt;
 
 #[test]
 #[ignore = "needs programs"]

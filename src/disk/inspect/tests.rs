@@ -522,7 +522,7 @@ fn images_that_do_not_stand_alone_are_refused() {
     made.qemu("qemu-img", &["snapshot", "-c", "one", "disk.qcow2"]);
     refused("internal snapshots");
     made.qemu("qemu-img", &["convert", "-O", "raw", "raw", "disk.qcow2"]);
-    refused("no qcow2 image");
+    refused("not a qcow2 image");
 }
 
 /// An image of `len` bytes made by hand, mostly a hole: the refcount table from cluster 1 on, its

@@ -212,7 +212,7 @@ impl PausedCopies {
         let meta = original.metadata().context(message)?;
         drop(paused);
         crash_point("running.copied");
-        disk::forget_dirty(&copy, &live)?;
+        disk::clear_dirty(&copy, &live)?;
         durable::set_times(&copy, &meta).context(message)?;
         Ok(copy)
     }

@@ -1,10 +1,10 @@
-# make help says what there is.
+# `make help` lists the targets.
 
 PREFIX ?= /usr/local
 DESTDIR ?=
-# mount(8) looks for mount.boxlite nowhere else. Cargo builds it as mount-boxlite: it allows no dot.
+# mount(8) searches only there for mount.boxlite. Cargo builds it as mount-boxlite, since it allows no dot.
 SBINDIR ?= /sbin
-# What is built and installed: release, or debug, which has the crash points of the tests.
+# The build to make and install: release, or debug, which has the crash points of the tests.
 BUILD ?= release
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
@@ -19,31 +19,31 @@ FUZZ_SECONDS ?= 600
 help:
 	@echo 'make build                 boxlitefs, mount-boxlite, manual and completions, in $(BUILT)'
 	@echo 'make check                 formatting, lints, and the tests that need no program but Rust'
-	@echo 'make test                  and those that judge a change: real mounts, BoxLite, faults'
-	@echo '     [T=NAME]              only those with NAME in their names, and what they print'
+	@echo 'make test                  and the tests that judge a change: real mounts, BoxLite, faults'
+	@echo '     [T=NAME]              only tests with NAME in their names, with their output'
 	@echo 'make test-all              and the rest: every program, longer slices, a new Debian, fuzzing'
-	@echo 'make model                 random sequences of all that can be done, against a model of the disks'
-	@echo '     [MODEL_STEPS=10000]   [MODEL_SEED=...] has a failure again; make test-all has 2000 steps'
-	@echo 'make fuzz                  gives damaged disks and archives to what reads them; tests/fuzz'
+	@echo 'make model                 random sequences of all changes, against a model of the disks'
+	@echo '     [MODEL_STEPS=10000]   [MODEL_SEED=...] repeats a failure; make test-all runs 2000 steps'
+	@echo 'make fuzz                  feeds damaged disks and archives to their readers; tests/fuzz'
 	@echo '     [FUZZ_SECONDS=$(FUZZ_SECONDS)]    for each; FUZZ_TARGETS="guest chain archive manifest"'
-	@echo '     [FUZZ_INPUT=FILE]     what one target failed at, again'
-	@echo 'make torture               kills, lost power, full disks, damaged archives, many at once: at length, and a table'
+	@echo '     [FUZZ_INPUT=FILE]     runs the input again that a target failed at'
+	@echo 'make torture               kills, power loss, full disks, damaged archives, concurrency: at length, and a table'
 	@echo '     [TORTURE_TESTS="power_loss many"]'
 	@echo 'make demo [KEEP=1]         a walk through a throwaway home; KEEP=1 leaves it mounted'
-	@echo 'make bench                 what it costs, beside BoxLite, qemu-img and cp; docs/performance.md'
+	@echo 'make bench                 costs beside BoxLite, qemu-img and cp; docs/performance.md'
 	@echo '     [BENCH_SIZE=2150]     MiB in the large box; BENCH_ROUNDS=3; UPDATE_DOCS=1 keeps the table'
 	@echo 'make screenshots           docs/file-manager.png, docs/dragging.png: a file manager in a mount'
 	@echo 'make install [PREFIX=$(PREFIX)] [SBINDIR=$(SBINDIR)] [DESTDIR=]'
-	@echo 'make uninstall             the same arguments; removes what install put there'
+	@echo 'make uninstall             the same arguments; removes the installed files'
 	@echo 'make deb                   a package for Debian and Ubuntu, in target/debian'
-	@echo 'make fresh-machine         has the package installed and used on a new Debian, as README.md says'
-	@echo 'make setup                 what the tests need: programs (apt-get) and BoxLite (pip)'
+	@echo 'make fresh-machine         installs and uses the package on a new Debian, as README.md says'
+	@echo 'make setup                 installs what the tests need: programs (apt-get) and BoxLite (pip)'
 	@echo 'make fmt, make clean'
 
 setup:
 	@tests/setup.sh $(VENV) all
 
-# A debug build is that of the tests: without them, it would have other features and be built anew.
+# A debug build is that of the tests: without them, it would have other features and be built again.
 build:
 	$(if $(filter release,$(BUILD)),cargo build --workspace --release,tests/run build)
 	$(BUILT)/manual $(BUILT)/share
@@ -57,7 +57,7 @@ lint:
 check: lint
 	tests/run check
 
-# T=NAME: the tests with that in their names, and what they print.
+# T=NAME: the tests with NAME in their names, with their output.
 test:
 	@tests/setup.sh $(VENV) test
 ifdef T
@@ -70,7 +70,7 @@ endif
 test-all: test
 	$(MAKE) --no-print-directory test-rest
 
-# What `make test-all` has besides. The package is that of the debug build, which is there already.
+# The rest of `make test-all`. The package is that of the debug build, which exists already.
 test-rest: setup
 	tests/run rest
 	$(MAKE) --no-print-directory fresh-machine BUILD=debug
@@ -81,11 +81,11 @@ model: export MODEL_STEPS := $(or $(MODEL_STEPS),10000)
 model: setup
 	tests/run model::
 
-# What earlier runs found is in $(TARGET)/fuzz, and gone on from.
+# Continues from what earlier runs found, in $(TARGET)/fuzz.
 fuzz: setup
 	tests/fuzz/run.sh $(TARGET)/fuzz $(or $(FUZZ_INPUT),$(FUZZ_SECONDS)) $(FUZZ_TARGETS)
 
-# Some hours; make test has a slice of each.
+# Takes some hours; make test runs a slice of each.
 torture: setup
 	tests/torture.sh $(VENV) $(TARGET)/torture $(TORTURE_TESTS)
 
@@ -122,7 +122,7 @@ install:
 		install -D -m 0644 $$text $(DESTDIR)$(PREFIX)/share/doc/boxlitefs/$$text || exit 1; \
 	done
 
-# Empty directories of others stay.
+# Empty directories stay: they may belong to others.
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/boxlitefs $(DESTDIR)$(SBINDIR)/mount.boxlite $(DESTDIR)$(SBINDIR)/mount.fuse.boxlite
 	cd $(BUILT)/share && find . -type f -exec rm -f '$(abspath $(DESTDIR)/$(PREFIX))/share/{}' ';'
@@ -130,7 +130,7 @@ uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/user/boxlitefs.service $(DESTDIR)$(PREFIX)/lib/systemd/system/boxlitefs@.service
 	rm -rf $(DESTDIR)$(PREFIX)/share/doc/boxlitefs
 
-# The package has what install puts there. mount(8) finds its helpers in /usr/sbin as well: /sbin is that.
+# The package has the files of install. mount(8) also finds its helpers in /usr/sbin: /sbin links there.
 deb: export PATH := $(abspath target/tools/bin):$(PATH)
 deb: build
 	rm -rf target/deb target/debian

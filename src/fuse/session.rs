@@ -46,7 +46,7 @@ pub fn serve(
     let filesystem = BoxliteFs::new(tree.clone())?;
     let (acl, config) = session_config(access);
     let session = Session::from_fd(filesystem, requests, acl, config)
-        .map_err(|e| Error::io("the kernel does not agree on the mount", e))?;
+        .map_err(|e| Error::io("the handshake with the kernel failed", e))?;
     let notifier = session.notifier();
     tree.on_drop_pages(move |ino| {
         // ENOENT: the kernel has no pages of it.
@@ -57,7 +57,7 @@ pub fn serve(
     ready();
     let served = session
         .run()
-        .map_err(|e| Error::io("serving the mount ended", e));
+        .map_err(|e| Error::io("serving the mount failed", e));
     let served = served.or_else(|error| failed().and(Err(error)));
     tree.keep_waiting();
     tree.close();

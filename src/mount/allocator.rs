@@ -10,7 +10,7 @@ const MAPPED_BY_ITSELF: libc::c_int = 1 << 20;
 /// grow with the number of archives it has made (180 to 310 MiB after some dozen, instead of about
 /// 60). Call it before the first thread starts.
 #[cfg(target_env = "gnu")]
-pub(super) fn bound() {
+pub(super) fn limit_kept_memory() {
     // SAFETY: mallopt(3) only sets parameters, and no other thread allocates yet.
     let done = unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 2) != 0
@@ -21,6 +21,6 @@ pub(super) fn bound() {
     }
 }
 
-/// Other C libraries have no arenas to bound.
+/// Other C libraries have no arenas to limit.
 #[cfg(not(target_env = "gnu"))]
-pub(super) fn bound() {}
+pub(super) fn limit_kept_memory() {}

@@ -21,25 +21,11 @@ pub(super) fn serve(
     options: &Options,
     announce: impl FnOnce(&Arc<Tree>) + Send,
 ) -> Result<()> {
-    allocator::bound();
+    allocator::limit_kept_memory();
     // First of all, since the signals must be blocked before anything starts a thread.
     let phase = signals::watch()?;
     logging::begin_to_write();
-    let tree = Arc::new(Tree::open(
-        &paths.home,
-        tree::Options {
-            read_only: options.read_only,
-            is_shared: options.shared,
-            compression: options.compression,
-            compacting: options.compacting,
-            imports: options.imports,
-            links: options.links,
-        },
-    )?);
-    tree.tell_of_mount(MountFacts {
-        mountpoint: paths.mountpoint.clone(),
-        options: options.to_json(),
-    });
+    let tree = open_tree(paths, options)?;
     phase.enter(Phase::Mounting);
     let options = &Options {
         read_only: options.read_only || tree.is_read_only(),
@@ -48,11 +34,6 @@ pub(super) fn serve(
     let (attached, requests) = attach::attach(paths, options).map_err(explain)?;
     let own = attached.own().clone();
     phase.enter(Phase::Serving(own.clone()));
-    let access = match (options.allow_other, options.allow_root) {
-        (true, _) => Access::Everybody,
-        (false, true) => Access::RootToo,
-        (false, false) => Access::Owner,
-    };
     let served = Arc::downgrade(&tree);
     let ready = || {
         read_further_ahead(&own);
@@ -63,7 +44,7 @@ pub(super) fn serve(
     // A session that failed answers no requests, so no process must enter any more: the mount is
     // removed before the last work is waited for.
     let failed = || remove_remains(&own).map(|_| ());
-    let result = fuse::serve(tree, requests, access, ready, failed);
+    let result = fuse::serve(tree, requests, access(options), ready, failed);
     let remains = remove_remains(&own);
     result?;
     match remains? {
@@ -75,6 +56,40 @@ pub(super) fn serve(
                 place.display()
             ),
         )),
+    }
+}
+
+/// Opens the home.
+///
+/// # Errors
+/// When it is not a home, or can't be read.
+fn open_tree(paths: &MountPaths, options: &Options) -> Result<Arc<Tree>> {
+    let tree = Tree::open(
+        &paths.home,
+        tree::Options {
+            read_only: options.read_only,
+            is_shared: options.shared,
+            compression: options.compression,
+            compacting: options.compacting,
+            imports: options.imports,
+            links: options.links,
+        },
+    )?;
+    tree.tell_of_mount(MountFacts {
+        mountpoint: paths.mountpoint.clone(),
+        options: options.to_json(),
+    });
+    Ok(Arc::new(tree))
+}
+
+/// Which users may enter a mount with these options.
+fn access(options: &Options) -> Access {
+    if options.allow_other {
+        Access::Everybody
+    } else if options.allow_root {
+        Access::RootToo
+    } else {
+        Access::Owner
     }
 }
 

@@ -365,7 +365,7 @@ fn a_session_that_fails_takes_its_own_mount_away_and_no_other() {
             status=0
             wait $TRACED || status=$?
             is $status 1
-            grep -q 'serving the mount ended' "$P/log"
+            grep -q 'serving the mount failed' "$P/log"
             is "$(on "$M")" '{left}'"#
         );
         place.run(&script);

@@ -50,9 +50,9 @@ impl Window {
                     };
                     for cluster in first..=last {
                         if is_whole(cluster) {
-                            set(&mut window.zeros, cluster)
+                            set(&mut window.zeros, cluster);
                         } else {
-                            in_part.push(cluster)
+                            in_part.push(cluster);
                         }
                     }
                 }
@@ -67,9 +67,9 @@ impl Window {
         for cluster in in_part {
             let from = start + cluster * CLUSTER;
             if has_data(chain, from..(from + CLUSTER).min(disk))? {
-                set(&mut window.allocated, cluster)
+                set(&mut window.allocated, cluster);
             } else {
-                set(&mut window.zeros, cluster)
+                set(&mut window.zeros, cluster);
             }
         }
         Ok(window)

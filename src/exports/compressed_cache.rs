@@ -122,7 +122,7 @@ impl CompressedArchives {
             .inspect_err(|error| {
                 log::info!(
                     "this compressed archive is not kept, since its file can't be made: {error}"
-                )
+                );
             })
             .ok()
     }

@@ -166,7 +166,7 @@ impl Tree {
         let handle = self.view.home.open.remove(handle);
         match handle.as_deref() {
             Some(Handle::Export { export, .. }) => {
-                self.store.exports().compressed.note_digest(export)
+                self.store.exports().compressed.note_digest(export);
             }
             Some(Handle::Writing(file)) => self.receiver.close(file),
             _ => {}

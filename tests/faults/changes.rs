@@ -298,9 +298,10 @@ fn copy(from: &Path, to: &Path) -> Outcome {
 
 fn tool(command: &[&str]) -> Outcome {
     let output = run(command);
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).into_owned())
     }
 }
 

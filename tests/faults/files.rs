@@ -200,9 +200,10 @@ impl Files {
     pub fn store(&self, root: &Path) {
         for entry in fs::read_dir(root).unwrap() {
             let path = entry.unwrap().path();
-            match path.is_dir() && !path.is_symlink() {
-                true => fs::remove_dir_all(path).unwrap(),
-                false => fs::remove_file(path).unwrap(),
+            if path.is_dir() && !path.is_symlink() {
+                fs::remove_dir_all(path).unwrap();
+            } else {
+                fs::remove_file(path).unwrap();
             }
         }
         self.store_below(ROOT, root, &mut HashMap::new());

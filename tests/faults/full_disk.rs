@@ -80,9 +80,10 @@ impl Trial<'_> {
             (None, Some(mut command)) => {
                 let output = command.output().unwrap();
                 let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into();
-                match output.status.success() {
-                    true => Ok(()),
-                    false => Err(said),
+                if output.status.success() {
+                    Ok(())
+                } else {
+                    Err(said)
                 }
             }
             (None, None) => panic!("nobody makes the change"),

@@ -54,9 +54,10 @@ impl Failing<'_> {
             (None, Some(mut command)) => {
                 let output = command.output().unwrap();
                 let said = [output.stdout, output.stderr].concat();
-                match output.status.success() {
-                    true => Ok(()),
-                    false => Err(String::from_utf8_lossy(&said).into_owned()),
+                if output.status.success() {
+                    Ok(())
+                } else {
+                    Err(String::from_utf8_lossy(&said).into_owned())
                 }
             }
             (None, None) => panic!("nobody makes the change"),

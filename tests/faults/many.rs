@@ -161,9 +161,10 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
         }
     }
     home.assert_whole_once_mounted();
-    tally.finish(match binary() == env!("CARGO_BIN_EXE_boxlitefs") {
-        true => "32 processes at once",
-        false => "32 processes at once, another build of the program",
+    tally.finish(if binary() == env!("CARGO_BIN_EXE_boxlitefs") {
+        "32 processes at once"
+    } else {
+        "32 processes at once, another build of the program"
     });
 }
 

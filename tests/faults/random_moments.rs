@@ -55,13 +55,15 @@ impl Rounds<'_> {
         })
         .map_err(|why| format!("{what}: {why}"))?;
         let (mounted, others) = NEXT.split_first().unwrap();
-        let next = match dice.coin() {
-            true => mounted,
-            false => dice.one_of(others),
+        let next = if dice.coin() {
+            mounted
+        } else {
+            dice.one_of(others)
         };
-        let next = match next.loses_by_itself(home, &crashed) {
-            true => mounted,
-            false => next,
+        let next = if next.loses_by_itself(home, &crashed) {
+            mounted
+        } else {
+            next
         };
         tally.operations += next.by_boxlite.len();
         tally.compared += crashed.len();

@@ -400,9 +400,10 @@ fn the_verdict_falls_in_the_write_that_completes_or_disproves_the_archive() {
         file.write_all_at(body, 0).unwrap();
         assert!(!is_box());
         let last = file.write_at(end, body.len() as u64);
-        match right {
-            true => assert_eq!(last.unwrap(), 3000),
-            false => assert_eq!(errno(last), libc::EBADMSG),
+        if right {
+            assert_eq!(last.unwrap(), 3000);
+        } else {
+            assert_eq!(errno(last), libc::EBADMSG);
         }
         drop(file);
         assert_eq!(is_box(), right);

@@ -339,9 +339,10 @@ fn clones_keep_their_contents_when_the_box_they_were_made_from_goes() {
     assert_eq!(states(&home), wanted);
     // Each of them goes in turn, by the mount or by BoxLite, and the others stay.
     for (name, by_boxlite) in [("by-boxlite", true), ("whole", false), ("of-s", true)] {
-        match by_boxlite {
-            true => drop(home.wheel(&["remove", name])),
-            false => drop(succeed(&["rm", "-r", text(&mount.at(name))])),
+        if by_boxlite {
+            drop(home.wheel(&["remove", name]));
+        } else {
+            drop(succeed(&["rm", "-r", text(&mount.at(name))]));
         }
         wanted.retain(|known, _| known != name && !known.starts_with(&format!("{name}@")));
         assert_eq!(states(&home), wanted, "{name}\n{}", mount.log());

@@ -297,9 +297,10 @@ fn a_directory_of_hundreds_of_thousands_of_names_is_listed_and_searched() {
     let empty = tempfile::tempdir().unwrap();
     let place = home.root().parent().unwrap();
     for (count, is_indexed) in [(200_000, true), (20_000, false)] {
-        let options = match is_indexed {
-            true => "-t ext4 -b 4096",
-            false => "-t ext4 -b 4096 -O ^metadata_csum",
+        let options = if is_indexed {
+            "-t ext4 -b 4096"
+        } else {
+            "-t ext4 -b 4096 -O ^metadata_csum"
         };
         let image = image_of(empty.path(), place, options, "64M");
         let mounted = tempfile::tempdir().unwrap();

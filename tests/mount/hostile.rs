@@ -105,10 +105,10 @@ impl Hostile {
             _ => &self.archive,
         };
         let output = run(&["tar", "-xOf", text(whole), "--wildcards", "*disk.qcow2"]);
-        match output.stdout.is_empty() {
-            // What GNU tar does not read, or by another name.
-            true => Hostile::named("good").disk(),
-            false => output.stdout,
+        if output.stdout.is_empty() {
+            Hostile::named("good").disk()
+        } else {
+            output.stdout
         }
     }
 }
@@ -306,9 +306,10 @@ fn as_it_was(home: &TestHome, mount: &Mounted, one: &Hostile, name: &str) -> Res
     }
     // BoxLite deletes these at its next start.
     let _ = fs::remove_file(lock);
-    match disk == one.disk() {
-        true => Ok(()),
-        false => Err("it came as another disk".into()),
+    if disk == one.disk() {
+        Ok(())
+    } else {
+        Err("it came as another disk".into())
     }
 }
 

@@ -720,13 +720,12 @@ fn a_snapshot_that_could_not_be_made_with_its_box_waits_until_it_can() {
         fs::remove_dir_all(&filler).unwrap();
         if !is_made {
             // Nothing of it is lost: the box comes now, or the snapshots that it has room for.
-            match mount.at("n/box.json").exists() {
-                true => {
-                    has_waited = true;
-                    // One that is there already can't be touched.
-                    shell(&mount, &backup, "touch $M/n/snapshots/*/export.boxlite");
-                }
-                false => done(&mount, &backup, "cp $BK/export.boxlite $M/n/"),
+            if mount.at("n/box.json").exists() {
+                has_waited = true;
+                // One that is there already can't be touched.
+                shell(&mount, &backup, "touch $M/n/snapshots/*/export.boxlite");
+            } else {
+                done(&mount, &backup, "cp $BK/export.boxlite $M/n/");
             }
         }
         assert_eq!(

@@ -400,9 +400,10 @@ fn a_reader_of_a_snapshot_goes_on_while_it_is_deleted() {
         let mut line = String::new();
         said.read_line(&mut line).unwrap();
         assert_eq!(line, "\n");
-        match by_boxlite {
-            true => drop(home.wheel(&["snapshot-remove", "web", "large"])),
-            false => succeed(&["rmdir", text(path.parent().unwrap())]).clear(),
+        if by_boxlite {
+            drop(home.wheel(&["snapshot-remove", "web", "large"]));
+        } else {
+            succeed(&["rmdir", text(path.parent().unwrap())]).clear();
         }
         eventually("it is gone", || mount.names("web/snapshots") == ["start"]);
         assert!(!home.snapshot_disk("web", "large").exists());

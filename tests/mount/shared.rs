@@ -374,9 +374,10 @@ fn by_mount(root: &std::path::Path, ask: &Ask) -> Result<(), String> {
     let at = |path: String| root.join(path);
     let copy = |options: &[&str], from: PathBuf, to: PathBuf| {
         let output = run(&[&["cp"], options, &[text(&from), text(&to)]].concat());
-        match output.status.success() {
-            true => Ok(()),
-            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).into_owned())
         }
     };
     match ask {
@@ -543,9 +544,10 @@ fn two_hundred_operations_from_both_sides_lose_nothing() {
             let gone = another(&mut random, &both.boxes, Some("web")).expect("a box beside web");
             both.boxlite_does(&Ask::Remove { of: gone });
         }
-        let of = match both.boxes.contains_key(&of) {
-            true => of,
-            false => "web".to_owned(),
+        let of = if both.boxes.contains_key(&of) {
+            of
+        } else {
+            "web".to_owned()
         };
         let by_us = ours(&mut random, &both.boxes, &of, number);
         let beside = match random.below(2) {

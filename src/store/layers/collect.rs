@@ -105,7 +105,7 @@ pub fn named_by_rows(
         let chain = layers.chain(top);
         chain
             .iter()
-            .any(|path| is_missing(path, layers, &store.home()))
+            .any(|path| is_missing(path, layers, store.home()))
     };
     if tops.any(|top| is_broken(&top.path)) {
         return Ok(None);

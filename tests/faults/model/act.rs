@@ -746,12 +746,13 @@ fn refused_by(command: &[&str], complaint: &str) {
 
 /// The errno of a rename onto what is there, and the one it has to be.
 fn rename_onto(from: &Path, to: &Path, keep: bool) -> (i32, i32) {
-    match keep {
-        true => (
+    if keep {
+        (
             errno(rename_with(from, to, libc::RENAME_NOREPLACE)),
             libc::EEXIST,
-        ),
-        false => (errno(fs::rename(from, to)), libc::ENOTEMPTY),
+        )
+    } else {
+        (errno(fs::rename(from, to)), libc::ENOTEMPTY)
     }
 }
 

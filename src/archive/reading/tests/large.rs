@@ -233,9 +233,9 @@ fn a_large_archive_takes_little_memory_and_leaves_no_thread() {
             incoming.write(bytes).unwrap();
         }
         if part == packed.len() {
-            assert!(settles_at(before), "the last write does not end all")
+            assert!(settles_at(before), "the last write does not end all");
         } else {
-            assert!(settles_at(before + 3), "each stage has its thread")
+            assert!(settles_at(before + 3), "each stage has its thread");
         }
         drop(incoming);
         assert!(settles_at(before), "a thread is left");

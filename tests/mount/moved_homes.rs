@@ -270,7 +270,7 @@ fn what_boxlite_collects_of_a_moved_home_comes_back_with_the_mount() {
     assert_eq!(status, 1);
     assert!(said.contains("its layer is still there as"), "{said}");
     let mount = home.mount();
-    assert!(mount.log().contains("are back"), "{}", mount.log());
+    assert!(mount.log().contains("were put back"), "{}", mount.log());
     mount.unmount();
     assert_eq!(bases(&home).len(), count);
     assert_everything_is_there(&home, &before);
@@ -288,7 +288,7 @@ fn deleted_bases_come_back_with_check_repair_and_with_the_next_change() {
     let mount = home.mount();
     fs::remove_dir_all(home.root().join("bases")).unwrap();
     mount.snapshot("web", "later").unwrap();
-    assert!(mount.log().contains("are back"), "{}", mount.log());
+    assert!(mount.log().contains("were put back"), "{}", mount.log());
     mount.unmount();
     assert_everything_is_there(&home, &before);
 }

@@ -62,7 +62,7 @@ pub fn merge_layers(store: &Store, plan: &MergePlan, pace: &mut Pace<'_>) -> Res
     // Any change from here on shows when the layers are checked again.
     store.exports.states.wait_for_clock(&plan.stamped());
     let strategy = choose_strategy(store, &plan, pace)?;
-    crash_point("merge.locked");
+    crash_point("merge.prepared");
     store.exports.plain.let_go_of_unread();
     store.exports.views.let_go_of_unused();
     let mut locked = lock_boxes(store, &plan.boxes)?;
@@ -151,7 +151,7 @@ fn refuse_full(store: &Store, bytes: u64) -> Result<()> {
     Err(Error::new(
         libc::ENOSPC,
         format!(
-            "merging writes {bytes} bytes before it reclaims any, and the file system of the home has no room for them; free some space first"
+            "cannot merge: merging writes {bytes} bytes before it reclaims any, and there is no room for them; free some space first"
         ),
     ))
 }

@@ -1,23 +1,22 @@
 //! boxlitefs mounts a BoxLite home as files.
 //!
-//! The map of the crate. Arrows go one way, from the kernel's side down to the disk:
-//!
-//! ```text
-//! cli ─→ mount ─→ fuse ─→ tree ─→ store ─┬─→ home      rows, paths, the runtime lock; alone knows SQL
-//!                                        ├─→ archive   the .boxlite format ─→ disk
-//!                                        ├─→ disk      layers and chains; alone knows qcow2
-//!                                        └─→ guest     the guest's file systems; alone knows ext4 ─→ disk
-//! ```
+//! The rooms of the crate, from the top down. A room uses the rooms below it and knows nothing of
+//! those above; `tests/layout.rs` checks that.
 //!
 //! * [`cli`]: the command line, and what it prints.
-//! * [`mount`]: options, daemonizing, signals, readiness.
+//! * [`mount`]: options, daemonizing, signals, readiness, unmounting.
 //! * [`fuse`]: fuser's callbacks on the tree.
 //! * [`tree`]: the names and files a user sees, without FUSE.
-//! * [`store`]: what can be done to boxes, one file per change, each in its crash-safe order.
+//! * [`store`]: everything that changes a home, one file per change, each in its crash-safe order.
+//! * [`exports`]: everything that reads disk states and changes nothing.
+//! * [`progress`]: what is going on now.
+//! * `files`: durable links and renames, the workspace, markers.
+//! * [`guest`]: the guest's file systems inside a disk (the only room that knows ext4).
 //! * [`archive`]: the `.boxlite` format, written and read.
-//! * [`guest`]: the guest's file systems inside a disk.
-//! * [`disk`]: one qcow2 layer, and chains of them.
-//! * [`home`]: what BoxLite keeps on disk.
+//! * [`disk`]: one qcow2 layer, and chains of them (the only room that knows qcow2).
+//! * [`event_log`]: the log that a user sees in the mount.
+//! * [`home`]: what BoxLite keeps on disk (the only room that knows SQL).
+//! * `process`: processes, as /proc and pidfds show them.
 //! * `mountinfo`: the mount table.
 //! * [`error`]: the one error type, errno and message.
 

@@ -13,7 +13,8 @@ use parking_lot::Mutex;
 use crate::files::durable;
 use crate::files::listing::names_in;
 use crate::files::waiting_archive::{WaitingArchive, waiting_in};
-use crate::home::{Home, base_id, flock_exclusive, start_time};
+use crate::home::{Home, base_id, flock_exclusive};
+use crate::process::control::start_time;
 use crate::{Context, Result};
 
 /// Prefix of a workspace's name. Entries of `.boxlitefs/` without it are left alone.

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::Once;
 
 use super::paths::Home;
-use super::process::{ignore_signals, start_time};
 use super::records::BoxRecord;
+use crate::process::control::{ignore_signals, start_time};
 
 /// The activity of a box, as far as its disk is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::process::{Process, ignore_signals};
+use crate::process::control::{StoppableProcess, ignore_signals};
 use crate::{Context, Error, Result};
 
 /// The longest time that we pause a virtual machine. Then the guard resumes it in any case.
@@ -45,7 +45,7 @@ impl Guard {
     }
 
     /// Tells the guard about a process.
-    pub fn watch(&mut self, process: &Process) -> Result<()> {
+    pub fn watch(&mut self, process: &StoppableProcess) -> Result<()> {
         let order = format!("{} {}\n", process.pid, process.started);
         self.orders
             .write_all(order.as_bytes())
@@ -92,12 +92,12 @@ pub fn run_guard() {
     let mut processes = Vec::new();
     let is_over = guard_loop(&mut processes);
     if !is_over {
-        processes.iter().rev().for_each(Process::go_on);
+        processes.iter().rev().for_each(StoppableProcess::go_on);
     }
 }
 
 /// Returns true when it was told to end.
-fn guard_loop(processes: &mut Vec<Process>) -> bool {
+fn guard_loop(processes: &mut Vec<StoppableProcess>) -> bool {
     let deadline = Instant::now() + LONGEST;
     let mut input = std::io::stdin().lock();
     let ready = || {
@@ -126,7 +126,8 @@ fn guard_loop(processes: &mut Vec<Process>) -> bool {
             }
             let numbers = line.split_once(' ');
             let numbers = numbers.and_then(|(pid, at)| Some((pid.parse().ok()?, at.parse().ok()?)));
-            let Some(process) = numbers.and_then(|(pid, at)| Process::open(pid, Some(at)).ok())
+            let Some(process) =
+                numbers.and_then(|(pid, at)| StoppableProcess::open(pid, Some(at)).ok())
             else {
                 return false;
             };

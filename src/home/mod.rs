@@ -28,7 +28,6 @@ mod option_types;
 mod options;
 mod paths;
 mod placement;
-mod process;
 mod queries;
 mod read_connection;
 mod recorded_paths;
@@ -53,7 +52,6 @@ pub use option_types::check_options;
 pub use options::{normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};
 pub use placement::reject_linked_box;
-pub use process::start_time;
 pub use queries::Queries;
 pub use recorded_paths::{RecordedIn, RecordedPath};
 pub use records::{

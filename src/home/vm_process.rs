@@ -11,8 +11,8 @@ use rustix::process::Signal;
 use super::activity::live_process;
 use super::guard::Guard;
 use super::paths::Home;
-use super::process::{Process, children, has_open_for_writing};
 use super::records::BoxRecord;
+use crate::process::control::{StoppableProcess, children, has_open_for_writing};
 use crate::{Context, Error, Result};
 
 /// After this time a copy gives up, before the guard has to act.
@@ -43,7 +43,7 @@ pub struct Paused {
 }
 
 struct Stopped {
-    process: Process,
+    process: StoppableProcess,
     /// It was running before, so we resume it.
     by_us: bool,
 }
@@ -89,7 +89,7 @@ impl VmProcess {
 
 impl Paused {
     fn stop_all(&mut self, vm: VmProcess) -> Result<()> {
-        let root = Process::open(vm.pid, Some(vm.started))
+        let root = StoppableProcess::open(vm.pid, Some(vm.started))
             .map_err(|error| Error::busy(format!("process {} can't be paused: {error}", vm.pid)))?;
         self.stop(root)?;
         // The next look finds what it started meanwhile; stopped processes start nothing.
@@ -102,14 +102,14 @@ impl Paused {
             }
             for pid in found {
                 // A process that is gone is as good as stopped.
-                if let Ok(process) = Process::open(pid, None) {
+                if let Ok(process) = StoppableProcess::open(pid, None) {
                     self.stop(process)?;
                 }
             }
         }
     }
 
-    fn stop(&mut self, process: Process) -> Result<()> {
+    fn stop(&mut self, process: StoppableProcess) -> Result<()> {
         let by_us = !process.is_stopped();
         if by_us {
             self.guard.watch(&process)?;

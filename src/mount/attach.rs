@@ -20,8 +20,9 @@ use rustix::mount::{MountFlags, mount};
 use rustix::process::{getgid, getuid};
 
 use super::detach::{self, OwnMount};
-use super::{MountPaths, Options, connection, fusermount, validate};
+use super::{MountPaths, Options, fusermount, validate};
 use crate::mountinfo::{MountEntry, MountTable};
+use crate::process::connection;
 use crate::{Context, Error, Result};
 
 /// How long to wait for another process that mounts on the same directory.

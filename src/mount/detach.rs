@@ -19,8 +19,9 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, statx};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::{connection, fusermount};
+use super::fusermount;
 use crate::mountinfo::{MountEntry, MountId, MountTable};
+use crate::process::connection;
 use crate::{Context, Error, Result};
 
 /// How often an idle mount is marked. Each access to a file in it, by any process, removes the

@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::process::Process;
 use crate::mountinfo::{Device, MountId, MountTable};
+use crate::process::observed::Process;
 
 /// How many holders a message names.
 const NAMED: usize = 3;

@@ -5,7 +5,6 @@
 
 mod allocator;
 mod attach;
-mod connection;
 mod daemonize;
 mod detach;
 mod documented;
@@ -13,7 +12,6 @@ mod fusermount;
 mod holders;
 mod logging;
 mod options;
-mod process;
 mod serve;
 mod signals;
 mod systemd;

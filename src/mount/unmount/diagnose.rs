@@ -5,8 +5,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::super::holders::{self, NamespaceMount};
-use super::super::process::Process;
 use crate::mountinfo::{Device, MountEntry, MountTable};
+use crate::process::observed::Process;
 use crate::{Error, Result};
 
 /// Finds the mount of boxlitefs on a path.

@@ -4,9 +4,9 @@ use std::fmt;
 use std::time::Duration;
 
 use super::super::holders::{self, NamespaceMount};
-use super::super::process::{OpenProcess, Process};
 use super::diagnose;
 use crate::mountinfo::{Device, MountId};
+use crate::process::observed::{OpenProcess, Process};
 
 /// How long to wait for the end of a process without a message.
 const MOMENT: Duration = Duration::from_secs(1);

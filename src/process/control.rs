@@ -20,22 +20,22 @@ pub fn start_time(pid: u32) -> Option<u64> {
 }
 
 /// A process by its pidfd. Its number may be reused; the pidfd is not.
-pub(super) struct Process {
+pub struct StoppableProcess {
     pub pid: u32,
     pub started: u64,
     handle: OwnedFd,
 }
 
-impl Process {
+impl StoppableProcess {
     /// Opens the process with this number. If `started` is known, it must have started then.
-    pub fn open(pid: u32, started: Option<u64>) -> std::io::Result<Process> {
+    pub fn open(pid: u32, started: Option<u64>) -> std::io::Result<StoppableProcess> {
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
         let number = number.ok_or_else(|| std::io::Error::from_raw_os_error(libc::ESRCH))?;
         let handle = pidfd_open(number, PidfdFlags::empty())?;
         // Read with the pidfd open: the number belongs to that process as long as it lives.
         let now = start_time(pid).filter(|now| started.is_none_or(|started| started == *now));
         match now {
-            Some(started) => Ok(Process {
+            Some(started) => Ok(StoppableProcess {
                 pid,
                 started,
                 handle,
@@ -99,7 +99,7 @@ impl Process {
 }
 
 /// Returns the children of a process.
-pub(super) fn children(pid: u32) -> Vec<u32> {
+pub fn children(pid: u32) -> Vec<u32> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
     };
@@ -113,7 +113,7 @@ pub(super) fn children(pid: u32) -> Vec<u32> {
 
 /// Returns whether a process is seen to have a file open for writing. It does not follow the links
 /// of open files: they may lead into our own mount, which would have to answer itself.
-pub(super) fn has_open_for_writing(pid: u32, file: &Path, inode: u64) -> bool {
+pub fn has_open_for_writing(pid: u32, file: &Path, inode: u64) -> bool {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else {
         return false;
     };
@@ -138,7 +138,7 @@ pub(super) fn has_open_for_writing(pid: u32, file: &Path, inode: u64) -> bool {
 }
 
 /// Ignores signals from now on, also in programs that this process starts.
-pub(super) fn ignore_signals(signals: &[i32]) {
+pub fn ignore_signals(signals: &[i32]) {
     for signal in signals {
         // SAFETY: SIG_IGN is no handler of ours, so nothing runs in signal context.
         unsafe { libc::signal(*signal, libc::SIG_IGN) };
@@ -155,8 +155,8 @@ mod tests {
     fn a_number_that_is_another_process_by_now_is_never_signalled() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let started = start_time(child.id()).unwrap();
-        assert!(Process::open(child.id(), Some(started + 1)).is_err());
-        let process = Process::open(child.id(), Some(started)).unwrap();
+        assert!(StoppableProcess::open(child.id(), Some(started + 1)).is_err());
+        let process = StoppableProcess::open(child.id(), Some(started)).unwrap();
         assert!(!process.is_stopped());
         process.signal(Signal::STOP).unwrap();
         while !process.is_stopped() {

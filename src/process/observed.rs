@@ -19,7 +19,7 @@ const COMMAND: usize = 60;
 
 /// A process, by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Process(u32);
+pub struct Process(u32);
 
 impl Process {
     /// This process.
@@ -127,7 +127,7 @@ impl fmt::Display for Process {
 }
 
 /// A process that can be waited for.
-pub(super) struct OpenProcess {
+pub struct OpenProcess {
     process: Process,
     pidfd: OwnedFd,
 }

@@ -10,7 +10,7 @@ const CONNECTION: &str = "fuse_connection:";
 
 /// Whether the kernel still has the file system whose requests come from this descriptor of
 /// /dev/fuse.
-pub(super) fn is_connected(requests: &OwnedFd) -> bool {
+pub fn is_connected(requests: &OwnedFd) -> bool {
     let mut request = [PollFd::new(requests, PollFlags::empty())];
     let at_once = Timespec::default();
     match poll(&mut request, Some(&at_once)) {
@@ -21,14 +21,14 @@ pub(super) fn is_connected(requests: &OwnedFd) -> bool {
 
 /// Returns the number of the connection, which is also the minor number of its device. None before
 /// Linux 6.16, which does not tell.
-pub(super) fn number_of(requests: &OwnedFd) -> Option<u32> {
+pub fn number_of(requests: &OwnedFd) -> Option<u32> {
     let number = requests.as_raw_fd();
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
     numbers(&info).next()
 }
 
 /// The numbers of connections in the fdinfo of a descriptor.
-pub(super) fn numbers(fdinfo: &str) -> impl Iterator<Item = u32> {
+pub fn numbers(fdinfo: &str) -> impl Iterator<Item = u32> {
     fdinfo
         .lines()
         .filter_map(|line| line.strip_prefix(CONNECTION)?.trim().parse().ok())

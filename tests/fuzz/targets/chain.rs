@@ -7,7 +7,7 @@
 #![no_main]
 
 use boxlitefs::disk::{
-    Chain, Extent, Flattened, Header, DataSource, chain_paths, inspect_standalone, rebase,
+    Chain, DataSource, Extent, Flattened, Header, chain_paths, inspect_standalone, rebase,
 };
 use boxlitefs_fuzz::{are_zeros, scratch};
 use libfuzzer_sys::fuzz_target;

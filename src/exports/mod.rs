@@ -7,11 +7,11 @@ mod compressed;
 mod compressed_cache;
 mod disk_view;
 mod disks;
+mod open_home;
 mod paused_copy;
 mod plain;
 mod production;
 mod recent;
-mod shared;
 mod spool;
 mod spooling;
 mod states;
@@ -23,10 +23,10 @@ pub use compressed_cache::{CacheUsage, Compression};
 pub use disk_view::{DiskState, DiskViews, OpenDisk};
 pub(crate) use disks::display_name;
 pub use disks::{Disks, Source};
+pub(crate) use open_home::OpenHome;
 pub use paused_copy::PausedCopies;
 pub use plain::{Contents, Form, PlainExports};
 pub use production::{OpenedCompressed, Packed, Waiter};
-pub(crate) use shared::Shared;
 pub use spool::Spool;
 pub(crate) use states::States;
 
@@ -51,24 +51,24 @@ pub struct Exports {
 
 impl Exports {
     /// Returns the exports of a home with empty caches.
-    pub(crate) fn new(shared: &Shared, compression: Compression) -> Exports {
-        let disks = Arc::new(Disks::new(shared.home.clone()));
+    pub(crate) fn new(opened: &OpenHome, compression: Compression) -> Exports {
+        let disks = Arc::new(Disks::new(opened.home.clone()));
         let states = Arc::new(States::new(
             disks.clone(),
-            shared.workspace.clone(),
-            shared.is_read_only,
+            opened.workspace.clone(),
+            opened.is_read_only,
         ));
         let plain = Arc::new(PlainExports::new(
             disks.clone(),
             states.clone(),
-            shared.sizes.clone(),
-            shared.foreground.clone(),
+            opened.sizes.clone(),
+            opened.foreground.clone(),
         ));
-        let copies = Arc::new(PausedCopies::new(shared, disks.clone(), plain.clone()));
+        let copies = Arc::new(PausedCopies::new(opened, disks.clone(), plain.clone()));
         let archives = CompressedArchives::new(
-            shared.home.clone(),
-            shared.workspace.clone(),
-            shared.is_read_only,
+            opened.home.clone(),
+            opened.workspace.clone(),
+            opened.is_read_only,
             compression,
         );
         let compressed = CompressedExports::new(
@@ -76,8 +76,8 @@ impl Exports {
             plain.clone(),
             states.clone(),
             archives,
-            shared.sizes.clone(),
-            shared.operations.clone(),
+            opened.sizes.clone(),
+            opened.operations.clone(),
         );
         Exports {
             views: DiskViews::new(disks.clone(), states.clone()),

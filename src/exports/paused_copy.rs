@@ -18,9 +18,9 @@ use crate::archive::Export;
 use crate::disk::{self, Chain, FileId};
 use crate::event_log::EventLog;
 use crate::exports::disks::{Disks, Source, display_name};
+use crate::exports::open_home::OpenHome;
 use crate::exports::plain::{Contents, Form, PlainExports, about_of};
 use crate::exports::production::{POLL_INTERVAL, interrupted};
-use crate::exports::shared::Shared;
 use crate::files::copies::{can_share, copy_contents};
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
@@ -70,18 +70,18 @@ impl PausedCopy {
 impl PausedCopies {
     /// Returns the exports of any box in a home, with no copies.
     pub(crate) fn new(
-        shared: &Shared,
+        opened: &OpenHome,
         disks: Arc<Disks>,
         plain: Arc<PlainExports>,
     ) -> PausedCopies {
         PausedCopies {
-            home: shared.home.clone(),
+            home: opened.home.clone(),
             disks,
             plain,
-            workspace: shared.workspace.clone(),
-            events: shared.events.clone(),
-            foreground: shared.foreground.clone(),
-            is_read_only: shared.is_read_only,
+            workspace: opened.workspace.clone(),
+            events: opened.events.clone(),
+            foreground: opened.foreground.clone(),
+            is_read_only: opened.is_read_only,
             kept: Arc::default(),
             copying: Mutex::default(),
         }

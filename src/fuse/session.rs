@@ -59,7 +59,7 @@ pub fn serve(
         .run()
         .map_err(|e| Error::io("serving the mount failed", e));
     let served = served.or_else(|error| failed().and(Err(error)));
-    tree.keep_waiting();
+    tree.make_boxes_of_waiting_archives();
     tree.close();
     // Work under way completes, and the workspace is removed with the tree.
     let deadline = Instant::now() + LAST_WORK;

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::documented::DOCUMENTED_OPTIONS;
-use crate::tree::{Compacting, Compression, Imports, Links};
+use crate::tree::{Compacting, Compression, ImportLimits, Links};
 use crate::{Error, Result};
 
 /// The options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
@@ -27,7 +27,7 @@ pub struct Options {
     /// `compact=SECONDS`.
     pub compacting: Compacting,
     /// `max_import=SIZE` and `import=trusted|untrusted`.
-    pub imports: Imports,
+    pub imports: ImportLimits,
     /// `links=inside|guest`.
     pub links: Links,
 }
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn what_archives_may_bring_is_checked() {
-        assert_eq!(parse("ro").unwrap().imports, Imports::default());
+        assert_eq!(parse("ro").unwrap().imports, ImportLimits::default());
         let options = parse("max_import=20G,import=untrusted").unwrap();
         assert_eq!(options.imports.most, Some(20 << 30));
         assert!(options.imports.untrusted);

@@ -75,7 +75,7 @@ fn open_tree(paths: &MountPaths, options: &Options) -> Result<Arc<Tree>> {
             links: options.links,
         },
     )?;
-    tree.tell_of_mount(MountFacts {
+    tree.set_mount_facts(MountFacts {
         mountpoint: paths.mountpoint.clone(),
         options: options.to_json(),
     });

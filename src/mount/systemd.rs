@@ -41,7 +41,7 @@ fn is_alive(tree: &Weak<Tree>) -> bool {
     let Some(tree) = tree.upgrade() else {
         return false;
     };
-    if let Err(error) = tree.look_at_root() {
+    if let Err(error) = tree.check_alive() {
         log::debug!("the home can't be read at the moment: {error}");
     }
     true

@@ -1,14 +1,14 @@
 //! Everything that changes a home. Each change is crash-safe: it follows the order in the table of
 //! `docs/design/layers.md`.
 //!
-//! * `verbs`: one file for each change that a user can ask for.
+//! * `verbs`: the changes that a user can ask for.
 //! * `maintenance`: recovery when a mount begins, background compaction, check, compact and usage.
 //! * `access`: the right to change a box, and the checks that refuse a change.
 //! * `layers`: the image files and which reads from which.
 //!
 //! The store knows homes, layers and archives. It knows nothing of names in a mount, handles or
-//! FUSE. A change begins with `access::lock::lock_box`, which takes the lock, reads fresh rows
-//! and recovers the box.
+//! FUSE. A change begins with a function of `access::lock`, which takes the lock, reads fresh rows
+//! and checks whether the box may be changed; most recover the box, too.
 
 mod access;
 mod layers;
@@ -24,24 +24,24 @@ use parking_lot::Mutex;
 pub use access::preflight::{
     refuse_unready, refuse_unready_for_import, refuse_unready_for_restore,
 };
+pub use layers::snapshot_place::NewSnapshotIdentity;
 pub use maintenance::background::{BackgroundCompaction, Compacting};
 pub use maintenance::usage::{Usage, usage_of, usage_of_box};
 pub use maintenance::{check, compact};
-pub use verbs::clone::{NewSnapshotName, clone_box, share_snapshot};
-pub use verbs::import::{
-    SnapshotContents, date_snapshot, import_box, import_snapshot, is_live, replace_snapshot,
-};
-pub use verbs::import_stream::{ImportStream, ImportTarget, Imports, receive};
-pub use verbs::install::NewClone;
-pub use verbs::remove_box::{Gone, SeenDisk, remove_box, see_disk};
+pub use verbs::clone::{clone_box, clone_snapshot};
+pub use verbs::import::{date_snapshot, import_box, import_snapshot};
+pub use verbs::import_stream::{ImportLimits, ImportStream, ImportTarget, receive};
+pub use verbs::install::NewBoxIdentity;
+pub use verbs::remove_box::{SeenBox, SeenDisk, remove_box, see_disk};
 pub use verbs::remove_snapshot::remove_snapshot;
 pub use verbs::rename::{rename_box, rename_snapshot};
+pub use verbs::replace_snapshot::live_equals_snapshot;
 pub use verbs::restore::{restore_archive, restore_box};
 pub use verbs::snapshot::snapshot_box;
-pub use verbs::waiting::{keep_archive, keep_copy, note_waiting};
+pub use verbs::waiting_files::{keep_archive, keep_copy, note_waiting};
 
 use crate::event_log::EventLog;
-use crate::exports::{Compression, Exports, Shared};
+use crate::exports::{Compression, Exports, OpenHome};
 use crate::files::workspace::Workspace;
 use crate::home::Home;
 use crate::progress::Operations;
@@ -63,12 +63,12 @@ struct Access {
 
 /// An open home and what is needed to change it.
 pub struct Store {
-    shared: Shared,
+    opened: OpenHome,
     exports: Exports,
     layers: LayerScanner,
     spares: Arc<SpareNames>,
     access: Access,
-    imports: Imports,
+    imports: ImportLimits,
     usage: Mutex<UsageCache>,
 }
 
@@ -102,9 +102,9 @@ impl Store {
                 "{error}: the home is opened read-only, as with -o ro"
             ));
         }
-        let mut store = Store::new(Shared::new(home, events, read_only), compression);
+        let mut store = Store::new(OpenHome::new(home, events, read_only), compression);
         store.access.is_shared = is_shared;
-        if let Some(message) = store.shared.sizes.newer() {
+        if let Some(message) = store.opened.sizes.newer() {
             store.events().info_once(message);
         }
         if let Some(why) = store.home().catalog()?.schema().read_only.clone() {
@@ -116,41 +116,41 @@ impl Store {
             );
         } else {
             maintenance::at_mount::recover_at_mount(&store);
-            access::room::keep_reserve(&store);
+            access::deletion_space::keep_reserve(&store);
         }
         Ok(store)
     }
 
     /// Returns the store with these limits for imported archives.
-    pub fn taking(self, imports: Imports) -> Store {
+    pub fn with_import_limits(self, imports: ImportLimits) -> Store {
         Store { imports, ..self }
     }
 
     /// Returns a read-only store, without recovery.
     fn without_recovery(home: Home, events: EventLog) -> Store {
-        Store::new(Shared::new(home, events, true), Compression::default())
+        Store::new(OpenHome::new(home, events, true), Compression::default())
     }
 
-    fn new(shared: Shared, compression: Compression) -> Store {
-        let exports = Exports::new(&shared, compression);
+    fn new(opened: OpenHome, compression: Compression) -> Store {
+        let exports = Exports::new(&opened, compression);
         let spares = Arc::new(SpareNames::new(
-            shared.home.clone(),
-            shared.workspace.clone(),
+            opened.home.clone(),
+            opened.workspace.clone(),
         ));
         Store {
-            layers: LayerScanner::new(shared.home.clone(), exports.states.clone(), spares.clone()),
+            layers: LayerScanner::new(opened.home.clone(), exports.states.clone(), spares.clone()),
             spares,
             exports,
-            shared,
+            opened,
             access: Access::default(),
-            imports: Imports::default(),
+            imports: ImportLimits::default(),
             usage: Mutex::default(),
         }
     }
 
     /// Returns the home that is open.
     pub fn home(&self) -> &Home {
-        &self.shared.home
+        &self.opened.home
     }
 
     /// Returns the readers of the home's disk states.
@@ -160,21 +160,21 @@ impl Store {
 
     /// Returns the log that users see in the mount.
     pub fn events(&self) -> &EventLog {
-        &self.shared.events
+        &self.opened.events
     }
 
     /// Returns the operations that are under way.
     pub fn operations(&self) -> &Arc<Operations> {
-        &self.shared.operations
+        &self.opened.operations
     }
 
     fn workspace(&self) -> &Workspace {
-        &self.shared.workspace
+        &self.opened.workspace
     }
 
     /// Returns whether the home was opened read-only, so that all changes are refused.
     pub fn is_read_only(&self) -> bool {
-        self.shared.is_read_only
+        self.opened.is_read_only
     }
 
     /// Refuses a change if the home was opened read-only.

@@ -1,6 +1,6 @@
 //! The names and files a user sees, without FUSE.
 //!
-//! Plain Rust that returns [`Result`]; `fuse.rs` only translates. The rooms, from the top down,
+//! Plain Rust that returns [`Result`]; `fuse/` only translates. The rooms, from the top down,
 //! each of which uses only those below:
 //!
 //! * `changes`: what makes, renames and removes names.
@@ -47,7 +47,7 @@ use crate::{Error, Result};
 pub use crate::exports::Compression;
 pub use crate::home::Space;
 pub use crate::process::Caller;
-pub use crate::store::{Compacting, Imports};
+pub use crate::store::{Compacting, ImportLimits};
 pub use changes::create::SetAttr;
 pub use changes::rename::RenameMode;
 pub use handles::OpenAnswer;
@@ -84,7 +84,7 @@ impl Tree {
             options.is_shared,
             options.compression,
         )?;
-        let store = Arc::new(store.taking(options.imports));
+        let store = Arc::new(store.with_import_limits(options.imports));
         let upkeep = if store.is_read_only() {
             None
         } else {
@@ -121,17 +121,17 @@ impl Tree {
     }
 
     /// Sets what `.boxlite/status` says of the mount itself. Only the first call counts.
-    pub fn tell_of_mount(&self, facts: MountFacts) {
+    pub fn set_mount_facts(&self, facts: MountFacts) {
         self.view.home.status.set_facts(facts);
     }
 
-    /// Sets what has the kernel drop the pages that it has of an inode. Only the first call counts.
+    /// Sets the function that has the kernel drop its cached pages of an inode. Only the first call counts.
     pub fn on_drop_pages(&self, drop_pages: impl Fn(u64) + Send + Sync + 'static) {
         self.kernel.on_drop_pages(drop_pages);
     }
 
     /// Makes a box of each archive that waits. The log has the name of each box, and each failure.
-    pub fn keep_waiting(&self) {
+    pub fn make_boxes_of_waiting_archives(&self) {
         self.committer.waiting().keep_all();
     }
 
@@ -145,7 +145,7 @@ impl Tree {
     ///
     /// # Errors
     /// Those of reading the home.
-    pub fn look_at_root(&self) -> Result<()> {
+    pub fn check_alive(&self) -> Result<()> {
         let caller = Caller {
             tid: std::process::id(),
         };

@@ -1,7 +1,7 @@
 //! How a home is shown.
 
 use crate::exports::Compression;
-use crate::store::{Compacting, Imports};
+use crate::store::{Compacting, ImportLimits};
 
 /// How a home is shown.
 #[derive(Clone, Copy, Debug, Default)]
@@ -15,7 +15,7 @@ pub struct Options {
     /// When layers are merged.
     pub compacting: Compacting,
     /// What archives may bring.
-    pub imports: Imports,
+    pub imports: ImportLimits,
     /// What links of guests say.
     pub links: Links,
 }

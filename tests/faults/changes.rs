@@ -189,6 +189,13 @@ fn with_an_older_backup() -> TestHome {
     home
 }
 
+/// Beside the box, a backup of it with a snapshot `old`. The box did not change since its snapshot `kept`.
+fn with_a_snapshot_to_replace() -> TestHome {
+    let home = with_a_backup();
+    home.mount().snapshot("web", "kept").unwrap();
+    home
+}
+
 /// A box `other` that BoxLite cloned from `web`: it reads a layer in the directory of that.
 fn with_boxlites_clone() -> TestHome {
     let home = TestHome::in_memory();
@@ -558,6 +565,27 @@ pub const RESTORE_BACKUP: Change = Change {
     },
 };
 
+pub const REPLACE: Change = Change {
+    name: "snapshot that replaces another",
+    by: By::Mount,
+    prepare: with_a_snapshot_to_replace,
+    act: |mount| {
+        let backup = mount.root().with_file_name("backup/snapshots/old");
+        let export = mount.at("web/snapshots/kept/export.boxlite");
+        copy(&backup.join("export.boxlite"), &export)
+    },
+    points: &[
+        "import.snapshot",
+        "replace.marked",
+        "snapshot.recorded",
+        "remove.unlinked",
+    ],
+    whole: |boxes| {
+        let snapshots = &mut boxes.get_mut("web").unwrap().snapshots;
+        snapshots.insert("kept".to_owned(), snapshots["old"].clone());
+    },
+};
+
 pub const RENAME: Change = Change {
     name: "rename of a snapshot",
     by: By::Mount,
@@ -709,7 +737,7 @@ pub const PUT_BACK: Change = Change {
 };
 
 /// All of them.
-pub const CHANGES: [&Change; 27] = [
+pub const CHANGES: [&Change; 28] = [
     &PATHS,
     &PUT_BACK,
     &SNAPSHOT,
@@ -727,6 +755,7 @@ pub const CHANGES: [&Change; 27] = [
     &RESTORE,
     &RESTORE_FROM_ANOTHER,
     &RESTORE_BACKUP,
+    &REPLACE,
     &RENAME,
     &RENAME_BOX,
     &REMOVE_BOX,

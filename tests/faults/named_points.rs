@@ -152,6 +152,11 @@ fn a_restore_of_a_backup_that_is_cut_off_leaves_the_old_disk_or_the_new() {
 }
 
 #[test]
+fn a_replacement_of_a_snapshot_that_is_cut_off_leaves_the_old_or_the_new() {
+    survives(&REPLACE);
+}
+
+#[test]
 fn a_snapshots_rename_that_is_cut_off_leaves_one_of_its_names() {
     survives(&RENAME);
 }

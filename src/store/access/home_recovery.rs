@@ -9,7 +9,7 @@ use crate::files::listing::names_in;
 use crate::files::markers::UNRECORDED;
 use crate::home::{Activity, BaseRecord, Change};
 use crate::store::Store;
-use crate::store::access::lock::refuse_strangers_in;
+use crate::store::access::lock::refuse_foreign_paths_in;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::path_spelling::put_paths_right;
 use crate::store::access::recovery::recover_box;
@@ -62,7 +62,7 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
     let mut recovered = Vec::new();
     for record in boxes {
         locked.record = record;
-        if let Err(error) = refuse_strangers_in(&locked, &layers) {
+        if let Err(error) = refuse_foreign_paths_in(&locked, &layers) {
             all_are_at_home = false;
             store.events().info(&error.to_string());
             continue;

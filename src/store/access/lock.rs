@@ -7,10 +7,10 @@ use crate::exports::display_name;
 use crate::files::durable;
 use crate::home::{Activity, Change, VmProcess, reject_linked_box};
 use crate::store::Store;
+use crate::store::access::beside_runtime::{cloned_just_now, refuse_pending, refuse_unsettled};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::path_spelling::{has_right_paths, put_paths_right, refuse_mounted_twice};
 use crate::store::access::recovery::recover_box;
-use crate::store::access::shared::{cloned_just_now, refuse_pending, refuse_unsettled};
 use crate::store::layers::adopt::{adopt_frozen_chains, adopt_own_chains};
 use crate::store::layers::bases::new_base;
 use crate::store::layers::graph::LayerGraph;
@@ -92,10 +92,14 @@ fn lock_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result
 fn refuse_unfit(locked: &LockedBox<'_>) -> Result<()> {
     locked.change.watch(&locked.record)?;
     locked.store.exports.disks.refuse_active(&locked.record)?;
-    refuse_strangers(locked)
+    refuse_foreign_paths(locked)
 }
 
-fn make_ready(locked: &mut LockedBox<'_>) -> Result<()> {
+/// Recovers the box, and completes its layers and references.
+///
+/// # Errors
+/// Those of [`lock_box`].
+pub fn make_ready(locked: &mut LockedBox<'_>) -> Result<()> {
     if locked.change.is_shared() {
         refuse_unsettled(locked)?;
     } else {
@@ -129,7 +133,7 @@ pub fn switch_to_source(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> 
 /// written.
 fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
     locked.change.watch(&locked.record)?;
-    refuse_strangers(locked)?;
+    refuse_foreign_paths(locked)?;
     if locked.store.home().activity(&locked.record) == Activity::Idle {
         return make_ready(locked);
     }
@@ -163,17 +167,17 @@ fn switch_unprepared(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
 ///
 /// # Errors
 /// EPERM.
-pub fn refuse_strangers(locked: &LockedBox<'_>) -> Result<()> {
+pub fn refuse_foreign_paths(locked: &LockedBox<'_>) -> Result<()> {
     locked.store.exports.disks.refuse_copied(&locked.record)?;
     reject_linked_box(locked.store.home(), &locked.record.id)?;
     refuse_foreign_layers(locked)
 }
 
-/// Refuses a box as [`refuse_strangers`] does, by headers that were already read.
+/// Refuses a box as [`refuse_foreign_paths`] does, by headers that were already read.
 ///
 /// # Errors
 /// EPERM.
-pub fn refuse_strangers_in(locked: &LockedBox<'_>, layers: &LayerGraph) -> Result<()> {
+pub fn refuse_foreign_paths_in(locked: &LockedBox<'_>, layers: &LayerGraph) -> Result<()> {
     locked.store.exports.disks.refuse_copied(&locked.record)?;
     reject_linked_box(locked.store.home(), &locked.record.id)?;
     let tops = locked.tops()?;
@@ -270,7 +274,7 @@ fn complete_refs(locked: &mut LockedBox<'_>) -> Result<()> {
 
 fn begin_change(store: &Store) -> Result<()> {
     store.refuse_read_only()?;
-    store.shared.foreground.touch();
+    store.opened.foreground.touch();
     // A crash leaves the workspace behind, which tells the next mount of the crash. Making it fails
     // on a full disk; the change goes on, for it may be the one that frees space.
     let _ = store.workspace().make();

@@ -7,7 +7,7 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// EINVAL.
-pub fn refuse_bad_name(name: &str) -> Result<()> {
+pub fn refuse_bad_snapshot_name(name: &str) -> Result<()> {
     if is_snapshot_name(name) {
         return Ok(());
     }
@@ -23,7 +23,7 @@ pub fn refuse_bad_name(name: &str) -> Result<()> {
 ///
 /// # Errors
 /// EEXIST.
-pub fn refuse_taken_name(change: &Change<'_>, name: &str) -> Result<()> {
+pub fn refuse_taken_box_name(change: &Change<'_>, name: &str) -> Result<()> {
     if change.is_name_taken(name)? {
         return Err(Error::new(
             libc::EEXIST,

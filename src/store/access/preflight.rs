@@ -3,10 +3,11 @@
 
 use crate::Result;
 use crate::store::Store;
+use crate::store::access::deletion_space::delete_with_room;
 use crate::store::access::lock::{begin_shared_change, lock_shared_unprepared, lock_unprepared};
-use crate::store::access::room::delete_with_room;
 
-/// Refuses if a change of the box would be refused now.
+/// Refuses if a change of the box would be refused now. On a full disk it first gives up the space
+/// that is reserved for deleting.
 ///
 /// # Errors
 /// EROFS, EBUSY while the box runs or a runtime has the home, EPERM in a copied home, ENOENT.

@@ -14,11 +14,11 @@ use crate::exports::display_name;
 use crate::files::durable;
 use crate::files::listing::{names_in, resolve};
 use crate::files::markers::UNRECORDED;
-use crate::home::{is_snapshot_name, snapshot_id};
+use crate::home::is_snapshot_name;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::graph::{LayerGraph, Role};
-use crate::store::layers::snapshot_place::record_snapshot;
+use crate::store::layers::snapshot_place::{NewSnapshotIdentity, record_snapshot};
 use crate::{Error, Result};
 
 /// Brings the box into a state that a change may start from.
@@ -141,17 +141,20 @@ fn recover_snapshot_dirs(locked: &mut LockedBox<'_>) -> Result<()> {
     let rows = locked.snapshots()?;
     let snapshots = locked.store.home().snapshots_dir(&locked.record.id);
     for name in names_in(&snapshots)? {
+        let dir = snapshots.join(&name);
+        let is_marked = dir.join(UNRECORDED).exists();
         let has_row = rows.iter().any(|row| {
             let recorded = row.base_path().unwrap_or_default();
-            let resolved = resolve(Path::new(&recorded));
-            row.name == name || resolved.is_ok_and(|p| p.starts_with(snapshots.join(&name)))
+            let layer = resolve(Path::new(&recorded)).unwrap_or_default();
+            // A snapshot that replaced this one has its name, and another directory.
+            let is_replaced = is_marked && layer.starts_with(&snapshots);
+            layer.starts_with(&dir) || (row.name == name && !is_replaced)
         });
         if has_row {
-            durable::unlink(&snapshots.join(&name).join(UNRECORDED))?;
+            durable::unlink(&dir.join(UNRECORDED))?;
             continue;
         }
         // Beside a runtime we make directories under a name that no snapshot can have.
-        let is_marked = snapshots.join(&name).join(UNRECORDED).exists();
         if !is_snapshot_name(&name) && !is_marked {
             continue;
         }
@@ -183,7 +186,8 @@ fn recover_snapshot_dir(locked: &mut LockedBox<'_>, name: &str) -> Result<()> {
     if layers.readers_of(&path).next().is_some() && is_snapshot_name(name) {
         let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);
         adopt(locked, &path)?;
-        record_snapshot(locked, &snapshot_id()?, name, &path, virtual_size, None)?;
+        let new = NewSnapshotIdentity::taken_now(name)?;
+        record_snapshot(locked, &new, &path, virtual_size)?;
         locked.store.events().info(&format!(
             "box {}: recorded snapshot {name}, which BoxLite had completed without a row",
             display_name(&locked.record)

@@ -20,15 +20,15 @@ use crate::{Error, Result, disk};
 /// The slow part of a change, done before the lock is taken. The change checks the draft's
 /// assumptions again under the lock.
 pub struct Draft {
-    /// Path of the base that the frozen layer will be.
+    /// Path in `bases/` that the frozen layer will get.
     pub base: PathBuf,
     /// The overlay that will replace the live disk, if the live disk will be frozen.
     pub overlay: Option<PathBuf>,
     /// Virtual size of the disk in bytes.
     pub virtual_size: u64,
-    /// The upper layers of the chain as one image, if the chain is too long for another overlay.
+    /// The upper layers of the chain as one image. Set if the chain is too long for another overlay.
     pub flat: Option<FlattenedLayers>,
-    /// The state of a disk whose box was running when it was read.
+    /// The copy of a disk whose box was running when it was read.
     pub running: Option<RunningState>,
 }
 
@@ -100,11 +100,11 @@ pub fn draft_clone(store: &Store, source: &Source) -> Result<Draft> {
     let holds_data = Layer::open(&top, Format::Qcow2)?.holds_data()?;
     let below = disk::chain_paths(&top)?.len() - usize::from(!holds_data);
     if below <= MOST_BACKING {
-        return draft_share(store, source);
+        return draft_snapshot_clone(store, source);
     }
     refuse_active_box(store, source.box_id())?;
     let Some(flat) = shortened(store, &top)? else {
-        return draft_share(store, source);
+        return draft_snapshot_clone(store, source);
     };
     Ok(Draft {
         base: store.home().base_disk(&base_id()?),
@@ -119,7 +119,7 @@ pub fn draft_clone(store: &Store, source: &Source) -> Result<Draft> {
 ///
 /// # Errors
 /// As [`draft_freeze`].
-pub fn draft_share(store: &Store, source: &Source) -> Result<Draft> {
+pub fn draft_snapshot_clone(store: &Store, source: &Source) -> Result<Draft> {
     match source {
         Source::Live { box_id } => draft_freeze(store, box_id),
         Source::Snapshot { .. } => Ok(Draft {
@@ -186,8 +186,8 @@ impl Drop for Draft {
     }
 }
 
-/// Refuses to use what was read of a disk state if the state is another now: the result would
-/// differ from the state.
+/// Refuses to use what was read of a disk state if the state has changed since: the result would
+/// mix two states.
 ///
 /// # Errors
 /// EIO when the state changed, and those of reading it.

@@ -8,8 +8,8 @@ use crate::disk::{FileId, Format, Header, Layer};
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::listing::resolve;
+use crate::store::access::beside_runtime::{replace_live, replaced_just_now};
 use crate::store::access::locked_box::LockedBox;
-use crate::store::access::shared::{replace_live, replaced_just_now};
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::draft::Draft;
 use crate::store::layers::frozen::{Frozen, FrozenDisk, record_frozen};
@@ -166,7 +166,7 @@ fn install_flat(
 ///
 /// # Errors
 /// EBUSY when the disk changed meanwhile; those of system calls and of SQLite.
-pub fn frozen_flat(
+pub fn install_flattened(
     locked: &mut LockedBox<'_>,
     draft: &Draft,
     top: &Path,
@@ -190,7 +190,7 @@ pub fn frozen_flat(
 ///
 /// # Errors
 /// EIO when the layer is not a qcow2 image, and those of [`adopt`].
-pub fn frozen_snapshot(locked: &mut LockedBox<'_>, layer: &Path) -> Result<FrozenDisk> {
+pub fn adopt_snapshot_layer(locked: &mut LockedBox<'_>, layer: &Path) -> Result<FrozenDisk> {
     let header = Header::open(layer)?
         .ok_or_else(|| Error::damaged(format!("{} is not a qcow2 image", layer.display())))?;
     let virtual_size = header.virtual_size;

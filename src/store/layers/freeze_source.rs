@@ -4,7 +4,7 @@ use crate::Result;
 use crate::exports::Source;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::draft::Draft;
-use crate::store::layers::freeze::{freeze_live, frozen_flat, frozen_snapshot};
+use crate::store::layers::freeze::{adopt_snapshot_layer, freeze_live, install_flattened};
 use crate::store::layers::frozen::FrozenDisk;
 use crate::store::layers::running::freeze_running;
 
@@ -12,7 +12,7 @@ use crate::store::layers::running::freeze_running;
 ///
 /// # Errors
 /// EBUSY when the source is the live disk of a running box; those of [`freeze_live`],
-/// [`frozen_flat`], [`frozen_snapshot`] and [`freeze_running`].
+/// [`install_flattened`], [`adopt_snapshot_layer`] and [`freeze_running`].
 pub fn freeze_source(
     locked: &mut LockedBox<'_>,
     source: &Source,
@@ -33,11 +33,11 @@ pub fn freeze_source(
             .disks
             .snapshot_layer(&locked.snapshot(snapshot_id)?),
     };
-    if let Some(flat) = frozen_flat(locked, draft, &layer)? {
+    if let Some(flat) = install_flattened(locked, draft, &layer)? {
         return Ok(flat);
     }
     match source {
         Source::Live { .. } => freeze_live(locked, draft),
-        Source::Snapshot { .. } => frozen_snapshot(locked, &layer),
+        Source::Snapshot { .. } => adopt_snapshot_layer(locked, &layer),
     }
 }

@@ -9,13 +9,42 @@ use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::markers::{UNRECORDED, mark_unrecorded, write_mark};
 use crate::files::workspace::Scratch;
-use crate::home::{NewSnapshot, SnapshotRecord};
+use crate::home::{NewSnapshot, SnapshotRecord, snapshot_id};
 use crate::store::Store;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::bases::now;
 use crate::store::layers::frozen::{Frozen, FrozenDisk};
 use crate::{Context, Error, Result};
+
+/// The identity of a snapshot that is about to be made.
+#[derive(Clone, Debug)]
+pub struct NewSnapshotIdentity {
+    /// The id of the snapshot ([`crate::home::snapshot_id`]).
+    pub id: String,
+    /// The name of the snapshot.
+    pub name: String,
+    /// When it was taken, in seconds since 1970; None for now.
+    pub created_at: Option<i64>,
+    /// The id of the snapshot that it takes the place of, if any. That one is removed in the same
+    /// transaction.
+    pub replaces: Option<String>,
+}
+
+impl NewSnapshotIdentity {
+    /// Returns one of this name, with an id of its own, for a snapshot that is taken now.
+    ///
+    /// # Errors
+    /// EIO without random bytes.
+    pub fn taken_now(name: &str) -> Result<NewSnapshotIdentity> {
+        Ok(NewSnapshotIdentity {
+            id: snapshot_id()?,
+            name: name.to_owned(),
+            created_at: None,
+            replaces: None,
+        })
+    }
+}
 
 /// Returns the path of a snapshot's layer that may be removed: the path in the row if it is in this
 /// box's snapshots, otherwise the path in the directory that BoxLite would remove. Adopts the layer
@@ -52,7 +81,7 @@ pub fn mark_unrecorded_snapshot(layer: &Path) -> Result<()> {
 ///
 /// # Errors
 /// EEXIST, and those of SQLite.
-pub fn refuse_taken(locked: &LockedBox<'_>, name: &str) -> Result<()> {
+pub fn refuse_taken_snapshot_name(locked: &LockedBox<'_>, name: &str) -> Result<()> {
     if locked
         .snapshots()?
         .iter()
@@ -83,7 +112,8 @@ pub fn refuse_taken(locked: &LockedBox<'_>, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Makes a snapshot of a frozen state and returns its id. Without `created_at`, its time is now.
+/// Makes a snapshot of a frozen state. Returns the layer of the snapshot that it replaced, if any,
+/// whose row is gone and whose name is still there.
 ///
 /// Order: the directory, the layer's name in it, the row. A crash before the row leaves a directory
 /// without one, whose layer has another name: recovery unlinks it. Shared access runs no recovery,
@@ -94,15 +124,13 @@ pub fn refuse_taken(locked: &LockedBox<'_>, name: &str) -> Result<()> {
 pub fn name_layer(
     locked: &mut LockedBox<'_>,
     frozen: &FrozenDisk,
-    id: &str,
-    name: &str,
-    created_at: Option<i64>,
-) -> Result<String> {
+    new: &NewSnapshotIdentity,
+) -> Result<Option<PathBuf>> {
     // The mark tells recovery that the directory, whose name no snapshot has, is ours.
-    let is_shared = locked.change.is_shared();
-    let marked = is_shared.then(|| marked_dir(locked.store)).transpose()?;
+    let needs_mark = locked.change.is_shared() || new.replaces.is_some();
+    let marked = needs_mark.then(|| marked_dir(locked.store)).transpose()?;
     locked.change.begin_exclusive()?;
-    let path = snapshot_place(locked, &place_of(locked, name, id), marked.as_deref())?;
+    let path = snapshot_place(locked, &place_of(locked, new), marked.as_deref())?;
     crash_point("snapshot.directory");
     let linked = match &frozen.layer {
         Frozen::Base { path: base } => durable::link(base, &path),
@@ -110,8 +138,7 @@ pub fn name_layer(
         Frozen::Below { .. } => copy_empty_overlay(locked, frozen, &path),
     };
     crash_point("snapshot.linked");
-    let recorded = linked
-        .and_then(|()| record_snapshot(locked, id, name, &path, frozen.virtual_size, created_at));
+    let recorded = linked.and_then(|()| record_snapshot(locked, new, &path, frozen.virtual_size));
     settle_place(locked, &path, recorded)
 }
 
@@ -142,12 +169,13 @@ fn remove_place(locked: &LockedBox<'_>, path: &Path) {
 
 /// Returns the name of a snapshot's directory. Beside a runtime it is one that BoxLite does not use
 /// when it is asked for a snapshot of the same name at that moment: BoxLite would move the live
-/// disk there, over this layer or into a directory that is about to be removed.
-pub fn place_of(locked: &LockedBox<'_>, name: &str, id: &str) -> String {
-    if locked.change.is_shared() {
-        format!(".{id}")
+/// disk there, over this layer or into a directory that is about to be removed. A snapshot that
+/// replaces another also has such a name, because the other one still has the directory.
+pub fn place_of(locked: &LockedBox<'_>, new: &NewSnapshotIdentity) -> String {
+    if locked.change.is_shared() || new.replaces.is_some() {
+        format!(".{}", new.id)
     } else {
-        name.to_owned()
+        new.name.clone()
     }
 }
 
@@ -199,38 +227,52 @@ fn next_time(locked: &LockedBox<'_>) -> Result<i64> {
     Ok(newest.map_or(now(), |newest| now().max(newest.saturating_add(1))))
 }
 
-/// Records a snapshot whose layer is in place, and returns its id. Without `created_at`, its time
-/// is now.
+/// Records a snapshot whose layer is in place, and deletes the row of the one that it replaces.
+/// Returns the layer of that one.
 ///
 /// # Errors
-/// Those of reading the layer and of SQLite.
+/// Those of reading the layer and of SQLite; ENOENT when the snapshot to replace is gone.
 pub fn record_snapshot(
     locked: &mut LockedBox<'_>,
-    id: &str,
-    name: &str,
+    new: &NewSnapshotIdentity,
     path: &Path,
     virtual_size: u64,
-    created_at: Option<i64>,
-) -> Result<String> {
-    let created_at = match created_at {
+) -> Result<Option<PathBuf>> {
+    let replaced = match &new.replaces {
+        Some(id) => Some(mark_replaced(locked, id)?),
+        None => None,
+    };
+    let created_at = match new.created_at {
         Some(created_at) => created_at,
         None => next_time(locked)?,
     };
     let meta = fs::metadata(path).context(|| format!("cannot look at {}", path.display()))?;
     let row = NewSnapshot {
-        id: id.to_owned(),
+        id: new.id.clone(),
         box_id: locked.record.id.clone(),
-        name: name.to_owned(),
+        name: new.name.clone(),
         path: path.display().to_string(),
         virtual_size,
         file_size: meta.len(),
         created_at,
     };
-    locked
-        .change
-        .transaction(|rows| rows.insert_snapshot(&row))?;
+    locked.change.transaction(|rows| {
+        if let Some(id) = &new.replaces {
+            rows.delete_snapshot(&row.box_id, id)?;
+        }
+        rows.insert_snapshot(&row)
+    })?;
     crash_point("snapshot.recorded");
-    Ok(row.id)
+    Ok(replaced)
+}
+
+/// Marks the directory of a snapshot that is about to be replaced, and returns its layer.
+fn mark_replaced(locked: &mut LockedBox<'_>, id: &str) -> Result<PathBuf> {
+    let snapshot = locked.snapshot(id)?;
+    let layer = unread_layer(locked, &snapshot)?;
+    mark_unrecorded_snapshot(&layer)?;
+    crash_point("replace.marked");
+    Ok(layer)
 }
 
 /// Makes a marked directory in the workspace for a snapshot that is not recorded yet.

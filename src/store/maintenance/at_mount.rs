@@ -5,7 +5,7 @@ use crate::files::{durable, workspace};
 use crate::store::Store;
 use crate::store::access::home_recovery::recover_home;
 use crate::store::access::path_spelling::{put_paths_right, warn_of_paths};
-use crate::store::verbs::waiting::keep_left_archives;
+use crate::store::verbs::waiting_files::keep_left_archives;
 
 /// Recovers what a crash left in the home, then makes boxes of archives that a killed mount had
 /// waiting. What cannot be recovered now, because a runtime holds the lock or a box runs, is

@@ -13,8 +13,8 @@ use crate::disk::FileId;
 use crate::files::priority::{set_upkeep, step_back};
 use crate::home::Catalog;
 use crate::store::Store;
+use crate::store::access::deletion_space::keep_reserve;
 use crate::store::access::home_recovery::free_unneeded;
-use crate::store::access::room::keep_reserve;
 use crate::store::layers::collect::has_unneeded;
 use crate::store::layers::merge::merge_layers;
 use crate::store::layers::mergeable::{MergePlan, mergeable};
@@ -176,7 +176,7 @@ impl Compactor {
 
     /// Returns whether no export is being read and the mount was idle for `duration`.
     fn is_idle(&self, duration: Duration) -> bool {
-        !self.store.exports.are_read() && self.store.shared.foreground.is_quiet(duration)
+        !self.store.exports.are_read() && self.store.opened.foreground.is_quiet(duration)
     }
 
     /// Returns whether the catalog changed since the last complete round, or it is time to retry.

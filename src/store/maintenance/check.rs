@@ -16,7 +16,7 @@ use crate::files::listing::{names_in, resolve};
 use crate::files::waiting_archive::waiting_in;
 use crate::files::workspace;
 use crate::home::{
-    Activity, BaseRecord, BoxRecord, Catalog, Home, SnapshotRecord, is_snapshot_name, snapshot_id,
+    Activity, BaseRecord, BoxRecord, Catalog, Home, SnapshotRecord, is_snapshot_name,
 };
 use crate::store::Store;
 use crate::store::access::home_recovery::free_unneeded;
@@ -27,7 +27,7 @@ use crate::store::layers::catalog_index::CatalogIndex;
 use crate::store::layers::collect::named_in;
 use crate::store::layers::graph::{ImageFile, LayerGraph, Role, is_row_of};
 use crate::store::layers::put_back::keep_spares;
-use crate::store::layers::snapshot_place::record_snapshot;
+use crate::store::layers::snapshot_place::{NewSnapshotIdentity, record_snapshot};
 use crate::store::maintenance::compact::amount;
 use crate::{Context, Result};
 
@@ -155,7 +155,11 @@ fn record_orphans(locked: &mut LockedBox<'_>) -> Result<()> {
         let made = made.map_or(0, |age| i64::try_from(age.as_secs()).unwrap_or(0));
         let size = chain.virtual_size();
         drop(chain);
-        record_snapshot(locked, &snapshot_id()?, &name, &path, size, Some(made))?;
+        let new = NewSnapshotIdentity {
+            created_at: Some(made),
+            ..NewSnapshotIdentity::taken_now(&name)?
+        };
+        record_snapshot(locked, &new, &path, size)?;
         locked.store.events().info(&format!(
             "box {}: recorded snapshot {name}, whose layer had no row",
             display_name(&locked.record)

@@ -7,23 +7,13 @@ use crate::files::workspace::Scratch;
 use crate::store::Store;
 use crate::store::access::lock::{lock_source, switch_to_target};
 use crate::store::access::locked_box::LockedBox;
-use crate::store::access::names::{refuse_bad_name, refuse_taken_name};
-use crate::store::layers::draft::{draft_clone, draft_of, draft_share, refuse_changed};
+use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
+use crate::store::layers::draft::{draft_clone, draft_of, draft_snapshot_clone, refuse_changed};
 use crate::store::layers::freeze_source::freeze_source;
 use crate::store::layers::frozen::{FrozenDisk, make_overlay};
-use crate::store::layers::snapshot_place::{name_layer, refuse_taken};
-use crate::store::verbs::install::{NewClone, install};
-
-/// The identity of a snapshot that is about to be made from a copy.
-#[derive(Clone, Debug)]
-pub struct NewSnapshotName {
-    /// The id of the snapshot, chosen by the caller ([`crate::home::snapshot_id`]).
-    pub id: String,
-    /// The name of the snapshot.
-    pub name: String,
-    /// When it was taken, in seconds since 1970; None for now.
-    pub created_at: Option<i64>,
-}
+use crate::store::layers::snapshot_place::{NewSnapshotIdentity, name_layer};
+use crate::store::verbs::install::{NewBoxIdentity, install};
+use crate::store::verbs::replace_snapshot::{begin_new_snapshot, finish_new_snapshot};
 
 /// Makes a box that starts from `source`. Copies no data, whatever the size of the disk. `read` is
 /// the state of the source that the caller read.
@@ -31,7 +21,12 @@ pub struct NewSnapshotName {
 /// # Errors
 /// EEXIST when the name is taken, EBUSY, ENODATA for a source without a disk, ENOENT, EIO when the
 /// source has changed since it was read.
-pub fn clone_box(store: &Store, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
+pub fn clone_box(
+    store: &Store,
+    source: &Source,
+    read: &Contents,
+    new: &NewBoxIdentity,
+) -> Result<()> {
     let action = format!(
         "clone {} of {}",
         new.name,
@@ -46,11 +41,11 @@ pub fn clone_box(store: &Store, source: &Source, read: &Contents, new: &NewClone
 ///
 /// A crash before the transaction leaves a directory without a row, which recovery removes, as
 /// BoxLite's own start does. With the row first, a crash would leave a box without a disk.
-fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewClone) -> Result<()> {
+fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewBoxIdentity) -> Result<()> {
     let draft = draft_of(store, source, read, &|| draft_clone(store, source))?;
     let mut locked = lock_source(store, source.box_id())?;
     refuse_changed(store, source, read)?;
-    refuse_taken_name(&locked.change, &new.name)?;
+    refuse_taken_box_name(&locked.change, &new.name)?;
     let frozen = freeze_source(&mut locked, source, &draft)?;
     crash_point("clone.frozen");
     let dir = build_box(&locked, &frozen)?;
@@ -75,12 +70,12 @@ fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewClone) -
 /// # Errors
 /// EINVAL for a name that BoxLite would refuse, EEXIST when the name is taken, EBUSY, ENOENT, EIO
 /// when the source has changed since it was read.
-pub fn share_snapshot(
+pub fn clone_snapshot(
     store: &Store,
     source: &Source,
     read: &Contents,
     box_id: &str,
-    new: &NewSnapshotName,
+    new: &NewSnapshotIdentity,
 ) -> Result<()> {
     let name = &new.name;
     let action = format!(
@@ -88,27 +83,27 @@ pub fn share_snapshot(
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
-    let result = make_shared(store, source, read, box_id, new);
+    let result = make_snapshot_clone(store, source, read, box_id, new);
     store.events().log_outcome(&action, result)
 }
 
 /// Order: freeze or adopt the source as for a clone; add the references of the box; name the layer
 /// as for a snapshot. A crash leaves surplus references, which are harmless.
-fn make_shared(
+fn make_snapshot_clone(
     store: &Store,
     source: &Source,
     read: &Contents,
     box_id: &str,
-    new: &NewSnapshotName,
+    new: &NewSnapshotIdentity,
 ) -> Result<()> {
     let name = &new.name;
-    refuse_bad_name(name)?;
-    let draft = draft_of(store, source, read, &|| draft_share(store, source))?;
+    refuse_bad_snapshot_name(name)?;
+    let draft = draft_of(store, source, read, &|| draft_snapshot_clone(store, source))?;
     let mut locked = lock_source(store, source.box_id())?;
     refuse_changed(store, source, read)?;
     let frozen = freeze_source(&mut locked, source, &draft)?;
     switch_to_target(&mut locked, box_id)?;
-    refuse_taken(&locked, name)?;
+    begin_new_snapshot(&mut locked, new)?;
     let bases = locked.bases_reached(frozen.backing().0)?;
     locked.change.transaction(|rows| {
         bases
@@ -116,8 +111,8 @@ fn make_shared(
             .try_for_each(|base| rows.insert_ref(base, box_id))
     })?;
     crash_point("share.referred");
-    name_layer(&mut locked, &frozen, &new.id, name, new.created_at)?;
-    Ok(())
+    let made = name_layer(&mut locked, &frozen, new);
+    finish_new_snapshot(&mut locked, made)
 }
 
 /// Builds a box's directory in the workspace. Its disk is an empty overlay on the frozen state.

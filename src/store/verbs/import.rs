@@ -4,38 +4,26 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::disk::{FileId, Format, Header, Layer};
-use crate::exports::{Contents, Source};
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
-use crate::files::listing::resolve;
 use crate::files::workspace::discard;
 use crate::store::Store;
 use crate::store::access::lock::{begin_shared_change, lock_shared};
-use crate::store::access::names::{refuse_bad_name, refuse_taken_name};
+use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
 use crate::store::layers::snapshot_place::{
-    marked_dir, place_of, record_snapshot, refuse_taken, settle_place, snapshot_place,
+    NewSnapshotIdentity, marked_dir, place_of, record_snapshot, settle_place, snapshot_place,
 };
-use crate::store::verbs::clone::{NewSnapshotName, share_snapshot};
 use crate::store::verbs::import_stream::ImportStream;
-use crate::store::verbs::install::{NewClone, install};
-use crate::store::verbs::remove_snapshot::remove_snapshot;
+use crate::store::verbs::install::{NewBoxIdentity, install};
+use crate::store::verbs::replace_snapshot::{begin_new_snapshot, finish_new_snapshot};
 use crate::{Context, Error, Result};
-
-/// The source of a snapshot that is copied in.
-pub enum SnapshotContents<'a> {
-    /// A complete archive.
-    Archive(&'a ImportStream),
-    /// A disk state of this home, and the state of it that the caller read.
-    Shared(&'a Source, &'a Contents),
-}
 
 /// Makes a box from a complete archive.
 ///
 /// # Errors
 /// EBADMSG when the archive is incomplete or BoxLite could not read its options, EPERM when its
 /// options are not allowed here, EEXIST when the name is taken, EBUSY.
-pub fn import_box(store: &Store, stream: &ImportStream, new: &NewClone) -> Result<()> {
+pub fn import_box(store: &Store, stream: &ImportStream, new: &NewBoxIdentity) -> Result<()> {
     let result = make_imported(store, stream, new);
     store
         .events()
@@ -44,7 +32,7 @@ pub fn import_box(store: &Store, stream: &ImportStream, new: &NewClone) -> Resul
 
 /// Order: the disk was unpacked and checked in the workspace; build the box's directory there; then
 /// as for a clone.
-fn make_imported(store: &Store, stream: &ImportStream, new: &NewClone) -> Result<()> {
+fn make_imported(store: &Store, stream: &ImportStream, new: &NewBoxIdentity) -> Result<()> {
     store.refuse_read_only()?;
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
@@ -56,13 +44,13 @@ fn make_imported(store: &Store, stream: &ImportStream, new: &NewClone) -> Result
 ///
 /// # Errors
 /// EROFS, EEXIST when the name is taken, EBUSY, EIO.
-pub fn import_disk(store: &Store, disk: &Path, options: Value, new: &NewClone) -> Result<()> {
+pub fn import_disk(store: &Store, disk: &Path, options: Value, new: &NewBoxIdentity) -> Result<()> {
     let dir = store.workspace().scratch("box")?;
     store.home().make_dir(&dir)?;
     store.home().make_dir(&dir.join("disks"))?;
     store.home().give_to_owner(disk)?;
     let mut change = begin_shared_change(store)?;
-    refuse_taken_name(&change, &new.name)?;
+    refuse_taken_box_name(&change, &new.name)?;
     give_disk(disk, &dir.join("disks/disk.qcow2"))?;
     crash_point("import.built");
     install(store, &mut change, &dir, new, None, Some(options), &[])?;
@@ -78,54 +66,6 @@ pub fn date_snapshot(store: &Store, box_id: &str, id: &str, created_at: i64) -> 
     begin_shared_change(store)?.transaction(|rows| rows.date_snapshot(box_id, id, created_at))
 }
 
-/// Returns whether the live disk of a box has the contents of the snapshot: it reads from the
-/// snapshot's layer and holds no data of its own.
-///
-/// # Errors
-/// ENOENT when the snapshot is gone, EIO.
-pub fn is_live(store: &Store, box_id: &str, snapshot_id: &str) -> Result<bool> {
-    let snapshot = Source::Snapshot {
-        box_id: box_id.to_owned(),
-        snapshot_id: snapshot_id.to_owned(),
-    };
-    let layer = FileId::at(&store.exports.disks.top_of(&snapshot)?)?;
-    let live = store.home().live_disk(box_id);
-    let Some(backing) = Header::open(&live)?.and_then(|header| header.backing_path(&live)) else {
-        return Ok(false);
-    };
-    Ok(FileId::at(&resolve(&backing)?)? == layer
-        && !Layer::open(&live, Format::Qcow2)?.holds_data()?)
-}
-
-/// Replaces a snapshot that has the contents of the live disk with one that is copied in. The
-/// archive is complete, so only the file system can fail after the removal. If it does, the
-/// snapshot is gone, but the live disk still has its contents.
-///
-/// # Errors
-/// EPERM when the live disk has other contents; those of removing and importing a snapshot.
-pub fn replace_snapshot(
-    store: &Store,
-    box_id: &str,
-    snapshot_id: &str,
-    with: &SnapshotContents,
-    new: &NewSnapshotName,
-) -> Result<()> {
-    if !is_live(store, box_id, snapshot_id)? {
-        return Err(Error::new(
-            libc::EPERM,
-            format!(
-                "the box changed since snapshot {} was taken, so the snapshot is not replaced; copy to another name",
-                new.name
-            ),
-        ));
-    }
-    remove_snapshot(store, box_id, snapshot_id)?;
-    match with {
-        SnapshotContents::Archive(stream) => import_snapshot(store, stream, box_id, new),
-        SnapshotContents::Shared(source, read) => share_snapshot(store, source, read, box_id, new),
-    }
-}
-
 /// Makes a snapshot of a box from a complete archive. This is how the snapshots in a backup of a
 /// whole box come back.
 ///
@@ -136,7 +76,7 @@ pub fn import_snapshot(
     store: &Store,
     stream: &ImportStream,
     box_id: &str,
-    new: &NewSnapshotName,
+    new: &NewSnapshotIdentity,
 ) -> Result<()> {
     let name = &new.name;
     let result = make_imported_snapshot(store, stream, box_id, new);
@@ -156,32 +96,26 @@ fn make_imported_snapshot(
     store: &Store,
     stream: &ImportStream,
     box_id: &str,
-    new: &NewSnapshotName,
+    new: &NewSnapshotIdentity,
 ) -> Result<()> {
     let name = &new.name;
-    refuse_bad_name(name)?;
+    refuse_bad_snapshot_name(name)?;
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
     store.home().give_to_owner(stream.disk())?;
     let mut locked = lock_shared(store, box_id)?;
-    refuse_taken(&locked, name)?;
+    begin_new_snapshot(&mut locked, new)?;
     let dir = marked_dir(store)?;
     give_disk(stream.disk(), &dir.join("disk.qcow2"))?;
     durable::sync_dir(&dir)?;
     locked.change.begin_exclusive()?;
-    let place = place_of(&locked, name, &new.id);
+    let place = place_of(&locked, new);
     let path = snapshot_place(&locked, &place, Some(&dir))?;
     crash_point("import.snapshot");
-    let recorded = record_snapshot(
-        &mut locked,
-        &new.id,
-        name,
-        &path,
-        stream.virtual_size(),
-        new.created_at,
-    );
-    settle_place(&locked, &path, recorded)?;
+    let recorded = record_snapshot(&mut locked, new, &path, stream.virtual_size());
+    let made = settle_place(&locked, &path, recorded);
+    finish_new_snapshot(&mut locked, made)?;
     discard(stream.disk());
     Ok(())
 }

@@ -21,7 +21,7 @@ const PIECE: usize = 1024 * 1024;
 
 /// Limits on imported archives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Imports {
+pub struct ImportLimits {
     /// The most bytes that one archive may write into the home; None for no limit but free space.
     pub most: Option<u64>,
     /// Options that reach into the host are refused.
@@ -40,7 +40,7 @@ pub struct ImportStream {
     /// The length that the writer gave the file, if any (ftruncate after a hole at the end).
     length: u64,
     target: ImportTarget,
-    imports: Imports,
+    imports: ImportLimits,
     /// The archive is complete and fit for its target.
     complete: bool,
     /// The error that refused the archive: errno and message.
@@ -80,7 +80,7 @@ pub fn receive(store: &Store, target: ImportTarget) -> Result<ImportStream> {
         refused: None,
         note: None,
         is_left: false,
-        _under_way: store.shared.foreground.begin(),
+        _under_way: store.opened.foreground.begin(),
     })
 }
 

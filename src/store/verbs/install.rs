@@ -12,7 +12,7 @@ use crate::store::layers::bases::now;
 
 /// The identity of a box that is about to be made.
 #[derive(Clone, Debug)]
-pub struct NewClone {
+pub struct NewBoxIdentity {
     /// The id of the box, chosen by the caller ([`crate::home::box_id`]).
     pub id: String,
     /// The name of the box.
@@ -31,7 +31,7 @@ pub fn install(
     store: &Store,
     change: &mut Change<'_>,
     dir: &Path,
-    new: &NewClone,
+    new: &NewBoxIdentity,
     source: Option<&BoxRecord>,
     options: Option<serde_json::Value>,
     bases: &[String],

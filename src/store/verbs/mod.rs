@@ -1,4 +1,4 @@
-//! The changes that a user can ask for, one file each, in their crash-safe order.
+//! The changes that a user can ask for, in their crash-safe order.
 
 pub(super) mod clone;
 pub(super) mod import;
@@ -7,6 +7,7 @@ pub(super) mod install;
 pub(super) mod remove_box;
 pub(super) mod remove_snapshot;
 pub(super) mod rename;
+pub(super) mod replace_snapshot;
 pub(super) mod restore;
 pub(super) mod snapshot;
-pub(super) mod waiting;
+pub(super) mod waiting_files;

@@ -15,9 +15,9 @@ use crate::files::markers::{UNRECORDED, mark_unrecorded};
 use crate::files::workspace::discard;
 use crate::home::{BaseRecord, SnapshotRecord};
 use crate::store::Store;
+use crate::store::access::deletion_space::delete_with_room;
 use crate::store::access::lock::lock_box;
 use crate::store::access::locked_box::LockedBox;
-use crate::store::access::room::delete_with_room;
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::collect::free_bases;
 use crate::store::layers::graph::Directories;
@@ -25,7 +25,7 @@ use crate::{Context, Error, Result, mountinfo};
 
 /// What may be removed with a box: what the caller has seen of it.
 #[derive(Clone, Debug, Default)]
-pub struct Gone {
+pub struct SeenBox {
     /// The snapshots: id → name.
     pub snapshots: BTreeMap<String, String>,
     /// The live disk when the removal began; None to remove any.
@@ -54,11 +54,11 @@ pub fn see_disk(store: &Store, box_id: &str) -> Option<SeenDisk> {
 /// Removes a box with all its snapshots, if nothing was added or changed since the caller saw it.
 ///
 /// # Errors
-/// ENOTEMPTY when the box has a snapshot that is not in `gone`, or another disk; EBUSY; EPERM when
+/// ENOTEMPTY when the box has a snapshot that is not in `seen`, or another disk; EBUSY; EPERM when
 /// another box reads from its live disk; ENOENT.
-pub fn remove_box(store: &Store, box_id: &str, gone: &Gone) -> Result<()> {
+pub fn remove_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     let action = format!("removal of box {}", store.exports.disks.name_of(box_id));
-    let result = delete_with_room(store, &|| delete_box(store, box_id, gone));
+    let result = delete_with_room(store, &|| delete_box(store, box_id, seen));
     store.events().log_outcome(&action, result)
 }
 
@@ -69,10 +69,10 @@ pub fn remove_box(store: &Store, box_id: &str, gone: &Gone) -> Result<()> {
 /// A crash before the transaction leaves the box unchanged but marked; recovery removes the mark.
 /// A crash after it leaves a marked directory without a row, which recovery removes, as BoxLite's
 /// own start does.
-fn delete_box(store: &Store, box_id: &str, gone: &Gone) -> Result<()> {
+fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     let mut locked = lock_box(store, box_id)?;
-    refuse_other_snapshots(&locked, gone)?;
-    if gone.disk.is_some() && gone.disk != see_disk(store, box_id) {
+    refuse_other_snapshots(&locked, seen)?;
+    if seen.disk.is_some() && seen.disk != see_disk(store, box_id) {
         return Err(Error::new(
             libc::ENOTEMPTY,
             format!(
@@ -163,10 +163,10 @@ fn remove_aside(aside: PathBuf) {
     }
 }
 
-fn refuse_other_snapshots(locked: &LockedBox<'_>, gone: &Gone) -> Result<()> {
+fn refuse_other_snapshots(locked: &LockedBox<'_>, seen: &SeenBox) -> Result<()> {
     let snapshots = locked.snapshots()?;
     // A snapshot that was renamed meanwhile counts as another one.
-    let was_seen = |row: &SnapshotRecord| gone.snapshots.get(&row.id) == Some(&row.name);
+    let was_seen = |row: &SnapshotRecord| seen.snapshots.get(&row.id) == Some(&row.name);
     match snapshots.iter().find(|row| !was_seen(row)) {
         None => Ok(()),
         Some(row) => Err(Error::new(

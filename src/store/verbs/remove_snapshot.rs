@@ -1,12 +1,15 @@
 //! `rmdir web/snapshots/NAME`: deletes a snapshot.
 
+use std::path::Path;
+
 use crate::Result;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::store::Store;
+use crate::store::access::deletion_space::delete_with_room;
 use crate::store::access::lock::lock_box;
+use crate::store::access::locked_box::LockedBox;
 use crate::store::access::recovery::recover_box;
-use crate::store::access::room::delete_with_room;
 use crate::store::layers::references::free_surplus;
 use crate::store::layers::snapshot_place::{
     mark_unrecorded_snapshot, remove_snapshot_dir, unread_layer,
@@ -45,14 +48,21 @@ fn delete_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result<()>
         return Err(error);
     }
     crash_point("remove.unrecorded");
-    durable::unlink(&layer)?;
+    free_removed(&mut locked, &layer)
+}
+
+/// Removes the layer of a snapshot whose row is deleted, and frees what only that needed. A failure
+/// after the layer is unlinked is only logged.
+///
+/// # Errors
+/// EIO when the layer can't be unlinked.
+pub fn free_removed(locked: &mut LockedBox<'_>, layer: &Path) -> Result<()> {
+    durable::unlink(layer)?;
     crash_point("remove.unlinked");
-    // The snapshot is deleted. A failure from here on is only logged.
-    remove_snapshot_dir(store, layer.parent());
-    if let Err(error) = free_surplus(&mut locked) {
-        store
-            .events()
-            .info(&format!("{error}; the space of the snapshot is not freed"));
+    remove_snapshot_dir(locked.store, layer.parent());
+    if let Err(error) = free_surplus(locked) {
+        let events = locked.store.events();
+        events.info(&format!("{error}; the space of the snapshot is not freed"));
     }
     Ok(())
 }

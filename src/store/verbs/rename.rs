@@ -6,11 +6,11 @@ use crate::files::durable;
 use crate::files::markers::UNRECORDED;
 use crate::store::Store;
 use crate::store::access::lock::{lock_box, lock_unprepared};
-use crate::store::access::names::{refuse_bad_name, refuse_taken_name};
+use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
 use crate::store::access::recovery::recover_box;
 use crate::store::layers::snapshot_place::{
-    mark_unrecorded_snapshot, marked_dir, refuse_taken, remove_snapshot_dir, snapshot_place,
-    unread_layer,
+    mark_unrecorded_snapshot, marked_dir, refuse_taken_snapshot_name, remove_snapshot_dir,
+    snapshot_place, unread_layer,
 };
 
 /// Renames a box.
@@ -32,7 +32,7 @@ fn rename_box_row(store: &Store, box_id: &str, name: &str) -> Result<()> {
     if locked.record.name.as_deref() == Some(name) {
         return Ok(());
     }
-    refuse_taken_name(&locked.change, name)?;
+    refuse_taken_box_name(&locked.change, name)?;
     locked
         .change
         .transaction(|rows| rows.rename_box(box_id, name))?;
@@ -61,13 +61,13 @@ pub fn rename_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &st
 /// after it leaves the old directory in that state. Recovery removes either, even if BoxLite
 /// removed the other meanwhile.
 fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> Result<()> {
-    refuse_bad_name(name)?;
+    refuse_bad_snapshot_name(name)?;
     let mut locked = lock_box(store, box_id)?;
     let snapshot = locked.snapshot(snapshot_id)?;
     if snapshot.name == name {
         return Ok(());
     }
-    refuse_taken(&locked, name)?;
+    refuse_taken_snapshot_name(&locked, name)?;
     let layer = unread_layer(&mut locked, &snapshot)?;
     crash_point("rename.adopted");
     let dir = marked_dir(store)?;

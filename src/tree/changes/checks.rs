@@ -168,7 +168,7 @@ impl Checks {
         name: &str,
     ) -> Result<()> {
         self.refuse_copying_over(caller, id, name)?;
-        if store::is_live(&self.store, id, snapshot)? {
+        if store::live_equals_snapshot(&self.store, id, snapshot)? {
             return Ok(());
         }
         let source = Source::Snapshot {

@@ -64,7 +64,7 @@ impl Creator {
     ) -> Result<Arc<StagedFile>> {
         let (parent, name) = self.staging.change_aside(caller, parent, text(name)?);
         let name = name.as_ref();
-        if Program::of(caller).puts_files_elsewhere() {
+        if Program::of(caller).has_unsupported_partial_dir() {
             self.checks.fail_made(caller, &parent);
             return Err(self.checks.refuse(
                 libc::EPERM,

@@ -109,7 +109,7 @@ impl Maker {
             || (program.looks_first() && boxes.with_swept(id, has_made_box) == Some(true));
         if !is_copying {
             let snapshot = store::snapshot_box(&self.store, id, name)?;
-            self.history.end(caller, id);
+            self.history.cancel(caller, id);
             let unlisted = program.serves_others().then(|| snapshot.clone());
             boxes.begin_in_existing(caller, id, unlisted);
             return Ok(Node::Snapshot(id.to_owned(), snapshot));

@@ -105,7 +105,7 @@ impl Overwriter {
         };
         self.writers.add(caller, id);
         let node = self.staging.new_node();
-        let file = StagedFile::restoring(node, id.clone(), place, caller);
+        let file = StagedFile::overwriting_export(node, id.clone(), place, caller);
         self.staging.loose.add(caller, parent, name, file.clone())?;
         Ok(file)
     }

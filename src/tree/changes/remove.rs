@@ -119,7 +119,7 @@ impl Remover {
     fn refuse_shared(&self, is_source: impl Fn(&Source) -> bool) -> Result<()> {
         for file in self.staging.files() {
             let state = file.state();
-            if let StagedContent::Shared { source, .. } = &state.content
+            if let StagedContent::FromHome { source, .. } = &state.content
                 && state.open == 0
                 && is_source(source)
             {
@@ -164,9 +164,9 @@ impl Remover {
     /// removing the box, for file managers the first, and nothing if the rest never comes.
     fn remove_snapshots_dir(&self, caller: Caller, id: &str) -> Result<()> {
         let names = self.view.home.boxes.names()?;
-        let gone = self.history.gone_with(caller, id).unwrap_or_default();
+        let seen = self.history.seen_by(caller, id).unwrap_or_default();
         let mut snapshots = names.catalog().snapshots_of(id).iter();
-        if snapshots.any(|snapshot| !gone.snapshots.contains_key(&snapshot.id)) {
+        if snapshots.any(|snapshot| !seen.snapshots.contains_key(&snapshot.id)) {
             return Err(Error::new(libc::ENOTEMPTY, "there are snapshots in it"));
         }
         self.hide(caller, &Node::Box(id.to_owned()), id, SNAPSHOTS)?;
@@ -185,12 +185,12 @@ impl Remover {
         if !self.history.has_removed(caller, &node, BOX_JSON) {
             return Err(full());
         }
-        let gone = self.history.gone_with(caller, id).ok_or_else(full)?;
+        let seen = self.history.seen_by(caller, id).ok_or_else(full)?;
         if !self.view.list(caller, &node)?.is_empty() {
             return Err(full());
         }
         self.refuse_shared(|source| source.box_id() == id)?;
-        store::remove_box(&self.store, id, &gone)?;
+        store::remove_box(&self.store, id, &seen)?;
         self.history.forget(id);
         Ok(())
     }
@@ -221,7 +221,7 @@ impl Remover {
             Some(Staged::File(file)) => {
                 receiver.log_unfinished(&file);
                 file.was_removed(name);
-                if !file.restores || name != EXPORT {
+                if !file.overwrites_export || name != EXPORT {
                     return Ok(());
                 }
                 // The name is that of the box's export, which the same caller may have removed

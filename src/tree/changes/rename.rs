@@ -230,7 +230,7 @@ impl Renamer {
         let refuse = |message: String| self.checks.refuse(libc::EPERM, message);
         match (&node, to_parent) {
             (Node::Box(id), Node::Root) => {
-                self.refuse_taken(caller, to_parent, to, mode)?;
+                self.refuse_taken_snapshot_name(caller, to_parent, to, mode)?;
                 self.checks.refuse_dotted(to)?;
                 // Not EINVAL: that is a directory moved into itself, and mv says so.
                 let name = decode(to).map_err(|error| refuse(error.to_string()))?;
@@ -238,7 +238,7 @@ impl Renamer {
                 boxes.rename(|| store::rename_box(&self.store, id, &name))
             }
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
-                self.refuse_taken(caller, to_parent, to, mode)?;
+                self.refuse_taken_snapshot_name(caller, to_parent, to, mode)?;
                 if !is_snapshot_name(to) {
                     return Err(refuse(format!("{to:?} can't be a snapshot's name")));
                 }
@@ -270,7 +270,7 @@ impl Renamer {
     }
 
     /// Refuses a name that is taken, with the errno of rename(2).
-    fn refuse_taken(
+    fn refuse_taken_snapshot_name(
         &self,
         caller: Caller,
         parent: &Node,

@@ -50,7 +50,7 @@ impl CallerView {
             return answer;
         }
         if self.history.has_removed(caller, parent, name)
-            || self.staging.is_made_by_copy(caller, parent, name)
+            || self.staging.hide_for_exclusive_create(caller, parent, name)
             || self.staging.is_unlisted(caller, parent, name)
         {
             return Err(not_there());
@@ -93,7 +93,7 @@ impl CallerView {
     /// others.
     fn differs_by_caller(&self, node: &Node) -> bool {
         node.box_id()
-            .is_some_and(|id| self.staging.boxes.contains(id) || self.history.concerns(id))
+            .is_some_and(|id| self.staging.boxes.contains(id) || self.history.has_entries_for(id))
     }
 
     /// Returns every name in a directory, in the order it is listed.
@@ -106,7 +106,7 @@ impl CallerView {
         }
         self.staging.was_listed(caller, node);
         let mut entries = self.list_all(caller, node)?;
-        self.staging.fold_aside(node, &mut entries);
+        self.staging.complete_listing(node, &mut entries);
         Ok(entries)
     }
 

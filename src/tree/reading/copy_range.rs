@@ -52,7 +52,7 @@ pub fn copy_range(
                 // It is to be read: what it says is refused then.
                 return Err(unfit());
             }
-            state.content = StagedContent::SharedJson(source);
+            state.content = StagedContent::JsonFromHome(source);
             length.min((bytes.len() as u64).saturating_sub(from_offset))
         }
         _ => return Err(unfit()),

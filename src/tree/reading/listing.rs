@@ -50,7 +50,7 @@ impl Listing {
     pub fn open(&self, caller: Caller, ino: u64) -> Result<u64> {
         let node = self.kernel.node(ino)?;
         if let Node::Box(id) = &node {
-            self.history.look(caller, id);
+            self.history.note_listing(caller, id);
         }
         let handle = match &node {
             Node::Guest(file) if !file.is_ours() => self.view.home.guests.open_directory(file)?,

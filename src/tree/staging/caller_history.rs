@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::process::{Caller, ProcessGroup};
-use crate::store::{Gone, SeenDisk};
+use crate::store::{SeenBox, SeenDisk};
 use crate::tree::nodes::node::Node;
 
 /// A process that lists a box this long after its last step looks at the box anew. A shorter time
@@ -20,9 +20,9 @@ struct HistoryEntry {
     last: Instant,
     /// Names that it removed, by the inode of their directory. They are hidden from it alone.
     removed: HashMap<u64, BTreeSet<String>>,
-    /// What goes with the box: the snapshots that it removed after box.json, which go with the box
-    /// or stay, and the disk that the box had when the removal began.
-    gone: Gone,
+    /// What it saw of the box: the snapshots that it removed after box.json, which are removed with
+    /// the box or stay, and the disk that the box had when the removal began.
+    seen: SeenBox,
     /// It was not allowed to remove a file, and has not looked at the box anew since, however long
     /// ago that was.
     refused_removal: bool,
@@ -36,7 +36,7 @@ impl HistoryEntry {
             group: ProcessGroup::begin(caller),
             last: Instant::now(),
             removed: HashMap::new(),
-            gone: Gone::default(),
+            seen: SeenBox::default(),
             refused_removal: false,
             refused_copy: None,
         }
@@ -136,7 +136,7 @@ pub enum SnapshotRemoval {
 
 impl CallerHistory {
     /// Returns whether any process did something to a box.
-    pub fn concerns(&self, box_id: &str) -> bool {
+    pub fn has_entries_for(&self, box_id: &str) -> bool {
         let mut entries = self.entries.lock();
         if entries.0.is_empty() {
             return false;
@@ -178,7 +178,7 @@ impl CallerHistory {
     ) {
         let mut entries = self.entries.lock();
         let entry = entries.begin(caller, box_id);
-        entry.gone.disk = entry.gone.disk.or_else(see_disk);
+        entry.seen.disk = entry.seen.disk.or_else(see_disk);
         entry.remove(dir, name);
     }
 
@@ -210,15 +210,15 @@ impl CallerHistory {
             return SnapshotRemoval::Now;
         }
         entry.remove(&Node::Snapshots(box_id.to_owned()), name);
-        let snapshots = &mut entry.gone.snapshots;
+        let snapshots = &mut entry.seen.snapshots;
         snapshots.insert(snapshot.to_owned(), name.to_owned());
         SnapshotRemoval::WithBox
     }
 
-    /// Returns what goes with a box that the caller removes.
-    pub fn gone_with(&self, caller: Caller, box_id: &str) -> Option<Gone> {
+    /// Returns what the caller, who removes a box, saw of it.
+    pub fn seen_by(&self, caller: Caller, box_id: &str) -> Option<SeenBox> {
         let mut entries = self.entries.lock();
-        entries.of(caller, box_id).map(|entry| entry.gone.clone())
+        entries.of(caller, box_id).map(|entry| entry.seen.clone())
     }
 
     /// Records that the caller was refused to put something into a box. It may be copying a whole
@@ -259,10 +259,10 @@ impl CallerHistory {
         }
     }
 
-    /// Records that the caller lists a box. After a while that is a new beginning, and the caller
-    /// sees the whole box. No time alone makes one: a process that was stopped half way goes on
+    /// Records that the caller lists a box. If its last step was long ago, it begins anew and sees
+    /// the whole box. Time alone does not do that: a process that was stopped half way continues
     /// where it was.
-    pub fn look(&self, caller: Caller, box_id: &str) {
+    pub fn note_listing(&self, caller: Caller, box_id: &str) {
         let mut entries = self.entries.lock();
         let is_anew = entries
             .of(caller, box_id)
@@ -272,8 +272,9 @@ impl CallerHistory {
         }
     }
 
-    /// Records a step that no removal of the box has. The caller sees the whole box again.
-    pub fn end(&self, caller: Caller, box_id: &str) {
+    /// Cancels the removal of a box by the caller, after a step that no removal has. The caller
+    /// sees the whole box again.
+    pub fn cancel(&self, caller: Caller, box_id: &str) {
         self.entries.lock().end(caller, box_id);
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::exports::Source;
 use crate::home::snapshot_id;
-use crate::store::{self, NewClone, NewSnapshotName, SnapshotContents, Store};
+use crate::store::{self, NewBoxIdentity, NewSnapshotIdentity, Store};
 use crate::tree::nodes::box_json;
 use crate::tree::nodes::boxes::Boxes;
 use crate::tree::nodes::names::{EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
@@ -15,7 +15,7 @@ use crate::tree::staging::role::FileRole;
 use crate::tree::staging::staged_boxes::directory_is_gone;
 use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
 use crate::tree::staging::staging_area::StagingArea;
-use crate::tree::staging::waiting::WaitingArchives;
+use crate::tree::staging::waiting_archives::WaitingArchives;
 use crate::{Error, Result};
 
 /// Commits what was written.
@@ -68,19 +68,19 @@ impl Committer {
         }
         let role = state.role();
         if role == FileRole::Json {
-            // This decides nothing: every copy of a descriptor is closed.
+            // This decides nothing: a FLUSH comes for every copy of a descriptor that is closed.
             state.refuse_partial_text()?;
             drop(state);
             self.date_snapshot(file);
             return Ok(());
         }
-        if role == FileRole::Placeholder || !state.is_complete(file.size())? {
+        if role == FileRole::Placeholder || !state.finish(file.size())? {
             return Ok(());
         }
         let result = match role {
-            FileRole::BoxDisk if file.restores => self.commit_restore(file, &state),
+            FileRole::BoxDisk if file.overwrites_export => self.commit_restore(file, &state),
             FileRole::NewBox | FileRole::BoxDisk => self.commit_box(file, &state),
-            FileRole::SnapshotDisk if file.restores => self.replace_snapshot(file, &state),
+            FileRole::SnapshotDisk if file.overwrites_export => self.replace_snapshot(file, &state),
             FileRole::SnapshotDisk if self.staging.boxes.is_unfinished(&file.box_id) => {
                 return self.waiting.note(file, &mut state);
             }
@@ -103,7 +103,7 @@ impl Committer {
             }
             return Err(error);
         }
-        if file.restores {
+        if file.overwrites_export {
             // Before the export is seen in place of the file: the writer may have removed the
             // export.
             let directory = Node::Box(file.box_id.clone());
@@ -114,7 +114,7 @@ impl Committer {
         // Its data is used up; the disk was moved into the box.
         state.content = StagedContent::Nothing;
         // Before another close of the same file is answered: by then the box has to be seen.
-        let waiting = if role == FileRole::BoxDisk && !file.restores {
+        let waiting = if role == FileRole::BoxDisk && !file.overwrites_export {
             self.staging.boxes.commit(file)
         } else {
             Vec::new()
@@ -147,7 +147,7 @@ impl Committer {
 
     fn fail_box(&self, file: &StagedFile) {
         let boxes = &self.staging.boxes;
-        boxes.with(&file.box_id, |staged| staged.fail(file.copier));
+        boxes.with(&file.box_id, |staged| staged.fail(file.source_keeper));
     }
 
     /// Returns the path of a waiting archive below its box, for the log.
@@ -173,13 +173,13 @@ impl Committer {
                 name.ok_or_else(directory_is_gone)?
             }
         };
-        let new = NewClone {
+        let new = NewBoxIdentity {
             id: file.box_id.clone(),
             name: decode(&shown)?,
         };
         match &state.content {
             StagedContent::Archive(arrival) => store::import_box(&self.store, arrival, &new),
-            StagedContent::Shared {
+            StagedContent::FromHome {
                 source, contents, ..
             } => store::clone_box(&self.store, source, contents, &new),
             _ => Ok(()),
@@ -198,7 +198,7 @@ impl Committer {
             StagedContent::Archive(arrival) => {
                 store::restore_archive(&self.store, &file.box_id, arrival)
             }
-            StagedContent::Shared {
+            StagedContent::FromHome {
                 source, contents, ..
             } => store::restore_box(&self.store, &file.box_id, source, contents),
             _ => Ok(()),
@@ -210,19 +210,13 @@ impl Committer {
     fn replace_snapshot(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
         let (box_id, snapshot) = snapshot_of(state)?;
         let row = self.boxes.snapshot(box_id, snapshot)?;
-        let new = NewSnapshotName {
+        let new = NewSnapshotIdentity {
             id: snapshot_id()?,
             name: row.name.clone(),
             created_at: Some(row.created_at),
+            replaces: Some(row.id.clone()),
         };
-        let with = match &state.content {
-            StagedContent::Archive(arrival) => SnapshotContents::Archive(arrival),
-            StagedContent::Shared {
-                source, contents, ..
-            } => SnapshotContents::Shared(source, contents),
-            _ => return Ok(()),
-        };
-        store::replace_snapshot(&self.store, box_id, snapshot, &with, &new)?;
+        self.make_snapshot(state, box_id, &new)?;
         self.staging.boxes.with(&file.box_id, |staged| {
             if let Some(made) = staged.unlisted.remove(snapshot) {
                 staged.unlisted.insert(new.id.clone(), made);
@@ -237,23 +231,16 @@ impl Committer {
         let directory = &state.place.parent;
         let boxes = &self.staging.boxes;
         let (name, json) = boxes.snapshot_being_made(&file.box_id, directory)?;
-        let mut new = NewSnapshotName {
+        let mut new = NewSnapshotIdentity {
             id: snapshot_id.to_owned(),
             name,
             created_at: json.and_then(|json| self.created_at_of(&json)),
+            replaces: None,
         };
-        match &state.content {
-            StagedContent::Archive(arrival) => {
-                store::import_snapshot(&self.store, arrival, box_id, &new)
-            }
-            StagedContent::Shared {
-                source, contents, ..
-            } => {
-                new.created_at = new.created_at.or_else(|| self.created_at_of_source(source));
-                store::share_snapshot(&self.store, source, contents, box_id, &new)
-            }
-            _ => Ok(()),
-        }?;
+        if let (None, StagedContent::FromHome { source, .. }) = (new.created_at, &state.content) {
+            new.created_at = self.created_at_of_source(source);
+        }
+        self.make_snapshot(state, box_id, &new)?;
         boxes.with(box_id, |staged| {
             staged.arrived.insert(snapshot_id.to_owned())
         });
@@ -263,6 +250,23 @@ impl Committer {
             self.date_snapshot(&json);
         }
         Ok(())
+    }
+
+    fn make_snapshot(
+        &self,
+        state: &StagedState,
+        box_id: &str,
+        new: &NewSnapshotIdentity,
+    ) -> Result<()> {
+        match &state.content {
+            StagedContent::Archive(arrival) => {
+                store::import_snapshot(&self.store, arrival, box_id, new)
+            }
+            StagedContent::FromHome {
+                source, contents, ..
+            } => store::clone_snapshot(&self.store, source, contents, box_id, new),
+            _ => Ok(()),
+        }
     }
 
     /// Dates a snapshot by a snapshot.json that came after its export (rsync goes by names).
@@ -291,7 +295,7 @@ impl Committer {
     fn created_at_of(&self, json: &StagedFile) -> Option<i64> {
         match &json.state().content {
             StagedContent::Text(text) => box_json::created_at(text),
-            StagedContent::SharedJson(source) => self.created_at_of_source(source),
+            StagedContent::JsonFromHome(source) => self.created_at_of_source(source),
             _ => None,
         }
     }

@@ -44,14 +44,14 @@ impl LooseFile {
     /// Returns whether it is written in place of an export, under that name. Its writer sees it,
     /// and all others see the export.
     fn is_over_export(&self) -> bool {
-        self.file.restores && self.name == EXPORT
+        self.file.overwrites_export && self.name == EXPORT
     }
 
     /// Returns whether the caller sees it. One that has become a box's disk is the box's export,
     /// also for its writer.
     fn is_seen_by(&mut self, caller: Caller) -> bool {
         if self.file.is_committed() {
-            !self.file.restores && self.makers.includes(caller)
+            !self.file.overwrites_export && self.makers.includes(caller)
         } else {
             !self.is_over_export() || self.makers.includes(caller)
         }
@@ -63,7 +63,7 @@ impl LooseFile {
     /// program where its name was refused.
     fn is_over(&self) -> bool {
         if self.file.is_waiting() {
-            return self.failed && self.file.copier.is_some() && !self.makers.any_alive();
+            return self.failed && self.file.source_keeper.is_some() && !self.makers.any_alive();
         }
         let is_committed = self.file.is_committed();
         let is_open = Arc::strong_count(&self.file) > 1;
@@ -178,8 +178,8 @@ impl LooseFiles {
         }
     }
 
-    /// Records that a file was closed for the last time.
-    pub fn touch(&self, file: &Arc<StagedFile>) {
+    /// Records that a descriptor of a file was closed, which postpones its sweep.
+    pub fn note_close(&self, file: &Arc<StagedFile>) {
         for loose in self.files.lock().iter_mut() {
             if Arc::ptr_eq(&loose.file, file) {
                 loose.used = Instant::now();
@@ -217,7 +217,7 @@ impl LooseFiles {
     /// Returns whether an archive is being written over the disk of a box.
     pub fn is_written_over(&self, box_id: &str) -> bool {
         let files = self.files.lock();
-        let mut over = files.iter().filter(|loose| loose.file.restores);
+        let mut over = files.iter().filter(|loose| loose.file.overwrites_export);
         over.any(|loose| loose.file.box_id == box_id && loose.is_written())
     }
 

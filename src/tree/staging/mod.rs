@@ -12,4 +12,4 @@ pub(super) mod staged_boxes;
 pub(super) mod staged_file;
 pub(super) mod staged_rename;
 pub(super) mod staging_area;
-pub(super) mod waiting;
+pub(super) mod waiting_archives;

@@ -60,17 +60,17 @@ const COPY_TOOLS: [CopyTool; 22] = {
         tool(
             "busybox",
             By(&["cp", "mv", "tar", "cpio", "unzip"]),
-            StayIf(is_cp_of_many),
+            StayIf(is_cp_applet),
         ),
         tool(
             "toybox",
             By(&["cp", "mv", "tar", "cpio"]),
-            StayIf(is_cp_of_many),
+            StayIf(is_cp_applet),
         ),
         tool(
             "coreutils",
             By(&["cp", "mv", "install"]),
-            StayIf(is_cp_of_many),
+            StayIf(is_cp_applet),
         ),
         tool(
             "rclone",
@@ -86,7 +86,7 @@ fn is_rsync_that_keeps(words: &[String]) -> bool {
         .any(|word| word.starts_with("--remove-s") || word == "--server" || word == "--daemon")
 }
 
-fn is_cp_of_many(words: &[String]) -> bool {
+fn is_cp_applet(words: &[String]) -> bool {
     words.get(1).map(|word| base_name(word)) == Some("cp")
 }
 
@@ -219,7 +219,7 @@ impl Program {
 
     /// Returns whether it is rsync that puts files aside in a directory whose name has no leading
     /// dot. Where that directory can't be made, rsync drops what it has received and exits with 0.
-    pub fn puts_files_elsewhere(&self) -> bool {
+    pub fn has_unsupported_partial_dir(&self) -> bool {
         const OPTION: &str = "--partial-dir";
         let words = &self.words;
         let is_rsync = words.first().is_some_and(|word| word.ends_with("rsync"));

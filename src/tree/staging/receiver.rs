@@ -6,7 +6,7 @@ use crate::exports::Source;
 use crate::store::{self, ImportTarget, Store};
 use crate::tree::nodes::names::EXPORT;
 use crate::tree::nodes::node::Node;
-use crate::tree::staging::role::FileRole;
+use crate::tree::staging::role::{FileRole, StagedPlace};
 use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
 use crate::tree::staging::staging_area::StagingArea;
 use crate::{Error, Result};
@@ -83,8 +83,9 @@ impl Receiver {
         }
     }
 
-    /// Makes the content an archive that takes bytes. What was shared so far becomes bytes: the
-    /// tool has gone over from copy_file_range to writing. `nothing` says that no bytes follow.
+    /// Makes the content an archive that takes bytes. If the tool has changed from copy_file_range
+    /// to writing, the part that was shared is read and becomes bytes. `nothing` says that no bytes
+    /// follow.
     fn receive(&self, file: &StagedFile, state: &mut StagedState, nothing: bool) -> Result<()> {
         let start = match std::mem::replace(&mut state.content, StagedContent::Nothing) {
             StagedContent::Nothing if nothing => return Ok(()),
@@ -92,19 +93,19 @@ impl Receiver {
                 state.content = StagedContent::Archive(arrival);
                 return Ok(());
             }
-            StagedContent::Shared {
+            StagedContent::FromHome {
                 export, covered, ..
             } => Some((export, covered)),
             _ => None,
         };
-        let is_box = !file.restores && !matches!(state.place.parent, Node::Snapshot(..));
+        let is_box = !file.overwrites_export && !matches!(state.place.parent, Node::Snapshot(..));
         let wanted = if is_box {
             ImportTarget::Box
         } else {
             ImportTarget::Disk
         };
         let mut arrival = store::receive(&self.store, wanted)?;
-        let what = self.operation_of(file, &state.place.name);
+        let what = self.operation_of(file, &state.place);
         state.operation = Some(self.store.operations().begin(what, None));
         if let Some((export, covered)) = start {
             let mut buffer = vec![0; PIECE];
@@ -131,7 +132,7 @@ impl Receiver {
         if is_archive
             && !file.is_committed()
             && !state.is_refused()
-            && let Err(error) = state.is_complete(file.size())
+            && let Err(error) = state.finish(file.size())
         {
             self.log_refusal(file, &mut state, &error);
         }
@@ -140,7 +141,7 @@ impl Receiver {
     /// Closes one open description of a file, and lets go of it if it was the last and the file
     /// became nothing.
     pub fn close(&self, file: &Arc<StagedFile>) {
-        self.staging.touch(file);
+        self.staging.note_close(file);
         let mut state = file.state();
         state.open = state.open.saturating_sub(1);
         if state.open > 0 {
@@ -161,7 +162,7 @@ impl Receiver {
             }
             return;
         }
-        let is_complete = !state.is_refused() && state.content.is_whole();
+        let is_complete = !state.is_refused() && state.content.is_complete();
         let waits_for_box =
             role == FileRole::SnapshotDisk && self.staging.boxes.is_unfinished(&file.box_id);
         let waits = role == FileRole::TemporaryArchive || waits_for_box || file.is_waiting();
@@ -171,7 +172,7 @@ impl Receiver {
             return;
         }
         if !state.is_refused()
-            && let Err(error) = state.is_complete(file.size())
+            && let Err(error) = state.finish(file.size())
         {
             self.log_refusal(file, &mut state, &error);
         }
@@ -184,7 +185,7 @@ impl Receiver {
     /// Keeps a refusal for all later calls, and logs the first one.
     fn log_refusal(&self, file: &StagedFile, state: &mut StagedState, error: &Error) {
         if !state.is_refused() {
-            let what = self.operation_of(file, &state.place.name);
+            let what = self.operation_of(file, &state.place);
             let message = format!("{what} failed: {error}");
             self.store.events().warn(&message);
         }
@@ -192,16 +193,21 @@ impl Receiver {
     }
 
     /// Says what the writing of a file is, in a few words.
-    fn operation_of(&self, file: &StagedFile, name: &str) -> String {
-        if file.restores {
-            let source = Source::Live {
-                box_id: file.box_id.clone(),
+    fn operation_of(&self, file: &StagedFile, place: &StagedPlace) -> String {
+        let disks = &self.store.exports().disks;
+        if file.overwrites_export {
+            return match &place.parent {
+                Node::Snapshot(box_id, snapshot_id) => {
+                    let source = Source::Snapshot {
+                        box_id: box_id.clone(),
+                        snapshot_id: snapshot_id.clone(),
+                    };
+                    format!("replacement of {}", disks.describe(&source))
+                }
+                _ => format!("restore of box {}", disks.name_of(&file.box_id)),
             };
-            return format!(
-                "restore of {}",
-                self.store.exports().disks.describe(&source)
-            );
         }
+        let name = &place.name;
         match self.staging.boxes.name_of(&file.box_id) {
             Some(of_box) => format!("import of {of_box}/{name}"),
             None => format!("import of {name}"),

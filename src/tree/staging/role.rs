@@ -10,11 +10,11 @@ pub const ASIDE_PREFIX: &str = ".~tmp~/";
 /// What a written file will be when it is complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FileRole {
-    /// `NEW.boxlite` in the root: a new box.
+    /// `NEW.boxlite` or `NEW.boxlite.zst` in the root: a new box.
     NewBox,
-    /// `export.boxlite` of a box being made: its disk.
+    /// `export.boxlite` of a box that is being made, or that exists: its disk.
     BoxDisk,
-    /// `export.boxlite` of a snapshot of it.
+    /// `export.boxlite` of a snapshot: its disk.
     SnapshotDisk,
     /// A temporary name of one of these (rsync's `.NAME.XXXXXX`, gio's `.goutputstream-XXXXXX`).
     TemporaryArchive,

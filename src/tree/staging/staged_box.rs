@@ -57,14 +57,14 @@ impl StagedChild {
 
 /// A box being made.
 pub struct StagedBox {
-    /// The id of the box to be.
+    /// The id that the box has, or will have.
     pub id: String,
     /// The processes that make it.
     pub makers: ProcessGroup,
-    /// Those of them that are programs that copy. They are shown what they have made, and so find
-    /// the other names free. Nothing else of the mount is different to them.
+    /// The copy programs among the makers. They are shown only what they have made, and so find the
+    /// other names free. In all else they see what everyone sees.
     copiers: ProcessGroup,
-    /// Whether one of those does nothing else than copy.
+    /// Whether one of the makers is a program that only copies.
     is_by_copier: bool,
     /// Whether the box exists.
     pub committed: bool,
@@ -156,7 +156,7 @@ impl StagedBox {
     }
 
     /// Returns whether the caller may put parts of a backup into it.
-    pub fn is_made_by(&mut self, caller: Caller, node: &Node) -> bool {
+    pub fn may_be_filled_by(&mut self, caller: Caller, node: &Node) -> bool {
         // What copies snapshots into a box that exists has not made the box.
         let is_another = !self.is_new && matches!(node, Node::Box(_));
         !self.committed || self.is_arriving(node) || (!is_another && self.makers.includes(caller))
@@ -355,8 +355,8 @@ impl StagedBox {
     fn has_waiting(&self) -> bool {
         // The user of a cp that failed still has the source.
         let is_copy = |file: &StagedFile| {
-            let copier = file.copier;
-            copier.is_some_and(|copier| self.failed_by.contains(&copier))
+            let source_keeper = file.source_keeper;
+            source_keeper.is_some_and(|source_keeper| self.failed_by.contains(&source_keeper))
         };
         let has_archive = self.files().any(|file| file.is_waiting() && !is_copy(file));
         let is_described = |directory: &StagedChild| {

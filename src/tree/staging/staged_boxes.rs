@@ -1,9 +1,9 @@
 //! All boxes being made, and which callers see them.
 //!
 //! `mkdir NEW` reserves an id, so the directory has the inode of the box it will be. Until the box
-//! is committed everyone sees what was made so far. After that the makers go on seeing only what
-//! they made (cp and rsync create with O_EXCL what the finished box has already), and everyone else
-//! sees the box.
+//! is committed everyone sees what was made so far. After that everyone sees the box, except the
+//! copy programs among its makers: they see only what they made, because cp and rsync create with
+//! O_EXCL what the finished box has already.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -74,7 +74,7 @@ impl BoxTable {
     fn made_by(&mut self, caller: Caller, node: &Node) -> Option<&mut StagedBox> {
         let id = self.box_of(node)?;
         let staged = self.boxes.get_mut(&id)?;
-        staged.is_made_by(caller, node).then_some(staged)
+        staged.may_be_filled_by(caller, node).then_some(staged)
     }
 }
 
@@ -365,7 +365,7 @@ impl StagedBoxes {
     pub fn drop_file(&self, file: &StagedFile, refused: bool) {
         self.with(&file.box_id, |staged| {
             if refused {
-                staged.fail(file.copier);
+                staged.fail(file.source_keeper);
             }
             for names in staged.children.values_mut() {
                 names.retain(|_, child| child.node != file.node);

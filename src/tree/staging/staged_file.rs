@@ -29,7 +29,7 @@ pub enum StagedContent {
     /// Bytes of an archive.
     Archive(Box<ImportStream>),
     /// The start of an export, asked for with copy_file_range: no byte moved.
-    Shared {
+    FromHome {
         /// What the export is of.
         source: Source,
         /// The export.
@@ -40,17 +40,17 @@ pub enum StagedContent {
         covered: u64,
     },
     /// box.json or snapshot.json of a box or snapshot, asked for in the same way.
-    SharedJson(Source),
+    JsonFromHome(Source),
     /// A small text.
     Text(Vec<u8>),
 }
 
 impl StagedContent {
-    /// Returns whether the data was complete already, without bringing it to an end.
-    pub fn is_whole(&self) -> bool {
+    /// Returns whether the data is complete.
+    pub fn is_complete(&self) -> bool {
         match self {
             StagedContent::Archive(arrival) => arrival.is_complete(),
-            StagedContent::Shared {
+            StagedContent::FromHome {
                 export, covered, ..
             } => *covered == export.len(),
             _ => false,
@@ -66,7 +66,7 @@ pub enum Stage {
     Arriving,
     /// It is a complete archive that was closed, and waits for its final name or its box. The
     /// program that copied it got success, so its source may be gone. The source of
-    /// [`StagedContent::Shared`] is in the home, and is not removed meanwhile.
+    /// [`StagedContent::FromHome`] is in the home, and is not removed meanwhile.
     Waiting,
     /// It has become what its name says. From then on that is what is seen of it.
     Committed,
@@ -76,15 +76,15 @@ pub enum Stage {
 pub struct StagedFile {
     /// Its node.
     pub node: Node,
-    /// The box that it will be, or be part of: an id that no box has yet, or that of the box being
-    /// made. Where the file `restores` a box, the id of that.
+    /// The id of the box that it belongs to: one that exists, one being made, or one that will be
+    /// made of this file.
     pub box_id: String,
-    /// Whether it is written over the export of a box that exists.
-    pub restores: bool,
-    /// The processes that began to write, where it `restores` a box.
+    /// Whether it is written over the export of a box or snapshot that exists.
+    pub overwrites_export: bool,
+    /// The processes that began to write over an export; empty for other files.
     pub writer: ProcessGroup,
-    /// The process that made it, if that is a program that leaves its source in place.
-    pub copier: Option<u32>,
+    /// The process that made it, if its program leaves the source in place, as cp does.
+    pub source_keeper: Option<u32>,
     /// When it was made.
     pub created: SystemTime,
     /// The same by the clock that is never set.
@@ -116,8 +116,8 @@ impl StagedFile {
         StagedFile::begin(node, box_id, (by, false), place)
     }
 
-    /// Begins a file that is written over the export of a box that exists, or will be.
-    pub fn restoring(
+    /// Begins a file that is written over the export of a box or snapshot that exists.
+    pub fn overwriting_export(
         node: Node,
         box_id: String,
         place: StagedPlace,
@@ -129,10 +129,10 @@ impl StagedFile {
     fn begin(
         node: Node,
         box_id: String,
-        (by, restores): (Caller, bool),
+        (by, overwrites_export): (Caller, bool),
         place: StagedPlace,
     ) -> Arc<StagedFile> {
-        let writer = if restores {
+        let writer = if overwrites_export {
             ProcessGroup::begin(by)
         } else {
             ProcessGroup::default()
@@ -141,9 +141,9 @@ impl StagedFile {
         Arc::new(StagedFile {
             node,
             box_id,
-            restores,
+            overwrites_export,
             writer,
-            copier: process.filter(|_| Program::of(by).keeps_sources()),
+            source_keeper: process.filter(|_| Program::of(by).keeps_sources()),
             created: SystemTime::now(),
             begun: Instant::now(),
             size: AtomicU64::new(0),
@@ -189,8 +189,7 @@ impl StagedFile {
         self.stage.store(stage as u8, Ordering::Relaxed);
     }
 
-    /// Records that its name was removed, or given to another file. What comes of it from now on
-    /// counts for nothing.
+    /// Records that its name was removed, or given to another file. Later writes are refused.
     pub fn was_removed(&self, name: &str) {
         let mut state = self.state();
         if self.is_committed() {
@@ -319,7 +318,7 @@ impl StagedState {
         match (self.role(), &mut self.content) {
             (FileRole::Json | FileRole::Placeholder, _) => None,
             (_, StagedContent::Nothing) if offset == 0 => {
-                self.content = StagedContent::Shared {
+                self.content = StagedContent::FromHome {
                     source: source.clone(),
                     export: export.clone(),
                     contents: *contents,
@@ -329,7 +328,7 @@ impl StagedState {
             }
             (
                 _,
-                StagedContent::Shared {
+                StagedContent::FromHome {
                     source: known,
                     export: same,
                     covered,
@@ -343,27 +342,27 @@ impl StagedState {
         }
     }
 
-    /// Returns whether the data is complete; `size` is the file's length in bytes. An empty file is
-    /// no error.
+    /// Ends the data, if it is complete, and returns whether it is. `size` is the file's length in
+    /// bytes. An empty file is no error.
     ///
     /// # Errors
     /// EBADMSG for a part of an archive, and for a file that is only a hole.
-    pub fn is_complete(&mut self, size: u64) -> Result<bool> {
+    pub fn finish(&mut self, size: u64) -> Result<bool> {
         let only_hole = || match size {
             0 => Ok(false),
             _ => Err(Error::bad_archive("the file is only a hole")),
         };
         match &mut self.content {
-            StagedContent::Text(_) | StagedContent::SharedJson(_) => Ok(false),
+            StagedContent::Text(_) | StagedContent::JsonFromHome(_) => Ok(false),
             StagedContent::Nothing => only_hole(),
             StagedContent::Archive(arrival) if arrival.is_untouched() => only_hole(),
             StagedContent::Archive(arrival) => arrival.finish().map(|()| true),
-            StagedContent::Shared {
+            StagedContent::FromHome {
                 export, covered, ..
             } if *covered < export.len() => {
                 Err(Error::bad_archive("only a part of the archive was copied"))
             }
-            StagedContent::Shared { .. } => Ok(true),
+            StagedContent::FromHome { .. } => Ok(true),
         }
     }
 }

@@ -92,7 +92,7 @@ impl StagingArea {
     /// Returns whether the kernel has to be told that a name is not there, because the caller is
     /// about to make it, as a part of the backup it copies: the box that it has made has all of
     /// them already.
-    pub fn is_made_by_copy(&self, caller: Caller, parent: &Node, name: &str) -> bool {
+    pub fn hide_for_exclusive_create(&self, caller: Caller, parent: &Node, name: &str) -> bool {
         let is_part = Derived::named(name).is_some()
             || matches!(
                 (parent, name),
@@ -227,10 +227,10 @@ impl StagingArea {
         self.boxes.take(caller, parent, name)
     }
 
-    /// Records that a file was closed for the last time.
-    pub fn touch(&self, file: &Arc<StagedFile>) {
+    /// Records that a descriptor of a file was closed, which postpones its sweep.
+    pub fn note_close(&self, file: &Arc<StagedFile>) {
         self.boxes.with(&file.box_id, StagedBox::touch);
-        self.loose.touch(file);
+        self.loose.note_close(file);
     }
 
     /// Takes the name of a written file that became nothing. Where it was refused, its box fails.
@@ -321,7 +321,7 @@ impl StagingArea {
 
     /// Makes a listing what its callers see: with the archives that wait in a box that exists, and
     /// with those that are put aside in a directory of their own.
-    pub fn fold_aside(&self, dir: &Node, entries: &mut Vec<DirEntry>) {
+    pub fn complete_listing(&self, dir: &Node, entries: &mut Vec<DirEntry>) {
         self.sweep();
         if let Node::Box(_) | Node::Snapshot(..) = dir {
             entries.extend(self.loose.waiting_in(dir).into_iter().map(file_entry));

@@ -50,20 +50,24 @@ impl WaitingArchives {
     /// # Errors
     /// ENOSPC, EIO; the file is refused then.
     pub fn note(&self, file: &StagedFile, state: &mut StagedState) -> Result<()> {
-        let wanted = self.name_for(file, state);
-        let StagedContent::Archive(arrival) = &mut state.content else {
-            return Ok(());
-        };
-        let noted = store::note_waiting(arrival, &wanted, file.created);
-        noted.inspect_err(|error| {
+        self.write_note(file, state).inspect_err(|error| {
             state.refuse(error);
             let boxes = &self.staging.boxes;
-            boxes.with(&file.box_id, |staged| staged.fail(file.copier));
+            boxes.with(&file.box_id, |staged| staged.fail(file.source_keeper));
         })
     }
 
+    fn write_note(&self, file: &StagedFile, state: &mut StagedState) -> Result<()> {
+        let wanted = self.name_for(file, state);
+        match &mut state.content {
+            StagedContent::Archive(arrival) => store::note_waiting(arrival, &wanted, file.created),
+            _ => Ok(()),
+        }
+    }
+
     /// Updates the notes of the archives that wait in a box being made, whose names may have
-    /// changed.
+    /// changed. An archive whose note can't be updated was accepted before, so it stays, and keeps
+    /// its earlier note.
     pub fn note_names(&self, box_id: &str) {
         let files = self
             .staging
@@ -71,9 +75,13 @@ impl WaitingArchives {
             .with(box_id, |staged| staged.files().cloned().collect::<Vec<_>>());
         for file in files.unwrap_or_default() {
             let mut state = file.state();
-            if file.is_waiting() {
-                // There is a note, so it does not fail.
-                let _ = self.note(&file, &mut state);
+            if file.is_waiting()
+                && let Err(error) = self.write_note(&file, &mut state)
+            {
+                let events = self.store.events();
+                events.warn(&format!(
+                    "an archive that waits keeps its earlier name: {error}"
+                ));
             }
         }
     }
@@ -82,6 +90,7 @@ impl WaitingArchives {
     /// the box and the snapshot that it is copied into.
     fn name_for(&self, file: &StagedFile, state: &StagedState) -> String {
         let place = &state.place;
+        // None: no box is being made; Some(None): the file is not in a snapshot of it.
         let snapshot = self.staging.boxes.with(&file.box_id, |staged| {
             let (snapshot, _) = staged.find(&place.parent)?;
             matches!(place.parent, Node::Snapshot(..)).then(|| snapshot.to_owned())
@@ -108,7 +117,7 @@ impl WaitingArchives {
     fn keep(&self, file: &StagedFile, state: &mut StagedState, wanted: &str) -> Result<String> {
         let name = match &mut state.content {
             StagedContent::Archive(arrival) => store::keep_archive(&self.store, arrival, wanted)?,
-            StagedContent::Shared {
+            StagedContent::FromHome {
                 source, contents, ..
             } => store::keep_copy(&self.store, source, contents, wanted)?,
             _ => return Err(Error::new(libc::ENODATA, "it has no bytes")),

@@ -21,7 +21,7 @@ use crate::store::layers::graph::{ImageFile, Role};
 use crate::store::verbs::clone::clone_box;
 use crate::store::verbs::import::import_disk;
 use crate::store::verbs::import_stream::ImportStream;
-use crate::store::verbs::install::NewClone;
+use crate::store::verbs::install::NewBoxIdentity;
 use crate::{Context, Error, Result};
 
 /// Whether a disk in the workspace is in use elsewhere, as its further names tell.
@@ -141,7 +141,7 @@ fn make_box_from(store: &Store, archive: &WaitingArchive) -> Result<String> {
 }
 
 /// Chooses the id and the name of a new box: `name`, with a number appended if it is taken.
-fn new_box(store: &Store, name: &str) -> Result<NewClone> {
+fn new_box(store: &Store, name: &str) -> Result<NewBoxIdentity> {
     let catalog = store.home().catalog()?;
     let is_free = |name: &String| {
         let mut boxes = catalog.boxes().iter();
@@ -152,7 +152,7 @@ fn new_box(store: &Store, name: &str) -> Result<NewClone> {
         .chain(numbered)
         .find(is_free)
         .ok_or_else(|| Error::new(libc::EEXIST, format!("every name like {name} is taken")))?;
-    Ok(NewClone {
+    Ok(NewBoxIdentity {
         id: box_id()?,
         name,
     })

@@ -1,4 +1,4 @@
-//! What all readers and changes of a home share.
+//! An open home, with what all of its readers and changes use.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::home::{Home, SizeCache};
 use crate::progress::{Foreground, Operations};
 
 /// An open home, and what there is one of per home in this process.
-pub(crate) struct Shared {
+pub(crate) struct OpenHome {
     pub home: Arc<Home>,
     /// The directory for temporary and unnamed files.
     pub workspace: Arc<Workspace>,
@@ -24,12 +24,12 @@ pub(crate) struct Shared {
     pub is_read_only: bool,
 }
 
-impl Shared {
-    /// Returns the shared parts of a home. The workspace's directory is made when it is first
+impl OpenHome {
+    /// Returns an open home with an empty workspace. The workspace's directory is made when it is first
     /// needed.
-    pub fn new(home: Home, events: EventLog, is_read_only: bool) -> Shared {
+    pub fn new(home: Home, events: EventLog, is_read_only: bool) -> OpenHome {
         let home = Arc::new(home);
-        Shared {
+        OpenHome {
             workspace: Arc::new(Workspace::new(home.clone())),
             events: Arc::new(events),
             sizes: Arc::new(SizeCache::open(&home, is_read_only)),

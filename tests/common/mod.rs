@@ -283,10 +283,19 @@ impl TestHome {
 
     /// The layer of a snapshot.
     pub fn snapshot_disk(&self, name: &str, snapshot: &str) -> PathBuf {
-        self.box_dir(name)
-            .join("snapshots")
-            .join(snapshot)
-            .join("disk.qcow2")
+        let dir = self.box_dir(name);
+        let usual = dir.join("snapshots").join(snapshot).join("disk.qcow2");
+        if usual.exists() {
+            return usual;
+        }
+        // One that replaced another has a directory of its own.
+        let id = dir.file_name().unwrap().to_str().unwrap();
+        let path = self.database().query_row(
+            "SELECT json_extract(json, '$.base_path') FROM snapshot WHERE box_id = ?1 AND name = ?2",
+            [id, snapshot],
+            |row| row.get::<_, String>(0),
+        );
+        path.map_or(usual, PathBuf::from)
     }
 
     /// The database, opened by SQLite, to look at rows and to make ones that BoxLite would not.

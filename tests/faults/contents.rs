@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use super::common::*;
 
@@ -23,7 +24,7 @@ pub type Boxes = BTreeMap<String, Contents>;
 /// system that this process serves, and SQLite maps a file of it into memory.
 pub fn contents(home: &TestHome) -> Boxes {
     let mut boxes = Boxes::new();
-    let mut directories = BTreeMap::new();
+    let mut names = BTreeMap::new();
     for row in rows(home, "SELECT id, name FROM box_config") {
         let [id, name] = row.as_slice() else {
             panic!("{row:?}")
@@ -32,15 +33,15 @@ pub fn contents(home: &TestHome) -> Boxes {
         let live = digest(&directory.join("disks/disk.qcow2"));
         let snapshots = BTreeMap::new();
         boxes.insert(name.clone(), Contents { live, snapshots });
-        directories.insert(id.clone(), (name.clone(), directory));
+        names.insert(id.clone(), name.clone());
     }
-    for row in rows(home, "SELECT box_id, name FROM snapshot") {
-        let [id, snapshot] = row.as_slice() else {
+    let snapshots = "SELECT box_id, name, json_extract(json, '$.base_path') FROM snapshot";
+    for row in rows(home, snapshots) {
+        let [id, snapshot, layer] = row.as_slice() else {
             panic!("{row:?}")
         };
-        let (name, directory) = &directories[id];
-        let layer = directory.join("snapshots").join(snapshot);
-        let digest = digest(&layer.join("disk.qcow2"));
+        let name = &names[id];
+        let digest = digest(Path::new(layer));
         let contents = boxes.get_mut(name).unwrap();
         contents.snapshots.insert(snapshot.clone(), digest);
     }

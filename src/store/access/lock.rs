@@ -89,7 +89,10 @@ fn lock_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result
 
 /// Refuses a box that may not be changed. Beside a runtime, first keeps the runtime from starting
 /// the box, so that the answer stays true.
-fn refuse_unfit(locked: &LockedBox<'_>) -> Result<()> {
+///
+/// # Errors
+/// EBUSY, EPERM.
+pub fn refuse_unfit(locked: &LockedBox<'_>) -> Result<()> {
     locked.change.watch(&locked.record)?;
     locked.store.exports.disks.refuse_active(&locked.record)?;
     refuse_foreign_paths(locked)

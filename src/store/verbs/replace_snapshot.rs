@@ -3,11 +3,13 @@
 //! That is done only while the live disk of the box has the same contents as the other one, so that
 //! nothing is lost. Both rows change in one transaction: a crash leaves one snapshot or the other.
 
+use std::path::PathBuf;
+
 use crate::disk::{FileId, Format, Header, Layer};
 use crate::exports::Source;
 use crate::files::listing::resolve;
 use crate::store::Store;
-use crate::store::access::lock::make_ready;
+use crate::store::access::lock::{make_ready, refuse_unfit};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::recovery::recover_box;
 use crate::store::layers::snapshot_place::{NewSnapshotIdentity, refuse_taken_snapshot_name};
@@ -49,7 +51,7 @@ pub fn begin_new_snapshot(locked: &mut LockedBox<'_>, new: &NewSnapshotIdentity)
             new.name
         )));
     }
-    locked.store.exports.disks.refuse_active(&locked.record)?;
+    refuse_unfit(locked)?;
     make_ready(locked)?;
     if live_equals_snapshot(locked.store, &locked.record.id, replaced)? {
         return Ok(());
@@ -70,7 +72,7 @@ pub fn begin_new_snapshot(locked: &mut LockedBox<'_>, new: &NewSnapshotIdentity)
 /// That of `made`, and those of removing the layer.
 pub fn finish_new_snapshot(
     locked: &mut LockedBox<'_>,
-    made: Result<Option<std::path::PathBuf>>,
+    made: Result<Option<PathBuf>>,
 ) -> Result<()> {
     match made {
         Ok(None) => Ok(()),

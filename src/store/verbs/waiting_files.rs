@@ -47,23 +47,32 @@ pub fn note_waiting(stream: &mut ImportStream, name: &str, made: SystemTime) -> 
     if stream.note() == Some(name) {
         return Ok(());
     }
+    match write_note(stream, name, made) {
+        Ok(()) => {
+            stream.set_note(name);
+            crash_point("waiting.noted");
+            Ok(())
+        }
+        // It was accepted with its earlier note, which is still there.
+        Err(error) if stream.note().is_some() => {
+            log::warn!("the waiting archive {name} keeps its earlier name: {error}");
+            Ok(())
+        }
+        Err(error) => {
+            discard(&WaitingArchive::note_of(stream.disk()));
+            Err(error)
+        }
+    }
+}
+
+fn write_note(stream: &ImportStream, name: &str, made: SystemTime) -> Result<()> {
     let times = FileTimes::new().set_modified(made);
     File::options()
         .write(true)
         .open(stream.disk())
         .and_then(|disk| disk.set_times(times))
         .context(|| format!("cannot set the times of {}", stream.disk().display()))?;
-    let archive = stream.as_waiting(name)?;
-    match archive.write_note() {
-        Err(error) if stream.note().is_some() => {
-            log::warn!("the waiting archive {name} keeps its earlier name: {error}");
-            return Ok(());
-        }
-        noted => noted.inspect_err(|_| discard(&WaitingArchive::note_of(&archive.disk)))?,
-    }
-    stream.set_note(name);
-    crash_point("waiting.noted");
-    Ok(())
+    stream.as_waiting(name)?.write_note()
 }
 
 /// Makes a box from a waiting archive when the mount ends, and returns the box's name. If that
@@ -73,9 +82,9 @@ pub fn note_waiting(stream: &mut ImportStream, name: &str, made: SystemTime) -> 
 /// Those of importing a box.
 pub fn keep_archive(store: &Store, stream: &mut ImportStream, name: &str) -> Result<String> {
     note_waiting(stream, name, SystemTime::now())?;
-    let archive = stream.as_waiting(name)?;
     // From here on the note decides what becomes of the disk.
     stream.leave();
+    let archive = stream.as_waiting(name)?;
     let box_name = make_box_from(store, &archive)?;
     discard_archive(&archive);
     Ok(box_name)

@@ -82,10 +82,10 @@ impl Committer {
             FileRole::NewBox | FileRole::BoxDisk => self.commit_box(file, &state),
             FileRole::SnapshotDisk if file.overwrites_export => self.replace_snapshot(file, &state),
             FileRole::SnapshotDisk if self.staging.boxes.is_unfinished(&file.box_id) => {
-                return self.waiting.note(file, &mut state);
+                return self.waiting.accept(file, &mut state);
             }
             FileRole::SnapshotDisk => self.commit_snapshot(file, &state),
-            FileRole::TemporaryArchive => return self.waiting.note(file, &mut state),
+            FileRole::TemporaryArchive => return self.waiting.accept(file, &mut state),
             FileRole::Json | FileRole::Placeholder => return Ok(()),
         };
         if let Err(error) = result {
@@ -127,8 +127,8 @@ impl Committer {
     fn commit_waiting(&self, file: &StagedFile, waiting: &[Arc<StagedFile>]) -> Result<()> {
         let mut result = Ok(());
         for other in waiting {
-            // A file that is still open is committed by its own close.
-            let is_open = other.state().open > 0;
+            // A file that is still open is committed by its own close, unless that was answered.
+            let is_open = other.state().open > 0 && !other.is_waiting();
             if let Err(error) = self.commit_if_ready(other)
                 && !is_open
             {

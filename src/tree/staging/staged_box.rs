@@ -352,7 +352,7 @@ impl StagedBox {
 
     /// Returns whether a complete archive waits in it, or a snapshot.json without the export that
     /// it describes, in a box that exists.
-    fn has_waiting(&self) -> bool {
+    pub fn has_waiting(&self) -> bool {
         // The user of a cp that failed still has the source.
         let is_copy = |file: &StagedFile| {
             let source_keeper = file.source_keeper;

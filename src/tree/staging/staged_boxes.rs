@@ -368,18 +368,20 @@ impl StagedBoxes {
                 staged.fail(file.source_keeper);
             }
             for names in staged.children.values_mut() {
-                names.retain(|_, child| child.node != file.node);
+                // By identity: the next file of the same name has the same node.
+                names.retain(|_, child| child.file().is_none_or(|of| !std::ptr::eq(&**of, file)));
             }
         });
     }
 
     /// Shows the caller the real box, as all others see it, before it removes what it has made.
-    /// Does nothing while the box is being made or written.
+    /// Does nothing while the box is being made or written, or while archives wait in it.
     pub fn end_view_for(&self, caller: Caller, node: &Node) {
         let mut inner = self.swept();
         if let Some(staged) = inner.view_for(caller, node)
             && staged.committed
             && !staged.is_written()
+            && !staged.has_waiting()
         {
             let id = staged.id.clone();
             inner.let_go(&id);

@@ -211,6 +211,7 @@ impl StagedFile {
             return Ok(());
         }
         if size == 0 {
+            self.set_stage(&mut state, Stage::Arriving);
             state.content = StagedContent::Nothing;
             state.refused = None;
             self.size.store(0, Ordering::Relaxed);

@@ -326,10 +326,10 @@ impl StagingArea {
         if let Node::Box(_) | Node::Snapshot(..) = dir {
             entries.extend(self.loose.waiting_in(dir).into_iter().map(file_entry));
         }
+        entries.retain(|entry| !entry.name.to_string_lossy().starts_with(ASIDE_PREFIX));
         let Some((name, node)) = self.asides.in_directory(dir) else {
             return;
         };
-        entries.retain(|entry| !entry.name.to_string_lossy().starts_with(ASIDE_PREFIX));
         entries.push(DirEntry {
             name: name.into(),
             kind: Kind::Directory,

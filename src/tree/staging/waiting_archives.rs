@@ -44,17 +44,19 @@ impl WaitingArchives {
         }
     }
 
-    /// Makes sure that an archive that waits outlives this process, even one that is killed. Does
-    /// nothing for what shares a disk of this home: nothing was removed for it.
+    /// Makes an archive wait, before its close is answered. It then outlives this process, even one
+    /// that is killed. No note is needed for what shares a disk of this home: nothing was removed
+    /// for it.
     ///
     /// # Errors
     /// ENOSPC, EIO; the file is refused then.
-    pub fn note(&self, file: &StagedFile, state: &mut StagedState) -> Result<()> {
-        self.write_note(file, state).inspect_err(|error| {
+    pub fn accept(&self, file: &StagedFile, state: &mut StagedState) -> Result<()> {
+        let noted = self.write_note(file, state).inspect_err(|error| {
             state.refuse(error);
             let boxes = &self.staging.boxes;
             boxes.with(&file.box_id, |staged| staged.fail(file.source_keeper));
-        })
+        });
+        noted.map(|()| file.set_stage(state, Stage::Waiting))
     }
 
     fn write_note(&self, file: &StagedFile, state: &mut StagedState) -> Result<()> {

@@ -1,5 +1,6 @@
-//! Results of qemu-img, remembered by the bytes of the image. A test asks about the same image after each
-//! change that must leave it alone, and qemu-img takes longer to start than the image takes to read.
+//! A cache of qemu-img results, keyed by the bytes of the image. Tests ask about the same image
+//! after each change that must leave it alone, and starting qemu-img takes longer than reading the
+//! image.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -8,12 +9,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// An image of more bytes, chain included, is asked about each time.
+/// The largest image, including its chain, that is cached.
 const MOST_BYTES: usize = 16 << 20;
-/// So is a chain of more images.
+/// The longest chain that is cached.
 const MOST_LAYERS: usize = 32;
 
-/// Results by the hash of an image and its chain: their paths and bytes.
+/// Results keyed by a hash over the paths and bytes of an image and its chain.
 pub struct Results<T>(Mutex<BTreeMap<[u8; 32], T>>);
 
 impl<T: Clone> Results<T> {
@@ -21,7 +22,7 @@ impl<T: Clone> Results<T> {
         Results(Mutex::new(BTreeMap::new()))
     }
 
-    /// Returns the result for the image: a remembered one if its bytes are the same, else that of `ask`.
+    /// Returns the cached result for the image, or calls `ask` and caches its result.
     pub fn of(&self, image: &Path, ask: impl FnOnce() -> T) -> T {
         let Some(hash) = chain_hash(image) else {
             return ask();
@@ -36,7 +37,8 @@ impl<T: Clone> Results<T> {
     }
 }
 
-/// Hashes the paths and bytes of an image and its backing chain. None for an image that this can't follow.
+/// Hashes the paths and bytes of an image and its backing chain. Returns None if it cannot follow
+/// the chain.
 fn chain_hash(image: &Path) -> Option<[u8; 32]> {
     let mut hasher = blake3::Hasher::new();
     let mut left = MOST_BYTES;
@@ -55,7 +57,7 @@ fn chain_hash(image: &Path) -> Option<[u8; 32]> {
     None
 }
 
-/// Where an image's header says that it reads from (qcow2 v3: offset and length at byte 8).
+/// Returns the backing file named in an image's header (qcow2 v3: offset at byte 8, length at 16).
 fn backing_file(bytes: &[u8], path: &Path) -> Option<Option<PathBuf>> {
     let number = |at: usize, length: usize| {
         let bytes = bytes.get(at..at + length)?;
@@ -64,7 +66,7 @@ fn backing_file(bytes: &[u8], path: &Path) -> Option<Option<PathBuf>> {
             .fold(0, |sum, byte| sum << 8 | u64::from(*byte));
         usize::try_from(number).ok()
     };
-    // An image with a data file of its own, or with what is not known here, says so in these bits.
+    // Incompatible features: an external data file, or something unknown here.
     if bytes.get(..4)? != b"QFI\xfb" || number(72, 8)? != 0 {
         return None;
     }

@@ -1,21 +1,22 @@
-//! What the tests that mount share: a throwaway home made by BoxLite itself, a mount of it that
-//! never outlives its test, and the judges (BoxLite's wheel, qemu-img, tar) that say what is right.
+//! Shared helpers of the mounting tests: a throwaway home made by BoxLite itself, a mount of it
+//! that never outlives its test, and the reference programs that judge results (BoxLite's wheel,
+//! qemu-img, tar).
 //!
 //! ```ignore
-//! let home = TestHome::new();                      // BoxLite imported an ext4 disk as the box "web"
-//! let mount = home.mount();                        // `boxlitefs mount -f`, gone with the guard
+//! let home = TestHome::new();                      // BoxLite imported a disk as "web"
+//! let mount = home.mount();                        // `boxlitefs mount -f`, unmounted on drop
 //! std::fs::create_dir(mount.at("web/snapshots/a")).unwrap();
-//! home.wheel(&["snapshot-restore", "web", "a"]);   // BoxLite does something, beside us
-//! home.guest_write("web", 0x10000, b"changed");    // what a guest would do to a stopped box's disk
+//! home.wheel(&["snapshot-restore", "web", "a"]);   // BoxLite works on the mounted home
+//! home.guest_write("web", 0x10000, b"changed");    // writes to the stopped box like its guest
 //! assert_eq!(digest(&home.snapshot_disk("web", "a")), before);
-//! home.assert_whole();                             // images, rows and leftovers are as they must be
+//! home.assert_whole();                             // images and rows agree, nothing is left over
 //! ```
 //!
-//! Everything here is required: a wheel, a `qemu-img` or a FUSE device that is missing fails the
-//! test and says what to install. The python with the wheel is `$BOXLITE_PYTHON`, else
+//! All tools are required: if the wheel, `qemu-img` or the FUSE device is missing, the test fails
+//! and says what to install. The wheel's Python is `$BOXLITE_PYTHON`, else
 //! `target/venv/bin/python`.
 
-// Every test file uses a part of it.
+// Each test program uses only some of these helpers.
 #![allow(dead_code, unused_imports)]
 
 mod known_images;
@@ -47,13 +48,13 @@ pub use small_disk::*;
 use template::Template;
 pub use torture::*;
 
-/// Bytes of the guest disk that [`TestHome::new`] makes.
+/// Size of the guest disk that [`TestHome::new`] makes.
 pub const DISK_SIZE: &str = "8M";
 
-/// Where the tests write as a guest would: past what mke2fs put into the first half of the disk.
+/// Offset of the tests' guest writes, past the metadata that mke2fs puts in the first half.
 pub const FREE_AREA: u64 = 5 << 20;
 
-/// What a box's directory has, sorted.
+/// Entries of a box's directory, sorted.
 pub const BOX_FILES: [&str; 6] = [
     "box.json",
     "disk.img",
@@ -63,7 +64,7 @@ pub const BOX_FILES: [&str; 6] = [
     "snapshots",
 ];
 
-/// What a snapshot's directory has, sorted.
+/// Entries of a snapshot's directory, sorted.
 pub const SNAPSHOT_FILES: [&str; 5] = [
     "disk.img",
     "export.boxlite",
@@ -72,36 +73,36 @@ pub const SNAPSHOT_FILES: [&str; 5] = [
     "snapshot.json",
 ];
 
-/// How long a test waits for an event before it fails. No promise is a time: the machine may be
-/// busy with other work.
+/// How long a test waits for an event before it fails. It is generous because the machine may be
+/// busy; no test asserts how fast something happens.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The beginning of a script in a mount namespace of its own: the mounts of other tests, which were
-/// copied into it, would live on there after those tests have unmounted them. $KEEP is left.
+/// First lines of a script that runs in its own mount namespace. They detach the mounts copied from
+/// other tests, which would otherwise outlive their unmount there. The mount at $KEEP stays.
 pub const LEAVE_OTHER_MOUNTS: &str = "findmnt -rn -o TARGET -t fuse.boxlite,fuse |
     while read -r other; do [ \"$other\" = \"${KEEP:-}\" ] || umount -l -c \"$other\"; done\n";
 
 // ---- the home ---------------------------------------------------------------------------------
 
-/// A BoxLite home in a directory of its own, with the box `web` in it. Made by BoxLite.
+/// A BoxLite home in its own temporary directory.
 pub struct TestHome {
     place: TempDir,
     root: PathBuf,
 }
 
 impl TestHome {
-    /// A home in which BoxLite has imported an ext4 disk as the box `web`.
+    /// Makes a home in which BoxLite has imported an ext4 disk as the box `web`.
     pub fn new() -> TestHome {
         TestHome::from_template(new_place(), Template::Web)
     }
 
-    /// As [`TestHome::new`], kept in memory: for tests that go through hundreds of homes.
+    /// Makes the same home as [`TestHome::new`] in memory, for tests that use hundreds of homes.
     pub fn in_memory() -> TestHome {
         let place = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| new_place());
         TestHome::from_template(place, Template::Web)
     }
 
-    /// A home that BoxLite made and that has no box.
+    /// Makes a home without boxes.
     pub fn empty() -> TestHome {
         TestHome::from_template(new_place(), Template::Empty)
     }
@@ -112,9 +113,9 @@ impl TestHome {
         home
     }
 
-    /// The place of a home that is not made yet.
+    /// Makes the directories around a home, but not the home itself.
     fn without_home(place: TempDir) -> TestHome {
-        // The rows name canonical paths.
+        // BoxLite's rows contain canonical paths.
         let place_path = place.path().canonicalize().expect("its canonical path");
         fs::create_dir(place_path.join("mnt")).expect("the mountpoint");
         TestHome {
@@ -123,33 +124,34 @@ impl TestHome {
         }
     }
 
-    /// A copy of a home, as `cp -a` makes it: its rows still name the original's directories.
+    /// Copies a home with `cp -a`. The copy's rows still refer to the original's directories.
     pub fn copy_of(original: &TestHome) -> TestHome {
         let home = TestHome::without_home(new_place());
         succeed(&["cp", "-a", text(original.root()), text(&home.root)]);
         home
     }
 
-    /// Puts the home's files aside; [`TestHome::put_back`] makes them those of this moment again.
+    /// Saves a copy of the home's files under `name`, for [`TestHome::put_back`].
     pub fn put_aside(&self, name: &str) {
         succeed(&["cp", "-a", text(&self.root), text(&self.beside(name))]);
     }
 
-    /// Makes the home what it was when it was put aside under this name.
+    /// Replaces the home with the copy that [`TestHome::put_aside`] saved under `name`.
     pub fn put_back(&self, name: &str) {
-        fs::remove_dir_all(&self.root).expect("the home goes");
+        fs::remove_dir_all(&self.root).expect("cannot remove the home");
         succeed(&["cp", "-a", text(&self.beside(name)), text(&self.root)]);
     }
 
-    /// A digest of every file of the home but what SQLite and BoxLite write when they only look.
+    /// Returns a digest of every file of the home, except those that SQLite and BoxLite write even
+    /// when they only read.
     pub fn fingerprint(&self) -> String {
         let script = "cd \"$1\" && find . -type f ! -path './logs/*' ! -name '*-shm' \
              ! '(' -name '*-wal' -empty ')' -exec sha256sum {} + | sort -k2";
         succeed(&["sh", "-c", script, "sh", text(&self.root)])
     }
 
-    /// Every file of boxes and bases with a digest, what lies in a workspace, and how many rows there are:
-    /// what must be the same when nothing was done.
+    /// Lists the files of boxes and bases with digests, the names in workspaces, and row counts.
+    /// The result stays the same if nothing was changed.
     pub fn kept(&self) -> String {
         let mut files = Vec::new();
         for directory in ["boxes", "bases", "locks", ".boxlitefs"] {
@@ -172,20 +174,20 @@ impl TestHome {
         format!("{}\n{counts:?}", files.join("\n"))
     }
 
-    /// The home's directory.
+    /// Returns the home's directory.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// A path beside the home, for what a test puts aside.
+    /// Returns a path next to the home, for a test's other files.
     pub fn beside(&self, name: &str) -> PathBuf {
         self.place.path().join(name)
     }
 
-    /// Has BoxLite do something (`tests/wheel.py`) and returns what it printed.
+    /// Runs one BoxLite command (`tests/wheel.py`) and returns what it printed.
     ///
-    /// Judged by what it prints, not by its exit status: the wheel aborts now and then at exit,
-    /// after its work is done.
+    /// Only the output decides about success: the wheel sometimes aborts at exit, after its work
+    /// is done.
     pub fn wheel(&self, command: &[&str]) -> Value {
         match self.try_wheel(command) {
             Ok(value) => value,
@@ -193,7 +195,7 @@ impl TestHome {
         }
     }
 
-    /// As [`TestHome::wheel`], for what BoxLite may refuse: the error is its message.
+    /// Runs a command that BoxLite may refuse; the error is its message.
     pub fn try_wheel(&self, command: &[&str]) -> Result<Value, String> {
         let answer = self.try_wheel_batch(&[command]).remove(0);
         match answer.get("error") {
@@ -202,7 +204,7 @@ impl TestHome {
         }
     }
 
-    /// Has BoxLite do several things in one process; fails the test if it refuses one.
+    /// Runs several BoxLite commands in one process; fails the test if BoxLite refuses one.
     pub fn wheel_batch(&self, commands: &[&[&str]]) -> Vec<Value> {
         let answers = self.try_wheel_batch(commands);
         for (command, answer) in commands.iter().zip(&answers) {
@@ -214,17 +216,17 @@ impl TestHome {
         answers
     }
 
-    /// As [`TestHome::wheel_batch`]; what was refused has an `error`.
+    /// Like [`TestHome::wheel_batch`], but the answer to a refused command has an `error` field.
     pub fn try_wheel_batch(&self, commands: &[&[&str]]) -> Vec<Value> {
         wheel::ask(&self.root, commands)
     }
 
-    /// A BoxLite runtime that holds the home until the value is dropped.
+    /// Starts a BoxLite runtime that holds the home's lock until the value is dropped.
     pub fn hold(&self) -> Session {
         Session::start(self)
     }
 
-    /// Mounts the home; the mount ends with the value.
+    /// Mounts the home until the value is dropped.
     pub fn mount(&self) -> Mounted {
         self.mount_with(&[], &[])
     }
@@ -239,7 +241,8 @@ impl TestHome {
         self.mount_with(&[], &[("BOXLITEFS_CRASH_AT", point)])
     }
 
-    /// Mounts the home with more arguments and environment. One mount at a time.
+    /// Mounts the home with further arguments and environment. A home can have one such mount at a
+    /// time.
     pub fn mount_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Mounted {
         Mounted::start(
             &self.root,
@@ -249,7 +252,7 @@ impl TestHome {
         )
     }
 
-    /// The id of a box by its name.
+    /// Returns the id of the box with this name.
     pub fn id(&self, name: &str) -> String {
         self.database()
             .query_row("SELECT id FROM box_config WHERE name = ?1", [name], |row| {
@@ -258,7 +261,7 @@ impl TestHome {
             .unwrap_or_else(|e| panic!("box {name}: {e}"))
     }
 
-    /// What BoxLite and we keep of a box's state.
+    /// Returns the `box_state` JSON of a box.
     pub fn state(&self, name: &str) -> Value {
         let json: String = self
             .database()
@@ -267,21 +270,21 @@ impl TestHome {
                 [self.id(name)],
                 |row| row.get(0),
             )
-            .expect("its state");
+            .expect("the box's state");
         serde_json::from_str(&json).expect("JSON")
     }
 
-    /// `boxes/ID` of a box.
+    /// Returns the directory `boxes/ID` of a box.
     pub fn box_dir(&self, name: &str) -> PathBuf {
         self.root.join("boxes").join(self.id(name))
     }
 
-    /// The live disk of a box.
+    /// Returns the path of a box's live disk.
     pub fn live_disk(&self, name: &str) -> PathBuf {
         self.box_dir(name).join("disks/disk.qcow2")
     }
 
-    /// The layer of a snapshot.
+    /// Returns the path of a snapshot's layer.
     pub fn snapshot_disk(&self, name: &str, snapshot: &str) -> PathBuf {
         let dir = self.box_dir(name);
         let usual = dir.join("snapshots").join(snapshot).join("disk.qcow2");
@@ -298,7 +301,7 @@ impl TestHome {
         path.map_or(usual, PathBuf::from)
     }
 
-    /// The database, opened by SQLite, to look at rows and to make ones that BoxLite would not.
+    /// Opens the home's database, to read rows or to make rows that BoxLite would not.
     pub fn database(&self) -> rusqlite::Connection {
         let database = rusqlite::Connection::open(self.root.join("db/boxlite.db")).expect("rows");
         database
@@ -307,12 +310,12 @@ impl TestHome {
         database
     }
 
-    /// Writes to the disk of a stopped box as its guest would, through qemu-io.
+    /// Writes to the disk of a stopped box like its guest, with qemu-io.
     pub fn guest_write(&self, name: &str, offset: u64, bytes: &[u8]) {
         guest_write(&self.live_disk(name), offset, bytes);
     }
 
-    /// Puts the box `web` on a raw image below `images/`, as BoxLite makes one at its first start.
+    /// Puts the box `web` on a raw image below `images/`, like a box that BoxLite has created.
     pub fn put_on_a_raw_image(&self) -> PathBuf {
         let images = self.root().join("images/disk-images");
         fs::create_dir_all(&images).unwrap();
@@ -342,7 +345,7 @@ impl TestHome {
         image
     }
 
-    /// `boxlitefs check`: its exit status and what it printed.
+    /// Runs `boxlitefs check`; returns its exit status and output.
     pub fn check(&self) -> (i32, String) {
         let output = Command::new(binary())
             .arg("check")
@@ -356,7 +359,7 @@ impl TestHome {
         )
     }
 
-    /// `boxlitefs compact`: its exit status and what it printed.
+    /// Runs `boxlitefs compact`; returns its exit status and output.
     pub fn compact(&self) -> (i32, String) {
         let output = run(&[binary(), "compact", text(&self.root)]);
         let said = [output.stdout, output.stderr].concat();
@@ -366,7 +369,8 @@ impl TestHome {
         )
     }
 
-    /// `boxlitefs compact` that kills itself at a named crash point; what it printed if it did not.
+    /// Runs a `boxlitefs compact` that kills itself at a named crash point. Returns its output if
+    /// it did not reach that point.
     pub fn compact_crashing_at(&self, point: &str) -> Option<String> {
         use std::os::unix::process::ExitStatusExt;
         let output = Command::new(binary())
@@ -380,7 +384,7 @@ impl TestHome {
         (!killed).then(|| String::from_utf8_lossy(&said).into_owned())
     }
 
-    /// Bytes that the home's images take on the disk, every inode once.
+    /// Returns the bytes that the home's images occupy on the disk, counting each inode once.
     pub fn allocated(&self) -> u64 {
         let mut inodes = std::collections::BTreeMap::new();
         for image in self.images() {
@@ -390,7 +394,7 @@ impl TestHome {
         inodes.values().sum()
     }
 
-    /// Every qcow2 file below `boxes/` and `bases/`.
+    /// Lists every qcow2 file below `boxes/` and `bases/`.
     pub fn images(&self) -> Vec<PathBuf> {
         let mut images = Vec::new();
         for directory in ["boxes", "bases"] {
@@ -399,16 +403,15 @@ impl TestHome {
         images
     }
 
-    /// Fails unless `qemu-img check` finds nothing in any image and `boxlitefs check` nothing in
-    /// the home.
+    /// Fails if `qemu-img check` finds a fault in an image or `boxlitefs check` one in the home.
     pub fn assert_whole(&self) {
         self.assert_images_clean();
         let (status, said) = self.check();
         assert_eq!(status, 0, "boxlitefs check: {said}");
     }
 
-    /// As [`TestHome::assert_whole`], after a mount has seen the home: what nothing needs any more
-    /// since BoxLite took its reader away is freed then.
+    /// Mounts the home once, then calls [`TestHome::assert_whole`]. The mount frees layers that
+    /// became unreferenced when BoxLite removed their reader.
     pub fn assert_whole_once_mounted(&self) {
         drop(self.mount());
         self.assert_whole();
@@ -440,16 +443,16 @@ fn new_place() -> TempDir {
     tempfile::tempdir().expect("a temporary directory")
 }
 
-/// Every file below a directory of a home with a digest of its contents; of a workspace all that is in it,
-/// by name alone.
+/// Adds every file below a directory of the home, with a digest of its contents. Below
+/// `.boxlitefs`, adds only the names in workspaces.
 fn files_below(root: &Path, directory: &Path, files: &mut Vec<String>) {
     for entry in fs::read_dir(root.join(directory)).into_iter().flatten() {
         let entry = entry.expect("an entry");
         let path = directory.join(entry.file_name());
-        let kind = entry.file_type().expect("its kind");
+        let kind = entry.file_type().expect("its type");
         if !path.starts_with(".boxlitefs") {
             if kind.is_file() {
-                // A change beside may take it away meanwhile.
+                // A concurrent change may remove the file.
                 let bytes = fs::read(root.join(&path)).unwrap_or_default();
                 files.push(format!("{} {}", path.display(), blake3::hash(&bytes)));
             }
@@ -473,12 +476,12 @@ fn images_below(directory: &Path, images: &mut Vec<PathBuf>) {
     }
 }
 
-/// The archive that homes are made from: an ext4 disk with a file in it. Made once.
+/// Returns the archive that homes are made from: an ext4 disk with one file.
 pub fn archive() -> PathBuf {
     template::archive()
 }
 
-/// Makes an archive of a new ext4 disk with more arguments for the wheel; returns its path.
+/// Makes an archive of a new ext4 disk and returns its path. `arguments` go to `make-archive`.
 pub fn make_archive(file_name: &str, arguments: &[&str]) -> PathBuf {
     let directory = own_directory();
     let place = tempfile::tempdir_in(directory).expect("a temporary directory");
@@ -495,8 +498,8 @@ pub fn make_archive(file_name: &str, arguments: &[&str]) -> PathBuf {
     target
 }
 
-/// A directory for what a test program makes once, of this process alone as long as it lives: two runs of one
-/// program at the same time would replace each other's.
+/// Returns a directory for files that a test program makes once. It belongs to this process alone,
+/// because two concurrent runs of one program would replace each other's files.
 pub fn own_directory() -> &'static Path {
     static OWN: OnceLock<(PathBuf, File)> = OnceLock::new();
     let (directory, _) = OWN.get_or_init(|| {
@@ -515,14 +518,14 @@ pub fn own_directory() -> &'static Path {
                     }
                 }
             })
-            .expect("one that nobody has")
+            .expect("an unused directory")
     });
     directory
 }
 
 // ---- the mount --------------------------------------------------------------------------------
 
-/// A mount served by a child process. Dropping it unmounts and ends the process, whatever happened.
+/// A mount served by a child process. Dropping it always unmounts and ends the process.
 pub struct Mounted {
     child: Child,
     mountpoint: PathBuf,
@@ -534,7 +537,7 @@ impl Mounted {
             .args(["mount", "-f"])
             .args(arguments)
             .args([home, mountpoint])
-            // What goes wrong is in the mount's log; the terminal is the tests'.
+            // Failures are in the mount's log; keep them off the test's terminal.
             .env("RUST_LOG", "error")
             .envs(env.iter().copied())
             .stdin(Stdio::null())
@@ -550,37 +553,37 @@ impl Mounted {
 
     fn wait_until_it_serves(&mut self) {
         let deadline = Instant::now() + PATIENCE;
-        // Looked up only once it is mounted; then the process answers.
+        // Before it is mounted, the lookup would reach the empty directory below.
         while !is_mounted(&self.mountpoint) || fs::metadata(self.at(".boxlite/log")).is_err() {
             if let Some(status) = self.child.try_wait().expect("its status") {
                 panic!("boxlitefs mount ended: {status}");
             }
-            assert!(Instant::now() < deadline, "boxlitefs does not serve");
+            assert!(Instant::now() < deadline, "the mount is not ready");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// The pid of the process that serves it.
+    /// Returns the pid of the process that serves the mount.
     pub fn process(&self) -> u32 {
         self.child.id()
     }
 
-    /// Where it is mounted.
+    /// Returns the mountpoint.
     pub fn root(&self) -> &Path {
         &self.mountpoint
     }
 
-    /// A path in the mount.
+    /// Returns a path in the mount.
     pub fn at(&self, path: impl AsRef<Path>) -> PathBuf {
         self.mountpoint.join(path)
     }
 
-    /// The log that a user reads in the mount.
+    /// Reads the log that the mount shows to users.
     pub fn log(&self) -> String {
         fs::read_to_string(self.at(".boxlite/log")).expect("the log")
     }
 
-    /// The names in a directory of the mount, sorted.
+    /// Lists the names in a directory of the mount, sorted.
     pub fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
         names_in(&self.at(path))
     }
@@ -601,31 +604,31 @@ impl Mounted {
         succeed(&["cp", "-r", text(&from), text(&to)]);
     }
 
-    /// The guest's bytes in an export of the mount, such as `web/export.boxlite`.
+    /// Returns a digest of the guest disk in an export of the mount, such as `web/export.boxlite`.
     pub fn export_digest(&self, path: &str) -> String {
         archive_digest(&self.at(path))
     }
 
-    /// Unmounts in the ordinary way and fails unless the process then ends well.
+    /// Unmounts with `boxlitefs unmount`; fails unless the process then exits successfully.
     pub fn unmount(mut self) {
         unmount(&self.mountpoint);
         let ended = wait(&mut self.child, PATIENCE).expect("boxlitefs ends after unmount");
         assert!(ended.success(), "{ended}");
     }
 
-    /// Whether the process was killed (by a crash point), waited for.
+    /// Waits for the process to end; returns whether SIGKILL (such as from a crash point) ended it.
     pub fn has_crashed(&mut self) -> bool {
         use std::os::unix::process::ExitStatusExt;
         wait(&mut self.child, PATIENCE).is_some_and(|status| status.signal() == Some(libc::SIGKILL))
     }
 
-    /// The signal that ended the process, waited for.
+    /// Waits for the process to end; returns the signal that ended it.
     pub fn ended_by(&mut self) -> Option<i32> {
         use std::os::unix::process::ExitStatusExt;
         wait(&mut self.child, PATIENCE)?.signal()
     }
 
-    /// Whether the process still serves.
+    /// Returns whether the process is still running.
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
@@ -652,19 +655,19 @@ impl Drop for Mounted {
     }
 }
 
-/// Runs `boxlitefs unmount`, which must succeed. The mount namespace of another test may have a copy of the
-/// mount until that test detaches it: then the exit status is 3, and the process ends a little later.
+/// Runs `boxlitefs unmount`, which must succeed. Another test's mount namespace may hold a copy of
+/// the mount until that test detaches it: then the exit status is 3, and the process ends later.
 pub fn unmount(mountpoint: &Path) {
     let unmount = [binary(), "unmount", text(mountpoint)];
     let deadline = Instant::now() + PATIENCE;
     loop {
         let done = run(&unmount);
-        // Another thread of the test may just be starting a program, which has, until it has begun, whatever
-        // files this process had open at that moment.
+        // If another thread has just forked to start a program, the child holds this process's
+        // open files until it calls exec. So retry while the mount is in use.
         let is_busy = String::from_utf8_lossy(&done.stderr).contains(" is in use");
         if !is_busy || Instant::now() > deadline {
             match still_serving(&done) {
-                // A process that has ended and was not waited for is a zombie: in /proc, without exe.
+                // A zombie that nobody has reaped is still in /proc, but has no exe.
                 Some(process) => eventually("the mount's process ended", || {
                     fs::read_link(process.join("exe")).is_err()
                 }),
@@ -676,7 +679,8 @@ pub fn unmount(mountpoint: &Path) {
     }
 }
 
-/// The process (in /proc) that `boxlitefs unmount` says still serves another namespace.
+/// Returns the /proc directory of the process that, according to `boxlitefs unmount`, still serves
+/// the mount in another namespace.
 fn still_serving(done: &Output) -> Option<PathBuf> {
     let said = String::from_utf8_lossy(&done.stderr);
     let (_, process) = said.split_once("boxlitefs (pid ")?;
@@ -684,7 +688,7 @@ fn still_serving(done: &Output) -> Option<PathBuf> {
     (done.status.code() == Some(3)).then(|| Path::new("/proc").join(process))
 }
 
-/// Whether a FUSE file system is mounted there.
+/// Returns whether a FUSE file system is mounted there.
 pub fn is_mounted(mountpoint: &Path) -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").expect("the mount table");
     table
@@ -693,7 +697,7 @@ pub fn is_mounted(mountpoint: &Path) -> bool {
         .any(|line| line.split(' ').nth(4) == mountpoint.to_str())
 }
 
-/// Waits for a process to end by itself, then makes it.
+/// Waits for a process to end, then kills it.
 fn end(child: &mut Child) {
     if wait(child, Duration::from_secs(5)).is_none() {
         let _ = child.kill();
@@ -714,8 +718,8 @@ fn wait(child: &mut Child, limit: Duration) -> Option<std::process::ExitStatus> 
 
 // ---- the judges -------------------------------------------------------------------------------
 
-/// Mounts a home and gives its box `web` the snapshot `s` of another state than now; returns the mount and a
-/// backup of the box.
+/// Mounts a home and gives its box `web` a snapshot `s` whose state differs from the live disk.
+/// Returns the mount and a backup of the box.
 pub fn mount_and_backup(home: &TestHome) -> (Mounted, PathBuf) {
     let mount = home.mount();
     home.guest_write("web", FREE_AREA, b"then");
@@ -726,7 +730,7 @@ pub fn mount_and_backup(home: &TestHome) -> (Mounted, PathBuf) {
     (mount, backup)
 }
 
-/// The program under test: that of this build, or `$BOXLITEFS_PROGRAM`, one that was built otherwise.
+/// Returns the program under test: `$BOXLITEFS_PROGRAM` (another build), else that of this build.
 pub fn binary() -> &'static str {
     static PROGRAM: OnceLock<String> = OnceLock::new();
     PROGRAM.get_or_init(|| {
@@ -735,7 +739,7 @@ pub fn binary() -> &'static str {
     })
 }
 
-/// The python that has the wheel.
+/// Returns the Python interpreter that has the wheel.
 pub fn python() -> PathBuf {
     std::env::var_os("BOXLITE_PYTHON").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/venv/bin/python"),
@@ -743,7 +747,7 @@ pub fn python() -> PathBuf {
     )
 }
 
-/// Runs a program and returns how it ended and what it said.
+/// Runs a program; returns its exit status and output.
 pub fn run(command: &[&str]) -> Output {
     Command::new(command[0])
         .args(&command[1..])
@@ -752,7 +756,7 @@ pub fn run(command: &[&str]) -> Output {
         .unwrap_or_else(|e| panic!("cannot run {}: {e}; install it", command[0]))
 }
 
-/// Runs a program that must succeed; returns what it printed.
+/// Runs a program that must succeed; returns its output.
 pub fn succeed(command: &[&str]) -> String {
     let output = run(command);
     assert!(
@@ -764,14 +768,14 @@ pub fn succeed(command: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Runs a program that must fail; returns what it complained of.
+/// Runs a program that must fail; returns its standard error.
 pub fn fail(command: &[&str]) -> String {
     let output = run(command);
     assert!(!output.status.success(), "{command:?} succeeded");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// The errno a call failed with.
+/// Returns the errno of a call that must fail.
 pub fn errno<T: Debug>(result: io::Result<T>) -> i32 {
     result
         .expect_err("an error")
@@ -779,7 +783,7 @@ pub fn errno<T: Debug>(result: io::Result<T>) -> i32 {
         .expect("an errno")
 }
 
-/// Waits until something is so.
+/// Waits until a condition holds. `what` describes it when it never does.
 pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !is_so() {
@@ -788,7 +792,7 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Most memory the process has had, in KiB.
+/// Returns the process's peak resident memory in KiB.
 pub fn peak_memory(process: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).expect("its status");
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));
@@ -796,12 +800,12 @@ pub fn peak_memory(process: u32) -> u64 {
     digits.expect("a number").parse().expect("a number")
 }
 
-/// A path as text; the tests' paths are.
+/// Returns a path as text; the tests' paths are UTF-8.
 pub fn text(path: &Path) -> &str {
     path.to_str().expect("a path in UTF-8")
 }
 
-/// The names in a directory, sorted.
+/// Lists the names in a directory, sorted.
 pub fn names_in(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(directory)
         .unwrap_or_else(|e| panic!("{}: {e}", directory.display()))
@@ -812,7 +816,7 @@ pub fn names_in(directory: &Path) -> Vec<String> {
     names
 }
 
-/// Writes to an image as a guest would, through qemu-io.
+/// Writes to an image like a guest, with qemu-io.
 pub fn guest_write(disk: &Path, offset: u64, bytes: &[u8]) {
     let source = tempfile::NamedTempFile::new().expect("a temporary file");
     fs::write(source.path(), bytes).expect("the pattern");
@@ -821,13 +825,13 @@ pub fn guest_write(disk: &Path, offset: u64, bytes: &[u8]) {
         source.path().display(),
         bytes.len()
     );
-    // qemu-io tells of a failed write on its output and exits well.
+    // qemu-io reports a failed write on its output, but exits successfully.
     let said = succeed(&["qemu-io", "-f", "qcow2", "-c", &write, text(disk)]);
     assert_eq!(said, "", "{write}");
 }
 
-/// A digest of the bytes that the guest sees of a qcow2 image and its chain, read by qemu-img. To
-/// compare within one run.
+/// Returns a digest of the guest disk in a qcow2 image and its backing chain, read by qemu-img.
+/// Digests are comparable within one run only.
 pub fn digest(image: &Path) -> String {
     static DIGESTS: Results<String> = Results::new();
     DIGESTS.of(image, || {
@@ -835,7 +839,7 @@ pub fn digest(image: &Path) -> String {
     })
 }
 
-/// The bytes that the guest sees of a qcow2 image and its chain, read by qemu-img.
+/// Converts a qcow2 image and its backing chain to the raw guest disk, with qemu-img.
 pub fn raw_disk(image: &Path) -> NamedTempFile {
     let raw = NamedTempFile::new().expect("a temporary file");
     succeed(&[
@@ -852,7 +856,7 @@ pub fn raw_disk(image: &Path) -> NamedTempFile {
     raw
 }
 
-/// A digest of a file's size and of its blocks that are not zero. Most of a disk is holes, which are skipped.
+/// Returns a digest of a file's size and its nonzero blocks. Skips holes, which are most of a disk.
 fn contents_digest(file: &File) -> io::Result<String> {
     const BLOCK: usize = 64 << 10;
     static ZEROS: [u8; BLOCK] = [0; BLOCK];
@@ -877,12 +881,12 @@ fn contents_digest(file: &File) -> io::Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// [`digest`] of the disk in an archive, compressed or not.
+/// Returns the [`digest`] of the disk in an archive, compressed or not.
 pub fn archive_digest(archive: &Path) -> String {
     digest(&unpacked(archive).path().join("disk.qcow2"))
 }
 
-/// A directory with the `disk.qcow2` of an archive, compressed or not, unpacked by tar.
+/// Unpacks the `disk.qcow2` of an archive, compressed or not, with tar; returns its directory.
 pub fn unpacked(archive: &Path) -> TempDir {
     let place = tempfile::tempdir().expect("a temporary directory");
     succeed(&[
@@ -896,7 +900,7 @@ pub fn unpacked(archive: &Path) -> TempDir {
     place
 }
 
-/// The file names of an image's chain, top first, as qemu-img resolves it.
+/// Returns the file names of an image's backing chain, top first, as qemu-img resolves them.
 pub fn chain(image: &Path) -> Vec<PathBuf> {
     let said = succeed(&[
         "qemu-img",

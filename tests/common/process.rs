@@ -1,4 +1,4 @@
-//! Processes of their own: what a box looks like, and what may be done to it, depends on who asks.
+//! Client processes. What a box looks like and allows depends on the process that asks.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{Mounted, eventually, text};
 
-/// Answers one expression after another; an error is its errno, or its text where it has none.
+/// Evaluates one expression per line. Reports an error by its errno and its text.
 const SERVE: &str = r#"
 import concurrent.futures, json, os, shutil, subprocess, sys, threading
 m = sys.argv[1] + "/"
@@ -20,11 +20,11 @@ for line in sys.stdin:
         print(json.dumps({"errno": number, "error": str(error)}), flush=True)
 "#;
 
-/// A process that does to files what it is told, expression by expression in Python, and lives on in
-/// between, as a file manager does. `m` is the mountpoint with a slash.
+/// A long-lived process that works on files, like a file manager. It evaluates Python expressions
+/// one by one; in them, `m` is the mountpoint with a trailing slash.
 ///
-/// Started by the test's process, it is that one's descendant: a test that uses several should leave
-/// files alone itself.
+/// The process descends from the test's process. A test that uses several of them should not touch
+/// files in the mount itself.
 pub struct Process {
     child: Child,
     orders: Option<ChildStdin>,
@@ -32,7 +32,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// A process that knows where the mount is.
+    /// Starts a process for a mount.
     pub fn start(mount: &Mounted) -> Process {
         let mut child = Command::new("python3")
             .args(["-c", SERVE, text(mount.root())])
@@ -55,14 +55,14 @@ impl Process {
         serde_json::from_str(&line).unwrap_or_else(|e| panic!("{expression}: {line:?}: {e}"))
     }
 
-    /// The value of an expression that must not fail.
+    /// Returns the value of an expression that must succeed.
     pub fn does(&mut self, expression: &str) -> Value {
         let answer = self.answer(expression);
         assert!(answer.get("value").is_some(), "{expression}: {answer}");
         answer["value"].clone()
     }
 
-    /// The errno of an expression that must fail.
+    /// Returns the errno of an expression that must fail.
     pub fn fails(&mut self, expression: &str) -> i32 {
         let answer = self.answer(expression);
         let number = answer["errno"].as_i64();
@@ -70,7 +70,7 @@ impl Process {
         i32::try_from(number).expect("an errno")
     }
 
-    /// The names it sees in a directory of the mount, sorted.
+    /// Lists the names that the process sees in a directory of the mount, sorted.
     pub fn names(&mut self, directory: &str) -> Vec<String> {
         let listing = self.does(&format!("sorted(os.listdir(m + {directory:?}))"));
         let names = listing.as_array().expect("names").iter();
@@ -79,26 +79,26 @@ impl Process {
             .collect()
     }
 
-    /// Kills it, without a last word.
+    /// Kills the process with SIGKILL.
     pub fn kill(mut self) {
-        self.child.kill().expect("its end");
+        self.child.kill().expect("cannot kill the process");
         self.child.wait().expect("its status");
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // The end of its input is its end.
+        // The process exits at the end of its input.
         drop(self.orders.take());
         let _ = self.child.wait();
     }
 }
 
-/// What a command prints that does not descend from this process.
+/// Runs a command that does not descend from this process; returns its output.
 pub fn outsider(command: &str) -> String {
     let place = tempfile::tempdir().expect("a temporary directory");
     let (out, done) = (place.path().join("out"), place.path().join("done"));
-    // The first shell ends before the command begins, which so becomes a child of init.
+    // The first shell ends before the command starts, so the command becomes a child of init.
     let script = format!(
         "(while kill -0 $$ 2>/dev/null; do sleep 0.02; done; {command} > {0} 2>&1; touch {1}) &",
         text(&out),
@@ -111,14 +111,14 @@ pub fn outsider(command: &str) -> String {
         .stderr(Stdio::null())
         .status();
     assert!(status.expect("sh").success());
-    eventually("the outsider is done", || done.exists());
+    eventually("the outsider has finished", || done.exists());
     std::fs::read_to_string(&out).expect("what it printed")
 }
 
-/// How long a script may take before it counts as hanging.
+/// Seconds after which a script counts as hanging.
 const HANGING: &str = "120";
 
-/// A shell script with some environment, not run yet; one that hangs fails.
+/// Prepares a shell script with further environment variables. A hanging script fails.
 pub fn script(text: &str, environment: &[(&str, &Path)]) -> Command {
     let mut command = Command::new("timeout");
     command

@@ -1,4 +1,4 @@
-//! BoxLite at work: one runtime, asked one thing after the other.
+//! A BoxLite runtime that runs commands one by one.
 
 use std::time::{Duration, Instant};
 
@@ -7,19 +7,19 @@ use serde_json::Value;
 use super::TestHome;
 use super::wheel::Conversation;
 
-/// A runtime that has the home until the value is dropped.
+/// A runtime that holds the home's lock until the value is dropped.
 pub struct Session(Conversation);
 
 impl Session {
-    /// Starts BoxLite; it has the home's lock when this returns.
+    /// Starts BoxLite and waits until it holds the home's lock.
     pub fn start(home: &TestHome) -> Session {
         let mut session = Session(Conversation::begin(home.root()));
         session.begin();
         session
     }
 
-    /// Has BoxLite's runtime begin. It fails at once while a mount that merges by itself has the lock, for
-    /// some milliseconds; whoever starts a program then starts it again.
+    /// Starts BoxLite's runtime. A mount that merges in the background holds the lock for some
+    /// milliseconds, during which the runtime refuses to start. So retry, as a user would.
     fn begin(&mut self) {
         let deadline = Instant::now() + super::PATIENCE;
         while let Err(refusal) = self.ask(&["start"]) {
@@ -29,7 +29,7 @@ impl Session {
         }
     }
 
-    /// Has BoxLite do something; the error is its message.
+    /// Runs a command that BoxLite may refuse; the error is its message.
     pub fn ask(&mut self, command: &[&str]) -> Result<Value, String> {
         self.0.say(command);
         let answer = self.0.answer();
@@ -40,7 +40,7 @@ impl Session {
         }
     }
 
-    /// Likewise, what it may not refuse.
+    /// Runs a command that must succeed.
     pub fn must(&mut self, command: &[&str]) -> Value {
         self.ask(command)
             .unwrap_or_else(|refusal| panic!("BoxLite: {command:?}: {refusal}"))

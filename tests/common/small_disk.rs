@@ -1,4 +1,4 @@
-//! A small file system of its own for a home: to fill it up, or because of what it can do.
+//! A small file system for a home, for tests of full disks and of file system features.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -9,20 +9,20 @@ use super::{TestHome, run, succeed, text};
 /// A kind of file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FileSystem {
-    /// The one most have.
+    /// The most common file system.
     Ext4,
     /// Shares blocks among files.
     Xfs,
-    /// Likewise, and writes nothing in place.
+    /// Shares blocks among files and writes nothing in place.
     Btrfs,
-    /// Keeps whole seconds only, and does not say when a file was made.
+    /// Ext4 with 128-byte inodes: timestamps in whole seconds, no birth time.
     SmallInodes,
-    /// Its clock has the kernel's ticks, some milliseconds.
+    /// Its timestamps have the granularity of the kernel's clock tick, some milliseconds.
     Ext2,
 }
 
 impl FileSystem {
-    /// Its type, as mount(8) wants it.
+    /// Returns the type for mount(8).
     pub fn name(self) -> &'static str {
         match self {
             FileSystem::Ext4 | FileSystem::SmallInodes => "ext4",
@@ -32,19 +32,19 @@ impl FileSystem {
         }
     }
 
-    /// How to make one.
+    /// Returns the mkfs command without the image.
     fn make(self) -> &'static [&'static str] {
         match self {
             FileSystem::Ext4 => &["mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096"],
             FileSystem::Xfs => &["mkfs.xfs", "-q", "-f"],
-            // Data and metadata together, as it is best for a small one.
+            // Small file systems should mix data and metadata.
             FileSystem::Btrfs => &["mkfs.btrfs", "-q", "-f", "--mixed"],
             FileSystem::SmallInodes => &["mkfs.ext4", "-q", "-F", "-m", "0", "-I", "128"],
             FileSystem::Ext2 => &["mkfs.ext2", "-q", "-F", "-m", "0"],
         }
     }
 
-    /// A size that it can be made with.
+    /// Returns the smallest size that the tests use.
     pub fn smallest(self) -> &'static str {
         match self {
             FileSystem::Ext4 | FileSystem::SmallInodes | FileSystem::Ext2 => "64M",
@@ -54,14 +54,14 @@ impl FileSystem {
     }
 }
 
-/// A file system in a file, mounted at the root of a home until it is dropped. Where the kernel can't
-/// mount one, the test fails and says so.
+/// A file system in an image file, mounted at the root of a home until it is dropped. If the
+/// kernel cannot mount it, the test fails and says so.
 pub struct SmallDisk {
     at: PathBuf,
 }
 
 impl SmallDisk {
-    /// Moves the home onto a new one of that size.
+    /// Moves the home onto a new file system of that size.
     pub fn under(home: &TestHome, kind: FileSystem, size: &str) -> SmallDisk {
         let image = home.beside("small.img");
         let at = home.root().to_owned();
@@ -78,7 +78,7 @@ impl SmallDisk {
         disk
     }
 
-    /// Makes the home what it was when it was put aside under this name.
+    /// Replaces the home's files with the copy that [`TestHome::put_aside`] saved under `name`.
     pub fn put_back(&self, home: &TestHome, name: &str) {
         for entry in fs::read_dir(&self.at).unwrap() {
             succeed(&["rm", "-rf", text(&entry.unwrap().path())]);
@@ -87,7 +87,7 @@ impl SmallDisk {
         succeed(&["cp", "-a", text(&contents), text(&self.at)]);
     }
 
-    /// Bytes that are free, once all is written.
+    /// Writes everything back and returns the number of free bytes.
     pub fn free(&self) -> u64 {
         succeed(&["sync", "-f", text(&self.at)]);
         let said = succeed(&["stat", "-f", "-c", "%a %S", text(&self.at)]);
@@ -95,11 +95,11 @@ impl SmallDisk {
         numbers.next().unwrap() * numbers.next().unwrap()
     }
 
-    /// Takes all but about so many bytes.
+    /// Fills the disk until about `left` bytes are free.
     pub fn fill(&self, left: u64) {
         let filler = self.filler();
         let mut length = self.free().saturating_sub(left);
-        // The file system may need some of it for itself.
+        // The file system may need some of the space itself.
         while !run(&["fallocate", "-l", &length.to_string(), text(&filler)])
             .status
             .success()
@@ -114,7 +114,7 @@ impl SmallDisk {
         }
     }
 
-    /// Gives back what [`SmallDisk::fill`] took.
+    /// Frees the space that [`SmallDisk::fill`] took.
     pub fn empty(&self) {
         fs::remove_file(self.filler()).unwrap();
     }
@@ -123,7 +123,7 @@ impl SmallDisk {
         self.at.join("filler")
     }
 
-    /// Where it is mounted.
+    /// Returns the mountpoint.
     pub fn root(&self) -> &Path {
         &self.at
     }

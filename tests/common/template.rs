@@ -1,6 +1,7 @@
-//! Homes that BoxLite made once, and copies of them: making one takes BoxLite longer than most tests.
+//! Template homes, which BoxLite makes once and tests copy. BoxLite takes longer to make a home
+//! than most tests run.
 //!
-//! They are kept from run to run, by what they are made with.
+//! Templates are kept between runs, in a directory named after a hash of their ingredients.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -19,7 +20,7 @@ pub enum Template {
 }
 
 impl Template {
-    /// Makes a home that is as BoxLite would have made it there.
+    /// Copies the template to `root`. The result equals a home that BoxLite made there.
     pub fn copy_to(self, root: &Path) {
         let original = templates().join(match self {
             Template::Empty => "empty",
@@ -30,13 +31,12 @@ impl Template {
     }
 }
 
-/// The archive that homes are made from.
+/// Returns the archive that homes are made from.
 pub fn archive() -> PathBuf {
     templates().join("web.boxlite")
 }
 
-/// BoxLite's rows have absolute paths: wherever one begins with that of the original, it is the
-/// copy's from now on.
+/// Replaces the template's path with `root` in BoxLite's rows, which contain absolute paths.
 fn move_rows(root: &Path, original: &Path) {
     let database = rusqlite::Connection::open(root.join("db/boxlite.db")).expect("rows");
     let columns: Vec<(String, String)> = database
@@ -59,7 +59,7 @@ fn move_rows(root: &Path, original: &Path) {
     }
 }
 
-/// The directory of all templates.
+/// Returns the directory of the templates, which it makes if needed.
 fn templates() -> &'static Path {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     MADE.get_or_init(|| {
@@ -70,10 +70,10 @@ fn templates() -> &'static Path {
         (python(), DISK_SIZE, include_str!("template.rs")).hash(&mut hasher);
         let all = Path::new(env!("CARGO_TARGET_TMPDIR")).join("templates");
         fs::create_dir_all(&all).expect("the directory of templates");
-        // Its path is in every row of a template: no link is in it.
+        // The templates' rows contain this path, and BoxLite's rows have canonical paths.
         let all = all.canonicalize().expect("its canonical path");
         let kept = all.join(format!("{:016x}", hasher.finish()));
-        // One test program makes them, others wait.
+        // One test program makes the templates; others wait.
         let lock = File::create(all.join("lock")).expect("its lock");
         lock.lock().expect("the lock of the templates");
         if !kept.join("made").exists() {
@@ -98,5 +98,5 @@ fn make(kept: &Path) {
             assert!(answer.get("error").is_none(), "BoxLite: {answer}");
         }
     }
-    File::create(kept.join("made")).expect("the mark of what is complete");
+    File::create(kept.join("made")).expect("the mark of complete templates");
 }

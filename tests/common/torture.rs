@@ -1,8 +1,8 @@
-//! How much the tests of faults try, and what they count.
+//! The extent of the fault tests, and their counters.
 //!
-//! `make test` has a slice of them, `make test-all` a longer one, and `make torture` all there is:
-//! `EXTENT` is `longer` or `whole` then. Each such test says at its end what it did; with
-//! `TORTURE_TABLE` that becomes a row of the table `make torture` prints.
+//! `make test` runs a slice of the cases, `make test-all` a longer slice (`EXTENT=longer`), and
+//! `make torture` all of them (`EXTENT=whole`). At its end, each test prints its counters; with
+//! `TORTURE_TABLE` they become a row of the table that `make torture` prints.
 
 use std::any::Any;
 use std::env;
@@ -12,7 +12,7 @@ use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How much is tried.
+/// How many cases are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Extent {
     /// In `make test`.
@@ -23,17 +23,17 @@ pub enum Extent {
     Whole,
 }
 
-/// How much is to be tried in this run: `EXTENT`, else a slice.
+/// Returns the extent of this run: `EXTENT`, else a slice.
 pub fn extent() -> Extent {
     match env::var("EXTENT").as_deref() {
         Err(_) | Ok("" | "slice") => Extent::Slice,
         Ok("longer") => Extent::Longer,
         Ok("whole") => Extent::Whole,
-        Ok(other) => panic!("EXTENT is slice, longer or whole, not {other}"),
+        Ok(other) => panic!("EXTENT must be slice, longer or whole, not {other}"),
     }
 }
 
-/// One of these, as [`extent`] says.
+/// Returns one of these numbers, depending on [`extent`].
 pub fn how_many(slice: usize, longer: usize, whole: usize) -> usize {
     match extent() {
         Extent::Slice => slice,
@@ -42,13 +42,12 @@ pub fn how_many(slice: usize, longer: usize, whole: usize) -> usize {
     }
 }
 
-/// Where the random choices of a test of faults begin: `TORTURE_SEED`, else the same number each time for the
-/// slice that goes with every change, and one of the moment for all of it. It is printed, to have the same
-/// choices again.
+/// Returns the random seed of a fault test and prints it, so that the run can be repeated. The seed
+/// is `TORTURE_SEED`; else it is random in the whole extent and fixed in smaller ones.
 pub fn seed(what: &str) -> u64 {
     let set = env::var("TORTURE_SEED").ok();
     let seed = match set {
-        Some(seed) => seed.parse().expect("TORTURE_SEED is a number"),
+        Some(seed) => seed.parse().expect("TORTURE_SEED must be a number"),
         None if extent() == Extent::Whole => RandomState::new().hash_one(0) % 1_000_000_000,
         None => 1,
     };
@@ -56,19 +55,19 @@ pub fn seed(what: &str) -> u64 {
     seed
 }
 
-/// Random numbers that follow from a seed.
+/// A generator of pseudorandom numbers.
 #[derive(Clone, Debug)]
 pub struct Dice(u64);
 
 impl Dice {
-    /// Those of one case among others.
+    /// Makes the generator of one case.
     pub fn of(seed: u64, case: impl Hash) -> Dice {
         let mut hasher = DefaultHasher::new();
         (seed, case).hash(&mut hasher);
         Dice(hasher.finish() | 1)
     }
 
-    /// One of `0..bound`.
+    /// Returns a number in `0..bound`.
     pub fn below(&mut self, bound: u64) -> u64 {
         // xorshift64
         self.0 ^= self.0 << 13;
@@ -77,18 +76,18 @@ impl Dice {
         (self.0 >> 11) % bound
     }
 
-    /// Heads or tails.
+    /// Tosses a coin.
     pub fn coin(&mut self) -> bool {
         self.below(2) == 0
     }
 
-    /// One of several.
+    /// Picks one element.
     pub fn one_of<'a, T>(&mut self, several: &'a [T]) -> &'a T {
         &several[self.below(several.len() as u64) as usize]
     }
 }
 
-/// Does `work` for each of `cases`, as many at a time as there are processors.
+/// Runs `work` for each of `cases` on one thread per processor.
 pub fn each_in_parallel<T: Sync>(cases: &[T], work: impl Fn(&T) + Sync) {
     let next = AtomicUsize::new(0);
     let workers = std::thread::available_parallelism().map_or(2, usize::from);
@@ -103,7 +102,7 @@ pub fn each_in_parallel<T: Sync>(cases: &[T], work: impl Fn(&T) + Sync) {
     });
 }
 
-/// What went wrong in a case, as a message, where one panics.
+/// Runs a case; a panic becomes an error with its message.
 pub fn attempt(case: impl FnOnce()) -> Result<(), String> {
     catch_unwind(AssertUnwindSafe(case)).map_err(|why| message(&*why))
 }
@@ -114,21 +113,21 @@ fn message(why: &(dyn Any + Send)) -> String {
     text.unwrap_or("it panicked").to_owned()
 }
 
-/// What a test of faults has done so far.
+/// Counters of a fault test.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Kills, failed system calls, full disks, damaged archives, and so on.
     pub faults: usize,
-    /// Changes that were begun, by the mount or by BoxLite.
+    /// Changes that the mount or BoxLite began.
     pub operations: usize,
-    /// Contents of boxes and snapshots that were compared with what they have to be.
+    /// Disks of boxes and snapshots that were compared with their expected contents.
     pub compared: usize,
-    /// Sentences about what was lost. A test goes on after the first, so that the table tells how many.
+    /// Descriptions of losses. A test continues after the first, so that the table counts them all.
     pub losses: Vec<String>,
 }
 
 impl Tally {
-    /// Adds what another has done.
+    /// Adds the counters of another tally.
     pub fn add(&mut self, other: Tally) {
         self.faults += other.faults;
         self.operations += other.operations;
@@ -136,10 +135,10 @@ impl Tally {
         self.losses.extend(other.losses);
     }
 
-    /// Says what was done, and fails if anything was lost, or if nothing was tried at all.
+    /// Prints the counters.
     ///
     /// # Panics
-    /// That is how it fails.
+    /// If anything was lost, or if nothing was tried.
     pub fn finish(self, what: &str) {
         let Tally {
             faults,
@@ -171,7 +170,7 @@ impl Tally {
     }
 }
 
-/// Bytes that compress to nothing and differ by their seed.
+/// Returns incompressible bytes that depend on the seed.
 pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 8);

@@ -1,8 +1,8 @@
-//! BoxLite asked for one thing after another, in a process of its own.
+//! Runs BoxLite commands in a separate process.
 //!
-//! Loading BoxLite takes longer than most of what it is asked for. So it is loaded once for all tests, by a
-//! server (`tests/wheel.py --serve`) that forks for each conversation; the fork has a runtime of its own and
-//! ends with it, as a program of a user does. Who finds no server starts it; it ends by itself.
+//! Loading BoxLite takes longer than most commands. So a server (`tests/wheel.py --serve`) loads it
+//! once for all tests and forks for each conversation. Each fork has its own runtime and ends with
+//! it, like a user's program. A client that finds no server starts one; an idle server ends.
 
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -19,11 +19,11 @@ use serde_json::{Value, json};
 
 use super::python;
 
-/// Has BoxLite do several things in one runtime; what it refused has an `error`.
+/// Runs several commands in one BoxLite runtime. The answer to a refused command has an `error`.
 ///
 /// # Panics
-/// If it does not answer each of them: judged by its answers, not by its exit status, for it aborts
-/// now and then at exit, after its work is done.
+/// If a command has no answer. The exit status is ignored: BoxLite sometimes aborts at exit, after
+/// its work is done.
 pub fn ask(home: &Path, commands: &[&[&str]]) -> Vec<Value> {
     let mut boxlite = Conversation::begin(home);
     for command in commands {
@@ -39,18 +39,18 @@ pub fn ask(home: &Path, commands: &[&[&str]]) -> Vec<Value> {
     answers
 }
 
-/// BoxLite in a process of its own. Dropped, that has ended.
+/// A BoxLite process. Dropping it waits until the process has ended.
 pub struct Conversation {
     connection: BufReader<UnixStream>,
-    /// None if it has ended already.
+    /// None if the process had already ended.
     process: Option<OwnedFd>,
 }
 
 impl Conversation {
-    /// Its runtime starts with the first command that needs one.
+    /// Starts a process. Its runtime starts with the first command that needs one.
     pub fn begin(home: &Path) -> Conversation {
         loop {
-            // A server may end just after it was found: then nothing was begun.
+            // An idle server may end just after we connected, before it forked.
             if let Ok(conversation) = Conversation::begin_with(connect(), home) {
                 return conversation;
             }
@@ -73,21 +73,21 @@ impl Conversation {
         })
     }
 
-    /// Has it do something.
+    /// Sends a command.
     pub fn say(&mut self, command: &[&str]) {
         let line = serde_json::to_string(command).expect("JSON");
         writeln!(self.connection.get_mut(), "{line}").expect("BoxLite listens");
     }
 
-    /// There is no more to do: it ends when it has answered.
+    /// Ends the commands. The process exits after its last answer.
     pub fn finish(&mut self) {
         let _ = self.connection.get_mut().shutdown(Shutdown::Write);
     }
 
-    /// What it answers next; None if it ends.
+    /// Waits for the next answer; None if the process ends.
     pub fn answer(&mut self) -> Option<Value> {
         let lines = self.connection.by_ref().lines();
-        // What BoxLite itself prints is not an answer.
+        // Skip lines that BoxLite itself prints.
         lines
             .map_while(Result::ok)
             .find_map(|line| serde_json::from_str(&line).ok())
@@ -98,7 +98,7 @@ impl Drop for Conversation {
     fn drop(&mut self) {
         self.finish();
         while self.answer().is_some() {}
-        // It has the home's lock until it is gone, which is after the last that it says.
+        // The process holds the home's lock until it has exited, which is after its last answer.
         if let Some(process) = &self.process {
             let mut polled = [PollFd::new(process, PollFlags::IN)];
             while poll(&mut polled, None) == Err(rustix::io::Errno::INTR) {}
@@ -106,13 +106,13 @@ impl Drop for Conversation {
     }
 }
 
-/// A connection to the server, which is started if it isn't there.
+/// Connects to the server; starts it if there is none.
 fn connect() -> UnixStream {
     let socket = socket();
     if let Ok(connection) = UnixStream::connect(&socket) {
         return connection;
     }
-    // One starts it, others wait.
+    // One client starts the server; others wait.
     let lock = Path::new(env!("CARGO_TARGET_TMPDIR")).join("boxlite-server.lock");
     let lock = File::create(lock).expect("the lock of BoxLite's server");
     lock.lock().expect("the lock of BoxLite's server");
@@ -137,8 +137,8 @@ fn connect() -> UnixStream {
     UnixStream::connect(&socket).expect("BoxLite's server, which just started")
 }
 
-/// Where the server of this checkout, with this wheel, listens: `BOXLITE_SERVER` of `tests/wheel.py`. The path
-/// of a socket is short, that of a checkout may be long.
+/// Returns the socket of the server for this checkout and wheel (`BOXLITE_SERVER` of
+/// `tests/wheel.py`). It lies in /tmp because the path of a socket must be short.
 pub fn socket() -> PathBuf {
     let mut hasher = DefaultHasher::new();
     let program = std::fs::read(program()).expect("tests/wheel.py");
@@ -147,7 +147,7 @@ pub fn socket() -> PathBuf {
     Path::new("/tmp").join(name)
 }
 
-/// `tests/wheel.py`.
+/// Returns the path of `tests/wheel.py`.
 pub fn program() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wheel.py")
 }

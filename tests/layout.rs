@@ -1,11 +1,11 @@
-//! The layout of the crate: files take from files below them, never in a ring, and rooms from rooms below
-//! them. What a file takes is read from its paths that begin with `crate`, `super` or `self`.
+//! The layout of the crate: files do not import each other in a cycle, and rooms import only from
+//! rooms below them. Imports are all paths that begin with `crate`, `super` or `self`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The rooms, from the top down. A file takes from its own room and from those after it.
+/// The rooms, from the top down. A file imports only from its own room and from later ones.
 const ROOMS: [&str; 15] = [
     "cli",
     "mount",
@@ -24,10 +24,10 @@ const ROOMS: [&str; 15] = [
     "mountinfo",
 ];
 
-/// A module by the names that lead to it: `store/merge.rs` is `["store", "merge"]`.
+/// The path of a module: `store/merge.rs` is `["store", "merge"]`.
 type Module = Vec<String>;
 
-/// What each file takes from others: names by the module they are in.
+/// The imports of each file: names by the module that contains them.
 struct Imports(BTreeMap<Module, BTreeMap<Module, BTreeSet<String>>>);
 
 impl Imports {
@@ -51,7 +51,7 @@ impl Imports {
         Imports(texts.iter().map(of_file).collect())
     }
 
-    /// A ring of files that begins and ends with one, if it is in any.
+    /// Returns an import cycle through `start`, if there is one.
     fn ring_from(&self, start: &Module) -> Option<Vec<Module>> {
         let mut ways = vec![vec![start.clone()]];
         let mut seen = BTreeSet::new();
@@ -71,16 +71,16 @@ impl Imports {
         None
     }
 
-    /// What one file takes from another, as a message.
+    /// Describes what one file imports from another.
     fn message(&self, from: &Module, to: &Module) -> String {
         let names = &self.0[from][to];
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let (from, to) = (from.join("/"), to.join("/"));
-        format!("src/{from} takes {} from src/{to}", names.join(", "))
+        format!("src/{from} imports {} from src/{to}", names.join(", "))
     }
 }
 
-/// Reads every file below `dir` but those of tests.
+/// Reads every file below `dir` except tests.
 fn read_modules(dir: &Path, source: &Path, texts: &mut BTreeMap<Module, String>) {
     let entries = fs::read_dir(dir).expect("a directory of the crate");
     let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("a name").path()).collect();
@@ -118,13 +118,14 @@ fn read_modules(dir: &Path, source: &Path, texts: &mut BTreeMap<Module, String>)
     }
 }
 
-/// Every path in a file that begins with `crate`, `super` or `self`, as names from the crate's root on.
+/// Returns every path in a file that begins with `crate`, `super` or `self`, relative to the
+/// crate's root.
 fn paths_in(text: &str, module: &Module) -> Vec<Module> {
     let mut paths = Vec::new();
     for start in ["crate::", "super::", "self::"] {
         for (at, _) in text.match_indices(start) {
             let before = text[..at].chars().next_back();
-            // Not in the middle of a name or a path: `super::super::x` is taken from its beginning.
+            // Skip the middle of a name or path: `super::super::x` counts once, from its start.
             if before.is_some_and(|before| before.is_alphanumeric() || "_:".contains(before)) {
                 continue;
             }
@@ -145,7 +146,7 @@ fn paths_in(text: &str, module: &Module) -> Vec<Module> {
     paths
 }
 
-/// Adds the paths that `text` begins with: one, or those of a list in braces. Returns what is after them.
+/// Adds the path, or the braced list of paths, at the start of `text`. Returns the rest.
 fn expand<'t>(text: &'t str, base: &Module, paths: &mut Vec<Module>) -> &'t str {
     let text = text.trim_start();
     if let Some(mut rest) = text.strip_prefix('{') {
@@ -175,7 +176,7 @@ fn expand<'t>(text: &'t str, base: &Module, paths: &mut Vec<Module>) -> &'t str 
     }
 }
 
-/// The module that a path leads into, and the name that is taken from it.
+/// Splits a path into its module and the name that is imported from it.
 fn split(path: &Module, modules: &BTreeSet<Module>) -> Option<(Module, String)> {
     let len = (1..=path.len())
         .rev()
@@ -188,7 +189,7 @@ fn split(path: &Module, modules: &BTreeSet<Module>) -> Option<(Module, String)> 
 }
 
 #[test]
-fn no_file_takes_from_one_that_takes_from_it() {
+fn files_do_not_import_each_other_in_a_cycle() {
     let imports = Imports::of_crate();
     assert!(imports.0.len() > 100, "{} files were read", imports.0.len());
     for module in imports.0.keys() {
@@ -196,13 +197,13 @@ fn no_file_takes_from_one_that_takes_from_it() {
             let steps = ring
                 .windows(2)
                 .map(|step| imports.message(&step[0], &step[1]));
-            panic!("a ring of files:\n{}", steps.collect::<Vec<_>>().join("\n"));
+            panic!("an import cycle:\n{}", steps.collect::<Vec<_>>().join("\n"));
         }
     }
 }
 
 #[test]
-fn no_room_takes_from_one_above_it() {
+fn rooms_import_only_from_rooms_below_them() {
     let imports = Imports::of_crate();
     let rank = |module: &Module| {
         ROOMS
@@ -226,7 +227,7 @@ fn no_room_takes_from_one_above_it() {
 const ROOMS_OF_TREE: [&str; 4] = ["changes", "reading", "staging", "nodes"];
 
 #[test]
-fn no_room_of_the_tree_takes_from_one_above_it() {
+fn rooms_of_the_tree_import_only_from_rooms_below_them() {
     let imports = Imports::of_crate();
     let rank = |module: &Module| {
         let room = module.get(1).filter(|_| module[0] == "tree")?;
@@ -246,7 +247,7 @@ fn no_room_of_the_tree_takes_from_one_above_it() {
 }
 
 #[test]
-fn what_a_file_takes_is_read_from_its_paths() {
+fn imports_are_found_in_paths_and_use_lists() {
     let text = "use super::{Store, durable};\nuse crate::disk::{self, chain::{Chain, Run as R}};\n\
                 fn f() -> super::super::guest::Map { super::merge::go() }";
     let module = ["store", "layers"].map(str::to_owned).to_vec();

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""BoxLite itself, on the command line: a judge for tests and the demo.
+"""Runs BoxLite commands for the tests and the demo.
 
     wheel.py HOME COMMAND ARGUMENT...
 
-Each command prints one line of JSON: what BoxLite answered, or {"error": "..."} with exit status 1.
-`batch` reads commands from standard input, a JSON array of strings a line, and runs them all in one
-runtime; it prints a line for each and goes on after an error.
+Each command prints one line of JSON: BoxLite's answer, or {"error": "..."} with exit status 1.
+`batch` reads commands from standard input, one JSON array of strings per line, and runs them all in
+one runtime. It prints one line per command and continues after an error.
 
     wheel.py --serve SOCKET
 
-Goes to the background as soon as it listens at SOCKET. A connection brings {"home"}, a line, and then the
-lines of a `batch`, which run in a process of its own; that says its {"pid"}, then answers on the connection
-until the lines end. Loading BoxLite takes longer than most commands, and is done once. The server ends
-when nobody has asked for a while.
+Listens at SOCKET, then goes to the background. A client sends a line with {"home"}, then the lines
+of a `batch`. The server forks a process for them, which sends its {"pid"} and then one answer per
+line. So BoxLite, which takes longer to load than most commands take, is loaded only once. An idle
+server ends after a while.
 
-Where the environment has such a socket as BOXLITE_SERVER, a command is asked of that server.
+If the environment variable BOXLITE_SERVER names such a socket, commands go to that server.
 
-A runtime holds HOME/.lock for as long as this process lives.
+A runtime holds HOME/.lock until its process ends.
 """
 
 import json
@@ -27,7 +27,7 @@ import sys
 
 
 def ask_server(path, home, words):
-    """Has the server run one command and prints its answer; None if there is no server."""
+    """Has the server run one command and prints its answer. Returns None if there is no server."""
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.connect(path)
@@ -41,16 +41,16 @@ def ask_server(path, home, words):
         try:
             process = os.pidfd_open(json.loads(next(said))["pid"])
         except ProcessLookupError:
-            pass  # it has ended
+            pass  # the process has already ended
         lines = list(said)
-        # It has the home's lock until it is gone, which is after the last that it says.
+        # The process holds the home's lock until it has exited, which is after its last answer.
         if process is not None:
             select.select([process], [], [])
     print(*lines, sep="", end="")
     return bool(lines) and "error" not in json.loads(lines[-1])
 
 
-# Before the imports, which take longer than the question.
+# Ask the server before the imports below, which take longer than a request.
 if __name__ == "__main__" and "BOXLITE_SERVER" in os.environ and len(sys.argv) > 2 and sys.argv[2] != "hold":
     answered = ask_server(os.environ["BOXLITE_SERVER"], sys.argv[1], sys.argv[2:])
     if answered is not None:
@@ -68,7 +68,7 @@ import tempfile
 
 
 def make_archive(arguments):
-    """Makes the archive of a box from a directory tree; needs no BoxLite."""
+    """Makes the archive of a box from a directory tree, without BoxLite."""
     with tempfile.TemporaryDirectory() as place:
         raw, disk = os.path.join(place, "raw"), os.path.join(place, "disk.qcow2")
         tree = arguments.tree
@@ -111,10 +111,10 @@ def run(*command):
 
 
 class Judge:
-    """The commands that need BoxLite; its runtime starts with the first of them."""
+    """The commands that need BoxLite. The first of them starts its runtime."""
 
     def __init__(self, home):
-        self.home = os.path.abspath(home)  # BoxLite takes no other
+        self.home = os.path.abspath(home)  # BoxLite refuses a relative path
         self.runtime = None
 
     def start(self):
@@ -184,9 +184,9 @@ class Judge:
         return {"started": True}
 
     async def do_hold(self, arguments):
-        """Keeps the runtime, and so the lock, until standard input ends or the time is up.
+        """Holds the runtime, and so the lock, until standard input ends or the time is up.
 
-        Its one line comes as soon as it has the lock.
+        Prints its one line as soon as it holds the lock.
         """
         self.start()
         say({"held": True})
@@ -206,7 +206,7 @@ def snapshot_fields(info):
 
 
 class Refusing(argparse.ArgumentParser):
-    """A parser whose complaint is an error like any other, so that a batch goes on."""
+    """A parser that raises its errors instead of exiting, so that a batch continues."""
 
     def error(self, message):
         raise ValueError(f"{self.prog}: {message}")
@@ -224,11 +224,11 @@ def parser():
 
     make = command("make-archive", "path", "name", help="make a .boxlite archive with an ext4 disk")
     make.add_argument("--size", default="64M", help="size of the disk, as mke2fs takes it")
-    make.add_argument("--tree", help="what the disk contains; default: a hostname")
+    make.add_argument("--tree", help="directory to copy to the disk; default: a hostname")
     make.add_argument("--options", default="{}", help="further box options, a JSON object")
     command("import", "path", "name", help="import an archive as a box")
     command("list", help="list the boxes")
-    command("info", "box", help="one box")
+    command("info", "box", help="describe one box")
     command("remove", "box", help="remove a box").add_argument("--force", action="store_true")
     command("clone", "box", "new", help="clone a box")
     command("export", "box", "directory", help="export a box into a directory")
@@ -236,9 +236,9 @@ def parser():
     command("snapshot-list", "box", help="list a box's snapshots")
     command("snapshot-restore", "box", "name", help="restore a snapshot")
     command("snapshot-remove", "box", "name", help="remove a snapshot")
-    command("start", help="start the runtime, which holds the home's lock as long as this lives")
+    command("start", help="start the runtime, which holds the home's lock until this process ends")
     hold = command("hold", help="hold the home's lock until standard input ends")
-    hold.add_argument("seconds", type=float, help="but no longer than this")
+    hold.add_argument("seconds", type=float, help="longest time to hold it")
     command("batch", help="run the commands on standard input in one runtime")
     return top
 
@@ -251,13 +251,13 @@ def say(answer):
 
 
 async def one(judge, words):
-    """Runs one command and prints its answer; true if it succeeded."""
+    """Runs one command and prints its answer. Returns whether it succeeded."""
     try:
         answer = await judge.answer(PARSER.parse_args(words))
         if answer is not None:
             say(answer)
         return True
-    except Exception as error:  # whatever BoxLite raises is the answer
+    except Exception as error:  # any error of BoxLite becomes the answer
         say({"error": str(error) or type(error).__name__})
         return False
 
@@ -276,27 +276,27 @@ async def main(home, words):
 
 
 def leave(succeeded):
-    # BoxLite's threads make one exit in five an abort, after all is done: leave without them.
+    # BoxLite's threads abort one exit in five, after all work is done. Exit without joining them.
     sys.stdout.flush()
     os._exit(0 if succeeded else 1)
 
 
-# How long a server waits for somebody to ask.
+# Seconds after which an idle server ends.
 IDLE_SECONDS = 20
 
 
 def serve(path):
-    import boxlite  # noqa: F401  each child has it then
+    import boxlite  # noqa: F401  forked children inherit it
 
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
     listening.listen(64)
     if os.fork() != 0:
         os._exit(0)
-    # Of no test: what ends one, as Ctrl-C does, ends nothing that others use.
+    # A session of its own, so that Ctrl-C in one test run does not end a server others use.
     os.setsid()
     listening.settimeout(IDLE_SECONDS)
-    # Children are many: none is waited for, and none looks through what all of them have.
+    # There are many children. The kernel reaps them, and none of them collects the shared heap.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.disable()
     gc.freeze()
@@ -304,7 +304,7 @@ def serve(path):
         try:
             connection, _ = listening.accept()
         except TimeoutError:
-            # Who connected just before that is told by the end of the connection, and starts another.
+            # A client that has just connected sees the connection close, and starts a new server.
             os.unlink(path)
             return
         if os.fork() == 0:

@@ -1,11 +1,10 @@
-//! What an export can't be faster than: compressing and hashing alone, with the crates boxlitefs uses.
+//! Measures a lower bound for exports: compression and hashing alone, with boxlitefs's crates.
 //!
 //!     cargo bench --bench floor -- DISK [LEVEL]
 //!
-//! Reads DISK (the flattened disk of an export) in windows as an export compresses them, once for
-//! sha256 and once for zstd, on one thread, and prints the processor time each took in user mode, as
-//! one JSON object. Reading itself is not counted: it is system time, and the copy beside it has it
-//! as well.
+//! Reads DISK (the flattened disk of an export) in the windows that an export compresses, once for
+//! sha256 and once for zstd, on one thread. Prints the user CPU time of each as one JSON object.
+//! Reading is system time and is not counted: the copy that this is compared with has it, too.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -13,10 +12,10 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
-/// Bytes of one window, each an independent zstd frame, so that a change stays local.
+/// Bytes of one window. Each is an independent zstd frame, so that a change stays local.
 const WINDOW: usize = 2 << 20;
 
-/// The level an export is compressed with, unless another is asked for.
+/// The default compression level of exports.
 const LEVEL: i32 = 3;
 
 fn main() -> io::Result<()> {
@@ -54,7 +53,7 @@ fn main() -> io::Result<()> {
     Ok(())
 }
 
-/// The user time of `work` on every window of the file at `path`, and of next to nothing else.
+/// Returns the user time of `work` on every window of the file at `path`.
 fn user_time_of(path: &str, mut work: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<Duration> {
     let mut file = File::open(path)?;
     let mut window = Vec::with_capacity(WINDOW);
@@ -68,7 +67,7 @@ fn user_time_of(path: &str, mut work: impl FnMut(&[u8]) -> io::Result<()>) -> io
     }
 }
 
-/// Time this thread has spent in user mode.
+/// Returns the time this thread has spent in user mode.
 fn user_time() -> io::Result<Duration> {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: the pointer is to an rusage of our own, which the call fills.

@@ -1,15 +1,16 @@
-//! What the fuzz targets have in common.
+//! Shared code of the fuzz targets.
 //!
-//! A target gets bytes of the fuzzer's, makes of them what could come from outside, and asks the code
-//! for all there is. What must not happen: a panic, a call that takes ten seconds, more memory than a
-//! constant, and an answer that another one contradicts.
+//! A target turns the fuzzer's bytes into untrusted input and passes it through all of the code
+//! that reads such input. These are failures: a panic, a call that takes ten seconds, memory beyond
+//! a constant, and two answers that contradict each other.
 
 pub mod memory;
 pub mod patches;
 pub mod repair;
 pub mod scratch;
 
-/// Whether all of `bytes` are zeros. Compared at once: byte by byte, each would be told to the fuzzer.
+/// Returns whether all of `bytes` are zeros. It compares blocks, because the fuzzer instruments
+/// each comparison of single bytes.
 pub fn are_zeros(bytes: &[u8]) -> bool {
     const ZEROS: [u8; 4096] = [0; 4096];
     bytes.chunks(4096).all(|some| *some == ZEROS[..some.len()])

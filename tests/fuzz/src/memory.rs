@@ -1,10 +1,11 @@
-//! A bound on what may be asked of the allocator at once: libFuzzer looks at what is resident, and so
-//! does not see a buffer of gigabytes that nothing was written to.
+//! Limits the size of one allocation. libFuzzer limits resident memory only, and so misses a huge
+//! buffer that is never written to.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::backtrace::Backtrace;
 
-/// The largest table that is legitimately read as a whole is an L1 table of 32 MiB.
+/// The largest allowed allocation. The largest table that is read as a whole is an L1 table of
+/// 32 MiB.
 const MOST: usize = 48 << 20;
 
 struct Bounded;
@@ -12,11 +13,11 @@ struct Bounded;
 #[global_allocator]
 static BOUNDED: Bounded = Bounded;
 
-// SAFETY: everything is left to the system's allocator, or the process ends.
+// SAFETY: every call goes to the system's allocator, or ends the process.
 unsafe impl GlobalAlloc for Bounded {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         check(layout.size());
-        // SAFETY: the caller keeps what GlobalAlloc asks of him; so below.
+        // SAFETY: the caller upholds GlobalAlloc's contract; the same holds below.
         unsafe { System.alloc(layout) }
     }
 
@@ -35,11 +36,11 @@ unsafe impl GlobalAlloc for Bounded {
     }
 }
 
-/// Ends the process for what is too much; the fuzzer then keeps the input.
+/// Aborts on an allocation above the limit; the fuzzer then keeps the input.
 fn check(size: usize) {
     if size > MOST {
         eprintln!(
-            "{size} bytes were asked for at once\n{}",
+            "an allocation of {size} bytes\n{}",
             Backtrace::force_capture()
         );
         std::process::abort();

@@ -1,8 +1,8 @@
-//! Images of which a few bytes are changed, as the fuzzer's bytes say.
+//! Changes a few bytes of an image, as the fuzzer's bytes say.
 //!
-//! An image of a file system is large and mostly empty, and a fuzzer that had to change it as it is
-//! would nearly always change nothing of meaning. So its input is short: the number of an image, and
-//! changes to places that have something in them.
+//! A file system image is large and mostly empty, so mutating it directly would rarely change
+//! anything that matters. So the input is short: the number of an image, and changes to places
+//! that are not empty.
 
 use crate::repair;
 use std::fs::{self, File};
@@ -10,14 +10,14 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes of what changes are told by.
+/// Bytes of a line, the unit in which changes address the image.
 const LINE: usize = 16;
-/// What files of the images are filled with: of no interest to any reader.
+/// The byte that fills files in the images. Such contents do not matter to any parser.
 const CONTENTS: u8 = 0xc7;
-/// Most changes to one image.
+/// The largest number of changes to one image.
 const MAX_CHANGES: usize = 64;
 
-/// Values that are often the end of something.
+/// Boundary values.
 const ODD: [u64; 16] = [
     0,
     1,
@@ -37,19 +37,19 @@ const ODD: [u64; 16] = [
     0xffff_ffff_ffff_ffff,
 ];
 
-/// An image that is changed and put back.
+/// An image that is changed and then restored.
 pub struct Canvas {
     path: PathBuf,
     file: File,
     good: Vec<u8>,
     now: Vec<u8>,
     changed: Vec<Range<usize>>,
-    /// Where the lines are that have something in them.
+    /// Offsets of the lines that are not empty.
     lines: Vec<usize>,
 }
 
 impl Canvas {
-    /// A copy of `image` at `path`.
+    /// Copies `image` to `path`.
     pub fn of(image: &Path, path: PathBuf) -> Canvas {
         let good = fs::read(image).unwrap();
         fs::write(&path, &good).unwrap();
@@ -70,13 +70,14 @@ impl Canvas {
         }
     }
 
-    /// Where it is.
+    /// Returns the path of the copy.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Changes it. `input` is a byte of which the lowest bit says to put checksums right, without which
-    /// some changes would go no further than that; and the changes.
+    /// Changes the image. The lowest bit of the first byte of `input` says whether to repair
+    /// checksums, without which some changes would not get past the checksum test. The changes
+    /// follow.
     pub fn change(&mut self, input: &[u8]) {
         let mut input = Input(input);
         let right = input.byte() & 1 == 1;
@@ -95,7 +96,7 @@ impl Canvas {
         }
     }
 
-    /// Puts it back.
+    /// Undoes all changes.
     pub fn restore(&mut self) {
         for range in std::mem::take(&mut self.changed) {
             let good = &self.good[range.clone()];
@@ -104,21 +105,21 @@ impl Canvas {
         }
     }
 
-    /// One change.
+    /// Makes one change.
     fn step(&mut self, input: &mut Input) {
         let what = input.byte();
         let at = self.place(input);
         let wide = 1 << (what >> 3 & 3);
         let big_endian = what >> 5 & 1 == 1;
         match what & 7 {
-            // Bytes, as they are.
+            // Bytes of the input.
             0 | 1 => {
                 let bytes = input.bytes(1 + usize::from(what >> 3 & 15)).to_vec();
                 self.put(at, &bytes);
             }
-            // An odd value.
+            // A boundary value.
             2 => self.put_number(at, ODD[usize::from(input.byte() & 15)], wide, big_endian),
-            // A little more or less.
+            // The old value plus or minus a little.
             3 => {
                 let more = i64::from(input.byte() as i8);
                 let number = self.number(at, wide, big_endian).wrapping_add_signed(more);
@@ -129,25 +130,25 @@ impl Canvas {
                 let number = u64::from(input.word());
                 self.put_number(at, number, wide, big_endian);
             }
-            // What is elsewhere, for two structures that say the same.
+            // Bytes from elsewhere in the image, which duplicates a structure.
             5 => {
                 let from = self.place(input);
                 let len = LINE << (what >> 3 & 7);
                 let bytes = self.get(from, len).to_vec();
                 self.put(at, &bytes);
             }
-            // The number of a block that has something in it.
+            // The number of a block that is not empty.
             6 => {
                 let block = self.place(input) as u64 >> 10;
                 let block = [block, block / 4, block / 64, block * 2][usize::from(what >> 6)];
                 self.put_number(at, block, 4, big_endian);
             }
-            // Nothing, for a while.
+            // Zeros.
             _ => self.put(at, &vec![0; LINE << (what >> 3 & 7)]),
         }
     }
 
-    /// A place with something in it, or near to it.
+    /// Picks an offset in or near a line that is not empty.
     fn place(&self, input: &mut Input) -> usize {
         let line = usize::from(input.word());
         let within = usize::from(input.byte() & 31);
@@ -173,18 +174,18 @@ impl Canvas {
         }
     }
 
-    /// What is at `at` now, as far as there is something.
+    /// Returns the current bytes at `at`, up to the end of the image.
     pub fn get(&self, at: usize, len: usize) -> &[u8] {
         let end = at.saturating_add(len).min(self.now.len());
         self.now.get(at..end).unwrap_or_default()
     }
 
-    /// All there is now.
+    /// Returns the whole current image.
     pub fn all(&self) -> &[u8] {
         &self.now
     }
 
-    /// Puts bytes at `at`, as far as there is room.
+    /// Puts bytes at `at`, up to the end of the image.
     pub fn put(&mut self, at: usize, bytes: &[u8]) {
         let end = at.saturating_add(bytes.len()).min(self.now.len());
         if let Some(there) = self.now.get_mut(at..end) {
@@ -194,7 +195,7 @@ impl Canvas {
     }
 }
 
-/// What is left of the fuzzer's bytes; zeros after their end.
+/// The rest of the fuzzer's bytes. Reads beyond their end return zeros.
 struct Input<'a>(&'a [u8]);
 
 impl Input<'_> {

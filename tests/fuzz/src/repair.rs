@@ -1,6 +1,6 @@
-//! Checksums put right after a change, where nothing else would be looked at behind a wrong one: in
-//! the superblock, in a journal and in a GUID partition table. (Behind those of inodes and directories
-//! the code is the same as without checksums, and most images have none.)
+//! Repairs checksums after a change, where the code stops at a wrong checksum: in the superblock,
+//! in a journal and in a GUID partition table. (Checksums of inodes and directories stay wrong:
+//! most images have none, and the code behind them is the same as without checksums.)
 
 use crate::patches::Canvas;
 use crc::{Algorithm, CRC_32_ISCSI, CRC_32_ISO_HDLC, Crc};
@@ -21,7 +21,7 @@ fn crc32c(seed: u32, parts: &[&[u8]]) -> u32 {
     digest.finalize()
 }
 
-/// Puts right what there is.
+/// Repairs all checksums that the image has.
 pub fn checksums(image: &mut Canvas) {
     superblock(image);
     journal(image);
@@ -39,7 +39,7 @@ fn superblock(image: &mut Canvas) {
     }
 }
 
-/// Where a GPT header is, its table first, which it has a checksum of.
+/// Repairs a GPT header. The partition table comes first, because the header contains its checksum.
 fn gpt(image: &mut Canvas, at: usize) {
     if image.get(at, 8) != b"EFI PART" {
         return;
@@ -60,8 +60,8 @@ fn gpt(image: &mut Canvas, at: usize) {
     image.put(at + 16, &sum.to_le_bytes());
 }
 
-/// The journal's blocks are known by their magic, wherever they are: the superblock first, and each
-/// descriptor has what it speaks of behind it.
+/// Repairs the journal. Finds its blocks by their magic number; the superblock comes first, and
+/// each descriptor is followed by the blocks it describes.
 fn journal(image: &mut Canvas) {
     const MAGIC: [u8; 4] = 0xc03b_3998_u32.to_be_bytes();
     const BLOCK: usize = 1024;
@@ -109,7 +109,7 @@ fn journal(image: &mut Canvas) {
     }
 }
 
-/// The checksums that a descriptor has of the blocks behind it.
+/// Repairs a descriptor's checksums of the blocks that follow it.
 fn tags(image: &mut Canvas, at: usize, seed: u32) {
     const BLOCK: usize = 1024;
     let sequence = image.get(at + 8, 4).to_vec();

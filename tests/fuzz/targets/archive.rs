@@ -1,7 +1,7 @@
-//! A hostile archive, brought in pieces.
+//! Receives a hostile archive in pieces.
 //!
-//! The first byte of an input says how, the rest is a tar, or whatever it is. Checksums of headers are
-//! put right, and it is compressed, if that byte says so.
+//! The first byte of an input contains options, the rest is meant to be a tar archive. The options
+//! say whether to repair the checksums of headers, whether to compress, and the size of the pieces.
 
 #![no_main]
 
@@ -15,7 +15,7 @@ use std::sync::LazyLock;
 
 const BLOCK: usize = 512;
 const PIECES: [usize; 4] = [1 << 20, 512, 1000, 77];
-/// A sparse disk may expand to a terabyte at least, and hashing its zeros takes as long as it takes.
+/// The largest sparse member that is tried: one may expand to a terabyte, which is slow to hash.
 const EXPANDED: u64 = 16 << 20;
 
 static DISK: LazyLock<PathBuf> = LazyLock::new(|| scratch::directory().join("disk.qcow2"));
@@ -28,7 +28,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     if how & 1 != 0 {
         put_right(&mut tar);
     }
-    // Whatever comes first is read in blocks, so none of them may be such a header.
+    // The receiver may read any block as a header, so check all of them.
     if tar
         .chunks_exact(BLOCK)
         .any(|block| expanded(block) > EXPANDED)
@@ -42,11 +42,11 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     };
     let at_once = receive(&archive, archive.len().max(1));
     let in_pieces = receive(&archive, PIECES[usize::from(how >> 3 & 3)]);
-    assert_eq!(at_once, in_pieces, "it depends on the pieces");
+    assert_eq!(at_once, in_pieces, "the result depends on the pieces");
     Corpus::Keep
 });
 
-/// Whether it was complete, or the errno.
+/// Receives an archive; returns whether it was complete, or the errno.
 fn receive(archive: &[u8], piece: usize) -> Result<bool, i32> {
     let mut incoming = Incoming::begin(&DISK, None).unwrap();
     let received = write(&mut incoming, archive, piece);
@@ -54,7 +54,7 @@ fn receive(archive: &[u8], piece: usize) -> Result<bool, i32> {
     match (&received, &finished) {
         (Ok(true), Ok(version)) => assert!((1..=5).contains(version)),
         (Ok(false), Err(_)) => {}
-        // The same refusal, again and again.
+        // A refused archive stays refused, with the same errno.
         (Err(errno), Err(error)) => assert_eq!(*errno, error.errno()),
         other => panic!("{other:?}"),
     }
@@ -88,7 +88,7 @@ fn in_frames(tar: &[u8]) -> Vec<u8> {
     all
 }
 
-/// Where the headers of a tar are.
+/// Returns the offsets of a tar archive's headers.
 fn headers(tar: &[u8]) -> impl Iterator<Item = usize> {
     let mut next = Some(0);
     std::iter::from_fn(move || {
@@ -99,7 +99,7 @@ fn headers(tar: &[u8]) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Gives headers the sum of their bytes.
+/// Repairs the checksums of headers.
 fn put_right(tar: &mut [u8]) {
     for at in headers(tar).collect::<Vec<_>>() {
         let header = &mut tar[at..at + BLOCK];
@@ -112,7 +112,7 @@ fn put_right(tar: &mut [u8]) {
     }
 }
 
-/// What a sparse member says it is long.
+/// Returns the expanded size in a sparse member's header.
 fn expanded(header: &[u8]) -> u64 {
     match header[156] {
         b'S' if header[483] & 0x80 != 0 => u64::MAX,

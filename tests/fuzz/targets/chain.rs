@@ -1,8 +1,8 @@
-//! A hostile qcow2, alone, on a good image or below one: it is inspected as what an import brings,
-//! opened as a chain, read, exported and rebased.
+//! Reads a hostile qcow2 image: alone, on top of a good image, or below one. The target inspects it
+//! like an imported image, opens it as a chain, reads, exports and rebases it.
 //!
-//! The first byte of an input says how, the rest is the image. It may name `base.raw` and
-//! `base.qcow2`, which have the same contents.
+//! The first byte of an input contains options, the rest is the image. Its backing file may be
+//! `base.raw` or `base.qcow2`, which have the same contents.
 
 #![no_main]
 
@@ -17,13 +17,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
-/// Zeros after the image, which cost nothing, and let its tables point far away.
+/// Lengths of a hole after the image, so that its tables can point far beyond its data.
 const TAILS: [u64; 4] = [0, 64 << 10, 1 << 20, 256 << 20];
-/// Guest bytes that are read in one go.
+/// Bytes of one guest read.
 const READ: u64 = 128 << 10;
-/// Larger disks are not exported: that looks at all of their tables.
+/// The largest disk that is exported; an export reads all of the tables.
 const EXPORTED: u64 = 1 << 30;
-/// Larger exports are not read.
+/// The largest export that is read.
 const COMPARED: u64 = 512 << 10;
 
 static DIRECTORY: LazyLock<PathBuf> = LazyLock::new(|| {
@@ -53,7 +53,7 @@ fuzz_target!(|input: &[u8]| {
     let _ = chain_paths(&path);
     let chain = open(&path);
     if accepted {
-        assert!(chain.is_some(), "an image is accepted and can't be opened");
+        assert!(chain.is_some(), "cannot open an accepted image");
     }
     let Some(chain) = chain else {
         return;
@@ -64,7 +64,7 @@ fuzz_target!(|input: &[u8]| {
         let extents = extents(&chain, range);
         assert!(
             !accepted || extents.is_some(),
-            "an image is accepted and can't be read"
+            "cannot read an accepted image"
         );
     }
     for layer in chain.layers() {
@@ -84,13 +84,13 @@ fn open(path: &Path) -> Option<Arc<Chain>> {
     Chain::open(path, &DIRECTORY, owner).ok().map(Arc::new)
 }
 
-/// The end of a disk, and what is behind it.
+/// Returns a range around the end of a disk.
 fn tail(size: u64) -> Range<u64> {
     let start = size.saturating_sub(READ / 2);
     start..start.saturating_add(READ)
 }
 
-/// The extents of a range, which have to make up all of it, and read as they say.
+/// Returns the extents of a range. Fails if they leave gaps or contradict the data.
 fn extents(chain: &Chain, range: Range<u64>) -> Option<Vec<Extent>> {
     let extents = chain.extents(range.clone()).ok()?;
     let mut at = range.start;
@@ -101,7 +101,7 @@ fn extents(chain: &Chain, range: Range<u64>) -> Option<Vec<Extent>> {
     assert_eq!(at, range.end);
     let mut whole = vec![0x55; (range.end - range.start) as usize];
     if chain.read_at(range.start, &mut whole).is_err() {
-        // What is compressed may be no deflate.
+        // Compressed clusters may be invalid.
         return Some(extents);
     }
     for extent in extents.iter().take(100) {
@@ -111,13 +111,13 @@ fn extents(chain: &Chain, range: Range<u64>) -> Option<Vec<Extent>> {
         chain.read_at(extent.guest, &mut again).unwrap();
         assert!(there == again, "two reads differ");
         if extent.source == DataSource::Zero {
-            assert!(are_zeros(there), "data where there are zeros");
+            assert!(are_zeros(there), "data in an extent of zeros");
         }
     }
     Some(extents)
 }
 
-/// The chain as one image, read at once and in pieces.
+/// Flattens the chain, and compares one read of the whole export with reads of its parts.
 fn export(chain: &Arc<Chain>) {
     let Ok(image) = Flattened::plan(chain.clone()) else {
         return;
@@ -137,8 +137,8 @@ fn export(chain: &Arc<Chain>) {
     }
 }
 
-/// The same image on another one with the same contents: the disk has to be the same. `above`, the
-/// chain has another image on top, which must not make a difference.
+/// Rebases the image onto a base with the same contents; the disk must not change. If `above`, the
+/// chain has another image on top of it, and the disks are not compared.
 fn rebased(top: &Path, chain: &Chain, begin: Range<u64>, above: bool) {
     let on_a_base = |header: &Header| {
         let path = header

@@ -1,8 +1,8 @@
-//! A hostile guest: its file systems and partition tables, with a few bytes changed, are opened and
-//! walked through.
+//! Opens and walks a hostile guest: file systems and partition tables with a few changed bytes.
 //!
-//! The first byte of an input says which image, the rest how it is changed ([`Canvas::change`]).
-//! With `BOXLITEFS_FUZZ_KEEP=FILE` the changed image is kept, for other programs to be asked.
+//! The first byte of an input selects the image, the rest says how to change it
+//! ([`Canvas::change`]). `BOXLITEFS_FUZZ_KEEP=FILE` saves the changed image, to examine it with
+//! other programs.
 
 #![no_main]
 
@@ -18,7 +18,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 #[path = "../../../src/guest/tests/walk.rs"]
 mod walk;
 
-/// There may be far more, which would be the same again.
+/// A larger walk would only repeat the same code.
 const LIMITS: walk::Limits = walk::Limits {
     files: 150,
     names: 400,

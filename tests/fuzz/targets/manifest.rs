@@ -1,4 +1,4 @@
-//! A hostile `manifest.json`, up to the options that a new box would get.
+//! Parses a hostile `manifest.json`, up to the options of the new box.
 
 #![no_main]
 
@@ -14,7 +14,7 @@ fuzz_target!(|bytes: &[u8]| {
     let version = manifest.version;
     assert!((1..=5).contains(&version));
     let options = normalize_imported(manifest.options.unwrap_or_default(), Some(version));
-    // BoxLite would remove a box with these at its next start.
+    // With other values, BoxLite would remove the box at its next start.
     assert_eq!(options["auto_remove"], false);
     assert!(options["auto_delete"].is_null());
     let mut shown = options.clone();

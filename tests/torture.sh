@@ -28,7 +28,7 @@ races() {
     RUSTC_BOOTSTRAP=1 RUSTFLAGS='-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer' \
         cargo build --target "$target" --target-dir "$out/tsan" &&
         BOXLITEFS_PROGRAM=$program TSAN_OPTIONS="suppressions=$PWD/tests/torture.tsan exitcode=66" \
-            cargo test --test faults -- --nocapture of_what_32_processes
+            cargo test --test faults -- --nocapture changes_by_32_processes
 }
 
 for test; do

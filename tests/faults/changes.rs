@@ -1,6 +1,6 @@
-//! The changes that are cut off, and the homes they are made in.
+//! The changes that the fault tests interrupt, and the homes in which they run.
 
-// Every test file uses a part of it.
+// Not every test uses all of these items.
 #![allow(dead_code)]
 
 use std::collections::BTreeMap;
@@ -13,26 +13,26 @@ use std::process::Command;
 use super::common::*;
 use super::contents::{Boxes, Contents};
 
-/// A change, the points it passes, and what the home may hold when it was cut off.
+/// A change, its crash points, and the contents of the home before and after it.
 pub struct Change {
-    /// Said in failures.
+    /// The name in failure messages.
     pub name: &'static str,
-    /// Who makes it.
+    /// The program that makes the change.
     pub by: By,
-    /// Makes a home that the change passes all of its points in.
+    /// Makes a home in which the change reaches all of its points.
     pub prepare: fn() -> TestHome,
-    /// Makes the change, where that is by a mount.
+    /// Makes the change, if a mount makes it.
     pub act: fn(&Mounted) -> Outcome,
-    /// The named points of the code that it passes.
+    /// The crash points that the change reaches.
     pub points: &'static [&'static str],
-    /// What the home holds once the change is whole, from what it held before.
+    /// Turns the contents of the home before the change into those after it.
     pub whole: fn(&mut Boxes),
 }
 
-/// How a change ended for whoever made it: what the tool complained of, if it did.
+/// The result of a change: the tool's error message, if it failed.
 pub type Outcome = Result<(), String>;
 
-/// The process that is killed.
+/// The process that makes a change, and that the tests kill.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum By {
     Mount,
@@ -43,7 +43,7 @@ pub enum By {
 }
 
 impl By {
-    /// The program that makes the change by itself, without a mount.
+    /// Returns the command that makes the change; None if a mount makes it.
     pub fn command(&self, home: &TestHome) -> Option<Command> {
         let arguments: &[&str] = match self {
             By::Mount => return None,
@@ -56,14 +56,14 @@ impl By {
     }
 }
 
-/// A box with a state of its own.
+/// Makes a box that was written to.
 fn plain() -> TestHome {
     let home = TestHome::in_memory();
     home.guest_write("web", FREE_AREA, b"the box's own");
     home
 }
 
-/// A box with a snapshot `old` by the mount: its layers are bases already.
+/// Makes a box with a snapshot `old` taken through the mount, so that its layers are bases already.
 fn with_our_snapshot() -> TestHome {
     let home = TestHome::in_memory();
     home.mount().snapshot("web", "old").unwrap();
@@ -71,7 +71,7 @@ fn with_our_snapshot() -> TestHome {
     home
 }
 
-/// A box with a snapshot `old` by BoxLite: its layer lies inside the box.
+/// Makes a box with a snapshot `old` taken by BoxLite, so that its layer lies inside the box.
 fn with_boxlites_snapshot() -> TestHome {
     let home = TestHome::in_memory();
     home.wheel(&["snapshot-create", "web", "old"]);
@@ -79,7 +79,7 @@ fn with_boxlites_snapshot() -> TestHome {
     home
 }
 
-/// A box that went on from an older state, so that the layer of `old` is read by nobody.
+/// Makes a box that was restored to an older state, so that only the snapshot `old` uses its layer.
 fn with_an_unread_snapshot() -> TestHome {
     let home = TestHome::in_memory();
     let mount = home.mount();
@@ -92,7 +92,8 @@ fn with_an_unread_snapshot() -> TestHome {
     home
 }
 
-/// Rows and headers name the files through a link, as after the home was moved and a link put in its place.
+/// Makes a home whose rows and image headers contain paths through a symlink, as after a move of
+/// the home that left a symlink at the old place.
 fn with_paths_through_a_link() -> TestHome {
     let home = with_our_snapshot();
     let link = home.beside("link");
@@ -121,7 +122,8 @@ fn with_paths_through_a_link() -> TestHome {
     home
 }
 
-/// A base of ours that somebody deleted: the layer of `old` has the name of the snapshot, and its spare one.
+/// Makes a home in which a user deleted a base of ours: the layer of `old` keeps its name in the
+/// snapshot, and its spare name.
 fn with_a_deleted_base() -> TestHome {
     let home = with_an_unread_snapshot();
     let layer = fs::metadata(home.snapshot_disk("web", "old")).unwrap();
@@ -132,7 +134,8 @@ fn with_a_deleted_base() -> TestHome {
     home
 }
 
-/// Likewise by BoxLite: the layer of `old` has no other name.
+/// Makes a box that BoxLite restored to an older state. The layer of its snapshot `old` is
+/// unreferenced and, unlike in [`with_an_unread_snapshot`], has no other name.
 fn with_an_unread_snapshot_by_boxlite() -> TestHome {
     let home = TestHome::in_memory();
     home.wheel(&["snapshot-create", "web", "start"]);
@@ -145,7 +148,7 @@ fn with_an_unread_snapshot_by_boxlite() -> TestHome {
     home
 }
 
-/// A box whose chain is too long to be stacked upon, with the snapshots of it.
+/// Makes a box with snapshots whose chain is too long for another layer.
 fn with_a_long_chain() -> TestHome {
     let home = TestHome::in_memory();
     for round in 0u8..4 {
@@ -167,7 +170,7 @@ fn with_a_long_chain() -> TestHome {
     home
 }
 
-/// Beside the box, the backup of it that `cp -r` makes.
+/// Makes a box and, next to the home, a backup of it made by `cp -r`.
 fn with_a_backup() -> TestHome {
     let home = with_our_snapshot();
     let mount = home.mount();
@@ -181,7 +184,7 @@ fn with_a_backup() -> TestHome {
     home
 }
 
-/// Beside the box, a backup of the state that its snapshot `kept` has, too.
+/// Makes a box and a backup with the same state as the box's snapshot `kept`.
 fn with_an_older_backup() -> TestHome {
     let home = with_a_backup();
     home.mount().snapshot("web", "kept").unwrap();
@@ -216,7 +219,7 @@ fn with_another_box() -> TestHome {
     home
 }
 
-/// A box whose snapshot `old` lies on a layer that nothing else needs any more.
+/// Makes a box whose snapshot `old` lies directly on the layer of a deleted snapshot.
 fn with_a_deleted_snapshot_below() -> TestHome {
     let home = TestHome::in_memory();
     let mount = home.mount();
@@ -230,7 +233,7 @@ fn with_a_deleted_snapshot_below() -> TestHome {
     home
 }
 
-/// A box that went on from a snapshot which is gone.
+/// Makes a box that was written to since its only snapshot, which was deleted.
 fn with_a_deleted_snapshot() -> TestHome {
     let home = TestHome::in_memory();
     let mount = home.mount();
@@ -240,7 +243,7 @@ fn with_a_deleted_snapshot() -> TestHome {
     home
 }
 
-/// A box that did not change since a snapshot which is gone.
+/// Makes a box that has not changed since its only snapshot, which was deleted.
 fn with_nothing_over_a_deleted_snapshot() -> TestHome {
     let home = TestHome::in_memory();
     home.guest_write("web", FREE_AREA, b"the box's own");
@@ -250,7 +253,7 @@ fn with_nothing_over_a_deleted_snapshot() -> TestHome {
     home
 }
 
-/// A box on layers that hold nothing: BoxLite stacks one for each clone.
+/// Makes a box on empty layers: BoxLite adds one for each clone.
 fn with_empty_layers() -> TestHome {
     let home = TestHome::in_memory();
     home.wheel_batch(&[
@@ -265,8 +268,7 @@ fn with_empty_layers() -> TestHome {
     home
 }
 
-/// A box with a layer in a snapshot's place that no row speaks of, and a base of BoxLite's that nothing
-/// needs any more.
+/// Makes a box with a snapshot layer that has no row, and with an unreferenced base of BoxLite.
 fn with_an_orphan() -> TestHome {
     let home = with_empty_layers();
     home.wheel_batch(&[
@@ -281,7 +283,7 @@ fn with_an_orphan() -> TestHome {
     home
 }
 
-/// A box on more snapshots than a virtual machine can start from.
+/// Makes a box whose chain of snapshots is too long for a virtual machine to start from.
 fn with_many_snapshots() -> TestHome {
     let home = TestHome::in_memory();
     for round in 0u8..9 {
@@ -298,7 +300,7 @@ fn with_many_snapshots() -> TestHome {
     home
 }
 
-/// `cp -r`.
+/// Runs `cp -r`.
 fn copy(from: &Path, to: &Path) -> Outcome {
     tool(&["cp", "-r", text(from), text(to)])
 }
@@ -711,7 +713,7 @@ pub const REPAIR: Change = Change {
     act: |_| Ok(()),
     points: &["snapshot.recorded", "free.claimed", "free.unlinked"],
     whole: |boxes| {
-        // The orphan is a copy of the layer below.
+        // The orphan is a copy of the layer of `old`.
         let web = boxes.get_mut("web").unwrap();
         let orphan = web.snapshots["old"].clone();
         web.snapshots.insert("orphan".to_owned(), orphan);

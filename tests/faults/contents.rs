@@ -1,6 +1,6 @@
-//! What a home holds, and whether that is what it held before a change, after it, or what lies between.
+//! The contents of a home, and whether an interrupted change could have left them.
 
-// Every test file uses a part of it.
+// Not every test uses all of these items.
 #![allow(dead_code)]
 
 use std::collections::BTreeMap;
@@ -8,20 +8,21 @@ use std::path::Path;
 
 use super::common::*;
 
-/// The guest's bytes of a box: its disk and its snapshots by name.
+/// The guest disks of a box, as digests.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contents {
-    /// What the live disk has.
+    /// The digest of the live disk.
     pub live: String,
-    /// What each snapshot has.
+    /// The digests of the snapshots, by name.
     pub snapshots: BTreeMap<String, String>,
 }
 
-/// Every box by name.
+/// The contents of every box, by name.
 pub type Boxes = BTreeMap<String, Contents>;
 
-/// What the rows name, read by qemu-img. The rows are read by a program, too: the home may lie on a file
-/// system that this process serves, and SQLite maps a file of it into memory.
+/// Reads the disks of all boxes and snapshots that have rows, with qemu-img. Another process reads
+/// the rows, too: the home may lie on a file system that this process serves, and SQLite maps one
+/// of its files into memory.
 pub fn contents(home: &TestHome) -> Boxes {
     let mut boxes = Boxes::new();
     let mut names = BTreeMap::new();
@@ -59,8 +60,9 @@ fn rows(home: &TestHome, statement: &str) -> Vec<Vec<String>> {
     said.lines().map(fields).collect()
 }
 
-/// Everything from before that the change does not take away, nothing but what it adds; what it
-/// takes away is there or, where all it adds is there, gone.
+/// Fails unless `boxes` lies between `before` and `whole`. Boxes and snapshots that the change
+/// keeps must be there; nothing else may be there except those it adds. Those it removes may be
+/// gone only if all it adds is there.
 pub fn assert_between(boxes: &Boxes, before: &Boxes, whole: &Boxes) {
     for name in before.keys() {
         let stays = boxes.contains_key(name);
@@ -70,9 +72,9 @@ pub fn assert_between(boxes: &Boxes, before: &Boxes, whole: &Boxes) {
     for (name, contents) in boxes {
         let possible = [before.get(name), whole.get(name)];
         let possible: Vec<&Contents> = possible.into_iter().flatten().collect();
-        assert!(!possible.is_empty(), "box {name} is from nowhere");
+        assert!(!possible.is_empty(), "unexpected box {name}");
         let live = possible.iter().any(|known| known.live == contents.live);
-        assert!(live, "the disk of {name}");
+        assert!(live, "the disk of box {name} has other contents");
         for (snapshot, digest) in &contents.snapshots {
             let right = possible
                 .iter()

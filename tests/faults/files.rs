@@ -1,5 +1,5 @@
-//! Files and directories in memory: what a disk holds at one moment. A copy costs little, for copies share
-//! the contents.
+//! Files and directories in memory: a snapshot of a disk. Copies are cheap because they share the
+//! contents.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
@@ -10,16 +10,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// Bytes of a page: what a power loss leaves whole or not at all.
+/// Bytes of a page, the unit that a power loss keeps or loses as a whole.
 pub const PAGE: u64 = 4096;
 
-/// The number of a file or directory.
+/// The inode number of a file or directory.
 pub type Number = u64;
 
-/// The number of the root directory, as FUSE wants it.
+/// The number of the root directory, as FUSE requires.
 pub const ROOT: Number = 1;
 
-/// The contents of a file, holes and all.
+/// The contents of a file, including holes.
 #[derive(Clone, Debug, Default)]
 pub struct Bytes {
     pages: BTreeMap<u64, Arc<[u8; PAGE as usize]>>,
@@ -31,12 +31,12 @@ impl Bytes {
         self.length
     }
 
-    /// Bytes that are no holes.
+    /// Returns the number of bytes that are not in holes.
     pub fn allocated(&self) -> u64 {
         self.pages.len() as u64 * PAGE
     }
 
-    /// Up to `length` bytes at `offset`; fewer at the end of the file only.
+    /// Reads `length` bytes at `offset`, or fewer at the end of the file.
     pub fn read(&self, offset: u64, length: u64) -> Vec<u8> {
         let end = self.length.min(offset.saturating_add(length));
         let mut bytes = vec![0; end.saturating_sub(offset) as usize];
@@ -72,14 +72,14 @@ impl Bytes {
         self.length = length;
     }
 
-    /// Where data begins at or after `offset`; None when only a hole is left.
+    /// Returns where data begins at or after `offset`; None if only a hole is left.
     pub fn next_data(&self, offset: u64) -> Option<u64> {
         let (number, _) = self.pages.range(offset / PAGE..).next()?;
         let at = offset.max(number * PAGE);
         (at < self.length).then_some(at)
     }
 
-    /// Where a hole begins at or after `offset`; the end of the file is one.
+    /// Returns where a hole begins at or after `offset`. The end of the file counts as a hole.
     pub fn next_hole(&self, offset: u64) -> u64 {
         let mut number = offset / PAGE;
         while self.pages.contains_key(&number) {
@@ -89,7 +89,7 @@ impl Bytes {
     }
 }
 
-/// The parts of a range that lie in one page each.
+/// Splits a range at page boundaries.
 pub fn pages(offset: u64, length: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
     let end = offset + length;
     (offset / PAGE..end.div_ceil(PAGE))
@@ -97,7 +97,7 @@ pub fn pages(offset: u64, length: u64) -> impl Iterator<Item = std::ops::Range<u
         .filter(|range| !range.is_empty())
 }
 
-/// What a file is apart from its contents.
+/// The metadata of a file.
 #[derive(Clone, Debug)]
 pub struct Attributes {
     pub mode: u32,
@@ -109,7 +109,7 @@ pub struct Attributes {
 }
 
 impl Attributes {
-    /// Of something made just now.
+    /// Makes the attributes of a new file.
     pub fn new(mode: u32, uid: u32, gid: u32) -> Attributes {
         let now = SystemTime::now();
         Attributes {
@@ -123,7 +123,7 @@ impl Attributes {
     }
 }
 
-/// What lies behind a name.
+/// The type and contents of a node.
 #[derive(Clone, Debug)]
 pub enum Kind {
     File(Bytes),
@@ -136,11 +136,11 @@ pub enum Kind {
 pub struct Node {
     pub kind: Kind,
     pub attributes: Attributes,
-    /// How many names it has.
+    /// The number of its names.
     pub names: u32,
 }
 
-/// All that a disk holds.
+/// The contents of a disk.
 #[derive(Clone, Debug)]
 pub struct Files {
     pub nodes: HashMap<Number, Node>,
@@ -148,7 +148,7 @@ pub struct Files {
 }
 
 impl Files {
-    /// What lies below a directory.
+    /// Loads everything below a directory.
     pub fn load(root: &Path) -> Files {
         let mut files = Files {
             nodes: HashMap::new(),
@@ -196,7 +196,7 @@ impl Files {
         number
     }
 
-    /// Makes a directory hold this and nothing else.
+    /// Replaces everything below a directory with these files.
     pub fn store(&self, root: &Path) {
         for entry in fs::read_dir(root).unwrap() {
             let path = entry.unwrap().path();
@@ -244,7 +244,7 @@ impl Files {
         fs::set_permissions(path, fs::Permissions::from_mode(node.attributes.mode)).unwrap();
     }
 
-    /// The same number for the same names with the same contents.
+    /// Hashes names and contents.
     pub fn fingerprint(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.hash_below(ROOT, &mut hasher);
@@ -278,14 +278,14 @@ impl Files {
     pub fn entries_mut(&mut self, directory: Number) -> &mut BTreeMap<OsString, Number> {
         match &mut self.nodes.get_mut(&directory).unwrap().kind {
             Kind::Directory(entries) => entries,
-            _ => panic!("{directory} is no directory"),
+            _ => panic!("{directory} is not a directory"),
         }
     }
 
     pub fn bytes_mut(&mut self, file: Number) -> &mut Bytes {
         match &mut self.nodes.get_mut(&file).unwrap().kind {
             Kind::File(bytes) => bytes,
-            _ => panic!("{file} is no file"),
+            _ => panic!("{file} is not a file"),
         }
     }
 

@@ -1,5 +1,5 @@
-//! Full disks: every change on small file systems of the usual kinds, with ever more room until there is
-//! enough. And what those that share blocks make cheaper.
+//! Full disks: makes changes on small file systems of the usual kinds, with more and more free
+//! space until it is enough. Also checks that changes take little space where files share blocks.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use crate::changes::*;
 use crate::common::*;
 use crate::contents::{Boxes, contents};
 
-/// Changes that need room.
+/// Changes that need space.
 const CHANGES: [&Change; 12] = [
     &SNAPSHOT,
     &IMPORT,
@@ -25,17 +25,17 @@ const CHANGES: [&Change; 12] = [
     &LONG,
 ];
 
-/// Free room that is tried first, in KiB, and each time twice as much.
+/// The first nonzero amount of free space that is tried, in KiB. Each further one is twice as much.
 const FIRST_ROOM: u64 = 4;
 
-/// More KiB than any of the changes needs.
+/// KiB that are enough for any of the changes.
 const ENOUGH: u64 = 64 << 10;
 
-/// What a refused change may leave, in bytes: some lines in the log, what the file system and SQLite
-/// keep for the next time, and the room that is kept for deleting.
+/// Bytes that a refused change may leave in use: log lines, space that the file system and SQLite
+/// keep for reuse, and the reserve for deletions.
 const SLACK: u64 = (512 << 10) + (1 << 20);
 
-/// A change on a disk of its own.
+/// A change on its own disk.
 struct Trial<'c> {
     change: &'c Change,
     kind: FileSystem,
@@ -62,7 +62,7 @@ impl Trial<'_> {
         }
     }
 
-    /// Makes the change with that many KiB free. False if there was too little room, and nothing changed.
+    /// Makes the change with that many KiB free. Returns false if there was too little space.
     fn fits(&self, room: u64, mount_when_full: bool) -> bool {
         let Trial {
             change, home, disk, ..
@@ -86,10 +86,10 @@ impl Trial<'_> {
                     Err(said)
                 }
             }
-            (None, None) => panic!("nobody makes the change"),
+            (None, None) => panic!("no program makes the change"),
         };
         let mut mount = mount;
-        // The first look may be what kills it; below.
+        // The process may die at the first access after the change; see below.
         let was_killed = mount.as_mut().is_some_and(|mount| {
             let answers = fs::read_dir(mount.root()).is_ok();
             !answers || !mount.is_alive()
@@ -102,8 +102,8 @@ impl Trial<'_> {
                 mount.unmount();
             }
             Some(mut mount) => {
-                // Btrfs writes nothing in place: without a free block, memory that SQLite shares through a
-                // file can't be written either, and the kernel ends whoever tries.
+                // Btrfs writes nothing in place. Without a free block, a write to SQLite's shared
+                // memory, which is a mapped file, raises SIGBUS.
                 let signal = mount.ended_by();
                 let is_known = self.kind == FileSystem::Btrfs && signal == Some(libc::SIGBUS);
                 assert!(is_known, "the daemon died: {signal:?}; {outcome:?}");
@@ -119,12 +119,12 @@ impl Trial<'_> {
             Err(said) => {
                 assert!(
                     was_killed || tells(said),
-                    "with {room} KiB left it said {said}; {}",
+                    "unexpected error with {room} KiB left: {said}; {}",
                     log()
                 );
-                // Of several boxes' worth of work, as of `cp -r`, a part may be done.
+                // A tool that works in several steps, such as `cp -r`, may have done some of them.
                 crate::contents::assert_between(&now, &self.before, &self.whole);
-                let one = "one step, and half done";
+                let one = "a refused change changed something";
                 if !self.has_steps() && !was_killed {
                     assert_eq!(now, self.before, "{one}");
                 }
@@ -135,14 +135,15 @@ impl Trial<'_> {
         outcome.is_ok()
     }
 
-    /// SQLite needs a little room to read, too. Without it, that is said.
+    /// Returns whether the home can be read: SQLite needs a little space for that, too. If not,
+    /// `boxlitefs check` must report a full disk.
     fn can_be_read(&self) -> bool {
         let (status, said) = self.home.check();
         assert!(status == 0 || tells(&said), "{said}");
         status == 0
     }
 
-    /// Whether the tool makes it in several changes: of a box, and of each snapshot.
+    /// Returns whether the tool makes several changes: one for the box and one for each snapshot.
     fn has_steps(&self) -> bool {
         [&CLONE_WITH_SNAPSHOTS, &IMPORT]
             .iter()
@@ -153,7 +154,7 @@ impl Trial<'_> {
         (self.change.by == By::Mount).then(|| self.home.mount())
     }
 
-    /// With ever more room, until there is enough.
+    /// Tries the change with more and more space until it succeeds.
     fn try_until_it_fits(&self, tally: &mut Tally) {
         let free = self.disk.free();
         let mut room = 0;
@@ -167,16 +168,16 @@ impl Trial<'_> {
             tally.faults += 1;
             refused += 1;
             let left = self.disk.free();
-            assert!(left + SLACK >= free, "{free} bytes were free, {left} are");
-            // Some of it may be done.
+            assert!(left + SLACK >= free, "{left} bytes are free, not {free}");
+            // The change may be partly done.
             self.disk.put_back(&self.home, "aside");
             room = if room == 0 { FIRST_ROOM } else { room * 2 };
-            assert!(room <= ENOUGH, "it never fits");
+            assert!(room <= ENOUGH, "the change never fits");
         }
     }
 }
 
-/// Whether a complaint is that of a full disk.
+/// Returns whether an error message reports a full disk.
 fn tells(said: &str) -> bool {
     let messages = [
         "No space left on device",
@@ -186,7 +187,7 @@ fn tells(said: &str) -> bool {
     messages.iter().any(|message| said.contains(message))
 }
 
-/// Tries some of the changes on a file system.
+/// Tries some of the changes on a full file system.
 fn try_changes(kind: FileSystem) {
     let what = format!("full disks, {}", kind.name());
     let seed = seed(&what);
@@ -225,9 +226,9 @@ fn on_a_full_btrfs_a_change_is_made_or_refused() {
     try_changes(FileSystem::Btrfs);
 }
 
-// ---- what makes room ----------------------------------------------------------------------------
+// ---- deletions ----------------------------------------------------------------------------------
 
-/// Deletes snapshots and a box with nothing left on the disk.
+/// Deletes snapshots and a box on a disk without free space.
 fn deletes_on_a_full_disk(kind: FileSystem) {
     let home = TestHome::new();
     let disk = SmallDisk::under(&home, kind, kind.smallest());
@@ -237,7 +238,7 @@ fn deletes_on_a_full_disk(kind: FileSystem) {
         mount.snapshot("web", &format!("s{number}")).unwrap();
     }
     mount.copy("web", "other");
-    // Reading it once makes the mount keep it.
+    // After one read, the mount caches the compressed export.
     let compressed = mount.at("web/export.boxlite.zst");
     succeed(&["cp", text(&compressed), text(&home.beside("out.zst"))]);
     disk.fill(0);
@@ -247,7 +248,7 @@ fn deletes_on_a_full_disk(kind: FileSystem) {
             .remove_snapshot("web", &name)
             .unwrap_or_else(|e| panic!("{name}: {e}; {}", mount.log()));
     }
-    // The room that came back is taken, too, but for what is set aside for deleting.
+    // Take the freed space as well, except for the reserve for deletions.
     disk.empty();
     mount.snapshot("web", "last").unwrap();
     mount.remove_snapshot("web", "last").unwrap();
@@ -277,13 +278,13 @@ fn on_a_full_btrfs_snapshots_and_boxes_can_be_deleted() {
 
 // ---- shared blocks ------------------------------------------------------------------------------
 
-/// Bytes of a layer that is far larger than what may be used for a copy of it.
+/// Bytes of a layer, far more than a copy of it with shared blocks may take.
 const LARGE: usize = 3 << 20;
 
-/// What a change may take where no data is copied.
+/// Bytes that a change may take if it copies no data.
 const LITTLE: u64 = 1 << 20;
 
-/// What a change takes on a file system that shares blocks.
+/// Fails if a change takes more space than one that copies no data.
 fn assert_takes_little(change: &str, disk: &SmallDisk, work: impl FnOnce()) {
     let before = disk.free();
     work();
@@ -291,23 +292,24 @@ fn assert_takes_little(change: &str, disk: &SmallDisk, work: impl FnOnce()) {
     assert!(taken < LITTLE, "{change} took {taken} bytes");
 }
 
-/// A box with large layers, on a file system that shares blocks.
+/// Makes a box with large layers on a file system that shares blocks.
 fn with_large_layers(kind: FileSystem, snapshots: usize) -> (TestHome, SmallDisk) {
     let home = TestHome::in_memory();
     let disk = SmallDisk::under(&home, kind, "512M");
     for number in 0..snapshots {
-        // Over nothing, so that each layer is data of its own.
+        // Different bytes each time, so that no two layers have the same data.
         let bytes = noise(number as u64 + 1, LARGE);
         home.guest_write("web", FREE_AREA, &bytes);
         home.wheel(&["snapshot-create", "web", &format!("s{number}")]);
     }
-    // The room for deleting is set aside.
+    // The first mount allocates the reserve for deletions.
     home.mount().unmount();
     (home, disk)
 }
 
 fn shares_blocks(kind: FileSystem) {
-    // A layer of BoxLite's is adopted; its reader has a further name in a backup, and is copied.
+    // The mount adopts a layer of BoxLite. The layer's reader has a second hard link in a backup,
+    // so it is copied before it is changed.
     let (home, disk) = with_large_layers(kind, 2);
     let backup = home.root().join("backup.qcow2");
     fs::hard_link(home.snapshot_disk("web", "s1"), &backup).unwrap();
@@ -316,11 +318,11 @@ fn shares_blocks(kind: FileSystem) {
         home.mount().snapshot("web", "a").unwrap();
     });
     let layer = home.snapshot_disk("web", "s1");
-    assert_ne!(inode(&layer), inode(&backup), "it was not copied");
+    assert_ne!(inode(&layer), inode(&backup), "the layer was not copied");
     assert_eq!(digest(&layer), copied);
     drop(disk);
 
-    // Layers that nothing else needs become one.
+    // Layers of deleted snapshots are merged.
     let (home, disk) = with_large_layers(kind, 0);
     let mount = home.mount();
     for number in 0..3 {
@@ -342,7 +344,7 @@ fn shares_blocks(kind: FileSystem) {
     assert_eq!(digest(&home.snapshot_disk("web", "s2")), merged);
     drop(disk);
 
-    // The upper layers of a chain that is too long are written out as one.
+    // The upper layers of a chain that is too long are flattened into one.
     let (home, disk) = with_large_layers(kind, 9);
     home.guest_write("web", FREE_AREA, &noise(100, LARGE));
     let live = digest(&home.live_disk("web"));

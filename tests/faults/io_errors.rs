@@ -1,5 +1,5 @@
-//! Calls that fail: each call of each change, one after the other. Whoever asked for the change is told, and
-//! the change is made or not; nothing is left behind, and the next one works.
+//! Failing system calls: each call of each change fails in turn. The client must get the error, the
+//! change must be complete or undone, nothing may be left over, and the next change must work.
 
 use std::collections::HashMap;
 use std::fs;
@@ -15,7 +15,7 @@ use super::judge::assert_shows;
 use super::record::{Done, Flushes, Left, after_power_loss};
 use super::server::{CALLS, Call, Fault, FaultyDisk};
 
-/// A change, and what it needs to be made again and again.
+/// A change and its home, which can be repeated.
 struct Failing<'c> {
     change: &'c Change,
     home: TestHome,
@@ -40,8 +40,8 @@ impl Failing<'_> {
         }
     }
 
-    /// Makes the change while a fault waits for it. What was answered, how many calls failed, and how many
-    /// of each kind there were.
+    /// Makes the change with an armed fault. Returns the result, the number of failed calls, and
+    /// the number of calls of each kind.
     fn make(
         &self,
         disk: &FaultyDisk,
@@ -60,7 +60,7 @@ impl Failing<'_> {
                     Err(String::from_utf8_lossy(&said).into_owned())
                 }
             }
-            (None, None) => panic!("nobody makes the change"),
+            (None, None) => panic!("no program makes the change"),
         };
         let counts = disk.counts();
         (outcome, disk.disarm(), counts)
@@ -70,7 +70,8 @@ impl Failing<'_> {
         (self.change.by == By::Mount).then(|| self.home.mount())
     }
 
-    /// A fault of every call that the change makes, and one from each on that changes something.
+    /// Returns a fault for each call of the change, and for each changing call one that also fails
+    /// all later ones.
     fn faults(&self, dice: &mut Dice) -> Vec<Fault> {
         let disk = FaultyDisk::mount(self.home.root(), self.files.clone());
         let mount = self.mount();
@@ -81,7 +82,7 @@ impl Failing<'_> {
         for call in CALLS {
             let count = counts.get(&call).copied().unwrap_or_default();
             for nth in 0..count {
-                // What becomes of it depends little on which it is.
+                // One random errno per call is enough: the outcome hardly depends on it.
                 let (errno, lasts) = *dice.one_of(ways(call));
                 faults.push(Fault {
                     call,
@@ -94,7 +95,7 @@ impl Failing<'_> {
         faults
     }
 
-    /// Has one call fail. False if the change did not come to it this time.
+    /// Makes one call fail. Returns false if the change did not make that call this time.
     fn assert_survives(&self, fault: Fault, dice: &mut Dice) -> bool {
         let Failing { home, change, .. } = self;
         let disk = FaultyDisk::mount(home.root(), self.files.clone());
@@ -104,45 +105,46 @@ impl Failing<'_> {
             assert!(mount.is_alive(), "the daemon died");
         }
         if failed == 0 {
-            outcome.expect("it met no fault");
+            outcome.expect("the change failed although no call did");
             return false;
         }
         let calls = disk.calls();
         let log = || fs::read_to_string(home.root().join(".boxlitefs/log")).unwrap_or_default();
         let mut boxes = contents(home);
         match &outcome {
-            // What failed was not needed for it.
+            // The change did not need the failed call.
             Ok(()) if change.by == By::Mount => assert_eq!(boxes, self.whole, "{}", log()),
             Ok(()) => assert_between(&boxes, &self.before, &self.whole),
             Err(said) => {
-                // A program that goes on with the next says why in the log.
+                // A program that continues with the next item reports the error in the log.
                 let said = match change.by {
                     By::Mount => said.clone(),
                     By::Compact | By::Repair => said.clone() + &log(),
                 };
-                // SQLite does not tell why it could not make a file, and when that is looked for it can.
+                // SQLite does not report why it could not make a file. boxlitefs then tries it
+                // itself, and succeeds if only one call was to fail.
                 let is_over = matches!(fault.call, Call::Create) && !fault.lasts;
-                // What it could not remove at its end is a finding like others.
+                // A file that the repair could not remove at its end is a finding.
                 let is_found =
                     change.by == By::Repair && said.contains("mounting the home removes it");
                 let is_told = tells(&said, fault.errno)
                     || is_found
                     || (is_over && said.contains("cannot be opened just now; try again"));
-                assert!(is_told, "said: {said}; {}", log());
+                assert!(is_told, "unexpected error: {said}; {}", log());
                 assert_between(&boxes, &self.before, &self.whole);
             }
         }
         if let Some(mount) = &mount {
             assert_shows(mount, &boxes);
         }
-        // Whoever tries again finds nothing in his way.
+        // A second attempt succeeds.
         if outcome.is_err() && boxes == self.before {
             let (again, ..) = self.make(&disk, mount.as_ref(), None);
-            again.unwrap_or_else(|said| panic!("tried again: {said}; {}", log()));
+            again.unwrap_or_else(|said| panic!("second attempt: {said}; {}", log()));
             boxes = contents(home);
-            assert_eq!(boxes, self.whole, "tried again");
+            assert_eq!(boxes, self.whole, "second attempt");
         }
-        // The next change finds everything in order, and leaves it so.
+        // Later changes work and leave nothing over.
         let mount = mount.unwrap_or_else(|| home.mount());
         for (name, contents) in &mut boxes {
             mount.snapshot(name, "afterwards").unwrap();
@@ -160,7 +162,7 @@ impl Failing<'_> {
                 log()
             );
             std::thread::sleep(Duration::from_millis(100));
-            // What is removed aside may have failed only after that change had begun.
+            // A removal in the background may have failed after the change above had begun.
             if let Some(name) = boxes.keys().next() {
                 mount.snapshot(name, "once more").unwrap();
                 mount.remove_snapshot(name, "once more").unwrap();
@@ -184,20 +186,20 @@ impl Failing<'_> {
         let all_calls = disk.calls();
         drop(disk);
         self.assert_power_may_be_lost(&calls, outcome.is_ok(), dice);
-        // And had it been lost in the end, what was made since then is there.
+        // After a power loss at the end, the later changes are there, too.
         for mut left in [Left::Nothing, random(dice)] {
             after_power_loss(&self.files, &all_calls, &mut left, Flushes::Count).store(home.root());
             assert_eq!(
                 contents(home),
                 boxes,
-                "lost with the power in the end, {left:?}"
+                "lost in a power loss at the end, {left:?}"
             );
         }
         true
     }
 
-    /// Had the power been lost right then, nothing would be lost either: what a failed flush was to bring to
-    /// the disk may be there or not.
+    /// Checks that a power loss right after the change loses nothing, whether or not the contents
+    /// of a failed flush are on the disk.
     fn assert_power_may_be_lost(&self, calls: &[Done], was_done: bool, dice: &mut Dice) {
         for mut left in [Left::Nothing, Left::Names, random(dice)] {
             let files = after_power_loss(&self.files, calls, &mut left, Flushes::Count);
@@ -205,7 +207,7 @@ impl Failing<'_> {
             let then = contents(&self.home);
             assert_between(&then, &self.before, &self.whole);
             if was_done && self.change.by == By::Mount {
-                assert_eq!(then, self.whole, "answered, and lost with the power");
+                assert_eq!(then, self.whole, "a power loss undid a confirmed change");
             }
         }
     }
@@ -215,7 +217,7 @@ fn is_workspace(name: &str) -> bool {
     name.starts_with("work-") || name.starts_with("new-")
 }
 
-/// What is in workspaces but the lock of each.
+/// Lists everything in workspaces except their locks.
 fn in_workspaces(staging: &Path) -> Vec<String> {
     let mut workspaces = names_in(staging);
     workspaces.retain(|name| is_workspace(name));
@@ -229,7 +231,7 @@ fn random(dice: &mut Dice) -> Left {
     Left::Random(Dice::of(dice.below(1 << 40), 0))
 }
 
-/// The errors that a call of this kind may meet, and whether those that follow meet it too.
+/// Returns the errors of a kind of call, and whether the later calls of the kind fail, too.
 fn ways(call: Call) -> &'static [(i32, bool)] {
     match call {
         Call::Read | Call::Flush | Call::FlushDirectory | Call::Unlink | Call::RemoveDirectory => {
@@ -247,8 +249,8 @@ fn ways(call: Call) -> &'static [(i32, bool)] {
     }
 }
 
-/// Whether a complaint is that of the errno: a tool's, or that of boxlitefs on a terminal. A database whose
-/// header can't be read is a damaged one to SQLite.
+/// Returns whether a message of a tool or of boxlitefs reports the errno. SQLite reports a database
+/// as damaged if it cannot read the header.
 fn tells(said: &str, errno: i32) -> bool {
     let messages: &[&str] = match errno {
         libc::EIO => &["Input/output error", "disk I/O error", "is damaged"],
@@ -260,7 +262,7 @@ fn tells(said: &str, errno: i32) -> bool {
     messages.iter().any(|message| said.contains(message))
 }
 
-/// Has `each` of these faults of each change met, in an order by chance.
+/// Tries up to `each` of the selected faults of each change, in random order.
 fn assert_all_survive(what: &str, each: usize, of: impl Fn(&Change, &Fault) -> bool + Sync) {
     let seed = seed(what);
     let all = Mutex::new(Tally::default());
@@ -288,14 +290,15 @@ fn assert_all_survive(what: &str, each: usize, of: impl Fn(&Change, &Fault) -> b
     all.into_inner().unwrap().finish(what);
 }
 
-/// What fails in the way back, too, so that the next change finds what may not be on the disk.
+/// Returns whether the fault also fails the rollback, so that the next change finds files that may
+/// not be on the disk.
 fn leaves_unflushed(change: &Change, fault: &Fault) -> bool {
     let comes_back = ["restore", "rename of a snapshot"].contains(&change.name);
     fault.call == Call::FlushDirectory || (fault.lasts && comes_back)
 }
 
 #[test]
-fn a_call_that_fails_is_told_and_loses_nothing() {
+fn a_failed_call_is_reported_and_loses_nothing() {
     let each = how_many(2, 5, usize::MAX);
     assert_all_survive("failed calls", each, |change, fault| {
         !leaves_unflushed(change, fault)
@@ -303,7 +306,7 @@ fn a_call_that_fails_is_told_and_loses_nothing() {
 }
 
 #[test]
-fn what_could_not_be_flushed_is_not_built_on() {
+fn no_change_relies_on_a_failed_flush() {
     let each = how_many(2, 20, usize::MAX);
     assert_all_survive("failed flushes", each, leaves_unflushed);
 }

@@ -1,6 +1,6 @@
-//! Whether a home that a change was cut off in comes back, and can be used as before.
+//! Checks that a home recovers from an interrupted change and can be used as before.
 
-// Every test file uses a part of it.
+// Not every test uses all of these items.
 #![allow(dead_code)]
 
 use super::changes::{By, Change};
@@ -8,8 +8,8 @@ use super::common::*;
 use super::contents::{Boxes, contents};
 use super::next::Next;
 
-/// After what happens next, mounting the home finds every box and snapshot as it is to be, and
-/// leaves nothing to be found by a check. `whole` is what the change was to make.
+/// Lets `next` happen to the home and mounts it. Fails unless every box and snapshot has its
+/// contents and `check` finds nothing. `whole` is the state after the interrupted change.
 pub fn assert_recovers(
     home: &TestHome,
     change: &Change,
@@ -36,7 +36,7 @@ pub fn assert_recovers(
     }
 }
 
-/// Mounting the home finds every box and snapshot with its contents, and leaves nothing to be found.
+/// Mounts the home. Fails unless every box and snapshot has its contents and `check` finds nothing.
 pub fn assert_comes_back(home: &TestHome, change: &Change, whole: &Boxes, mut boxes: Boxes) {
     drop(mount_recovered(home, change, whole, &mut boxes));
     assert_eq!(contents(home), boxes);
@@ -47,7 +47,7 @@ fn mount_recovered(home: &TestHome, change: &Change, whole: &Boxes, boxes: &mut 
     if change.by == By::Repair
         && let Some(web) = boxes.get_mut("web")
     {
-        // Whoever repairs a home does so until it is repaired.
+        // A user would repeat an interrupted repair.
         let mut repair = change.by.command(home).unwrap();
         let output = repair.output().unwrap();
         assert!(output.status.success(), "check --repair: {output:?}");
@@ -62,7 +62,7 @@ fn mount_recovered(home: &TestHome, change: &Change, whole: &Boxes, boxes: &mut 
     mount
 }
 
-/// The mount lists these boxes and snapshots, and no other.
+/// Fails unless the mount lists exactly these boxes and snapshots.
 pub fn assert_shows(mount: &Mounted, boxes: &Boxes) {
     let names: Vec<&String> = boxes.keys().collect();
     let shown = mount.names("");
@@ -74,7 +74,7 @@ pub fn assert_shows(mount: &Mounted, boxes: &Boxes) {
     }
 }
 
-/// BoxLite lists every box and exports it.
+/// Fails unless BoxLite lists and exports every box with its contents.
 fn assert_boxlite_goes_on(home: &TestHome, boxes: &Boxes) {
     let place = tempfile::tempdir().unwrap();
     let mut commands = vec![vec!["list"]];

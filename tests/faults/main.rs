@@ -1,12 +1,12 @@
-//! What goes wrong: killed processes, lost power, failing and full disks, many at once.
+//! Fault tests: killed processes, power loss, failing and full disks, many concurrent clients.
 //!
-//! - Crashes: the process that serves the mount, or that compacts or repairs the home, is killed at
-//!   every named point of every change, and at random moments. Then the home is mounted again, or
-//!   BoxLite starts first and uses the box. Whatever happens next, the box is there with its
-//!   contents, and what was under way is complete or gone.
-//! - Faulty disks: a home lies on a file system that the test serves. It records every call with
-//!   its data, so that each state a loss of power could leave can be built, and it fails any call
-//!   it is told to.
+//! - Crashes: the tests kill the process that serves the mount, or that compacts or repairs the
+//!   home, at every named point of every change and at random moments. Then the home is mounted
+//!   again, or BoxLite first uses the box. In each case the box must keep its contents, and the
+//!   interrupted change must be complete or undone.
+//! - Faulty disks: the home lies on a file system that the test serves. It records every call with
+//!   its data, so that the tests can build each state that a power loss could leave. It can also
+//!   fail any call.
 
 #[path = "../common/mod.rs"]
 mod common;

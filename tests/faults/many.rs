@@ -1,6 +1,6 @@
-//! Many at once, and those that die at it: 32 processes that change a home at the same time lose
-//! nothing of each other's, a client that is killed at any system call leaves nothing behind, and what is
-//! done to the mount's own process costs nobody anything.
+//! Concurrent and dying clients. 32 processes that change a home at once lose none of each other's
+//! changes. A client that is killed at any system call leaves nothing behind. And nothing is lost
+//! when the mount's own process is stopped, unmounted or out of file descriptors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use crate::common::*;
 use serde_json::Value;
 
-/// Processes that work at the same time.
+/// Number of concurrent processes.
 const WORKERS: usize = 32;
-/// Names of each kind that all of them want; the same number is in tests/faults/worker.py.
+/// Number of contested names of each kind. tests/faults/worker.py has the same number.
 const CONTESTED: usize = 40;
 
-/// A home with the contents `web` and `base`, and two backups of others; each with its digest.
+/// Makes a home with the contents `web` and `base`, two backups with other contents, and the
+/// digests of all four.
 fn home_for_many() -> (TestHome, Vec<PathBuf>, BTreeMap<String, String>) {
     let home = TestHome::new();
     let mut digests = BTreeMap::new();
@@ -43,11 +44,11 @@ fn home_for_many() -> (TestHome, Vec<PathBuf>, BTreeMap<String, String>) {
 }
 
 #[test]
-fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
+fn changes_by_32_processes_at_once_are_not_lost() {
     let seconds = how_many(5, 20, 60).to_string();
     let seed = seed("32 processes at once").to_string();
     let (home, backups, digests) = home_for_many();
-    // What nothing needs any more is merged in between.
+    // Background merges of unreferenced layers run in between.
     let mut mount = home.mount_with(&["-o", "compact=0.2"], &[]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults/worker.py");
     let workers: Vec<Child> = (0..WORKERS)
@@ -62,8 +63,8 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
                 .unwrap()
         })
         .collect();
-    // Names in the root are changed by all, and the kernel lets nobody look at a directory while it waits for
-    // the answer to such a change; in the other one nothing changes.
+    // All workers change names in the root, and the kernel locks a directory during such a change.
+    // Nothing changes in the other directory.
     let looked = looks(
         &mount,
         &["", "web/snapshots/base"],
@@ -104,7 +105,7 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
     let twice = won.iter().filter(|(_, times)| **times > 1);
     tally
         .losses
-        .extend(twice.map(|(name, times)| format!("{name} was got {times} times")));
+        .extend(twice.map(|(name, times)| format!("{times} processes won {name}")));
     for number in 0..CONTESTED {
         let [made, removed, renamed] =
             ["make", "remove", "rename"].map(|kind| format!("{kind}-{number}"));
@@ -131,7 +132,7 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
     if listed != names {
         tally
             .losses
-            .push(format!("there are {listed:?} and not {names:?}"));
+            .push(format!("the boxes are {listed:?}, not {names:?}"));
     }
     for (name, (contents, snapshots)) in expected.iter().filter(|(name, _)| listed.contains(*name))
     {
@@ -147,7 +148,7 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
         let wanted: BTreeSet<String> = snapshots.keys().cloned().collect();
         if there != wanted {
             tally.losses.push(format!(
-                "{name} has the snapshots {there:?} and not {wanted:?}"
+                "{name} has the snapshots {there:?}, not {wanted:?}"
             ));
             continue;
         }
@@ -156,7 +157,7 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
             if digest(&disk) != digests[contents] {
                 tally
                     .losses
-                    .push(format!("{name} {snapshot} has not the contents {contents}"));
+                    .push(format!("{name} {snapshot} lacks the contents {contents}"));
             }
         }
     }
@@ -168,7 +169,7 @@ fn of_what_32_processes_change_at_the_same_time_nothing_is_lost() {
     });
 }
 
-/// Looks at directories now and then, for so long, and tells how long that took.
+/// Lists directories repeatedly for the given time; describes how long that took.
 fn looks(mount: &Mounted, directories: &[&str], long: Duration) -> String {
     let end = Instant::now() + long;
     let mut took = vec![Vec::new(); directories.len()];
@@ -183,7 +184,7 @@ fn looks(mount: &Mounted, directories: &[&str], long: Duration) -> String {
     let told = directories.iter().zip(&mut took).map(|(directory, took)| {
         took.sort();
         format!(
-            "{} times ls of /{directory}: half of them within {:.1?}, 99 of 100 within {:.1?}",
+            "ls of /{directory}, {} times: median {:.1?}, 99th percentile {:.1?}",
             took.len(),
             took[took.len() / 2],
             took[took.len() * 99 / 100]
@@ -210,9 +211,9 @@ fn snapshots_in(home: &TestHome, name: &str) -> BTreeSet<String> {
         .collect()
 }
 
-// ---- clients that die ---------------------------------------------------------------------------
+// ---- killed clients -----------------------------------------------------------------------------
 
-/// What a client does, in a mount that has `web` with the snapshot `base` and a backup beside it.
+/// Scripts of clients. The mount has the box `web` with a snapshot `base`; a backup lies outside.
 const CLIENTS: [&str; 6] = [
     "cp -r $M/web $M/new",
     "cp $BACKUP $M/new.boxlite",
@@ -247,7 +248,7 @@ fn a_client_that_is_killed_at_any_system_call_leaves_nothing_behind() {
             let mount = home.mount();
             calls_of(&home, &mount, client)
         };
-        // Every nth of all the calls that it makes, so that a slice has some of each client.
+        // Try every nth call, so that even the slice covers each client.
         let every = (calls.len() / how_many(4, 12, 400)).max(1);
         home.put_back("first");
         let mut mount = home.mount();
@@ -258,14 +259,14 @@ fn a_client_that_is_killed_at_any_system_call_leaves_nothing_behind() {
             tally.faults += 1;
             tally.operations += 1;
             let mut names: BTreeSet<String> = mount.names("").into_iter().collect();
-            // What he had begun to make and left is his heirs', or goes like any directory.
+            // A directory that the client made is still staged; any process may remove it. With -f,
+            // because a partly written file may disappear by itself.
             if names.contains("new") && !home_has(&home, "new") {
-                // A file that was being written goes by itself.
                 succeed(&["rm", "-rf", text(&mount.at("new"))]);
                 names.remove("new");
             }
-            // A file that was being written goes when the kernel says that it is closed.
-            eventually("what is shown is in the home", || {
+            // A partly written file disappears when the kernel reports that it is closed.
+            eventually("all shown boxes are in the home", || {
                 names = mount.names("").into_iter().collect();
                 names.iter().all(|name| home_has(&home, name))
             });
@@ -310,14 +311,14 @@ fn home_has(home: &TestHome, name: &str) -> bool {
     known.unwrap() == 1
 }
 
-/// How many files the mount's process has open.
+/// Returns the number of open file descriptors of the mount's process.
 fn open_files(mount: &Mounted) -> usize {
     fs::read_dir(format!("/proc/{}/fd", mount.process()))
         .unwrap()
         .count()
 }
 
-/// The client under strace.
+/// Runs the client under strace; returns the trace.
 fn traced(home: &TestHome, mount: &Mounted, client: &str, arguments: &[&str]) -> String {
     let (calls, out) = (home.beside("calls"), home.beside("out"));
     let _ = fs::remove_dir_all(home.beside("out.d"));
@@ -337,7 +338,8 @@ fn traced(home: &TestHome, mount: &Mounted, client: &str, arguments: &[&str]) ->
     fs::read_to_string(calls).unwrap()
 }
 
-/// The system calls that a client makes, each with its number among those of its name in its process.
+/// Returns the system calls of a client, each with its number among the calls of that name in its
+/// process.
 fn calls_of(home: &TestHome, mount: &Mounted, client: &str) -> Vec<(String, usize)> {
     let said = traced(home, mount, client, &["-e", "trace=%file,%desc"]);
     let mut counted: BTreeMap<(&str, &str), usize> = BTreeMap::new();
@@ -361,7 +363,7 @@ fn calls_of(home: &TestHome, mount: &Mounted, client: &str) -> Vec<(String, usiz
 // ---- the mount's own process --------------------------------------------------------------------
 
 #[test]
-fn ten_thousand_open_files_need_no_more_of_the_mount_than_a_few() {
+fn ten_thousand_open_files_need_few_descriptors_in_the_mount() {
     let home = TestHome::new();
     let mount = home.mount();
     mount.snapshot("web", "base").unwrap();
@@ -394,14 +396,14 @@ sys.stdin.read()";
     mount.unmount();
 }
 
-/// The most files that the mount's process may have open, from now on.
+/// Limits the number of files that the mount's process may have open.
 fn limit_files(mount: &Mounted, most: usize) {
     let pid = mount.process().to_string();
     succeed(&["prlimit", "--pid", &pid, &format!("--nofile={most}:")]);
 }
 
 #[test]
-fn a_mount_that_may_open_no_more_files_says_so_and_recovers() {
+fn a_mount_out_of_file_descriptors_reports_it_and_recovers() {
     let home = TestHome::new();
     let mut mount = home.mount();
     mount.snapshot("web", "base").unwrap();
@@ -427,7 +429,7 @@ fn a_mount_that_may_open_no_more_files_says_so_and_recovers() {
     for message in &said {
         assert!(message.contains("Too many open files"), "{said:?}");
     }
-    // With a few more, each call gets a step further before it fails.
+    // With each further descriptor, the call gets a step further before it fails.
     for more in 1..16 {
         limit_files(&mount, had + more);
         let name = format!("web/snapshots/more{more}");
@@ -470,7 +472,7 @@ fn a_mount_that_is_stopped_and_continued_goes_on_where_it_was() {
         ),
     ]
     .map(|mut client| client.spawn().unwrap());
-    // A moment in which they come to where they wait.
+    // Give the clients time to send requests and wait.
     std::thread::sleep(Duration::from_millis(300));
     succeed(&["kill", "-CONT", &process]);
     for mut client in clients {
@@ -510,7 +512,7 @@ fn an_unmount_in_the_middle_of_everything_loses_nothing() {
                 .unwrap()
         });
         std::thread::sleep(Duration::from_millis(200 + 70 * round as u64));
-        // Lazily, as it is in use.
+        // A lazy unmount, because the mount is in use.
         succeed(&["umount", "-l", text(mount.root())]);
         for client in &mut clients {
             client.wait().unwrap();
@@ -533,7 +535,7 @@ fn an_unmount_in_the_middle_of_everything_loses_nothing() {
 }
 
 #[test]
-fn a_mount_in_the_foreground_whose_terminal_hangs_goes_on() {
+fn a_foreground_mount_keeps_serving_when_its_terminal_hangs() {
     let home = TestHome::new();
     let mountpoint = home.beside("mnt");
     let (reader, writer) = std::io::pipe().unwrap();
@@ -544,10 +546,10 @@ fn a_mount_in_the_foreground_whose_terminal_hangs_goes_on() {
         .stderr(writer)
         .spawn()
         .unwrap();
-    eventually("it serves", || {
+    eventually("the mount is ready", || {
         is_mounted(&mountpoint) && mountpoint.join(".boxlite/log").exists()
     });
-    // A pipe takes 64 KiB; with RUST_LOG=debug each failure is told.
+    // Fill the pipe, which holds 64 KiB: RUST_LOG=debug logs each failed lookup.
     for n in 0..2000 {
         let _ = File::open(mountpoint.join(format!("web/{n:0200}")));
     }

@@ -1,4 +1,4 @@
-//! Kills at every named point of every change, and each of the things that may happen after.
+//! Kills every change at each of its named points, followed by each possible next event.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,7 @@ use super::contents::{assert_between, contents};
 use super::judge::assert_recovers;
 use super::next::{NEXT, Next};
 
-/// Kills the change at each of its points, and has each of the things happen after each.
+/// Kills the change at each of its points and checks that the home survives each next event.
 fn survives(change: &Change) {
     let home = (change.prepare)();
     let before = contents(&home);
@@ -27,11 +27,11 @@ fn survives(change: &Change) {
             None => {
                 let mut mount = home.mount_crashing_at(point);
                 let _ = (change.act)(&mount);
-                assert!(mount.has_crashed(), "{} never came to {point}", change.name);
+                assert!(mount.has_crashed(), "{} never reached {point}", change.name);
             }
             Some(mut command) => {
                 let said = crashing_at(&mut command, point);
-                assert_eq!(said, None, "{} never came to {point}", change.name);
+                assert_eq!(said, None, "{} never reached {point}", change.name);
             }
         }
         tally.faults += 1;
@@ -57,8 +57,8 @@ fn survives(change: &Change) {
     tally.finish(&format!("killed at each named point: {}", change.name));
 }
 
-/// What happens after a kill at this point: the home is mounted, or BoxLite is first. A slice has
-/// one of the latter for each point, another at the next.
+/// Returns the events to try after a kill at this point: the home is mounted at once, or BoxLite
+/// uses it first. The slice tries only one of the latter, a different one at each point.
 fn after(change: &Change, point: &str) -> Vec<&'static Next> {
     let (mounted, others) = NEXT.split_first().unwrap();
     if extent() != Extent::Slice {
@@ -68,7 +68,8 @@ fn after(change: &Change, point: &str) -> Vec<&'static Next> {
     vec![mounted, &others[(index + change.name.len()) % others.len()]]
 }
 
-/// Runs a program that kills itself at a named point; what it printed if it did not.
+/// Runs a program that kills itself at a named point. Returns its output if it did not reach that
+/// point.
 fn crashing_at(command: &mut Command, point: &str) -> Option<String> {
     let output = command.env("BOXLITEFS_CRASH_AT", point).output().unwrap();
     let said = [output.stdout, output.stderr].concat();
@@ -117,7 +118,7 @@ fn a_clone_that_is_cut_off_is_whole_or_gone() {
 }
 
 #[test]
-fn a_clone_with_snapshots_that_is_cut_off_has_those_that_came_along() {
+fn a_clone_with_snapshots_that_is_cut_off_keeps_those_already_made() {
     survives(&CLONE_WITH_SNAPSHOTS);
 }
 
@@ -207,12 +208,12 @@ fn a_repair_that_is_cut_off_is_done_again() {
 }
 
 #[test]
-fn paths_that_are_put_right_and_cut_off_lead_to_the_same_files() {
+fn a_repair_of_paths_that_is_cut_off_changes_no_contents() {
     survives(&PATHS);
 }
 
 #[test]
-fn bases_that_come_back_and_are_cut_off_are_put_back_again() {
+fn a_repair_of_deleted_bases_that_is_cut_off_is_done_again() {
     survives(&PUT_BACK);
 }
 
@@ -240,7 +241,7 @@ fn every_crash_point_is_tried() {
     }
     assert!(!named.is_empty());
     let mut tried: BTreeSet<String> = tried.into_iter().map(str::to_owned).collect();
-    // Those that need a runtime that has the home, a box that runs, or a copy that has not ended.
+    // Other tests try the points that need a BoxLite runtime, a running box or an unfinished copy.
     for (point, test) in [
         ("waiting.noted", include_str!("waiting.rs")),
         ("beside.exchanged", include_str!("../mount/shared.rs")),
@@ -249,7 +250,7 @@ fn every_crash_point_is_tried() {
     ] {
         assert!(
             test.contains(&format!("\"{point}\"")),
-            "{point} is tried nowhere"
+            "no test tries {point}"
         );
         tried.insert(point.to_owned());
     }

@@ -1,6 +1,6 @@
-//! What happens to a home after a change in it was cut off, and before it is mounted again.
+//! Events between an interrupted change and the next mount of the home.
 
-// Every test file uses a part of it.
+// Not every test uses all of these items.
 #![allow(dead_code)]
 
 use std::collections::BTreeMap;
@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use super::common::*;
 use super::contents::{Boxes, Contents};
 
-/// What is done to the home before it is mounted again.
+/// Changes to the home before it is mounted again.
 pub struct Next {
-    /// Said in failures.
+    /// The name in failure messages.
     pub name: &'static str,
-    /// Commands for BoxLite, run by one runtime.
+    /// Commands that one BoxLite runtime runs.
     pub by_boxlite: &'static [&'static [&'static str]],
-    /// What a guest writes into web's disk after that.
+    /// Bytes that a guest then writes to web's disk.
     pub by_guest: Option<&'static [u8]>,
 }
 
@@ -69,8 +69,8 @@ pub static NEXT: [Next; 8] = [
 ];
 
 impl Next {
-    /// Whether BoxLite, told by force, would remove a layer that another box reads: with our crash
-    /// or without.
+    /// Returns whether BoxLite's forced removal would delete a layer that another box reads. It
+    /// would do so without a crash, too, so such a case proves nothing.
     pub fn loses_by_itself(&self, home: &TestHome, boxes: &Boxes) -> bool {
         let forced = |command: &&[&str]| command.contains(&"--force");
         if !self.by_boxlite.iter().any(forced) || !boxes.contains_key("web") {
@@ -85,8 +85,7 @@ impl Next {
         })
     }
 
-    /// Does it, and follows in `boxes` what it does to each box. What BoxLite refuses, it did
-    /// not do.
+    /// Makes the changes and applies them to `boxes`, except for the commands BoxLite refuses.
     pub fn happen(&self, home: &TestHome, boxes: &mut Boxes) {
         if !self.by_boxlite.is_empty() {
             let answers = home.try_wheel_batch(self.by_boxlite);
@@ -98,7 +97,7 @@ impl Next {
         }
         if let (Some(bytes), Some(web)) = (self.by_guest, boxes.get_mut("web")) {
             let before = digest(&home.live_disk("web"));
-            assert_eq!(before, web.live, "the disk was another one");
+            assert_eq!(before, web.live, "the disk has other contents");
             home.guest_write("web", FREE_AREA + 3, bytes);
             web.live = digest(&home.live_disk("web"));
             assert_ne!(before, web.live);

@@ -1,5 +1,5 @@
-//! Loss of power at every moment of every change: whatever of the unflushed was on the disk by then, the
-//! boxes are there, and what had been answered is done.
+//! Power loss at every moment of every change. Whichever unflushed changes had reached the disk,
+//! the boxes must be there and confirmed changes must be complete.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -13,7 +13,7 @@ use super::next::NEXT;
 use super::record::{Done, Flushes, Left, after_power_loss};
 use super::server::FaultyDisk;
 
-/// A change that was made on a disk which recorded it.
+/// A change whose calls a disk has recorded.
 struct Recorded<'c> {
     change: &'c Change,
     home: TestHome,
@@ -21,11 +21,11 @@ struct Recorded<'c> {
     whole: Boxes,
     files: Files,
     calls: Vec<Done>,
-    /// How many calls there were when the change was answered.
+    /// The number of calls before the change was confirmed.
     answered: usize,
 }
 
-/// A moment, and what is left of the unflushed.
+/// The moment of a power loss, and the unflushed changes that survive it.
 #[derive(Clone, Debug)]
 struct Loss {
     after: usize,
@@ -69,7 +69,8 @@ impl Recorded<'_> {
         }
     }
 
-    /// Every loss of power there can be, in random order; of those with a random part left, some.
+    /// Returns a power loss for each moment and kind of surviving changes, in random order. Of the
+    /// random subsets of changes, it tries three per moment.
     fn losses(&self, dice: &mut Dice) -> Vec<Loss> {
         let mut losses = Vec::new();
         for after in 0..=self.calls.len() {
@@ -86,24 +87,24 @@ impl Recorded<'_> {
         losses
     }
 
-    /// The home after a loss of power; None if it was like this before.
+    /// Returns the home after a power loss; None if this state was seen before.
     fn files_after(&self, loss: &Loss, flushes: Flushes, seen: &mut HashSet<u64>) -> Option<Files> {
         let calls = &self.calls[..loss.after];
         let files = after_power_loss(&self.files, calls, &mut loss.left.clone(), flushes);
         seen.insert(files.fingerprint()).then_some(files)
     }
 
-    /// Every box and snapshot is there as before or after the change, after it if it was answered; the home
-    /// comes back, also if BoxLite is first.
+    /// Fails unless every box and snapshot is in its state before or after the change, and after it
+    /// if the change was confirmed. Then the home must recover, also if BoxLite uses it first.
     fn assert_nothing_is_lost(&self, loss: &Loss, files: &Files, dice: &mut Dice) {
         let Recorded { home, change, .. } = self;
         files.store(home.root());
         let left = contents(home);
         assert_between(&left, &self.before, &self.whole);
         if loss.after >= self.answered {
-            assert_eq!(left, self.whole, "what was answered is not done");
+            assert_eq!(left, self.whole, "a confirmed change is undone");
         }
-        // Looking had SQLite recover its part.
+        // Reading the rows made SQLite recover its database, so restore the files.
         files.store(home.root());
         let next = dice.one_of(&NEXT);
         if dice.below(4) > 0 || next.loses_by_itself(home, &left) {
@@ -143,7 +144,7 @@ impl Recorded<'_> {
     }
 }
 
-/// A call without its data.
+/// Describes a call without its data.
 fn described(call: &Done) -> String {
     let text = format!("{call:?}");
     text.chars().take(120).collect()

@@ -1,4 +1,4 @@
-//! Kills at random moments: between the named points, inside of a system call, shortly after the end.
+//! Kills at random moments: between the named points, within a system call, shortly after the end.
 
 use std::process::Stdio;
 use std::sync::Mutex;
@@ -10,13 +10,13 @@ use super::contents::{Boxes, assert_between, contents};
 use super::judge::assert_recovers;
 use super::next::NEXT;
 
-/// A change in a home, as often as it is wanted.
+/// A change and its home, which can be repeated.
 struct Rounds<'c> {
     change: &'c Change,
     home: TestHome,
     before: Boxes,
     whole: Boxes,
-    /// How long the change takes if nothing comes between.
+    /// How long the undisturbed change takes.
     long: Duration,
 }
 
@@ -38,11 +38,11 @@ impl Rounds<'_> {
         }
     }
 
-    /// Kills the change after a random time, has something happen, and looks what is left.
+    /// Kills the change after a random time, lets a random event happen, and checks the home.
     fn round(&self, dice: &mut Dice, tally: &mut Tally) -> Result<(), String> {
         let Rounds { change, home, .. } = self;
         home.put_back("before");
-        // As often as not within it, and now and then after its end.
+        // Mostly during the change, sometimes after its end.
         let micros = self.long.as_micros() as u64;
         let after = Duration::from_micros(dice.below(micros + micros / 4 + 2000));
         tally.operations += 1;
@@ -72,7 +72,7 @@ impl Rounds<'_> {
     }
 }
 
-/// Makes the change and says how long it took.
+/// Makes the change and returns how long it took.
 fn undisturbed(change: &Change, home: &TestHome) -> Duration {
     match change.by.command(home) {
         None => {
@@ -90,7 +90,7 @@ fn undisturbed(change: &Change, home: &TestHome) -> Duration {
     }
 }
 
-/// Begins the change and kills the process that makes it; false if it had ended by then.
+/// Begins the change and kills the process that makes it. Returns false if it had already ended.
 fn kill_after(change: &Change, home: &TestHome, after: Duration) -> bool {
     match change.by.command(home) {
         None => {
@@ -101,7 +101,7 @@ fn kill_after(change: &Change, home: &TestHome, after: Duration) -> bool {
                     std::thread::sleep(after);
                     kill(process);
                 });
-                // How it fails is not the point.
+                // The change may fail in any way.
                 let _ = (change.act)(&mount);
             });
             mount.has_crashed()
@@ -120,20 +120,20 @@ fn kill_after(change: &Change, home: &TestHome, after: Duration) -> bool {
 
 fn kill(process: u32) {
     let process = libc::pid_t::try_from(process).unwrap();
-    // SAFETY: kill takes no memory. The process is a child that was not waited for, so that no other
-    // has its number.
+    // SAFETY: kill accesses no memory. The process is a child that was not reaped, so no other
+    // process has its pid.
     unsafe { libc::kill(process, libc::SIGKILL) };
 }
 
 #[test]
-fn whatever_is_killed_at_whatever_moment_nothing_is_lost() {
+fn a_kill_at_a_random_moment_loses_nothing() {
     let kills = how_many(22, 60, 1000).div_ceil(ONE_OF_EACH.len());
     let seed = seed("kills at random moments");
     let all = Mutex::new(Tally::default());
     each_in_parallel(&ONE_OF_EACH, |change| {
         let rounds = Rounds::of(change);
         let mut tally = Tally::default();
-        // One that came after the end of a command is none.
+        // A kill after the end of a command does not count, so allow further rounds.
         for round in 0..40 * kills {
             if tally.faults == kills {
                 break;

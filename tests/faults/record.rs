@@ -1,4 +1,4 @@
-//! What was done to a disk, call by call, and what a loss of power could have left of it.
+//! A record of all calls on a disk, and the states that a power loss could leave.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
@@ -6,10 +6,10 @@ use std::ffi::OsString;
 use super::common::Dice;
 use super::files::{Attributes, Files, Kind, Node, Number, pages};
 
-/// A call that changed something, or had it written to the disk.
+/// A call that changed or flushed something.
 #[derive(Clone, Debug)]
 pub enum Done {
-    /// A file, directory or link was made; a name follows.
+    /// A file, directory or symlink was made. A call that gives it a name follows.
     Make { number: Number, node: Node },
     /// Bytes were written to a file.
     Write {
@@ -17,10 +17,10 @@ pub enum Done {
         offset: u64,
         bytes: Vec<u8>,
     },
-    /// A file was given another length.
+    /// The length of a file was changed.
     Resize { number: Number, length: u64 },
-    /// Mode, owner and times. They go to the disk whenever they like, and here at once: nothing of a
-    /// home's contents hangs on them.
+    /// Mode, owner or times were changed. A disk may write them at any time. This one writes them
+    /// at once, because the contents of a home do not depend on them.
     Describe {
         number: Number,
         attributes: Attributes,
@@ -33,43 +33,43 @@ pub enum Done {
     },
     /// A directory lost a name.
     Leave { directory: Number, name: OsString },
-    /// A name was moved, from a directory to a directory, over whatever had the new one.
+    /// A name was moved within or between directories, replacing the target, if any.
     Move {
         from: (Number, OsString),
         to: (Number, OsString),
         number: Number,
     },
-    /// A file or directory was flushed, or that failed. The contents that a flush failed for may be on the disk
-    /// or not, and no later flush changes that: Linux takes those pages for written. Names are there once a
-    /// later flush succeeds: a file system whose journal can't be written stops, and answers none.
+    /// A file or directory was flushed, or the flush failed. After a failed flush, the contents may
+    /// or may not be on the disk, and no later flush writes them: Linux marks those pages clean.
+    /// Names are on the disk once a later flush succeeds: if a file system cannot write its
+    /// journal, it shuts down and no flush succeeds any more.
     Flush { number: Number, succeeded: bool },
 }
 
-/// What a loss of power leaves of that which no flush has brought to the disk.
+/// The part of the unflushed changes that survives a power loss.
 #[derive(Clone, Debug)]
 pub enum Left {
     /// Nothing.
     Nothing,
-    /// All names, and no contents.
+    /// All names, but no contents.
     Names,
-    /// All contents, and no names.
+    /// All contents, but no names.
     Contents,
-    /// All.
+    /// Everything.
     All,
-    /// Any part of the contents, page by page, and of the names of each directory, as far as they came
-    /// first.
+    /// Random pages of the contents, and of each directory the first few changes of names.
     Random(Dice),
 }
 
-/// Whether the disk does what a flush asks for.
+/// Whether the disk obeys flushes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Flushes {
     Count,
-    /// They are answered, and nothing is done: what a harness has to notice.
+    /// Flushes succeed but do nothing. The tests must detect such a disk.
     AreLies,
 }
 
-/// What a loss of power after the first `calls` could have left.
+/// Returns a state that a power loss after these calls could leave.
 pub fn after_power_loss(
     before: &Files,
     calls: &[Done],
@@ -141,23 +141,24 @@ pub fn after_power_loss(
     files
 }
 
-/// What is on the disk of the calls before a loss of power.
+/// The changes that are on the disk after a power loss.
 struct Kept {
-    /// Parts of the contents: the call and, of a write, which of its pages.
+    /// Changes of contents: the index of the call and, for a write, the index of the page in it.
     contents: HashSet<(usize, usize)>,
-    /// How many of the calls that changed names in a directory.
+    /// For each directory, the number of its changes of names that are on the disk.
     names: HashMap<Number, usize>,
 }
 
 impl Kept {
     fn choose(calls: &[Done], left: &mut Left, flushes: Flushes) -> Kept {
         let mut contents = HashSet::new();
-        // Of each file those since its last flush; those that no flush will bring to the disk.
+        // For each file, the changes since its last flush. `doubtful` are those whose flush failed.
         let mut pending: HashMap<Number, Vec<(usize, usize)>> = HashMap::new();
         let mut doubtful = Vec::new();
         let mut made: HashMap<Number, usize> = HashMap::new();
         let mut flushed: HashMap<Number, usize> = HashMap::new();
-        // Calls that changed names in two directories: how manieth they were in each.
+        // Calls that changed names in two directories, with their position among the changes of
+        // each.
         let mut moves = Vec::new();
         for (index, call) in calls.iter().enumerate() {
             let mut count = |directory: Number| {
@@ -216,7 +217,7 @@ impl Kept {
                 contents.extend(unflushed);
             }
             Left::Random(dice) => {
-                // Most files of a home are written by a few calls: all, none or some of the rest.
+                // Most files of a home are written by few calls, so vary how many of them survive.
                 let often = 1 + dice.below(3);
                 contents.extend(unflushed.into_iter().filter(|_| dice.below(4) < often));
                 for (directory, all) in directories {
@@ -231,10 +232,10 @@ impl Kept {
     }
 }
 
-/// A directory, and how many of its changes there are up to one.
+/// A directory, and the position of a change among its changes.
 type Place = (Number, usize);
 
-/// Keeps a rename in both of its directories where it is kept in one.
+/// Completes renames: one that is kept in one of its directories is kept in both.
 fn complete(names: &mut HashMap<Number, usize>, moves: &[(Place, Place)]) {
     loop {
         let mut is_complete = true;
@@ -254,7 +255,7 @@ fn complete(names: &mut HashMap<Number, usize>, moves: &[(Place, Place)]) {
     }
 }
 
-/// A node that holds nothing yet.
+/// Makes a node with one name.
 pub fn empty(kind: Kind, attributes: Attributes) -> Node {
     Node {
         kind,

@@ -1,8 +1,8 @@
-//! A file system served by the test, for a home to lie on. It records each call with its data, and fails
-//! the call it is told to.
+//! A FUSE file system for homes, served by the test. It records each call with its data, and can
+//! fail a given call.
 //!
-//! The test's own threads serve it. What a test does to its files must not wait for anything that one
-//! of its calls holds.
+//! Threads of the test process serve it. To avoid a deadlock, a test that accesses its files must
+//! not hold anything that the server needs.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -21,7 +21,7 @@ use super::common::run;
 use super::files::{Attributes, Bytes, Files, Kind, Node, Number, PAGE, ROOT};
 use super::record::{Done, empty};
 
-/// Names and attributes are asked for each time, so that what a call did is seen by all.
+/// The cache time of names and attributes. Without a cache, all processes see each change at once.
 const NOW: Duration = Duration::ZERO;
 
 /// Kinds of calls that can be failed.
@@ -30,7 +30,7 @@ pub enum Call {
     Read,
     Write,
     Resize,
-    /// Of a file.
+    /// `fsync` of a file.
     Flush,
     FlushDirectory,
     Create,
@@ -39,13 +39,13 @@ pub enum Call {
     Rename,
     Unlink,
     RemoveDirectory,
-    /// Mode, owner or times.
+    /// A change of mode, owner or times.
     Describe,
-    /// Each of the above that changes something.
+    /// Any of the above except `Read`.
     Change,
 }
 
-/// All of them.
+/// All kinds of calls.
 pub const CALLS: [Call; 13] = [
     Call::Read,
     Call::Write,
@@ -66,17 +66,17 @@ pub const CALLS: [Call; 13] = [
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fault {
     pub call: Call,
-    /// The first that fails, of all of its kind.
+    /// The index of the first failing call among those of its kind.
     pub nth: usize,
     pub errno: i32,
-    /// Whether all that follow fail too.
+    /// Whether all later calls of the kind fail, too.
     pub lasts: bool,
 }
 
 struct State {
     files: Files,
     calls: Vec<Done>,
-    /// Listings that are being read.
+    /// Open directory listings, by handle.
     listings: HashMap<u64, Vec<(OsString, Number, FileType)>>,
     next_handle: u64,
     fault: Option<Fault>,
@@ -121,7 +121,7 @@ impl FaultyDisk {
         self.state.lock().unwrap()
     }
 
-    /// Begins to count calls, and to fail one, if any.
+    /// Resets the counters and sets the fault, if any.
     pub fn arm(&self, fault: Option<Fault>) {
         let mut state = self.state();
         state.counts.clear();
@@ -129,24 +129,24 @@ impl FaultyDisk {
         state.failed = 0;
     }
 
-    /// Fails nothing any more; how many calls failed.
+    /// Removes the fault; returns the number of calls that failed.
     pub fn disarm(&self) -> usize {
         let mut state = self.state();
         state.fault = None;
         state.failed
     }
 
-    /// How many calls of each kind there were since [`FaultyDisk::arm`].
+    /// Returns the number of calls of each kind since [`FaultyDisk::arm`].
     pub fn counts(&self) -> HashMap<Call, usize> {
         self.state().counts.clone()
     }
 
-    /// How many calls changed something so far.
+    /// Returns the number of recorded calls so far.
     pub fn calls_so_far(&self) -> usize {
         self.state().calls.len()
     }
 
-    /// What was done so far.
+    /// Returns the recorded calls so far.
     pub fn calls(&self) -> Vec<Done> {
         self.state().calls.clone()
     }
@@ -165,7 +165,7 @@ impl Drop for FaultyDisk {
 }
 
 impl State {
-    /// The errno that a call of this kind is to fail with, if it is.
+    /// Counts a call, and returns the fault's errno if the call is to fail.
     fn meet(&mut self, call: Call) -> Answer<()> {
         let mut kinds = vec![call];
         if call != Call::Read {
@@ -296,7 +296,7 @@ impl State {
         Ok(())
     }
 
-    /// A file that has none left stays for those who have it open.
+    /// Removes one name of a file. A file without names stays, because it may still be open.
     fn loses_a_name(&mut self, number: Number) {
         if let Some(node) = self.files.nodes.get_mut(&number) {
             node.names = node.names.saturating_sub(1);
@@ -394,7 +394,7 @@ impl State {
     }
 }
 
-/// What fuser calls.
+/// The implementation of fuser's callbacks.
 struct Served(Arc<Mutex<State>>);
 
 impl Served {
@@ -561,7 +561,8 @@ impl Filesystem for Served {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Pages stay: nobody else writes, and SQLite's shared memory is one.
+        // The kernel may keep cached pages, because all writes go through it. SQLite's shared
+        // memory is made of such pages.
         reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
     }
 

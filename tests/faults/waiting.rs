@@ -1,5 +1,6 @@
-//! Archives that wait for their box or their final name, and a mount that is killed or loses its power
-//! meanwhile. The program that copied one got success from close, and may have removed its source.
+//! Waiting archives: a mount is killed or loses power while an archive waits for its box or its
+//! final name. Such an archive must not be lost, because close(2) has confirmed it to the copying
+//! program, which may have removed its source.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use super::files::Files;
 use super::record::{Flushes, Left, after_power_loss};
 use super::server::FaultyDisk;
 
-/// A home whose box `web` has the snapshot `s` of another state than now, and a backup of the box.
+/// Makes a home whose box `web` has a snapshot `s` that differs from the live disk, and a backup of
+/// the box.
 fn home_and_backup() -> (TestHome, PathBuf) {
     let home = TestHome::new();
     let (mount, backup) = mount_and_backup(&home);
@@ -18,7 +20,7 @@ fn home_and_backup() -> (TestHome, PathBuf) {
     (home, backup)
 }
 
-/// Runs a script with $M, the mountpoint, and $BK, the backup; whether it succeeded.
+/// Runs a script with $M, the mountpoint, and $BK, the backup. Returns whether it succeeded.
 fn shell(mount: &Mounted, backup: &Path, command: &str) -> bool {
     let mut shell = script(command, &[("M", mount.root()), ("BK", backup)]);
     shell.output().expect("a shell").status.success()
@@ -30,7 +32,8 @@ fn kill(mut mount: Mounted) {
     assert!(mount.has_crashed());
 }
 
-/// Moves the backup's archive to a temporary name in a mount, which is killed then: it is to be the box `up`.
+/// Moves the backup's archive to a temporary name in a mount and kills the mount. The archive waits
+/// to become the box `up`.
 fn leave_waiting(home: &TestHome, backup: &Path) {
     let mount = home.mount();
     let moved = "mv $BK/export.boxlite $M/up.boxlite.part";
@@ -38,7 +41,7 @@ fn leave_waiting(home: &TestHome, backup: &Path) {
     kill(mount);
 }
 
-/// Mounts the home and unmounts it; what it holds then.
+/// Mounts and unmounts the home; returns its contents afterwards.
 fn after_a_mount(home: &TestHome) -> Boxes {
     home.mount().unmount();
     home.assert_whole();
@@ -56,7 +59,7 @@ fn archives_that_wait_outlive_a_mount_that_is_killed() {
         &backup,
         "mkdir $M/first && mv $BK/snapshots $M/first/ && mv $BK/export.boxlite $M/first.boxlite.part"
     ));
-    // What is noted is the last name.
+    // The mount must record the new names.
     assert!(shell(
         &mount,
         &backup,
@@ -101,7 +104,7 @@ fn an_archive_that_waits_is_one_box_or_snapshot_wherever_the_mount_is_killed() {
         let mut mount = home.mount_crashing_at(point);
         let was_moved = shell(&mount, &sources, "mkdir $M/new && mv $BK/snapshots $M/new/");
         shell(&mount, &sources, "mv $BK/export.boxlite $M/new/");
-        assert!(mount.has_crashed(), "never came to {point}");
+        assert!(mount.has_crashed(), "never reached {point}");
         drop(mount);
 
         let boxes = after_a_mount(&home);
@@ -123,7 +126,7 @@ fn an_archive_that_waits_is_one_box_or_snapshot_wherever_the_mount_is_killed() {
 }
 
 #[test]
-fn what_waited_becomes_one_box_wherever_the_next_mount_is_killed() {
+fn a_waiting_archive_becomes_one_box_wherever_its_import_is_killed() {
     let (home, backup) = home_and_backup();
     let live = contents(&home)["web"].live.clone();
     leave_waiting(&home, &backup);
@@ -131,7 +134,7 @@ fn what_waited_becomes_one_box_wherever_the_next_mount_is_killed() {
     for point in ["import.built", "install.renamed", "install.recorded"] {
         home.put_back("waiting");
         let said = home.compact_crashing_at(point);
-        assert!(said.is_none(), "never came to {point}: {said:?}");
+        assert!(said.is_none(), "never reached {point}: {said:?}");
 
         let boxes = after_a_mount(&home);
 
@@ -142,7 +145,7 @@ fn what_waited_becomes_one_box_wherever_the_next_mount_is_killed() {
 }
 
 #[test]
-fn two_mounts_at_once_make_one_box_of_what_waited() {
+fn concurrent_mounts_make_one_box_of_a_waiting_archive() {
     let (home, backup) = home_and_backup();
     leave_waiting(&home, &backup);
     let others: Vec<_> = ["a", "b", "c"]
@@ -164,7 +167,7 @@ fn two_mounts_at_once_make_one_box_of_what_waited() {
 }
 
 #[test]
-fn what_waited_is_kept_until_there_is_room_for_a_box_of_it() {
+fn a_waiting_archive_is_kept_until_it_can_become_a_box() {
     let (home, backup) = home_and_backup();
     leave_waiting(&home, &backup);
     let database = home.database();

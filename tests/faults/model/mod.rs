@@ -1,14 +1,14 @@
-//! Random sequences of all that can be done to boxes, through the mount and by BoxLite, with guests that
-//! write in between, against a model of what every disk must contain.
+//! Compares random sequences of operations with a model of what every disk must contain. The mount,
+//! BoxLite and guests make the operations.
 //!
-//! After each step whatever had a part in it reads as the model says, and names are those that they
-//! must be; at the end of a sequence everything is judged by BoxLite, `qemu-img` and `boxlitefs check`,
-//! and once all is removed nothing may be left.
+//! After each step, the affected boxes and all names must match the model. At the end of a
+//! sequence, BoxLite, `qemu-img` and `boxlitefs check` judge everything. Then all boxes are
+//! removed, and nothing may be left over.
 //!
-//! - `MODEL_STEPS`: how many steps at least (2000; `make model` takes 10000).
-//! - `MODEL_SEED`: the first sequence; a failure says which to give to have it again. Each further one is
-//!   that of the next number.
-//! - `MODEL_SHRINK_SECONDS`: how long to look for a shorter sequence that fails (120).
+//! - `MODEL_STEPS`: minimum number of steps (2000; `make model` uses 10000).
+//! - `MODEL_SEED`: seed of the first sequence. Each further sequence uses the next number. A failure
+//!   prints the seed that repeats it.
+//! - `MODEL_SHRINK_SECONDS`: how long to look for a shorter failing sequence (120).
 
 mod act;
 mod operation;
@@ -43,7 +43,7 @@ fn families_of_boxes_are_what_the_model_says() {
     run_sequences(Emphasis::Families);
 }
 
-/// Half of the steps: the other test has the other half, at the same time.
+/// Runs half of the steps; the other test runs the other half concurrently.
 fn run_sequences(emphasis: Emphasis) {
     let wanted = number("MODEL_STEPS").unwrap_or(2000).div_ceil(2);
     let mut seed =
@@ -65,7 +65,7 @@ fn run_sequences(emphasis: Emphasis) {
     );
 }
 
-/// A home that each sequence begins with, put aside.
+/// Makes the home that each sequence starts with, and puts a copy aside.
 fn first_home() -> TestHome {
     let home = TestHome::in_memory();
     home.wheel_batch(&[
@@ -76,7 +76,7 @@ fn first_home() -> TestHome {
     home
 }
 
-/// Runs one sequence, and shorter ones if it fails; returns how many steps it had.
+/// Runs one sequence, and shorter ones if it fails. Returns its number of steps.
 fn run_sequence(home: &TestHome, emphasis: Emphasis, seed: u64) -> u64 {
     let reached = Rc::new(Cell::new(0));
     let steps = Cell::new(0);
@@ -106,7 +106,7 @@ fn run_sequence(home: &TestHome, emphasis: Emphasis, seed: u64) -> u64 {
         Ok(_) => steps.get() as u64,
         Err(TestError::Abort(reason)) => panic!("MODEL_SEED={seed}: {reason}"),
         Err(TestError::Fail(reason, operations)) => panic!(
-            "{reason}\n\n{}\nThat is:\n{}\nThe whole of it: MODEL_SEED={seed} MODEL_STEPS=1 cargo test --test model",
+            "{reason}\n\n{}\nIn words:\n{}\nThe full sequence: MODEL_SEED={seed} MODEL_STEPS=1 cargo test --test model",
             lines(&operations, |operation| format!("{operation:?}")),
             lines(&failed.take(), String::clone)
         ),
@@ -114,7 +114,7 @@ fn run_sequence(home: &TestHome, emphasis: Emphasis, seed: u64) -> u64 {
 }
 
 thread_local! {
-    /// Where this thread has failed last.
+    /// Location of this thread's last panic.
     static PLACE: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
@@ -130,7 +130,8 @@ fn remember_places_of_faults() {
     });
 }
 
-/// A shorter sequence that fails elsewhere shows another fault than the one that is looked for.
+/// Turns a panic into a failure. A shorter sequence that fails elsewhere passes, because it shows
+/// another fault than the one being reduced.
 fn same_fault(first: &RefCell<Option<String>>, fault: Box<dyn Any + Send>) -> TestCaseResult {
     let place = PLACE.take();
     let mut first = first.borrow_mut();
@@ -140,7 +141,7 @@ fn same_fault(first: &RefCell<Option<String>>, fault: Box<dyn Any + Send>) -> Te
     let reason = match (fault.downcast_ref::<String>(), fault.downcast_ref::<&str>()) {
         (Some(text), _) => text.clone(),
         (_, Some(text)) => (*text).to_owned(),
-        _ => "a fault without words".to_owned(),
+        _ => "a panic without a message".to_owned(),
     };
     Err(TestCaseError::fail(format!("{place}: {reason}")))
 }

@@ -1,7 +1,7 @@
-//! What can be done to a home, and random sequences of it.
+//! Operations on a home, and random sequences of them.
 //!
-//! An operation names what it is about by a number, taken modulo what is there when its turn comes: so
-//! any part of a sequence is a sequence, and a failing one can be made shorter.
+//! An operation selects its objects by numbers, modulo the number of objects that exist when it
+//! runs. So any part of a sequence is a valid sequence, and a failing one can be shortened.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-/// Which of those that are there.
+/// Selects one of the existing objects.
 pub type Pick = u16;
 
 /// A guest's writes: where, how many blocks, what.
@@ -24,22 +24,22 @@ pub struct Write {
 /// What a guest writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fill {
-    /// Bytes, zeros too.
+    /// The same byte everywhere, which may be zero.
     Byte(u8),
-    /// A whole cluster that is zero and not in the backing file: a guest that trims or zeroes.
+    /// A cluster that is marked as zero, like after a trim by the guest.
     ZeroCluster,
 }
 
 /// A program that copies one file.
 #[derive(Clone, Copy, Debug)]
 pub enum Tool {
-    /// Asks for copy_file_range.
+    /// `cp`, which uses copy_file_range.
     Cp,
-    /// The shell's redirection, which truncates first.
+    /// `cat` with a shell redirection, which truncates first.
     Cat,
-    /// Reads and writes, under a temporary name.
+    /// `rsync`, which writes under a temporary name.
     Rsync,
-    /// A file manager's, likewise.
+    /// The copy of a file manager, which also writes under a temporary name.
     Gio,
 }
 
@@ -53,13 +53,13 @@ pub enum Removal {
 /// How a disk state becomes a box.
 #[derive(Clone, Copy, Debug)]
 pub enum Promotion {
-    /// Its export, to NEW.boxlite.
+    /// A copy of its export to NEW.boxlite.
     Export(Tool),
-    /// Its export, into a directory made before.
+    /// A copy of its export into a new directory.
     Directory,
     /// `cp -r` of the snapshot's directory.
     CopyDirectory,
-    /// `mv` of it, which copies and removes.
+    /// `mv` of the snapshot's directory, which copies and removes.
     Move,
 }
 
@@ -70,7 +70,7 @@ pub enum TreeTool {
     Rsync,
 }
 
-/// What has to be refused, with what is documented, and without any change.
+/// An operation that must fail with the documented error and without any change.
 #[derive(Clone, Copy, Debug)]
 pub enum Refusal {
     SnapshotTaken,
@@ -105,7 +105,7 @@ pub enum Refusal {
     HardLink,
 }
 
-/// One thing done to the home.
+/// One operation on the home.
 #[derive(Clone, Debug)]
 pub enum Operation {
     /// The guest of a box writes.
@@ -128,11 +128,11 @@ pub enum Operation {
         name: Pick,
         by: Promotion,
     },
-    /// An export of the mount over one of a box.
+    /// Copies an export of the mount over the export of a box.
     Restore { of: Pick, state: Pick, by: Tool },
-    /// A backup over the export of a box.
+    /// Copies a backup over the export of a box.
     RestoreBackup { of: Pick, backup: Pick, by: Tool },
-    /// An export becomes a backup.
+    /// Copies an export out of the mount; it becomes a backup.
     Export { state: Pick, zst: bool, by: Tool },
     /// `cp -r` of a box out of the mount.
     BackUp { of: Pick, by: TreeTool },
@@ -143,31 +143,31 @@ pub enum Operation {
         by: Tool,
         into_directory: bool,
     },
-    /// Something that is refused.
+    /// An operation that must be refused.
     Refused {
         of: Pick,
         other: Pick,
         what: Refusal,
     },
-    /// Everything is refused while the box runs.
+    /// Changes to a running box, which must be refused.
     Running { of: Pick },
-    /// Somebody opens an export, and reads on after what comes next.
+    /// Opens an export and reads its rest after later operations.
     Reader { state: Pick },
-    /// `boxlitefs compact`, beside the mount: with all readers at their end, or not; killed, or not.
+    /// `boxlitefs compact` during the mount. Readers may finish first; the program may be killed.
     Compact {
         at_rest: bool,
         killed_at: Option<Pick>,
     },
     /// Unmounts and mounts.
     Remount,
-    /// BoxLite starts, does this, and ends.
+    /// BoxLite starts, runs operations, and ends.
     BoxLite {
         does: Vec<ByBoxLite>,
         try_meanwhile: bool,
     },
 }
 
-/// One thing done by BoxLite.
+/// One operation of BoxLite.
 #[derive(Clone, Debug)]
 pub enum ByBoxLite {
     Snapshot { of: Pick, name: Pick },
@@ -179,12 +179,12 @@ pub enum ByBoxLite {
     Remove { of: Pick },
 }
 
-/// What a sequence has more of.
+/// The operations that are more frequent in a sequence.
 #[derive(Clone, Copy, Debug)]
 pub enum Emphasis {
-    /// Snapshots, restores: long chains.
+    /// Snapshots and restores, which make long chains.
     Histories,
-    /// Boxes made of boxes, and removed.
+    /// Clones and removals of boxes.
     Families,
 }
 
@@ -198,7 +198,7 @@ fn writes() -> impl Strategy<Value = Vec<Write>> {
         1 => Just(Fill::Byte(0)),
         1 => Just(Fill::ZeroCluster),
     ];
-    // Near the start, too, so that layers overlap.
+    // Prefer the start of the disk, so that layers overlap.
     let at = prop_oneof![1 => pick(), 2 => 0u16..64];
     let write = (at, 1u8..6, fill).prop_map(|(at, blocks, fill)| Write { at, blocks, fill });
     prop::collection::vec(write, 1..6)
@@ -319,13 +319,13 @@ fn operation(emphasis: Emphasis) -> impl Strategy<Value = Operation> {
     ]
 }
 
-/// A sequence that, where it fails, is made shorter by leaving out parts: halves first, then smaller
-/// ones, single operations last. Nothing else of it is made simpler, for each try takes seconds.
+/// A sequence that proptest shortens when it fails. It leaves out halves first, then smaller parts,
+/// single operations last. It does not simplify operations, because each attempt takes seconds.
 pub struct Sequence {
     operations: Vec<Operation>,
-    /// The operation that the last run came to: what follows it has no part in a failure.
+    /// The index of the last operation that ran. Later ones cannot have caused the failure.
     reached: Rc<Cell<usize>>,
-    /// How much is left out at once, and where next.
+    /// How many operations to leave out at once, and where next.
     length: usize,
     at: usize,
     left_out: Vec<Operation>,
@@ -333,7 +333,7 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// A random one.
+    /// Makes a random sequence.
     pub fn of(emphasis: Emphasis, runner: &mut TestRunner, reached: Rc<Cell<usize>>) -> Sequence {
         let operations = prop::collection::vec(operation(emphasis), 80..=100)
             .new_tree(runner)

@@ -1,4 +1,4 @@
-//! What every disk must contain, and the judge of what one does: qemu-img.
+//! The expected contents of disks, and their comparison with real ones, which qemu-img reads.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -12,26 +12,26 @@ use sha2::{Digest, Sha256};
 use super::operation::{Fill, Write};
 use crate::common::*;
 
-/// What guests write is made of these: a quarter of a cluster, so that layers share clusters.
+/// The unit of guest writes: a quarter of a cluster, so that layers share clusters.
 pub const BLOCK: u64 = 16 * 1024;
 
-/// Blocks of a cluster.
+/// Blocks per cluster.
 const CLUSTER: u64 = 4;
 
-/// Every disk has at least these.
+/// Blocks of the smallest disk.
 const BLOCKS: u64 = (8 << 20) / BLOCK;
 
-/// An archive that boxes are made from, and the bytes of its disk.
+/// An archive that boxes are imported from, and the bytes of its disk.
 pub struct Original {
     pub archive: PathBuf,
     bytes: Vec<u8>,
 }
 
-/// A small disk and a larger one.
+/// Returns the originals: a small disk and a larger one.
 pub fn originals() -> &'static [Original; 2] {
     static ORIGINALS: OnceLock<[Original; 2]> = OnceLock::new();
     ORIGINALS.get_or_init(|| {
-        // Of their own, for other tests make theirs anew.
+        // With names of their own, because other tests replace their archives.
         ["8M", "16M"].map(|size| {
             let archive = make_archive(&format!("model-{size}.boxlite"), &["--size", size]);
             let disk = disk_in(&fs::read(&archive).expect("an archive")).expect("its disk");
@@ -44,7 +44,7 @@ pub fn originals() -> &'static [Original; 2] {
     })
 }
 
-/// The contents of a disk: those it was made with, and what was written since.
+/// The contents of a disk: an original and the writes since.
 #[derive(Clone)]
 pub struct Disk {
     original: usize,
@@ -52,12 +52,12 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Whether it is not what another is.
+    /// Returns whether the model of another disk differs.
     pub fn differs_from(&self, other: &Disk) -> bool {
         self.original != other.original || self.written != other.written
     }
 
-    /// As an original has it.
+    /// Makes the contents of an original.
     pub fn original(which: usize) -> Disk {
         Disk {
             original: which,
@@ -65,7 +65,7 @@ impl Disk {
         }
     }
 
-    /// The guest writes; returns what qemu-io is to do.
+    /// Applies a guest write; returns the command for qemu-io.
     pub fn write(&mut self, write: &Write) -> String {
         let written = Arc::make_mut(&mut self.written);
         let (first, blocks) = match write.fill {
@@ -85,7 +85,8 @@ impl Disk {
         }
     }
 
-    /// Whether BoxLite reads it right: it takes a cluster that is zero for one to look for below.
+    /// Returns whether BoxLite reads the disk correctly. It treats a zero cluster as unallocated, and
+    /// reads the layer below.
     pub fn is_boxlites(&self) -> bool {
         !self.written.values().any(|fill| *fill == Fill::ZeroCluster)
     }
@@ -121,7 +122,7 @@ impl Disk {
         hash
     }
 
-    /// Fails unless an image's chain has these contents, read by qemu-img.
+    /// Fails unless qemu-img reads these contents from an image and its chain.
     pub fn assert_in_image(&self, image: &Path, what: &str) {
         let bytes = guest_bytes(image);
         if blake3::hash(&bytes) != self.hash() {
@@ -129,7 +130,7 @@ impl Disk {
         }
     }
 
-    /// Fails unless an archive has these contents, and the checksum it says.
+    /// Fails unless an archive has these contents and a correct checksum.
     pub fn assert_in_archive(&self, path: &Path, what: &str) {
         let archive = fs::read(path).unwrap_or_else(|e| panic!("{what}: {}: {e}", path.display()));
         if let Err(difference) = self.compare_archive(&archive) {
@@ -137,10 +138,10 @@ impl Disk {
         }
     }
 
-    /// What is wrong with the bytes of an archive of this disk.
+    /// Compares an archive with this disk; the error describes the difference.
     pub fn compare_archive(&self, archive: &[u8]) -> Result<(), String> {
         let disk = disk_in(archive).map_err(|e| e.to_string())?;
-        // Two exports of one state are the same bytes: most were judged before.
+        // Exports of the same state have the same bytes, so most were compared before.
         static JUDGED: Mutex<Option<HashMap<Hash, Hash>>> = Mutex::new(None);
         let key = blake3::hash(&disk);
         let judged = JUDGED
@@ -176,7 +177,7 @@ impl Disk {
             .filter(|(_, (wanted, found))| wanted != found)
             .map(|(block, (wanted, found))| {
                 format!(
-                    "{block}: {:#04x} and not {:#04x} ({:?})",
+                    "{block}: {:#04x}, not {:#04x} ({:?})",
                     found[0],
                     wanted[0],
                     self.written.get(&(block as u64))
@@ -184,14 +185,15 @@ impl Disk {
             })
             .collect();
         format!(
-            "{} blocks are not as they must be: {}",
+            "{} blocks differ: {}",
             wrong.len(),
             wrong[..wrong.len().min(12)].join(", ")
         )
     }
 }
 
-/// `disk.qcow2` in an archive, plain or compressed, once it fits the checksum in its manifest.
+/// Returns `disk.qcow2` of an archive, plain or compressed. Fails unless it matches the checksum in
+/// the manifest.
 fn disk_in(archive: &[u8]) -> io::Result<Vec<u8>> {
     let plain;
     let archive = match archive {
@@ -223,18 +225,18 @@ fn disk_in(archive: &[u8]) -> io::Result<Vec<u8>> {
     Ok(disk)
 }
 
-/// What the guest sees of an image and its chain, read by qemu-img.
+/// Reads the guest disk of an image and its chain, with qemu-img.
 fn guest_bytes(image: &Path) -> Vec<u8> {
     fs::read(raw_disk(image).path()).expect("its bytes")
 }
 
-/// An export that is read in two parts, with other things in between.
+/// An export that is read in two parts, with other operations in between.
 pub struct Reader {
     pub what: String,
-    /// Which box, by the number it has here, and whether of its live disk.
+    /// The number of the box, and whether this is its live disk.
     pub of: usize,
     pub is_live: bool,
-    /// The disk, or the name or configuration of the box, changed since: EIO is an answer.
+    /// The disk or the name of the box has changed since, so EIO is allowed.
     pub may_fail: bool,
     disk: Disk,
     file: File,
@@ -242,7 +244,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Opens an export and reads the first of it.
+    /// Opens an export and reads its first bytes.
     pub fn begin(path: &Path, what: &str, of: usize, is_live: bool, disk: Disk) -> Reader {
         let file = File::open(path).unwrap_or_else(|e| panic!("{what}: {e}"));
         let mut begun = Vec::new();
@@ -261,7 +263,8 @@ impl Reader {
         }
     }
 
-    /// Reads the rest: it is of the same state as the first, or, if that changed, an error.
+    /// Reads the rest, which must belong to the same state as the first part. If that state has
+    /// changed, the read may fail instead.
     pub fn finish(mut self) {
         match self.file.read_to_end(&mut self.begun) {
             Ok(_) => {

@@ -1,4 +1,4 @@
-//! Does one operation after the other to the home and to what must be in it.
+//! Applies operations to the home and to the model of it.
 
 use std::fs::{self, OpenOptions};
 use std::path::Path;
@@ -8,7 +8,7 @@ use super::operation::*;
 use super::world::*;
 use crate::common::*;
 
-/// Where a merge may be killed.
+/// Crash points at which a merge may be killed.
 const MERGE_POINTS: [&str; 8] = [
     "merge.prepared",
     "merge.written",
@@ -21,18 +21,18 @@ const MERGE_POINTS: [&str; 8] = [
 ];
 
 impl World<'_> {
-    /// Does one operation and looks whether what it was about is as it must be.
+    /// Applies one operation and checks the affected boxes and all names.
     pub fn apply(&mut self, operation: &Operation) {
         if self.act(operation).is_some() {
             self.steps += match operation {
-                Operation::BoxLite { .. } => 0, // counted one by one
+                Operation::BoxLite { .. } => 0, // its operations are counted one by one
                 _ => 1,
             };
             self.check_names();
         }
     }
 
-    /// None when there is nothing it could be about.
+    /// Returns None if there is nothing that the operation could work on.
     fn act(&mut self, operation: &Operation) -> Option<()> {
         match operation {
             Operation::Guest { of, writes } => self.guest(*of, writes),
@@ -75,13 +75,14 @@ impl World<'_> {
         }
     }
 
-    // ---- the guest, and what is made of its disk ----
+    // ---- guests, snapshots and boxes ----
 
     fn guest(&mut self, of: Pick, writes: &[Write]) -> Option<()> {
         let of = self.pick_box(of)?;
         let image = self.home.live_disk(&self.boxes[of].name);
         let mut disk = self.boxes[of].disk.clone();
-        // As a guest does that BoxLite has started: the mount must not merge its layers meanwhile.
+        // Hold the home's lock, like BoxLite while a guest runs, so that the mount does not merge
+        // the layers.
         let lock = self.home.root().join(".lock");
         let mut command: Vec<String> = ["flock", text(&lock), "qemu-io", "-f", "qcow2"]
             .map(str::to_owned)
@@ -92,7 +93,7 @@ impl World<'_> {
         }
         command.push(text(&image).into());
         let words: Vec<&str> = command.iter().map(String::as_str).collect();
-        // It tells of a failed write on its output and exits well.
+        // qemu-io reports a failed write on its output, but exits successfully.
         self.note(format!(
             "guest of {}: {:?}",
             self.boxes[of].name,
@@ -210,7 +211,7 @@ impl World<'_> {
                 drop(succeed(&["mv", text(&from), text(&to)]));
                 self.boxes[state.of].snapshots.remove(snapshot);
             }
-            // The export of a box stays, also for who moved it: it is made of the disk.
+            // The export of a box survives `mv`, because it is generated from the disk.
             (Promotion::Move, None) => drop(succeed(&["mv", text(&export), text(&archive)])),
             (Promotion::CopyDirectory, None) => copy(Tool::Cp, &export, &archive),
         }
@@ -224,7 +225,7 @@ impl World<'_> {
         let (of, state) = (self.pick_box(of)?, self.pick_state(state)?);
         let target = State { of, snapshot: None };
         if state == target {
-            // The copy tools see that it is one file.
+            // Copy tools notice that source and target are the same file.
             return self.refused(of, of, Refusal::RestoreItself);
         }
         let disk = self.disk(state).clone();
@@ -319,7 +320,7 @@ impl World<'_> {
         Some(())
     }
 
-    // ---- what is refused ----
+    // ---- refused operations ----
 
     fn is_refused(&mut self, of: Pick, other: Pick, what: Refusal) -> Option<()> {
         let of = self.pick_box(of)?;
@@ -331,7 +332,8 @@ impl World<'_> {
         Some(())
     }
 
-    /// A box runs: its own process says so. Nothing of it changes, and its export can't be read.
+    /// Makes a box look running, with a live process in its pid file. Changes must fail, and so
+    /// must reads of its export.
     fn running(&mut self, of: Pick) -> Option<()> {
         let of = self.pick_box(of)?;
         let mut machine = Command::new("sleep")
@@ -339,9 +341,9 @@ impl World<'_> {
             .stdin(Stdio::null())
             .spawn()
             .expect("sleep");
-        self.note(format!("{} runs", self.boxes[of].name));
+        self.note(format!("{} is running", self.boxes[of].name));
         let pid_file = self.home.box_dir(&self.boxes[of].name).join("shim.pid");
-        fs::write(&pid_file, format!("{}\n", machine.id())).expect("its pid");
+        fs::write(&pid_file, format!("{}\n", machine.id())).expect("cannot write the pid file");
 
         let at = self.box_at(of);
         let snapshots = at.join("snapshots");
@@ -365,14 +367,14 @@ impl World<'_> {
         refused_copy(&self.backups[0].path, &at.join("export.boxlite"), busy);
         refused_copy(&at.join("export.boxlite"), &self.backup_place(), busy);
 
-        machine.kill().expect("it runs");
-        machine.wait().expect("it ends");
-        fs::remove_file(&pid_file).expect("its pid goes");
+        machine.kill().expect("cannot kill the process");
+        machine.wait().expect("cannot wait for the process");
+        fs::remove_file(&pid_file).expect("cannot remove the pid file");
         self.check_box(of);
         Some(())
     }
 
-    /// Layers are merged; whatever comes of it, nothing reads otherwise.
+    /// Merges layers, which may be killed. No contents may change.
     fn compact(&mut self, at_rest: bool, killed_at: Option<Pick>) -> Option<()> {
         if at_rest {
             self.finish_readers();
@@ -393,7 +395,8 @@ impl World<'_> {
         Some(())
     }
 
-    /// Something that is refused with what is documented. None when there is nothing for it.
+    /// Tries an operation that must fail with the documented error. Returns None if there is
+    /// nothing to try it on.
     fn refused(&mut self, of: usize, other: usize, what: Refusal) -> Option<()> {
         match what {
             Refusal::SnapshotTaken
@@ -435,7 +438,7 @@ impl World<'_> {
             Refusal::SnapshotTaken => (errno(fs::create_dir(first()?)), libc::EEXIST),
             Refusal::SnapshotName(pick) => (errno(fs::create_dir(wrong(pick))), libc::EINVAL),
             Refusal::RmdirSnapshots => {
-                // Without snapshots it may be the first step of removing the box.
+                // Without snapshots, rmdir is allowed: it may be the first step of removing a box.
                 first()?;
                 (errno(fs::remove_dir(&dir)), libc::ENOTEMPTY)
             }
@@ -451,12 +454,12 @@ impl World<'_> {
                 (errno(fs::rename(first()?, to)), libc::EPERM)
             }
             Refusal::SnapshotIntoRoot => {
-                // mv copies then.
+                // On EXDEV, mv copies.
                 let to = self.at(shown(&self.free_box_name(0)));
                 (errno(fs::rename(first()?, to)), libc::EXDEV)
             }
             Refusal::WriteSnapshotExport => {
-                // Over a snapshot that is what the disk is, it is allowed: nothing is lost.
+                // A snapshot that equals the live disk may be overwritten: nothing is lost.
                 let live = &self.boxes[of].disk;
                 let mut others = snapshots.iter();
                 let other = others.find(|snapshot| snapshot.disk.differs_from(live))?;
@@ -564,9 +567,9 @@ impl World<'_> {
             }
             _ => return None,
         }
-        // Half an archive is let go of once the kernel says that its last descriptor is closed, which it
-        // does after it has answered close(2).
-        eventually("nothing is left of it", || {
+        // The mount drops an incomplete archive when the kernel releases the file, which happens
+        // after close(2) has returned.
+        eventually("the refused archive has disappeared", || {
             !new.exists() && !new.with_extension("").exists()
         });
         Some(())
@@ -604,7 +607,7 @@ impl World<'_> {
         Some(())
     }
 
-    /// While a BoxLite has the home nothing can be changed, and all can be read.
+    /// Checks that nothing can be changed but everything can be read while BoxLite holds the home.
     fn is_held(&mut self) {
         let Some(of) = self.pick_box(0) else {
             return;
@@ -649,7 +652,7 @@ impl World<'_> {
                 let state = self.pick_snapshot(*which)?;
                 let of = &self.boxes[state.of];
                 let name = &of.snapshots[state.snapshot?].name;
-                // Of what it says of others that need it only BoxLite knows the rules.
+                // BoxLite may refuse this because of other boxes, by rules the model does not have.
                 let answer = boxlite.ask(&["snapshot-remove", &of.name, name]);
                 self.note(format!(
                     "    BoxLite: remove snapshot {name} of {}: {answer:?}",
@@ -710,13 +713,14 @@ impl World<'_> {
 
 // ---- programs ----
 
-/// Copies one file. A process of its own: what a process has just made is another thing to it.
+/// Copies one file in a separate process, because the mount treats files differently for the
+/// process that has just made them.
 fn copy(tool: Tool, from: &Path, to: &Path) {
     let (from, to) = (text(from), text(to));
     match tool {
         Tool::Cp => succeed(&["cp", from, to]),
         Tool::Cat => succeed(&["sh", "-c", "cat \"$1\" > \"$2\"", "sh", from, to]),
-        // It takes files of one length and time for the same.
+        // By default, rsync skips files with equal size and time.
         Tool::Rsync => succeed(&["rsync", "-L", "--ignore-times", from, to]),
         Tool::Gio => succeed(&["gio", "copy", from, to]),
     };
@@ -744,7 +748,7 @@ fn refused_by(command: &[&str], complaint: &str) {
     assert!(said.contains(complaint), "{command:?}: {said}");
 }
 
-/// The errno of a rename onto what is there, and the one it has to be.
+/// Renames onto an existing entry. Returns the errno and the expected one.
 fn rename_onto(from: &Path, to: &Path, keep: bool) -> (i32, i32) {
     if keep {
         (
@@ -760,7 +764,7 @@ fn rename_with(from: &Path, to: &Path, flags: u32) -> std::io::Result<()> {
     let path = |path: &Path| std::ffi::CString::new(text(path)).expect("no NUL in it");
     let (from, to) = (path(from), path(to));
     let at = libc::AT_FDCWD;
-    // SAFETY: two strings that end in NUL and live for the call.
+    // SAFETY: both strings end in NUL and outlive the call.
     match unsafe { libc::renameat2(at, from.as_ptr(), at, to.as_ptr(), flags) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),

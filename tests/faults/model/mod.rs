@@ -6,8 +6,8 @@
 //! removed, and nothing may be left over.
 //!
 //! - `MODEL_STEPS`: minimum number of steps (2000; `make model` uses 10000).
-//! - `MODEL_SEED`: seed of the first sequence. Each further sequence uses the next number. A failure
-//!   prints the seed that repeats it.
+//! - `MODEL_SEED`: seed of the first sequence. Each further sequence uses the next number. A
+//!   failure prints the seed that repeats it.
 //! - `MODEL_SHRINK_SECONDS`: how long to look for a shorter failing sequence (120).
 
 mod act;
@@ -106,7 +106,7 @@ fn run_sequence(home: &TestHome, emphasis: Emphasis, seed: u64) -> u64 {
         Ok(_) => steps.get() as u64,
         Err(TestError::Abort(reason)) => panic!("MODEL_SEED={seed}: {reason}"),
         Err(TestError::Fail(reason, operations)) => panic!(
-            "{reason}\n\n{}\nIn words:\n{}\nThe full sequence: MODEL_SEED={seed} MODEL_STEPS=1 cargo test --test model",
+            "{reason}\n\n{}\nIn words:\n{}\nThe full sequence: MODEL_SEED={seed} MODEL_STEPS=1 make model",
             lines(&operations, |operation| format!("{operation:?}")),
             lines(&failed.take(), String::clone)
         ),

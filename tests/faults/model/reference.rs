@@ -85,8 +85,8 @@ impl Disk {
         }
     }
 
-    /// Returns whether BoxLite reads the disk correctly. It treats a zero cluster as unallocated, and
-    /// reads the layer below.
+    /// Returns whether BoxLite reads the disk correctly. It treats a zero cluster as unallocated,
+    /// and reads the layer below.
     pub fn is_boxlites(&self) -> bool {
         !self.written.values().any(|fill| *fill == Fill::ZeroCluster)
     }

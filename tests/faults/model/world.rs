@@ -1,4 +1,4 @@
-//! A home, its mount, and what must be in them.
+//! A home, its mount, and the model of both.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -10,22 +10,22 @@ use super::operation::*;
 use super::reference::{Disk, Reader, originals};
 use crate::common::*;
 
-/// How soon what BoxLite did has to show.
+/// Time limit for BoxLite's changes to become visible in the mount.
 const SOON: Duration = PATIENCE;
 
-/// Most of each: beyond that the next of them takes the place of one.
+/// Upper limits. At the limit, an operation removes one instead of adding one.
 const MOST_BOXES: usize = 6;
 const MOST_SNAPSHOTS: usize = 9;
 const MOST_BACKUPS: usize = 6;
 
-/// After this many operations everything is looked at, not just what had a part in it.
+/// After this many operations, everything is checked, not only the affected boxes.
 const LOOK_AT_ALL: usize = 12;
 
-/// Names that boxes get. Some are not shown as they are.
+/// Names of boxes. The mount escapes some of them.
 pub const BOX_NAMES: [&str; 9] = [
     "web", "api", "db", "a b", "ü", "50%", "x/y", "web.old", "Web",
 ];
-/// Names that snapshots get.
+/// Names of snapshots.
 const SNAPSHOT_NAMES: [&str; 13] = [
     "a",
     "b",
@@ -42,7 +42,7 @@ const SNAPSHOT_NAMES: [&str; 13] = [
     "g",
 ];
 
-/// A snapshot as it must be.
+/// The expected state of a snapshot.
 #[derive(Clone)]
 pub struct Snapshot {
     pub name: String,
@@ -50,10 +50,10 @@ pub struct Snapshot {
     pub created_at: i64,
 }
 
-/// A box as it must be.
+/// The expected state of a box.
 #[derive(Clone)]
 pub struct ModelBox {
-    /// No other has this number, whatever it is called.
+    /// Identifies the box, whatever its name.
     pub number: usize,
     pub name: String,
     pub disk: Disk,
@@ -61,59 +61,59 @@ pub struct ModelBox {
 }
 
 impl ModelBox {
-    /// What its directory is called.
+    /// Returns the name of the box's directory.
     pub fn shown(&self) -> String {
         shown(&self.name)
     }
 }
 
-/// How a box's name is shown.
+/// Escapes a box's name as the mount does.
 pub fn shown(name: &str) -> String {
     name.replace('%', "%25").replace('/', "%2F")
 }
 
-/// A backup, outside of the mount.
+/// A backup outside the mount.
 #[derive(Clone)]
 pub struct Backup {
     pub path: PathBuf,
     pub of: Kept,
 }
 
-/// What a backup has.
+/// The contents of a backup.
 #[derive(Clone)]
 pub enum Kept {
     Archive(Disk),
     Directory(ModelBox),
 }
 
-/// A live disk or a snapshot: the place of its box, and that of the snapshot in it.
+/// A live disk or a snapshot: the index of its box, and the index of the snapshot in the box.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct State {
     pub of: usize,
     pub snapshot: Option<usize>,
 }
 
-/// A home and what must be in it.
+/// A home and its expected contents.
 pub struct World<'a> {
     pub home: &'a TestHome,
     mount: Option<Mounted>,
     pub boxes: Vec<ModelBox>,
     pub backups: Vec<Backup>,
     pub readers: Vec<Reader>,
-    /// Backups that are there for good.
+    /// Number of the first backups, which are never removed.
     originals: usize,
-    /// What was done so far; operations for which there was nothing do not count.
+    /// Number of operations so far, without those that had nothing to work on.
     pub steps: usize,
     since_all: usize,
     made: usize,
-    /// BoxLite flattened a disk, which may be that of a box by now: it leaves flags unset.
+    /// BoxLite has flattened a disk, which a box may use by now. BoxLite leaves flags in it unset.
     pub has_boxlites_disks: bool,
-    /// What was done, for people; where it failed it gets to where `failed` is.
+    /// Readable log of the operations. A panic moves it to `failed`.
     trace: RefCell<Vec<String>>,
     failed: &'a RefCell<Vec<String>>,
 }
 
-/// A mount that merges layers by itself whenever there is a moment between two operations.
+/// Mounts the home so that it merges layers in the background between operations.
 fn mount_of(home: &TestHome) -> Mounted {
     home.mount_with(&["-o", "compact=0.05"], &[])
 }
@@ -160,31 +160,31 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Says what is being done.
+    /// Adds a line to the log of operations.
     pub fn note(&self, message: String) {
         let place = text(self.home.root().parent().expect("a place")).to_owned() + "/";
         let message = message.replace(&place, "").replace("mnt/", "");
         self.trace.borrow_mut().push(message);
     }
 
-    // ---- what is there ----
+    // ---- the current state ----
 
-    /// The mount.
+    /// Returns the mount.
     pub fn mount(&self) -> &Mounted {
         self.mount.as_ref().expect("mounted")
     }
 
-    /// A path in the mount.
+    /// Returns a path in the mount.
     pub fn at(&self, path: impl AsRef<Path>) -> PathBuf {
         self.mount().at(path)
     }
 
-    /// The directory of a box in the mount.
+    /// Returns the directory of a box in the mount.
     pub fn box_at(&self, of: usize) -> PathBuf {
         self.at(self.boxes[of].shown())
     }
 
-    /// The directory of a state in the mount.
+    /// Returns the directory of a state in the mount.
     pub fn state_at(&self, state: State) -> PathBuf {
         let at = self.box_at(state.of);
         match state.snapshot {
@@ -195,12 +195,12 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The export of a state in the mount.
+    /// Returns the export of a state in the mount.
     pub fn export_at(&self, state: State) -> PathBuf {
         self.state_at(state).join("export.boxlite")
     }
 
-    /// The disk of a state.
+    /// Returns the expected disk of a state.
     pub fn disk(&self, state: State) -> &Disk {
         let of = &self.boxes[state.of];
         match state.snapshot {
@@ -220,29 +220,29 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Which box is meant.
+    /// Selects a box.
     pub fn pick_box(&self, pick: Pick) -> Option<usize> {
         (!self.boxes.is_empty()).then(|| usize::from(pick) % self.boxes.len())
     }
 
-    /// Which snapshot of any box is meant.
+    /// Selects a snapshot of any box.
     pub fn pick_snapshot(&self, pick: Pick) -> Option<State> {
         let all: Vec<State> = self.states().filter(|s| s.snapshot.is_some()).collect();
         (!all.is_empty()).then(|| all[usize::from(pick) % all.len()])
     }
 
-    /// Which disk state is meant.
+    /// Selects a live disk or a snapshot.
     pub fn pick_state(&self, pick: Pick) -> Option<State> {
         let all: Vec<State> = self.states().collect();
         (!all.is_empty()).then(|| all[usize::from(pick) % all.len()])
     }
 
-    /// Which backup is meant: there is always one.
+    /// Selects a backup; there is always one.
     pub fn pick_backup(&self, pick: Pick) -> Backup {
         self.backups[usize::from(pick) % self.backups.len()].clone()
     }
 
-    /// Likewise, of those that are an archive.
+    /// Selects a backup that is an archive.
     pub fn pick_archive(&self, pick: Pick) -> (PathBuf, Disk) {
         let archives: Vec<(PathBuf, Disk)> = self
             .backups
@@ -264,32 +264,32 @@ impl<'a> World<'a> {
         })
     }
 
-    /// A name that no box has.
+    /// Selects a name that no box has.
     pub fn free_box_name(&self, pick: Pick) -> String {
         let taken: BTreeSet<&str> = self.boxes.iter().map(|b| b.name.as_str()).collect();
         free(&BOX_NAMES, &taken, pick)
     }
 
-    /// A name that no snapshot of a box has.
+    /// Selects a name that no snapshot of the box has.
     pub fn free_snapshot_name(&self, of: usize, pick: Pick) -> String {
         let snapshots = self.boxes[of].snapshots.iter();
         let taken: BTreeSet<&str> = snapshots.map(|s| s.name.as_str()).collect();
         free(&SNAPSHOT_NAMES, &taken, pick)
     }
 
-    /// Whether there is room for another box.
+    /// Returns whether there may be another box.
     pub fn has_room(&self) -> bool {
         self.boxes.len() < MOST_BOXES
     }
 
-    /// Whether there is room for another snapshot.
+    /// Returns whether the box may have another snapshot.
     pub fn has_room_in(&self, of: usize) -> bool {
         self.boxes[of].snapshots.len() < MOST_SNAPSHOTS
     }
 
-    // ---- what changes ----
+    // ---- changes of the model ----
 
-    /// A box was made; returns its place.
+    /// Adds a box; returns its index.
     pub fn add_box(&mut self, name: &str, disk: Disk, snapshots: Vec<Snapshot>) -> usize {
         self.made += 1;
         self.boxes.push(ModelBox {
@@ -301,18 +301,18 @@ impl<'a> World<'a> {
         self.boxes.len() - 1
     }
 
-    /// A snapshot of the live disk was made: it has to be dated now, or a second after the newest of the
-    /// box, where that is later.
+    /// Adds a snapshot of the live disk. Fails unless its row is dated now, or, if that is later,
+    /// up to some seconds after the newest snapshot of the box.
     pub fn add_snapshot(&mut self, of: usize, name: &str, since: i64) {
         let created_at = self.dated(&self.boxes[of].name, name);
         let others = self.boxes[of].snapshots.iter();
         let newest = others.map(|snapshot| snapshot.created_at).max();
-        // Those that BoxLite made in one second count as some seconds apart.
+        // Copies of snapshots that BoxLite made within a second are dated some seconds apart.
         let newest = newest.map_or(0, |newest| newest + MOST_SNAPSHOTS as i64);
         let latest = now().max(newest);
         assert!(
             (since..=latest).contains(&created_at),
-            "snapshot {name} is of {created_at}, and was made since {since}"
+            "snapshot {name} is dated {created_at}, but was made between {since} and {latest}"
         );
         let disk = self.boxes[of].disk.clone();
         self.boxes[of].snapshots.push(Snapshot {
@@ -322,7 +322,7 @@ impl<'a> World<'a> {
         });
     }
 
-    /// A place for a backup that is to be made.
+    /// Returns a path for a new backup.
     pub fn backup_place(&mut self) -> PathBuf {
         self.made += 1;
         self.home
@@ -330,7 +330,7 @@ impl<'a> World<'a> {
             .join(format!("{}.boxlite", self.made))
     }
 
-    /// A backup was made; the oldest goes when there are many.
+    /// Adds a backup, and removes the oldest one if there are too many.
     pub fn add_backup(&mut self, path: PathBuf, of: Kept) {
         self.backups.push(Backup { path, of });
         if self.backups.len() > self.originals + MOST_BACKUPS {
@@ -339,24 +339,24 @@ impl<'a> World<'a> {
                 Kept::Archive(_) => fs::remove_file(&oldest.path),
                 Kept::Directory(_) => fs::remove_dir_all(&oldest.path),
             }
-            .expect("the oldest backup goes");
+            .expect("cannot remove the oldest backup");
         }
     }
 
-    /// The live disk of a box has other contents.
+    /// Gives the live disk of a box other contents.
     pub fn changes_disk(&mut self, of: usize, disk: Disk) {
         self.boxes[of].disk = disk;
         self.dates_disk(of);
     }
 
-    /// The live disk of a box is another file, which was changed now; its contents may be the same.
+    /// Marks the live disk of a box as changed, even if its contents are the same: the file is new.
     pub fn dates_disk(&mut self, of: usize) {
         let number = self.boxes[of].number;
         let readers = self.readers.iter_mut().filter(|reader| reader.of == number);
         readers.for_each(|reader| reader.may_fail |= reader.is_live);
     }
 
-    /// What the manifests of all exports of a box say is different.
+    /// Renames a box, which changes the manifests of all its exports.
     pub fn changes_name(&mut self, of: usize, name: &str) {
         self.boxes[of].name = name.to_owned();
         let number = self.boxes[of].number;
@@ -364,19 +364,19 @@ impl<'a> World<'a> {
         readers.for_each(|reader| reader.may_fail = true);
     }
 
-    /// Unmounts, when nothing is open any more, and mounts again.
+    /// Closes all files, unmounts, and mounts again.
     pub fn remount(&mut self) {
         self.finish_readers();
         self.mount.take().expect("mounted").unmount();
         self.mount = Some(mount_of(self.home));
     }
 
-    /// Whoever reads comes to the end.
+    /// Finishes all readers.
     pub fn finish_readers(&mut self) {
         self.readers.drain(..).for_each(Reader::finish);
     }
 
-    /// Opens an export; whoever opened one two of them ago comes to the end.
+    /// Opens an export. Of two earlier readers, finishes the older one.
     pub fn begin_reading(&mut self, state: State) {
         if self.readers.len() > 1 {
             self.readers.remove(0).finish();
@@ -391,32 +391,32 @@ impl<'a> World<'a> {
         self.readers.push(reader);
     }
 
-    // ---- whether it is so ----
+    // ---- checks ----
 
-    /// A state reads as it must, through the mount.
+    /// Checks the contents of a state through the mount.
     pub fn check(&self, state: State) {
         self.disk(state)
             .assert_in_archive(&self.export_at(state), &self.called(state));
     }
 
-    /// The live disk of a box reads as it must.
+    /// Checks the live disk of a box.
     pub fn check_live(&self, of: usize) {
         self.check(State { of, snapshot: None });
     }
 
-    /// A box and its snapshots read as they must.
+    /// Checks a box and its snapshots.
     pub fn check_box(&self, of: usize) {
         self.states()
             .filter(|state| state.of == of)
             .for_each(|state| self.check(state));
     }
 
-    /// Everything reads as it must.
+    /// Checks all boxes and snapshots.
     pub fn check_all(&self) {
         self.states().for_each(|state| self.check(state));
     }
 
-    /// Names are those that they must be, in the mount and in BoxLite's rows.
+    /// Checks all names, in the mount and in BoxLite's rows. Checks everything now and then.
     pub fn check_names(&mut self) {
         if let Some(difference) = self.difference_in_names() {
             panic!("{difference}");
@@ -429,14 +429,14 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Everything is so, soon after BoxLite has changed it.
+    /// Waits until BoxLite's changes are visible, then checks everything.
     pub fn check_all_soon(&mut self) {
         let begun = Instant::now();
         while let Some(difference) = self.difference_in_names() {
             assert!(begun.elapsed() < SOON, "still: {difference}");
             std::thread::sleep(Duration::from_millis(50));
         }
-        // The kernel may keep what it was told of a finished box for half a second.
+        // The kernel may cache the attributes of a finished box for half a second.
         std::thread::sleep(Duration::from_millis(550).saturating_sub(begun.elapsed()));
         self.since_all = 0;
         self.check_rows();
@@ -448,13 +448,13 @@ impl<'a> World<'a> {
         wanted.sort();
         let found = self.mount().names("");
         if found != wanted {
-            return Some(format!("boxes {found:?}, and not {wanted:?}"));
+            return Some(format!("boxes {found:?}, not {wanted:?}"));
         }
         for a_box in &self.boxes {
             let mut wanted: Vec<&str> = a_box.snapshots.iter().map(|s| s.name.as_str()).collect();
             wanted.sort();
             let path = self.at(a_box.shown()).join("snapshots");
-            // Its name is there, the kernel may still have that of one that is gone.
+            // The kernel may still cache the entry of a removed box.
             let Ok(listing) = fs::read_dir(&path) else {
                 return Some(format!("{} is not there", path.display()));
             };
@@ -464,7 +464,7 @@ impl<'a> World<'a> {
             found.sort();
             if found != wanted {
                 let name = &a_box.name;
-                return Some(format!("snapshots {found:?} of {name}, and not {wanted:?}"));
+                return Some(format!("snapshots {found:?} of {name}, not {wanted:?}"));
             }
         }
         None
@@ -493,8 +493,8 @@ impl<'a> World<'a> {
             .expect("rows");
         let mut found: Vec<(String, String, i64)> = rows.map(|row| row.expect("a row")).collect();
         found.sort();
-        // Of snapshots that BoxLite made in one second, copies are some seconds apart, so that their order
-        // stays; all other times are what they were.
+        // Copies of snapshots that BoxLite made within a second are dated some seconds apart, to
+        // keep their order. All other times stay the same.
         let is_it = |(found, wanted): (&(String, String, i64), &(String, String, i64))| {
             let latest = wanted.2 + MOST_SNAPSHOTS as i64;
             (&found.0, &found.1) == (&wanted.0, &wanted.1) && (wanted.2..=latest).contains(&found.2)
@@ -515,8 +515,8 @@ impl<'a> World<'a> {
 
     // ---- the end ----
 
-    /// The end of a sequence: BoxLite lists and exports everything, every image is in order, and once
-    /// all is removed nothing is left.
+    /// Ends a sequence. BoxLite must list and export everything, every image must be intact, and
+    /// after all boxes are removed, nothing may be left.
     pub fn finish(mut self) {
         self.finish_readers();
         self.judge_by_boxlite();
@@ -544,12 +544,12 @@ impl<'a> World<'a> {
         assert_eq!(mount.names(""), [""; 0]);
         mount.unmount();
         let left = self.home.images();
-        assert!(left.is_empty(), "left of boxes that are gone: {left:?}");
+        assert!(left.is_empty(), "left over from removed boxes: {left:?}");
         self.assert_whole();
     }
 
-    /// As [`TestHome::assert_whole`], but for the flags that BoxLite leaves unset when it flattens a disk:
-    /// it says so of each cluster, and nothing is wrong with them.
+    /// Like [`TestHome::assert_whole`], but accepts disks that BoxLite has flattened. In these, the
+    /// COPIED flags are unset. qemu-img reports that for each cluster, but it is harmless.
     fn assert_whole(&self) {
         if !self.has_boxlites_disks {
             return self.home.assert_whole();
@@ -586,9 +586,9 @@ impl<'a> World<'a> {
     }
 }
 
-/// Has BoxLite export a box. None where it can't, or where it would read the disk wrongly.
+/// Has BoxLite export a box. Returns None if it cannot, or if it would misread the disk.
 pub fn export_by_boxlite(boxlite: &mut Session, of: &ModelBox, place: &Path) -> Option<PathBuf> {
-    // It makes a file name of the box's name, whatever that is.
+    // BoxLite uses the name of the box as a file name, even with a slash in it.
     if !of.disk.is_boxlites() || of.name.contains('/') {
         return None;
     }
@@ -596,7 +596,7 @@ pub fn export_by_boxlite(boxlite: &mut Session, of: &ModelBox, place: &Path) -> 
     Some(PathBuf::from(answer["path"].as_str().expect("a path")))
 }
 
-/// The names in what BoxLite listed, sorted.
+/// Returns the names in a list from BoxLite, sorted.
 fn names(listed: &serde_json::Value) -> Vec<&str> {
     let listed = listed.as_array().expect("a list").iter();
     let mut names: Vec<&str> = listed.filter_map(|entry| entry["name"].as_str()).collect();
@@ -609,7 +609,7 @@ fn free(all: &[&str], taken: &BTreeSet<&str>, pick: Pick) -> String {
     (*free[usize::from(pick) % free.len()]).to_owned()
 }
 
-/// Seconds since 1970, as BoxLite's rows have them.
+/// Returns the seconds since 1970, as in BoxLite's rows.
 pub fn now() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     i64::try_from(now.expect("after 1970").as_secs()).expect("a time")

@@ -21,12 +21,12 @@ pub struct Write {
     pub fill: Fill,
 }
 
-/// What a guest writes.
+/// The contents of a guest write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fill {
     /// The same byte everywhere, which may be zero.
     Byte(u8),
-    /// A cluster that is marked as zero, like after a trim by the guest.
+    /// A whole cluster that is marked as zero, which hides the backing file: a guest's trim.
     ZeroCluster,
 }
 

@@ -236,7 +236,7 @@ pub struct Reader {
     /// The number of the box, and whether this is its live disk.
     pub of: usize,
     pub is_live: bool,
-    /// The disk or the name of the box has changed since, so EIO is allowed.
+    /// The disk, name or configuration of the box has changed since, so EIO is allowed.
     pub may_fail: bool,
     disk: Disk,
     file: File,

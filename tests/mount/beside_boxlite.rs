@@ -1,5 +1,5 @@
-//! A mount and BoxLite on one home: each uses what the other made, and neither gets in the
-//! other's way. The judge is BoxLite itself.
+//! A mount and BoxLite on one home: each works with what the other made, without conflicts. BoxLite
+//! itself is the judge.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use crate::common::*;
 use serde_json::Value;
 
-/// The names in what the wheel listed, sorted.
+/// Returns the sorted names in the wheel's answer to a list request.
 fn listed(answer: &Value) -> Vec<&str> {
     let mut names: Vec<&str> = answer
         .as_array()
@@ -24,14 +24,14 @@ fn assert_boxlite_lists(home: &TestHome, names: &[&str]) {
     assert_eq!(listed(&home.wheel(&["list"])), names);
 }
 
-/// What is in the disk that BoxLite exports of a box.
+/// Returns the digest of the disk in BoxLite's own export of a box.
 fn digest_by_boxlite(home: &TestHome, name: &str) -> String {
     let place = tempfile::tempdir().unwrap();
     let answer = home.wheel(&["export", name, text(place.path())]);
     archive_digest(answer["path"].as_str().unwrap().as_ref())
 }
 
-// ---- what BoxLite does --------------------------------------------------------------------------
+// ---- BoxLite's changes --------------------------------------------------------------------------
 
 #[test]
 fn boxes_and_snapshots_that_boxlite_makes_appear_eventually() {
@@ -134,7 +134,7 @@ fn a_box_after_twenty_changes_by_boxlite_is_read_exported_and_cloned_right() {
     home.assert_whole();
 }
 
-// ---- what we do ---------------------------------------------------------------------------------
+// ---- changes through the mount ------------------------------------------------------------------
 
 #[test]
 fn boxlite_uses_what_the_mount_made_as_its_own() {
@@ -163,7 +163,7 @@ fn boxlite_uses_what_the_mount_made_as_its_own() {
         let snapshots = home.wheel(&["snapshot-list", name]);
         assert_eq!(listed(&snapshots), ["a"], "{name}");
     }
-    // Everything BoxLite can do to a box, to each of them.
+    // Every operation BoxLite has for a box, on each of the boxes.
     for name in ["copy", "from-a", "new", "web"] {
         let before = digest(&home.live_disk(name));
         let clone = format!("{name}-clone");
@@ -208,7 +208,7 @@ fn boxlite_removes_a_snapshot_of_ours_and_what_reads_from_its_layer_stays() {
     home.assert_whole();
 }
 
-/// A box and a clone of it by the mount, each with changes of its own.
+/// Makes a box and, through the mount, a clone of it. Both then get changes of their own.
 fn source_and_clone() -> (TestHome, String, String) {
     let home = TestHome::new();
     home.guest_write("web", FREE_AREA, b"common");
@@ -263,7 +263,8 @@ fn the_source_is_whole_after_boxlite_removed_the_clone() {
 #[test]
 fn boxlite_removes_every_box_we_made_and_nothing_is_left() {
     let (home, _, _) = source_and_clone();
-    // In whichever order: BoxLite refuses what others depend on, unless told to go on.
+    // The order does not matter: without force, BoxLite refuses to remove a box that others depend
+    // on.
     home.wheel_batch(&[
         &["remove", "web", "--force"],
         &["remove", "copy", "--force"],
@@ -272,7 +273,7 @@ fn boxlite_removes_every_box_we_made_and_nothing_is_left() {
     assert!(names_in(&home.root().join("boxes")).is_empty());
     let mount = home.mount();
     assert!(mount.names("").is_empty());
-    // Layers of ours that nothing reads from go with the next look.
+    // The next look frees our layers that have become unreferenced.
     assert_eq!(home.images(), Vec::<std::path::PathBuf>::new());
     home.assert_whole();
 }
@@ -345,7 +346,7 @@ fn our_lock_numbers_leave_boxlites_alone() {
     assert_boxlite_lists(&home, &names);
 }
 
-// ---- who else uses the home ---------------------------------------------------------------------
+// ---- other users of the home --------------------------------------------------------------------
 
 #[test]
 fn a_runtime_that_holds_the_home_makes_changes_busy_and_reading_goes_on() {
@@ -365,7 +366,7 @@ fn a_runtime_that_holds_the_home_makes_changes_busy_and_reading_goes_on() {
     assert_eq!(mount.export_digest("web/export.boxlite"), wanted);
     drop(holder);
     mount.snapshot("web", "b").unwrap();
-    // The same copy again, now that it can be.
+    // The same copy succeeds once the runtime has released the home.
     mount.copy("web", "copy");
     assert_eq!(mount.names(""), ["copy", "web"]);
     assert_eq!(mount.export_digest("copy/export.boxlite"), wanted);
@@ -385,11 +386,11 @@ fn a_home_that_a_runtime_holds_can_be_mounted_and_read() {
     mount.snapshot("web", "a").unwrap();
 }
 
-/// A process that stands for a box's virtual machine.
+/// A process that stands in for a box's virtual machine.
 struct Shim(Child);
 
 impl Shim {
-    /// Begins one and names it in shim.pid the way BoxLite does.
+    /// Starts a process and records it in shim.pid the way BoxLite does.
     fn of(home: &TestHome, name: &str) -> Shim {
         let child = Command::new("sleep")
             .arg("300")
@@ -398,7 +399,7 @@ impl Shim {
             .unwrap();
         let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
         let (_, fields) = stat.rsplit_once(") ").unwrap();
-        // Field 22 of proc_pid_stat(5); the first after the command is the third.
+        // Field 22 of proc_pid_stat(5). The first field after the command is the third.
         let started = fields.split(' ').nth(22 - 3).unwrap();
         let text = format!("{}\n{started}\n", child.id());
         fs::write(home.box_dir(name).join("shim.pid"), text).unwrap();
@@ -426,7 +427,7 @@ fn a_box_whose_shim_lives_is_busy_whatever_its_row_says() {
         let before = home.fingerprint();
         assert_eq!(errno(mount.snapshot("web", "b")), libc::EBUSY, "{status}");
         assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EBUSY);
-        // Its disk can be read, from a copy.
+        // The disk of a running box can be read, from a copy.
         File::open(mount.at("web/export.boxlite")).unwrap();
         // The log grows; nothing else may change.
         let without_log = |print: String| {
@@ -434,7 +435,7 @@ fn a_box_whose_shim_lives_is_busy_whatever_its_row_says() {
             lines.map(str::to_owned).collect::<Vec<_>>()
         };
         assert_eq!(without_log(home.fingerprint()), without_log(before));
-        // A snapshot does not change while the box runs.
+        // A snapshot does not change while its box runs.
         let mut archive = Vec::new();
         File::open(mount.at("web/snapshots/a/export.boxlite"))
             .and_then(|mut file| file.read_to_end(&mut archive))
@@ -466,7 +467,7 @@ fn a_disk_that_someone_has_open_for_writing_makes_its_box_busy() {
     assert_eq!(errno(export), libc::EBUSY);
     drop(writer);
     mount.snapshot("web", "b").unwrap();
-    // Someone who only reads it keeps nobody from anything.
+    // Opening the disk read-only does not make the box busy.
     let _reader = File::open(home.live_disk("web")).unwrap();
     mount.snapshot("web", "c").unwrap();
 }
@@ -529,9 +530,9 @@ fn an_unmount_ends_the_process_and_leaves_nothing_behind() {
     home.assert_whole();
 }
 
-// ---- a database that is not the one it was ------------------------------------------------------
+// ---- a replaced database ------------------------------------------------------------------------
 
-/// Moves the database, with what SQLite keeps beside it, to `to`.
+/// Moves the database and SQLite's files next to it to `to`.
 fn move_database(from: &std::path::Path, to: &std::path::Path) {
     fs::create_dir_all(to).unwrap();
     for name in ["boxlite.db", "boxlite.db-wal", "boxlite.db-shm"] {
@@ -550,7 +551,8 @@ fn a_database_made_anew_under_a_mount_is_the_one_that_counts() {
     let db = home.root().join("db");
     let aside = home.beside("db");
     move_database(&db, &aside);
-    // As a BoxLite that began without one would make it. Nothing of the old may be believed.
+    // BoxLite makes such a database when it starts without one. Nothing cached from the old one may
+    // be used.
     let empty = TestHome::empty();
     move_database(&empty.root().join("db"), &home.beside("empty"));
     for name in names_in(&home.beside("empty")) {
@@ -567,11 +569,11 @@ fn a_database_made_anew_under_a_mount_is_the_one_that_counts() {
     drop(snapshots);
     assert!(web.join("disks/disk.qcow2").is_file());
     assert!(web.join("snapshots/a/disk.qcow2").is_file());
-    // A box that is made now is in the new one.
+    // A box made now belongs to the new database.
     succeed(&["cp", text(&archive()), text(&mount.at("new.boxlite"))]);
     assert_eq!(mount.names(""), ["new"]);
     assert_boxlite_lists_one(&home, "new");
-    // BoxLite's start has removed what has no row there: only the disk of the new box is left.
+    // BoxLite's start removed every disk without a row: only the new box's disk is left.
     move_database(&db, &home.beside("second"));
     move_database(&aside, &db);
     eventually("web is shown again", || mount.names("") == ["web"]);
@@ -607,10 +609,10 @@ fn a_database_that_is_gone_is_an_error_and_its_boxes_are_not_shown() {
             .status
             .success()
     );
-    // None was made in its place, and there is none of a new box.
+    // The mount created neither a new database nor anything of a new box.
     assert!(!db.join("boxlite.db").exists());
     assert_eq!(names_in(&home.root().join("boxes")).len(), 1);
-    // Moved back, all is as it was.
+    // Moving the database back restores everything.
     move_database(&aside, &db);
     eventually("web is shown again", || {
         fs::read_dir(mount.root()).is_ok() && mount.names("") == ["web"]
@@ -621,7 +623,7 @@ fn a_database_that_is_gone_is_an_error_and_its_boxes_are_not_shown() {
     home.assert_whole();
 }
 
-// ---- a box that begins to run while it is copied ------------------------------------------------
+// ---- a box that starts while it is copied -------------------------------------------------------
 
 #[test]
 fn a_box_that_begins_to_run_while_its_export_is_read_is_noticed() {
@@ -652,7 +654,7 @@ fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned
     let wanted = digest(&home.live_disk("web"));
     let whole = fs::read(archive()).unwrap();
     let (first, last) = whole.split_at(whole.len() / 2);
-    // Half of an archive over it, then it runs.
+    // Writes half of an archive over the box's disk; then the box starts.
     let mut over = OpenOptions::new()
         .write(true)
         .open(mount.at("web/export.boxlite"))
@@ -660,9 +662,9 @@ fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned
     over.write_all(first).unwrap();
     let shim = Shim::of(&home, "web");
     let ended = over.write_all(last).and_then(|()| {
-        // close(2), whose answer std does not give.
+        // Closes with close(2), because std does not report its result.
         let duplicate = over.try_clone()?;
-        // SAFETY: the descriptor is the duplicate's own, which does not close it again.
+        // SAFETY: `into_raw_fd` gives up the duplicate, so nothing else closes its descriptor.
         match unsafe { libc::close(std::os::fd::IntoRawFd::into_raw_fd(duplicate)) } {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
@@ -672,8 +674,9 @@ fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned
     drop(over);
     assert_eq!(digest(&home.live_disk("web")), wanted);
     drop(shim);
-    // A clone of what was read before it ran. Nothing may be started between copy and close: whoever starts
-    // a program closes what that does not inherit, and the first close completes the copy.
+    // Clones what was read before the box ran. No program may be started between copy and close:
+    // spawning closes the descriptors that the child does not inherit, and the first close
+    // completes the copy.
     let shim = Shim::of(&home, "web");
     let named = home.box_dir("web").join("shim.pid");
     let aside = home.beside("shim.pid");
@@ -681,7 +684,7 @@ fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned
     let source = File::open(mount.at("web/export.boxlite")).unwrap();
     let target = File::create(mount.at("copy.boxlite")).unwrap();
     let length = usize::try_from(source.metadata().unwrap().len()).unwrap();
-    // SAFETY: two open descriptors and no offsets of ours.
+    // SAFETY: both descriptors are open, and the offsets are null.
     let copied = unsafe {
         libc::copy_file_range(
             std::os::fd::AsRawFd::as_raw_fd(&source),
@@ -701,7 +704,7 @@ fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned
     assert_eq!(error, Some(libc::EBUSY));
     drop(source);
     drop(shim);
-    // The kernel lets go of a file after it was closed.
+    // The kernel releases a file some time after close returns.
     eventually("what was refused is gone", || mount.names("") == ["web"]);
     assert_eq!(digest(&home.live_disk("web")), wanted);
     home.assert_whole();

@@ -1,4 +1,4 @@
-//! What a user sees of a home: names, attributes, descriptions; and how a mount begins and ends.
+//! What a user sees of a home (names, attributes, descriptions), and how a mount starts and ends.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use crate::common::*;
 use serde_json::Value;
 
-/// Every path below a directory with its inode number.
+/// Maps every path below a directory to its inode number.
 fn inodes(root: &Path) -> BTreeMap<String, u64> {
     let listing = succeed(&["find", text(root), "-printf", "%P %i\n"]);
     listing
@@ -49,7 +49,7 @@ fn the_tree_is_that_of_the_documents() {
     assert!(mount.at(".boxlite").is_dir());
     assert_eq!(mount.names(".boxlite"), ["log", "status", "view"]);
     assert!(!succeed(&["ls", "-A", text(mount.root())]).contains(".boxlite"));
-    // Recursive tools come to the snapshots last.
+    // Recursive tools reach the snapshots last.
     let listing = succeed(&["ls", "-U", text(&mount.at("web"))]);
     assert_eq!(listing.split_whitespace().last(), Some("snapshots"));
 }
@@ -155,7 +155,7 @@ fn box_json_has_every_field_and_no_secret() {
     shown.remove("state");
     shown.remove("space");
     assert_eq!(value, config, "all else is as BoxLite keeps it");
-    // A clone keeps what we do not know.
+    // A clone keeps fields that this version does not know.
     mount.copy("web", "copy");
     let copy: Value =
         serde_json::from_str(&fs::read_to_string(mount.at("copy/box.json")).unwrap()).unwrap();
@@ -296,7 +296,7 @@ fn a_thousand_boxes_are_listed_without_opening_their_disks() {
         let listing = succeed(&["ls", "-l", text(mount.root())]);
         assert_eq!(listing.lines().count(), 1002);
     }
-    // One export, to see that opening a disk is noticed.
+    // Reads one export, to prove that the trace would show a disk being opened.
     succeed(&["ls", "-l", text(&mount.at("web"))]);
     strace_ends(&mut strace);
     let opened = fs::read_to_string(&trace).unwrap();
@@ -310,12 +310,12 @@ fn a_thousand_boxes_are_listed_without_opening_their_disks() {
 }
 
 fn strace_ends(strace: &mut std::process::Child) {
-    // SAFETY: our own child, not waited for yet.
+    // SAFETY: the process is our own child and has not been waited for yet.
     unsafe { libc::kill(i32::try_from(strace.id()).unwrap(), libc::SIGINT) };
     strace.wait().unwrap();
 }
 
-// ---- beginning and end --------------------------------------------------------------------------
+// ---- start and end ------------------------------------------------------------------------------
 
 fn refusal(arguments: &[&str]) -> String {
     let output = run(&[&[binary()], arguments].concat());
@@ -409,7 +409,7 @@ fn the_mount_helper_starts_a_mount_and_uses_mounts_exit_codes() {
     assert!(!is_mounted(place.path()), "-f only pretends");
 }
 
-/// The line of /proc/self/mountinfo for a mountpoint.
+/// Returns the line of /proc/self/mountinfo for a mountpoint.
 fn mount_line(mountpoint: &Path) -> String {
     fs::read_to_string("/proc/self/mountinfo")
         .unwrap()
@@ -419,7 +419,7 @@ fn mount_line(mountpoint: &Path) -> String {
         .to_owned()
 }
 
-/// The boxlitefs that serves a home at a mountpoint: by its own command line, which names both.
+/// Finds the boxlitefs that serves a home at a mountpoint by its command line, which names both.
 fn process_serving(home: &Path, mountpoint: &Path) -> u32 {
     let names = |bytes: &[u8], path: &Path| {
         bytes

@@ -1,11 +1,11 @@
-//! `boxlitefs check`: every kind of damage and leftover is found and named, and nothing is changed.
+//! `boxlitefs check` finds and names every kind of damage and leftover, and changes nothing.
 
 use std::fs;
 use std::path::Path;
 
 use crate::common::*;
 
-/// A home with a box, two snapshots (one by BoxLite, one by the mount) and a clone.
+/// Makes a home with a box, two snapshots (one by BoxLite, one by the mount) and a clone.
 fn home() -> TestHome {
     let home = TestHome::new();
     home.wheel(&["snapshot-create", "web", "theirs"]);
@@ -18,8 +18,8 @@ fn home() -> TestHome {
     home
 }
 
-/// Fails unless check finds something (exit status 1) and a line of it has all of these words. Looking
-/// must not change the home.
+/// Asserts that check exits with status 1, that one line of its findings contains all of these
+/// words, and that checking did not change the home.
 fn assert_finds(home: &TestHome, words: &[&str]) {
     let before = home.fingerprint();
     let (status, said) = home.check();
@@ -48,7 +48,7 @@ fn a_home_that_boxlite_and_a_mount_used_is_clean() {
     assert_eq!(status, 0, "{said}");
     assert!(said.contains("2 boxes, clean"), "{said}");
     assert_eq!(home.fingerprint(), before);
-    // Also while it is mounted and being used.
+    // It is also clean while mounted and in use.
     let mount = home.mount();
     mount.copy("copy", "copy2");
     let (status, said) = home.check();
@@ -63,7 +63,7 @@ fn a_home_in_use_by_boxlite_can_be_checked() {
     assert_eq!(status, 0, "{said}");
 }
 
-// ---- no check could be made -----------------------------------------------------------------------
+// ---- homes that cannot be checked ---------------------------------------------------------------
 
 fn assert_cannot_check(root: &Path, words: &str) {
     let output = run(&[binary(), "check", text(root)]);
@@ -186,7 +186,7 @@ fn a_layer_that_is_gone_is_found_with_who_needs_it() {
 #[test]
 fn a_damaged_header_is_found() {
     let home = home();
-    // The version, a big-endian number after the magic.
+    // The version is a big-endian number after the magic.
     overwrite(&home.live_disk("copy"), 4, &[0, 0, 0, 9]);
     assert_finds(&home, &[text(&home.live_disk("copy"))]);
 }
@@ -320,7 +320,7 @@ fn several_findings_are_all_named() {
 
 // ---- repair ---------------------------------------------------------------------------------------
 
-/// `boxlitefs check --repair`: its exit status and what it printed.
+/// Runs `boxlitefs check --repair` and returns its exit status and output.
 fn repair(home: &TestHome) -> (i32, String) {
     let output = run(&[binary(), "check", "--repair", text(home.root())]);
     let said = [output.stdout, output.stderr].concat();
@@ -352,7 +352,7 @@ fn what_crashes_leave_is_named_with_its_size_and_removed() {
     let work = home.root().join(".boxlitefs/work-killed00");
     fs::create_dir(&work).unwrap();
     fs::write(work.join("disk"), vec![1; 3 << 20]).unwrap();
-    // A snapshot that was being made: its layer has another name.
+    // An unfinished snapshot: its layer also exists under another name.
     let half = home.box_dir("web").join("snapshots/half");
     fs::create_dir(&half).unwrap();
     let layer = home.snapshot_disk("web", "start");

@@ -1,5 +1,5 @@
-//! `boxlitefs compact`: space comes back, chains become short, and every box and every snapshot stays
-//! what it is, byte for byte.
+//! `boxlitefs compact` reclaims space and shortens backing chains, and keeps the contents of every
+//! box and snapshot byte for byte.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -11,7 +11,7 @@ use crate::common::*;
 
 const MIB: u64 = 1 << 20;
 
-/// What the guest sees of every box and every snapshot, by `box` and `box/snapshot`.
+/// Maps `box` and `box/snapshot` to the digest of what the guest sees.
 fn states(home: &TestHome) -> BTreeMap<String, String> {
     let database = home.database();
     let rows = |statement: &str| -> Vec<(String, String)> {
@@ -35,13 +35,13 @@ fn states(home: &TestHome) -> BTreeMap<String, String> {
     states
 }
 
-/// The backing files of a box's live disk.
+/// Counts the backing files of a box's live disk.
 fn backing(home: &TestHome, name: &str) -> usize {
     chain(&home.live_disk(name)).len() - 1
 }
 
-/// Compacts, and fails unless that goes well, every state stays what it was, every image is clean and
-/// `check` finds nothing. Returns what was printed.
+/// Compacts and returns the output. Asserts success, unchanged contents, clean images and no
+/// findings by `check`.
 fn compact(home: &TestHome) -> String {
     let before = states(home);
     let (status, said) = home.compact();
@@ -51,7 +51,7 @@ fn compact(home: &TestHome) -> String {
     said
 }
 
-/// Bytes of a disk written out as one image, by qemu.
+/// Returns the size in bytes of a disk that qemu flattened into one image.
 fn flattened(image: &Path) -> u64 {
     let place = tempfile::tempdir_in(image.parent().unwrap()).unwrap();
     let flat = place.path().join("flat.qcow2");
@@ -117,7 +117,7 @@ fn a_snapshot_taken_and_deleted_leaves_nothing() {
     mount.remove_snapshot("web", "a").unwrap();
     assert_eq!(backing(&home, "web"), 1);
     compact(&home);
-    // It is the very file again: nothing was copied.
+    // The disk is the same file as before the snapshot: nothing was copied.
     assert_eq!(fs::metadata(&live).unwrap().ino(), inode);
     assert_eq!(times(&live), changed);
     assert_eq!(backing(&home, "web"), 0);
@@ -153,10 +153,11 @@ fn every_deleted_snapshot_of_a_history_is_merged_away() {
     let read = |mount: &Mounted| exports.map(|path| fs::read(mount.at(path)).unwrap());
     let before = read(&mount);
     compact(&home);
-    // Below both boxes: s0, s1 and s2 as one. Then s3, and s4 with s5.
+    // Three layers remain: s0 to s2 as one, which both boxes use; s3; and s4 merged with s5.
     assert_eq!(backing(&home, "web"), 3);
     assert_eq!(backing(&home, "copy"), 1);
-    // Not a byte of an export is another, in the mount that was there before and in a new one.
+    // Exports are byte for byte the same, both in the mount that was already there and in a new
+    // one.
     assert!(read(&mount) == before, "an export changed");
     drop(mount);
     assert!(read(&home.mount()) == before, "an export changed");
@@ -191,7 +192,7 @@ fn what_boxlite_left_of_boxes_that_are_gone_is_freed() {
 
 // ---- long chains ----------------------------------------------------------------------------------
 
-/// A box by BoxLite alone, on twenty layers: a snapshot and a clone each time.
+/// Makes a box on twenty layers with BoxLite alone: a snapshot and a clone for each layer.
 fn twenty_levels(keep_clones: bool) -> TestHome {
     let home = TestHome::in_memory();
     for round in 0u8..10 {
@@ -236,7 +237,7 @@ fn a_box_on_twenty_layers_is_read_cloned_and_made_short() {
         let mut now = states(&home);
         now.retain(|name, _| !name.starts_with("copy"));
         assert_eq!(now, before);
-        // BoxLite goes on with it.
+        // BoxLite can use the box afterwards.
         let place = tempfile::tempdir().unwrap();
         let answers = home.wheel_batch(&[
             &["export", "web", text(place.path())],
@@ -246,7 +247,7 @@ fn a_box_on_twenty_layers_is_read_cloned_and_made_short() {
         let archive = answers[0]["path"].as_str().unwrap();
         assert_eq!(archive_digest(archive.as_ref()), before["web"]);
         assert_eq!(digest(&home.live_disk("web")), before["web/s0"]);
-        // All snapshots can go, and their space with them.
+        // All snapshots can be deleted, which frees their space.
         let mount = home.mount();
         for round in 0..10 {
             mount.remove_snapshot("web", &format!("s{round}")).unwrap();
@@ -304,9 +305,9 @@ fn no_change_leaves_more_than_eight_backing_files_and_deleted_snapshots_make_roo
     compact(&home);
 }
 
-// ---- what is left alone ---------------------------------------------------------------------------
+// ---- what compacting leaves alone ---------------------------------------------------------------
 
-/// A home with something to merge, and what the names in it are.
+/// Makes a home with layers to merge and returns it with the paths and inode numbers of its files.
 fn mergeable() -> (TestHome, Vec<(PathBuf, u64)>) {
     let home = TestHome::new();
     let mount = home.mount();
@@ -397,7 +398,7 @@ fn a_layer_that_is_being_read_stays_and_the_reader_gets_its_bytes() {
 
 #[test]
 fn files_with_names_that_nobody_knows_stay_as_they_are() {
-    // A backup of hard links, of either layer.
+    // A user's backup made of hard links to either layer.
     for index in 0..2 {
         let (home, _) = mergeable();
         let layer = chain(&home.live_disk("web")).remove(index);
@@ -417,8 +418,8 @@ fn files_with_names_that_nobody_knows_stay_as_they_are() {
 #[test]
 fn bases_of_others_and_what_reads_them_stay() {
     let (home, _) = mergeable();
-    // One that no row knows, a crash inside BoxLite's clone leaves such: nobody reads it, or a file does
-    // that no row knows either.
+    // A base without a row, as a crash during BoxLite's clone leaves. It has no readers, or its
+    // only reader is a file without a row.
     let base = home.root().join("bases/NoRow000.qcow2");
     let reader = home.root().join("bases/NoRow001.qcow2");
     fs::copy(chain(&home.live_disk("web")).remove(1), &base).unwrap();
@@ -478,7 +479,7 @@ fn a_raw_image_below_is_never_merged() {
 fn compressed_layers_that_would_grow_stay() {
     let home = TestHome::new();
     let live = home.live_disk("web");
-    // The base as an importer leaves it that keeps compressed clusters.
+    // A base as written by an importer that keeps clusters compressed.
     write(&home, "web", "write -P 7 5M 2M");
     let small = live.with_extension("small");
     succeed(&[
@@ -501,7 +502,7 @@ fn compressed_layers_that_would_grow_stay() {
     assert!(home.allocated() <= before);
 }
 
-// ---- by itself ------------------------------------------------------------------------------------
+// ---- background merging -------------------------------------------------------------------------
 
 #[test]
 fn a_mount_that_is_left_alone_merges_once_nobody_reads() {
@@ -518,7 +519,7 @@ fn a_mount_that_is_left_alone_merges_once_nobody_reads() {
         mount.log().contains("box web: 2 layers became one")
     });
     assert_eq!(states(&home), contents);
-    // What BoxLite takes the last reader of goes, too.
+    // A layer is also freed when BoxLite removes its last reader.
     mount.snapshot("web", "start").unwrap();
     home.guest_write("web", FREE_AREA, b"second");
     mount.snapshot("web", "a").unwrap();
@@ -550,9 +551,9 @@ fn a_mount_does_not_merge_unasked_what_would_cost_far_more_than_it_gives() {
     assert!(said.contains("2 layers became one"), "{said}");
 }
 
-// ---- what it takes --------------------------------------------------------------------------------
+// ---- reported space -----------------------------------------------------------------------------
 
-/// `space` in a file of the mount.
+/// Reads `space` from a JSON file of the mount.
 fn space(mount: &Mounted, path: &str) -> (u64, u64) {
     let text = fs::read(mount.at(path)).unwrap();
     assert_eq!(
@@ -585,7 +586,7 @@ fn box_json_and_snapshot_json_say_what_goes_with_them() {
     };
     let ([web, copy, other], [a, b]) = settled();
     let about = |bytes: u64, wanted: u64| bytes >= wanted && bytes < wanted + 512 * 1024;
-    // The layer of `a` is everybody's; what `b` has over it is its own, and web's.
+    // All three boxes share the layer of `a`. What `b` adds to it belongs to `b` and so to `web`.
     let layer = fs::metadata(home.snapshot_disk("web", "a"))
         .unwrap()
         .blocks()
@@ -595,7 +596,7 @@ fn box_json_and_snapshot_json_say_what_goes_with_them() {
     assert!(other.0 < 300_000 && other.1 == layer, "{other:?}");
     assert_eq!(a, (0, layer));
     assert!(about(b.0, MIB) && b.1 == layer, "{b:?}");
-    // What is said comes back.
+    // Deleting frees as much as was reported.
     let before = home.allocated();
     mount.remove_snapshot("web", "b").unwrap();
     assert_eq!(before - home.allocated(), b.0);
@@ -606,8 +607,8 @@ fn box_json_and_snapshot_json_say_what_goes_with_them() {
 
 // ---- thousands of layers --------------------------------------------------------------------------
 
-/// Makes `number` boxes, each with as many snapshots in a chain, of rows and empty layers: BoxLite itself
-/// would need an hour for it.
+/// Adds `number` boxes, each with a chain of `snapshots` snapshots, by writing rows and empty
+/// layers directly. BoxLite itself would need an hour.
 fn multiply(home: &TestHome, number: usize, snapshots: usize) {
     let empty = fs::read(home.live_disk("web")).unwrap().len() as u64;
     assert!(empty > 0);
@@ -653,7 +654,7 @@ fn multiply(home: &TestHome, number: usize, snapshots: usize) {
         for s in 0..snapshots {
             let base_id = format!("B{n:05}{s:02}");
             let base = bases.join(format!("{base_id}.qcow2"));
-            // As long as a box's chain may be.
+            // A box's chain may be this long and no longer.
             let on = below.take().filter(|_| s % 5 != 0);
             layer(&base, on.as_deref());
             let disk = dir.join(format!("snapshots/s{s}/disk.qcow2"));
@@ -682,7 +683,7 @@ fn multiply(home: &TestHome, number: usize, snapshots: usize) {
     rows.commit().unwrap();
 }
 
-/// An empty layer of 8 MiB; qemu-img would take ten minutes for all of them.
+/// Writes an empty 8 MiB layer directly: qemu-img would take ten minutes for all of them.
 fn layer(path: &Path, below: Option<&Path>) {
     const CLUSTER: usize = 65536;
     let mut bytes = vec![0; 3 * CLUSTER + 8];
@@ -718,7 +719,7 @@ fn a_thousand_boxes_with_ten_snapshots_each_are_no_burden() {
     let home = TestHome::in_memory();
     multiply(&home, 1000, 10);
     succeed(&["qemu-img", "check", "-q", text(&home.live_disk("box00999"))]);
-    // What that takes is for the benchmark to say.
+    // The benchmark measures what this costs.
     let mount = home.mount_with(&["-o", "compact=off"], &[]);
     mount.remove_snapshot("box00007", "s9").unwrap();
     for n in 0..10 {

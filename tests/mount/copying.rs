@@ -1,5 +1,5 @@
-//! What the kernel and copy tools really do: every tool gets the right bytes out, every tool brings
-//! a box in, copies inside the mount move nothing, and what is no archive leaves nothing.
+//! What the kernel and copy tools really do: every tool reads the right bytes and can import a box,
+//! copies inside the mount move no data, and invalid archives leave nothing behind.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -8,7 +8,8 @@ use std::process::{Command, Stdio};
 
 use crate::common::*;
 
-/// Has a shell do something with `$MNT` (the mount), `$B` (an archive), `$T` (a place beside).
+/// Runs a shell script with `$MNT` (the mount), `$B` (an archive) and `$T` (a directory outside the
+/// mount).
 fn shell(mount: &Mounted, home: &TestHome, archive: &Path, script: &str) -> std::process::Output {
     let beside = home.beside("tools");
     fs::create_dir_all(&beside).unwrap();
@@ -33,7 +34,8 @@ fn shell_succeeds(mount: &Mounted, home: &TestHome, archive: &Path, script: &str
     );
 }
 
-/// A home with the box `web` that has a snapshot `s` and a changed disk, and what they contain.
+/// Makes a home whose box `web` has a snapshot `s` and a changed disk; returns it with both
+/// digests.
 fn home_with_snapshot() -> (TestHome, String, String) {
     let home = TestHome::new();
     home.guest_write("web", FREE_AREA, b"at the snapshot");
@@ -141,7 +143,7 @@ fn an_export_is_the_same_from_any_offset_for_many_readers_and_after_a_remount() 
     let mount = home.mount();
     let path = mount.at("web/export.boxlite");
     let size = path.metadata().unwrap().len();
-    // The tail first: the manifest holds a digest of all that comes before it.
+    // Reads the tail first: the manifest holds a digest of everything before it.
     let tail = {
         let mut bytes = vec![0; 3000];
         let file = File::open(&path).unwrap();
@@ -177,7 +179,7 @@ fn an_export_is_the_same_from_any_offset_for_many_readers_and_after_a_remount() 
     mount.unmount();
     let mount = home.mount();
     assert!(fs::read(mount.at("web/export.boxlite")).unwrap() == whole);
-    // A snapshot changes no content: neither does it change the export.
+    // A snapshot changes neither the contents of the box nor its export.
     mount.snapshot("web", "later").unwrap();
     assert!(fs::read(mount.at("web/export.boxlite")).unwrap() == whole);
 }
@@ -308,7 +310,7 @@ fn a_clone_inside_the_mount_moves_no_data() {
         depth,
         "an empty overlay is not stacked upon"
     );
-    // Neither writes through to the other.
+    // Writes to one box do not reach the other.
     mount.unmount();
     home.guest_write("new0", FREE_AREA, b"the clone's own");
     assert_eq!(digest(&home.live_disk("web")), live);
@@ -343,7 +345,7 @@ fn what_is_no_archive_is_refused_with_ebadmsg_and_leaves_nothing() {
             }
             let said = fail(&["cp", text(&file), text(&mount.at(target))]);
             assert!(said.contains("Bad message"), "{what}: {said}");
-            // What is told at the last close comes a moment after cp has ended.
+            // Results of the last close are logged a moment after cp has ended.
             let told = || {
                 mount
                     .log()
@@ -352,7 +354,7 @@ fn what_is_no_archive_is_refused_with_ebadmsg_and_leaves_nothing() {
                     .is_some_and(|line| line.contains("bad"))
             };
             eventually(&format!("the log tells of {what}"), told);
-            // The kernel tells of the last close a moment after cp has ended.
+            // The kernel reports the last close a moment after cp has ended.
             if target.contains('/') {
                 eventually(what, || mount.names("bad").is_empty());
                 fs::remove_dir(mount.at("bad")).unwrap();
@@ -377,7 +379,7 @@ fn what_is_no_archive_is_refused_with_ebadmsg_and_leaves_nothing() {
         "a box.json is no archive: {said}"
     );
     File::create(mount.at("nothing.boxlite")).unwrap();
-    // The kernel tells of the last close a moment later.
+    // The kernel reports the last close a moment later.
     eventually("a file nothing was written to is nothing", || {
         mount.names("") == ["web"]
     });
@@ -395,7 +397,7 @@ fn the_verdict_falls_in_the_write_that_completes_or_disproves_the_archive() {
     for (bytes, name, right) in [(&good, "good", true), (&bad, "bad", false)] {
         let is_box = || mount.names("").contains(&name.to_owned());
         let file = File::create(mount.at(format!("{name}.boxlite"))).unwrap();
-        // In the middle of the manifest, which has the digest of all before it.
+        // In the middle of the manifest, which contains the digest of everything before it.
         let (body, end) = bytes.split_at(bytes.len() - 3000);
         file.write_all_at(body, 0).unwrap();
         assert!(!is_box());
@@ -438,7 +440,7 @@ fn writes_out_of_order_are_put_in_order() {
     let good = fs::read(mount.at("web/export.boxlite")).unwrap();
     let file = File::create(mount.at("new.boxlite")).unwrap();
     let mut pieces: Vec<usize> = (0..good.len().div_ceil(30_000)).collect();
-    // Later ones before earlier ones, in groups.
+    // Writes later blocks before earlier ones, in groups.
     pieces.chunks_mut(7).for_each(<[usize]>::reverse);
     for piece in pieces {
         let start = piece * 30_000;
@@ -454,8 +456,8 @@ fn a_box_that_was_made_is_one_box_for_its_maker_and_everyone_else() {
     let home = TestHome::new();
     let mount = home.mount();
     mount.snapshot("web", "s").unwrap();
-    // This process is the maker; a child is too, so the outsider is started through setsid by a
-    // process that is gone: it descends from init.
+    // This process is the maker, and so are its children. The outsider therefore starts through
+    // setsid from a process that has exited, which makes it a descendant of init.
     fs::create_dir(mount.at("new")).unwrap();
     let inode = mount.at("new").metadata().unwrap().ino();
     assert_eq!(mount.names("new"), [""; 0]);
@@ -475,7 +477,7 @@ fn a_box_that_was_made_is_one_box_for_its_maker_and_everyone_else() {
     );
     let listing = outsider(&format!("ls {}", text(&mount.at("new"))));
     assert_eq!(listing.split_whitespace().collect::<Vec<_>>(), BOX_FILES);
-    // As a tool that copies a tree, which finds no directory because it makes it.
+    // Continues like a tool that copies a tree and creates each directory itself.
     fs::create_dir(mount.at("new/snapshots")).unwrap();
     fs::create_dir(mount.at("new/snapshots/later")).unwrap();
     assert_eq!(mount.names("new/snapshots/later"), SNAPSHOT_FILES);

@@ -1,5 +1,5 @@
-//! Deleting by hand: all of a box goes or nothing does, whoever stops half way, and nobody else loses
-//! what he has of it.
+//! Deleting by hand removes a whole box or nothing, even if it stops half-way, and never affects
+//! what other boxes share with it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -8,13 +8,13 @@ use std::process::{Child, Command, Stdio};
 
 use crate::common::*;
 
-/// Everything in a box with the snapshot `s` but its directories.
+/// Everything in a box with the snapshot `s`, except its directories.
 const UNLINK_ALL: &str = "[os.unlink(m + 'web/' + name) for name in \
     ['box.json', 'export.boxlite', 'export.boxlite.zst', 'rootfs', 'disk.img'] + \
     ['snapshots/s/' + name for name in \
     ['snapshot.json', 'export.boxlite', 'export.boxlite.zst', 'rootfs', 'disk.img']]]";
 
-/// A home whose box `web` has the snapshot `s` of another state.
+/// Makes a home whose box `web` has a snapshot `s` that differs from its live disk.
 fn home_with_snapshot() -> TestHome {
     let home = TestHome::new();
     home.guest_write("web", FREE_AREA, b"at the snapshot");
@@ -23,7 +23,7 @@ fn home_with_snapshot() -> TestHome {
     home
 }
 
-/// What every guest sees: every live disk and snapshot by digest.
+/// Maps every live disk and snapshot to the digest of what its guest sees.
 fn states(home: &TestHome) -> BTreeMap<String, String> {
     let database = home.database();
     let mut states = BTreeMap::new();
@@ -46,7 +46,7 @@ fn states(home: &TestHome) -> BTreeMap<String, String> {
     states
 }
 
-/// Fails unless everybody sees all of `web`, and it is what it was.
+/// Asserts that every process sees all of `web`, unchanged.
 fn assert_web_is_back(home: &TestHome, mount: &Mounted, before: &BTreeMap<String, String>) {
     let mut passer_by = Process::start(mount);
     assert_eq!(passer_by.names(""), ["web"]);
@@ -135,7 +135,7 @@ fn who_unlinks_box_json_alone_deletes_nothing_and_nobody_else_notices() {
     let before = states(&home);
     succeed(&["rm", text(&mount.at("web/box.json"))]);
     assert_web_is_back(&home, &mount, &before);
-    // Who lives on goes on seeing what he did, and nobody else does.
+    // The process that unlinked it keeps seeing the file as gone; no other process does.
     let mut process = Process::start(&mount);
     process.does("os.unlink(m + 'web/box.json')");
     assert_eq!(process.names("web"), BOX_FILES[1..]);
@@ -143,7 +143,7 @@ fn who_unlinks_box_json_alone_deletes_nothing_and_nobody_else_notices() {
     assert_eq!(process.fails("os.unlink(m + 'web/box.json')"), libc::ENOENT);
     assert_eq!(process.fails("os.rmdir(m + 'web')"), libc::ENOTEMPTY);
     assert_web_is_back(&home, &mount, &before);
-    // Also while somebody deletes, others work with the box.
+    // Other processes can work with the box while one process deletes it.
     let mut other = Process::start(&mount);
     other.does("os.mkdir(m + 'web/snapshots/other')");
     other.does("os.rmdir(m + 'web/snapshots/other')");
@@ -161,7 +161,7 @@ fn a_box_goes_also_for_who_begins_with_its_empty_snapshots() {
     mount.remove_snapshot("new", "s").unwrap();
     let before = states(&home);
     let mut process = Process::start(&mount);
-    // Alone it is nothing.
+    // Removing the empty `snapshots` alone deletes nothing.
     process.does("os.rmdir(m + 'new/snapshots')");
     assert!(!process.names("new").contains(&"snapshots".to_owned()));
     assert!(mount.names("new").contains(&"snapshots".to_owned()));
@@ -169,7 +169,7 @@ fn a_box_goes_also_for_who_begins_with_its_empty_snapshots() {
     process.does("os.mkdir(m + 'new/snapshots/again')");
     process.does("os.rmdir(m + 'new/snapshots/again')");
     assert_eq!(states(&home), before);
-    // In the order of Thunar's.
+    // In the order in which Thunar deletes.
     for name in [
         "snapshots",
         "rootfs",
@@ -197,7 +197,7 @@ fn a_deletion_that_stops_half_way_takes_nothing() {
     let home = home_with_snapshot();
     let mount = home.mount();
     let before = states(&home);
-    // With all of it unlinked, and one step before the end.
+    // With everything unlinked, one step before the end.
     for last_steps in ["[]", "['snapshots/s']", "['snapshots/s', 'snapshots']"] {
         let mut process = Process::start(&mount);
         process.does(UNLINK_ALL);
@@ -208,13 +208,13 @@ fn a_deletion_that_stops_half_way_takes_nothing() {
         process.kill();
         assert_web_is_back(&home, &mount, &before);
     }
-    // rm itself, which is told no after some files.
+    // rm itself, refused after some of the files.
     for yes in 1..8 {
         let script = format!("yes | head -n {yes} | rm -ri $MNT/web");
         shell(&mount, &home, &script);
         assert_web_is_back(&home, &mount, &before);
     }
-    // What was begun twice and left is no half of a deletion by somebody else.
+    // Incomplete deletions by several processes do not add up to a complete one.
     let output = shell(
         &mount,
         &home,
@@ -238,7 +238,7 @@ fn rm_that_is_killed_at_any_step_leaves_all_or_nothing() {
     let home = home_with_snapshot();
     let mount = home.mount();
     let before = states(&home);
-    // Six files, three directories; the last step is the one that deletes.
+    // Six files and three directories; the last step is the one that deletes.
     for step in 1..=9 {
         let inject = format!("--inject=unlinkat:signal=SIGKILL:when={step}");
         let web = mount.at("web");
@@ -315,7 +315,7 @@ fn everything_in_a_box_unlinked_by_a_pattern_is_back_when_the_box_stays() {
     assert_web_is_back(&home, &mount, &before);
 }
 
-// ---- what others have of it ---------------------------------------------------------------------
+// ---- what others share with the box -------------------------------------------------------------
 
 #[test]
 fn clones_keep_their_contents_when_the_box_they_were_made_from_goes() {
@@ -333,11 +333,11 @@ fn clones_keep_their_contents_when_the_box_they_were_made_from_goes() {
     wanted.retain(|name, _| name != "web" && !name.starts_with("web@"));
     assert_eq!(states(&home), wanted);
     home.assert_whole();
-    // BoxLite starts: it collects what it takes to be left over.
+    // BoxLite's start collects what it takes to be unreferenced.
     let listed = home.wheel(&["list"]);
     assert_eq!(listed.as_array().map(Vec::len), Some(4));
     assert_eq!(states(&home), wanted);
-    // Each of them goes in turn, by the mount or by BoxLite, and the others stay.
+    // Each is removed in turn, by the mount or by BoxLite; the others stay.
     for (name, by_boxlite) in [("by-boxlite", true), ("whole", false), ("of-s", true)] {
         if by_boxlite {
             drop(home.wheel(&["remove", name]));
@@ -381,7 +381,7 @@ fn a_snapshot_taken_while_the_box_is_deleted_keeps_it() {
     assert_eq!(other.names("web/snapshots"), ["late", "s"]);
     assert_eq!(states(&home), before);
 
-    // One step later: `snapshots` had gone already.
+    // One step later, when `snapshots` is already gone.
     let mut deleting = Process::start(&mount);
     deleting.does(
         "[shutil.rmtree(m + 'web/snapshots/late'), os.mkdir(m + 'web/snapshots/late')] and None",
@@ -421,7 +421,7 @@ fn a_box_that_changes_while_it_is_deleted_stays() {
         }
         deleting.does("[os.rmdir(m + 'web/snapshots' + name) for name in ['/s', '']]");
     };
-    // Its disk, by another mount, BoxLite or a guest.
+    // Its disk is changed by another mount, BoxLite or a guest.
     let mut deleting = Process::start(&mount);
     steps(&mut deleting);
     home.guest_write("web", FREE_AREA, b"meanwhile");
@@ -435,7 +435,7 @@ fn a_box_that_changes_while_it_is_deleted_stays() {
     assert_eq!(deleting.fails("os.rmdir(m + 'web')"), libc::ENOTEMPTY);
     drop(deleting);
     assert_eq!(mount.names("web/snapshots"), ["kept"]);
-    // A process that takes a snapshot does not delete the box any more.
+    // A process that takes a snapshot has given up deleting the box.
     let mut program = Process::start(&mount);
     program.does("os.remove(m + 'web/box.json')");
     program.does("os.mkdir(m + 'web/snapshots/new')");
@@ -467,7 +467,7 @@ fn two_who_delete_the_same_box_do_not_harm_anything() {
 
 // ---- busy ---------------------------------------------------------------------------------------
 
-/// A process that lives until it is dropped.
+/// A process that runs until it is dropped.
 struct Living(Child);
 
 impl Living {
@@ -485,7 +485,8 @@ impl Drop for Living {
     }
 }
 
-/// Every tool is told that `web` is busy by its first unlink, and the snapshots are there afterwards.
+/// Asserts that the first unlink of every tool fails because `web` is busy, and that its snapshots
+/// survive.
 fn assert_refused_while_busy(home: &TestHome, mount: &Mounted, before: &BTreeMap<String, String>) {
     for (tool, tells) in [
         ("rm -r $MNT/web", true),
@@ -545,7 +546,7 @@ fn a_box_in_use_refuses_at_the_first_file_with_its_snapshots_intact() {
         assert_refused_while_busy(&home, &mount, &before);
     }
     assert_web_is_back(&home, &mount, &before);
-    // It starts after the first files went.
+    // The box starts after the first files are gone.
     let mut process = Process::start(&mount);
     process.does(UNLINK_ALL);
     process.does("[os.rmdir(m + 'web/snapshots' + name) for name in ['/s', '']]");
@@ -568,7 +569,7 @@ fn a_box_that_is_moved_away_is_there_as_a_whole_before_it_goes_here() {
     let home = home_with_snapshot();
     let mount = home.mount();
     let before = states(&home);
-    // The place it is moved to has no room for all of it.
+    // The destination has no room for the whole box.
     let output = shell(
         &mount,
         &home,

@@ -1,6 +1,7 @@
-//! How a mount ends: whatever ends it, it takes no other mount with it, be it a new one of the same home or
-//! a stranger's on the same directory. And what `boxlitefs unmount` says of what it can't end. Each script
-//! has a mount namespace and processes of its own, which go with the test. Needs root.
+//! How a mount ends. Whatever ends it, every other mount stays, even a newer one of the same home
+//! or a foreign one on the same directory. Also: what `boxlitefs unmount` reports if it cannot
+//! unmount. Each script has its own mount namespace and processes, which end with the test. Needs
+//! root.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,10 +10,11 @@ use std::process::Command;
 
 use crate::common::*;
 
-/// A user every system has, who owns nothing.
+/// A user that exists on every system and owns nothing.
 const USER: &str = "nobody";
 
-/// What the scripts have: $B is boxlitefs, $H the home, $M the mountpoint, $P a directory of their own.
+/// Definitions for all scripts: $B is boxlitefs, $H the home, $M the mountpoint, $P a scratch
+/// directory.
 const PRELUDE: &str = r#"
 set -eu
 mkdir "$P/dev"
@@ -63,7 +65,7 @@ struct Place {
 impl Place {
     fn new() -> Place {
         let home = TestHome::new();
-        // Another user has to come by.
+        // Another user has to be able to enter.
         fs::set_permissions(home.beside(""), fs::Permissions::from_mode(0o755)).unwrap();
         Place { home }
     }
@@ -114,10 +116,10 @@ impl Place {
     }
 }
 
-// ---- a mount that was detached while it was in use ---------------------------------------------------
+// ---- a mount that was detached while in use -----------------------------------------------------
 
-/// $OLD is a process whose mount was detached while a file of it is open as 5; a new mount of the same home
-/// is on the mountpoint, and in use.
+/// Detaches a mount while one of its files is open as descriptor 5. $OLD is its process. Tests then
+/// mount something else on the mountpoint.
 const REPLACED: &str = r#"
 $B mount "$H" "$M"
 OLD=$(server "$M")
@@ -126,7 +128,7 @@ exec 5<"$M/web/export.boxlite"
 umount -l "$M"
 "#;
 
-/// What ends a mount that was detached while a reader has it, by any name: then nothing leads to it.
+/// Ways to end a detached mount that a reader keeps alive. No path leads to such a mount.
 const ENDS: [&str; 8] = [
     "exec 5<&-",
     "kill -TERM $OLD",
@@ -208,7 +210,7 @@ fn a_users_mount_that_was_detached_in_use_ends_without_the_one_that_came_after_i
     }
 }
 
-// ---- mounts on one another ---------------------------------------------------------------------------
+// ---- stacked mounts -----------------------------------------------------------------------------
 
 #[test]
 fn of_two_mounts_on_one_another_every_way_of_unmounting_ends_the_upper_alone() {
@@ -250,7 +252,7 @@ fn of_two_mounts_on_one_another_every_way_of_unmounting_ends_the_upper_alone() {
 #[test]
 fn a_signal_to_a_mount_that_another_covers_waits_until_that_is_gone() {
     let place = Place::new();
-    // A stranger's on the same directory, on the one above, and in the mount itself.
+    // A foreign mount on the same directory, on its parent, and inside the mount.
     for (mountpoint, covered) in [
         ("$M", "$M"),
         ("$P/above/mnt", "$P/above"),
@@ -323,7 +325,7 @@ fn a_mount_that_was_moved_is_unmounted_where_it_is_by_a_signal() {
     );
 }
 
-// ---- mounts that fail --------------------------------------------------------------------------------
+// ---- mounts that fail ---------------------------------------------------------------------------
 
 #[test]
 fn of_many_that_mount_on_one_directory_at_once_one_does() {
@@ -352,7 +354,8 @@ fn a_session_that_fails_takes_its_own_mount_away_and_no_other() {
         } else {
             ""
         };
-        // Each thread that asks the kernel for requests fails at some time; requests keep coming until then.
+        // Each thread that reads requests from the kernel fails at some point; requests keep coming
+        // until then.
         let script = format!(
             r#"
             strace -f -o /dev/null -P /dev/fuse -e trace=read -e inject=read:error=EIO:when=40+ \
@@ -396,7 +399,8 @@ fn a_mount_in_the_background_whose_caller_is_killed_before_it_serves_takes_itsel
 #[test]
 fn a_mount_in_the_background_that_is_killed_before_it_serves_leaves_no_dead_mount() {
     let place = Place::new();
-    // At the first request that it reads: the mount is there, and it has not said that it serves.
+    // Killed at the first request it reads: the mount exists, but readiness has not been reported
+    // yet.
     place.run(
         r#"
         fails 1 'ended without a report' strace -f -o /dev/null -P /dev/fuse -e trace=read \
@@ -441,8 +445,8 @@ fn what_a_unit_runs_after_a_crash_unmounts_what_is_dead_and_nothing_else() {
 #[test]
 fn a_dead_mount_is_told_from_an_earlier_one_that_had_its_number() {
     let place = Place::new();
-    // The kernel gives the number of a file system that is gone to the next one, also while the process
-    // that served it is there.
+    // The kernel reuses the number of a removed file system for the next one, even while the
+    // process that served it still exists.
     place.run(
         r#"
         for try in $(seq 100); do

@@ -1,5 +1,6 @@
-//! Guests that are large, odd or hostile: links stay inside, directories of any size are listed, numbers
-//! can be told apart. The judge is the kernel, which has the same file system on a loop mount.
+//! Large, odd and hostile guests: links stay inside the guest, directories of any size are listed,
+//! and inode numbers are distinct. The kernel is the judge: it mounts the same file system through
+//! a loop device.
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -10,7 +11,7 @@ use std::process::Command;
 use crate::common::*;
 use crate::inside::{Loop, assert_same, give_disk};
 
-/// A file system with what is in `tree`; options are split at spaces.
+/// Makes a file system with the contents of `tree`. Options are split at spaces.
 fn image_of(tree: &Path, place: &Path, options: &str, size: &str) -> PathBuf {
     let image = place.join("guest.raw");
     let mut command = vec!["mke2fs", "-q", "-F"];
@@ -26,7 +27,7 @@ fn debugfs(image: &Path, commands: &str) {
     succeed(&["debugfs", "-w", "-f", text(&script), text(image)]);
 }
 
-/// A disk with a GPT, whose partitions are these images.
+/// Makes a disk with a GPT whose partitions are these images.
 fn partitioned(place: &Path, images: &[&Path]) -> PathBuf {
     let whole = place.join("whole.raw");
     let mut table = String::from("label: gpt\n");
@@ -57,8 +58,8 @@ fn partitioned(place: &Path, images: &[&Path]) -> PathBuf {
     whole
 }
 
-/// Directories with files, and links between them, to the root and above it, by steps chosen at random
-/// and by the cases that are known. $1 is where, $2 the seed.
+/// Makes directories, files and links between them, to the root and above it. The link targets are
+/// known hard cases and random paths. $1 is the directory, $2 the seed.
 const LINKS: &str = r#"
 import os, random, sys
 os.chdir(sys.argv[1]); rnd = random.Random(int(sys.argv[2]))
@@ -85,8 +86,8 @@ for place in places:
     os.symlink("self", place + "/self"); os.symlink("loop2/..", place + "/loop"); os.symlink("loop/..", place + "/loop2")
 "#;
 
-/// What each link leads to: in a chroot, that is, as the guest sees it, or from outside. $1 is where; $2 is
-/// `chroot` or nothing.
+/// Prints where each link leads, either in a chroot, as the guest sees it, or from outside. $1 is
+/// the directory; $2 is `chroot` or empty.
 const ENDS: &str = r#"
 import os, sys
 os.chdir(sys.argv[1])
@@ -123,7 +124,8 @@ fn assert_same_lines(ours: &str, theirs: &str) {
     assert_eq!(ours.lines().count(), theirs.lines().count());
 }
 
-/// A home whose box has links to anywhere, and the image of its file system.
+/// Makes a home whose box has links to all kinds of targets; returns it with the file system's
+/// image.
 fn home_with_links(seed: &str) -> (TestHome, PathBuf) {
     let home = TestHome::new();
     let tree = tempfile::tempdir().unwrap();
@@ -150,7 +152,8 @@ fn links_lead_to_the_guests_own_files_as_they_do_for_the_guest() {
     ] {
         assert_same_lines(&ends(&mount.at(path), false), &theirs);
     }
-    // Where the whole of a guest is mounted elsewhere, and by names one after the other.
+    // Links lead to the same files in a bind mount elsewhere, and after single names were looked
+    // up.
     let elsewhere = tempfile::tempdir().unwrap();
     let rootfs = mount.at("web/rootfs").canonicalize().unwrap();
     succeed(&["mount", "--bind", text(&rootfs), text(elsewhere.path())]);
@@ -262,7 +265,7 @@ fn a_directory_in_two_places_leads_nobody_out() {
         assert_eq!(errno(fs::metadata(at(closed).join("link"))), libc::EIO);
     }
     assert!(mount.log().contains("e2fsck"), "{}", mount.log());
-    // Also for a program that is in the directory meanwhile.
+    // This also holds for a program whose working directory is below it.
     let script = format!(
         "cd '{0}/a/b/c/deep' && cat link && ls -lR '{0}/' > /dev/null; ls -l '{0}/deep' 2> /dev/null; \
          cat link absolute && cd ../../../.. && cat file",
@@ -277,7 +280,7 @@ fn a_directory_in_two_places_leads_nobody_out() {
     assert!(mount.at("web/rootfs/deep/link").symlink_metadata().is_ok());
 }
 
-/// Names of 40 bytes, as many as $2, for some files in the directory $1.
+/// Links $2 names of 40 bytes each to a few files in the directory $1.
 const NAMES: &str = r#"
 import os, sys
 os.mkdir(sys.argv[1]); os.chdir(sys.argv[1])
@@ -310,7 +313,7 @@ fn a_directory_of_hundreds_of_thousands_of_names_is_listed_and_searched() {
         succeed(&["umount", text(mounted.path())]);
         assert!(made.status.success(), "{made:?}");
         if !is_indexed {
-            // Made without, the kernel would take minutes.
+            // Without this option, the kernel would take minutes.
             debugfs(&image, "feature -dir_index\nsif many flags 0x80000\n");
         }
         give_disk(&home, "web", &image);
@@ -328,7 +331,7 @@ fn a_directory_of_hundreds_of_thousands_of_names_is_listed_and_searched() {
             let none = many.join(format!("{:040}", n * 7919 + 1));
             assert_eq!(errno(none.symlink_metadata()), libc::ENOENT);
         }
-        // A listing goes on where it was left, also backwards.
+        // A listing continues from any earlier position, also backwards.
         const SEEK: &str = r#"
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -390,7 +393,7 @@ fn every_number_is_told_apart_by_programs_that_take_it_for_a_floating_point_numb
         assert!(number < 1 << 53, "{line}");
         files.insert(path.to_owned(), number);
     }
-    // Files of one name in two boxes, states and partitions are two files.
+    // Files with the same name in two boxes, states or partitions are different files.
     let of = |path: &str| files[path];
     let mut all = std::collections::BTreeSet::new();
     for rootfs in [
@@ -408,7 +411,7 @@ fn every_number_is_told_apart_by_programs_that_take_it_for_a_floating_point_numb
             }
         }
     }
-    // The same after a remount, but for what is new each time.
+    // Numbers survive a remount, except those that are new in each mount.
     mount.unmount();
     let mount = home.mount();
     let later = numbers(&mount);

@@ -1,6 +1,6 @@
-//! Archives that mean harm or are broken (`tests/hostile/make.py` makes them): every one is refused
-//! with a message that names the check, nothing of it is left, and the mount goes on. And who may
-//! see what of a mount.
+//! Malicious and damaged archives (made by `tests/hostile/make.py`): each is refused with a message
+//! that names the failed check, leaves nothing behind, and does not disturb the mount. Also: who
+//! may see what of a mount.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -19,23 +19,23 @@ struct Hostile {
     group: String,
     archive: PathBuf,
     becomes: Becomes,
-    /// Lists of texts, of which the message has to have one, in order.
+    /// Lists of alternatives: the message must contain one text of each list, in order.
     says: Vec<Vec<String>>,
     heavy: bool,
 }
 
-/// What has to become of an archive.
+/// The expected result for an archive.
 #[derive(Clone, Copy, PartialEq)]
 enum Becomes {
-    /// A box with the disk in it.
+    /// A box with the disk of the archive.
     Taken,
-    /// It fails with this errno's message.
+    /// Fails with the message of this errno.
     Refused(&'static str),
-    /// The one or the other.
+    /// Either of the two.
     Either,
 }
 
-/// All archives. Made once a process.
+/// Returns all archives, which are made once per process.
 fn corpus() -> &'static [Hostile] {
     static CORPUS: OnceLock<Vec<Hostile>> = OnceLock::new();
     CORPUS.get_or_init(|| {
@@ -86,7 +86,7 @@ impl Hostile {
         all.find(|one| one.name == name).expect(name)
     }
 
-    /// Whether a message says of it what it should.
+    /// Tells whether a message describes the archive as expected.
     fn is_told_by(&self, message: &str) -> bool {
         self.says.iter().any(|texts| {
             let mut rest = Some(message);
@@ -97,10 +97,11 @@ impl Hostile {
         })
     }
 
-    /// The bytes of the disk in it.
+    /// Returns the bytes of the disk in the archive.
     fn disk(&self) -> Vec<u8> {
         let whole = match self.group.as_str() {
-            // Their tar may be damaged, or have others beside it; but not their disk.
+            // The tar of the archive may be damaged or have extra entries, so read the disk, which
+            // is unchanged, from the good one.
             "flip" | "member" | "name" => &Hostile::named("good").archive,
             _ => &self.archive,
         };
@@ -113,7 +114,7 @@ impl Hostile {
     }
 }
 
-/// Those of the corpus to try: everything but a part of those that are many of a kind.
+/// Selects the archives to try: all, except that large groups of similar ones are sampled.
 fn chosen(slice: usize, groups_of_many: &[&str]) -> Vec<&'static Hostile> {
     let (many, others): (Vec<_>, Vec<_>) = corpus()
         .iter()
@@ -126,7 +127,7 @@ fn chosen(slice: usize, groups_of_many: &[&str]) -> Vec<&'static Hostile> {
     others.into_iter().chain(some).collect()
 }
 
-/// How an archive is brought in, as a shell says it: `$B` is the archive, `$N` the name of the box.
+/// Shell commands that import an archive: `$B` is the archive, `$N` the name of the box.
 const WAYS: [&str; 5] = [
     "cp $B $MNT/$N.boxlite",
     "mkdir $MNT/$N && cp $B $MNT/$N/export.boxlite",
@@ -134,7 +135,7 @@ const WAYS: [&str; 5] = [
     "cp $B $MNT/web/export.boxlite",
     "rsync $B $MNT/$N.boxlite",
 ];
-/// The way that gives a box another disk.
+/// The command that replaces the disk of an existing box.
 const RESTORE: usize = 3;
 
 fn bring(mount: &Mounted, one: &Hostile, way: usize, name: &str) -> Output {
@@ -149,14 +150,14 @@ fn bring(mount: &Mounted, one: &Hostile, way: usize, name: &str) -> Output {
         .expect("bash")
 }
 
-/// The last message of the log that has `part` in it.
+/// Returns the last log message that contains `part`.
 fn sentence_about(mount: &Mounted, part: &str) -> String {
     let log = mount.log();
     let line = log.lines().rfind(|line| line.contains(part));
     line.unwrap_or_default().to_owned()
 }
 
-/// What a process has open that has no name any more, and takes room all the same.
+/// Returns the unlinked files that a process holds open; they still occupy space.
 fn unnamed_files(process: u32) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(format!("/proc/{process}/fd")) else {
         return Vec::new();
@@ -174,7 +175,7 @@ fn is_spool(target: &Path) -> bool {
     name.contains("/.boxlitefs/work-") && name.ends_with("(deleted)")
 }
 
-/// No line of a log was made by what an archive brought, and none gives orders to a terminal.
+/// Asserts that no archive could forge a log line or put terminal control characters into one.
 fn assert_clean_log(log: &str) {
     for line in log.lines() {
         assert!(!line.chars().any(char::is_control), "{line:?}");
@@ -203,7 +204,7 @@ fn hostile_archives_are_refused_by_name_and_leave_nothing() {
                     .push(format!("{} by {}: {loss}", one.name, WAYS[way]));
             }
             tally.compared += 1;
-            // The kernel lets go of a file that was closed half way after its writer's end.
+            // After a writer ends, the kernel takes a moment to release a half-written file.
             let deadline = Instant::now() + PATIENCE;
             let mut after = home.kept();
             while after != before && Instant::now() < deadline {
@@ -215,12 +216,12 @@ fn hostile_archives_are_refused_by_name_and_leave_nothing() {
                     "{} by {}: something is left, or gone",
                     one.name, WAYS[way]
                 ));
-                // Told once.
+                // Report it once.
                 before = after;
             }
         }
     }
-    // Said first, for it says which archive did what follows.
+    // Checked first because it names the archive that causes any failure below.
     assert!(tally.losses.is_empty(), "{}", tally.losses.join("\n"));
     assert_eq!(mount.names(""), ["web"]);
     assert_eq!(unnamed_files(mount.process()), Vec::<PathBuf>::new());
@@ -233,7 +234,7 @@ fn hostile_archives_are_refused_by_name_and_leave_nothing() {
     tally.finish("hostile archives");
 }
 
-/// The ways an archive is brought in: one that makes a box, and for most another.
+/// Returns the ways to import an archive: one that makes a box, and for most archives a second one.
 fn ways_for(one: &Hostile, number: usize) -> Vec<usize> {
     let first = match number % 8 {
         0 => 4,
@@ -271,7 +272,7 @@ fn try_one(
         _ => name,
     };
     let mut message = sentence_about(mount, about);
-    // A file that is closed half way is told of once the kernel has let go of it, after its writer's end.
+    // A half-written file is reported once the kernel has released it, after its writer's end.
     let deadline = Instant::now() + PATIENCE;
     while one.becomes != Becomes::Taken && message.is_empty() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
@@ -290,10 +291,10 @@ fn try_one(
     }
 }
 
-/// What was taken has the disk that was in the archive; then it goes.
+/// Asserts that an accepted box has the disk of its archive, then removes the box.
 fn as_it_was(home: &TestHome, mount: &Mounted, one: &Hostile, name: &str) -> Result<(), String> {
     let disk = fs::read(home.live_disk(name)).map_err(|e| e.to_string())?;
-    // Whatever is in it, looking at it harms nobody.
+    // Reading must be harmless whatever the box contains.
     for look in ["box.json", "export.boxlite", "disk.img", "rootfs/x"] {
         let _ = fs::read(mount.at(name).join(look));
     }
@@ -321,7 +322,7 @@ fn lock_of(home: &TestHome, name: &str) -> PathBuf {
 #[test]
 fn what_boxlite_takes_of_the_corpus_comes_with_the_same_disk() {
     let home = TestHome::empty();
-    // BoxLite hashes holes for hours, and unpacks what it is given.
+    // BoxLite takes hours to hash holes, and unpacks whatever it gets.
     let all = corpus().iter();
     let all = all.filter(|one| !one.heavy && !matches!(one.group.as_str(), "bomb" | "sparse"));
     let (taken, others): (Vec<_>, Vec<_>) = all.partition(|one| one.becomes == Becomes::Taken);
@@ -335,7 +336,7 @@ fn what_boxlite_takes_of_the_corpus_comes_with_the_same_disk() {
         .map(|one| vec!["import", text(&one.archive), one.name.as_str()])
         .collect();
     let commands: Vec<&[&str]> = commands.iter().map(Vec::as_slice).collect();
-    // So few that neither side waits for the other to read.
+    // Small batches, so that neither side blocks on a full pipe.
     let answers = commands.chunks(200);
     let answers: Vec<Value> = answers
         .flat_map(|some| home.try_wheel_batch(some))
@@ -371,7 +372,7 @@ fn what_boxlite_takes_of_the_corpus_comes_with_the_same_disk() {
     tally.finish("hostile archives and BoxLite");
 }
 
-/// A mount whose standard error goes to a file.
+/// A mount that writes its standard error to a file.
 struct Noted {
     child: Child,
     mountpoint: PathBuf,
@@ -404,7 +405,7 @@ impl Noted {
         }
     }
 
-    /// Unmounts; what it wrote to standard error.
+    /// Unmounts and returns what the mount wrote to standard error.
     fn end(mut self) -> String {
         succeed(&[binary(), "unmount", text(&self.mountpoint)]);
         self.child.wait().expect("its end");
@@ -435,7 +436,7 @@ fn nothing_an_archive_brings_is_a_line_or_an_order_on_standard_error_or_in_the_l
         let to = mount.mountpoint.join(format!("n{number}.boxlite"));
         let _ = run(&["cp", text(&one.archive), text(&to)]);
     }
-    // The name of a box is the user's, and may be anything.
+    // The user chooses the name of a box, which may contain anything.
     let odd = mount
         .mountpoint
         .join("a\n2030-01-01T00:00:00Z b\u{1b}[2J.boxlite");
@@ -453,7 +454,7 @@ fn nothing_an_archive_brings_is_a_line_or_an_order_on_standard_error_or_in_the_l
     }
 }
 
-/// An archive with these options, beside the home.
+/// Makes an archive with these options, next to the home.
 fn archive_with(home: &TestHome, name: &str, options: &Value) -> PathBuf {
     let path = home.beside(&format!("{name}.boxlite"));
     home.wheel(&[
@@ -473,7 +474,7 @@ fn secrets_are_shown_by_nothing_but_the_archive() {
     let home = TestHome::new();
     let secret = json!([{"name": "key", "hosts": [], "placeholder": "P", "value": "tell-nobody"}]);
     let good = archive_with(&home, "s", &json!({"secrets": secret}));
-    // Refused at the very place.
+    // The invalid field itself contains the secret.
     let wrong =
         json!({"secrets": [{"name": "key", "hosts": "tell-nobody", "value": "tell-nobody"}]});
     let wrong = archive_with(&home, "w", &wrong);
@@ -521,7 +522,7 @@ fn secrets_are_shown_by_nothing_but_the_archive() {
     }
 }
 
-/// What a shell says as the user nobody.
+/// Runs a shell command as the user nobody and returns its output.
 fn as_nobody(command: &str) -> Output {
     Command::new("setpriv")
         .args([
@@ -602,7 +603,8 @@ fn a_mount_is_its_users_alone_and_archives_are_his_even_where_others_may_enter()
 #[test]
 fn what_is_being_prepared_in_the_home_is_the_owners_alone() {
     let home = TestHome::new();
-    // Made by somebody else, or by an earlier version, with more than it should have.
+    // The directory exists already, made by another user or an earlier version, with too wide a
+    // mode.
     let staging = home.root().join(".boxlitefs");
     fs::DirBuilder::new()
         .mode(0o755)
@@ -616,7 +618,7 @@ fn what_is_being_prepared_in_the_home_is_the_owners_alone() {
     ));
     process.does("globals().update(f=open(m + 'n.boxlite', 'wb', 0))");
     process.does("f.write(b[:100000])");
-    // Ahead of its turn.
+    // Written out of order.
     process.does("os.pwrite(f.fileno(), b[300000:400000], 300000)");
     let mode = |path: &Path| fs::metadata(path).expect("metadata").mode() & 0o7777;
     assert_eq!(mode(&staging), 0o700);
@@ -631,7 +633,7 @@ fn what_is_being_prepared_in_the_home_is_the_owners_alone() {
     assert_eq!(mode(&spools[0]), 0o600);
 }
 
-// ---- what an import may bring -------------------------------------------------------------------
+// ---- limits for imports -------------------------------------------------------------------------
 
 #[test]
 fn an_import_brings_no_more_than_the_mount_allows_and_is_told_so_before_it_is_written() {
@@ -643,7 +645,7 @@ fn an_import_brings_no_more_than_the_mount_allows_and_is_told_so_before_it_is_wr
     let lock = lock_of(&home, "small");
     succeed(&["rm", "-r", text(&mount.at("small"))]);
     let _ = fs::remove_file(lock);
-    // Its header alone says that it has 300 MiB.
+    // The header alone declares 300 MiB.
     let large = Hostile::named("bomb-not-zeros");
     let head = home.beside("head.boxlite");
     fs::write(
@@ -656,7 +658,7 @@ fn an_import_brings_no_more_than_the_mount_allows_and_is_told_so_before_it_is_wr
         format!("cp {large} $MNT/n.boxlite"),
         format!("mkdir $MNT/n && cp {large} $MNT/n/export.boxlite"),
         format!("cp {large} $MNT/web/export.boxlite"),
-        // In the write, not in the close that finds it cut short.
+        // The write fails, rather than the close that finds the archive cut short.
         format!("dd if={head} of=$MNT/n.boxlite bs=4k status=none"),
     ] {
         let output = script(&command, &[("MNT", mount.root())])
@@ -673,7 +675,7 @@ fn an_import_brings_no_more_than_the_mount_allows_and_is_told_so_before_it_is_wr
         );
         assert_eq!(home.kept(), before, "{command}");
     }
-    // What a mount has already moves no bytes, and is no import.
+    // Copies of what the mount already has move no bytes and are not imports.
     home.guest_write("web", FREE_AREA, &vec![7; 2 << 20]);
     mount.copy("web", "clone");
     mount.unmount();
@@ -717,12 +719,12 @@ fn a_full_disk_ends_an_import_and_gives_the_room_back() {
     let log = || fs::read_to_string(mountpoint.join(".boxlite/log")).expect("the log");
     let first = copy(&Hostile::named("sum-disk").archive);
     let before = room();
-    // Declared: 300 MiB. Not declared: each of its pieces takes a block.
+    // One archive declares 300 MiB. The other does not, but each of its pieces takes a block.
     let declared = copy(&Hostile::named("bomb-not-zeros").archive);
     let told = log();
     let in_pieces = copy(&many_small_pieces(&home));
     let told_late = log();
-    // What was written goes when the kernel says that the file is closed, after cp has ended. The log has
+    // The written data is freed once the kernel reports the close, after cp has ended. The log has
     // grown.
     let blocks = |text: &str| text.trim().parse::<u64>().expect("a number");
     eventually("the room is back", || {
@@ -740,7 +742,8 @@ fn a_full_disk_ends_an_import_and_gives_the_room_back() {
     );
 }
 
-/// A sparse archive of 10 MiB whose disk takes eight times as much: of each block it has 512 bytes.
+/// Makes a sparse archive of 10 MiB whose disk takes eight times as much: it has 512 bytes in each
+/// block.
 fn many_small_pieces(home: &TestHome) -> PathBuf {
     let path = home.beside("pieces.boxlite");
     let program = "import sys; sys.path.insert(0, sys.argv[1]); import make\n\
@@ -866,10 +869,10 @@ fn an_untrusted_directory_with_snapshots_is_refused_as_a_whole() {
         text(&mount.at("again")),
     ]);
     assert!(said.contains("Operation not permitted"), "{said}");
-    // What was made goes with who made it, as soon as somebody looks.
+    // The unfinished box disappears with the process that made it, at the next look.
     assert_eq!(mount.names(""), ["web"]);
     assert_eq!(home.kept(), before);
-    // Its disk alone may come into a box that keeps its own configuration.
+    // The disk alone may be imported into a box, which keeps its own configuration.
     succeed(&[
         "cp",
         text(&backup.join("export.boxlite")),
@@ -884,7 +887,8 @@ fn an_untrusted_directory_with_snapshots_is_refused_as_a_whole() {
             .is_some_and(|line| line.contains("restore of box web")),
         "{log}"
     );
-    // A snapshot gets the configuration of its box. If that never comes, it gets none of the archive's.
+    // A snapshot gets the configuration of its box. If the box never arrives, the configuration in
+    // the archive is still not used.
     let directory = mount.at("new/snapshots/s");
     succeed(&["mkdir", "-p", text(&directory)]);
     let of_snapshot = backup.join("snapshots/s/export.boxlite");
@@ -938,7 +942,7 @@ fn an_archive_that_came_for_a_snapshot_is_looked_at_again_when_it_becomes_a_box(
         by_way_of_a_snapshot(&mount, &unreadable, "b"),
         libc::EBADMSG
     );
-    // They wait where they were, for a box that they can be a snapshot of.
+    // The archives wait where they were for a box whose snapshots they can become.
     for name in ["a", "b"] {
         assert_eq!(
             mount.names(format!("{name}/snapshots/s")),
@@ -950,7 +954,7 @@ fn an_archive_that_came_for_a_snapshot_is_looked_at_again_when_it_becomes_a_box(
     assert_eq!(by_way_of_a_snapshot(&mount, &archive(), "c"), 0);
     assert_eq!(mount.names(""), ["c", "web"]);
     mount.unmount();
-    // It can still read all rows.
+    // BoxLite can still read all rows.
     assert_eq!(home.wheel(&["list"]).as_array().map(Vec::len), Some(2));
     home.assert_whole();
 }

@@ -1,5 +1,6 @@
-//! Looking inside: `rootfs` is what the kernel says of the same disk on a loop mount, and `disk.img`
-//! what qemu-img says, for the live disk and for snapshots, and nothing walks into them unasked.
+//! Views into a disk: `rootfs` must agree with a loop mount of the same disk, and `disk.img` with
+//! qemu-img, for the live disk and for snapshots. Tools that walk the mount do not descend into
+//! them unasked.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -10,7 +11,7 @@ use std::process::Command;
 use crate::common::*;
 use tempfile::TempDir;
 
-/// A file system mounted by the kernel, until dropped.
+/// A file system that the kernel mounts until this is dropped.
 pub struct Loop(TempDir);
 
 impl Loop {
@@ -32,7 +33,7 @@ impl Drop for Loop {
     }
 }
 
-/// Every kind of file that `mke2fs -d` copies, in the directory $1.
+/// Makes every kind of file that `mke2fs -d` copies, in the directory $1.
 const TREE: &str = r#"
 set -e; cd "$1"; umask 022
 mkdir -p a/b/c 'with space' many; echo deep > a/b/c/deep; : > empty; printf x > short
@@ -49,11 +50,11 @@ for n in $(seq 1500); do : > "many/a file of the many, number $n"; done
 mkfifo pipe
 "#;
 
-/// What only debugfs makes.
+/// Files that only debugfs can make.
 const ODD: &str = "mknod console c 5 1\nmknod disk b 259 60000\nsif large uid 70000\n\
     ea_set short user.small value\nea_set a user.of_a_directory yes\nea_set large trusted.note another\n";
 
-/// A raw image of `size` with all kinds of files.
+/// Makes a raw image of `size` with all kinds of files.
 fn image(place: &Path, size: &str) -> PathBuf {
     let tree = tempfile::tempdir().unwrap();
     succeed(&["bash", "-c", TREE, "bash", text(tree.path())]);
@@ -92,7 +93,7 @@ pub fn give_disk(home: &TestHome, name: &str, image: &Path) {
     ]);
 }
 
-/// A home whose box has all kinds of files, and the image they are from.
+/// Makes a home whose box has all kinds of files; returns it with the image of its disk.
 pub fn home() -> (TestHome, PathBuf) {
     let home = TestHome::new();
     let image = image(home.root().parent().unwrap(), "32M");
@@ -100,8 +101,8 @@ pub fn home() -> (TestHome, PathBuf) {
     (home, image)
 }
 
-/// Changes files of the box as its guest would, in place; `image` is what its disk is. Returns the raw image
-/// of after that.
+/// Changes files of the box in place, as its guest would. `image` has the disk's current contents.
+/// Returns a raw image of the new contents.
 fn change_files(home: &TestHome, image: &Path, commands: &str) -> PathBuf {
     let changed = home.beside("changed.raw");
     fs::copy(image, &changed).unwrap();
@@ -112,7 +113,7 @@ fn change_files(home: &TestHome, image: &Path, commands: &str) -> PathBuf {
     changed
 }
 
-/// Everything that find, sha256sum, getfattr and lseek tell of a tree.
+/// Describes a tree by what find, sha256sum, getfattr and lseek report.
 fn account(root: &Path) -> String {
     const SCRIPT: &str = r#"
 cd "$1"
@@ -162,14 +163,14 @@ fn rootfs_is_what_the_kernel_says_of_the_live_disk_and_of_snapshots() {
     assert_same(&mount.at("web/rootfs/"), kernel.path());
     assert_same(&mount.at("web/snapshots/before/rootfs/"), kernel.path());
     drop(kernel);
-    // The guest makes files, and the live disk alone has them, over two layers.
+    // The guest makes files. Only the live disk has them, and it spans two layers.
     let changes = "mkdir new\nwrite /etc/hostname new/hostname\nrm short\n";
     let changed = change_files(&home, &image, changes);
     let kernel = Loop::of(&changed);
     assert_same(&mount.at("web/rootfs/"), kernel.path());
     let before = Loop::of(&image);
     assert_same(&mount.at("web/snapshots/before/rootfs/"), before.path());
-    // Two states side by side.
+    // Both states can be read side by side.
     let difference = run(&[
         "diff",
         "-rq",
@@ -188,7 +189,7 @@ fn rootfs_is_what_the_kernel_says_of_the_live_disk_and_of_snapshots() {
     lines.sort();
     assert_eq!(lines, [": new", ": short"], "{said}");
     drop((kernel, before));
-    // And after a remount the same, of what nobody has looked at yet.
+    // A remount shows the same, also for files that nothing has read yet.
     let numbers = |mount: &Mounted| mount.at("web/rootfs/a/b/c/deep").metadata().unwrap().ino();
     let number = numbers(&mount);
     mount.unmount();
@@ -213,7 +214,7 @@ fn disk_img_is_the_raw_disk_with_its_holes() {
         succeed(&["cmp", text(&ours), text(&raw)]);
         let size = raw.metadata().unwrap().len();
         assert_eq!(ours.metadata().unwrap().len(), size);
-        // Data is where qemu-img says some layer has it.
+        // The data is where some layer has it, according to qemu-img.
         let map = succeed(&["qemu-img", "map", "--output=json", text(&top)]);
         let map: serde_json::Value = serde_json::from_str(&map).unwrap();
         let mut runs: Vec<(u64, u64)> = Vec::new();
@@ -234,13 +235,13 @@ fn disk_img_is_the_raw_disk_with_its_holes() {
         assert!(runs.len() > 2 && blocks * 512 < size, "{runs:?}");
         assert_eq!(seen_runs(&ours), runs);
         assert_eq!(ours.metadata().unwrap().blocks(), blocks);
-        // What copies sparsely copies it so.
+        // Sparse copies keep the holes.
         let copy = home.beside("copy");
         succeed(&["cp", "--sparse=auto", text(&ours), text(&copy)]);
         assert!(copy.metadata().unwrap().blocks() <= blocks);
         succeed(&["cmp", text(&copy), text(&raw)]);
     }
-    // Random access, and no byte after its end.
+    // Random access works, and there is nothing after the last byte.
     let file = File::open(mount.at("web/disk.img")).unwrap();
     let raw = fs::read(home.beside("raw")).unwrap();
     assert_eq!(raw.len() as u64, image.metadata().unwrap().len());
@@ -259,7 +260,7 @@ fn disk_img_is_the_raw_disk_with_its_holes() {
     }
 }
 
-/// Where lseek says that a file has data.
+/// Returns the ranges of a file that hold data according to lseek.
 fn seen_runs(path: &Path) -> Vec<(u64, u64)> {
     const SCRIPT: &str = "
 import os, sys, json
@@ -313,7 +314,7 @@ fn disk_img_is_good_for_what_takes_disks() {
     let (from, to) = (format!("if={}", text(&disk)), format!("of={}", text(&out)));
     succeed(&["dd", &from, &to, "bs=1M", "status=none"]);
     succeed(&["cmp", text(&out), text(&image)]);
-    // It is for reading, whoever asks.
+    // Nobody may write to it, not even root.
     assert_eq!(errno(File::options().write(true).open(&disk)), libc::EROFS);
     assert_eq!(
         errno(fs::write(mount.at("web/rootfs/short"), "no")),
@@ -342,7 +343,7 @@ fn a_disk_with_partitions_shows_them_by_number() {
     let whole = home.beside("whole.raw");
     for (label, fourth) in [("gpt", "4"), ("dos", "5")] {
         File::create(&whole).unwrap().set_len(96 << 20).unwrap();
-        // The second is of no known file system; the third is left out (or has the others in it).
+        // The second has no known file system; the third is unused or is an extended partition.
         let table = match label {
             "gpt" => "label: gpt\n2048,65536\n67584,2048\n4: start=71680, size=65536\n",
             _ => "label: dos\n2048,65536\n67584,2048\n69632,,E\n71680,65536\n",
@@ -371,7 +372,7 @@ fn a_disk_with_partitions_shows_them_by_number() {
         give_disk(&home, "web", &whole);
         let mount = home.mount();
         let fourth = format!("p{fourth}");
-        // Not the one that only has others in it.
+        // An extended partition is not shown.
         let names = ["p1", "p2", &fourth];
         assert_eq!(mount.names("web/rootfs"), names, "{label}");
         let kernel = Loop::of(&image);
@@ -390,7 +391,7 @@ fn a_disk_that_has_no_readable_file_system_says_so_and_the_rest_works() {
     let home = TestHome::new();
     let mount = home.mount();
     mount.snapshot("web", "s").unwrap();
-    // Into the superblock, and then all of it.
+    // Damages the superblock, then everything.
     for (bytes, says) in [
         (vec![0xff; 4096], "EIO"),
         (vec![0; 4 << 20], "no file system"),
@@ -452,7 +453,7 @@ fn whoever_looks_while_the_disk_changes_gets_one_state_or_estale() {
         .read_to_end(&mut whole)
         .unwrap();
     assert!(whole.len() == 3_000_000 && whole.starts_with(&start));
-    // By replacing the file, as a restore does: what is open stays what it was.
+    // A restore replaces the file; open files keep the old contents.
     mount.snapshot("web", "s").unwrap();
     let old = File::open(rootfs.join("large")).unwrap();
     let number = old.metadata().unwrap().ino();
@@ -491,7 +492,7 @@ fn a_restore_shows_in_rootfs_and_a_deleted_snapshot_goes_with_its_view() {
     open.read_exact_at(&mut bytes, 0).unwrap();
     assert!(bytes == fs::read(mount.at("web/rootfs/large")).unwrap());
     drop(open);
-    // The last reader gone, the layer's space comes back.
+    // When the last reader is gone, the layer's space is reclaimed.
     fs::rename(mount.at("web"), mount.at("api")).unwrap();
     assert_eq!(fs::read(mount.at("api/rootfs/short")).unwrap(), b"x");
     drop(mount);
@@ -530,7 +531,8 @@ fn more_states_than_are_kept_open_can_be_walked_at_once() {
         }
     }
     drop(open);
-    // What nobody uses is closed again: a few states, of at most nine layers each and a chain's files.
+    // Unused states are closed again. A few stay open, each with at most nine layers and the files
+    // of a chain.
     let files = format!("/proc/{}/fd", mount.process());
     eventually("files are closed", || {
         fs::read_dir(&files).unwrap().count() < 150
@@ -584,7 +586,7 @@ fn tools_that_walk_the_mount_do_not_walk_into_guests() {
     let size: u64 = du.split_whitespace().next().unwrap().parse().unwrap();
     let exports = mount.at("web/export.boxlite").metadata().unwrap().len() * 2;
     assert!(size < exports + 100_000, "{du}");
-    // Such a backup comes back, whatever the links point to by then.
+    // Such a backup can be restored, whatever its links point to by then.
     succeed(&["cp", "-r", text(&out.join("web")), text(&mount.at("web2"))]);
     assert_eq!(fs::read(mount.at("web2/rootfs/short")).unwrap(), b"x");
     assert_eq!(
@@ -607,7 +609,7 @@ fn a_file_comes_back_by_cp_and_a_tree_with_its_modes() {
     let kernel = Loop::of(&image);
     let (ours, theirs) = (text(&out), kernel.path().join("a"));
     succeed(&["diff", "-r", ours, text(&theirs)]);
-    // Sparse as it was.
+    // Sparse as before.
     succeed(&["cp", text(&mount.at("web/snapshots/s/rootfs/sparse")), ours]);
     assert!(out.join("sparse").metadata().unwrap().blocks() <= 4 * 8 * 4);
     let archive = home.beside("rootfs.tar");
@@ -644,8 +646,8 @@ fn devices_and_setuid_files_of_guests_are_shown_and_do_nothing() {
     }
 }
 
-/// Runs a script as a user who is nobody special, but may mount with FUSE as users may: not every
-/// machine lets all use the device, so here it has another in its place.
+/// Runs a script as an unprivileged user who may mount with FUSE. Some machines restrict the FUSE
+/// device, so this puts another one in its place.
 fn as_other(home: &TestHome, script: &str) -> std::process::Output {
     const WITH_FUSE: &str = "set -e; [ -e \"$1\" ] || mknod -m 666 \"$1\" c 10 229; \
         mount --bind \"$1\" /dev/fuse; \
@@ -669,7 +671,7 @@ fn as_other(home: &TestHome, script: &str) -> std::process::Output {
 #[test]
 fn modes_and_owners_of_guests_hold_for_others_where_others_are_let_in() {
     let (home, _) = home();
-    // The way to the mount, which others could not go else.
+    // Other users need access to the directories above the mount.
     let open = |path: &Path| {
         use std::os::unix::fs::PermissionsExt;
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -702,7 +704,7 @@ fn modes_and_owners_of_guests_hold_for_others_where_others_are_let_in() {
     );
     assert_eq!(fs::read(mount.at("web/rootfs/m0000")).unwrap(), b"0000\n");
     mount.unmount();
-    // Alone with his home, its owner reads all, though nothing in the guest is his.
+    // Without allow_other, the home's owner can read all files, although they have other owners.
     let owner = home.root().parent().unwrap();
     succeed(&["chown", "-R", "nobody:nogroup", text(owner)]);
     let script = format!(

@@ -1,5 +1,5 @@
-//! Exit status 0 means that it was done: what would not be kept is refused, a box that was made is one
-//! box for everybody, and no source is lost. The judges are the programs that people use.
+//! Exit status 0 means success: data that would not be kept is refused, every process sees a new
+//! box as one box, and no source is lost. The judges are the programs that people use.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,15 @@ use std::process::{Child, Command, Output, Stdio};
 
 use crate::common::*;
 
-/// A home whose box `web` has the snapshot `s` of another state than now, a mount of it, and a backup.
+/// Makes a home whose box `web` has a snapshot `s` that differs from its live disk, a mount of it,
+/// and a backup.
 fn home_and_backup() -> (TestHome, Mounted, PathBuf) {
     let home = TestHome::new();
     let (mount, backup) = mount_and_backup(&home);
     (home, mount, backup)
 }
 
-/// Runs a script with $M, the mountpoint, and $BK, the backup.
+/// Runs a script with the mountpoint in $M and the backup in $BK.
 fn shell(mount: &Mounted, backup: &Path, command: &str) -> Output {
     script(command, &[("M", mount.root()), ("BK", backup)])
         .output()
@@ -138,7 +139,7 @@ fn a_box_that_was_copied_is_a_box_to_the_process_that_copied_it() {
     assert_eq!(digest(&home.live_disk("new")), live);
     assert_eq!(digest(&home.snapshot_disk("new", "first")), live);
     assert_eq!(digest(&home.snapshot_disk("new", "s")), then);
-    // Small files that file managers and servers leave undo nothing.
+    // Small files that file managers and servers leave in a box do not undo it.
     for name in [".DS_Store", "notes.txt", ".directory"] {
         let put = format!("open(m + 'new/snapshots/first/{name}', 'wb')");
         assert_eq!(program.fails(&put), libc::EPERM);
@@ -175,13 +176,13 @@ fn a_snapshot_that_is_copied_into_a_box_arrives_as_what_it_is() {
     .into_iter()
     .enumerate()
     {
-        // The one that moves goes on with what the one before it made.
+        // `mv` moves what the command before it made.
         let name = format!("n{}", number - usize::from(command.contains("mv ")));
         let to = format!("m{number}");
         let command = command.replace("/N", &format!("/{name}")).replace("/M", &format!("/{to}"));
         let command = command.replace("s N ", &format!("s {name} "));
         if command.contains("copytree") {
-            // As long as the disk is what the snapshot would be of.
+            // The live disk must still have the state that the snapshot is to have.
             mount.snapshot("web", "just-now").unwrap();
         }
         done(&mount, &backup, &command);
@@ -224,8 +225,8 @@ fn a_copy_that_is_stopped_for_a_while_goes_on_with_what_it_meant() {
     home.assert_whole();
 }
 
-/// Stops a process, and has it go on after so many seconds: the time in which something else could have
-/// been made of what it does.
+/// Stops a process and resumes it after some seconds, in which its unfinished work could be
+/// mistaken for something else.
 fn stop_for(process: &Child, seconds: u64) {
     let pid = process.id().to_string();
     succeed(&["kill", "-STOP", &pid]);
@@ -238,7 +239,7 @@ fn a_process_that_cannot_be_told_from_others_is_refused_and_hides_nothing() {
     let home = TestHome::new();
     home.mount().snapshot("web", "s").unwrap();
     let mountpoint = home.beside("mnt").canonicalize().unwrap();
-    // All callers are outside of its pid namespace.
+    // The process is in another pid namespace, so the mount cannot identify any caller.
     let mut server = Command::new("unshare")
         .args(["--pid", "--fork", "--kill-child", binary(), "mount", "-f"])
         .args([home.root(), &mountpoint])
@@ -255,11 +256,12 @@ fn a_process_that_cannot_be_told_from_others_is_refused_and_hides_nothing() {
     assert!(said.contains("Operation not permitted"), "{said}");
     assert_eq!(names_in(&web), BOX_FILES);
     assert_eq!(names_in(&web.join("snapshots")), ["s"]);
-    // It may be about to copy one, and a tool that skips what is there would leave today's in its place.
+    // It may be about to copy a snapshot; a tool that skips existing files would leave today's
+    // state in its place.
     let said = fail(&["mkdir", text(&web.join("snapshots/t"))]);
     assert!(said.contains("Operation not permitted"), "{said}");
     assert_eq!(names_in(&web.join("snapshots")), ["s"]);
-    // It may be mv, which removes the directory in whose place it brings one.
+    // It may be mv, which removes the directory that it is about to replace.
     let other = home.beside("other/s");
     fs::create_dir_all(&other).unwrap();
     for command in [
@@ -353,7 +355,7 @@ fn what_copies_snapshots_into_a_box_brings_nothing_else_of_another() {
     ] {
         let _ = fs::remove_dir_all(&sources);
         succeed(&["cp", "-r", text(&backup), text(&sources)]);
-        // rsync takes what has the same size and time for the same.
+        // rsync takes files of the same size and time to be equal.
         for name in ["box.json", "export.boxlite"] {
             succeed(&["touch", "-d", "yesterday", text(&sources.join(name))]);
         }
@@ -384,8 +386,8 @@ fn what_copies_snapshots_into_a_box_brings_nothing_else_of_another() {
     home.assert_whole();
 }
 
-/// rsync's daemon on a pipe, with $M as the module `m`, and a server whose options don't show on its command
-/// line: in the variables DAEMON and SERVER.
+/// Defines DAEMON, an rsync daemon on a pipe that serves $M as the module `m`, and SERVER, an rsync
+/// server whose options are not visible on its command line.
 const RSYNCS: &str = r#"
     printf '[m]\npath = %s\nread only = no\nuse chroot = no\nuid = 0\ngid = 0\n' "$M" > "$BK.conf"
     daemon() { rsync -a --delay-updates --rsh="sh -c 'exec rsync --server --daemon --config=$BK.conf .'" "$1" "x::m/$2"; }
@@ -410,7 +412,7 @@ fn rsync_may_put_files_aside_until_all_have_come() {
             home.wheel(&["snapshot-list", "web"])[0]["created_at"],
             "{how}"
         );
-        // An archive to the root, and one over the disk of a box.
+        // One archive to the root, and one over the disk of a box.
         run(&format!(
             "mkdir -p $BK.d && cp $BK/snapshots/s/export.boxlite $BK.d/{how}2.boxlite && \
              {how} $BK.d/{how}2.boxlite ''"
@@ -422,7 +424,7 @@ fn rsync_may_put_files_aside_until_all_have_come() {
         ));
         assert_eq!(digest(&home.live_disk(how)), then, "{how}");
     }
-    // What is left of one that was killed is seen, and goes with the box that was to be.
+    // The leftovers of a killed transfer are visible, and disappear with the unfinished box.
     done(
         &mount,
         &backup,
@@ -504,7 +506,7 @@ fn an_archive_that_was_taken_waits_for_its_box_whatever_else_is_refused() {
             mount.names(format!("{name}/snapshots")) == ["s"]
         });
         assert_eq!(digest(&home.snapshot_disk(name, "s")), of_snapshot);
-        // rclone reads again what has another time than it had.
+        // rclone reads a file again if its time has changed.
         assert_eq!(time(), shown);
     }
     mount.unmount();
@@ -523,14 +525,14 @@ fn archives_that_still_wait_when_the_mount_ends_are_boxes_of_their_own() {
         "cat $BK/export.boxlite > $M/web/.export.boxlite.AbCdEf",
     );
     done(&mount, &backup, "mv $BK/export.boxlite $M/up.boxlite.part");
-    // What was copied inside the mount as well, though its source is there.
+    // This includes copies made inside the mount, even though their source still exists.
     done(
         &mount,
         &backup,
         "mkdir -p $M/inner/snapshots && cp -r $M/web/snapshots/s $M/inner/snapshots/ && \
          cp $M/web/export.boxlite $M/later.boxlite.part",
     );
-    // One that waits in a box is seen there, and has its name.
+    // An archive that waits in a box is visible there under its own name.
     eventually("it waits", || {
         mount
             .names("web")
@@ -706,7 +708,8 @@ fn a_snapshot_that_could_not_be_made_with_its_box_waits_until_it_can() {
     let (mount, backup) = mount_and_backup(&home);
     let of_snapshot = digest(&home.snapshot_disk("web", "s"));
     let mut has_waited = false;
-    // Somewhere between these numbers of files there is room for the box and for no snapshot.
+    // With some number of free inodes in this range there is room for the box but not for a
+    // snapshot.
     for left in 2..12 {
         let begin = "mkdir -p $M/n/snapshots/{a,b} && cp $BK/snapshots/s/export.boxlite $M/n/snapshots/a/ && \
                      cp $BK/snapshots/s/export.boxlite $M/n/snapshots/b/";
@@ -719,10 +722,10 @@ fn a_snapshot_that_could_not_be_made_with_its_box_waits_until_it_can() {
             .success();
         fs::remove_dir_all(&filler).unwrap();
         if !is_made {
-            // Nothing of it is lost: the box comes now, or the snapshots that it has room for.
+            // Nothing is lost: now the box is made, or as many snapshots as there is room for.
             if mount.at("n/box.json").exists() {
                 has_waited = true;
-                // One that is there already can't be touched.
+                // An existing snapshot cannot be touched.
                 shell(&mount, &backup, "touch $M/n/snapshots/*/export.boxlite");
             } else {
                 done(&mount, &backup, "cp $BK/export.boxlite $M/n/");
@@ -747,7 +750,7 @@ fn a_snapshot_that_could_not_be_made_with_its_box_waits_until_it_can() {
     home.assert_whole();
 }
 
-/// Makes files until the file system has room for so many more.
+/// Creates files until the file system has only `left` free inodes.
 fn take_inodes(root: &Path, filler: &Path, left: u64) {
     let free = || rustix::fs::statvfs(root).unwrap().f_ffree;
     for number in 0.. {

@@ -1,4 +1,4 @@
-//! Everything that is judged through a real mount of a home that BoxLite made.
+//! Everything judged through a real mount of a home that BoxLite made.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,5 +1,6 @@
-//! mount(8), umount(8), findmnt(8) and /etc/fstab with mount.boxlite where they look for it: on a machine of
-//! its own, made of this one in namespaces that go with the test. Needs root.
+//! mount(8), umount(8), findmnt(8) and /etc/fstab with mount.boxlite installed where they look for
+//! it. Each test gets a machine of its own, made from this one with namespaces that end with the
+//! test. Needs root.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,11 +9,10 @@ use std::process::{Command, Output};
 
 use crate::common::*;
 
-/// A user every system has, who owns nothing.
+/// A user that exists on every system and owns nothing.
 const USER: &str = "nobody";
 
-/// Makes this machine one that has boxlitefs installed and $FSTAB as its /etc/fstab. Everything started
-/// ends with the shell, and so does every mount.
+/// Installs boxlitefs and uses $FSTAB as /etc/fstab. All processes and mounts end with the shell.
 const INSTALLED: &str = r#"
 set -eu
 cp -a /usr/sbin "$PLACE/sbin"
@@ -40,12 +40,12 @@ impl Machine {
     fn new() -> Machine {
         let home = TestHome::new();
         let place = home.beside("");
-        // Another user has to come by.
+        // Another user has to be able to enter.
         fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).unwrap();
         Machine { home }
     }
 
-    /// Gives home, mountpoint or both to the user.
+    /// Gives the home, the mountpoint or both to the user.
     fn give(&self, what: &[&str]) {
         for name in what {
             let path = self.home.beside(name);
@@ -83,7 +83,7 @@ impl Machine {
             .expect("unshare")
     }
 
-    /// A script that must succeed; what it printed.
+    /// Runs a script that must succeed and returns its output.
     fn succeed(&self, fstab: &str, script: &str) -> String {
         let output = self.run(fstab, script);
         let said = String::from_utf8_lossy(&output.stdout).into_owned();

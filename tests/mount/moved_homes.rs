@@ -1,5 +1,5 @@
-//! Homes reached by other paths than their rows name, and bases that somebody deleted. BoxLite's start deletes
-//! every base, older than five minutes, that it does not find named by its canonical path.
+//! Homes reached by other paths than their rows name, and bases deleted by accident. At its start,
+//! BoxLite deletes every base older than five minutes that no row names by its canonical path.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::common::*;
 
-/// Five boxes and four snapshots by the mount, all on layers in `bases/`.
+/// Makes a home with five boxes and four snapshots through the mount, all on layers in `bases/`.
 fn full_home() -> TestHome {
     let home = TestHome::new();
     fill(&home);
@@ -34,7 +34,7 @@ fn fill(home: &TestHome) {
     mount.unmount();
 }
 
-/// What qemu-img reads of each live disk and each snapshot.
+/// Maps each live disk and snapshot to what qemu-img reads of it.
 fn states(home: &TestHome) -> BTreeMap<String, String> {
     let mut states = BTreeMap::new();
     for name in ["web", "two", "three", "four", "five"] {
@@ -55,7 +55,7 @@ fn bases(home: &TestHome) -> Vec<PathBuf> {
         .collect()
 }
 
-/// BoxLite starts three times, long after the bases were made.
+/// Starts BoxLite three times, long after the bases were made.
 fn let_boxlite_collect(home: &TestHome) {
     for base in bases(home) {
         succeed(&["touch", "-d", "1 hour ago", text(&base)]);
@@ -65,7 +65,7 @@ fn let_boxlite_collect(home: &TestHome) {
     }
 }
 
-/// Moves a directory of the home, or the home itself, and puts a link in its place.
+/// Moves the home or a directory of it, and puts a symlink in its place.
 fn move_and_link(from: &Path, to: &Path) {
     fs::rename(from, to).unwrap();
     symlink(to, from).unwrap();
@@ -92,7 +92,7 @@ fn a_home_that_was_moved_and_linked_is_put_right_by_a_mount_before_boxlite_start
     let_boxlite_collect(&home);
     assert_eq!(bases(&home).len(), count);
     assert_everything_is_there(&home, &before);
-    // And all goes on by the link.
+    // Everything works through the symlink.
     let mount = home.mount();
     mount.snapshot("web", "later").unwrap();
     mount.remove_snapshot("web", "a").unwrap();
@@ -124,13 +124,13 @@ fn where_paths_cannot_be_put_right_the_log_warns() {
     let warning = "BoxLite's next start may delete layers";
     assert!(mount.log().contains(warning), "{}", mount.log());
     mount.unmount();
-    // A runtime that began before the files were old enough has the lock.
+    // A runtime that started before the files were old enough holds the lock.
     let holder = home.hold();
     let mount = home.mount();
     let log = mount.log();
     assert!(log.matches(warning).count() > 0, "{log}");
     drop(holder);
-    // The next change does it.
+    // The next change repairs the paths.
     mount.snapshot("web", "later").unwrap();
     mount.unmount();
     assert_eq!(home.check().0, 0, "{}", home.check().1);
@@ -179,7 +179,7 @@ fn boxes_that_are_a_link_work() {
         home.assert_whole();
         let_boxlite_collect(&home);
         assert_everything_is_there(&home, &before);
-        // Both use what the other makes.
+        // Each side can use what the other makes.
         home.wheel_batch(&[
             &["snapshot-create", "four", "theirs"],
             &["clone", "five", "six"],
@@ -246,7 +246,7 @@ fn a_home_that_is_mounted_in_two_places_is_changed_by_the_path_of_its_rows_only(
     home.mount().snapshot("web", "later").unwrap();
 }
 
-// ---- what is deleted by mistake -----------------------------------------------------------------
+// ---- accidental deletion ------------------------------------------------------------------------
 
 fn delete_bases(home: &TestHome) {
     for base in bases(home) {
@@ -310,7 +310,8 @@ fn deleted_bases_of_an_older_version_come_back_by_the_names_of_snapshots() {
     home.assert_whole();
 }
 
-/// Every base has a spare name of its own file, and nothing else has one.
+/// Asserts that every base has a spare name for its own file, and that there are no other spare
+/// names.
 fn assert_spare_names(home: &TestHome) {
     let spares = home.root().join(".boxlitefs/layers");
     let inodes = |dir: &Path| -> BTreeMap<String, u64> {
@@ -330,7 +331,7 @@ fn spare_names_follow_their_layers_through_every_change_and_go_with_them() {
     let home = full_home();
     assert_spare_names(&home);
     let mount = home.mount();
-    // A layer is read by nobody else any more, and is merged.
+    // A layer loses its last other reader and is merged.
     mount.remove_snapshot("web", "a").unwrap();
     assert_spare_names(&home);
     succeed(&["rm", "-r", text(&mount.at("two"))]);
@@ -339,7 +340,7 @@ fn spare_names_follow_their_layers_through_every_change_and_go_with_them() {
     let (status, said) = home.compact();
     assert_eq!(status, 0, "{said}");
     assert_spare_names(&home);
-    // What is adopted gets one.
+    // An adopted layer gets a spare name.
     home.wheel(&["snapshot-create", "web", "theirs"]);
     let mount = home.mount();
     mount.snapshot("web", "ours").unwrap();
@@ -394,9 +395,9 @@ fn spare_names_cost_no_room_that_is_told_of() {
     assert_eq!(space("web/box.json"), home.allocated());
 }
 
-// ---- homes that can only be looked at -----------------------------------------------------------
+// ---- read-only homes ----------------------------------------------------------------------------
 
-/// Mounts something read-only at a directory of its own until it is dropped.
+/// A read-only bind mount of a home that lasts until this is dropped.
 struct ReadOnly {
     at: PathBuf,
 }
@@ -418,7 +419,8 @@ impl Drop for ReadOnly {
     }
 }
 
-/// Mounts a home as it is and shows that everything can be read: `expect` are digests by path of an export.
+/// Mounts a home as it is and asserts that everything is readable. `expect` maps exports to
+/// digests.
 fn assert_is_shown(
     home: &Path,
     mountpoint: &Path,
@@ -450,7 +452,7 @@ fn assert_is_shown(
     log.unwrap()
 }
 
-/// A home with rows that are in the WAL only: BoxLite was killed before it moved them.
+/// Makes a home whose latest rows are only in the WAL: BoxLite was killed before a checkpoint.
 fn home_with_a_wal() -> TestHome {
     let home = full_home();
     let database = home.database();
@@ -489,7 +491,7 @@ fn a_home_on_a_read_only_mount_is_shown_with_a_wal_or_without() {
     let mountpoint = |home: &TestHome| home.beside("ro-mnt");
     let home = full_home();
     let before = states(&home);
-    // Nothing of SQLite's beside it.
+    // Removes SQLite's other files next to the database.
     for name in ["boxlite.db-shm", "boxlite.db-wal"] {
         let _ = fs::remove_file(home.root().join("db").join(name));
     }
@@ -503,7 +505,7 @@ fn a_home_on_a_read_only_mount_is_shown_with_a_wal_or_without() {
     let before = renamed(states_by(&home, "renamed"));
     let ro = ReadOnly::bind(&home);
     assert_is_shown(&ro.at, &mountpoint(&home), &["-o", "ro"], &before);
-    // Without ro it is mounted all the same, and says so.
+    // Without `ro` the home can also be mounted, and the log says that it was opened read-only.
     let log = assert_is_shown(&ro.at, &mountpoint(&home), &[], &before);
     assert!(log.contains("opened read-only"), "{log}");
     let compact = run(&[binary(), "compact", text(&ro.at)]);
@@ -512,7 +514,7 @@ fn a_home_on_a_read_only_mount_is_shown_with_a_wal_or_without() {
     assert!(said.contains("can't be written"), "{said}");
 }
 
-/// As [`states`], where the box `five` has another name by now.
+/// Returns [`states`] after the box `five` was renamed.
 fn states_by(home: &TestHome, five: &str) -> BTreeMap<String, String> {
     let mut states = BTreeMap::new();
     for name in ["web", "two", "three", "four", five] {
@@ -557,7 +559,7 @@ fn a_backup_of_a_home_shows_its_own_files_whatever_became_of_the_original() {
     let image = home.beside("home.img");
     let place = home.beside("backup");
     fs::create_dir(&place).unwrap();
-    // Of file systems without links, each name is a file of its own.
+    // A copy made on a file system without hard links: each name is a file of its own.
     succeed(&[
         "cp",
         "-r",
@@ -566,7 +568,7 @@ fn a_backup_of_a_home_shows_its_own_files_whatever_became_of_the_original() {
         text(&place.join("copy")),
     ]);
     let backup = place.join("copy");
-    // And one on media that can't be written.
+    // A copy on read-only media.
     succeed(&[
         "mke2fs",
         "-q",
@@ -577,7 +579,7 @@ fn a_backup_of_a_home_shows_its_own_files_whatever_became_of_the_original() {
         text(&image),
         "128M",
     ]);
-    // The original goes on, and is gone in the end.
+    // The original is changed, and finally deleted.
     let mount = home.mount();
     succeed(&["rm", "-r", text(&mount.at("two"))]);
     mount.remove_snapshot("web", "a").unwrap();
@@ -608,7 +610,7 @@ fn a_backup_of_a_home_shows_its_own_files_whatever_became_of_the_original() {
 fn a_backup_that_belongs_to_another_user_is_shown() {
     let home = home_with_a_wal();
     let before = renamed(states_by(&home, "renamed"));
-    // Whoever looks may read all of it, and write nothing.
+    // The user can read all of it and write none of it.
     succeed(&["chmod", "-R", "a+rX,go-w", text(home.root())]);
     let place = home.root().parent().unwrap();
     succeed(&["chmod", "755", text(place)]);
@@ -629,7 +631,7 @@ fn a_backup_that_belongs_to_another_user_is_shown() {
     assert_eq!(check.status.code(), Some(0), "{check:?}");
     let mounted = as_nobody(&[binary(), "mount", text(home.root()), text(&mountpoint)]);
     if !mounted.status.success() {
-        // Where this user may not use FUSE, that is said, and nothing of the home.
+        // A user who may not use FUSE gets an error about that, not about the home.
         let said = String::from_utf8_lossy(&mounted.stderr).into_owned();
         assert!(said.contains("fuse"), "{said}");
         return;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A walk through boxlitefs: makes a throwaway home with one box, mounts it, and does to the box
-# with ls, mkdir, cp and rmdir what one does to a box. Fails at the first step that fails.
+# A tour of boxlitefs: makes a throwaway home with one box, mounts it, and works with the box
+# through ls, mkdir, cp and rmdir. Stops at the first step that fails.
 #
 #     make demo            or, with boxlitefs in PATH, tests/demo.sh
 #     make demo KEEP=1     leaves the home mounted, to try things
@@ -11,7 +11,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${BOXLITE_PYTHON:-python3}
 keep=${KEEP:-}
-# Users' PATH often lacks what mke2fs is in.
+# Users' PATH often lacks the directory of mke2fs.
 export PATH=$PATH:/usr/sbin:/sbin
 place=$(mktemp -d "${TMPDIR:-/tmp}/boxlitefs-demo.XXXXXX")
 step='preparing the home'
@@ -45,7 +45,7 @@ say() {
     printf '\n# %s\n' "$*"
 }
 
-# Shows a command as one would type it, and what it prints.
+# Prints a command as one would type it, then its output.
 run() {
     step=$*
     printf '$ %s\n' "$step"
@@ -56,7 +56,7 @@ have_boxlite() {
     "$python" -c 'import boxlite' 2>/dev/null
 }
 
-# What is in the guest.
+# Makes the guest's files.
 make_tree() {
     mkdir -p tree/etc tree/srv/www
     echo web >tree/etc/hostname
@@ -75,7 +75,7 @@ make_home() {
     fi
 }
 
-# The boxes BoxLite itself finds, one name a line.
+# Prints the boxes that BoxLite itself finds, one name per line.
 boxlite_list() {
     "$python" "$here/wheel.py" home list |
         python3 -c 'import json, sys; print(*(box["name"] for box in json.load(sys.stdin)), sep="\n")'

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A machine that has nothing: a minimal Debian in a directory, on which the package is installed and used as
-# README.md and docs/install.md say, word for word. Needs root, /dev/fuse and Debian's packages.
+# Installs the package on a minimal Debian in a directory and uses it exactly as README.md and
+# docs/install.md say. Needs root, /dev/fuse and Debian's packages.
 #
 #     fresh_machine.sh PACKAGE.deb
 #
-# The Debian is that of this machine, from where this machine has its packages; it is kept in target/fresh for
-# the next time. Everything runs in namespaces that go with the script, mounts, too.
+# Uses the Debian release and package sources of this machine, and keeps the result in target/fresh
+# for the next run. All processes and mounts are in namespaces that end with the script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH=$PATH:/usr/sbin:/sbin
@@ -61,11 +61,11 @@ fuse 10 229
 DEVICES
 ln -s /proc/self/fd "$root/dev/fd"
 mount -t tmpfs -o mode=755 tmpfs "$root/run"
-# As every boot, and every container, makes it; fusermount3 needs it.
+# Every boot and every container makes it; fusermount3 needs it.
 ln -sf ../proc/self/mounts "$root/etc/mtab"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 apt-config dump | grep -i '^Acquire::.*proxy' >"$root/etc/apt/apt.conf.d/90fresh" || true
-# Nobody is there to say yes.
+# Nobody is there to confirm.
 cat >>"$root/etc/apt/apt.conf.d/90fresh" <<'CONF'
 APT::Get::Assume-Yes "true";
 Dpkg::Use-Pty "false";
@@ -73,11 +73,11 @@ quiet "2";
 CONF
 as_root() { chroot "$root" /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 sh -euc "$1"; }
 as_alice() { as_root "exec su - alice -c '$(printf '%s' "$1" | sed "s/'/'\\\\''/g")'"; }
-# Shows what was said only if it went wrong.
+# Prints the output of a command only if it fails.
 quietly() { "$@" >"$root/said" 2>&1 || { cat "$root/said"; return 1; }; }
 quietly as_root 'useradd -m -s /bin/bash alice; echo "alice ALL=(ALL) NOPASSWD: ALL" >/etc/sudoers.d/alice; apt-get update'
 
-# The homes name their own paths: they are made where they will be.
+# The homes name their own paths, so make them where they will be used.
 cp -r tests/demo "$root/tmp/demo"
 mkdir -p "$root/tmp/tree/etc" "$root/srv"
 echo web >"$root/tmp/tree/etc/hostname"
@@ -93,7 +93,7 @@ mount --bind "$root/srv" /srv
 "$demo/make-home.sh" /srv/boxlite-home "$root/tmp/tree"
 as_root 'chown -R alice:alice /home/alice'
 
-# The Nth block of code of a kind in a document, without the fence.
+# Prints the Nth code block of a kind in a document, without the fence.
 block() { # DOCUMENT KIND N
     awk -v fence="\`\`\`$2" -v wanted="$3" '
         !inside && /^```/ { inside = 1; ours = $0 == fence && ++count == wanted; next }
@@ -163,7 +163,7 @@ quietly as_root 'apt-get install --no-install-recommends systemd dbus libpam-sys
     systemd-analyze verify --man=no boxlitefs@alice.service
     XDG_RUNTIME_DIR=/run systemd-analyze verify --user --man=no boxlitefs.service'
 
-# What systemd runs once it is up; $? is in /result.
+# Runs under systemd once it is up, and writes its exit status to /result.
 cat >"$root/service_test.sh" <<'TEST'
 #!/bin/bash
 trap 'echo $? >/result' EXIT
@@ -176,7 +176,7 @@ as_alice() { su alice -c "export XDG_RUNTIME_DIR=/run/user/$(id -u alice); $1"; 
 serves() { [ "$(as_alice "ls $boxes" 2>/dev/null)" = "$(printf 'web\nweb2')" ]; }
 other_process() { [ "$(state MainPID)" != "$1" ] && [ "$(state MainPID)" != 0 ]; }
 
-# The line in /etc/fstab was mounted at boot; what is done there is in the journal, too.
+# The line in /etc/fstab was mounted at boot, and its messages are in the journal.
 soon mountpoint -q /mnt/boxlite
 test "$(ls /mnt/boxlite)" = web
 mkdir /mnt/boxlite/web/snapshots/after-boot
@@ -192,32 +192,32 @@ mkdir -p /etc/systemd/system/boxlitefs@alice.service.d
 printf '[Service]\nWatchdogSec=2\nTimeoutAbortSec=2\n' >/etc/systemd/system/boxlitefs@alice.service.d/test.conf
 systemctl daemon-reload
 systemctl enable --now boxlitefs@alice
-# Started means that it serves, where everybody sees it.
+# Once started, the service serves where every process sees it.
 serves
 findmnt -n -t fuse.boxlite "$boxes"
 test "$(stat -c %U "/proc/$(state MainPID)")" = alice
 as_alice "mkdir $boxes/web/snapshots/by-the-service"
 journalctl --no-pager -o cat -u boxlitefs@alice | grep -q 'snapshot by-the-service of box web'
 as_alice "rmdir $boxes/web/snapshots/by-the-service"
-# It is alive for longer than the watchdog waits.
+# It outlives the watchdog's timeout.
 process=$(state MainPID)
 sleep 5
 test "$(state MainPID)" = "$process"
-# Killed, it is there again, and so is the mount.
+# After a kill, the service and its mount come back.
 kill -KILL "$process"
 soon other_process "$process"
 soon serves
-# One that does not answer any more is killed by the watchdog.
+# The watchdog kills a service that no longer answers.
 process=$(state MainPID)
 kill -STOP "$process"
 soon other_process "$process"
 soon serves
 test "$(state NRestarts)" = 2
-# Stopping unmounts and is no failure.
+# A stop unmounts and is not a failure.
 systemctl stop boxlitefs@alice
 test "$(state Result)" = success
 ! mountpoint -q "$boxes"
-# And the user by himself.
+# The user can run it without root.
 loginctl enable-linger alice
 soon test -S "/run/user/$(id -u alice)/systemd/private"
 as_alice 'systemctl --user enable --now boxlitefs'
@@ -237,7 +237,7 @@ ExecStart=/service_test.sh
 ExecStopPost=/bin/systemctl poweroff --force --force
 UNIT
 
-# systemd as the first process of a machine of its own.
+# Runs systemd as the first process of the machine.
 cat >"$root/boot.sh" <<'BOOT'
 set -eu
 cd "$1"
@@ -268,7 +268,7 @@ if [ "$(cat "$root/result" 2>/dev/null)" != 0 ]; then
     exit 1
 fi
 
-# ---- and away -----------------------------------------------------------------------------------
+# ---- removal ------------------------------------------------------------------------------------
 
 say 'removing the package'
 quietly as_root 'apt-get purge boxlitefs; test ! -e /usr/bin/boxlitefs; test ! -e /usr/sbin/mount.fuse.boxlite'

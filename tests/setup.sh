@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What the tests and the demo need: programs, and BoxLite in a Python environment of its own.
+# Installs what the tests and the demo need: programs, and BoxLite in its own Python environment.
 #
 #     setup.sh VENV test|all|demo
 #
-# `test` is what `make test` needs, `all` what the other tests need besides; `demo` does without
-# BoxLite where it can't be had.
-# Installs only what is missing; says what could not be had, and fails.
+# `test` installs what `make test` needs, `all` also what the other tests need. `demo` works without
+# BoxLite where it is unavailable. Installs only what is missing; reports what it could not install,
+# and fails.
 set -euo pipefail
 
 venv=$1
 tier=$2
 boxlite=boxlite==0.10.8
 
-# Programs, each with the Debian package that has it. setup does not touch what is there: another
-# qemu-utils than the machine's would remove its qemu-system-common.
+# Programs, each with its Debian package. Installed programs are left alone: a different version of
+# qemu-utils would remove the machine's qemu-system-common.
 programs='
 cp coreutils
 fusermount3 fuse3
@@ -67,7 +67,7 @@ systemd-analyze systemd
 strip binutils
 debootstrap debootstrap
 '
-# Users' PATH often lacks what mke2fs is in.
+# Users' PATH often lacks the directory of mke2fs.
 export PATH=$PATH:/usr/sbin:/sbin
 
 missing() {
@@ -77,7 +77,7 @@ missing() {
             echo "$package"
         fi
     done <<<"$programs"
-    # Debian ships python3 without the part that venv needs.
+    # Debian ships python3 without the module that venv needs.
     if command -v python3 >/dev/null && ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
         echo python3-venv
     fi

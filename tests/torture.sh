@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that goes wrong, at length, and one table of it: faults, operations, what was compared, losses.
+# Runs all fault tests at full length and tabulates faults, operations, comparisons and losses.
 #
 #     torture.sh VENV OUT [TEST…]         OUT is a directory for the table and the logs
 set -euo pipefail
@@ -18,9 +18,9 @@ rm -f "$TORTURE_TABLE"
 cargo build --workspace
 status=0
 
-# 32 processes at once, the mount's program built with ThreadSanitizer, which ends it with a status of its own
-# if it saw a race. The standard library is not built so, and the fence in Arc's drop, which it can't see, is
-# left out.
+# Runs 32 processes at once against a program built with ThreadSanitizer, which exits with its own
+# status after a race. The standard library is not instrumented; the fence in Arc's drop, which
+# ThreadSanitizer cannot see, is suppressed.
 races() {
     local target program
     target=$(rustc -vV | sed -n 's/^host: //p')

@@ -1,6 +1,6 @@
-//! What a review tried to lose, and must not: bases that a box put aside still needs, readers of two
-//! states of one disk, snapshots behind a refused delete, a home with odd rows, stray files or a full
-//! disk. The judges are BoxLite, qemu-img, cmp and the tools that people use.
+//! Data-loss cases that a review found: bases still needed by a box that was put aside, readers of
+//! two states of one disk, snapshots behind a refused delete, and homes with odd rows, stray files
+//! or a full disk. The judges are BoxLite, qemu-img, cmp and the tools that people use.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -13,14 +13,14 @@ use std::time::Duration;
 use crate::common::*;
 use serde_json::{Value, json};
 
-/// What is in the disk that BoxLite exports of a box.
+/// Returns the digest of the disk in BoxLite's own export of a box.
 fn digest_by_boxlite(home: &TestHome, name: &str) -> String {
     let place = tempfile::tempdir().unwrap();
     let answer = home.wheel(&["export", name, text(place.path())]);
     archive_digest(answer["path"].as_str().unwrap().as_ref())
 }
 
-/// The names in what BoxLite lists.
+/// Returns the names in BoxLite's answer to a list request.
 fn names_of(answer: &Value) -> BTreeSet<String> {
     let entries = answer.as_array().expect("a list").iter();
     entries
@@ -28,7 +28,7 @@ fn names_of(answer: &Value) -> BTreeSet<String> {
         .collect()
 }
 
-/// A mount of a home at a place of its own, beside the one that the harness makes.
+/// A mount of a home at its own mountpoint, in addition to the harness's mount.
 struct Daemon {
     child: Child,
     mountpoint: PathBuf,
@@ -79,10 +79,10 @@ impl Drop for Daemon {
     }
 }
 
-// ---- what is freed ------------------------------------------------------------------------------
+// ---- reclaiming space ---------------------------------------------------------------------------
 
-/// A box `web` on a base of ours that has no other name and no snapshot, and a box `other`; with the
-/// path of the base.
+/// Makes a box `web` on a base of ours that has no other name and no snapshot, and a box `other`;
+/// returns the base's path.
 fn box_on_a_bare_base() -> (TestHome, PathBuf) {
     let home = TestHome::new();
     home.wheel(&["import", text(&archive()), "other"]);
@@ -98,7 +98,8 @@ fn box_on_a_bare_base() -> (TestHome, PathBuf) {
     (home, base)
 }
 
-/// The base of `web` stays while its disk is put aside and another box is mounted and changed.
+/// Asserts that the base of `web` stays while its disk is put aside and the home is mounted and
+/// another box changed.
 fn assert_base_stays(put_aside: impl Fn(&TestHome, &Path), put_back: impl Fn(&TestHome, &Path)) {
     let (home, base) = box_on_a_bare_base();
     let live = home.live_disk("web");
@@ -190,7 +191,8 @@ fn a_base_stays_while_the_directory_of_its_box_is_elsewhere() {
     );
 }
 
-/// A box with the snapshots `s0` and `s1`, restored to `s0` or not, and what `s1` contains.
+/// Makes a box with the snapshots `s0` and `s1`, restored to `s0` if asked; returns the digest of
+/// `s1`.
 fn two_snapshots(restored: bool) -> (TestHome, String) {
     let home = TestHome::new();
     let mount = home.mount();
@@ -205,7 +207,7 @@ fn two_snapshots(restored: bool) -> (TestHome, String) {
     (home, contents)
 }
 
-/// Makes the row of the snapshot `s1` name another path.
+/// Changes the row of the snapshot `s1` to name another path.
 fn say_layer_is_at(home: &TestHome, path: &Path) {
     let changed = home
         .database()
@@ -274,7 +276,7 @@ fn a_layer_in_a_directory_of_another_name_stays_the_snapshot_its_row_says() {
 
 // ---- readers ------------------------------------------------------------------------------------
 
-/// Reads on, from an offset, to an error or the end.
+/// Reads from an offset up to an error or the end.
 fn read_on(file: &File, mut offset: u64) -> (Vec<u8>, Option<i32>) {
     let mut read = Vec::new();
     let mut piece = vec![0; 32 * 1024];
@@ -290,7 +292,7 @@ fn read_on(file: &File, mut offset: u64) -> (Vec<u8>, Option<i32>) {
     }
 }
 
-/// Whoever reads the state from before gets it or EIO: no other bytes, and no end before the end.
+/// Asserts that a reader of an older state gets only bytes of that state, up to its end or EIO.
 fn assert_reads_its_own(file: &File, own: &[u8], what: &str) {
     let start = 4096;
     let (read, error) = read_on(file, start as u64);
@@ -306,8 +308,8 @@ fn assert_reads_its_own(file: &File, own: &[u8], what: &str) {
 
 #[test]
 fn readers_of_two_states_do_not_get_each_others_bytes() {
-    // Written over what is there, so that the size stays, and where nothing is, so that it grows;
-    // read by the second reader before the first goes on, or after.
+    // Overwrites existing data, which keeps the size, or writes to a hole, which grows it. The
+    // second reader reads before the first continues, or after.
     for (offsets, what) in [
         ([FREE_AREA + 0x4_1000, FREE_AREA + 0x18_3000], "same size"),
         ([FREE_AREA + 0x4_1000, FREE_AREA + 0x24_0000], "larger"),
@@ -381,12 +383,12 @@ fn a_reader_of_a_snapshot_goes_on_while_it_is_deleted() {
         mount.snapshot("web", "start").unwrap();
         home.guest_write("web", FREE_AREA, &noise(7, 2 << 20));
         mount.snapshot("web", "large").unwrap();
-        // Nothing but the snapshot needs its layer.
+        // Only the snapshot needs its layer.
         home.wheel(&["snapshot-restore", "web", "start"]);
         let path = mount.at("web/snapshots/large/export.boxlite");
         let (copy, read) = (home.beside("copy"), home.beside("read"));
         succeed(&["cp", text(&path), text(&copy)]);
-        // dd and cat share the offset of the shell's descriptor; stat asks for its size.
+        // dd and cat share the offset of the shell's descriptor; stat asks for the size.
         let script = "exec 3< \"$1\"; dd bs=4096 count=1 status=none <&3 && echo >&2 && read go \
                       && stat -c %s - <&3 >&2 && cat <&3";
         let mut reader = Command::new("bash")
@@ -439,7 +441,7 @@ fn a_recursive_delete_of_a_box_that_is_in_use_leaves_its_snapshots() {
     };
     let before = states();
     let web = mount.at("web");
-    // As a virtual machine has it.
+    // Opens the disk for writing, as a virtual machine does.
     let writer = fs::File::options().write(true).open(home.live_disk("web"));
     let rmtree = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)";
     let python = python();
@@ -461,7 +463,7 @@ fn a_recursive_delete_of_a_box_that_is_in_use_leaves_its_snapshots() {
         "BoxLite's too"
     );
     drop(writer.unwrap());
-    // Who means it, can.
+    // Once the box is idle, an explicit rmdir deletes a snapshot.
     succeed(&["rmdir", text(&web.join("snapshots/b"))]);
     assert_eq!(mount.names("web/snapshots"), ["a", "c"]);
     home.assert_whole();
@@ -469,7 +471,7 @@ fn a_recursive_delete_of_a_box_that_is_in_use_leaves_its_snapshots() {
 
 // ---- options ------------------------------------------------------------------------------------
 
-/// The archive that homes are made from with other options and version in its manifest.
+/// Makes an archive whose manifest has other options and another version.
 fn archive_with(home: &TestHome, number: usize, version: u64, options: &Value) -> PathBuf {
     let script = r#"
 import io, json, sys, tarfile
@@ -503,14 +505,14 @@ with tarfile.open(source) as old, tarfile.open(target, "w") as new:
     target
 }
 
-/// Versions of an archive: before ports said what they mean, and since.
+/// Archive versions before and after ports got their present meaning.
 const VERSIONS: [u64; 2] = [3, 5];
 
 #[test]
 fn options_that_boxlite_cannot_read_are_refused() {
     let home = TestHome::new();
     let mount = home.mount();
-    // Whether BoxLite refuses them as well is for it to say: see the second column.
+    // The second column tells whether BoxLite refuses them as well.
     let cases = [
         (json!({"volumes": [{}]}), true),
         (
@@ -530,7 +532,7 @@ fn options_that_boxlite_cannot_read_are_refused() {
             true,
         ),
         (json!({"ports": [80]}), true),
-        // Their fields differ between versions of BoxLite.
+        // These fields differ between versions of BoxLite.
         (json!({"mounts": [{"x": 1}]}), false),
         (json!({"advanced": {"kernel": {"x": 1}}}), false),
         (json!({"advanced": {"capabilities": {"add": "x"}}}), false),
@@ -551,7 +553,7 @@ fn options_that_boxlite_cannot_read_are_refused() {
         (json!({"detach": null}), true),
         (json!({"network": "Sometimes"}), true),
         (json!({"secrets": [{"name": "x"}]}), false),
-        // BoxLite takes it for none at all; nothing it writes looks like that.
+        // BoxLite reads it as no options at all, but never writes anything like it.
         (json!([]), false),
     ];
     let judge = TestHome::empty();
@@ -563,7 +565,7 @@ fn options_that_boxlite_cannot_read_are_refused() {
             let complaint = String::from_utf8_lossy(&said.stderr);
             assert!(!said.status.success(), "{what} was accepted");
             assert!(complaint.contains("Bad message"), "{what}: {complaint}");
-            // The kernel tells of the last close a moment later.
+            // The kernel reports the last close a moment later.
             eventually("nothing is left", || mount.names("") == ["web"]);
             if version == VERSIONS[0] && *by_boxlite {
                 let refusal = judge.try_wheel(&["import", text(&bad), "bad"]);
@@ -658,7 +660,7 @@ fn whatever_options_the_mount_accepts_boxlite_reads() {
                 Ok(listed) => assert!(names_of(&listed).contains("new")),
                 Err(refusal) => broken.push(format!("{options}, version {version}: {refusal}")),
             }
-            // Not by BoxLite, which may be unable to.
+            // Removes the box's rows directly, because BoxLite may be unable to.
             let rows = home.database();
             let id = home.id("new");
             for table in [
@@ -730,14 +732,14 @@ fn an_odd_row_is_that_boxs_trouble_and_nobody_elses() {
         assert!(mount.is_alive(), "after a clone of {name}");
     }
     for name in ["options", "dated", "early", &id] {
-        // Whether it can be done or not.
+        // Whether this succeeds does not matter.
         let to = mount.at(format!("try-{name}"));
         run(&["cp", "-r", text(&mount.at(name)), text(&to)]);
         let _ = mount.snapshot(name, "s");
         let _ = mount.remove_snapshot(name, "s");
         assert!(mount.is_alive(), "after a clone of {name}");
     }
-    // The others work.
+    // The other boxes work.
     mount.snapshot("web", "s").unwrap();
     mount.copy("web", "copy");
     mount.remove_snapshot("web", "s").unwrap();
@@ -876,7 +878,7 @@ for _ in sys.stdin:
         if said.starts_with("copied") {
             assert_is_a_box(&home, &mount, name, &wanted);
         }
-        // Whoever comes later makes it, where it is not there.
+        // If the retry made no box, a later copy does.
         if !names_of(&home.wheel(&["list"])).contains(name) {
             mount.copy("web", name);
             assert_is_a_box(&home, &mount, name, &wanted);
@@ -884,7 +886,7 @@ for _ in sys.stdin:
     }
 }
 
-// ---- one home by two ways -----------------------------------------------------------------------
+// ---- one home by two paths ----------------------------------------------------------------------
 
 #[test]
 fn a_home_reached_through_a_symlink_is_the_same_home() {
@@ -894,7 +896,7 @@ fn a_home_reached_through_a_symlink_is_the_same_home() {
             let place = home.root().parent().unwrap();
             place.join("real")
         });
-        // From here on the harness and BoxLite come through the link.
+        // From here on, the harness and BoxLite use the symlink.
         fs::rename(home.root(), &real).unwrap();
         symlink(&real, home.root()).unwrap();
         home.wheel(&["import", text(&archive()), "web"]);
@@ -937,7 +939,7 @@ fn a_home_reached_through_a_symlink_is_the_same_home() {
         );
         assert_eq!(digest_by_boxlite(&home, "web"), third, "{what}");
         assert_eq!(digest_by_boxlite(&home, "copy"), second, "{what}");
-        // A mount the other way frees nothing that is needed.
+        // A mount by the other path frees nothing that is needed.
         let other = if through_link { &real } else { home.root() };
         drop(Daemon::start(other, home.beside("other-mnt")));
         assert_eq!(digest(&home.live_disk("web")), third, "{what}");
@@ -956,7 +958,7 @@ fn two_mounts_of_one_home_see_each_other_and_lose_nothing() {
     home.guest_write("web", FREE_AREA, b"something");
     let wanted = digest(&home.live_disk("web"));
     let mut one = home.mount();
-    // An import is under way when the second mount begins, which removes what crashes left.
+    // An import is in progress when the second mount starts and removes leftovers of crashes.
     let bytes = fs::read(archive()).unwrap();
     let coming = File::create(one.at("coming.boxlite")).unwrap();
     coming.write_all_at(&bytes[..100_000], 0).unwrap();
@@ -1025,7 +1027,7 @@ fn an_import_that_does_not_fit_is_enospc_and_leaves_nothing() {
     let mut mount = home.mount();
     let before = digest(&home.live_disk("web"));
     let into_directory = mount.at("large/export.boxlite");
-    // The first makes what every import needs.
+    // The first import creates what every import needs.
     succeed(&["cp", text(&archive()), text(&mount.at("small.boxlite"))]);
     let free = disk.free();
     for target in [mount.at("large.boxlite"), into_directory] {
@@ -1035,7 +1037,7 @@ fn an_import_that_does_not_fit_is_enospc_and_leaves_nothing() {
         let said = fail(&["cp", text(&large), text(&target)]);
         assert!(said.contains("No space left on device"), "{said}");
         assert!(mount.is_alive());
-        // The log grows by a line.
+        // The log grows by one line.
         eventually("its space is free again", || disk.free() >= free - 16384);
         let _ = fs::remove_dir(mount.at("large"));
         eventually("it is gone", || mount.names("") == ["small", "web"]);
@@ -1069,7 +1071,7 @@ fn a_full_disk_damages_no_box() {
         let taken = mount.snapshot("web", &name);
         let cloned = run(&["cp", "-r", text(&from), text(&to)]);
         let what = format!("{left} KiB left: {taken:?}, {cloned:?}");
-        // The guest's bytes are there, also while the disk is full.
+        // The guest's data is intact even while the disk is full.
         assert_eq!(digest(&live), wanted, "{what}");
         match taken {
             Ok(()) => snapshots.push((name, wanted.clone())),

@@ -1,5 +1,5 @@
-//! Restoring, renaming and removing what exists: nobody's bytes are mixed up, nothing is left, and who
-//! has other things in mind is refused.
+//! Restoring, renaming and removing boxes and snapshots: states are never mixed, nothing is left
+//! over, and operations that mean something else are refused.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crate::common::*;
 
-/// A python that runs a script of a test and says a line when it has come half way; it goes on when it
-/// gets a line, and ends at the end of its input.
+/// A Python script that pauses half-way after printing a line, and continues when its input gets a
+/// line or ends.
 struct HalfWay {
     child: Child,
     said: BufReader<std::process::ChildStdout>,
@@ -37,7 +37,7 @@ impl HalfWay {
         line.trim().to_owned()
     }
 
-    /// Lets it go on; what it says until it ends.
+    /// Lets the script continue and returns its remaining output.
     fn ends(mut self) -> String {
         drop(self.child.stdin.take());
         let mut said = String::new();
@@ -47,7 +47,7 @@ impl HalfWay {
     }
 }
 
-/// Begins an archive far longer than any export here, over the one that exists, and stops.
+/// Starts to write an archive, far longer than any export here, over the existing one; then pauses.
 const WRITES_LONG: &str = "
 import sys, tarfile
 member = tarfile.TarInfo('disk.qcow2')
@@ -78,7 +78,7 @@ fn who_reads_an_export_gets_its_bytes_and_no_more_while_another_is_written_over_
     early.read_to_end(&mut rest).unwrap();
     assert!([start, rest].concat() == own, "who had it open before");
     assert!(fs::read(&path).unwrap() == own, "who opened it meanwhile");
-    // In pieces, while the other one goes on writing.
+    // Reads in pieces while the other process keeps writing.
     let mut late = File::open(&path).unwrap();
     let reader = std::thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -166,7 +166,7 @@ except OSError as error:
     home.guest_write("web", FREE_AREA, b"the box's own");
     let own = digest(&home.live_disk("web"));
     let tool = HalfWay::start(copies, &[&mount.at("web"), &archive()]);
-    // Somebody else may restore meanwhile.
+    // Another process may change the box meanwhile.
     home.guest_write("web", FREE_AREA, b"the box's own");
     assert_eq!(tool.ends(), "Operation not permitted");
     assert_eq!(digest(&home.live_disk("web")), own);
@@ -216,7 +216,7 @@ fn what_nothing_needs_after_a_restore_or_a_removal_is_freed_at_once_also_what_bo
         &["clone", "web", "gone"],
         &["remove", "gone"],
     ]);
-    // The base that BoxLite made for the clone is what web reads from.
+    // `web` reads from the base that BoxLite made for the clone.
     let bases = || names_in(&home.root().join("bases"));
     let made_by_boxlite = bases();
     assert_eq!(made_by_boxlite.len(), 1);
@@ -271,13 +271,13 @@ fn a_box_whose_layer_is_missing_is_restored_or_removed_and_frees_nothing_of_othe
     mount.snapshot("web", "b").unwrap();
     home.guest_write("web", FREE_AREA + 4096, b"more");
     let before = digest(&home.live_disk("web"));
-    // Of live → b → a, the one in the middle is elsewhere for a while.
+    // In the chain live → b → a, the middle layer is moved away for a while.
     let chain = chain(&home.live_disk("web"));
     fs::remove_dir_all(home.snapshot_disk("web", "a").parent().unwrap()).unwrap();
     fs::remove_dir_all(home.snapshot_disk("web", "b").parent().unwrap()).unwrap();
     home.database().execute("DELETE FROM snapshot", []).unwrap();
     let parked = home.beside("parked");
-    // Also the spare names, by which it would come back.
+    // Moves the spare names too, which would otherwise bring the layer back.
     let spares = home.root().join(".boxlitefs/layers");
     let park = || {
         fs::rename(&chain[1], &parked).unwrap();
@@ -295,7 +295,7 @@ fn a_box_whose_layer_is_missing_is_restored_or_removed_and_frees_nothing_of_othe
     fs::rename(&parked, &chain[1]).unwrap();
     assert_eq!(digest(&home.live_disk("web")), before);
     assert_eq!(mount.export_digest("web/export.boxlite"), before);
-    // For good.
+    // Moved away for good.
     park();
     succeed(&["cp", text(&archive()), text(&export)]);
     assert_eq!(

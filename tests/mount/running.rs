@@ -1,5 +1,5 @@
-//! Boxes that run: what is read of them is their disk as it was at one moment, and the virtual machine goes on
-//! whatever happens. A process that keeps writing to the disk stands for it.
+//! Running boxes: reads see their disk at one moment, and the virtual machine always continues. A
+//! process that keeps writing to the disk stands in for the machine.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use crate::common::*;
 
-/// Where the writer writes a number, and then the same number once more.
+/// The two places to which the writer writes each number, one after the other.
 const FIRST: u64 = FREE_AREA;
 const SECOND: u64 = FREE_AREA + 0x8_0000;
 
-/// Has qemu-io write numbers: each to the first place, then to the second, and a new cluster now and then;
-/// on disk before the next step. Says when it has begun, and writes down what is on disk for certain.
+/// Makes qemu-io write numbers: each to the first place, then to the second, and now and then to a
+/// new cluster. Each step is on disk before the next. The script reports when it has started, and
+/// records which numbers are certain to be on disk.
 const WRITER: &str = r#"
 import os, subprocess, sys
 disk, first, second, counter = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -49,17 +50,17 @@ while True:
         print(io.pid, flush=True)
 "#;
 
-/// What stands for a virtual machine.
+/// A stand-in for a virtual machine.
 struct Machine {
     child: Child,
-    /// The process of qemu-io, a child of the former.
+    /// The qemu-io process, a child of the one above.
     writer: u32,
     counter: std::path::PathBuf,
     pid_file: std::path::PathBuf,
 }
 
 impl Machine {
-    /// Begins to write to the disk of a box, and is in its shim.pid as BoxLite writes it.
+    /// Starts to write to the disk of a box, and records itself in shim.pid as BoxLite does.
     fn of(home: &TestHome, name: &str) -> Machine {
         let counter = home.beside(&format!("counter-{name}"));
         let mut child = Command::new("python3")
@@ -90,7 +91,7 @@ impl Machine {
         self.child.id()
     }
 
-    /// The number that both places have at least.
+    /// Returns the number that is certain to be in both places.
     fn written(&self) -> u64 {
         fs::read_to_string(&self.counter).unwrap().parse().unwrap()
     }
@@ -101,7 +102,7 @@ impl Machine {
             .any(|pid| matches!(state(*pid), 'T'))
     }
 
-    /// Waits until it writes on.
+    /// Waits until it writes again.
     fn goes_on(&self) {
         let before = self.written();
         eventually("the machine goes on", || {
@@ -124,7 +125,7 @@ impl Drop for Machine {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = fs::remove_file(&self.pid_file);
-        // Nobody's child any more: gone once it has no disk open.
+        // No longer our child: it is gone once it has no disk open.
         let deadline = Instant::now() + Duration::from_secs(10);
         while state(self.writer) != 'Z' && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(2));
@@ -132,7 +133,7 @@ impl Drop for Machine {
     }
 }
 
-/// The state of a process: R, S, T…; Z when there is none.
+/// Returns the state of a process: R, S, T…; Z if it does not exist.
 fn state(pid: u32) -> char {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ")
@@ -147,7 +148,7 @@ fn started(pid: u32) -> String {
     fields.split(' ').nth(22 - 3).unwrap().to_owned()
 }
 
-/// The byte that an image has in the two places.
+/// Returns the bytes at the two places of an image.
 fn bytes_in(image: &Path) -> (u8, u8) {
     let raw = tempfile::NamedTempFile::new().unwrap();
     succeed(&[
@@ -171,7 +172,7 @@ fn bytes_in(image: &Path) -> (u8, u8) {
     (of(FIRST), of(SECOND))
 }
 
-/// Fails unless the image is whole and has what was written in the order it was: at least `before`.
+/// Asserts that the image is sound and has the writes in order, at least up to `before`.
 fn assert_a_moment(image: &Path, before: u64, after: u64) {
     let check = run(&["qemu-img", "check", "-q", text(image)]);
     assert!(check.status.success(), "{}: {check:?}", image.display());
@@ -182,7 +183,7 @@ fn assert_a_moment(image: &Path, before: u64, after: u64) {
         first == second || is_next(second, first),
         "{second} without {first}"
     );
-    // What was on disk before is there.
+    // Everything that was on disk before the copy is in it.
     let may_be = |number: u64| number % 251 == second;
     assert!(
         (before..=after + 1).any(may_be),
@@ -213,13 +214,14 @@ fn the_export_of_a_box_that_runs_is_its_disk_at_one_moment() {
         tally.compared += 1;
         if round < 2 {
             let imported = format!("imported{round}");
-            // In another home: BoxLite ends what runs in one when its program ends.
+            // Imports into another home, because BoxLite stops the boxes that run in a home when it
+            // exits.
             elsewhere.wheel(&["import", text(&target), &imported]);
             let digest = digest(&elsewhere.live_disk(&imported));
             assert_eq!(digest, archive_digest(&target));
         }
     }
-    // What nobody reads is gone after a while.
+    // Copies without readers are removed after a while.
     eventually("the copies are gone", || !has_copies(&mount));
     assert!(
         mount.log().contains("it was paused for a moment"),
@@ -236,7 +238,7 @@ fn the_export_of_a_box_that_runs_is_its_disk_at_one_moment() {
     tally.finish("exports of boxes that run");
 }
 
-/// Whether the mount has a copy of a running box's disk.
+/// Tells whether the mount has a copy of a running box's disk.
 fn has_copies(mount: &Mounted) -> bool {
     let fds = fs::read_dir(format!("/proc/{}/fd", mount.process()))
         .unwrap()
@@ -279,7 +281,7 @@ fn all_who_read_at_once_get_the_same_state_and_the_next_gets_another() {
 #[test]
 fn a_box_that_runs_is_cloned_with_its_snapshots_and_goes_on() {
     let home = TestHome::new();
-    // One as BoxLite keeps it, in the box; the disk reads from it by that name.
+    // One snapshot stays in the box, as BoxLite keeps it; the disk refers to it by that path.
     home.wheel(&["snapshot-create", "web", "theirs"]);
     let theirs = digest(&home.snapshot_disk("web", "theirs"));
     let mount = home.mount();
@@ -303,7 +305,7 @@ fn a_box_that_runs_is_cloned_with_its_snapshots_and_goes_on() {
     machine.goes_on();
     mount.copy("web/snapshots/theirs", "from-theirs");
     assert_eq!(digest(&home.live_disk("from-theirs")), theirs);
-    // As what another box is restored from.
+    // A running box is the source of a restore.
     succeed(&["cp", text(&archive()), text(&mount.at("other.boxlite"))]);
     let before = machine.written();
     succeed(&[
@@ -330,7 +332,7 @@ fn a_box_that_runs_is_cloned_with_its_snapshots_and_goes_on() {
     assert_eq!(names("copy"), ["theirs"]);
     assert_eq!(digest(&home.snapshot_disk("copy", "theirs")), theirs);
     let live = digest(&home.live_disk("copy"));
-    // They need nothing of the box they were made of.
+    // They need nothing of the box they were made from.
     home.wheel(&["remove", "web", "--force"]);
     drop(mount);
     home.assert_whole_once_mounted();
@@ -372,7 +374,7 @@ fn what_would_change_a_box_that_runs_is_busy() {
         libc::EBUSY
     );
     machine.goes_on();
-    // A process of which it is not certain that it is the one is never stopped.
+    // A process is never stopped unless it is certainly the machine.
     fs::write(&machine.pid_file, format!("{}\n", machine.pid())).unwrap();
     eventually("the copy is gone", || !has_copies(&mount));
     assert_eq!(errno(File::open(&onto)), libc::EBUSY);
@@ -403,7 +405,7 @@ fn a_machine_that_was_paused_by_us_goes_on_when_we_are_killed() {
         ours.retain(|name| !matches!(name.as_str(), "layers" | "reserve"));
         assert_eq!(ours, ["log"]);
     }
-    // The writer was killed in the middle of something.
+    // The writer was killed in the middle of a step.
     let live = home.live_disk("web");
     run(&["qemu-img", "check", "-q", "-r", "leaks", text(&live)]);
     home.assert_whole();
@@ -428,14 +430,14 @@ fn a_machine_that_somebody_else_paused_stays_so() {
     machine.goes_on();
 }
 
-/// A mount that stands still itself while it has the machine paused, until `meanwhile` is done.
+/// Runs `act` while the mount is stopped at the point where it has paused the machine.
 fn meanwhile(
     home: &TestHome,
     act: impl FnOnce(&Machine),
 ) -> (Mounted, Machine, std::io::Result<Vec<u8>>) {
     let mount = home.mount_with(&[], &[("BOXLITEFS_STOP_AT", "running.paused")]);
     let machine = Machine::of(home, "web");
-    // From then on its disk does not get longer.
+    // From then on, the disk no longer grows.
     eventually("it has written all places", || machine.written() > 30);
     let path = mount.at("web/export.boxlite");
     let reader = thread::spawn(move || fs::read(path));
@@ -482,7 +484,7 @@ fn a_machine_that_somebody_sets_going_while_it_is_copied_is_noticed() {
         mount.log()
     );
     machine.goes_on();
-    // Once more, and it is read.
+    // A second read succeeds.
     assert!(!fs::read(mount.at("web/export.boxlite")).unwrap().is_empty());
 }
 
@@ -501,7 +503,8 @@ fn a_machine_that_ran_for_a_moment_is_noticed_though_its_disk_has_the_time_it_ha
         eventually("it stands still again", || {
             state(machine.pid()) == 'T' && state(machine.writer) == 'T'
         });
-        // As if all that had been within one tick of the file system's clock.
+        // Restores the disk's times, as if everything had happened within one tick of the file
+        // system's clock.
         assert_eq!(disk.metadata().unwrap().len(), before.len());
         disk.set_modified(before.modified().unwrap()).unwrap();
     });
@@ -522,7 +525,8 @@ fn a_machine_that_is_killed_while_it_is_paused_leaves_a_box_as_it_was() {
         digest(&home.live_disk("web"))
     );
     drop(mount);
-    // qemu-io was killed: what it had set aside and not used is a leak to qemu-img, no error.
+    // qemu-io was killed: qemu-img reports clusters that it allocated and did not use as leaks, not
+    // errors.
     let (status, said) = home.check();
     assert_eq!(status, 0, "{said}");
 }

@@ -1,6 +1,6 @@
-//! `docs/semantics.md` states what the mount does; this executes it. Every row of every table is a
-//! command that is run against a real mount of a home that BoxLite made, and is held against the
-//! exit status, the output and the condition that the row promises.
+//! Executes `docs/semantics.md`, which specifies what the mount does. Every row of every table is a
+//! command. It runs against a real mount of a home that BoxLite made, and its exit status, output
+//! and condition are checked against the row.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,10 +20,10 @@ const EXECUTED: [&str; 4] = ["command", "exit", "prints", "afterwards"];
 /// The header of the table of errors.
 const ERRORS: [&str; 3] = ["errno", "message", "when"];
 
-/// How a line begins that says which home the next table has.
+/// The beginning of the line that says which home the next table uses.
 const HOME: &str = "**Home:** ";
 
-/// Seconds a row may take on a busy machine; a row that hangs fails.
+/// Timeout in seconds for a row on a busy machine.
 const PATIENCE: &str = "120";
 
 /// The errors the document may name.
@@ -44,19 +44,19 @@ const ERRNOS: &[(&str, i32)] = &[
     ("ESTALE", libc::ESTALE),
 ];
 
-/// What a row says of the output, standard output and standard error together.
+/// The output that a row expects, from standard output and standard error together.
 #[derive(Debug, PartialEq, Eq)]
 enum Prints {
     Nothing,
     /// The message of an errno.
     Errno(String),
-    /// This text, somewhere in it.
+    /// This text, anywhere in the output.
     Text(String),
 }
 
 #[derive(Debug, PartialEq, Eq)]
 struct Row {
-    /// Where it is in the document.
+    /// Its line in the document.
     line: usize,
     command: String,
     exit: i32,
@@ -68,7 +68,7 @@ struct Row {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Table {
     line: usize,
-    /// Begins with a home of its own, rather than with what the table before it left.
+    /// Starts with a new home rather than the one that the table before it left.
     fresh: bool,
     rows: Vec<Row>,
 }
@@ -78,14 +78,14 @@ struct Document {
     /// The shell functions it defines.
     functions: String,
     tables: Vec<Table>,
-    /// errno and message, with the line.
+    /// Each errno with its message and line.
     errors: Vec<(usize, String, String)>,
 }
 
-// ---- reading it -----------------------------------------------------------------------------------
+// ---- parsing ------------------------------------------------------------------------------------
 
-/// Takes the document apart. Whatever looks like a table and can't be verified is an error: the
-/// document may promise nothing else in tables.
+/// Parses the document. A table that cannot be verified is an error, so that no table makes
+/// untested promises.
 fn parse(document: &str) -> Result<Document, String> {
     let mut parsed = Document::default();
     let mut home = None;
@@ -137,7 +137,7 @@ fn parse(document: &str) -> Result<Document, String> {
     Ok(parsed)
 }
 
-/// The cells of a table's row; a bar inside one is written `\|`.
+/// Splits a table row into cells; a bar inside a cell is written `\|`.
 fn cells(line: &str) -> Vec<String> {
     let inner = line.trim().trim_start_matches('|');
     let inner = inner.strip_suffix('|').unwrap_or(inner);
@@ -180,7 +180,7 @@ fn row((line, cells): &(usize, Vec<String>)) -> Result<Row, String> {
     })
 }
 
-/// What is between the backticks of a cell that has nothing else.
+/// Returns the text between the backticks of a cell that contains nothing else.
 fn code(cell: &str) -> Option<String> {
     let inner = cell.strip_prefix('`')?.strip_suffix('`')?;
     (!inner.is_empty() && !inner.contains('`')).then(|| inner.to_owned())
@@ -191,7 +191,7 @@ fn errno_of(name: &str) -> Option<i32> {
     found.map(|(_, errno)| *errno)
 }
 
-/// What programs print for an errno.
+/// Returns the message that programs print for an errno.
 fn message_of(errno: &str) -> Option<String> {
     let text = io::Error::from_raw_os_error(errno_of(errno)?).to_string();
     text.split_once(" (os error")
@@ -202,7 +202,7 @@ fn message_of(errno: &str) -> Option<String> {
 
 /// A mounted home and what the rows of a table find around it.
 struct Place {
-    // Unmounted before the home goes.
+    // Unmounted before the home is deleted.
     _mount: Mounted,
     home: TestHome,
     mountpoint: PathBuf,
@@ -210,8 +210,8 @@ struct Place {
     functions: String,
 }
 
-/// A directory where what is made later has a higher inode number: cp goes by them, and a disk's file
-/// system gives again what was freed just then, by other tests say.
+/// Makes a directory where later files get higher inode numbers. cp goes by them, and a disk's file
+/// system reuses numbers that were just freed, for example by other tests.
 fn in_order() -> TempDir {
     let place = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
     place.expect("a temporary directory")
@@ -252,7 +252,7 @@ impl Place {
         path.extend(std::env::split_paths(
             &std::env::var_os("PATH").unwrap_or_default(),
         ));
-        // Users' PATH often lacks what mke2fs is in.
+        // Users' PATH often lacks the directory of mke2fs.
         path.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
         Command::new("timeout")
             .args(["-k", "5", PATIENCE, "bash", "-c"])
@@ -268,7 +268,7 @@ impl Place {
             .expect("timeout and bash")
     }
 
-    /// Runs a row; the error says what is not as the row says.
+    /// Runs a row; the error says how the result differs from the row.
     fn run(&self, row: &Row) -> Result<(), String> {
         let output = self.shell(&row.command);
         let said = [output.stdout, output.stderr].concat();
@@ -317,7 +317,7 @@ fn every_row_of_the_document_holds() {
     let mut usable = true;
     for table in &document.tables {
         if table.fresh {
-            // One home at a time.
+            // Keep only one home at a time.
             drop(place.take());
             usable = true;
         }
@@ -325,7 +325,7 @@ fn every_row_of_the_document_holds() {
             continue;
         }
         let place = place.get_or_insert_with(|| Place::new(&document.functions));
-        // Rows go on from what those before them did: the first that fails ends the table.
+        // Rows build on the rows before them, so the first failure ends the table.
         if let Some(failure) = table.rows.iter().find_map(|row| place.run(row).err()) {
             failures.push(failure);
             usable = false;

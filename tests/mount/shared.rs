@@ -1,6 +1,6 @@
-//! The mount option `shared`: changes beside a BoxLite runtime that has the home all the time. What either
-//! side does, one after the other or at the same moment, ends as if it had been done in some order,
-//! or is refused and did nothing; and nothing is lost. The judges are BoxLite itself and qemu-img.
+//! The mount option `shared`: changes next to a BoxLite runtime that holds the home. Whether the
+//! two sides act in turn or at once, the result is that of some order, or an operation is refused
+//! without effect; nothing is lost. The judges are BoxLite itself and qemu-img.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -11,27 +11,27 @@ use std::time::{Duration, Instant};
 use crate::common::*;
 use serde_json::Value;
 
-/// Boxes there are at most; BoxLite removes one before another is made.
+/// The maximum number of boxes; BoxLite removes one before another is made.
 const MOST_BOXES: usize = 5;
-/// Snapshots a box has at most.
+/// The maximum number of snapshots of a box.
 const MOST_SNAPSHOTS: usize = 3;
-/// How long BoxLite gets for what it does while the mount stands still in the middle of a change. Where it
-/// waits for the mount it is not done by then, and goes on afterwards.
+/// How long BoxLite may run while the mount is stopped in the middle of a change. If BoxLite waits
+/// for the mount, it is not done by then and finishes afterwards.
 const MEANWHILE: Duration = Duration::from_millis(400);
 
-// ---- what there should be -----------------------------------------------------------------------
+// ---- the expected state -------------------------------------------------------------------------
 
-/// A box as it should be: digests of what its guest and its snapshots have.
+/// The expected digests of a box's live disk and snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Wanted {
     live: String,
     snapshots: BTreeMap<String, String>,
 }
 
-/// All boxes by their names.
+/// All boxes by name.
 type Boxes = BTreeMap<String, Wanted>;
 
-/// What either side is asked for.
+/// An operation for either side.
 #[derive(Clone, Debug)]
 enum Ask {
     Snapshot {
@@ -63,7 +63,7 @@ enum Ask {
         snapshot: String,
         new: String,
     },
-    /// With all its snapshots.
+    /// Clones the box with all its snapshots.
     CloneWhole {
         of: String,
         new: String,
@@ -77,7 +77,7 @@ enum Ask {
 }
 
 impl Ask {
-    /// The boxes as they are when this was done; None where it can't be.
+    /// Returns the boxes after this operation, or None if it is impossible.
     fn done(&self, boxes: &Boxes) -> Option<Boxes> {
         let mut boxes = boxes.clone();
         match self {
@@ -131,14 +131,14 @@ fn add(
     made.is_none().then_some(())
 }
 
-/// What is in the archive that is imported.
+/// Returns the digest of the disk in the archive that is imported.
 fn pristine() -> String {
     use std::sync::OnceLock;
     static DIGEST: OnceLock<String> = OnceLock::new();
     DIGEST.get_or_init(|| archive_digest(&archive())).clone()
 }
 
-/// Every way it may have ended: what succeeded, in some order.
+/// Returns every possible outcome: the successful operations in any order.
 fn outcomes(before: &Boxes, done: &[&Ask]) -> BTreeSet<Boxes> {
     match done {
         [] => BTreeSet::from([before.clone()]),
@@ -156,7 +156,7 @@ fn outcomes(before: &Boxes, done: &[&Ask]) -> BTreeSet<Boxes> {
 
 // ---- the two sides ------------------------------------------------------------------------------
 
-/// A home, a mount of it with `shared`, and a runtime that has it.
+/// A home, a `shared` mount of it, and a runtime that holds it.
 struct Both<'h> {
     home: &'h TestHome,
     mount: Mounted,
@@ -179,13 +179,13 @@ impl<'h> Both<'h> {
         }
     }
 
-    /// Has BoxLite do something while nobody else does.
+    /// Lets BoxLite run an operation while the mount is idle.
     fn boxlite_does(&mut self, ask: &Ask) {
         let wanted = ask.done(&self.boxes).expect("it can be done");
         let said = by_boxlite(&mut self.boxlite, ask);
         self.tally.operations += 1;
         if let Err(refusal) = said {
-            // BoxLite keeps what something depends on.
+            // BoxLite refuses to remove what others depend on.
             let may_refuse = matches!(ask, Ask::RemoveSnapshot { .. } | Ask::Remove { .. });
             if !may_refuse {
                 self.lost(format!("BoxLite, alone: {ask:?}: {refusal}"));
@@ -195,7 +195,7 @@ impl<'h> Both<'h> {
         self.compare(&[wanted], &format!("by BoxLite {ask:?}"));
     }
 
-    /// Has the mount do something while BoxLite only has the home.
+    /// Runs an operation through the mount while BoxLite holds the home but is idle.
     fn mount_does(&mut self, ask: &Ask) {
         let wanted = ask.done(&self.boxes).expect("it can be done");
         self.tally.operations += 1;
@@ -209,7 +209,7 @@ impl<'h> Both<'h> {
         }
     }
 
-    /// Both at the same moment.
+    /// Runs one operation on each side at the same time.
     fn race(&mut self, ours: &Ask, theirs: &Ask) {
         let root = self.mount.root().to_owned();
         let boxlite = &mut self.boxlite;
@@ -245,13 +245,13 @@ impl<'h> Both<'h> {
         self.compare(&wanted, &what);
     }
 
-    /// Likewise with what they were.
+    /// Asserts that every box and snapshot is as before.
     fn unchanged(&mut self, what: &str) {
         let before = self.boxes.clone();
         self.compare(std::slice::from_ref(&before), what);
     }
 
-    /// Compares every box and snapshot with what they have to be, and goes on with what there is.
+    /// Compares every box and snapshot with the permitted states; continues with the state found.
     fn compare(&mut self, wanted: &[Boxes], what: &str) {
         let found = observed(self.home);
         self.tally.compared += found
@@ -280,7 +280,7 @@ impl<'h> Both<'h> {
             .to_owned()
     }
 
-    /// Writes to the disk of a box that is not running, as its guest would have.
+    /// Writes to the disk of a stopped box, as its guest would have.
     fn guest_writes(&mut self, name: &str, number: usize) {
         let place = FREE_AREA + (number as u64 % 16) * 0x1_0000;
         self.home
@@ -289,7 +289,7 @@ impl<'h> Both<'h> {
         self.boxes.get_mut(name).expect("the box").live = live;
     }
 
-    /// Everything ends, and all there is has to be whole, also for BoxLite.
+    /// Ends both sides and asserts that the home is sound, also according to BoxLite.
     fn end(self, what: &str) {
         let Both {
             home,
@@ -326,7 +326,7 @@ impl<'h> Both<'h> {
     }
 }
 
-/// What there is: by the rows, read through qemu-img.
+/// Returns the actual state: by the rows, read with qemu-img.
 fn observed(home: &TestHome) -> Boxes {
     let database = home.database();
     let mut boxes = Boxes::new();
@@ -411,9 +411,9 @@ fn by_mount(root: &std::path::Path, ask: &Ask) -> Result<(), String> {
     }
 }
 
-// ---- what is asked ------------------------------------------------------------------------------
+// ---- random operations --------------------------------------------------------------------------
 
-/// Numbers that look random, the same for the same seed.
+/// Pseudo-random numbers, determined by the seed.
 struct Random(u64);
 
 impl Random {
@@ -431,7 +431,7 @@ impl Random {
     }
 }
 
-/// Something that the mount can be asked for as things are.
+/// Picks an operation for the mount that is possible now.
 fn ours(random: &mut Random, boxes: &Boxes, of: &str, number: usize) -> Ask {
     let of = of.to_owned();
     let snapshots: Vec<&String> = boxes[&of].snapshots.keys().collect();
@@ -472,7 +472,7 @@ fn ours(random: &mut Random, boxes: &Boxes, of: &str, number: usize) -> Ask {
     }
 }
 
-/// Something that BoxLite can be asked for as things are.
+/// Picks an operation for BoxLite that is possible now.
 fn theirs(random: &mut Random, boxes: &Boxes, of: &str, number: usize) -> Ask {
     let of = of.to_owned();
     let snapshots: Vec<&String> = boxes[&of].snapshots.keys().collect();
@@ -482,7 +482,7 @@ fn theirs(random: &mut Random, boxes: &Boxes, of: &str, number: usize) -> Ask {
     let can_snapshot = snapshots.len() < MOST_SNAPSHOTS;
     loop {
         return match (random.below(7), &one) {
-            // Now and then the name that the mount takes at that moment.
+            // Sometimes this is the name that the mount takes at the same moment.
             (0, _) if can_snapshot => Ask::Snapshot {
                 of,
                 name: format!("s{}", number % 4 + 10),
@@ -507,7 +507,7 @@ fn theirs(random: &mut Random, boxes: &Boxes, of: &str, number: usize) -> Ask {
     }
 }
 
-/// A name that no snapshot of the box has is not in the way.
+/// Tells whether an operation can be done, for example whether its name is free.
 fn is_possible(ask: &Ask, boxes: &Boxes) -> bool {
     ask.done(boxes).is_some()
 }
@@ -540,7 +540,8 @@ fn two_hundred_operations_from_both_sides_lose_nothing() {
             both.guest_writes(&of, number);
         }
         if both.boxes.len() >= MOST_BOXES {
-            // BoxLite keeps it if another was cloned from it; then another time another one goes.
+            // BoxLite refuses if another box was cloned from it; another one is removed another
+            // time.
             let gone = another(&mut random, &both.boxes, Some("web")).expect("a box beside web");
             both.boxlite_does(&Ask::Remove { of: gone });
         }
@@ -598,7 +599,7 @@ fn a_clone_with_its_snapshots_is_made_beside_a_runtime() {
     });
     let snapshots = both.boxlite.must(&["snapshot-list", "copy"]);
     assert_eq!(snapshots.as_array().map(Vec::len), Some(2), "{snapshots}");
-    // BoxLite goes on with what it did not make, in the runtime that saw it appear.
+    // BoxLite uses the mount's clone in the runtime that saw it appear.
     both.boxlite_does(&Ask::Restore {
         of: "copy".into(),
         from: "a".into(),
@@ -658,7 +659,7 @@ fn a_box_that_boxlite_is_starting_is_busy() {
         .unwrap();
     let state: Value = serde_json::from_str(&state).unwrap();
     let lock = home.root().join("locks").join(state["lock_id"].to_string());
-    // BoxLite has this lock from before it makes the disk until its machine runs.
+    // BoxLite holds this lock from before it makes the disk until its machine runs.
     let starting = File::open(&lock).unwrap();
     starting.lock().unwrap();
     let before = both.home.fingerprint();
@@ -683,7 +684,7 @@ fn a_box_that_boxlite_is_starting_is_busy() {
             .collect()
     };
     assert_eq!(without_log(home.fingerprint()), without_log(before));
-    // Another box is none of that.
+    // Other boxes are not affected.
     let mut both = both;
     both.mount_does(&Ask::Import {
         new: "other".into(),
@@ -706,7 +707,8 @@ fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
     home.wheel(&["snapshot-create", "web", "a"]);
     let mut both = Both::begin(&home, &[]);
     let dir = home.box_dir("web");
-    // As its snapshot looks before it has a row, its clone's directory before it has one, its clone's base.
+    // Leftovers as BoxLite has them in the middle of a change: a snapshot without a row, a clone's
+    // directory without a row, and a clone's base.
     let pending = dir.join(".snapshot_pending");
     fs::write(&pending, "{}").unwrap();
     let snapshot = dir.join("snapshots/n");
@@ -721,14 +723,14 @@ fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
             .log()
             .contains("BoxLite is taking a snapshot of box web")
     );
-    // A mount that begins now leaves all of it alone, too.
+    // A mount that starts now leaves all of it alone, too.
     drop(both.mount);
     both.mount = home.mount_with(&["-o", "shared"], &[]);
     both.tally.operations += 1;
     for path in [&pending, &snapshot, &clone, &base] {
         assert!(path.exists(), "{}", path.display());
     }
-    // A disk on a base that has no row yet.
+    // A disk on a base without a row.
     fs::remove_file(&pending).unwrap();
     let live = home.live_disk("web");
     let aside = home.beside("live");
@@ -761,7 +763,7 @@ fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
         )
         .unwrap();
     assert_eq!(rows, 0, "BoxLite's own row would find the name taken");
-    // No disk at all, as while BoxLite replaces it.
+    // The disk is missing, as while BoxLite replaces it.
     fs::remove_file(&live).unwrap();
     assert!(
         by_mount(
@@ -783,7 +785,7 @@ fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
     both.end("BoxLite in the middle of something");
 }
 
-/// Where a change of ours stands still, and what BoxLite does then.
+/// Stops each of our changes at each point and lets BoxLite run an operation there.
 #[test]
 fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
     let snapshot = || Ask::Snapshot {
@@ -888,7 +890,7 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
         .flat_map(|(ours, point)| theirs.iter().map(move |theirs| (ours, point, theirs)))
         .collect();
     let step = cases.len().div_ceil(how_many(20, 40, cases.len()));
-    // Other cases every day.
+    // Tries other cases every day.
     let first = seed("beside a live BoxLite") as usize % step;
     for (ours, point, theirs) in cases.iter().skip(first).step_by(step) {
         home.put_back("fresh");
@@ -927,7 +929,7 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
     tally.finish("beside a live BoxLite, step by step");
 }
 
-/// A change, which returns what it was told, and the points that it is cut off at.
+/// A change, which returns its error output, and the points at which it is cut off.
 type CutOff<'c> = (&'c str, fn(&Mounted) -> String, &'c [&'c str]);
 
 const CUT_OFF: [CutOff; 4] = [
@@ -971,7 +973,7 @@ const CUT_OFF: [CutOff; 4] = [
     ),
 ];
 
-/// What a program says that may fail.
+/// Returns the error output of a program that may fail.
 fn complaints(command: &[&str]) -> String {
     String::from_utf8_lossy(&run(command).stderr).into_owned()
 }
@@ -1005,7 +1007,7 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
             tally.faults += 1;
             tally.operations += 1;
             if number % 2 == 0 {
-                // Beside the runtime nothing is recovered; what can be read is whole all the same.
+                // Next to a runtime nothing is recovered, but what can be read is sound.
                 drop(home.mount_with(&["-o", "shared"], &[]));
                 drop(runtime);
             } else {
@@ -1061,8 +1063,8 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
 }
 
 impl Both<'_> {
-    /// Has the mount begin something, BoxLite do something else where the mount then stands still, and the
-    /// mount go on. Whether it stood still.
+    /// Starts an operation of the mount, runs one of BoxLite's where the mount stops, and resumes
+    /// the mount. Returns whether the mount stopped.
     fn interrupt(&mut self, ours: &Ask, theirs: &Ask) -> bool {
         let root = self.mount.root().to_owned();
         let process = self.mount.process();
@@ -1089,7 +1091,7 @@ impl Both<'_> {
     }
 }
 
-/// Whether a process was stopped by a signal.
+/// Tells whether a process was stopped by a signal.
 fn is_stopped(process: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     stat.rsplit_once(") ")

@@ -1,4 +1,4 @@
-//! `mkdir` and `rmdir` below `snapshots/`: what they do to the layers, and to nothing else.
+//! `mkdir` and `rmdir` below `snapshots/`: their effect on the layers, and on nothing else.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ fn inode(path: &Path) -> u64 {
     fs::metadata(path).unwrap().ino()
 }
 
-/// The guest's bytes of a box and its snapshots: `live` and each name.
+/// Maps `live` and each snapshot's name to the digest of the guest's data.
 fn states(home: &TestHome, name: &str, snapshots: &[&str]) -> BTreeMap<String, String> {
     let mut states = BTreeMap::new();
     states.insert("live".to_owned(), digest(&home.live_disk(name)));
@@ -55,7 +55,7 @@ fn a_snapshot_has_the_contents_of_its_moment_and_the_disk_goes_on() {
     let mount = home.mount();
     let mut wanted = BTreeMap::new();
     for round in 0u8..4 {
-        // Each round changes what earlier ones wrote, too.
+        // Each round also changes data of earlier rounds.
         home.guest_write(
             "web",
             FREE_AREA + 0x8000 * u64::from(round),
@@ -85,7 +85,7 @@ fn taking_a_snapshot_is_no_change_of_the_disk() {
     let live = home.live_disk("web");
     let before = (times(&live), digest(&live));
     let export = fs::read(mount.at("web/export.boxlite")).unwrap();
-    // Were the time taken anew, it would be another second.
+    // A timestamp taken anew would show another second.
     std::thread::sleep(std::time::Duration::from_millis(1100));
     mount.snapshot("web", "a").unwrap();
     assert_eq!((times(&live), digest(&live)), before);
@@ -253,7 +253,7 @@ fn layers_that_boxlite_froze_inside_the_box_are_adopted() {
     assert_eq!(after, before);
     assert_eq!(digest(&home.live_disk("copy")), copy);
     home.assert_whole();
-    // The rows are as good as they were.
+    // The rows still work.
     home.wheel_batch(&[
         &["snapshot-restore", "web", "a"],
         &["snapshot-remove", "web", "c"],
@@ -269,8 +269,8 @@ fn layers_that_boxlite_froze_inside_the_box_are_adopted() {
 
 // ---- rmdir ----------------------------------------------------------------------------------------
 
-/// A box with three snapshots, each of another state, made by the mount or by BoxLite, and a clone
-/// that starts from the middle of it.
+/// Makes a box with three different snapshots, by the mount or by BoxLite, and a clone of the
+/// middle one.
 fn three_snapshots(by_boxlite: bool) -> TestHome {
     let home = TestHome::new();
     let mount = home.mount();
@@ -282,7 +282,7 @@ fn three_snapshots(by_boxlite: bool) -> TestHome {
         } else {
             mount.snapshot("web", name).unwrap();
         }
-        // Some of what the next snapshot has was there before, some not.
+        // Each snapshot changes some data of the one before and adds some.
         home.guest_write("web", FREE_AREA, &[number as u8; 0x1_8000]);
     }
     drop(mount);
@@ -317,7 +317,7 @@ fn deleting_any_snapshot_leaves_every_other_state_as_it_is() {
                 ]);
                 assert_eq!(digest(&home.live_disk("web")), wanted[*name], "{what}");
             }
-            // The name can be used again.
+            // The name is free again.
             mount.snapshot("web", victim).unwrap();
             drop(mount);
             home.assert_whole_once_mounted();
@@ -368,7 +368,7 @@ fn a_layer_that_nothing_needs_any_more_is_freed() {
     let before = home.allocated();
     home.guest_write("web", FREE_AREA, &vec![7; 2 << 20]);
     mount.snapshot("web", "large").unwrap();
-    // A further name of the layer: it goes with the last one.
+    // Another name of the layer; the layer is freed with its last name.
     mount.snapshot("web", "same").unwrap();
     home.wheel(&["snapshot-restore", "web", "start"]);
     assert!(home.allocated() >= before + (2 << 20));
@@ -410,7 +410,7 @@ fn a_layer_of_boxlites_clone_goes_when_no_snapshot_and_no_disk_needs_it_any_more
         let home = TestHome::new();
         home.wheel(&["clone", "web", "copy"]);
         let mount = home.mount();
-        // A further name of the layer below both.
+        // Another name of the layer below both boxes.
         mount.snapshot("copy", "a").unwrap();
         for name in ["web", "copy"] {
             let export = mount.at(name).join("export.boxlite");
@@ -437,7 +437,7 @@ fn a_layer_of_boxlites_clone_goes_at_a_mount_that_finds_its_last_reference_was_l
     home.guest_write("web", FREE_AREA, b"changed");
     home.wheel(&["clone", "web", "theirs"]);
     mount.copy("web", "copy");
-    // What was below all three is read by none of them now, and one reference is BoxLite's to drop.
+    // The layer below all three no longer has readers. One reference to it is BoxLite's to drop.
     home.wheel_batch(&[&["snapshot-restore", "copy", "a"], &["remove", "theirs"]]);
     let export = mount.at("web/export.boxlite");
     succeed(&["cp", text(&archive()), text(&export)]);

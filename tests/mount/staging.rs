@@ -1,13 +1,13 @@
-//! Boxes being made, to the letter: who sees what of them, who may go on with them, what becomes of
-//! what is left half way, and that it is one directory for all.
+//! Boxes being made: who sees what of them, who may continue them, what happens to unfinished ones,
+//! and that a box stays the same directory throughout.
 
 use std::fs;
 use std::path::PathBuf;
 
 use crate::common::*;
 
-/// A home with the box `web` that has the snapshot `s` of another state, a mount of it, and a whole
-/// backup of the box.
+/// Makes a home whose box `web` has a snapshot `s` that differs from its live disk, a mount of it,
+/// and a complete backup of the box.
 fn home_and_backup() -> (TestHome, Mounted, PathBuf) {
     let home = TestHome::new();
     home.guest_write("web", FREE_AREA, b"at the snapshot");
@@ -19,7 +19,7 @@ fn home_and_backup() -> (TestHome, Mounted, PathBuf) {
     (home, mount, backup)
 }
 
-/// Fails unless a box is what `web` is, for everybody and for BoxLite.
+/// Asserts that a box equals `web` for every process and for BoxLite.
 fn assert_is_like_web(home: &TestHome, mount: &Mounted, name: &str) {
     let mut passer_by = Process::start(mount);
     assert_eq!(passer_by.names(name), BOX_FILES, "{}", mount.log());
@@ -45,7 +45,7 @@ fn a_file_manager_sees_what_it_copied_then_the_box_and_goes_on_with_it() {
         text(&backup)
     );
     manager.does(&copy);
-    // It looks at once, at everything it made; others see the box.
+    // The maker reads everything it made at once; other processes see the box.
     assert_eq!(manager.names("new"), BOX_FILES);
     assert_eq!(manager.names("new/snapshots"), ["s"]);
     let size = fs::metadata(backup.join("export.boxlite"))
@@ -56,7 +56,7 @@ fn a_file_manager_sees_what_it_copied_then_the_box_and_goes_on_with_it() {
     assert_eq!(other.names("new"), BOX_FILES);
     other.does("open(m + 'new/export.boxlite', 'rb').read(1)");
     assert_is_like_web(&home, &mount, "new");
-    // While it lives on, the box becomes a box to it as well: it reads, snapshots and renames it.
+    // While the maker runs, it too sees the copy as a box: it can read, snapshot and rename it.
     let mut seen_by_manager = || {
         let read = "[os.path.exists(m + 'new/export.boxlite'), \
                     os.getxattr(m + 'new', 'user.boxlite.status').decode()]";
@@ -103,7 +103,7 @@ fn all_threads_and_children_of_a_process_make_one_box_together() {
     let (home, mount, backup) = home_and_backup();
     let mut maker = Process::start(&mount);
     let mut other = Process::start(&mount);
-    // Directories by one thread, files by others, and all of them meet.
+    // One thread makes directories and others make files, all at the same time.
     let backup = format!("{:?}", text(&backup));
     maker.does("concurrent.futures.ThreadPoolExecutor(1).submit(os.makedirs, m + 'new/snapshots/s').result()");
     assert_eq!(other.fails("os.mkdir(m + 'new/mine')"), libc::EPERM);
@@ -128,7 +128,7 @@ fn all_threads_and_children_of_a_process_make_one_box_together() {
     assert_eq!(maker.does(by_child), made, "to its children");
     assert_eq!(other.names("new"), BOX_FILES, "and to others");
     assert_is_like_web(&home, &mount, "new");
-    // A child goes on where its parent began.
+    // A child continues where its parent started.
     maker.does("os.makedirs(m + 'second')");
     let by_child =
         "subprocess.run(['cp', '-r', BACKUP + '/.', m + 'second'], check=True).returncode";
@@ -142,8 +142,8 @@ fn all_threads_and_children_of_a_process_make_one_box_together() {
 #[test]
 fn two_processes_that_a_third_began_for_share_what_is_made() {
     let (home, mount, backup) = home_and_backup();
-    // As rsync: one process makes directories and names, its sibling writes and looks. Both descend from
-    // who began.
+    // Works like rsync: one process makes directories and names, its sibling writes and looks. Both
+    // descend from the process that started.
     let script_of_both = r#"
 import os, shutil, sys
 backup, new = sys.argv[1], sys.argv[2]
@@ -191,12 +191,12 @@ fn what_a_process_left_half_way_the_next_one_finishes() {
             "b",
             "[os.makedirs(m + 'b/snapshots/s'), shutil.copyfile(BACKUP + '/box.json', m + 'b/box.json')]",
         ),
-        // A snapshot that came before its box waits for it, whoever brings that.
+        // A snapshot that arrives before its box waits for it, whichever process brings the box.
         (
             "c",
             "[os.makedirs(m + 'c/snapshots/s')] + [shutil.copyfile(BACKUP + '/snapshots/s/' + n, m + 'c/snapshots/s/' + n) for n in ['export.boxlite', 'snapshot.json']]",
         ),
-        // In the middle of the archive: that much is dropped.
+        // An incomplete archive is dropped.
         (
             "d",
             "globals().update(f=open(m + 'd/export.boxlite', 'wb', 0)) or f.write(open(BACKUP + '/export.boxlite', 'rb').read(400000))",
@@ -219,7 +219,7 @@ fn what_a_process_left_half_way_the_next_one_finishes() {
             "{name}: the first lives"
         );
         first.kill();
-        // The kernel closes what it had open a moment after its end.
+        // The kernel closes the files of a killed process a moment after its end.
         eventually("half of an archive is gone", || {
             let left = format!("[files for _, _, files in os.walk(m + {name:?})][:1]");
             !second.does(&left).to_string().contains("export")
@@ -236,7 +236,7 @@ fn what_a_process_left_half_way_the_next_one_finishes() {
 #[test]
 fn what_has_not_come_whole_goes_with_a_mount_that_is_killed() {
     let (home, mut mount, backup) = home_and_backup();
-    // All but what we remember and the log.
+    // Everything except our caches and the log.
     let kept = || {
         let files = home.fingerprint();
         let lines = files
@@ -291,7 +291,7 @@ fn a_directory_being_made_is_the_same_directory_when_it_is_a_box() {
         assert_eq!(maker.does("os.listdir('.')"), serde_json::json!(["s"]));
         let by_others = inside.does(inodes);
         assert_eq!([&maker.does(inodes), &by_others], [&before, &before]);
-        // The second time, the maker's face has gone as well.
+        // In the second round, the maker's own view of the box has ended as well.
         eventually("the box is a box to who made it", || {
             maker.does("os.listxattr(m + 'new')") != serde_json::json!([])
         });
@@ -302,7 +302,7 @@ fn a_directory_being_made_is_the_same_directory_when_it_is_a_box() {
     home.assert_whole();
 }
 
-// ---- several, and onto what is there ------------------------------------------------------------
+// ---- several boxes, and existing targets --------------------------------------------------------
 
 #[test]
 fn several_boxes_are_copied_at_once_each_to_its_name() {
@@ -357,7 +357,7 @@ fn a_copy_onto_a_box_that_is_there_is_refused_and_changes_nothing() {
         )
     };
     let before = states();
-    // cp goes by inode numbers, others by the order that the directory has.
+    // cp goes by inode numbers, other tools by the order in the directory.
     let disordered = home.beside("disordered");
     fs::create_dir(&disordered).unwrap();
     for name in ["export.boxlite", "snapshots", "box.json"] {
@@ -391,7 +391,7 @@ fn a_copy_onto_a_box_that_is_there_is_refused_and_changes_nothing() {
             "tar c -C $DISORDERED export.boxlite snapshots box.json | tar x -C $MNT/web2",
             true,
         ),
-        // In whatever order the words have, but for the export before all else.
+        // The arguments can be in any order, except that the export must not come first.
         (
             "busybox cp -r $BACKUP/snapshots $BACKUP/export.boxlite $BACKUP/box.json $MNT/web2",
             true,

@@ -1,5 +1,5 @@
-//! Two states of a disk are never taken for one another, however coarse the clock of the file
-//! system is: each archive, size, file and merge is of exactly one moment.
+//! Two states of a disk are never confused, however coarse the clock of the file system: each
+//! archive, size, file and merge belongs to exactly one moment.
 
 use std::fs::{self, File, FileTimes};
 use std::io::Read;
@@ -10,20 +10,20 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::common::*;
 
-/// File systems whose clocks have ticks: of a second, of some milliseconds, of nanoseconds.
+/// File systems whose clocks tick in seconds, milliseconds and nanoseconds.
 const CLOCKS: [FileSystem; 3] = [FileSystem::SmallInodes, FileSystem::Ext2, FileSystem::Ext4];
 
-/// Where the guest has nothing.
+/// A part of the disk that the guest does not use.
 const FREE_AREA: u64 = 5 << 20;
 
-/// A home on a file system of its own.
+/// Makes a home on a file system of its own.
 fn home_on(kind: FileSystem) -> (TestHome, SmallDisk) {
     let home = TestHome::new();
     let disk = SmallDisk::under(&home, kind, "256M");
     (home, disk)
 }
 
-/// The whole raw disk of a box, read by qemu-img.
+/// Reads the whole raw disk of a box with qemu-img.
 fn raw(home: &TestHome, name: &str) -> Vec<u8> {
     let raw = home.beside("raw");
     let live = home.live_disk(name);
@@ -32,7 +32,7 @@ fn raw(home: &TestHome, name: &str) -> Vec<u8> {
     fs::read(raw).unwrap()
 }
 
-/// What a file in a directory of a mount has, read as a new process would.
+/// Reads a file below a mount with a new process.
 fn cat(path: &Path) -> Vec<u8> {
     let output = run(&["cat", text(path)]);
     let said = String::from_utf8_lossy(&output.stderr);
@@ -50,13 +50,13 @@ fn archives_of_states_within_one_tick_are_each_of_its_moment_and_can_be_imported
             for (form, name) in [("plain", "export.boxlite"), ("zst", "export.boxlite.zst")] {
                 let byte = round * 2 + u8::from(form == "zst");
                 home.guest_write("web", FREE_AREA, &[byte; 100_000]);
-                // A look that remembers what it saw would be of use for the next.
+                // If a look cached anything, the next read would use it.
                 fs::metadata(mount.at("web").join(name)).unwrap();
                 let archive = home.beside(&format!("{round}-{form}.boxlite"));
                 fs::write(&archive, cat(&mount.at("web").join(name))).unwrap();
                 expected.push((archive, digest(&home.live_disk("web")), byte));
             }
-            // What is remembered on disk is of no other state either.
+            // The sizes cached on disk belong to the right state, too.
             mount.unmount();
             mount = home.mount();
         }
@@ -82,7 +82,7 @@ fn digest_of(home: &TestHome, name: &str) -> String {
 fn a_disk_written_to_right_after_it_was_opened_fails_the_reader() {
     for kind in CLOCKS {
         let (home, _disk) = home_on(kind);
-        // More than the kernel reads ahead.
+        // More than the kernel's read-ahead.
         let archive = make_archive("states.boxlite", &["--size", "64M"]);
         home.wheel(&["import", text(&archive), "large"]);
         let many: Vec<u8> = (0..16u32 << 20).map(|at| (at / 13) as u8).collect();
@@ -92,7 +92,7 @@ fn a_disk_written_to_right_after_it_was_opened_fails_the_reader() {
         let mut export = File::open(mount.at("large/export.boxlite")).unwrap();
         let mut first = [0; 4096];
         export.read_exact(&mut first).unwrap();
-        // At once: within the tick of the write before, where that is long.
+        // At once, to be within the same clock tick as the previous write if ticks are long.
         home.guest_write("large", 47 << 20, &[2; 1000]);
         let mut rest = Vec::new();
         assert_eq!(errno(export.read_to_end(&mut rest)), libc::EIO, "{kind:?}");
@@ -128,7 +128,7 @@ fn what_is_in_a_disk_is_of_the_moment_of_the_look() {
             let inode = open.metadata().unwrap().ino();
             let image = cat(&mount.at("web/disk.img"));
             assert!(image == raw(&home, "web"), "{kind:?} {round}");
-            // Another state is another file.
+            // A new state is a new file.
             let changed = vec![b'A' + round; length];
             home.guest_write("web", at, &changed);
             assert_eq!(cat(&mount.at("web/rootfs/etc/hostname")), changed);
@@ -136,7 +136,7 @@ fn what_is_in_a_disk_is_of_the_moment_of_the_look() {
             assert_ne!(now, inode, "{kind:?} {round}");
             let mut bytes = vec![0; length];
             let read = open.read_exact_at(&mut bytes, at);
-            // Kept by the kernel, of the state that was opened; or refused.
+            // Either the kernel has cached the opened state, or the read is refused.
             match read {
                 Ok(()) => assert_eq!(bytes, written),
                 read => assert_eq!(errno(read), libc::ESTALE),
@@ -250,7 +250,7 @@ fn a_disk_that_is_written_to_while_its_layers_are_merged_keeps_what_was_written(
         // SAFETY: kill takes no memory; the process is a child of this test.
         unsafe { libc::kill(pid as i32, libc::SIGCONT) };
         let output = child.wait_with_output().unwrap();
-        // It saw that, and began anew.
+        // It noticed the write and started again.
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(said.contains("2 layers became one"), "{kind:?}: {said}");
         assert_eq!(digest(&home.live_disk("web")), written, "{kind:?}");
@@ -272,7 +272,7 @@ fn is_stopped(pid: u32) -> bool {
 fn snapshots_made_in_one_second_are_in_their_order_for_all_who_go_by_times() {
     let home = TestHome::new();
     let mount = home.mount();
-    // Neither the order of names nor the other way round.
+    // The order of the snapshots is neither the order of their names nor its reverse.
     let names = ["m", "z", "a", "k", "b"];
     for (number, name) in names.iter().enumerate() {
         home.guest_write("web", FREE_AREA, &[number as u8 + 1; 1000]);
@@ -280,7 +280,7 @@ fn snapshots_made_in_one_second_are_in_their_order_for_all_who_go_by_times() {
     }
     assert_eq!(by_time(&mount, "web"), names);
     assert_eq!(by_boxlite(&home, "web"), names);
-    // Whoever copies them by name, and back, keeps it.
+    // Copying them out by name and back keeps the order.
     let backup = home.beside("backup");
     succeed(&["cp", "-r", text(&mount.at("web")), text(&backup)]);
     succeed(&["cp", "-r", text(&backup), text(&mount.at("again"))]);
@@ -295,7 +295,7 @@ fn snapshots_made_in_one_second_are_in_their_order_for_all_who_go_by_times() {
     assert_eq!(by_time(&mount, "more"), names);
     mount.copy("web", "clone");
     assert_eq!(by_time(&mount, "clone"), names);
-    // A snapshot of now is the newest, whatever the others say.
+    // A new snapshot is the newest, even if others have times in the future.
     home.database()
         .execute(
             "UPDATE snapshot SET created_at = created_at + 1000000 WHERE name = 'k'",
@@ -314,7 +314,7 @@ fn snapshots_that_boxlite_made_in_one_second_keep_their_order_in_a_backup() {
     let create = names.map(|name| ["snapshot-create", "web", name]);
     let create: Vec<&[&str]> = create.iter().map(|it| &it[..]).collect();
     home.wheel_batch(&create);
-    // However long that took.
+    // Copying may take any length of time.
     home.database()
         .execute(
             "UPDATE snapshot SET created_at = 1700000000,
@@ -334,13 +334,13 @@ fn snapshots_that_boxlite_made_in_one_second_keep_their_order_in_a_backup() {
     assert_eq!(by_time(&mount, "web").last().unwrap(), "b");
 }
 
-/// The snapshots of a box as `ls` sorts them by time, oldest first.
+/// Returns the snapshots of a box as `ls` sorts them by time, oldest first.
 fn by_time(mount: &Mounted, name: &str) -> Vec<String> {
     let said = succeed(&["ls", "-tr", text(&mount.at(name).join("snapshots"))]);
     said.lines().map(str::to_owned).collect()
 }
 
-/// The same as BoxLite lists them, newest first.
+/// Returns the snapshots in the order in which BoxLite lists them, newest first.
 fn by_boxlite(home: &TestHome, name: &str) -> Vec<String> {
     let listed = home.wheel(&["snapshot-list", name]);
     let names = listed.as_array().unwrap().iter();
@@ -371,7 +371,7 @@ fn a_reader_goes_on_while_a_chain_that_is_too_long_is_written_out_as_one() {
     mount.snapshot("large", "nine").unwrap();
     assert!(mount.at("large/snapshots/nine").is_dir());
     assert!(home.images().len() > before);
-    // What is looked at meanwhile is the same state.
+    // A second reader meanwhile gets the same state.
     fs::metadata(mount.at("large/export.boxlite")).unwrap();
     export.read_to_end(&mut read).unwrap();
     assert!(read == cat(&mount.at("large/export.boxlite")));

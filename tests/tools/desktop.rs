@@ -1,4 +1,4 @@
-//! What a person does with a mouse in a file manager: tests/desktop/drag.sh is that person.
+//! A user with a mouse in a file manager, played by tests/desktop/drag.sh.
 
 use std::fs;
 use std::path::Path;
@@ -43,7 +43,7 @@ fn boxes_are_looked_at_dragged_in_and_out_copied_and_deleted_in_a_file_manager()
     }
     assert!(copied("export.boxlite") == shown("web/export.boxlite"));
     assert!(copied("export.boxlite.zst") == shown("web/export.boxlite.zst"));
-    // It names the second as it likes.
+    // The file manager chooses the name of the second copy.
     let mut names = mount.names(".");
     names.retain(|name| !name.starts_with('.'));
     let second = names.iter().find(|name| name.starts_with("web ("));

@@ -1,4 +1,5 @@
-//! What README.md and docs/operating.md tell people to type, typed. (docs/semantics.md has a test of its own.)
+//! Executes what README.md and docs/operating.md tell people to type. (docs/semantics.md has its
+//! own test.)
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +7,7 @@ use std::process::Command;
 
 use crate::common::*;
 
-/// The blocks of code of a kind in a document.
+/// Returns a document's code blocks of one kind.
 fn blocks(document: &str, kind: &str) -> Vec<String> {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(document)).unwrap();
     let mut blocks = Vec::new();
@@ -29,7 +30,7 @@ fn blocks(document: &str, kind: &str) -> Vec<String> {
     blocks
 }
 
-/// A user with a home directory: his boxes in ~/.boxlite, of which `web` is one, and ~/boxes.
+/// A user with a home directory: boxes in ~/.boxlite, including `web`, and a directory ~/boxes.
 struct User {
     home: TestHome,
     directory: PathBuf,
@@ -60,10 +61,10 @@ impl User {
         shell
     }
 
-    /// Has a shell run what must succeed.
+    /// Runs commands in a shell and asserts that they succeed.
     fn types(&self, commands: &str) {
         let backup = self.directory.join("backup");
-        // The one thing of a recipe that is not the user's own.
+        // The only path in the recipes that lies outside the user's home.
         let commands = commands.replace("/backup", text(&backup));
         let output = self
             .shell()
@@ -76,7 +77,7 @@ impl User {
     }
 }
 
-/// Times, which are others every time, by a word of the same form.
+/// Replaces each time with a fixed word, because times differ between runs.
 fn without_times(text: &str) -> String {
     let is_time = |word: &str| word.len() == 20 && word.ends_with('Z') && word.starts_with("20");
     let lines = text.lines().map(|line| {
@@ -147,7 +148,7 @@ fn the_recipes_for_backups_back_up_and_bring_back() {
             .next()
             .unwrap_or_else(|| panic!("no recipe with {words}"))
     };
-    // rsync, and what did not change is not copied again.
+    // rsync: data that did not change is not copied again.
     user.types(of("rsync -a"));
     let again = of("rsync -a").replace("rsync -a", "rsync -a --itemize-changes");
     user.types(&format!("test -z \"$({} | grep '^>f')\"", again.trim()));
@@ -165,7 +166,7 @@ fn the_recipes_for_backups_back_up_and_bring_back() {
         archive_digest(&boxes.join("web-of-restic/export.boxlite")),
         live
     );
-    // cron: five fields, and the rest is a line of sh with % escaped.
+    // cron: five fields; the rest is a line of sh with % escaped.
     let line = blocks("docs/operating.md", "crontab").remove(0);
     let mut rest = line.trim();
     for _ in 0..5 {
@@ -179,7 +180,7 @@ fn the_recipes_for_backups_back_up_and_bring_back() {
         .join("backup")
         .join(archive.expect("an archive of the day"));
     assert_eq!(archive_digest(&archive), live);
-    // BoxLite is the judge of that it is one.
+    // BoxLite judges whether it is an archive.
     let unmounted = user
         .shell()
         .args(["-c", "boxlitefs unmount ~/boxes"])

@@ -1,5 +1,5 @@
-//! Every tool gets the right bytes of a disk state that nobody has read before, of the plain archive
-//! and of the compressed one, whose size is not known until then.
+//! Every tool gets the right bytes of a disk state that nothing has read before, both from the
+//! plain archive and from the compressed one, whose size is unknown until then.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::common::*;
 
-/// A box with 24 MiB that zstd can do little with and 16 MiB it can, so that there are many frames.
+/// Makes a box with 24 MiB that zstd hardly compresses and 16 MiB that it does, to get many frames.
 fn home() -> TestHome {
     let home = roomy();
     home.guest_write("web", 4 << 20, &noise(1, 24 << 20));
@@ -18,7 +18,7 @@ fn home() -> TestHome {
     home
 }
 
-/// A home with a box whose disk has 64 MiB.
+/// Makes a home with a box whose disk has 64 MiB.
 fn roomy() -> TestHome {
     static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
     let home = TestHome::empty();
@@ -27,7 +27,7 @@ fn roomy() -> TestHome {
     home
 }
 
-/// Puts the disk into a state it was never in.
+/// Gives the disk a state that it never had before.
 fn change(home: &TestHome, seed: u64) {
     home.guest_write(
         "web",
@@ -53,7 +53,7 @@ fn shell(mount: &Mounted, place: &Path, form: &str, script: &str) -> Output {
 const PLAIN: &str = "export.boxlite";
 const COMPRESSED: &str = "export.boxlite.zst";
 
-/// That the copy `out` is the archive, of its form and of the box as it is now.
+/// Asserts that the copy `out` is an archive of this form and of the box's current state.
 fn assert_right(mount: &Mounted, form: &str, out: &Path, what: &str) {
     let whole = match form {
         PLAIN => fs::read(out).unwrap(),
@@ -73,8 +73,8 @@ fn assert_right(mount: &Mounted, form: &str, out: &Path, what: &str) {
     assert!(whole == plain, "{what}: other bytes");
 }
 
-/// Runs a tool on both forms of a state nobody read before, `times` times, and has BoxLite import the
-/// last of each.
+/// Runs each tool `times` times on both forms, each time on a new state. BoxLite imports the last
+/// copy of each.
 fn first_contact(home: &TestHome, mount: &Mounted, scripts: &[&str], times: u64) {
     let place = home.beside("first");
     fs::create_dir_all(&place).unwrap();
@@ -200,7 +200,7 @@ fn the_size_is_remembered_over_a_remount_and_the_bytes_are_the_same_without_the_
     assert!(fs::read(&path).unwrap() == before);
     assert!(fs::read(mount.at("web/export.boxlite")).unwrap() == plain);
     assert_eq!(path.metadata().unwrap().ino(), inode);
-    // From any place, nothing being kept.
+    // Reads at any offset, with nothing cached.
     let file = File::open(&path).unwrap();
     for at in (0..before.len()).rev().step_by(1_234_567) {
         let mut bytes = vec![0; 100_000.min(before.len() - at)];
@@ -256,7 +256,7 @@ fn stat_never_waits_and_shows_the_exact_size_once_it_is_known() {
     assert!(opened.blocks() >= opened.len() / 512);
     assert_eq!(opened.blksize(), 4096);
     change(&home, 7);
-    // Not that of today's disk, but the best there is.
+    // The size of an older state is the best estimate available.
     assert_eq!(path.metadata().unwrap().len(), opened.len());
 }
 
@@ -270,7 +270,7 @@ fn an_archive_being_read_goes_on_being_of_its_state_or_fails() {
     change(&home, 8);
     let after = fs::read(&path).unwrap();
     assert!(before != after);
-    // Its inode is not the one of the new state: whoever has it open gets no mixture of both.
+    // The new state has another inode, so that open files never mix both states.
     let mut bytes = vec![0; before.len()];
     match spooled.read_exact_at(&mut bytes, 0) {
         Ok(()) => assert!(bytes == before),
@@ -290,14 +290,14 @@ fn an_archive_being_read_goes_on_being_of_its_state_or_fails() {
     assert_eq!(errno(failed), libc::EIO);
 }
 
-/// Threads of a process.
+/// Counts the threads of a process.
 fn threads(process: u32) -> usize {
     fs::read_dir(format!("/proc/{process}/task"))
         .unwrap()
         .count()
 }
 
-/// Threads of a process that has nothing to do, once it has started all it will.
+/// Counts the threads of an idle process that has started all its threads.
 fn idle_threads(process: u32) -> usize {
     let mut counts = vec![threads(process)];
     eventually("the number of threads is steady", || {
@@ -312,7 +312,7 @@ fn idle_threads(process: u32) -> usize {
     threads(process)
 }
 
-/// Bytes that the files of a directory take, those in directories below it too.
+/// Returns the bytes that a directory tree occupies.
 fn taken(directory: &Path) -> u64 {
     let said = succeed(&["du", "-s", "-B1", text(directory)]);
     let bytes = said.split_whitespace().next().unwrap();
@@ -323,7 +323,7 @@ fn taken(directory: &Path) -> u64 {
 fn a_reader_killed_while_it_waits_or_stopped_half_way_leaves_nothing() {
     let home = roomy();
     home.guest_write("web", 1 << 20, &noise(1, 48 << 20));
-    // Slow enough that there is a while to be killed in.
+    // Slow enough to be killed in the middle.
     let mount = home.mount_with(&["-o", "compress=19"], &[]);
     let path = mount.at("web/export.boxlite.zst");
     let idle = idle_threads(mount.process());
@@ -354,7 +354,7 @@ fn a_reader_killed_while_it_waits_or_stopped_half_way_leaves_nothing() {
     let mount = home.mount();
     let path = mount.at("web/export.boxlite.zst");
     let idle = idle_threads(mount.process()).max(idle);
-    // Streamed: read in part and closed.
+    // A streamed archive: read in part and closed.
     File::open(&path)
         .unwrap()
         .read_exact_at(&mut half, 0)
@@ -368,7 +368,7 @@ fn a_reader_killed_while_it_waits_or_stopped_half_way_leaves_nothing() {
             .all(|name| matches!(name.as_str(), "log" | "layers" | "reserve")),
         "{names:?}"
     );
-    // What has no name is gone with the process.
+    // Files without a name disappear with the process.
     assert!(taken(home.root()) < before + (8 << 20));
 }
 
@@ -405,7 +405,7 @@ fn ls_and_mkdir_are_answered_while_an_archive_is_made() {
         })
         .collect();
     eventually("compressing", || threads(mount.process()) > idle);
-    // More wait than there are threads of any kind.
+    // Has more reads wait than there are threads of any kind.
     std::thread::sleep(Duration::from_millis(200));
     mount.snapshot("web", "meanwhile").unwrap();
     assert_eq!(mount.names("web/snapshots"), ["meanwhile"]);
@@ -422,7 +422,7 @@ fn ls_and_mkdir_are_answered_while_an_archive_is_made() {
     }
 }
 
-/// A server on the loopback that tells its port, ended with the value.
+/// A local server that reports its port and is stopped when this is dropped.
 struct Server {
     process: Child,
     port: u16,
@@ -456,7 +456,7 @@ impl Drop for Server {
     }
 }
 
-/// Takes what is PUT to it into the file `put`.
+/// Saves what is PUT to it in the file `put`.
 const HTTP: &str = r#"exec "$PY" -c '
 import http.server, os, shutil
 class Put(http.server.BaseHTTPRequestHandler):
@@ -475,7 +475,7 @@ open(os.environ["PORT"], "w").write(f"{server.server_port}\n")
 server.serve_forever()
 '"#;
 
-/// An sshd of our own, for one key. It has to be told a port, so one is looked for.
+/// Our own sshd, for one key. It cannot choose a port, so this looks for a free one.
 const SSHD: &str = r#"
 set -e
 ssh-keygen -q -t ed25519 -N '' -f "$T/key"
@@ -496,7 +496,7 @@ END
 exec "$(PATH=$PATH:/usr/sbin command -v sshd)" -D -f "$T/sshd_config"
 "#;
 
-/// Files.copy asks the kernel to copy (sendfile or copy_file_range).
+/// Files.copy lets the kernel copy (sendfile or copy_file_range).
 const JAVA: &str = "
 import java.nio.file.*;
 public class Copy {

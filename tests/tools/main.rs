@@ -1,4 +1,5 @@
-//! Every program that people use on a mount: copy tools, file managers, services, documents.
+//! Programs that people use on a mount: copy tools, file managers, services; and what the documents
+//! say.
 
 #[path = "../common/mod.rs"]
 mod common;

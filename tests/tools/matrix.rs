@@ -1,7 +1,7 @@
-//! Every verb of the promise by every copy tool. Each row of the tables is a command, what it is to do,
-//! and how it ends; after every row BoxLite's rows, the contents of every box and snapshot,
-//! `boxlitefs check` and `qemu-img check` say that the home is what it must be, and at the end of each
-//! table BoxLite itself lists and exports all of it.
+//! Every operation of the product with every copy tool. Each row of the tables is a command, its
+//! operation and the expected result. After each row, the database, the contents of every box and
+//! snapshot, `boxlitefs check` and `qemu-img check` must agree on the state of the home. At the end
+//! of each table, BoxLite itself lists and exports everything.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,7 @@ use crate::common::*;
 use End::*;
 use Verb::*;
 
-/// What a row is to do, with `$FROM` and `$TO`. `out` is outside of the mount.
+/// The operation of a row, from `$FROM` to `$TO`. `out` is outside the mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verb {
     /// box → out/DIRECTORY
@@ -23,7 +23,7 @@ enum Verb {
     BackUpArchive,
     /// out/FILE → NEW.boxlite
     Import,
-    /// out/DIRECTORY, as the last row of `BackUp` made it → NEW
+    /// out/DIRECTORY, made by the last `BackUp` row → NEW
     Return,
     /// box/snapshots/s/export.boxlite → box/export.boxlite
     RestoreSnapshot,
@@ -43,16 +43,16 @@ enum Verb {
     DeleteSnapshot,
 }
 
-/// How a row ends.
+/// The expected result of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// What the verb says is done.
+    /// The operation is done.
     Works,
-    /// Likewise, and what was moved is gone from where it was.
+    /// The operation is done, and the source is gone.
     Moves,
-    /// What the verb says is done, but the tool complains of this.
+    /// The operation is done, but the tool prints this complaint.
     Complains(&'static str),
-    /// The tool fails, says this, and nothing has changed.
+    /// The tool fails with this message, and nothing has changed.
     Fails(&'static str),
 }
 
@@ -89,7 +89,7 @@ const CP_A: Table = &[
 
 const MV: Table = &[
     (BackUp, "mv $FROM $TO", Moves),
-    // An export goes with its box and not without it.
+    // An export can only be removed together with its box.
     (BackUpArchive, "mv $FROM $TO", Works),
     (Import, "mv $FROM $TO", Moves),
     (Return, "mv $FROM $TO", Moves),
@@ -125,7 +125,7 @@ const TAR: Table = &[
     (Return, "mkdir $TO && tar c -C $FROM . | tar x -C $TO", Works),
     (RestoreSnapshot, "tar c -C ${FROM%/*} ${FROM##*/} | tar x -C ${TO%/*} ${TO##*/}", Works),
     (RestoreFile, "tar c -C ${FROM%/*} --transform s/.*/${TO##*/}/ ${FROM##*/} | tar x -C ${TO%/*} ${TO##*/}", Works),
-    // Nobody knows whether more comes: a whole box, over another.
+    // More files may follow, so it could be a whole box over another.
     (RestoreSnapshot, "tar c -C ${FROM%/*} ${FROM##*/} | tar x -C ${TO%/*}", Fails("Operation not permitted")),
     (RestoreFile, "tar c -C ${FROM%/*} ${FROM##*/} | tar xO > $TO", Works),
     (CloneBox, "mkdir $TO && tar c -C $FROM . | tar x -C $TO", Works),
@@ -138,7 +138,7 @@ const PYTHON: Table = &[
     (Import, "p copyfile", Works),
     (Import, "p move", Moves),
     (Return, "p copytree symlinks=True", Works),
-    // It follows the links to what is compressed, which lead nowhere outside of the mount.
+    // It follows the links to the compressed exports, which are broken outside the mount.
     (Return, "p copytree", Complains("No such file or directory")),
     (BackUp, "p copytree", Works),
     (Return, "p copytree", Complains("Operation not permitted")),
@@ -185,7 +185,7 @@ const BUSYBOX: Table = &[
 
 #[rustfmt::skip] // a row a line
 const GIO: Table = &[
-    // It copies no directories; file managers do that with the same library, file by file.
+    // It cannot copy directories; file managers do that with the same library, file by file.
     (BackUp, "gio copy $FROM $TO", Fails("recursively copy directory")),
     (BackUpArchive, "gio copy $FROM $TO", Works),
     (Import, "gio copy $FROM $TO", Works),
@@ -202,7 +202,7 @@ const GIO: Table = &[
     (RenameSnapshot, "gio rename $FROM ${TO##*/}", Works),
     (RenameBox, "gio move $FROM $TO", Works),
     (RenameBox, "gio rename $FROM ${TO##*/}", Works),
-    // Trash or Trashing: why differs by where the mount is.
+    // Trash or Trashing: the reason depends on where the mount is.
     (DeleteSnapshot, "gio trash $FROM", Fails("rash")),
     (DeleteSnapshot, "gio remove $FROM", Works),
     (DeleteBox, "gio trash $FROM", Fails("rash")),
@@ -244,7 +244,7 @@ const JAVA: Table = &[
     (CloneSnapshot, "j copy $FROM $TO", Works),
     (RenameSnapshot, "j move $FROM $TO", Works),
     (RenameBox, "j move $FROM $TO", Works),
-    // It moves no directory to another file system.
+    // It cannot move a directory to another file system.
     (
         BackUp,
         "j move $FROM $TO",
@@ -327,24 +327,24 @@ fn java_with_many_threads_does_every_verb() {
 
 // ---- a table ------------------------------------------------------------------------------------
 
-/// What rows need of the shell.
+/// Shell functions that the rows use.
 const SHELL: &str = r#"
 p() { python3 -c "import os, shutil; shutil.$1(*os.environ['ENDS'].split(), $2)"; }
 c() { python3 "$TOOLS/mc.py" "$@"; }
 j() { java -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -cp "$CLASSES" Copier "$@"; }
 "#;
 
-/// The box that is there for all of a table.
+/// The box that exists for a whole table.
 const WEB: &str = "web";
 
-/// A box that is there to be moved, renamed or deleted.
+/// A box to be moved, renamed or deleted.
 const VICTIM: &str = "victim";
 
-/// A box, told by digests of what its guest sees.
+/// The contents of a box, as digests of what its guest sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Contents {
     live: String,
-    /// When each was taken, its name, what it contains; in the order of time.
+    /// Time, name and digest of each snapshot, in order of time.
     snapshots: Vec<(i64, String, String)>,
 }
 
@@ -362,13 +362,13 @@ impl Contents {
     }
 }
 
-/// A home that one table is run on.
+/// A home for one table.
 struct Matrix {
     home: TestHome,
     mount: Mounted,
-    /// Every box there must be.
+    /// The boxes that must exist.
     boxes: BTreeMap<String, Contents>,
-    /// The last whole backup, and what it is of.
+    /// The last complete backup and its contents.
     kept: (PathBuf, Contents),
 }
 
@@ -381,7 +381,7 @@ fn assert_every_row(table: Table) {
 }
 
 impl Matrix {
-    /// A home with the box `web`, which has the snapshots `s` and `t`, each of another state.
+    /// Makes a home whose box `web` has the snapshots `s` and `t`, all in different states.
     fn new() -> Matrix {
         let home = TestHome::in_memory();
         for snapshot in ["s", "t"] {
@@ -409,7 +409,7 @@ impl Matrix {
         }
     }
 
-    /// The box that a row is about.
+    /// Returns the box that a row uses.
     fn subject(verb: Verb, end: End) -> &'static str {
         match verb {
             BackUp | CloneSnapshot if end == Moves => VICTIM,
@@ -443,7 +443,7 @@ impl Matrix {
         self.assert_as_expected(&what);
     }
 
-    /// Makes the box anew that is there to be moved, renamed or deleted.
+    /// Makes a new box to be moved, renamed or deleted.
     fn renew_victim(&mut self) {
         let victim = self.mount.at(VICTIM);
         if self.boxes.contains_key(VICTIM) {
@@ -454,15 +454,15 @@ impl Matrix {
             .insert(VICTIM.to_owned(), self.boxes[WEB].clone());
     }
 
-    /// Where a row is from and to.
+    /// Returns the source and target of a row.
     fn ends(&self, number: usize, verb: Verb, subject: &str) -> (PathBuf, PathBuf) {
         let out = |name: &str| self.home.beside("out").join(name);
         let at = |path: &str| self.mount.at(path);
         let a_box = at(subject);
-        // Of its own, for a row may move it.
+        // Each row has its own source, because it may move it.
         let file = out(&format!("from{number}.boxlite"));
         let directory = out(&format!("from{number}"));
-        // With its time: rsync goes by it.
+        // Keeps the time, which rsync compares.
         let put = |from: &Path, to: &Path| drop(succeed(&["cp", "-a", text(from), text(to)]));
         match verb {
             Import => put(&archive(), &file),
@@ -512,7 +512,7 @@ impl Matrix {
             .expect("a shell")
     }
 
-    /// Changes what is expected as the verb says.
+    /// Updates the expected state after a row.
     fn expect(&mut self, verb: Verb, end: End, subject: &str, from: &Path, to: &Path) {
         let before = self.boxes[subject].clone();
         let new = to
@@ -572,7 +572,8 @@ impl Matrix {
         self.boxes.get_mut(name).expect("a box")
     }
 
-    /// The rows, the contents, what the mount shows, and the judges of every image.
+    /// Compares the database, the contents, the mount's view and the checks of every image with the
+    /// expected state.
     fn assert_as_expected(&self, what: &str) {
         let log = self.mount.log();
         assert_eq!(contents(&self.home), self.boxes, "{what}\n{log}");
@@ -595,7 +596,8 @@ impl Matrix {
         assert_eq!(status, 0, "{what}: boxlitefs check: {said}\n{log}");
     }
 
-    /// BoxLite lists every box and snapshot, and what it exports of each box is what it must be.
+    /// Asserts that BoxLite lists every box and snapshot, and exports the right contents of each
+    /// box.
     fn assert_boxlite_agrees(self) {
         let exports = self.home.beside("exports");
         fs::create_dir(&exports).expect("a place for exports");
@@ -621,7 +623,7 @@ impl Matrix {
     }
 }
 
-/// The names in what BoxLite lists, sorted.
+/// Returns the sorted names in BoxLite's answer to a list request.
 fn listed(answer: &serde_json::Value) -> Vec<&str> {
     let entries = answer.as_array().expect("a list").iter();
     let mut names: Vec<&str> = entries.filter_map(|entry| entry["name"].as_str()).collect();
@@ -645,7 +647,7 @@ fn assert_ended(what: &str, output: &Output, end: End, mount: &Mounted) {
     );
 }
 
-/// Fails unless a directory has everything of a box.
+/// Asserts that a directory contains everything of a box.
 fn assert_backup(directory: &Path, of: &Contents) {
     assert!(directory.join("box.json").is_file());
     assert_eq!(archive_digest(&directory.join("export.boxlite")), of.live);
@@ -660,7 +662,7 @@ fn assert_backup(directory: &Path, of: &Contents) {
     }
 }
 
-/// Every box of a home, by its rows and by what qemu-img reads of its images.
+/// Reads every box of a home, by its rows and through qemu-img.
 fn contents(home: &TestHome) -> BTreeMap<String, Contents> {
     let database = home.database();
     let mut boxes = BTreeMap::new();
@@ -693,7 +695,7 @@ fn contents(home: &TestHome) -> BTreeMap<String, Contents> {
     boxes
 }
 
-/// Where the classes of the Java program are. Compiled once a process.
+/// Returns the directory with the Java program's classes, which are compiled once per process.
 fn classes() -> &'static Path {
     static CLASSES: OnceLock<PathBuf> = OnceLock::new();
     CLASSES.get_or_init(|| {

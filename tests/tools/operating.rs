@@ -1,4 +1,4 @@
-//! What an operator has besides the files: manual, completions, status, and a service of systemd.
+//! What an operator uses besides the files: manual, completions, status and a systemd service.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::common::*;
 use serde_json::Value;
 
-/// Manual pages and completions, as they are installed.
+/// Manual pages and completions as installed.
 struct Share(tempfile::TempDir);
 
 impl Share {
@@ -32,7 +32,7 @@ impl Share {
     }
 }
 
-/// The commands that help lists.
+/// Returns the commands that the help lists.
 fn commands() -> Vec<String> {
     let help = succeed(&[binary(), "--help"]);
     let listed = help.split("Commands:\n").nth(1).expect("commands");
@@ -45,7 +45,7 @@ fn commands() -> Vec<String> {
         .collect()
 }
 
-/// The options that a help text lists, `-f` and `--foreground` each by itself.
+/// Returns the options in a help text; `-f` and `--foreground` count as two.
 fn options_in(help: &str) -> BTreeSet<String> {
     let lines = help
         .lines()
@@ -66,7 +66,7 @@ fn manual_pages_name_every_command_and_option_and_pass_the_checks_of_man_and_man
     let share = Share::made();
     for page in share.pages() {
         let page = text(&page);
-        // What it is, as apropos lists it.
+        // The one-line description that apropos lists.
         let name = succeed(&["lexgrog", page]);
         assert!(name.contains("oxlite") && name.contains(" - "), "{name}");
         let lint = run(&["mandoc", "-T", "lint", "-W", "error", page]);
@@ -104,7 +104,7 @@ fn manual_pages_name_every_command_and_option_and_pass_the_checks_of_man_and_man
     for option in options_in(&succeed(&[text(&helper), "--help"])) {
         assert!(mount.contains(&option), "mount.boxlite {option}");
     }
-    // The mount options are in both, and in the document.
+    // The mount options are in both pages and in the document.
     let help = succeed(&[binary(), "mount", "--help"]);
     let document =
         fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/install.md"));
@@ -123,7 +123,8 @@ fn manual_pages_name_every_command_and_option_and_pass_the_checks_of_man_and_man
     }
 }
 
-/// A manual page as it is read, in one line: where it is broken is the terminal's.
+/// Returns the rendered text of a manual page as one line, because line breaks depend on the
+/// terminal.
 fn plain_text(page: &Path) -> String {
     let shown = succeed(&["mandoc", "-T", "utf8", text(page)]);
     let mut plain = String::new();
@@ -200,7 +201,7 @@ fn status(mount: &Mounted) -> Value {
         .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&bytes)))
 }
 
-/// What is going on, by what it is.
+/// Returns the activities in the status by description.
 fn running(mount: &Mounted) -> Vec<(String, Value)> {
     let status = status(mount);
     let all = status["operations"].as_array().unwrap().clone();
@@ -238,7 +239,7 @@ fn the_status_says_what_is_mounted_how_and_what_it_takes() {
     let peak = peak_memory(mount.process());
     let told = said["memory"]["peak_bytes"].as_u64().unwrap();
     assert!(told > 0 && told <= peak * 1024, "{told} of {peak} KiB");
-    // For people.
+    // The output for people.
     let shown = succeed(&[binary(), "status", text(mount.root())]);
     for words in [
         text(mount.root()),
@@ -388,12 +389,12 @@ fn every_tool_gets_a_whole_status_although_it_is_another_at_every_look() {
             );
         }
     }
-    // The kernel tells of a file that was closed when it comes to that.
+    // The kernel reports closed files with a delay.
     eventually("the files are closed", || {
         let said: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         said["open_files"].as_u64().unwrap() < 10
     });
-    // A reader who takes his time has the one he opened, and its size.
+    // A slow reader keeps the version that it opened, and its size.
     let mut slow = File::open(&path).unwrap();
     let size = slow.metadata().unwrap().len();
     let _open = open(150);
@@ -432,7 +433,7 @@ fn a_live_view_tells_of_what_begins_and_ends_with_the_mount() {
 
 // ---- a service ----------------------------------------------------------------------------------
 
-/// What plays systemd: a socket that is told things.
+/// A stand-in for systemd: a socket that receives notifications.
 struct Manager {
     socket: UnixDatagram,
     path: PathBuf,
@@ -447,7 +448,7 @@ impl Manager {
         Manager { socket, path }
     }
 
-    /// The next thing it is told, of those that begin so.
+    /// Returns the next notification that starts with `beginning`.
     fn hears(&self, beginning: &str) -> String {
         let mut buffer = [0; 4096];
         loop {
@@ -494,14 +495,14 @@ fn a_service_tells_when_it_serves_that_it_is_alive_and_that_it_ends_and_logs_for
     fs::create_dir(mnt.join("web/snapshots/s")).unwrap_err();
     fs::create_dir(mnt.join(".Trash-0")).unwrap_err();
     let log = fs::read_to_string(mnt.join(".boxlite/log")).unwrap();
-    // A file is open: the name goes all the same.
+    // With a file open, the mount still disappears.
     let _open = File::open(mnt.join("web/box.json")).unwrap();
     drop(_open);
     succeed(&["kill", "-TERM", &service.id().to_string()]);
     manager.hears("STOPPING=1");
     assert!(service.wait().unwrap().success(), "stopping is no failure");
     assert!(!is_mounted(&mnt));
-    // The journal has what the log has, with priorities and without times.
+    // The journal gets the log's messages, with priorities and without times.
     let journal = fs::read_to_string(journal).unwrap();
     assert!(log.lines().count() >= 2, "{log}");
     for line in log.lines() {
@@ -531,7 +532,7 @@ fn a_service_that_does_not_answer_any_more_is_not_said_to_be_alive() {
         &[("NOTIFY_SOCKET", &socket), ("WATCHDOG_USEC", "100000")],
     );
     manager.hears("WATCHDOG=1");
-    // Stopped, it answers nobody, and who asks all mounts is told so.
+    // A stopped mount answers no request, and `status` of all mounts reports that.
     let other = TestHome::new();
     let answering = other.mount();
     let pid = mount.process().to_string();
@@ -572,7 +573,7 @@ fn the_units_pass_systemds_own_check_and_keep_the_mount_where_others_see_it() {
         ("boxlitefs@.service", "boxlitefs@root.service", "--system"),
     ] {
         let text_of_unit = fs::read_to_string(units.join(unit)).unwrap();
-        // What makes a mount namespace, or keeps a setuid program from being one.
+        // Settings that create a mount namespace or disable setuid programs.
         let settings = text_of_unit.lines().filter(|line| !line.starts_with('#'));
         for setting in settings.filter_map(|line| line.split('=').next()) {
             for fatal in [
@@ -629,7 +630,7 @@ fn looking_at_a_box_as_file_managers_and_indexers_do_compresses_nothing_and_read
     let root = text(mount.root());
     for directory in ["", "web", "web/snapshots", "web/snapshots/s"] {
         let directory = mount.at(directory);
-        // Every attribute, of what links lead to as well: names, icons, types, sizes, previews.
+        // Reads every attribute, also of link targets: names, icons, types, sizes, previews.
         succeed(&["gio", "list", "-a", "*", text(&directory)]);
         for entry in fs::read_dir(&directory).unwrap() {
             succeed(&["gio", "info", "-a", "*", text(&entry.unwrap().path())]);
@@ -643,7 +644,7 @@ fn looking_at_a_box_as_file_managers_and_indexers_do_compresses_nothing_and_read
         text(&mount.at("web")),
     ]);
     assert!(listed.contains("export.boxlite.zst"), "{listed}");
-    // file(1), and an indexer that reads the beginning of every file it comes to, hidden ones, too.
+    // file(1), and an indexer that reads the start of every file, including hidden ones.
     succeed(&["sh", "-c", "file \"$1\"/web/*", "sh", root]);
     succeed(&[
         "sh",
@@ -680,7 +681,7 @@ fn archives_are_known_by_their_names_alone_where_the_package_is_installed() {
         ("web.boxlite", "application/x-boxlite"),
         ("export.boxlite.zst", "application/x-boxlite-compressed"),
     ] {
-        // Nothing in it could tell.
+        // The contents give no hint.
         let file = place.path().join(name);
         fs::write(&file, "text").unwrap();
         let output = Command::new("gio")

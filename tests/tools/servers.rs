@@ -1,12 +1,12 @@
-//! A mount behind a file server: one process makes the calls of all programs behind it.
+//! A mount behind a file server: one process makes the calls for all its clients.
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use super::common::*;
 
-/// Serves $M through sshfs at $S, without a network: its `ssh` is the server. And a backup of the snapshot `s`,
-/// of another state than now, at $BK/s.
+/// Serves $M through sshfs at $S without a network: the `ssh` it calls is the server. Has a backup
+/// at $BK/s of the snapshot `s`, which differs from the live disk.
 struct Served {
     home: TestHome,
     mount: Mounted,
@@ -93,20 +93,20 @@ fn a_tool_behind_a_file_server_that_leaves_out_what_is_there_brings_its_snapshot
         "rsync -r --links --ignore-existing $BK/s/ $S/web/snapshots/T",
         "rsync -r --links -u $BK/s/ $S/web/snapshots/T",
         "cp -r $BK/s $BK/T && mv -n $BK/T $S/web/snapshots/ && ! test -e $BK/T",
-        // It complains of the links, which it makes in two steps.
+        // It complains about the links, which it makes in two steps.
         "cp -r $BK/s $BK/T && (cd $BK && tar c T) | tar x --skip-old-files -C $S/web/snapshots || true",
     ]
     .into_iter()
     .enumerate()
     {
-        // sshfs goes on finding names that it has seen.
+        // sshfs keeps finding names that it has seen, so each command gets a new one.
         let name = format!("t{number}");
         served.done(&command.replace('T', &name));
-        // sshfs closes the file when its client has gone on.
+        // sshfs closes the file after its client has moved on.
         let export = served
             .mount
             .at(format!("web/snapshots/{name}/export.boxlite"));
-        // There is a moment without the snapshot, when it takes another's place.
+        // The snapshot is missing for a moment while it replaces another.
         let copied = served.home.beside("copied");
         let made = || {
             std::fs::copy(&export, &copied).is_ok() && archive_digest(&copied) == served.then

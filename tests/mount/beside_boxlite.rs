@@ -705,7 +705,7 @@ fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned
     drop(source);
     drop(shim);
     // The kernel releases a file some time after close returns.
-    eventually("what was refused is gone", || mount.names("") == ["web"]);
+    eventually("the refused copy is gone", || mount.names("") == ["web"]);
     assert_eq!(digest(&home.live_disk("web")), wanted);
     home.assert_whole();
 }

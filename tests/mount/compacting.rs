@@ -167,7 +167,7 @@ fn every_deleted_snapshot_of_a_history_is_merged_away() {
     }
     drop(mount);
     compact(&home);
-    assert_eq!(backing(&home, "web"), 1, "what the copy needs stays");
+    assert_eq!(backing(&home, "web"), 1, "the copy's layers stay");
 }
 
 #[test]
@@ -514,7 +514,7 @@ fn a_mount_that_is_left_alone_merges_once_nobody_reads() {
     std::thread::sleep(std::time::Duration::from_millis(1500));
     assert_eq!(inodes(&home), before, "merged under a reader");
     drop(export);
-    eventually("the layers are one", || backing(&home, "web") == 0);
+    eventually("the layers are merged", || backing(&home, "web") == 0);
     eventually("it is in the log", || {
         mount.log().contains("box web: 2 layers became one")
     });

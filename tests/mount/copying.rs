@@ -353,7 +353,7 @@ fn what_is_no_archive_is_refused_with_ebadmsg_and_leaves_nothing() {
                     .last()
                     .is_some_and(|line| line.contains("bad"))
             };
-            eventually(&format!("the log tells of {what}"), told);
+            eventually(&format!("the log reports {what}"), told);
             // The kernel reports the last close a moment after cp has ended.
             if target.contains('/') {
                 eventually(what, || mount.names("bad").is_empty());
@@ -484,7 +484,7 @@ fn a_box_that_was_made_is_one_box_for_its_maker_and_everyone_else() {
     let listing = outsider(&format!("ls {}", text(&mount.at("new/snapshots"))));
     assert_eq!(listing.trim(), "later");
     let seen = outsider(&format!("stat -c %i {}", text(&mount.at("new"))));
-    assert_eq!(seen.trim(), inode.to_string(), "one inode all the time");
+    assert_eq!(seen.trim(), inode.to_string(), "the inode never changes");
 }
 
 #[test]

@@ -114,7 +114,7 @@ fn a_name_is_free_again_at_once_also_for_who_deleted_it() {
         assert_eq!(process.names(""), [""; 0]);
         process
             .does("shutil.copytree('/dev/shm/kept-' + str(os.getpid()), m + 'web', symlinks=True)");
-        eventually("it is a box for who made it", || {
+        eventually("its maker sees a whole box", || {
             process.names("web") == BOX_FILES
         });
         let export = mount.export_digest("web/export.boxlite");
@@ -515,7 +515,7 @@ fn assert_refused_while_busy(home: &TestHome, mount: &Mounted, before: &BTreeMap
     assert_eq!(
         process.names("web"),
         BOX_FILES,
-        "nothing is hidden from who was refused"
+        "a refused process sees everything"
     );
     process.fails("os.rmdir(m + 'web/snapshots/s')");
     assert_eq!(process.fails("os.rmdir(m + 'web')"), libc::ENOTEMPTY);

@@ -213,7 +213,7 @@ fn hostile_archives_are_refused_by_name_and_leave_nothing() {
             }
             if after != before || fs::read(home.live_disk("web")).ok().as_ref() != Some(&web) {
                 tally.losses.push(format!(
-                    "{} by {}: something is left, or gone",
+                    "{} by {}: files of the home differ",
                     one.name, WAYS[way]
                 ));
                 // Report it once.
@@ -310,7 +310,7 @@ fn as_it_was(home: &TestHome, mount: &Mounted, one: &Hostile, name: &str) -> Res
     if disk == one.disk() {
         Ok(())
     } else {
-        Err("it came as another disk".into())
+        Err("its disk differs from the archive".into())
     }
 }
 

@@ -76,8 +76,8 @@ fn who_reads_an_export_gets_its_bytes_and_no_more_while_another_is_written_over_
     assert_eq!(early.metadata().unwrap().len(), own.len() as u64);
     let mut rest = Vec::new();
     early.read_to_end(&mut rest).unwrap();
-    assert!([start, rest].concat() == own, "who had it open before");
-    assert!(fs::read(&path).unwrap() == own, "who opened it meanwhile");
+    assert!([start, rest].concat() == own, "opened before the write");
+    assert!(fs::read(&path).unwrap() == own, "opened during the write");
     // Reads in pieces while the other process keeps writing.
     let mut late = File::open(&path).unwrap();
     let reader = std::thread::spawn(move || {
@@ -92,7 +92,7 @@ fn who_reads_an_export_gets_its_bytes_and_no_more_while_another_is_written_over_
         }
     });
     writer.ends();
-    assert!(reader.join().unwrap() == own, "who read meanwhile");
+    assert!(reader.join().unwrap() == own, "read during the write");
     assert!(fs::read(&path).unwrap() == own, "afterwards");
 }
 
@@ -129,7 +129,7 @@ except OSError as error:
     let archive = archive();
     let first = HalfWay::start(replaces, &[&path, &archive]);
     let second = HalfWay::start(over, &[&path, &archive]);
-    assert!(fs::read(&path).unwrap() == own, "it is what it was");
+    assert!(fs::read(&path).unwrap() == own, "it is unchanged");
     assert_eq!(first.ends(), "done");
     assert_eq!(
         mount.export_digest("web/export.boxlite"),
@@ -289,7 +289,7 @@ fn a_box_whose_layer_is_missing_is_restored_or_removed_and_frees_nothing_of_othe
     mount.remove_snapshot("other", "s").unwrap();
     drop(mount);
     let mount = home.mount();
-    assert!(chain[2].exists(), "what the missing one reads from");
+    assert!(chain[2].exists(), "the layer below the missing one");
     let export = mount.at("web/export.boxlite");
     assert_eq!(errno(fs::read(&export)), libc::EIO);
     fs::rename(&parked, &chain[1]).unwrap();

@@ -105,7 +105,7 @@ impl Machine {
     /// Waits until it writes again.
     fn goes_on(&self) {
         let before = self.written();
-        eventually("the machine goes on", || {
+        eventually("the machine continues", || {
             !self.is_stopped() && self.written() > before + 1
         });
     }
@@ -300,7 +300,7 @@ fn a_box_that_runs_is_cloned_with_its_snapshots_and_goes_on() {
     assert_eq!(
         header(),
         before.0,
-        "the disk of a box that runs is not touched"
+        "the disk of a running box is not touched"
     );
     machine.goes_on();
     mount.copy("web/snapshots/theirs", "from-theirs");
@@ -391,7 +391,7 @@ fn a_machine_that_was_paused_by_us_goes_on_when_we_are_killed() {
         let machine = Machine::of(&home, "web");
         let _ = File::open(mount.at("web/export.boxlite"));
         assert!(mount.has_crashed(), "{point}");
-        eventually("it goes on", || !machine.is_stopped());
+        eventually("it is resumed", || !machine.is_stopped());
         machine.goes_on();
         drop(mount);
         drop(machine);
@@ -417,7 +417,7 @@ fn a_machine_that_somebody_else_paused_stays_so() {
     let mount = home.mount();
     let machine = Machine::of(&home, "web");
     machine.signal(libc::SIGSTOP);
-    eventually("it stands still", || {
+    eventually("it is stopped", || {
         state(machine.writer) == 'T' && state(machine.pid()) == 'T'
     });
     let before = machine.written();
@@ -441,7 +441,7 @@ fn meanwhile(
     eventually("it has written all places", || machine.written() > 30);
     let path = mount.at("web/export.boxlite");
     let reader = thread::spawn(move || fs::read(path));
-    eventually("the mount stands still", || state(mount.process()) == 'T');
+    eventually("the mount is stopped", || state(mount.process()) == 'T');
     let states = (
         state(machine.writer),
         state(machine.pid()),
@@ -500,7 +500,7 @@ fn a_machine_that_ran_for_a_moment_is_noticed_though_its_disk_has_the_time_it_ha
         machine.signal(libc::SIGCONT);
         machine.goes_on();
         machine.signal(libc::SIGSTOP);
-        eventually("it stands still again", || {
+        eventually("it is stopped again", || {
             state(machine.pid()) == 'T' && state(machine.writer) == 'T'
         });
         // Restores the disk's times, as if everything had happened within one tick of the file

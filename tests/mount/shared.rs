@@ -637,7 +637,7 @@ fn what_is_not_safe_beside_a_runtime_is_busy_and_says_so() {
     busy(fs::remove_file(mount.at("web/box.json")));
     let (_, said) = home.compact();
     assert!(said.contains("a BoxLite runtime is using"), "{said}");
-    both.unchanged("what was refused");
+    both.unchanged("refused changes");
     both.end("refused beside a live BoxLite");
 }
 
@@ -781,7 +781,7 @@ fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
         let _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
     }
     fs::remove_dir_all(clone.parent().unwrap()).unwrap();
-    both.unchanged("what was left alone");
+    both.unchanged("unfinished changes of BoxLite");
     both.end("BoxLite in the middle of something");
 }
 
@@ -1000,7 +1000,7 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
             let told = act(&mount);
             assert!(
                 mount.has_crashed(),
-                "{what} does not come to {point}: {told} {}",
+                "{what} does not reach {point}: {told} {}",
                 mount.log()
             );
             drop(mount);

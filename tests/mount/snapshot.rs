@@ -465,13 +465,13 @@ fn whoever_reads_a_snapshot_while_it_is_deleted_reads_it_to_the_end() {
     reader.read_exact(&mut read).unwrap();
     mount.remove_snapshot("web", "large").unwrap();
     reader.read_to_end(&mut read).unwrap();
-    assert!(read == wanted, "what was read is not the snapshot");
+    assert!(read == wanted, "the data read is not the snapshot");
     reader.seek(SeekFrom::Start(0)).unwrap();
     read.clear();
     reader.read_to_end(&mut read).unwrap();
     assert!(
         read == wanted,
-        "what was read again from the start is not the snapshot"
+        "a second read from the start is not the snapshot"
     );
 }
 

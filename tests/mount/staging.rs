@@ -62,7 +62,7 @@ fn a_file_manager_sees_what_it_copied_then_the_box_and_goes_on_with_it() {
                     os.getxattr(m + 'new', 'user.boxlite.status').decode()]";
         manager.does(&format!("{read} if os.listxattr(m + 'new') else None"))
     };
-    eventually("the box is a box to who made it", || {
+    eventually("the maker sees a box", || {
         seen_by_manager() == serde_json::json!([true, "stopped"])
     });
     manager.does("open(m + 'new/export.boxlite', 'rb').read(1)");
@@ -292,7 +292,7 @@ fn a_directory_being_made_is_the_same_directory_when_it_is_a_box() {
         let by_others = inside.does(inodes);
         assert_eq!([&maker.does(inodes), &by_others], [&before, &before]);
         // In the second round, the maker's own view of the box has ended as well.
-        eventually("the box is a box to who made it", || {
+        eventually("the maker sees a box", || {
             maker.does("os.listxattr(m + 'new')") != serde_json::json!([])
         });
     }

@@ -244,7 +244,7 @@ fn a_disk_that_is_written_to_while_its_layers_are_merged_keeps_what_was_written(
             .spawn()
             .unwrap();
         let pid = child.id();
-        eventually("it stands still", || is_stopped(pid));
+        eventually("it is stopped", || is_stopped(pid));
         home.guest_write("web", FREE_AREA + 4096, &[4; 1000]);
         let written = digest(&home.live_disk("web"));
         // SAFETY: kill takes no memory; the process is a child of this test.

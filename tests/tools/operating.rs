@@ -273,7 +273,7 @@ fn the_status_tells_how_far_exports_and_imports_are_and_forgets_them_when_they_e
     assert!(running(&mount).is_empty(), "nothing was read yet");
     export.seek(SeekFrom::Start(length / 2)).unwrap();
     export.read_exact(&mut [0; 512]).unwrap();
-    eventually("the export is told of", || !running(&mount).is_empty());
+    eventually("the export is reported", || !running(&mount).is_empty());
     let (what, half) = running(&mount).pop().expect("the export");
     assert_eq!(what, "export of box web");
     assert_eq!(half["total_bytes"], length);
@@ -289,7 +289,7 @@ fn the_status_tells_how_far_exports_and_imports_are_and_forgets_them_when_they_e
     let half = bytes.len() / 2;
     let mut import = File::create(mount.at("new.boxlite")).unwrap();
     import.write_all(&bytes[..half]).unwrap();
-    eventually("the import is told of", || !running(&mount).is_empty());
+    eventually("the import is reported", || !running(&mount).is_empty());
     let (what, told) = running(&mount).pop().expect("the import");
     assert_eq!(what, "import of new.boxlite");
     assert_eq!(told["bytes"], half as u64);
@@ -325,11 +325,11 @@ fn the_status_is_there_at_once_while_an_archive_is_compressed_for_long() {
         all.find(|(what, _)| what == "compression of box web")
             .map(|(_, it)| it)
     };
-    eventually("compression is told of", || compression(&mount).is_some());
-    let first = compression(&mount).expect("it goes on");
-    let percent = first["percent"].as_f64().expect("its end is known");
+    eventually("compression is reported", || compression(&mount).is_some());
+    let first = compression(&mount).expect("compression in progress");
+    let percent = first["percent"].as_f64().expect("a percentage");
     assert!(percent < 100.0, "{first}");
-    eventually("it gets on", || {
+    eventually("compression advances", || {
         compression(&mount).is_none_or(|now| now["bytes"].as_u64() > first["bytes"].as_u64())
     });
     assert!(
@@ -338,7 +338,7 @@ fn the_status_is_there_at_once_while_an_archive_is_compressed_for_long() {
     );
     let _ = reader.kill();
     reader.wait().unwrap();
-    eventually("it is over with who wanted it", || {
+    eventually("it ends with its only reader", || {
         compression(&mount).is_none()
     });
 }
@@ -406,7 +406,7 @@ fn every_tool_gets_a_whole_status_although_it_is_another_at_every_look() {
     slow.read_to_end(&mut whole).unwrap();
     assert_eq!(whole.len() as u64, size);
     assert!(serde_json::from_slice::<Value>(&whole).is_ok());
-    assert_eq!(errno(File::create(&path)), libc::EPERM, "only for reading");
+    assert_eq!(errno(File::create(&path)), libc::EPERM, "it is read-only");
 }
 
 #[test]
@@ -424,7 +424,7 @@ fn a_live_view_tells_of_what_begins_and_ends_with_the_mount() {
     eventually("it shows what is mounted", || seen(text(home.root())));
     let mut export = File::open(mount.at("web/export.boxlite")).unwrap();
     export.read_exact(&mut [0; 512]).unwrap();
-    eventually("it tells of the export", || seen("export of box web: "));
+    eventually("it shows the export", || seen("export of box web: "));
     drop(export);
     mount.unmount();
     assert!(watch.wait().unwrap().success());

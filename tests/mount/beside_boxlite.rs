@@ -54,7 +54,7 @@ fn boxes_and_snapshots_that_boxlite_makes_appear_eventually() {
 }
 
 #[test]
-fn what_boxlite_restores_and_removes_is_so_eventually() {
+fn restores_and_removals_by_boxlite_appear_eventually() {
     let home = TestHome::new();
     let first = digest(&home.live_disk("web"));
     home.wheel_batch(&[

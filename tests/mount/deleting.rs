@@ -129,7 +129,7 @@ fn a_name_is_free_again_at_once_also_for_who_deleted_it() {
 }
 
 #[test]
-fn who_unlinks_box_json_alone_deletes_nothing_and_nobody_else_notices() {
+fn unlinking_box_json_alone_deletes_nothing_and_is_invisible_to_others() {
     let home = home_with_snapshot();
     let mount = home.mount();
     let before = states(&home);
@@ -154,7 +154,7 @@ fn who_unlinks_box_json_alone_deletes_nothing_and_nobody_else_notices() {
 }
 
 #[test]
-fn a_box_goes_also_for_who_begins_with_its_empty_snapshots() {
+fn deleting_a_box_may_start_with_its_empty_snapshots() {
     let home = home_with_snapshot();
     let mount = home.mount();
     mount.copy("web", "new");

@@ -328,7 +328,7 @@ fn a_mount_that_was_moved_is_unmounted_where_it_is_by_a_signal() {
 // ---- mounts that fail ---------------------------------------------------------------------------
 
 #[test]
-fn of_many_that_mount_on_one_directory_at_once_one_does() {
+fn concurrent_mounts_on_one_directory_leave_exactly_one() {
     let place = Place::new();
     place.run(
         r#"

@@ -423,7 +423,7 @@ fn a_disk_that_has_no_readable_file_system_says_so_and_the_rest_works() {
 }
 
 #[test]
-fn whoever_looks_while_the_disk_changes_gets_one_state_or_estale() {
+fn reading_a_changing_disk_gives_one_state_or_estale() {
     let (home, image) = home();
     let mount = home.mount();
     let rootfs = mount.at("web/rootfs");
@@ -751,7 +751,7 @@ fn a_running_box_is_not_looked_into_but_its_snapshots_are() {
 }
 
 #[test]
-fn what_is_looked_at_right_after_a_change_is_of_after_it() {
+fn a_look_right_after_a_change_shows_the_new_state() {
     let (home, _) = home();
     let mount = home.mount();
     let at = |name: &str| text(&mount.at(name)).to_owned();

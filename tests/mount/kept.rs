@@ -304,7 +304,7 @@ fn a_box_is_not_removed_while_an_archive_is_written_over_its_disk() {
 }
 
 #[test]
-fn what_makes_names_without_contents_leaves_nothing() {
+fn names_created_without_contents_leave_nothing() {
     let (home, mount, backup) = home_and_backup();
     refused(&mount, &backup, "cp -rs $BK $M/new");
     eventually("links leave nothing", || mount.names("") == ["web"]);
@@ -338,7 +338,7 @@ fn options_that_need_other_names_are_refused_before_anything_is_changed() {
 }
 
 #[test]
-fn what_copies_snapshots_into_a_box_brings_nothing_else_of_another() {
+fn copying_snapshots_into_a_box_imports_nothing_else() {
     let (home, mount, backup) = home_and_backup();
     mount.remove_snapshot("web", "s").unwrap();
     home.guest_write("web", FREE_AREA, b"since");
@@ -627,7 +627,7 @@ fn in_a_box_being_made_no_rename_loses_what_was_taken() {
 }
 
 #[test]
-fn who_made_a_box_renames_its_snapshots_for_everybody() {
+fn the_maker_of_a_box_can_rename_its_snapshots() {
     let (home, mount, backup) = home_and_backup();
     done(
         &mount,
@@ -666,7 +666,7 @@ fn a_snapshot_whose_export_was_left_is_not_removed() {
 }
 
 #[test]
-fn what_no_box_could_be_made_of_now_is_refused_at_its_first_step() {
+fn imports_that_cannot_succeed_are_refused_at_their_first_step() {
     let (home, mount, backup) = home_and_backup();
     let boxlite = home.hold();
     for command in [

@@ -63,7 +63,7 @@ for piece in range(8):
 ";
 
 #[test]
-fn who_reads_an_export_gets_its_bytes_and_no_more_while_another_is_written_over_it() {
+fn readers_of_an_export_keep_their_bytes_while_another_is_written_over_it() {
     let home = TestHome::new();
     let mount = home.mount();
     let path = mount.at("web/export.boxlite");
@@ -209,7 +209,7 @@ fn a_disk_that_another_reads_from_is_not_replaced() {
 }
 
 #[test]
-fn what_nothing_needs_after_a_restore_or_a_removal_is_freed_at_once_also_what_boxlite_made() {
+fn unreferenced_layers_are_freed_at_once_after_a_restore_or_a_removal() {
     let home = TestHome::new();
     home.wheel_batch(&[
         &["snapshot-create", "web", "start"],

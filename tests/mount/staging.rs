@@ -234,7 +234,7 @@ fn what_a_process_left_half_way_the_next_one_finishes() {
 }
 
 #[test]
-fn what_has_not_come_whole_goes_with_a_mount_that_is_killed() {
+fn killing_a_mount_drops_incomplete_imports() {
     let (home, mut mount, backup) = home_and_backup();
     // Everything except our caches and the log.
     let kept = || {

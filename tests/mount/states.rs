@@ -103,7 +103,7 @@ fn a_disk_written_to_right_after_it_was_opened_fails_the_reader() {
 }
 
 #[test]
-fn what_is_in_a_disk_is_of_the_moment_of_the_look() {
+fn disk_views_show_the_state_at_the_moment_of_opening() {
     for kind in CLOCKS {
         let (home, _disk) = home_on(kind);
         let mount = home.mount();
@@ -269,7 +269,7 @@ fn is_stopped(pid: u32) -> bool {
 }
 
 #[test]
-fn snapshots_made_in_one_second_are_in_their_order_for_all_who_go_by_times() {
+fn snapshots_made_in_one_second_sort_by_time_in_their_order() {
     let home = TestHome::new();
     let mount = home.mount();
     // The order of the snapshots is neither the order of their names nor its reverse.

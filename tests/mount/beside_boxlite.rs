@@ -697,7 +697,7 @@ fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned
     };
     assert_eq!(usize::try_from(copied), Ok(length));
     fs::rename(&aside, &named).unwrap();
-    // SAFETY: as above.
+    // SAFETY: `into_raw_fd` gives up the file, so nothing else closes its descriptor.
     let closed = unsafe { libc::close(std::os::fd::IntoRawFd::into_raw_fd(target)) };
     let error = std::io::Error::last_os_error().raw_os_error();
     assert_eq!(closed, -1, "{}", mount.log());

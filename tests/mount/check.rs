@@ -96,7 +96,7 @@ fn a_damaged_database_cannot_be_checked() {
     assert_eq!(status, 2, "{said}");
 }
 
-// ---- rows -----------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------
 
 #[test]
 fn a_database_older_than_ours_is_found() {
@@ -146,7 +146,7 @@ fn a_base_row_without_a_file_is_found() {
     assert_finds(&home, &["Gone0000", "has no file", "nothing reads from it"]);
 }
 
-// ---- files ----------------------------------------------------------------------------------------
+// ---- files --------------------------------------------------------------------------------------
 
 #[test]
 fn a_box_without_its_directory_is_found() {
@@ -318,7 +318,7 @@ fn several_findings_are_all_named() {
     assert!(said.contains("2 findings"), "{said}");
 }
 
-// ---- repair ---------------------------------------------------------------------------------------
+// ---- repair -------------------------------------------------------------------------------------
 
 /// Runs `boxlitefs check --repair` and returns its exit status and output.
 fn repair(home: &TestHome) -> (i32, String) {

@@ -73,7 +73,7 @@ fn write(home: &TestHome, name: &str, command: &str) {
     assert!(!said.contains("failed"), "{said}");
 }
 
-// ---- space ----------------------------------------------------------------------------------------
+// ---- space --------------------------------------------------------------------------------------
 
 #[test]
 fn what_a_deleted_snapshot_took_comes_back() {
@@ -190,7 +190,7 @@ fn what_boxlite_left_of_boxes_that_are_gone_is_freed() {
     home.assert_whole();
 }
 
-// ---- long chains ----------------------------------------------------------------------------------
+// ---- long chains --------------------------------------------------------------------------------
 
 /// Makes a box on twenty layers with BoxLite alone: a snapshot and a clone for each layer.
 fn twenty_levels(keep_clones: bool) -> TestHome {
@@ -605,7 +605,7 @@ fn box_json_and_snapshot_json_say_what_goes_with_them() {
     eventually("its files are gone", || before - home.allocated() == copy.0);
 }
 
-// ---- thousands of layers --------------------------------------------------------------------------
+// ---- thousands of layers ------------------------------------------------------------------------
 
 /// Adds `number` boxes, each with a chain of `snapshots` snapshots, by writing rows and empty
 /// layers directly. BoxLite itself would need an hour.

@@ -22,17 +22,17 @@ mount -t tmpfs tmpfs "$P/dev"
 mknod -m 666 "$P/dev/fuse" c 10 229
 mount --bind "$P/dev/fuse" /dev/fuse
 mkdir -p "$P/other" "$P/bound"
-# The process that serves what is on a path.
+# Prints the process that serves the mount at a path.
 server() { grep -o '"pid": [0-9]*' "$1/.boxlite/status" | grep -o '[0-9]*$'; }
 is_gone() { [ ! -e "/proc/$1" ] || grep -q '^State:.Z' "/proc/$1/status"; }
 gone() { until is_gone "$1"; do sleep 0.02; done; }
 lives() { if is_gone "$1"; then echo "$1 is gone"; exit 1; fi; }
-# The types of the file systems on a path, the lowest first.
+# Prints the types of the file systems mounted on a path, the lowest first.
 on() { awk -v place="$1" '$5 == place { for (i = 7; $i != "-"; i++); print $(i + 1) }' /proc/self/mountinfo | xargs; }
 is() { if [ "$1" != "$2" ]; then echo "'$1' instead of '$2'"; exit 1; fi; }
-# Waits until a process is what it was started for.
+# Waits until a process has executed sleep.
 is_sleep() { until [ "$(cat "/proc/$1/comm")" = sleep ]; do sleep 0.02; done; }
-# What serves answers, and keeps what it is given.
+# Asserts that a mount can be read and accepts an import.
 serves() {
     is "$(ls "$1")" "$(printf 'web')"
     cp "$1/web/export.boxlite" "$1/new.boxlite"
@@ -453,14 +453,14 @@ fn a_dead_mount_is_told_from_an_earlier_one_that_had_its_number() {
             $B mount "$H" "$M"
             OLD=$(server "$M")
             NUMBER=$(connection "$M")
-            # A directory's end is not waited for, as a file's is.
+            # Unlike closing a file, closing a directory does not wait for the server.
             exec 5<"$M/web"
             umount -l "$M"
             kill -STOP $OLD
             exec 5<&-
             $B mount "$H" "$M"
             [ "$(connection "$M")" != "$NUMBER" ] || break
-            # Another test was faster.
+            # Another test took the number first.
             $B unmount "$M"
             kill -CONT $OLD
             gone $OLD
@@ -480,7 +480,7 @@ fn a_dead_mount_is_told_from_an_earlier_one_that_had_its_number() {
     );
 }
 
-// ---- boxlitefs unmount -------------------------------------------------------------------------------
+// ---- boxlitefs unmount --------------------------------------------------------------------------
 
 #[test]
 fn an_unmount_says_which_process_has_the_mount_in_another_namespace() {
@@ -516,7 +516,7 @@ fn an_unmount_says_where_else_it_is_mounted() {
         serves "$P/bound"
         $B unmount "$P/bound"
         gone $SERVER
-        # What is open in a place that was detached lazily keeps it, too.
+        # A file open in a lazily detached bind mount also keeps the server alive.
         $B mount "$H" "$M"
         SERVER=$(server "$M")
         mount --bind "$M" "$P/bound"
@@ -561,7 +561,7 @@ fn an_unmount_by_another_name_says_which_mount_is_meant() {
         fails 1 "is a BoxLite home; it is mounted on $M: unmount it with .boxlitefs unmount $M" $B unmount "$H"
         fails 1 'is a mount of tmpfs, not of boxlitefs' $B unmount "$P/dev"
         fails 1 'nothing is mounted on' $B unmount "$P"
-        # What is mounted in it keeps it, and what covers it is not unmounted in its place.
+        # A mount inside it prevents the unmount, and a mount that covers it is not unmounted instead.
         mount -t tmpfs tmpfs "$M/web/snapshots"
         fails 1 "tmpfs is mounted on $M/web/snapshots, and would be unmounted" $B unmount "$M"
         umount "$M/web/snapshots"

@@ -177,7 +177,7 @@ fn a_remount_makes_a_mount_read_only_and_writable_again_while_it_is_read() {
         mkdir "$MNT/web/snapshots/s"
         options_of "$MNT"
         umount "$MNT"
-        # What was opened only for reading stays so.
+        # A home mounted with ro cannot be remounted writable.
         mount -t boxlite -o ro "$HOME_DIR" "$MNT"
         status=0
         mount -o remount,rw "$MNT" 2>"$PLACE/said" || status=$?
@@ -252,7 +252,7 @@ fn root_mounts_another_users_home_as_that_user_unless_others_are_let_in() {
         ls "$MNT/web/snapshots"
         test "$(stat -c %U "$HOME_DIR"/boxes/*/snapshots/t)" = "$USER"
         umount "$MNT"
-        # To mount there, the user has to have the directory.
+        # The user who serves the mount must own the mountpoint.
         chown root "$MNT"
         status=0
         mount -t boxlite "$HOME_DIR" "$MNT" 2>"$PLACE/said" || status=$?

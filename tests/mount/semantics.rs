@@ -198,7 +198,7 @@ fn message_of(errno: &str) -> Option<String> {
         .map(|(message, _)| message.to_owned())
 }
 
-// ---- executing it ---------------------------------------------------------------------------------
+// ---- execution ----------------------------------------------------------------------------------
 
 /// A mounted home and what the rows of a table find around it.
 struct Place {

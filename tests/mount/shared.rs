@@ -240,7 +240,7 @@ impl<'h> Both<'h> {
         let wanted: Vec<Boxes> = outcomes(&self.boxes, &done).into_iter().collect();
         let what = format!("{ours:?} ({by_us:?}) beside {theirs:?} ({by_them:?})");
         if wanted.is_empty() {
-            self.lost(format!("both can't have been done: {what}"));
+            self.lost(format!("both cannot have succeeded: {what}"));
         }
         self.compare(&wanted, &what);
     }
@@ -317,7 +317,7 @@ impl<'h> Both<'h> {
             if archive_digest(&archive) != wanted.live {
                 tally
                     .losses
-                    .push(format!("BoxLite exports something else of {name}"));
+                    .push(format!("BoxLite exports other contents of {name}"));
             }
         }
         drop(boxlite);
@@ -899,7 +899,7 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
         let stopped = both.interrupt(ours, theirs);
         if !stopped {
             let log = both.mount.log();
-            both.lost(format!("{ours:?} never came to {point}: {log}"));
+            both.lost(format!("{ours:?} never reached {point}: {log}"));
         }
         for loss in &mut both.tally.losses {
             *loss = format!("at {point}: {loss}");

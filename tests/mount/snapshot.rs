@@ -23,7 +23,7 @@ fn states(home: &TestHome, name: &str, snapshots: &[&str]) -> BTreeMap<String, S
     states
 }
 
-// ---- mkdir ----------------------------------------------------------------------------------------
+// ---- mkdir --------------------------------------------------------------------------------------
 
 #[test]
 fn snapshots_of_an_unchanged_box_are_names_of_one_layer_and_the_chain_does_not_grow() {
@@ -85,7 +85,7 @@ fn taking_a_snapshot_is_no_change_of_the_disk() {
     let live = home.live_disk("web");
     let before = (times(&live), digest(&live));
     let export = fs::read(mount.at("web/export.boxlite")).unwrap();
-    // A timestamp taken anew would show another second.
+    // A newly taken timestamp would show another second.
     std::thread::sleep(std::time::Duration::from_millis(1100));
     mount.snapshot("web", "a").unwrap();
     assert_eq!((times(&live), digest(&live)), before);
@@ -267,7 +267,7 @@ fn layers_that_boxlite_froze_inside_the_box_are_adopted() {
     home.assert_whole_once_mounted();
 }
 
-// ---- rmdir ----------------------------------------------------------------------------------------
+// ---- rmdir --------------------------------------------------------------------------------------
 
 /// Makes a box with three different snapshots, by the mount or by BoxLite, and a clone of the
 /// middle one.

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod accepted;
 mod beside_boxlite;
 mod browse;
 mod check;

@@ -12,6 +12,7 @@ mod paused_copy;
 mod plain;
 mod production;
 mod recent;
+mod running_disk;
 mod spool;
 mod spooling;
 mod states;
@@ -64,7 +65,12 @@ impl Exports {
             opened.sizes.clone(),
             opened.foreground.clone(),
         ));
-        let copies = Arc::new(PausedCopies::new(opened, disks.clone(), plain.clone()));
+        let copies = Arc::new(PausedCopies::new(
+            opened,
+            disks.clone(),
+            states.clone(),
+            plain.clone(),
+        ));
         let archives = CompressedArchives::new(
             opened.home.clone(),
             opened.workspace.clone(),

@@ -1,33 +1,30 @@
 //! The disk of a running box, as it was at one moment. Exports and clones are made of a copy.
 //!
-//! The virtual machine is paused while its top layer is copied, or cloned where the file system
-//! shares blocks. The layers below do not change.
+//! [`RunningDisks`] copies the layer that the virtual machine writes. The layers below do not
+//! change.
 //!
 //! The copy is an unnamed file, kept as long as it has readers. Opening the export meanwhile opens
 //! the same copy, because a file has one size for all its readers.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use parking_lot::Mutex;
+use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 
 use crate::archive::Export;
-use crate::disk::{self, Chain, FileId};
+use crate::disk::Chain;
 use crate::event_log::EventLog;
 use crate::exports::disks::{Disks, Source, display_name};
 use crate::exports::open_home::OpenHome;
 use crate::exports::plain::{Contents, Form, PlainExports, about_of};
 use crate::exports::production::{POLL_INTERVAL, interrupted};
-use crate::files::copies::{can_share, copy_contents};
-use crate::files::crash_points::crash_point;
-use crate::files::durable;
-use crate::files::workspace::Workspace;
-use crate::home::{Activity, BoxRecord, Home, Paused, Space, VmProcess};
+use crate::exports::running_disk::RunningDisks;
+use crate::exports::states::States;
+use crate::home::{Activity, BoxRecord, Home, VmProcess};
 use crate::progress::Foreground;
-use crate::{Context, Error, Result};
+use crate::{Error, Result};
 
 /// How long a copy waits for its first reader: an open that finds out the size fails with ESTALE,
 /// and the kernel opens the export once more.
@@ -40,7 +37,7 @@ pub struct PausedCopies {
     home: Arc<Home>,
     disks: Arc<Disks>,
     plain: Arc<PlainExports>,
-    workspace: Arc<Workspace>,
+    running: RunningDisks,
     events: Arc<EventLog>,
     foreground: Arc<Foreground>,
     is_read_only: bool,
@@ -72,13 +69,16 @@ impl PausedCopies {
     pub(crate) fn new(
         opened: &OpenHome,
         disks: Arc<Disks>,
+        states: Arc<States>,
         plain: Arc<PlainExports>,
     ) -> PausedCopies {
+        let home = opened.home.clone();
+        let workspace = opened.workspace.clone();
         PausedCopies {
+            running: RunningDisks::new(home, disks.clone(), states, workspace),
             home: opened.home.clone(),
             disks,
             plain,
-            workspace: opened.workspace.clone(),
             events: opened.events.clone(),
             foreground: opened.foreground.clone(),
             is_read_only: opened.is_read_only,
@@ -129,20 +129,7 @@ impl PausedCopies {
                 display_name(&record)
             )));
         }
-        let turn = self
-            .copying
-            .lock()
-            .entry(box_id.clone())
-            .or_default()
-            .clone();
-        let _turn = loop {
-            if let Some(turn) = turn.try_lock_for(POLL_INTERVAL) {
-                break turn;
-            }
-            if !go_on() {
-                return Err(interrupted());
-            }
-        };
+        let _turn = self.turn_of(box_id, go_on)?;
         // Meanwhile another caller may have made a copy, or the box may have stopped.
         if let Some(kept) = self.kept_copy(box_id, form) {
             return Ok(kept);
@@ -150,21 +137,7 @@ impl PausedCopies {
         if self.home.activity(&record) == Activity::Idle {
             return self.plain.open(source);
         }
-        let explain = |error: Error| {
-            let message = format!(
-                "box {} runs, and its disk can't be copied: {error}",
-                display_name(&record)
-            );
-            Error::new(error.errno(), message)
-        };
-        let copy = self
-            .copy_running(source, &record, shim, go_on)
-            .map_err(explain)?;
-        let top = self.home.live_disk(box_id);
-        let chain = Chain::open_over(copy, &top, &self.disks.scope_of(&top))?;
-        let (about, hash) = about_of(&record, chain.changed_at())?;
-        let changed = chain.changed_at();
-        let export = Arc::new(Export::plan(Arc::new(chain), about)?);
+        let (export, changed, hash) = self.copy_running(source, &record, shim, go_on)?;
         // Each copy is a state of its own, even where its file looks like that of another copy.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -176,69 +149,82 @@ impl PausedCopies {
         };
         self.kept.lock().insert((box_id.clone(), form), copy);
         self.start_sweeper();
-        self.events.info(&format!(
-            "box {} runs: it was paused for a moment, and its disk copied",
-            display_name(&record)
-        ));
         Ok((export, contents))
     }
 
-    /// Copies the top layer of a running box while its virtual machine is paused. The copy gets the
-    /// modification time of the original.
+    /// Returns the state of a box's disk at one moment after the call, if the box runs. Unlike
+    /// [`PausedCopies::open`], this never returns an older copy. None for an idle box.
     ///
     /// # Errors
-    /// EBUSY when the virtual machine can't be paused, or did not stay so; EINTR once `go_on`
-    /// returns false; ENOSPC; those of copying.
+    /// Those of [`PausedCopies::open`] for a running box.
+    pub(crate) fn copy_now(
+        &self,
+        source: &Source,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Option<Arc<Export>>> {
+        let record = self.disks.record_of(source)?;
+        let Some(vm) = VmProcess::of(&self.home, &record) else {
+            return Ok(None);
+        };
+        let _turn = self.turn_of(source.box_id(), go_on)?;
+        if self.home.activity(&record) == Activity::Idle {
+            return Ok(None);
+        }
+        Ok(Some(self.copy_running(source, &record, vm, go_on)?.0))
+    }
+
+    /// Waits until no other thread copies the disk of this box.
+    fn turn_of(
+        &self,
+        box_id: &str,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<ArcMutexGuard<RawMutex, ()>> {
+        let turn = self
+            .copying
+            .lock()
+            .entry(box_id.to_owned())
+            .or_default()
+            .clone();
+        loop {
+            if let Some(turn) = turn.try_lock_arc_for(POLL_INTERVAL) {
+                return Ok(turn);
+            }
+            if !go_on() {
+                return Err(interrupted());
+            }
+        }
+    }
+
+    /// Copies the disk of a running box, and plans its export. The hash is of what its manifest
+    /// says of the box.
     fn copy_running(
         &self,
         source: &Source,
         record: &BoxRecord,
-        shim: VmProcess,
+        vm: VmProcess,
         go_on: &dyn Fn() -> bool,
-    ) -> Result<File> {
-        let live = self.disks.existing_top(source, record)?;
-        let message = || format!("cannot copy {}", live.display());
-        let original = File::open(&live).context(message)?;
-        let copy = self.workspace.unnamed_file("running")?;
-        self.require_space(&original, &copy)?;
-        let paused = shim.pause(&live)?;
-        crash_point("running.paused");
-        if FileId::of_open(&original, &live)? != FileId::at(&live)? {
-            return Err(Error::busy("the disk was replaced just now; try again"));
-        }
-        let mut check = || check_paused(&paused, go_on);
-        copy_contents(&original, &copy, &live, &mut check)?;
-        paused.still()?;
-        let meta = original.metadata().context(message)?;
-        drop(paused);
-        crash_point("running.copied");
-        disk::clear_dirty(&copy, &live)?;
-        durable::set_times(&copy, &meta).context(message)?;
-        Ok(copy)
-    }
-
-    /// Fails if the copy does not fit, before anything is paused. A copy that shares the blocks of
-    /// the original takes no space.
-    ///
-    /// # Errors
-    /// ENOSPC; those of looking at the disk and the file system.
-    fn require_space(&self, original: &File, copy: &File) -> Result<()> {
-        use std::os::unix::fs::MetadataExt;
-        let needed = original
-            .metadata()
-            .context(|| "cannot look at the disk")?
-            .blocks()
-            * 512;
-        let space = Space::of(&self.home)?;
-        if space.available_bytes() >= needed || can_share(original, copy) {
-            return Ok(());
-        }
-        Err(Error::new(
-            libc::ENOSPC,
-            format!(
-                "a copy takes {needed} bytes, more than is free where the home is; free some space"
-            ),
-        ))
+    ) -> Result<(Arc<Export>, SystemTime, u64)> {
+        let explain = |error: Error| {
+            let message = format!(
+                "box {} runs, and its disk can't be copied: {error}",
+                display_name(record)
+            );
+            Error::new(error.errno(), message)
+        };
+        let copy = self
+            .running
+            .copy(source, record, vm, go_on)
+            .map_err(explain)?;
+        let chain = Chain::open_over(copy.file, &copy.top, &self.disks.scope_of(&copy.top))?;
+        let changed = chain.changed_at();
+        let (about, hash) = about_of(record, changed)?;
+        let export = Arc::new(Export::plan(Arc::new(chain), about)?);
+        self.events.info(&format!(
+            "box {} runs: it was paused for {} ms, and its disk copied",
+            display_name(record),
+            copy.pause.as_millis()
+        ));
+        Ok((export, changed, hash))
     }
 
     /// Returns the copy that an export of a box is read from, if there is one.
@@ -326,10 +312,4 @@ impl PausedCopies {
             );
         }
     }
-}
-
-/// Fails with EBUSY when the virtual machine runs on, and with EINTR once `go_on` returns false.
-fn check_paused(paused: &Paused, go_on: &dyn Fn() -> bool) -> Result<()> {
-    paused.still()?;
-    if go_on() { Ok(()) } else { Err(interrupted()) }
 }

@@ -52,7 +52,7 @@ pub struct Contents {
     pub size: u64,
     /// When the disk last changed.
     pub changed: SystemTime,
-    /// Hash of the box's name and configuration, which the manifest repeats.
+    /// Hash of the box's name, configuration and network policy, which the manifest repeats.
     about: u64,
     /// [`States::state_number`] of the disk, or the number of a copy of a running disk. Tells apart
     /// states with the same size and time.
@@ -80,7 +80,7 @@ impl Contents {
 #[derive(Clone, Debug)]
 struct PlanInputs {
     layers: LayerStates,
-    /// Hash of the box's name and configuration.
+    /// Hash of the box's name, configuration and network policy.
     about: u64,
 }
 
@@ -117,11 +117,10 @@ pub enum Form {
 /// # Errors
 /// Those of reading the box's configuration.
 pub(crate) fn about_of(record: &BoxRecord, changed_at: SystemTime) -> Result<(About, u64)> {
-    let config = record.config()?;
     let about = About {
         box_name: record.name.clone(),
         image: record.image(),
-        options: config["options"].clone(),
+        options: record.options_for_copy()?,
         changed_at,
     };
     Ok((about, hash_of(record)))
@@ -130,6 +129,7 @@ pub(crate) fn about_of(record: &BoxRecord, changed_at: SystemTime) -> Result<(Ab
 fn hash_of(record: &BoxRecord) -> u64 {
     let mut hasher = DefaultHasher::new();
     (&record.name, &record.config).hash(&mut hasher);
+    record.outbound_policy().to_string().hash(&mut hasher);
     hasher.finish()
 }
 

@@ -15,6 +15,7 @@ use super::queries::Queries;
 use super::records::BoxRecord;
 use super::shared_access::SharedAccess;
 use super::transactions::Transaction;
+use crate::process::control::named;
 use crate::{Context, Error, Result};
 
 /// The first lock number we hand out. A running runtime hands out the lowest unused number it knows
@@ -46,8 +47,10 @@ impl Home {
         let serial = self.changing.lock();
         let ours = take_turn(self)?;
         let lock = take_lock(self, LOCK_PATIENCE)?.ok_or_else(|| {
+            let holder = holder_of(self).ok().flatten();
+            let who = holder.map_or_else(|| "a process that can't be seen from here".to_owned(), named);
             Error::busy(format!(
-                "a BoxLite runtime is using {}; changes wait until the program that has it open is done",
+                "a BoxLite runtime is using {}: {who} has it open; this change waits until that program is done",
                 self.root().display()
             ))
         })?;

@@ -1,7 +1,7 @@
 //! Rows of BoxLite's database as Rust values. JSON columns stay text or value trees, so that
 //! fields we do not know survive.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{Error, Result};
 
@@ -45,6 +45,36 @@ impl BoxRecord {
         parse(&self.state, "state", &self.id)
     }
 
+    /// Returns the policy for outgoing connections that replaced the one of the configuration while
+    /// the box ran; null if none did. Also null if `box_state.json` can't be read.
+    pub fn outbound_policy(&self) -> Value {
+        if !self.state.contains("outbound_policy") {
+            return Value::Null;
+        }
+        self.state()
+            .map_or(Value::Null, |mut state| state["outbound_policy"].take())
+    }
+
+    /// Returns the options of a copy of the box, exported or cloned: those of its configuration,
+    /// with its present policy for outgoing connections (litebox/clone_export.rs of BoxLite,
+    /// `options_for_copy`).
+    ///
+    /// # Errors
+    /// EIO when the configuration or the policy can't be read.
+    pub fn options_for_copy(&self) -> Result<Value> {
+        let mut options = self.config()?["options"].take();
+        let policy = self.outbound_policy();
+        if !policy.is_null() {
+            options["network"] = network_of(&policy).ok_or_else(|| {
+                Error::damaged(format!(
+                    "the outbound_policy of box {} in db/boxlite.db is not one that BoxLite can read: {policy}",
+                    self.id
+                ))
+            })?;
+        }
+        Ok(options)
+    }
+
     /// Returns the reference of the image the box was made from, or the host path of its root file
     /// system. For people and for the manifest.
     pub fn image(&self) -> String {
@@ -55,6 +85,21 @@ impl BoxRecord {
             .or_else(|| rootfs["RootfsPath"].as_str())
             .unwrap_or_default()
             .to_owned()
+    }
+}
+
+/// Returns a policy for outgoing connections as the option `network` has it; None if BoxLite could
+/// not read it. (runtime/options.rs of BoxLite: `OutboundNetworkConfig` becomes a `NetworkSpec`.)
+fn network_of(policy: &Value) -> Option<Value> {
+    let rules = match &policy["allow_net"] {
+        Value::Null => &Vec::new(),
+        Value::Array(rules) => rules,
+        _ => return None,
+    };
+    match policy["mode"].as_str()? {
+        "enabled" => Some(json!({"Enabled": {"allow_net": rules}})),
+        "disabled" if rules.is_empty() => Some(json!("Disabled")),
+        _ => None,
     }
 }
 

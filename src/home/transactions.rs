@@ -295,6 +295,10 @@ fn state_of(new: &NewBox) -> Value {
     ] {
         state[gone] = Value::Null;
     }
+    if let Some(state) = state.as_object_mut() {
+        // It is in the options of the copy.
+        state.remove("outbound_policy");
+    }
     state["status"] = json!("stopped");
     state["last_updated"] = json!(rfc3339(new.created_at));
     state["lock_id"] = json!(new.lock_id);

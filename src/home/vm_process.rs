@@ -59,6 +59,23 @@ impl VmProcess {
         })
     }
 
+    /// Returns whether the process or one of its descendants has a file open for writing.
+    pub fn writes_to(self, file: &Path) -> bool {
+        let Ok(inode) = fs::metadata(file).map(|meta| meta.ino()) else {
+            return false;
+        };
+        let mut pids = vec![self.pid];
+        let mut at = 0;
+        while let Some(pid) = pids.get(at).copied() {
+            if has_open_for_writing(pid, file, inode) {
+                return true;
+            }
+            pids.extend(children(pid));
+            at += 1;
+        }
+        false
+    }
+
     /// Stops the process, its descendants and all their threads, and waits until they are stopped.
     /// Processes that were stopped before are not resumed by us. `disk` is the file they write to.
     ///

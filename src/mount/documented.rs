@@ -24,8 +24,8 @@ pub const DOCUMENTED_OPTIONS: &[DocumentedOption] = &[
         effect: "root may enter",
     },
     DocumentedOption {
-        form: "shared",
-        effect: "snapshots, clones, imports and restores of stopped boxes also work while a BoxLite program has the home open",
+        form: "exclusive",
+        effect: "every change waits until no BoxLite program has the home open; without it, those that are safe beside one are made",
     },
     DocumentedOption {
         form: "noexec",

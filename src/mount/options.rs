@@ -16,8 +16,9 @@ pub struct Options {
     pub allow_other: bool,
     /// root may enter.
     pub allow_root: bool,
-    /// Some changes also work while a BoxLite runtime has the home.
-    pub shared: bool,
+    /// No change while a BoxLite runtime has the home. Without it, those that are safe beside one
+    /// are made.
+    pub exclusive: bool,
     /// Programs in guests' files can't be run from the mount.
     pub noexec: bool,
     /// Access times are not kept.
@@ -38,7 +39,7 @@ enum Effect {
     ReadOnly(bool),
     AllowOther,
     AllowRoot,
-    Shared,
+    Exclusive(bool),
     NoExec(bool),
     NoAtime(bool),
     /// Accepted because mount(8) and fstab pass it; no effect here.
@@ -51,7 +52,8 @@ const FLAGS: &[(&str, Effect)] = &[
     ("rw", Effect::ReadOnly(false)),
     ("allow_other", Effect::AllowOther),
     ("allow_root", Effect::AllowRoot),
-    ("shared", Effect::Shared),
+    ("exclusive", Effect::Exclusive(true)),
+    ("shared", Effect::Exclusive(false)),
     ("noexec", Effect::NoExec(true)),
     ("exec", Effect::NoExec(false)),
     ("noatime", Effect::NoAtime(true)),
@@ -168,7 +170,7 @@ impl Options {
     pub(super) fn to_json(&self) -> serde_json::Value {
         serde_json::json!({
             "ro": self.read_only,
-            "shared": self.shared,
+            "exclusive": self.exclusive,
             "allow_other": self.allow_other,
             "allow_root": self.allow_root,
             "noexec": self.noexec,
@@ -201,7 +203,7 @@ impl Options {
             Effect::ReadOnly(on) => self.read_only = on,
             Effect::AllowOther => self.allow_other = true,
             Effect::AllowRoot => self.allow_root = true,
-            Effect::Shared => self.shared = true,
+            Effect::Exclusive(on) => self.exclusive = on,
             Effect::NoExec(on) => self.noexec = on,
             Effect::NoAtime(on) => self.noatime = on,
             Effect::Nothing => {}

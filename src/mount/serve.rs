@@ -68,7 +68,7 @@ fn open_tree(paths: &MountPaths, options: &Options) -> Result<Arc<Tree>> {
         &paths.home,
         tree::Options {
             read_only: options.read_only,
-            is_shared: options.shared,
+            is_exclusive: options.exclusive,
             compression: options.compression,
             compacting: options.compacting,
             imports: options.imports,

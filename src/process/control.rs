@@ -98,6 +98,35 @@ impl StoppableProcess {
     }
 }
 
+/// Returns a process as messages name it: `python3 agent.py (pid 1234)`.
+pub fn named(pid: u32) -> String {
+    const LONGEST: usize = 60;
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut words = line
+        .split(|byte| *byte == 0)
+        .filter(|word| !word.is_empty());
+    let Some(program) = words.next() else {
+        return format!("process {pid}");
+    };
+    let program = program
+        .rsplit(|byte| *byte == b'/')
+        .next()
+        .unwrap_or(program);
+    let words: Vec<_> = std::iter::once(program)
+        .chain(words)
+        .map(String::from_utf8_lossy)
+        .collect();
+    let line = words.join(" ");
+    let mut shown: String = line
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    if shown.chars().count() > LONGEST {
+        shown = shown.chars().take(LONGEST).chain(['…']).collect();
+    }
+    format!("{shown} (pid {pid})")
+}
+
 /// Returns the children of a process.
 pub fn children(pid: u32) -> Vec<u32> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {

@@ -81,7 +81,7 @@ impl Tree {
         let store = Store::open_shared(
             home,
             options.read_only,
-            options.is_shared,
+            !options.is_exclusive,
             options.compression,
         )?;
         let store = Arc::new(store.with_import_limits(options.imports));

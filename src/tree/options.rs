@@ -8,8 +8,8 @@ use crate::store::{Compacting, ImportLimits};
 pub struct Options {
     /// Refuse changes, and write nothing into the home at all.
     pub read_only: bool,
-    /// Make changes that are safe beside a BoxLite runtime even while one has the home.
-    pub is_shared: bool,
+    /// Make no change while a BoxLite runtime has the home, not even one that is safe then.
+    pub is_exclusive: bool,
     /// How compressed archives are made and kept.
     pub compression: Compression,
     /// When layers are merged.

@@ -247,6 +247,8 @@ fn every_crash_point_is_tried() {
         ("beside.exchanged", include_str!("../mount/shared.rs")),
         ("running.paused", include_str!("../mount/running.rs")),
         ("running.copied", include_str!("../mount/running.rs")),
+        ("running.begun", include_str!("../mount/running.rs")),
+        ("running.referred", include_str!("../mount/running.rs")),
     ] {
         assert!(
             test.contains(&format!("\"{point}\"")),

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use crate::common::*;
@@ -353,7 +354,7 @@ fn a_runtime_that_holds_the_home_makes_changes_busy_and_reading_goes_on() {
     let home = TestHome::new();
     home.wheel(&["snapshot-create", "web", "a"]);
     let wanted = digest(&home.live_disk("web"));
-    let mount = home.mount();
+    let mount = home.mount_with(&["-o", "exclusive"], &[]);
     let holder = home.hold();
     assert_eq!(errno(mount.snapshot("web", "b")), libc::EBUSY);
     assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EBUSY);
@@ -379,7 +380,7 @@ fn a_home_that_a_runtime_holds_can_be_mounted_and_read() {
     let home = TestHome::new();
     let wanted = digest(&home.live_disk("web"));
     let holder = home.hold();
-    let mount = home.mount();
+    let mount = home.mount_with(&["-o", "exclusive"], &[]);
     assert_eq!(mount.export_digest("web/export.boxlite"), wanted);
     assert_eq!(errno(mount.snapshot("web", "a")), libc::EBUSY);
     drop(holder);
@@ -707,5 +708,64 @@ fn a_box_that_begins_to_run_before_a_copy_is_done_is_neither_restored_nor_cloned
     // The kernel releases a file some time after close returns.
     eventually("the refused copy is gone", || mount.names("") == ["web"]);
     assert_eq!(digest(&home.live_disk("web")), wanted);
+    home.assert_whole();
+}
+
+// ---- the network policy -------------------------------------------------------------------------
+
+#[test]
+fn a_network_policy_narrowed_at_run_time_comes_with_exports_and_clones() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let export = mount.at("web/export.boxlite");
+    let network_in = |archive: &Path| {
+        let manifest = succeed(&["tar", "-xOf", text(archive), "manifest.json"]);
+        let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+        manifest["box_options"]["network"].clone()
+    };
+    let wide = network_in(&export);
+    for (policy, network) in [
+        (
+            r#"{"mode": "enabled", "allow_net": ["example.com", "10.0.0.0/8"]}"#,
+            serde_json::json!({"Enabled": {"allow_net": ["example.com", "10.0.0.0/8"]}}),
+        ),
+        (r#"{"mode": "disabled"}"#, serde_json::json!("Disabled")),
+    ] {
+        let set = "UPDATE box_state SET json = json_set(json, '$.outbound_policy', json(?1))";
+        home.database().execute(set, [policy]).unwrap();
+        eventually("the export has the policy", || {
+            network_in(&export) == network
+        });
+        mount.copy("web", "copy");
+        let config: String = home
+            .database()
+            .query_row(
+                "SELECT json FROM box_config WHERE name = 'copy'",
+                [],
+                |row| row.get(0),
+            )
+            .unwrap();
+        let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(config["options"]["network"], network);
+        let kept = "SELECT count(*) FROM box_state JOIN box_config USING (id)
+                    WHERE name = 'copy' AND json_extract(box_state.json, '$.outbound_policy') NOT NULL";
+        let kept: u32 = home
+            .database()
+            .query_row(kept, [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(kept, 0, "the clone's configuration has the policy");
+        succeed(&["rm", "-r", text(&mount.at("copy"))]);
+    }
+    // One that BoxLite could not read is not dropped: the box would get its wide network back.
+    let damage =
+        "UPDATE box_state SET json = json_set(json, '$.outbound_policy', json('{\"mode\": 7}'))";
+    home.database().execute(damage, []).unwrap();
+    eventually("the export is refused", || fs::read(&export).is_err());
+    let mend = "UPDATE box_state SET json = json_remove(json, '$.outbound_policy')";
+    home.database().execute(mend, []).unwrap();
+    eventually("the export has its configuration's network", || {
+        fs::metadata(&export).is_ok() && network_in(&export) == wide
+    });
+    mount.unmount();
     home.assert_whole();
 }

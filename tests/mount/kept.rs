@@ -668,6 +668,8 @@ fn a_snapshot_whose_export_was_left_is_not_removed() {
 #[test]
 fn imports_that_cannot_succeed_are_refused_at_their_first_step() {
     let (home, mount, backup) = home_and_backup();
+    mount.unmount();
+    let mount = home.mount_with(&["-o", "exclusive"], &[]);
     let boxlite = home.hold();
     for command in [
         "cat $BK/export.boxlite > $M/x.boxlite",

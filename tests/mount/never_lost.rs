@@ -814,7 +814,7 @@ fn a_retry_of_a_failed_clone_makes_the_box_or_fails() {
     home.wheel(&["snapshot-create", "web", "s"]);
     home.guest_write("web", FREE_AREA, b"changed");
     let wanted = digest(&home.live_disk("web"));
-    let mount = home.mount();
+    let mount = home.mount_with(&["-o", "exclusive"], &[]);
     for tool in [
         &["cp", "-r"][..],
         &["cp", "-a"],
@@ -842,7 +842,7 @@ fn a_retry_by_the_same_process_makes_the_box_or_fails() {
     let home = TestHome::new();
     home.wheel(&["snapshot-create", "web", "s"]);
     let wanted = digest(&home.live_disk("web"));
-    let mount = home.mount();
+    let mount = home.mount_with(&["-o", "exclusive"], &[]);
     let script = r#"
 import shutil, sys
 for _ in sys.stdin:

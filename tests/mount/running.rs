@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -224,7 +225,7 @@ fn the_export_of_a_box_that_runs_is_its_disk_at_one_moment() {
     // Copies without readers are removed after a while.
     eventually("the copies are gone", || !has_copies(&mount));
     assert!(
-        mount.log().contains("it was paused for a moment"),
+        mount.log().contains("it was paused for "),
         "{}",
         mount.log()
     );
@@ -345,19 +346,164 @@ fn a_box_that_runs_is_cloned_with_its_snapshots_and_goes_on() {
     );
 }
 
+/// Returns the names of a box's snapshots, as BoxLite lists them.
+fn snapshots_by_boxlite(home: &TestHome, name: &str) -> Vec<String> {
+    let listed = home.wheel(&["snapshot-list", name]);
+    let rows = listed.as_array().unwrap().iter();
+    let names = rows.map(|it| it["name"].as_str().unwrap().to_owned());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_snapshot_of_a_running_box_is_its_disk_at_one_moment() {
+    for beside_runtime in [false, true] {
+        let home = TestHome::new();
+        // Its layer is inside the box, and the live disk names it by that path.
+        home.wheel(&["snapshot-create", "web", "theirs"]);
+        let mount = home.mount();
+        // A runtime that starts kills machines that it does not know.
+        let runtime = beside_runtime.then(|| home.hold());
+        let machine = Machine::of(&home, "web");
+        let live = fs::metadata(home.live_disk("web")).unwrap().ino();
+        let mut taken = Vec::new();
+        for name in ["first", "second", "third"] {
+            let before = machine.written();
+            mount.snapshot("web", name).unwrap();
+            assert_a_moment(&home.snapshot_disk("web", name), before, machine.written());
+            machine.goes_on();
+            taken.push((name, digest(&home.snapshot_disk("web", name))));
+        }
+        assert_eq!(errno(mount.snapshot("web", "first")), libc::EEXIST);
+        let now = fs::metadata(home.live_disk("web")).unwrap().ino();
+        assert_eq!(now, live, "the machine's disk is left alone");
+        // They stay as they are while the machine goes on, and can be cloned and exported.
+        machine.goes_on();
+        for (name, digest_of_snapshot) in &taken {
+            assert_eq!(
+                digest(&home.snapshot_disk("web", name)),
+                *digest_of_snapshot
+            );
+            let export = format!("web/snapshots/{name}/export.boxlite");
+            assert_eq!(mount.export_digest(&export), *digest_of_snapshot);
+        }
+        mount.copy("web/snapshots/second", "copy");
+        assert_eq!(digest(&home.live_disk("copy")), taken[1].1);
+        drop(machine);
+        drop(runtime);
+        // To BoxLite they are ordinary snapshots.
+        let names = snapshots_by_boxlite(&home, "web");
+        assert_eq!(names, ["first", "second", "theirs", "third"]);
+        home.wheel(&["snapshot-restore", "web", "second"]);
+        assert_eq!(digest(&home.live_disk("web")), taken[1].1);
+        home.wheel(&["snapshot-remove", "web", "third"]);
+        mount.remove_snapshot("web", "first").unwrap();
+        assert_eq!(digest(&home.live_disk("web")), taken[1].1);
+        drop(mount);
+        home.assert_whole_once_mounted();
+        assert_eq!(digest(&home.live_disk("copy")), taken[1].1);
+    }
+}
+
+#[test]
+fn a_snapshot_of_a_running_box_that_is_cut_off_is_whole_or_gone() {
+    for point in [
+        "running.begun",
+        "running.paused",
+        "running.copied",
+        "flat.recorded",
+        "flat.installed",
+        "running.referred",
+        "snapshot.directory",
+        "snapshot.linked",
+        "snapshot.recorded",
+    ] {
+        let home = TestHome::new();
+        let mut mount = home.mount_crashing_at(point);
+        let machine = Machine::of(&home, "web");
+        let before = machine.written();
+        let _ = mount.snapshot("web", "a");
+        assert!(mount.has_crashed(), "{point}");
+        let after = machine.written();
+        machine.goes_on();
+        drop(mount);
+        let mount = home.mount();
+        for name in mount.names("web/snapshots") {
+            assert_a_moment(&home.snapshot_disk("web", &name), before, after);
+        }
+        drop(machine);
+        // The next change of the box recovers it.
+        mount.snapshot("web", "b").unwrap();
+        mount.unmount();
+        let live = home.live_disk("web");
+        run(&["qemu-img", "check", "-q", "-r", "leaks", text(&live)]);
+        home.assert_whole_once_mounted();
+    }
+}
+
+#[test]
+fn a_machine_that_writes_below_the_top_is_copied_where_it_writes() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    // BoxLite's snapshot of a running box: the machine goes on writing to the renamed file.
+    let live = home.live_disk("web");
+    let renamed = home.box_dir("web").join("snapshots/theirs/disk.qcow2");
+    fs::create_dir_all(renamed.parent().unwrap()).unwrap();
+    fs::rename(&live, &renamed).unwrap();
+    succeed(&[
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-u",
+        "-F",
+        "qcow2",
+        "-b",
+        text(&renamed),
+        text(&live),
+        "64M",
+    ]);
+    machine.goes_on();
+    let before = machine.written();
+    mount.snapshot("web", "a").unwrap();
+    assert_a_moment(&home.snapshot_disk("web", "a"), before, machine.written());
+    machine.goes_on();
+    let before = machine.written();
+    let target = home.beside("out.boxlite");
+    succeed(&["cp", text(&mount.at("web/export.boxlite")), text(&target)]);
+    let unpacked = unpacked(&target);
+    assert_a_moment(
+        &unpacked.path().join("disk.qcow2"),
+        before,
+        machine.written(),
+    );
+    let before = machine.written();
+    mount.copy("web", "copy");
+    assert_a_moment(&home.live_disk("copy"), before, machine.written());
+    let copied = digest(&home.live_disk("copy"));
+    machine.goes_on();
+    assert_eq!(
+        digest(&home.live_disk("copy")),
+        copied,
+        "the clone does not change"
+    );
+}
+
 #[test]
 fn what_would_change_a_box_that_runs_is_busy() {
     let home = TestHome::new();
     let mount = home.mount();
     mount.snapshot("web", "a").unwrap();
     let machine = Machine::of(&home, "web");
-    assert_eq!(errno(mount.snapshot("web", "b")), libc::EBUSY);
+    assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EBUSY);
     assert!(
         mount.log().contains("its virtual machine runs as process"),
         "{}",
         mount.log()
     );
-    assert_eq!(errno(mount.remove_snapshot("web", "a")), libc::EBUSY);
     let onto = mount.at("web/export.boxlite");
     fail(&["cp", text(&archive()), text(&onto)]);
     fail(&[
@@ -378,6 +524,7 @@ fn what_would_change_a_box_that_runs_is_busy() {
     fs::write(&machine.pid_file, format!("{}\n", machine.pid())).unwrap();
     eventually("the copy is gone", || !has_copies(&mount));
     assert_eq!(errno(File::open(&onto)), libc::EBUSY);
+    assert_eq!(errno(mount.snapshot("web", "b")), libc::EBUSY);
     fs::write(&machine.pid_file, format!("{}\n{}\n", machine.pid(), "12")).unwrap();
     assert_eq!(errno(File::open(&onto)), libc::EBUSY);
     machine.goes_on();

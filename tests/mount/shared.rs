@@ -625,7 +625,7 @@ fn what_is_not_safe_beside_a_runtime_is_busy_and_says_so() {
     busy(mount.remove_snapshot("web", "a"));
     let said = || mount.log().lines().last().unwrap_or_default().to_owned();
     assert!(
-        said().contains("the option shared allows snapshots, clones"),
+        said().contains("Meanwhile snapshots, clones, imports and restores are possible"),
         "{}",
         said()
     );
@@ -642,11 +642,15 @@ fn what_is_not_safe_beside_a_runtime_is_busy_and_says_so() {
 }
 
 #[test]
-fn without_the_option_a_runtime_still_keeps_every_change_out() {
+fn with_the_option_exclusive_a_runtime_keeps_every_change_out_and_is_named() {
     let home = TestHome::new();
-    let mount = home.mount();
+    let mount = home.mount_with(&["-o", "exclusive"], &[]);
     let _holder = home.hold();
     assert_eq!(errno(mount.snapshot("web", "a")), libc::EBUSY);
+    let log = mount.log();
+    let line = log.lines().last().unwrap();
+    assert!(line.contains("a BoxLite runtime is using"), "{line}");
+    assert!(line.contains("python") && line.contains("(pid "), "{line}");
 }
 
 #[test]
@@ -725,7 +729,7 @@ fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
     );
     // A mount that starts now leaves all of it alone, too.
     drop(both.mount);
-    both.mount = home.mount_with(&["-o", "shared"], &[]);
+    both.mount = home.mount();
     both.tally.operations += 1;
     for path in [&pending, &snapshot, &clone, &base] {
         assert!(path.exists(), "{}", path.display());
@@ -1008,7 +1012,7 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
             tally.operations += 1;
             if number % 2 == 0 {
                 // Next to a runtime nothing is recovered, but what can be read is sound.
-                drop(home.mount_with(&["-o", "shared"], &[]));
+                drop(home.mount());
                 drop(runtime);
             } else {
                 drop(runtime);

@@ -294,7 +294,7 @@ pub fn begin_exclusive_change(store: &Store) -> Result<Change<'_>> {
     let change = change.map_err(|error| {
         if store.access.is_shared && error.errno() == libc::EBUSY {
             Error::busy(format!(
-                "{error}. While it runs, the option shared allows snapshots, clones, imports and restores only"
+                "{error}. Meanwhile snapshots, clones, imports and restores are possible"
             ))
         } else {
             error

@@ -38,9 +38,9 @@ pub fn install(
 ) -> Result<()> {
     let created_at = now();
     let config = source.map(BoxRecord::config).transpose()?;
-    let options = match (options, &config) {
+    let options = match (options, source) {
         (Some(options), _) => options,
-        (None, Some(config)) => normalize_imported(config["options"].clone(), None),
+        (None, Some(source)) => normalize_imported(source.options_for_copy()?, None),
         (None, None) => normalize_imported(serde_json::Value::Null, None),
     };
     let target = store.home().box_dir(&new.id);

@@ -108,7 +108,7 @@ impl Maker {
         let is_copying = program.copies()
             || (program.looks_first() && boxes.with_swept(id, has_made_box) == Some(true));
         if !is_copying {
-            let snapshot = store::snapshot_box(&self.store, id, name)?;
+            let snapshot = store::snapshot_box(&self.store, id, name, &|| !caller.is_dying())?;
             self.history.cancel(caller, id);
             let unlisted = program.serves_others().then(|| snapshot.clone());
             boxes.begin_in_existing(caller, id, unlisted);

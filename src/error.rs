@@ -13,6 +13,7 @@ pub struct Error {
     errno: i32,
     message: String,
     source: Option<Box<dyn std::error::Error + Send + Sync + 'static>>,
+    is_for_a_moment: bool,
 }
 
 impl Error {
@@ -22,6 +23,7 @@ impl Error {
             errno,
             message: message.into(),
             source: None,
+            is_for_a_moment: false,
         }
     }
 
@@ -32,6 +34,7 @@ impl Error {
             errno: source.raw_os_error().unwrap_or(libc::EIO),
             message: message.into(),
             source: Some(Box::new(source)),
+            is_for_a_moment: false,
         }
     }
 
@@ -51,6 +54,17 @@ impl Error {
     /// of the message.
     pub fn again(&self) -> Self {
         Error::new(self.errno, self.to_string())
+    }
+
+    /// Marks an error that is over in a moment: the same change may succeed if it is made again.
+    pub fn for_a_moment(mut self) -> Self {
+        self.is_for_a_moment = true;
+        self
+    }
+
+    /// Returns whether the error is over in a moment.
+    pub fn is_for_a_moment(&self) -> bool {
+        self.is_for_a_moment
     }
 
     /// Returns the positive errno value.

@@ -59,8 +59,8 @@ impl Disks {
     }
 
     /// Returns the path of a snapshot's layer: the one in BoxLite's row, if it lies among the
-    /// snapshots of the box or in `bases/`. Otherwise the home is a copy, and this is the path the
-    /// layer has in it.
+    /// snapshots of the box or in `bases/`. Otherwise the home is a copy, and this is the path that
+    /// the layer has in it: in the directory of the same name.
     pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
         let own = self.home.snapshot_disk(&snapshot.box_id, &snapshot.name);
         // The path that BoxLite and we write. Resolve no links then: there may be thousands of
@@ -82,7 +82,13 @@ impl Disks {
             {
                 path
             }
-            _ => own,
+            _ => {
+                let recorded = snapshot.base_path().map(PathBuf::from);
+                let directory = recorded.as_deref().and_then(Path::parent);
+                let name = directory.and_then(Path::file_name);
+                let here = name.map(|name| snapshots.join(name).join("disk.qcow2"));
+                here.filter(|path| path.is_file()).unwrap_or(own)
+            }
         }
     }
 

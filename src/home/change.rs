@@ -29,9 +29,9 @@ const FIRST_LOCK_ID: u32 = 1_000_000;
 pub struct Change<'h> {
     home: &'h Home,
     rows: Queries,
-    /// Present while a BoxLite runtime holds the runtime lock.
+    /// Present in a change without the runtime lock.
     shared: Option<SharedAccess>,
-    /// The runtime lock, unless a BoxLite runtime holds it.
+    /// The runtime lock, unless the change is shared.
     _lock: Option<File>,
     _ours: File,
     _serial: MutexGuard<'h, ()>,
@@ -57,25 +57,17 @@ impl Home {
         self.change_with(serial, ours, Some(lock), None)
     }
 
-    /// Takes the runtime lock as [`change`](Home::change) does. While a BoxLite runtime holds it,
-    /// keeps all others from writing to the database instead.
+    /// Begins a change that keeps all others from writing to the database and does not take the
+    /// runtime lock: a BoxLite runtime that holds it is not disturbed, and one can start at any
+    /// moment. A runtime tries the lock once, and gives up if it is taken.
     ///
     /// # Errors
-    /// EBUSY when the holder of the lock is unknown, or another writer takes too long; EROFS.
+    /// EBUSY when another writer takes too long; EROFS.
     pub fn change_shared(&self) -> Result<Change<'_>> {
         let serial = self.changing.lock();
         // While it is our turn, the holder of the lock is a BoxLite runtime.
         let ours = take_turn(self)?;
-        if let Some(lock) = take_lock(self, Duration::ZERO)? {
-            return self.change_with(serial, ours, Some(lock), None);
-        }
-        let holder = holder_of(self)?.ok_or_else(|| {
-            Error::busy(format!(
-                "another process holds the lock of {}, and it is unknown which; try again, or end that program",
-                self.root().display()
-            ))
-        })?;
-        let shared = SharedAccess::beside(holder);
+        let shared = SharedAccess::beside(holder_of(self)?);
         let change = self.change_with(serial, ours, None, Some(shared))?;
         if let Some(shared) = &change.shared {
             shared.begin(&change.rows)?;
@@ -137,10 +129,42 @@ impl Change<'_> {
         self.home
     }
 
-    /// Returns whether a BoxLite runtime uses the home, too. Then an apparent leftover of a crash
-    /// may be a BoxLite operation in progress.
+    /// Returns whether the change has no runtime lock. Then an apparent leftover of a crash may be a
+    /// BoxLite operation in progress.
     pub fn is_shared(&self) -> bool {
         self.shared.is_some()
+    }
+
+    /// Returns whether a shared change began while nobody held the runtime lock, as far as can be
+    /// seen from here.
+    pub fn is_alone(&self) -> bool {
+        self.shared.as_ref().is_some_and(SharedAccess::is_alone)
+    }
+
+    /// Takes the runtime lock for the rest of the change, if nobody holds it. Returns whether the
+    /// change has the lock now.
+    ///
+    /// # Errors
+    /// Those of opening the lock; EBUSY when a runtime changed the watched boxes, or only started,
+    /// since the change began.
+    pub fn take_lock(&mut self) -> Result<bool> {
+        if self.shared.is_none() {
+            return Ok(true);
+        }
+        if !self.is_alone() {
+            return Ok(false);
+        }
+        let Some(lock) = take_lock(self.home, Duration::ZERO)? else {
+            return Ok(false);
+        };
+        if let Some(shared) = &self.shared {
+            shared.keep_lock(lock);
+            shared.begin_exclusive(self.home, &self.rows)?;
+            // It only kept others from writing: what was recorded is committed.
+            self.rows.execute("ROLLBACK")?;
+        }
+        self._lock = self.shared.take().and_then(SharedAccess::into_lock);
+        Ok(true)
     }
 
     /// In shared access, keeps BoxLite from starting this box, and makes the change fail if the
@@ -168,9 +192,8 @@ impl Change<'_> {
         }
     }
 
-    /// Refuses to go on when the runtime that held the lock ended and another began: a runtime that
-    /// starts removes whatever has no row yet. A runtime that begins after this check has to find
-    /// what was recorded before it.
+    /// Refuses to go on when a runtime has started since the change began: it removes whatever has
+    /// no row yet. A runtime that begins after this check finds what was recorded before it.
     ///
     /// # Errors
     /// EBUSY for that, or those of reading the kernel's list of locks.
@@ -200,8 +223,11 @@ impl Change<'_> {
         {
             self.home.make_dir(dir)?;
         }
-        File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
+        let file = File::create_new(&path).context(|| format!("cannot make {}", path.display()))?;
         self.home.give_to_owner(&path)?;
+        if let Some(shared) = &self.shared {
+            shared.notice_removal(path, file);
+        }
         Ok(id)
     }
 
@@ -216,6 +242,22 @@ impl Change<'_> {
         } else {
             self.rows.execute("BEGIN IMMEDIATE")?;
         }
+        self.commit(edit)
+    }
+
+    /// Takes back what this change recorded, in one transaction, whoever has started or changed
+    /// something meanwhile.
+    ///
+    /// # Errors
+    /// Those of `edit` and SQLite, with nothing changed.
+    pub fn withdraw<T>(&mut self, edit: impl FnOnce(&Transaction) -> Result<T>) -> Result<T> {
+        if self.rows.connection.is_autocommit() {
+            self.rows.execute("BEGIN IMMEDIATE")?;
+        }
+        self.commit(edit)
+    }
+
+    fn commit<T>(&mut self, edit: impl FnOnce(&Transaction) -> Result<T>) -> Result<T> {
         let transaction = Transaction::of(&self.rows);
         let ended = edit(&transaction).and_then(|value| {
             self.rows.execute("COMMIT")?;

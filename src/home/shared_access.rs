@@ -1,4 +1,5 @@
-//! Changing a home while a BoxLite runtime holds its lock.
+//! Changing a home without BoxLite's runtime lock: beside a runtime that holds it, or while nobody
+//! does, so that a runtime can start at any moment.
 //!
 //! SQLite lets one connection write at a time. From [`SharedAccess::begin_exclusive`] to the commit
 //! the runtime records nothing. What BoxLite does to files before it records them, and what it
@@ -8,10 +9,9 @@ use std::cell::{Cell, RefCell};
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::connection::data_version;
-use super::lock::{flock_exclusive, holder_of, take_lock};
+use super::lock::{flock_exclusive, holder_of};
 use super::paths::Home;
 use super::queries::Queries;
 use super::records::{BoxRecord, SnapshotRecord};
@@ -19,21 +19,24 @@ use crate::{Context, Error, Result};
 
 /// What one change knows about the BoxLite runtime it shares the home with.
 pub(super) struct SharedAccess {
-    /// The process that holds the runtime lock.
-    holder: u32,
+    /// The process that held the runtime lock when the change began; None if nobody did, as far as
+    /// can be seen from here.
+    holder: Option<u32>,
     /// SQLite's count of commits by others when the watched rows were last compared.
     version: Cell<i64>,
     /// Rows that must not change: those of the boxes whose files this change touches.
     watched: RefCell<Vec<(BoxRecord, Vec<SnapshotRecord>)>>,
-    /// The locks that BoxLite takes to start one of these boxes: the path and the locked file.
+    /// The locks that BoxLite takes to start one of these boxes: the path and the open file. A
+    /// runtime that starts removes all of these files before it looks for directories without a
+    /// row, and makes them again after it.
     locks: RefCell<Vec<(PathBuf, File)>>,
-    /// The runtime lock, taken once that runtime had ended, so that no other begins meanwhile.
+    /// The runtime lock, if the change took it.
     lock: RefCell<Option<File>>,
 }
 
 impl SharedAccess {
-    /// Access beside the runtime that process `holder` runs.
-    pub fn beside(holder: u32) -> SharedAccess {
+    /// Access beside the runtime that process `holder` runs, or with nobody.
+    pub fn beside(holder: Option<u32>) -> SharedAccess {
         SharedAccess {
             holder,
             version: Cell::new(0),
@@ -41,6 +44,26 @@ impl SharedAccess {
             locks: RefCell::default(),
             lock: RefCell::default(),
         }
+    }
+
+    /// Returns whether nobody held the runtime lock when the change began.
+    pub fn is_alone(&self) -> bool {
+        self.holder.is_none()
+    }
+
+    /// Keeps the runtime lock, which was taken after the change began.
+    pub fn keep_lock(&self, lock: File) {
+        self.lock.replace(Some(lock));
+    }
+
+    /// Returns the runtime lock, if it was taken.
+    pub fn into_lock(self) -> Option<File> {
+        self.lock.into_inner()
+    }
+
+    /// Notices when a runtime that starts removes this lock file, which was just made.
+    pub fn notice_removal(&self, path: PathBuf, file: File) {
+        self.locks.borrow_mut().push((path, file));
     }
 
     /// Keeps all others from writing until the first transaction ends.
@@ -71,10 +94,12 @@ impl SharedAccess {
         // BoxLite can't start the box either.
         let file = OpenOptions::new().read(true).write(true).open(&path);
         let file = file.map_err(|e| match e.kind() {
+            // A runtime that starts makes it again.
             std::io::ErrorKind::NotFound => Error::busy(format!(
                 "the lock of box {name}, {}, is gone, so BoxLite can't be kept from starting it; end the program that has the home open",
                 path.display()
-            )),
+            ))
+            .for_a_moment(),
             _ => Error::io(format!("cannot open {}", path.display()), e),
         })?;
         match flock_exclusive(&file) {
@@ -103,19 +128,7 @@ impl SharedAccess {
             self.compare_watched(rows)?;
             self.version.set(version);
         }
-        self.refuse_other_runtime(home)?;
-        if self.lock.borrow().is_none()
-            && let Some(lock) = take_lock(home, Duration::ZERO)?
-        {
-            self.lock.replace(Some(lock));
-        }
-        for (path, file) in &*self.locks.borrow() {
-            let meta = file.metadata().context(|| "cannot look at a lock")?;
-            if file_id(path).ok() != Some((meta.dev(), meta.ino())) {
-                return Err(other_runtime());
-            }
-        }
-        Ok(())
+        self.refuse_other_runtime(home)
     }
 
     /// EBUSY unless the watched rows are as they were.
@@ -126,6 +139,7 @@ impl SharedAccess {
                 Error::busy(format!(
                     "BoxLite changed box {name} at the same moment; try again"
                 ))
+                .for_a_moment()
             };
             let now = rows.box_by_id(&known.id).map_err(|_| faster())?;
             if now != *known || rows.snapshots_of(&known.id)? != *snapshots {
@@ -135,13 +149,29 @@ impl SharedAccess {
         Ok(())
     }
 
-    /// EBUSY when another runtime than the one this change began beside holds the lock.
+    /// Refuses when a runtime has started since the change began, even one that has ended again.
+    /// Its holder is told by the kernel, and that it has begun by the lock files it removed.
+    ///
+    /// Without a lock file of an earlier box, as in a home without boxes, a runtime that began just
+    /// before the change is not told from one that has been there for long.
+    ///
+    /// # Errors
+    /// EBUSY, for a moment.
     pub fn refuse_other_runtime(&self, home: &Home) -> Result<()> {
         let is_ours = self.lock.borrow().is_some();
-        match holder_of(home)? {
-            Some(holder) if !is_ours && holder != self.holder => Err(other_runtime()),
-            _ => Ok(()),
+        if let Some(holder) = holder_of(home)?
+            && !is_ours
+            && Some(holder) != self.holder
+        {
+            return Err(other_runtime());
         }
+        for (path, file) in &*self.locks.borrow() {
+            let meta = file.metadata().context(|| "cannot look at a lock")?;
+            if file_id(path).ok() != Some((meta.dev(), meta.ino())) {
+                return Err(other_runtime());
+            }
+        }
+        Ok(())
     }
 }
 
@@ -160,5 +190,5 @@ fn file_id(path: &Path) -> Result<(u64, u64)> {
 }
 
 fn other_runtime() -> Error {
-    Error::busy("a BoxLite runtime ended and another began at the same moment; try again")
+    Error::busy("a BoxLite runtime started at the same moment; try again").for_a_moment()
 }

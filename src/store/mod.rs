@@ -17,7 +17,7 @@ mod verbs;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
@@ -55,10 +55,32 @@ use maintenance::usage::UsageCache;
 struct Access {
     /// The mount option `shared`: safe changes are made even while a BoxLite runtime has the home.
     is_shared: bool,
+    /// Changes under way that take the runtime lock, because runtimes started all the time.
+    insisting: AtomicU32,
     /// All rows and headers name this home's files by their canonical paths.
     paths_are_right: AtomicBool,
     /// The rows do not name the files by a second mount of the home.
     is_mounted_once: AtomicBool,
+}
+
+/// As long as it lives, shared changes take the runtime lock.
+struct Insisting<'s>(&'s Access);
+
+impl Drop for Insisting<'_> {
+    fn drop(&mut self) {
+        self.0.insisting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Access {
+    fn insist(&self) -> Insisting<'_> {
+        self.insisting.fetch_add(1, Ordering::Relaxed);
+        Insisting(self)
+    }
+
+    fn insists(&self) -> bool {
+        self.insisting.load(Ordering::Relaxed) > 0
+    }
 }
 
 /// An open home and what is needed to change it.

@@ -18,6 +18,13 @@ impl Session {
         session
     }
 
+    /// Starts BoxLite and has its runtime take the home's lock, trying once as every program does.
+    pub fn start_once(home: &TestHome) -> Result<Session, String> {
+        let mut session = Session(Conversation::begin(home.root()));
+        session.ask(&["start"])?;
+        Ok(session)
+    }
+
     /// Starts BoxLite's runtime. A mount that merges in the background holds the lock for some
     /// milliseconds, during which the runtime refuses to start. So retry, as a user would.
     fn begin(&mut self) {

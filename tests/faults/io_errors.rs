@@ -310,3 +310,19 @@ fn no_change_relies_on_a_failed_flush() {
     let each = how_many(2, 20, usize::MAX);
     assert_all_survive("failed flushes", each, leaves_unflushed);
 }
+
+#[test]
+fn disks_are_replaced_where_names_cannot_be_exchanged() {
+    for change in [&SNAPSHOT, &RESTORE, &RESTORE_FROM_ANOTHER, &RESTORE_BACKUP] {
+        let failing = Failing::of(change);
+        let disk = FaultyDisk::mount(failing.home.root(), failing.files.clone());
+        let disk = disk.without_exchange();
+        let mount = failing.home.mount();
+        (change.act)(&mount)
+            .unwrap_or_else(|said| panic!("{}: {said}\n{}", change.name, mount.log()));
+        assert_eq!(contents(&failing.home), failing.whole, "{}", change.name);
+        mount.unmount();
+        failing.home.assert_whole();
+        drop(disk);
+    }
+}

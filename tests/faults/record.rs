@@ -39,6 +39,11 @@ pub enum Done {
         to: (Number, OsString),
         number: Number,
     },
+    /// Two files exchanged their names.
+    Exchange {
+        one: (Number, OsString, Number),
+        other: (Number, OsString, Number),
+    },
     /// A file or directory was flushed, or the flush failed. After a failed flush, the contents may
     /// or may not be on the disk, and no later flush writes them: Linux marks those pages clean.
     /// Names are on the disk once a later flush succeeds: if a file system cannot write its
@@ -135,6 +140,16 @@ pub fn after_power_loss(
                     files.entries_mut(to.0).insert(to.1.clone(), *number);
                 }
             }
+            Done::Exchange { one, other } => {
+                let exchanged = names(one.0);
+                if other.0 != one.0 {
+                    assert_eq!(names(other.0), exchanged, "half an exchange");
+                }
+                if exchanged {
+                    files.entries_mut(one.0).insert(one.1.clone(), other.2);
+                    files.entries_mut(other.0).insert(other.1.clone(), one.2);
+                }
+            }
             Done::Flush { .. } => {}
         }
     }
@@ -186,6 +201,12 @@ impl Kept {
                     let from_count = count(from.0);
                     if from.0 != to.0 {
                         moves.push((from_count, count(to.0)));
+                    }
+                }
+                Done::Exchange { one, other } => {
+                    let one_count = count(one.0);
+                    if one.0 != other.0 {
+                        moves.push((one_count, count(other.0)));
                     }
                 }
                 Done::Flush { .. } if flushes == Flushes::AreLies => {}

@@ -82,6 +82,8 @@ struct State {
     fault: Option<Fault>,
     counts: HashMap<Call, usize>,
     failed: usize,
+    /// Whether two names can be exchanged, as on most file systems.
+    can_exchange: bool,
 }
 
 type Answer<T> = Result<T, i32>;
@@ -104,6 +106,7 @@ impl FaultyDisk {
             fault: None,
             counts: HashMap::new(),
             failed: 0,
+            can_exchange: true,
         }));
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("faulty-disk".into())];
@@ -115,6 +118,12 @@ impl FaultyDisk {
             session: Some(session),
             at: at.to_owned(),
         }
+    }
+
+    /// Makes it a disk that can't exchange two names.
+    pub fn without_exchange(self) -> FaultyDisk {
+        self.state().can_exchange = false;
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -336,6 +345,31 @@ impl State {
         Ok(())
     }
 
+    fn exchange(&mut self, one: (Number, &OsStr), other: (Number, &OsStr)) -> Answer<()> {
+        if !self.can_exchange {
+            return Err(libc::EINVAL);
+        }
+        let numbers = (self.find(one.0, one.1)?, self.find(other.0, other.1)?);
+        self.meet(Call::Rename)?;
+        self.files
+            .entries_mut(one.0)
+            .insert(one.1.to_owned(), numbers.1);
+        self.files
+            .entries_mut(other.0)
+            .insert(other.1.to_owned(), numbers.0);
+        for changed in [one.0, other.0] {
+            self.touch(changed, true);
+        }
+        for changed in [numbers.0, numbers.1] {
+            self.touch(changed, false);
+        }
+        self.calls.push(Done::Exchange {
+            one: (one.0, one.1.to_owned(), numbers.0),
+            other: (other.0, other.1.to_owned(), numbers.1),
+        });
+        Ok(())
+    }
+
     fn flush(&mut self, call: Call, number: Number) -> Answer<()> {
         let met = self.meet(call);
         self.calls.push(Done::Flush {
@@ -538,6 +572,9 @@ impl Filesystem for Served {
         reply: ReplyEmpty,
     ) {
         self.answer(reply, |state| {
+            if flags == RenameFlags::RENAME_EXCHANGE {
+                return state.exchange((parent.0, name), (new_parent.0, new_name));
+            }
             if !(flags - RenameFlags::RENAME_NOREPLACE).is_empty() {
                 return Err(libc::EINVAL);
             }

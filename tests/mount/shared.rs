@@ -5,6 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -1100,4 +1102,206 @@ fn is_stopped(process: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     stat.rsplit_once(") ")
         .is_some_and(|(_, fields)| fields.starts_with('T'))
+}
+
+// ---- programs that start ------------------------------------------------------------------------
+
+/// Starts a runtime again and again, a number of times and until a file is there. Prints how often
+/// that failed.
+const STARTS: &str = r#"
+import boxlite, os, sys, time
+home, least, enough = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+failed, count = [], 0
+while count < least or not os.path.exists(enough):
+    count += 1
+    time.sleep(0.1)
+    try:
+        runtime = boxlite.Boxlite(boxlite.Options(home_dir=home))
+        del runtime
+    except Exception as error:
+        failed.append(str(error))
+print(len(failed), "of", count, *set(failed))
+"#;
+
+#[test]
+fn a_runtime_that_starts_at_any_step_is_not_kept_out_and_fails_no_change() {
+    let home = TestHome::in_memory();
+    home.wheel_batch(&[&["snapshot-create", "web", "a"]]);
+    home.guest_write("web", FREE_AREA, b"second");
+    home.wheel_batch(&[&["import", text(&archive()), "other"]]);
+    home.guest_write("web", FREE_AREA, b"third");
+    home.put_aside("fresh");
+    let web = || "web".to_owned();
+    let changes: [(Ask, &[&str]); 5] = [
+        (
+            Ask::Snapshot {
+                of: web(),
+                name: "new".into(),
+            },
+            &[
+                "freeze.recorded",
+                "freeze.linked",
+                "beside.exchanged",
+                "snapshot.directory",
+                "snapshot.linked",
+                "snapshot.recorded",
+            ],
+        ),
+        (
+            Ask::Clone {
+                of: web(),
+                new: "copy".into(),
+            },
+            &[
+                "freeze.linked",
+                "clone.frozen",
+                "clone.built",
+                "install.renamed",
+                "install.recorded",
+            ],
+        ),
+        (
+            Ask::Restore {
+                of: web(),
+                from: "a".into(),
+            },
+            &[
+                "restore.frozen",
+                "restore.referred",
+                "beside.exchanged",
+                "restore.replaced",
+            ],
+        ),
+        (
+            Ask::RestoreArchive { of: web() },
+            &["restore.arrived", "beside.exchanged"],
+        ),
+        (
+            Ask::Import { new: "copy".into() },
+            &["import.built", "install.renamed", "install.recorded"],
+        ),
+    ];
+    let mut cases = 0;
+    for (change, points) in &changes {
+        for point in *points {
+            cases += 1;
+            for stays in [true, false] {
+                if extent() == Extent::Slice && stays != (cases % 2 == 0) {
+                    continue;
+                }
+                home.put_back("fresh");
+                let mount = home.mount_with(&[], &[("BOXLITEFS_STOP_AT", point)]);
+                let wanted = change.done(&observed(&home)).expect("it can be done");
+                let (by_us, runtime) = started_in_the_middle(&home, &mount, change, point);
+                let what = format!("{change:?}, a runtime starts at {point}, stays: {stays}");
+                let runtime = runtime.unwrap_or_else(|refusal| panic!("{what}: {refusal}"));
+                by_us.unwrap_or_else(|refusal| panic!("{what}: {refusal}\n{}", mount.log()));
+                let kept = stays.then_some(runtime);
+                assert_eq!(observed(&home), wanted, "{what}\n{}", mount.log());
+                drop(kept);
+                drop(mount);
+                // What starts next finds it as well.
+                home.wheel(&["list"]);
+                drop(home.mount());
+                assert_eq!(observed(&home), wanted, "{what}");
+                assert_eq!(home.check().0, 0, "{what}: {}", home.check().1);
+                home.assert_images_clean();
+            }
+        }
+    }
+}
+
+/// Makes a change, and starts a runtime while the mount is stopped in the middle of it. Returns how
+/// both ended.
+fn started_in_the_middle(
+    home: &TestHome,
+    mount: &Mounted,
+    change: &Ask,
+    point: &str,
+) -> (Result<(), String>, Result<Session, String>) {
+    let process = mount.process();
+    thread::scope(|scope| {
+        let by_us = scope.spawn(|| by_mount(mount.root(), change));
+        let stopped = format!("{change:?} is stopped at {point}");
+        eventually(&stopped, || is_stopped(process));
+        let starts = scope.spawn(|| Session::start_once(home));
+        // It waits where the mount keeps others from writing.
+        let begun = Instant::now();
+        while !starts.is_finished() && begun.elapsed() < MEANWHILE {
+            thread::sleep(Duration::from_millis(1));
+        }
+        // SAFETY: kill takes no memory; the process is a child of ours that was not waited for.
+        unsafe { libc::kill(process as i32, libc::SIGCONT) };
+        let by_us = by_us.join().expect("it does not panic");
+        (by_us, starts.join().expect("it does not panic"))
+    })
+}
+
+/// Tells a program to end, by a file, also when the test fails.
+struct End<'p>(&'p std::path::Path);
+
+impl End<'_> {
+    fn tell(&mut self) {
+        fs::write(self.0, "").unwrap();
+    }
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.tell();
+    }
+}
+
+#[test]
+fn programs_start_while_the_mount_snapshots_clones_imports_and_restores() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    for number in 0..4 {
+        mount.snapshot("web", &format!("s{number}")).unwrap();
+        home.guest_write("web", FREE_AREA + number * 512, b"another state");
+    }
+    let count = how_many(40, 40, 200);
+    let enough = home.beside("enough");
+    let starts = Command::new(python())
+        .args(["-c", STARTS, text(home.root()), &count.to_string()])
+        .arg(&enough)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let is_over = AtomicBool::new(false);
+    let mut made = 0;
+    let said = thread::scope(|scope| {
+        let starts = scope.spawn(|| {
+            let output = starts.wait_with_output().unwrap();
+            is_over.store(true, Ordering::Relaxed);
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        });
+        let mut end = End(&enough);
+        while !is_over.load(Ordering::Relaxed) {
+            let name = format!("c{made}");
+            mount.copy("web", &name);
+            assert_eq!(mount.names(format!("{name}/snapshots")).len(), 4);
+            mount.snapshot(&name, "own").unwrap();
+            let from = mount.at(format!("{name}/snapshots/s1/export.boxlite"));
+            succeed(&[
+                "cp",
+                text(&from),
+                text(&mount.at(format!("{name}/export.boxlite"))),
+            ]);
+            let imported = mount.at(format!("i{made}.boxlite"));
+            succeed(&["cp", text(&archive()), text(&imported)]);
+            made += 1;
+            if made == 3 {
+                end.tell();
+            }
+        }
+        starts.join().unwrap()
+    });
+    assert!(
+        said.starts_with("0 of"),
+        "starts failed: {said}\n{}",
+        mount.log()
+    );
+    mount.unmount();
+    home.assert_whole_once_mounted();
 }

@@ -110,13 +110,17 @@ pub fn replace_live(
     refuse_pending(locked)?;
     locked.store.exports.disks.refuse_active(&locked.record)?;
     let ours = FileId::at(new)?;
-    exchange(new, live).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => replaced_just_now(locked),
-        _ => Error::io(
-            format!("cannot exchange {} and {}", new.display(), live.display()),
-            e,
-        ),
-    })?;
+    match exchange(new, live) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(replaced_just_now(locked)),
+        Err(e) if is_unsupported(&e) && locked.change.is_alone() => {
+            return replace_with_lock(locked, new, live, old);
+        }
+        Err(e) => {
+            let message = format!("cannot exchange {} and {}", new.display(), live.display());
+            return Err(Error::io(message, e));
+        }
+    }
     crash_point("beside.exchanged");
     let removed = FileId::at(new)?;
     if removed == old {
@@ -132,6 +136,27 @@ pub fn replace_live(
     })?;
     durable::sync_parent(live)?;
     Err(replaced_just_now(locked))
+}
+
+/// Returns whether the file system can't exchange names.
+fn is_unsupported(error: &io::Error) -> bool {
+    let errno = error.raw_os_error();
+    errno.is_some_and(|errno| [libc::EINVAL, libc::ENOSYS, libc::EOPNOTSUPP].contains(&errno))
+}
+
+/// Moves `new` over the live disk with the runtime lock, for a file system that can't exchange
+/// names.
+fn replace_with_lock(
+    locked: &mut LockedBox<'_>,
+    new: &Path,
+    live: &Path,
+    old: FileId,
+) -> Result<()> {
+    if !locked.change.take_lock()? || FileId::at(live)? != old {
+        return Err(replaced_just_now(locked));
+    }
+    locked.store.exports.disks.refuse_active(&locked.record)?;
+    locked.store.workspace().replace(new, live)
 }
 
 /// Puts the disk back that BoxLite made: `removed` came out where `placed` was put. BoxLite may
@@ -161,7 +186,7 @@ fn put_back_newest(
 /// EBUSY.
 pub fn refuse_other_size(locked: &LockedBox<'_>, live: &Path, size: u64) -> Result<()> {
     let is_same = || Ok(Header::open(live)?.is_some_and(|header| header.virtual_size == size));
-    if !locked.change.is_shared() || is_same()? {
+    if !locked.change.is_shared() || locked.change.is_alone() || is_same()? {
         return Ok(());
     }
     Err(Error::busy(format!(
@@ -182,6 +207,7 @@ pub fn replaced_just_now(locked: &LockedBox<'_>) -> Error {
         "the disk of box {} was changed just now; try again",
         display_name(&locked.record)
     ))
+    .for_a_moment()
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! changed, and recover it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::exports::display_name;
 use crate::files::durable;
@@ -36,9 +37,36 @@ pub fn lock_box<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
 /// Those of [`lock_box`]. Beside a runtime also EBUSY while BoxLite is changing the box, or when
 /// the box needs recovery first.
 pub fn lock_shared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
-    let mut locked = lock_shared_unprepared(store, box_id)?;
-    make_ready(&mut locked)?;
-    Ok(locked)
+    shared_or_exclusive(store, &|change| {
+        let mut locked = lock_within(store, change, box_id)?;
+        make_ready(&mut locked)?;
+        Ok(locked)
+    })
+}
+
+/// Locks a box for a change that is safe beside a runtime. If that is refused although no runtime
+/// has the home, locks it for a change with the runtime lock: the box needs recovery, or has no
+/// lock file of its own.
+fn shared_or_exclusive<'s>(
+    store: &'s Store,
+    lock: &dyn Fn(Change<'s>) -> Result<LockedBox<'s>>,
+) -> Result<LockedBox<'s>> {
+    for _ in 0..SHARED_TRIES {
+        let change = begin_shared_change(store)?;
+        let is_alone = change.is_alone();
+        match lock(change) {
+            Err(error) if is_alone && error.errno() == libc::EBUSY => {
+                if !error.is_for_a_moment() {
+                    break;
+                }
+                // Perhaps a runtime is starting, which makes the lock files again.
+                std::thread::sleep(PAUSE);
+            }
+            ended => return ended,
+        }
+    }
+    // If a runtime has started meanwhile, the next try is beside it.
+    lock(begin_exclusive_change(store).map_err(Error::for_a_moment)?)
 }
 
 /// Makes a source box ready, as [`lock_shared`] does. The change only reads from the box, so it may
@@ -47,15 +75,20 @@ pub fn lock_shared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> 
 /// # Errors
 /// Those of [`lock_shared`].
 pub fn lock_source<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
-    let change = begin_shared_change(store)?;
+    shared_or_exclusive(store, &|change| {
+        let mut locked = box_within(store, change, box_id)?;
+        make_source_ready(&mut locked)?;
+        Ok(locked)
+    })
+}
+
+fn box_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<LockedBox<'s>> {
     let record = change.box_by_id(box_id)?;
-    let mut locked = LockedBox {
+    Ok(LockedBox {
         store,
         change,
         record,
-    };
-    make_source_ready(&mut locked)?;
-    Ok(locked)
+    })
 }
 
 /// Checks that the box may be changed, as [`lock_unprepared`] does, for a change that is safe
@@ -64,7 +97,7 @@ pub fn lock_source<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> 
 /// # Errors
 /// Those of [`lock_shared`].
 pub fn lock_shared_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
-    lock_within(store, begin_shared_change(store)?, box_id)
+    shared_or_exclusive(store, &|change| lock_within(store, change, box_id))
 }
 
 /// Takes the lock and checks that the box may be changed, without recovering it. This is enough for
@@ -77,12 +110,7 @@ pub fn lock_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'
 }
 
 fn lock_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<LockedBox<'s>> {
-    let record = change.box_by_id(box_id)?;
-    let locked = LockedBox {
-        store,
-        change,
-        record,
-    };
+    let locked = box_within(store, change, box_id)?;
     refuse_unfit(&locked)?;
     Ok(locked)
 }
@@ -98,17 +126,33 @@ pub fn refuse_unfit(locked: &LockedBox<'_>) -> Result<()> {
     refuse_foreign_paths(locked)
 }
 
-/// Recovers the box, and completes its layers and references.
+/// Recovers the box, and completes its layers and references. Recovery needs the runtime lock,
+/// which is taken for it if no runtime has the home.
 ///
 /// # Errors
 /// Those of [`lock_box`].
 pub fn make_ready(locked: &mut LockedBox<'_>) -> Result<()> {
     if locked.change.is_shared() {
-        refuse_unsettled(locked)?;
-    } else {
-        recover_box(locked)?;
-        put_back_own_bases(locked)?;
+        let ready = refuse_unsettled(locked).and_then(|()| complete(locked));
+        match ready {
+            Err(error) if needs_lock(locked, &error) && locked.change.take_lock()? => {
+                locked.record = locked.change.box_by_id(&locked.record.id)?;
+            }
+            ended => return ended,
+        }
     }
+    recover_box(locked)?;
+    put_back_own_bases(locked)?;
+    complete(locked)
+}
+
+/// Returns whether a box was refused that could be recovered, since no runtime has the home.
+fn needs_lock(locked: &LockedBox<'_>, error: &Error) -> bool {
+    error.errno() == libc::EBUSY && !error.is_for_a_moment() && locked.change.is_alone()
+}
+
+/// Completes the layers and references of a box that needs no recovery.
+fn complete(locked: &mut LockedBox<'_>) -> Result<()> {
     adopt_own_chains(locked)?;
     complete_refs(locked)
 }
@@ -155,7 +199,10 @@ fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
 pub fn switch_to_target(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
     if locked.change.is_shared() {
         switch_unprepared(locked, box_id)?;
-        return refuse_unsettled(locked);
+        return match refuse_unsettled(locked) {
+            Err(error) if needs_lock(locked, &error) && locked.change.take_lock()? => Ok(()),
+            ended => ended,
+        };
     }
     locked.record = locked.change.box_by_id(box_id)?;
     Ok(())
@@ -275,6 +322,35 @@ fn complete_refs(locked: &mut LockedBox<'_>) -> Result<()> {
     })
 }
 
+/// Times that a change is made again after an error that is over in a moment.
+const TRIES: u32 = 30;
+/// The tries before the first one that takes the runtime lock.
+const PATIENT_TRIES: u32 = 15;
+/// Tries to lock a box without the runtime lock, while no runtime has the home.
+const SHARED_TRIES: u32 = 10;
+/// The pause before it is made again: a runtime that starts takes some milliseconds for a home.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Makes a shared change. Makes it again if a BoxLite runtime started in the middle, or changed the
+/// box at the same moment. Where runtimes start all the time, it takes the runtime lock in the end.
+///
+/// # Errors
+/// Those of `change`.
+pub fn made_again<T>(store: &Store, change: &dyn Fn() -> Result<T>) -> Result<T> {
+    for number in 1..TRIES {
+        let insists = number > PATIENT_TRIES && number % 2 == 0;
+        let insisting = insists.then(|| store.access.insist());
+        match change() {
+            Err(error) if error.is_for_a_moment() || (insists && error.errno() == libc::EBUSY) => {
+                drop(insisting);
+                std::thread::sleep(PAUSE);
+            }
+            ended => return ended,
+        }
+    }
+    change()
+}
+
 fn begin_change(store: &Store) -> Result<()> {
     store.refuse_read_only()?;
     store.opened.foreground.touch();
@@ -310,12 +386,12 @@ pub fn begin_exclusive_change(store: &Store) -> Result<Change<'_>> {
 /// # Errors
 /// EROFS, EBUSY, EIO while the disk fails.
 pub fn begin_shared_change(store: &Store) -> Result<Change<'_>> {
-    if !store.access.is_shared {
+    if !store.access.is_shared || store.access.insists() {
         return begin_exclusive_change(store);
     }
     begin_change(store)?;
     let mut change = store.home().change_shared()?;
-    if !change.is_shared() && !has_right_paths(store) {
+    if change.is_alone() && !has_right_paths(store) {
         drop(change);
         put_paths_right(store)?;
         change = store.home().change_shared()?;

@@ -4,7 +4,9 @@
 use crate::Result;
 use crate::store::Store;
 use crate::store::access::deletion_space::delete_with_room;
-use crate::store::access::lock::{begin_shared_change, lock_shared_unprepared, lock_unprepared};
+use crate::store::access::lock::{
+    begin_shared_change, lock_shared_unprepared, lock_unprepared, made_again,
+};
 
 /// Refuses if a change of the box would be refused now. On a full disk it first gives up the space
 /// that is reserved for deleting.
@@ -22,7 +24,7 @@ pub fn refuse_unready(store: &Store, box_id: &str) -> Result<()> {
 /// # Errors
 /// Those of [`refuse_unready`].
 pub fn refuse_unready_for_restore(store: &Store, box_id: &str) -> Result<()> {
-    lock_shared_unprepared(store, box_id).map(drop)
+    made_again(store, &|| lock_shared_unprepared(store, box_id).map(drop))
 }
 
 /// Refuses if a new box could not be made now.
@@ -32,5 +34,5 @@ pub fn refuse_unready_for_restore(store: &Store, box_id: &str) -> Result<()> {
 /// mounted in two places.
 pub fn refuse_unready_for_import(store: &Store) -> Result<()> {
     store.refuse_read_only()?;
-    begin_shared_change(store).map(drop)
+    made_again(store, &|| begin_shared_change(store).map(drop))
 }

@@ -156,6 +156,10 @@ fn recover_snapshot_dirs(locked: &mut LockedBox<'_>) -> Result<()> {
         }
         // Beside a runtime we make directories under a name that no snapshot can have.
         if !is_snapshot_name(&name) && !is_marked {
+            // The last step of removing a snapshot may be left. Removes only an empty directory.
+            if name.starts_with('.') {
+                let _ = durable::remove_dir(&dir);
+            }
             continue;
         }
         recover_snapshot_dir(locked, &name)?;

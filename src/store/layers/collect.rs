@@ -39,27 +39,55 @@ pub fn free_bases(
     let Some(named) = named_by_rows(store, change, &layers)? else {
         return Ok(());
     };
+    let rows = rows_that_may_go(change, may_go)?;
+    while let Some((row, path)) = unneeded_base(&layers, &named, &rows) {
+        drop_base(store, change, &row, &path)?;
+        layers = layers.without(&[path]);
+    }
+    Ok(())
+}
+
+/// Returns whether [`free_unreached`] would free a base now.
+///
+/// # Errors
+/// Those of reading the home and of SQLite.
+pub fn has_unreached(store: &Store, change: &Change<'_>, layers: &LayerGraph) -> Result<bool> {
+    let Some(named) = named_by_rows(store, change, layers)? else {
+        return Ok(false);
+    };
+    let rows = rows_that_may_go(change, &BaseRecord::is_ours)?;
+    Ok(unneeded_base(layers, &named, &rows).is_some())
+}
+
+/// Returns the rows of bases that `may_go` accepts, without those of BoxLite's that a box refers
+/// to.
+fn rows_that_may_go(
+    change: &Change<'_>,
+    may_go: &dyn Fn(&BaseRecord) -> bool,
+) -> Result<Vec<BaseRecord>> {
     let mut rows = change.bases()?;
     rows.retain(may_go);
     let referred = change.referred_bases()?;
     rows.retain(|row| row.is_ours() || !referred.contains(&row.id));
-    loop {
-        let unneeded = layers.files().iter().find_map(|file| {
-            // The only name of the file: it is no snapshot, no live disk and in no backup.
-            let is_needed =
-                layers.readers_of(&file.path).next().is_some() || named.contains(&file.path);
-            if !matches!(file.role, Role::Base { .. }) || is_needed || file.names != 1 {
-                return None;
-            }
-            let row = rows.iter().find(|row| is_row_of(row, &file.path))?;
-            Some((row.clone(), file.path.clone()))
-        });
-        let Some((row, path)) = unneeded else {
-            return Ok(());
-        };
-        drop_base(store, change, &row, &path)?;
-        layers = layers.without(&[path]);
-    }
+    Ok(rows)
+}
+
+/// Returns a base among `rows` that nothing reads and no snapshot's row names, with its path.
+fn unneeded_base(
+    layers: &LayerGraph,
+    named: &BTreeSet<PathBuf>,
+    rows: &[BaseRecord],
+) -> Option<(BaseRecord, PathBuf)> {
+    layers.files().iter().find_map(|file| {
+        // The only name of the file: it is no snapshot, no live disk and in no backup.
+        let is_needed =
+            layers.readers_of(&file.path).next().is_some() || named.contains(&file.path);
+        if !matches!(file.role, Role::Base { .. }) || is_needed || file.names != 1 {
+            return None;
+        }
+        let row = rows.iter().find(|row| is_row_of(row, &file.path))?;
+        Some((row.clone(), file.path.clone()))
+    })
 }
 
 /// Removes a base that nothing reads and that has no other name: first the file, then the row.

@@ -120,7 +120,7 @@ fn undo_freeze(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
     if locked.change.is_shared() {
         let row = locked.base_at(base).ok().flatten();
         let undone = durable::unlink(base).and_then(|()| match row {
-            Some(row) => locked.change.transaction(|rows| rows.delete_base(&row.id)),
+            Some(row) => locked.change.withdraw(|rows| rows.delete_base(&row.id)),
             None => Ok(()),
         });
         if let Err(error) = undone {

@@ -7,23 +7,36 @@ use crate::Result;
 use crate::disk::FileId;
 use crate::home::BaseRecord;
 use crate::store::access::locked_box::LockedBox;
-use crate::store::layers::collect::free_bases;
+use crate::store::layers::collect::{free_bases, has_unreached};
 use crate::store::layers::graph::{ImageFile, LayerGraph};
 
 /// Drops the references of the box that nothing in it needs any more, and frees the bases that
 /// nothing needs now. That includes BoxLite's: BoxLite goes by references and would keep them
-/// forever. Beside a runtime this waits, because BoxLite's next step may need what nothing needs
-/// now.
+/// forever. This takes the runtime lock. Beside a runtime it waits, because BoxLite's next step may
+/// need what nothing needs now.
 ///
 /// # Errors
 /// Those of system calls and of SQLite.
 pub fn free_surplus(locked: &mut LockedBox<'_>) -> Result<()> {
-    if locked.change.is_shared() {
+    if locked.change.is_shared() && !may_free(locked)? {
         return Ok(());
     }
     let surplus = drop_surplus_refs(locked, &locked.layers()?)?;
     let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
     free_bases(locked.store, &mut locked.change, &may_go)
+}
+
+/// Takes the runtime lock if there is something to free and no runtime has the home. Returns whether
+/// it was taken.
+fn may_free(locked: &mut LockedBox<'_>) -> Result<bool> {
+    if !locked.change.is_alone() {
+        return Ok(false);
+    }
+    let layers = locked.layers()?;
+    let referred = locked.change.bases_of(&locked.record.id)?;
+    let has_surplus = !surplus_refs(locked, &layers, referred)?.is_empty()
+        || has_unreached(locked.store, &locked.change, &layers)?;
+    Ok(has_surplus && locked.change.take_lock()?)
 }
 
 /// Drops all references of the box that nothing in it needs any more. Returns their bases.

@@ -8,7 +8,7 @@ use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::workspace::discard;
 use crate::store::Store;
-use crate::store::access::lock::{begin_shared_change, lock_shared};
+use crate::store::access::lock::{begin_shared_change, lock_shared, made_again};
 use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
 use crate::store::layers::snapshot_place::{
     NewSnapshotIdentity, marked_dir, place_of, record_snapshot, settle_place, snapshot_place,
@@ -24,7 +24,7 @@ use crate::{Context, Error, Result};
 /// EBADMSG when the archive is incomplete or BoxLite could not read its options, EPERM when its
 /// options are not allowed here, EEXIST when the name is taken, EBUSY.
 pub fn import_box(store: &Store, stream: &ImportStream, new: &NewBoxIdentity) -> Result<()> {
-    let result = make_imported(store, stream, new);
+    let result = made_again(store, &|| make_imported(store, stream, new));
     store
         .events()
         .log_outcome(&format!("import of box {}", new.name), result)
@@ -79,7 +79,9 @@ pub fn import_snapshot(
     new: &NewSnapshotIdentity,
 ) -> Result<()> {
     let name = &new.name;
-    let result = make_imported_snapshot(store, stream, box_id, new);
+    let result = made_again(store, &|| {
+        make_imported_snapshot(store, stream, box_id, new)
+    });
     store.events().log_outcome(
         &format!(
             "import of snapshot {name} of box {}",

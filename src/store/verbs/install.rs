@@ -73,7 +73,7 @@ pub fn install(
     let recorded = recorded.and_then(|()| {
         change.refuse_other_runtime().inspect_err(|_| {
             // The result does not matter: whether the row exists is checked below.
-            let _ = change.transaction(|rows| rows.delete_box(&new.id));
+            let _ = change.withdraw(|rows| rows.delete_box(&new.id));
         })
     });
     if let Err(error) = recorded {

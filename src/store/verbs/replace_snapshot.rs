@@ -45,7 +45,7 @@ pub fn begin_new_snapshot(locked: &mut LockedBox<'_>, new: &NewSnapshotIdentity)
     let Some(replaced) = &new.replaces else {
         return refuse_taken_snapshot_name(locked, &new.name);
     };
-    if locked.change.is_shared() {
+    if !locked.change.take_lock()? {
         return Err(Error::busy(format!(
             "snapshot {} can't be replaced while a BoxLite program has the home open; copy to another name",
             new.name

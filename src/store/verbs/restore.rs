@@ -8,7 +8,7 @@ use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::store::Store;
 use crate::store::access::beside_runtime::{refuse_other_size, replace_live};
-use crate::store::access::lock::{lock_shared, switch_to_source};
+use crate::store::access::lock::{lock_shared, made_again, switch_to_source};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::draft::{draft_clone, draft_of, refuse_changed};
 use crate::store::layers::freeze_source::freeze_source;
@@ -31,7 +31,7 @@ pub fn restore_box(store: &Store, box_id: &str, source: &Source, read: &Contents
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
-    let result = restore_state(store, box_id, source, read);
+    let result = made_again(store, &|| restore_state(store, box_id, source, read));
     store.events().log_outcome(&action, result)
 }
 
@@ -79,7 +79,7 @@ fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) 
 /// EBADMSG when the archive is incomplete, EBUSY, ENODATA for a box without a disk, EPERM when
 /// others read from the live disk.
 pub fn restore_archive(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
-    let result = restore_arrived(store, box_id, stream);
+    let result = made_again(store, &|| restore_arrived(store, box_id, stream));
     store.events().log_outcome(
         &format!(
             "restore of box {} from an archive",

@@ -6,7 +6,7 @@ use crate::exports::Source;
 use crate::files::crash_points::crash_point;
 use crate::home::{Activity, VmProcess};
 use crate::store::Store;
-use crate::store::access::lock::{lock_shared, lock_source};
+use crate::store::access::lock::{lock_shared, lock_source, made_again};
 use crate::store::access::names::refuse_bad_snapshot_name;
 use crate::store::layers::draft::draft_freeze;
 use crate::store::layers::freeze::freeze_live;
@@ -28,7 +28,7 @@ pub fn snapshot_box(
     name: &str,
     go_on: &dyn Fn() -> bool,
 ) -> Result<String> {
-    let result = take_snapshot(store, box_id, name, go_on);
+    let result = made_again(store, &|| take_snapshot(store, box_id, name, go_on));
     store.events().log_outcome(
         &format!(
             "snapshot {name} of box {}",

@@ -17,6 +17,7 @@ use crate::files::waiting_archive::{WaitingArchive, waiting_in};
 use crate::files::workspace::{Abandoned, discard, remove_but_waiting};
 use crate::home::{Catalog, box_id};
 use crate::store::Store;
+use crate::store::access::lock::made_again;
 use crate::store::layers::graph::{ImageFile, Role};
 use crate::store::verbs::clone::clone_box;
 use crate::store::verbs::import::import_disk;
@@ -145,7 +146,9 @@ fn keep_left_archive(store: &Store, archive: &WaitingArchive, has_recovered: boo
 /// the name is taken.
 fn make_box_from(store: &Store, archive: &WaitingArchive) -> Result<String> {
     let new = new_box(store, &archive.name)?;
-    import_disk(store, &archive.disk, archive.options.clone(), &new)?;
+    made_again(store, &|| {
+        import_disk(store, &archive.disk, archive.options.clone(), &new)
+    })?;
     Ok(new.name)
 }
 

@@ -105,6 +105,17 @@ impl Caller {
             .collect()
     }
 
+    /// Returns whether the caller's standard input is a pipe or a socket.
+    pub fn reads_a_pipe(self) -> bool {
+        let input = self
+            .process()
+            .and_then(|process| fs::read_link(format!("/proc/{process}/fd/0")).ok());
+        input.is_some_and(|input| {
+            let input = input.to_string_lossy();
+            input.starts_with("pipe:") || input.starts_with("socket:")
+        })
+    }
+
     /// Returns the name of the caller's thread. A thread of the kernel has no command line, only
     /// this.
     pub fn thread_name(self) -> Option<String> {

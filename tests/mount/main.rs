@@ -19,6 +19,7 @@ mod mounting;
 mod moved_homes;
 mod never_lost;
 mod restoring;
+mod reviewed;
 mod running;
 mod semantics;
 mod shared;

@@ -14,6 +14,7 @@ use crate::tree::staging::caller_history::CallerHistory;
 use crate::tree::staging::commit::refuse_copied_box;
 use crate::tree::staging::program::Program;
 use crate::tree::staging::role::role_of;
+use crate::tree::staging::staged_file::StagedContent;
 use crate::tree::staging::staging_area::StagingArea;
 use crate::{Error, Result};
 
@@ -217,6 +218,7 @@ impl Checks {
                 ),
             ));
         }
+        refuse_waiting_copies(&self.store, &self.staging, |copied| *copied == source)?;
         store::refuse_unready_for_restore(&self.store, id).map_err(|error| {
             let message = format!(
                 "restore of {}: {error}",
@@ -234,4 +236,34 @@ impl Checks {
             .boxes
             .with_made_by(caller, parent, |staged| staged.fail(process));
     }
+}
+
+/// Refuses to remove or replace a state of which a copy waits for its box or its name: mv removes
+/// what it has copied, and the copy is not made yet.
+///
+/// # Errors
+/// EBUSY.
+pub fn refuse_waiting_copies(
+    store: &Store,
+    staging: &StagingArea,
+    is_source: impl Fn(&Source) -> bool,
+) -> Result<()> {
+    for file in staging.files() {
+        let state = file.state();
+        if let StagedContent::FromHome { source, .. } = &state.content
+            && state.open == 0
+            && is_source(source)
+        {
+            let which = store.exports().disks.describe(source);
+            return Err(refuse(
+                store,
+                libc::EBUSY,
+                format!(
+                    "{}, a copy of {which}, waits for its box or its name; complete it first, or remove it",
+                    state.place.name
+                ),
+            ));
+        }
+    }
+    Ok(())
 }

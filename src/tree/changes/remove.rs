@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::exports::Source;
 use crate::process::Caller;
 use crate::store::{self, Store};
+use crate::tree::changes::checks::refuse_waiting_copies;
 use crate::tree::nodes::kernel_view::KernelView;
 use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, not_there, text};
 use crate::tree::nodes::node::{Derived, Node};
@@ -16,7 +17,6 @@ use crate::tree::staging::caller_history::{CallerHistory, SnapshotRemoval};
 use crate::tree::staging::program::Program;
 use crate::tree::staging::receiver::Receiver;
 use crate::tree::staging::staged_box::{Staged, StagedChild};
-use crate::tree::staging::staged_file::StagedContent;
 use crate::tree::staging::staging_area::StagingArea;
 use crate::{Error, Result};
 
@@ -77,7 +77,12 @@ impl Remover {
     fn remove_staged(&self, caller: Caller, parent: &Node, name: &str) -> Result<bool> {
         let boxes = &self.staging.boxes;
         if *parent == Node::Root {
-            return boxes.remove(name);
+            let exists = self.view.home.boxes.names()?.id_of(name).is_some();
+            return if exists {
+                Ok(false)
+            } else {
+                boxes.remove(name)
+            };
         }
         boxes.end_view_for(caller, parent);
         boxes.remove_directory(caller, parent, name)
@@ -109,36 +114,15 @@ impl Remover {
             SnapshotRemoval::Now => {}
         }
         self.refuse_left_export(caller, id, snapshot, name)?;
-        self.refuse_shared(|source| {
-            matches!(source, Source::Snapshot { box_id, snapshot_id } if box_id == id && snapshot_id == snapshot)
-        })?;
+        let is_it = |source: &Source| matches!(source, Source::Snapshot { box_id, snapshot_id } if box_id == id && snapshot_id == snapshot);
+        refuse_waiting_copies(&self.store, &self.staging, is_it)?;
         store::remove_snapshot(&self.store, id, snapshot)
     }
 
-    /// Refuses to remove a state of which a copy waits for its box: mv removes what it has copied.
-    fn refuse_shared(&self, is_source: impl Fn(&Source) -> bool) -> Result<()> {
-        for file in self.staging.files() {
-            let state = file.state();
-            if let StagedContent::FromHome { source, .. } = &state.content
-                && state.open == 0
-                && is_source(source)
-            {
-                let which = self.store.exports().disks.describe(source);
-                return Err(refuse(
-                    &self.store,
-                    libc::EBUSY,
-                    format!(
-                        "a copy of {which} waits for its box; copy that box's {EXPORT} first, or remove the copy"
-                    ),
-                ));
-            }
-        }
-        Ok(())
-    }
-
     /// Refuses a process that removed other files of a snapshot and not its export (`find ! -name
-    /// export.boxlite -delete`, a `tar --remove-files` that could not read it), and mv, which calls
-    /// rmdir on the directory that it is about to replace. `rmdir` alone deletes a snapshot.
+    /// export.boxlite -delete`, a `tar --remove-files` that could not read it), and programs that
+    /// copy: mv, tar and pax call rmdir on the directory that they are about to replace, and expect
+    /// it to fail. `rmdir` alone deletes a snapshot.
     fn refuse_left_export(
         &self,
         caller: Caller,
@@ -148,7 +132,7 @@ impl Remover {
     ) -> Result<()> {
         let directory = Node::Snapshot(id.to_owned(), snapshot.to_owned());
         let (has_begun, is_emptied) = self.history.removed_in(caller, &directory, EXPORT);
-        if is_emptied || !(has_begun || Program::of(caller).is_mv()) {
+        if is_emptied || !(has_begun || Program::of(caller).copies()) {
             return Ok(());
         }
         Err(refuse(
@@ -189,7 +173,8 @@ impl Remover {
         if !self.view.list(caller, &node)?.is_empty() {
             return Err(full());
         }
-        self.refuse_shared(|source| source.box_id() == id)?;
+        let is_of_it = |source: &Source| source.box_id() == id;
+        refuse_waiting_copies(&self.store, &self.staging, is_of_it)?;
         store::remove_box(&self.store, id, &seen)?;
         self.history.forget(id);
         Ok(())
@@ -272,7 +257,9 @@ impl Remover {
     fn hide(&self, caller: Caller, dir: &Node, id: &str, name: &str) -> Result<()> {
         let unready = refuse_unseen(caller)
             .and_then(|()| self.refuse_written(id))
-            .and_then(|()| self.refuse_shared(|source| source.box_id() == id))
+            .and_then(|()| {
+                refuse_waiting_copies(&self.store, &self.staging, |source| source.box_id() == id)
+            })
             .and_then(|()| store::refuse_unready(&self.store, id));
         if let Err(error) = unready {
             self.history.refuse_removal(caller, id);

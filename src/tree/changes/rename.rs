@@ -139,7 +139,7 @@ impl Renamer {
         match (to_dir, role_of(to_dir, to)) {
             (Node::Root, Some(FileRole::NewBox)) => {
                 let taken = self.checks.refuse_taken_box(to);
-                taken.inspect_err(|_| loose.fail(from_dir, from))?;
+                taken.inspect_err(|_| loose.fail(caller, from_dir, from))?;
             }
             (_, None | Some(FileRole::Json | FileRole::Placeholder)) => {
                 return Err(Error::new(
@@ -181,7 +181,8 @@ impl Renamer {
                 None => Ok(()),
             }
         };
-        if self.staging.boxes.rename(from, to, check)? {
+        // A box that exists is seen in place of one of its name that is being made.
+        if names.id_of(from).is_none() && self.staging.boxes.rename(from, to, check)? {
             Ok(Moved::Other)
         } else {
             Ok(Moved::Nothing)

@@ -46,7 +46,10 @@ impl CallerView {
         if let Some(aside) = self.staging.aside_child(parent, name) {
             return Ok(aside);
         }
-        if let Some(answer) = self.staging.child(caller, parent, name) {
+        // A box that exists is seen in place of one of its name that is being made: BoxLite or
+        // another mount was faster.
+        let exists = *parent == Node::Root && self.home.boxes.names()?.id_of(name).is_some();
+        if !exists && let Some(answer) = self.staging.child(caller, parent, name) {
             return answer;
         }
         if self.history.has_removed(caller, parent, name)
@@ -131,7 +134,13 @@ impl CallerView {
             })
             .collect();
         if *node == Node::Root {
-            entries.extend(self.staging.list_root());
+            let names = self.home.boxes.names()?;
+            let mut staged = self.staging.list_root();
+            staged.retain(|entry| {
+                let name = entry.name.to_str();
+                name.is_none_or(|name| names.id_of(name).is_none())
+            });
+            entries.extend(staged);
         }
         Ok(entries)
     }

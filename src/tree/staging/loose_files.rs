@@ -171,10 +171,11 @@ impl LooseFiles {
         }
     }
 
-    /// Records that the files of this name could not get their final one.
-    pub fn fail(&self, dir: &Node, name: &str) {
+    /// Records that a maker of the file of this name could not give it its final one. A rename by
+    /// another process says nothing about the copy, which had ended with success.
+    pub fn fail(&self, caller: Caller, dir: &Node, name: &str) {
         for loose in self.files.lock().iter_mut() {
-            loose.failed |= loose.is_at(dir, name);
+            loose.failed |= loose.is_at(dir, name) && loose.makers.includes(caller);
         }
     }
 

@@ -24,6 +24,9 @@ enum Sources {
     MayGo,
     /// It depends on the words of the command line.
     StayIf(fn(&[String]) -> bool),
+    /// They stay in an archive. What comes from a pipe may be gone where it was read (`tar c
+    /// --remove-files | tar x`).
+    StayInFile,
 }
 
 const fn tool(name: &'static str, copies: CopiesWhen, sources: Sources) -> CopyTool {
@@ -37,15 +40,15 @@ const fn tool(name: &'static str, copies: CopiesWhen, sources: Sources) -> CopyT
 /// All programs that copy, by the name that they are called by.
 const COPY_TOOLS: [CopyTool; 22] = {
     use CopiesWhen::{Always, By};
-    use Sources::{MayGo, Stay, StayIf};
+    use Sources::{MayGo, Stay, StayIf, StayInFile};
     [
         tool("cp", Always, Stay),
         tool("gcp", Always, Stay),
-        tool("tar", Always, Stay),
-        tool("bsdtar", Always, Stay),
-        tool("cpio", Always, Stay),
-        tool("bsdcpio", Always, Stay),
-        tool("pax", Always, Stay),
+        tool("tar", Always, StayInFile),
+        tool("bsdtar", Always, StayInFile),
+        tool("cpio", Always, StayInFile),
+        tool("bsdcpio", Always, StayInFile),
+        tool("pax", Always, StayInFile),
         tool("unzip", Always, Stay),
         tool("mv", Always, MayGo),
         tool("7z", Always, MayGo),
@@ -191,16 +194,11 @@ impl Program {
         }
     }
 
-    /// Returns whether it copies whole trees in the order of their directories, and its command
-    /// line has no file of this name. rsync goes by the alphabet, and its server is not told the
-    /// names.
+    /// Returns whether it copies whole trees, and its command line has no file of this name. A
+    /// server of rsync is not told the names.
     pub fn copies_tree_without(&self, name: &str) -> bool {
-        self.copies() && !self.is_rsync() && !self.words.iter().any(|word| word.ends_with(name))
-    }
-
-    /// Returns whether it is mv, which calls rmdir on the directory that it is about to replace.
-    pub fn is_mv(&self) -> bool {
-        self.is("mv")
+        let is_server = self.is_rsync() && self.words.iter().any(|word| word == "--server");
+        self.copies() && !is_server && !self.words.iter().any(|word| word.ends_with(name))
     }
 
     /// Returns whether it is rsync.
@@ -214,6 +212,7 @@ impl Program {
             None | Some(Sources::MayGo) => false,
             Some(Sources::Stay) => true,
             Some(Sources::StayIf(stay)) => stay(&self.words),
+            Some(Sources::StayInFile) => !self.caller.reads_a_pipe(),
         }
     }
 

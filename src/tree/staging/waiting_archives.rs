@@ -37,6 +37,12 @@ impl WaitingArchives {
                 Ok(name) => events.info(&format!(
                     "the archive {wanted} waited when the mount ended; it is the box {name} now"
                 )),
+                // Its source is in the home, and was not removed for it.
+                Err(error) if matches!(state.content, StagedContent::FromHome { .. }) => {
+                    events.warn(&format!(
+                        "the copy {wanted} waited when the mount ended, and is dropped: {error}; copy it again"
+                    ));
+                }
                 Err(error) => events.warn(&format!(
                     "the archive {wanted} waited when the mount ended, and waits for the next mount: {error}"
                 )),

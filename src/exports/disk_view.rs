@@ -229,6 +229,7 @@ impl DiskViews {
         if let Some(disk) = self.current_view(source, &top) {
             return Ok(disk);
         }
+        self.disks.refuse_written(source, &top)?;
         let (chain, layers) = self.states.open_settled(&top)?;
         self.put(source, chain, layers)
     }
@@ -309,6 +310,7 @@ impl DiskViews {
         if let Some(disk) = self.current_view(source, &top) {
             return Ok(Some(disk));
         }
+        self.disks.refuse_written(source, &top)?;
         let (chain, layers) = self.states.open_now(&top)?;
         if layers.is_settled() {
             self.put(source, chain, layers).map(Some)

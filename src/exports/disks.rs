@@ -3,11 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use crate::disk::{Chain, FileId, Scope};
+use crate::disk::{self, Chain, FileId, Scope};
 use crate::files::listing::resolve;
-use crate::home::{Activity, BoxRecord, Catalog, Home, SnapshotRecord};
+use crate::home::{Activity, BoxRecord, Catalog, Home, SnapshotRecord, is_open_for_writing};
 use crate::{Error, Result};
 
 /// A disk state that can be read, cloned and exported.
@@ -228,6 +228,34 @@ impl Disks {
                 here.display()
             ),
         ))
+    }
+
+    /// Refuses a state of which a layer is still being written. BoxLite up to 0.11.0 snapshots and
+    /// clones a running box by renaming its disk, and the machine goes on writing to that file. So
+    /// the snapshot, and every state above it, changes until the machine ends.
+    ///
+    /// # Errors
+    /// EBUSY.
+    pub(crate) fn refuse_written(&self, source: &Source, top: &Path) -> Result<()> {
+        // A broken chain is for the caller to find.
+        let chain = disk::chain_paths(top).unwrap_or_default();
+        let is_written = |layer: &PathBuf| {
+            // A header of ours is written for a moment.
+            let mut tries = 0..4;
+            is_open_for_writing(layer)
+                && tries.all(|_| {
+                    std::thread::sleep(Duration::from_millis(25));
+                    is_open_for_writing(layer)
+                })
+        };
+        match chain.iter().find(|layer| is_written(layer)) {
+            None => Ok(()),
+            Some(layer) => Err(Error::busy(format!(
+                "{} still changes: a machine writes to {}, because BoxLite took a snapshot or a clone of its box while it ran; stop that box first, or take a snapshot of it with mkdir and use that",
+                self.describe(source),
+                layer.display()
+            ))),
+        }
     }
 
     /// Returns the name of a box for messages, or its id if it has no name or is gone.

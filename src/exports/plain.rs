@@ -175,6 +175,8 @@ impl PlainExports {
         if let Source::Live { .. } = source {
             self.disks.refuse_active(&record)?;
         }
+        self.disks
+            .refuse_written(source, &self.disks.existing_top(source, &record)?)?;
         self.find_or_plan(source, &record, Purpose::Read)
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::paths::Home;
@@ -70,10 +71,18 @@ fn flock_within(file: &File, patience: Duration) -> std::io::Result<bool> {
 }
 
 /// Returns the process that holds the runtime lock, by the kernel's list. None if it is not in the
-/// list, such as a process in another namespace.
+/// list, such as a process in another namespace. Call it while it is our turn ([`take_turn`]): our
+/// own lock shows how the list names the file system. Some (btrfs) have one device in stat and
+/// another in the list.
 pub(super) fn holder_of(home: &Home) -> Result<Option<u32>> {
-    let path = home.runtime_lock();
-    let meta = fs::metadata(&path).context(|| format!("cannot look at {}", path.display()))?;
+    let look =
+        |path: &Path| fs::metadata(path).context(|| format!("cannot look at {}", path.display()));
+    // The first runtime of a home makes it.
+    if !home.runtime_lock().exists() {
+        return Ok(None);
+    }
+    let lock = look(&home.runtime_lock())?;
+    let ours = look(&home.staging_dir())?;
     let table = fs::read_to_string("/proc/locks").context(|| "cannot read /proc/locks")?;
     // 1: FLOCK ADVISORY WRITE 1234 fe:00:5678 0 EOF; a waiting process has an arrow in front.
     let flocks = table.lines().filter_map(|line| {
@@ -81,21 +90,28 @@ pub(super) fn holder_of(home: &Home) -> Result<Option<u32>> {
         let kind = fields.next()?;
         let (pid, place) = (fields.nth(2)?, fields.next()?);
         let (device, inode) = place.rsplit_once(':')?;
-        let is_flock = kind == "FLOCK" && inode.parse() == Ok(meta.ino());
-        is_flock.then_some((pid.parse::<u32>().ok()?, device))
+        let (pid, inode) = (pid.parse::<u32>().ok()?, inode.parse::<u64>().ok()?);
+        (kind == "FLOCK").then_some((pid, device, inode))
     });
-    let flocks: Vec<(u32, &str)> = flocks.collect();
-    let device = format!(
+    let flocks: Vec<(u32, &str, u64)> = flocks.collect();
+    let by_stat = format!(
         "{:02x}:{:02x}",
-        libc::major(meta.dev()),
-        libc::minor(meta.dev())
+        libc::major(lock.dev()),
+        libc::minor(lock.dev())
     );
-    let exact = flocks.iter().find(|(_, of)| *of == device);
-    // Some file systems (btrfs) report one device in stat and another in this list.
-    Ok(match (exact, &flocks[..]) {
-        (Some((pid, _)), _) | (None, [(pid, _)]) => Some(*pid),
-        _ => None,
-    })
+    let is_our_turn = |(pid, device, inode): &&(u32, &str, u64)| {
+        *pid == std::process::id() && *inode == ours.ino() && *device != by_stat
+    };
+    let holder_on = |device: &str| {
+        let mut flocks = flocks.iter();
+        flocks.find(|(_, of, inode)| *of == device && *inode == lock.ino())
+    };
+    let by_our_turn = flocks
+        .iter()
+        .find(is_our_turn)
+        .map(|(_, device, _)| *device);
+    let holder = holder_on(&by_stat).or_else(|| by_our_turn.and_then(holder_on));
+    Ok(holder.map(|(pid, ..)| *pid))
 }
 
 /// Takes a file's flock if it is free. The kernel releases it when the process dies, in whatever

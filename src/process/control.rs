@@ -161,9 +161,23 @@ pub fn has_open_for_writing(pid: u32, file: &Path, inode: u64) -> bool {
                 entry.file_name().to_string_lossy()
             ))
         };
-        // The inode number alone may belong to another file system.
-        is_writing && is_inode && name().is_ok_and(|name| name.file_name() == file.file_name())
+        // The inode number alone may belong to another file system. The name may be another one of
+        // the file.
+        let is_mount = || {
+            let mount = field("mnt_id:").and_then(|number| number.parse::<u64>().ok());
+            mount.is_some() && mount == mount_of(file)
+        };
+        let is_name = || name().is_ok_and(|name| name.file_name() == file.file_name());
+        is_writing && is_inode && (is_name() || is_mount())
     })
+}
+
+/// Returns the number of the mount that a file is on.
+fn mount_of(file: &Path) -> Option<u64> {
+    let wanted = rustix::fs::StatxFlags::MNT_ID;
+    let no_flags = rustix::fs::AtFlags::empty();
+    let state = rustix::fs::statx(rustix::fs::CWD, file, no_flags, wanted).ok()?;
+    Some(state.stx_mnt_id)
 }
 
 /// Ignores signals from now on, also in programs that this process starts.

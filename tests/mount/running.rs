@@ -493,6 +493,56 @@ fn a_machine_that_writes_below_the_top_is_copied_where_it_writes() {
 }
 
 #[test]
+fn a_snapshot_that_a_machine_still_writes_is_busy_until_the_machine_ends() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let mut boxlite = home.hold();
+    let machine = Machine::of(&home, "web");
+    // BoxLite renames the disk that the machine has open.
+    boxlite.must(&["snapshot-create", "web", "theirs"]);
+    boxlite.must(&["clone", "web", "clone"]);
+    machine.goes_on();
+    eventually("the snapshot is seen", || {
+        mount.names("web/snapshots") == ["theirs"] && mount.names("").len() == 2
+    });
+    let busy =
+        |result: std::io::Result<()>| assert_eq!(errno(result), libc::EBUSY, "{}", mount.log());
+    for name in ["web/snapshots/theirs", "clone"] {
+        busy(File::open(mount.at(name).join("export.boxlite")).map(drop));
+        busy(fs::read_dir(mount.at(name).join("rootfs/")).map(drop));
+        busy(File::open(mount.at(name).join("disk.img")).map(drop));
+        let to = format!("of-{}", name.replace('/', "-"));
+        let said = fail(&["cp", "-r", text(&mount.at(name)), text(&mount.at(to))]);
+        assert!(said.contains("busy"), "{said}");
+    }
+    assert!(
+        mount.log().contains("still changes: a machine writes to"),
+        "{}",
+        mount.log()
+    );
+    busy(mount.snapshot("clone", "s"));
+    // The box itself is its machine's state.
+    let before = machine.written();
+    let taken = mount.snapshot("web", "ours");
+    assert!(taken.is_ok(), "{}", mount.log());
+    assert_a_moment(
+        &home.snapshot_disk("web", "ours"),
+        before,
+        machine.written(),
+    );
+    drop(machine);
+    drop(boxlite);
+    mount.export_digest("web/snapshots/theirs/export.boxlite");
+    mount.copy("clone", "copy");
+    assert_eq!(
+        digest(&home.live_disk("copy")),
+        digest(&home.live_disk("clone"))
+    );
+    drop(mount);
+    home.assert_whole_once_mounted();
+}
+
+#[test]
 fn what_would_change_a_box_that_runs_is_busy() {
     let home = TestHome::new();
     let mount = home.mount();

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::disk::{FileId, Format, Header, Layer};
+use crate::exports::Source;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::listing::resolve;
@@ -30,6 +31,10 @@ use crate::{Context, Error, Result, disk};
 /// others of system calls and of SQLite.
 pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDisk> {
     let live = locked.store.home().live_disk(&locked.record.id);
+    let source = Source::Live {
+        box_id: locked.record.id.clone(),
+    };
+    locked.store.exports.disks.refuse_written(&source, &live)?;
     let (file, old) = open_disk(&live)?;
     let file = Arc::new(file);
     let header = live_header(&live)?;

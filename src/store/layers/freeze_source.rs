@@ -33,6 +33,8 @@ pub fn freeze_source(
             .disks
             .snapshot_layer(&locked.snapshot(snapshot_id)?),
     };
+    let disks = &locked.store.exports.disks;
+    disks.refuse_written(source, &layer)?;
     if let Some(flat) = install_flattened(locked, draft, &layer)? {
         return Ok(flat);
     }

@@ -75,6 +75,17 @@ fn flock_within(file: &File, patience: Duration) -> std::io::Result<bool> {
 /// own lock shows how the list names the file system. Some (btrfs) have one device in stat and
 /// another in the list.
 pub(super) fn holder_of(home: &Home) -> Result<Option<u32>> {
+    /// The list comes in pages, and a lock may be missed where the list changes between two.
+    const LOOKS: u32 = 3;
+    for _ in 1..LOOKS {
+        if let Some(holder) = listed_holder_of(home)? {
+            return Ok(Some(holder));
+        }
+    }
+    listed_holder_of(home)
+}
+
+fn listed_holder_of(home: &Home) -> Result<Option<u32>> {
     let look =
         |path: &Path| fs::metadata(path).context(|| format!("cannot look at {}", path.display()));
     // The first runtime of a home makes it.

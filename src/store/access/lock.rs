@@ -393,7 +393,8 @@ pub fn begin_shared_change(store: &Store) -> Result<Change<'_>> {
     let mut change = store.home().change_shared()?;
     if change.is_alone() && !has_right_paths(store) {
         drop(change);
-        put_paths_right(store)?;
+        // A runtime that started meanwhile may keep us from it.
+        put_paths_right(store).map_err(Error::for_a_moment)?;
         change = store.home().change_shared()?;
     }
     refuse_mounted_twice(store, &change)?;

@@ -25,7 +25,7 @@ pub(crate) struct OpenHome {
 }
 
 impl OpenHome {
-    /// Returns an open home with an empty workspace. The workspace's directory is made when it is first
+    /// Returns an open home with an empty workspace, whose directory is made when it is first
     /// needed.
     pub fn new(home: Home, events: EventLog, is_read_only: bool) -> OpenHome {
         let home = Arc::new(home);

@@ -92,11 +92,15 @@ impl PausedCopies {
         let Source::Live { box_id } = source else {
             return false;
         };
-        self.kept_copy(box_id, form).is_none()
-            && self.disks.record_of(source).is_ok_and(|record| {
-                VmProcess::of(&self.home, &record).is_some()
-                    && self.home.activity(&record) != Activity::Idle
-            })
+        self.kept_copy(box_id, form).is_none() && self.is_running(source)
+    }
+
+    /// Returns whether the box has a virtual machine that can be paused.
+    pub(crate) fn is_running(&self, source: &Source) -> bool {
+        self.disks.record_of(source).is_ok_and(|record| {
+            VmProcess::of(&self.home, &record).is_some()
+                && self.home.activity(&record) != Activity::Idle
+        })
     }
 
     /// Opens the archive of a disk state as [`PlainExports::open`] does, also while the box runs.

@@ -70,11 +70,12 @@ impl RunningDisks {
         let message = || format!("cannot copy {}", top.display());
         let original = File::open(&top).context(message)?;
         let copy = self.workspace.unnamed_file("running")?;
-        self.require_space(&original, &copy)?;
         let shares = can_share(&original, &copy);
-        // While these states are current, the disk is as it was before the copy began.
-        let states = self.states.open_now(&top).ok().map(|(_, states)| states);
+        let mut before = None;
         if !shares {
+            self.require_space(&original)?;
+            // While these states are current, the disk is as it was before the copy began.
+            before = self.states.open_now(&top).ok().map(|(_, states)| states);
             let mut check = || if go_on() { Ok(()) } else { Err(interrupted()) };
             copy_contents(&original, &copy, &top, &mut check)?;
         }
@@ -87,11 +88,10 @@ impl RunningDisks {
             return Err(Error::busy("the disk was replaced just now; try again"));
         }
         let mut check = || check_paused(&paused, go_on);
-        let is_copied =
-            |states: LayerStates| !shares && states.is_settled() && states.are_current(&top);
+        let is_unchanged = |states: LayerStates| states.is_settled() && states.are_current(&top);
         if shares {
             copy_contents(&original, &copy, &top, &mut check)?;
-        } else if !states.is_some_and(is_copied) {
+        } else if !before.is_some_and(is_unchanged) {
             refresh_copy(&original, &copy, &top, &mut check)?;
         }
         paused.still()?;
@@ -118,12 +118,11 @@ impl RunningDisks {
         Ok(written.next().cloned().unwrap_or(live))
     }
 
-    /// Fails if the copy does not fit, before anything is paused. A copy that shares the blocks of
-    /// the original takes no space.
+    /// Fails if a copy that shares no blocks does not fit, before anything is paused.
     ///
     /// # Errors
     /// ENOSPC; those of looking at the disk and the file system.
-    fn require_space(&self, original: &File, copy: &File) -> Result<()> {
+    fn require_space(&self, original: &File) -> Result<()> {
         use std::os::unix::fs::MetadataExt;
         let needed = original
             .metadata()
@@ -131,7 +130,7 @@ impl RunningDisks {
             .blocks()
             * 512;
         let space = Space::of(&self.home)?;
-        if space.available_bytes() >= needed || can_share(original, copy) {
+        if space.available_bytes() >= needed {
             return Ok(());
         }
         Err(Error::new(

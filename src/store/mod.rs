@@ -53,7 +53,8 @@ use maintenance::usage::UsageCache;
 /// Whether changes are shared with a BoxLite runtime, and what this mount has verified about paths.
 #[derive(Default)]
 struct Access {
-    /// The mount option `shared`: safe changes are made even while a BoxLite runtime has the home.
+    /// Safe changes are made even while a BoxLite runtime has the home; false with the mount option
+    /// `exclusive`.
     is_shared: bool,
     /// Changes under way that take the runtime lock, because runtimes started all the time.
     insisting: AtomicU32,

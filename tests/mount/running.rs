@@ -321,16 +321,7 @@ fn a_box_that_runs_is_cloned_with_its_snapshots_and_goes_on() {
     );
     machine.goes_on();
     drop(machine);
-    let names = |name: &str| {
-        let listed = home.wheel(&["snapshot-list", name]);
-        listed
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|it| it["name"].as_str().unwrap().to_owned())
-            .collect::<Vec<_>>()
-    };
-    assert_eq!(names("copy"), ["theirs"]);
+    assert_eq!(snapshots_by_boxlite(&home, "copy"), ["theirs"]);
     assert_eq!(digest(&home.snapshot_disk("copy", "theirs")), theirs);
     let live = digest(&home.live_disk("copy"));
     // They need nothing of the box they were made from.

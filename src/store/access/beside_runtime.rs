@@ -1,5 +1,5 @@
-//! Changes beside a BoxLite runtime (the mount option `shared`): what is refused, and how the live
-//! disk is replaced while BoxLite may be replacing it as well.
+//! Changes without the runtime lock, which may be beside a BoxLite runtime: what is refused, and how
+//! the live disk is replaced while BoxLite may be replacing it as well.
 //!
 //! BoxLite holds no lock that we could take while it makes or restores a snapshot or a clone. It
 //! moves the live disk away, or removes it, and makes another in its place. Then it records what it

@@ -30,8 +30,8 @@ pub fn lock_box<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
     Ok(locked)
 }
 
-/// Makes the box ready for a change that is safe beside a BoxLite runtime. With the option
-/// `shared`, this succeeds even while a runtime holds the lock.
+/// Makes the box ready for a change that is safe beside a BoxLite runtime. Unless the mount has the
+/// option `exclusive`, this succeeds even while a runtime holds the lock.
 ///
 /// # Errors
 /// Those of [`lock_box`]. Beside a runtime also EBUSY while BoxLite is changing the box, or when
@@ -380,8 +380,8 @@ pub fn begin_exclusive_change(store: &Store) -> Result<Change<'_>> {
     Ok(change)
 }
 
-/// Begins a change that is safe beside a BoxLite runtime. Without the option `shared` it needs the
-/// home exclusively all the same.
+/// Begins a change that is safe beside a BoxLite runtime. With the option `exclusive` it takes the
+/// runtime lock all the same.
 ///
 /// # Errors
 /// EROFS, EBUSY, EIO while the disk fails.

@@ -90,6 +90,19 @@ impl LockedBox<'_> {
         Ok(ids)
     }
 
+    /// Records references from the box to the bases in the chain of `top`, in one transaction.
+    ///
+    /// # Errors
+    /// EIO when the chain cannot be followed; those of a transaction.
+    pub fn refer_to_chain(&mut self, top: &Path) -> Result<()> {
+        let bases = self.bases_reached(top)?;
+        let box_id = &self.record.id;
+        self.change.transaction(|rows| {
+            let mut bases = bases.iter();
+            bases.try_for_each(|base| rows.insert_ref(base, box_id))
+        })
+    }
+
     /// Returns the row of the base with this resolved path; None if it has none.
     ///
     /// # Errors

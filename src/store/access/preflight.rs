@@ -18,8 +18,8 @@ pub fn refuse_unready(store: &Store, box_id: &str) -> Result<()> {
     delete_with_room(store, &|| lock_unprepared(store, box_id).map(drop))
 }
 
-/// Refuses if a restore of the box would be refused now. With the option `shared`, a restore is
-/// possible beside a runtime.
+/// Refuses if a restore of the box would be refused now. Unless the mount has the option
+/// `exclusive`, a restore is possible beside a runtime.
 ///
 /// # Errors
 /// Those of [`refuse_unready`].
@@ -30,7 +30,7 @@ pub fn refuse_unready_for_restore(store: &Store, box_id: &str) -> Result<()> {
 /// Refuses if a new box could not be made now.
 ///
 /// # Errors
-/// EROFS, EBUSY while a runtime has the home (unless the mount is `shared`), EPERM when the home is
+/// EROFS, EBUSY while a runtime has the home (with the option `exclusive`), EPERM when the home is
 /// mounted in two places.
 pub fn refuse_unready_for_import(store: &Store) -> Result<()> {
     store.refuse_read_only()?;

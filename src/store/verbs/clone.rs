@@ -106,12 +106,7 @@ fn make_snapshot_clone(
     let frozen = freeze_source(&mut locked, source, &draft)?;
     switch_to_target(&mut locked, box_id)?;
     begin_new_snapshot(&mut locked, new)?;
-    let bases = locked.bases_reached(frozen.backing().0)?;
-    locked.change.transaction(|rows| {
-        bases
-            .iter()
-            .try_for_each(|base| rows.insert_ref(base, box_id))
-    })?;
+    locked.refer_to_chain(frozen.backing().0)?;
     crash_point("share.referred");
     let made = name_layer(&mut locked, &frozen, new);
     finish_new_snapshot(&mut locked, made)

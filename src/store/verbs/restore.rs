@@ -58,12 +58,7 @@ fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) 
     refuse_other_size(&locked, &live, frozen.virtual_size)?;
     let overlay = store.workspace().scratch("overlay")?;
     make_overlay(&locked, &frozen, &overlay)?;
-    let bases = locked.bases_reached(&overlay)?;
-    locked.change.transaction(|rows| {
-        bases
-            .iter()
-            .try_for_each(|base| rows.insert_ref(base, box_id))
-    })?;
+    locked.refer_to_chain(&overlay)?;
     crash_point("restore.referred");
     replace_live(&mut locked, &overlay, &live, old)?;
     drop(file);

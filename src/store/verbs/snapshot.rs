@@ -4,7 +4,6 @@ use crate::Result;
 use crate::archive::Export;
 use crate::exports::Source;
 use crate::files::crash_points::crash_point;
-use crate::home::{Activity, VmProcess};
 use crate::store::Store;
 use crate::store::access::lock::{lock_shared, lock_source, made_again};
 use crate::store::access::names::refuse_bad_snapshot_name;
@@ -28,7 +27,7 @@ pub fn snapshot_box(
     name: &str,
     go_on: &dyn Fn() -> bool,
 ) -> Result<String> {
-    let result = made_again(store, &|| take_snapshot(store, box_id, name, go_on));
+    let result = take_snapshot(store, box_id, name, go_on);
     store.events().log_outcome(
         &format!(
             "snapshot {name} of box {}",
@@ -38,8 +37,7 @@ pub fn snapshot_box(
     )
 }
 
-/// Order: draft what takes long before the lock is taken; freeze the live disk; name the frozen
-/// layer.
+/// Copies the disk of a running box once, however often the rest is made again.
 fn take_snapshot(
     store: &Store,
     box_id: &str,
@@ -47,15 +45,24 @@ fn take_snapshot(
     go_on: &dyn Fn() -> bool,
 ) -> Result<String> {
     refuse_bad_snapshot_name(name)?;
-    if is_running(store, box_id)? {
-        refuse_taken_snapshot_name(&lock_source(store, box_id)?, name)?;
-        let live = Source::Live {
-            box_id: box_id.to_owned(),
-        };
-        if let Some(copy) = store.exports.copies.copy_now(&live, go_on)? {
-            return keep_copy(store, box_id, name, &copy);
+    let live = Source::Live {
+        box_id: box_id.to_owned(),
+    };
+    let copies = &store.exports.copies;
+    if copies.is_running(&live) {
+        made_again(store, &|| {
+            refuse_taken_snapshot_name(&lock_source(store, box_id)?, name)
+        })?;
+        if let Some(copy) = copies.copy_now(&live, go_on)? {
+            return made_again(store, &|| keep_copy(store, box_id, name, &copy));
         }
     }
+    made_again(store, &|| freeze_and_name(store, box_id, name))
+}
+
+/// Order: draft what takes long before the lock is taken; freeze the live disk; name the frozen
+/// layer.
+fn freeze_and_name(store: &Store, box_id: &str, name: &str) -> Result<String> {
     let draft = draft_freeze(store, box_id)?;
     let mut locked = lock_shared(store, box_id)?;
     refuse_taken_snapshot_name(&locked, name)?;
@@ -63,16 +70,6 @@ fn take_snapshot(
     let new = NewSnapshotIdentity::taken_now(name)?;
     name_layer(&mut locked, &frozen, &new)?;
     Ok(new.id)
-}
-
-/// Returns whether a box has a virtual machine that can be paused.
-fn is_running(store: &Store, box_id: &str) -> Result<bool> {
-    let catalog = store.home().catalog()?;
-    let record = catalog.box_by_id(box_id);
-    Ok(record.is_some_and(|record| {
-        VmProcess::of(store.home(), record).is_some()
-            && store.home().activity(record) != Activity::Idle
-    }))
 }
 
 /// Makes a snapshot of a copy of a running box's disk. The live disk is left alone.
@@ -85,12 +82,7 @@ fn keep_copy(store: &Store, box_id: &str, name: &str, copy: &Export) -> Result<S
     let mut locked = lock_source(store, box_id)?;
     refuse_taken_snapshot_name(&locked, name)?;
     let frozen = freeze_running(&mut locked, &state)?;
-    let bases = locked.bases_reached(frozen.backing().0)?;
-    locked.change.transaction(|rows| {
-        bases
-            .iter()
-            .try_for_each(|base| rows.insert_ref(base, box_id))
-    })?;
+    locked.refer_to_chain(frozen.backing().0)?;
     crash_point("running.referred");
     let new = NewSnapshotIdentity::taken_now(name)?;
     name_layer(&mut locked, &frozen, &new)?;

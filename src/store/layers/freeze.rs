@@ -85,7 +85,7 @@ pub fn freeze_live(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<FrozenDi
             return Err(if is_in_place {
                 error
             } else {
-                undo_freeze(locked, &draft.base, error)
+                undo_freeze(locked, &draft.base, &live, error)
             });
         }
     }
@@ -119,12 +119,16 @@ fn freeze_as(
 }
 
 /// Undoes a failed freeze beside a runtime and returns `error`. Shared access runs no recovery, so
-/// the second name, which no header names, and the row are removed here. Otherwise recovery does
-/// that before the next change.
-fn undo_freeze(locked: &mut LockedBox<'_>, base: &Path, error: Error) -> Error {
+/// the second name and the row are removed here. Otherwise recovery does that before the next
+/// change.
+///
+/// The live name is flushed first. The overlay may have been in its place for a moment, and a power
+/// loss would bring it back, which reads from the second name. If the flush fails, the name stays.
+fn undo_freeze(locked: &mut LockedBox<'_>, base: &Path, live: &Path, error: Error) -> Error {
     if locked.change.is_shared() {
         let row = locked.base_at(base).ok().flatten();
-        let undone = durable::unlink(base).and_then(|()| match row {
+        let flushed = durable::sync_parent(live).and_then(|()| durable::unlink(base));
+        let undone = flushed.and_then(|()| match row {
             Some(row) => locked.change.withdraw(|rows| rows.delete_base(&row.id)),
             None => Ok(()),
         });

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes, Metadata};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
@@ -143,6 +144,18 @@ pub fn copy_times(from: &Path, to: &Path) -> Result<()> {
     File::open(to)
         .and_then(|file| set_times(&file, &meta))
         .context(message)
+}
+
+/// Sets the modification time of a file.
+///
+/// # Errors
+/// Those of system calls.
+pub fn set_modified(path: &Path, modified: SystemTime) -> Result<()> {
+    File::options()
+        .write(true)
+        .open(path)
+        .and_then(|file| file.set_modified(modified))
+        .context(|| format!("cannot set the times of {}", path.display()))
 }
 
 /// Sets the access and modification times of a file to those in `of`.

@@ -170,7 +170,7 @@ impl Filesystem for BoxliteFs {
         _gid: Option<u32>,
         size: Option<u64>,
         _atime: Option<TimeOrNow>,
-        _mtime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
         handle: Option<FileHandle>,
         _crtime: Option<SystemTime>,
@@ -181,7 +181,11 @@ impl Filesystem for BoxliteFs {
     ) {
         let caller = caller(request);
         let handle = handle.map(|handle| handle.0);
-        let set = SetAttr { size };
+        let modified = mtime.map(|mtime| match mtime {
+            TimeOrNow::SpecificTime(time) => time,
+            TimeOrNow::Now => SystemTime::now(),
+        });
+        let set = SetAttr { size, modified };
         self.spawn_write(move |tree| reply_attr(reply, tree.setattr(caller, ino.0, handle, set)));
     }
 

@@ -9,13 +9,13 @@ use parking_lot::MutexGuard;
 
 use super::catalog::{database_id, read_schema};
 use super::connection::{connect, failed};
-use super::lock::{LOCK_PATIENCE, holder_of, take_lock, take_turn};
+use super::lock::{LOCK_PATIENCE, holder_of, shows_all_locks, take_lock, take_turn};
 use super::paths::Home;
 use super::queries::Queries;
 use super::records::BoxRecord;
 use super::shared_access::SharedAccess;
 use super::transactions::Transaction;
-use crate::process::control::named;
+use crate::process::control::{is_stopped, named};
 use crate::{Context, Error, Result};
 
 /// The first lock number we hand out. A running runtime hands out the lowest unused number it knows
@@ -139,6 +139,37 @@ impl Change<'_> {
     /// seen from here.
     pub fn is_alone(&self) -> bool {
         self.shared.as_ref().is_some_and(SharedAccess::is_alone)
+    }
+
+    /// Returns whether certainly nobody has a runtime on the home, and none came since the change
+    /// began. A runtime that comes later finds what was committed. Takes the runtime lock where the
+    /// kernel does not show who holds it.
+    ///
+    /// # Errors
+    /// Those of reading the kernel's list of locks and of opening the lock.
+    pub fn is_surely_alone(&mut self) -> Result<bool> {
+        let Some(shared) = &self.shared else {
+            return Ok(true);
+        };
+        if !shared.is_alone()
+            || holder_of(self.home)?.is_some()
+            || shared.refuse_other_runtime(self.home).is_err()
+        {
+            return Ok(false);
+        }
+        if shows_all_locks(self.home) {
+            return Ok(true);
+        }
+        match self.take_lock() {
+            Err(error) if error.errno() == libc::EBUSY => Ok(false),
+            taken => taken,
+        }
+    }
+
+    /// Returns whether a thread of the runtime that this change is beside is stopped.
+    pub fn is_runtime_stopped(&self) -> bool {
+        let holder = self.shared.as_ref().and_then(SharedAccess::holder);
+        holder.is_some_and(is_stopped)
     }
 
     /// Takes the runtime lock for the rest of the change, if nobody holds it. Returns whether the

@@ -125,6 +125,29 @@ fn listed_holder_of(home: &Home) -> Result<Option<u32>> {
     Ok(holder.map(|(pid, ..)| *pid))
 }
 
+/// Returns whether the kernel's list shows every process that holds a lock in the home. It leaves
+/// out those of pid namespaces that can't be seen from here, and of other computers.
+pub(super) fn shows_all_locks(home: &Home) -> bool {
+    /// The inode of the first pid namespace (PROC_PID_INIT_INO in linux/proc_ns.h).
+    const FIRST_NAMESPACE: &str = "pid:[4026531836]";
+    /// File systems on local disks and in memory, by the magic numbers of statfs(2): ext4, btrfs,
+    /// xfs, f2fs, bcachefs, zfs, tmpfs, overlayfs.
+    const LOCAL: [u64; 8] = [
+        0xef53,
+        0x9123_683e,
+        0x5846_5342,
+        0xf2f5_2010,
+        0xca45_1a4e,
+        0x2fc1_2fc1,
+        0x0102_1994,
+        0x794c_7630,
+    ];
+    let namespace = fs::read_link("/proc/self/ns/pid");
+    let is_first = namespace.is_ok_and(|name| name == Path::new(FIRST_NAMESPACE));
+    let kind = rustix::fs::statfs(home.root()).map(|found| found.f_type as u64);
+    is_first && kind.is_ok_and(|kind| LOCAL.contains(&(kind & 0xffff_ffff)))
+}
+
 /// Takes a file's flock if it is free. The kernel releases it when the process dies, in whatever
 /// way.
 ///

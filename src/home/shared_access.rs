@@ -46,6 +46,11 @@ impl SharedAccess {
         }
     }
 
+    /// Returns the process that held the runtime lock when the change began.
+    pub fn holder(&self) -> Option<u32> {
+        self.holder
+    }
+
     /// Returns whether nobody held the runtime lock when the change began.
     pub fn is_alone(&self) -> bool {
         self.holder.is_none()

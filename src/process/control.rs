@@ -127,6 +127,20 @@ pub fn named(pid: u32) -> String {
     format!("{shown} (pid {pid})")
 }
 
+/// Returns whether a thread of a process is stopped, by a signal or a debugger.
+pub fn is_stopped(pid: u32) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return false;
+    };
+    threads.flatten().any(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        let state = stat
+            .rfind(')')
+            .and_then(|at| stat[at + 1..].trim_start().chars().next());
+        matches!(state, Some('T' | 't'))
+    })
+}
+
 /// Returns the children of a process.
 pub fn children(pid: u32) -> Vec<u32> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {

@@ -47,6 +47,7 @@ use crate::home::Home;
 use crate::progress::Operations;
 use crate::{Error, Result};
 use layers::graph::LayerScanner;
+use layers::left_snapshots::LeftSnapshots;
 use layers::spare_names::SpareNames;
 use maintenance::usage::UsageCache;
 
@@ -90,6 +91,7 @@ pub struct Store {
     exports: Exports,
     layers: LayerScanner,
     spares: Arc<SpareNames>,
+    left: LeftSnapshots,
     access: Access,
     imports: ImportLimits,
     usage: Mutex<UsageCache>,
@@ -163,6 +165,7 @@ impl Store {
         Store {
             layers: LayerScanner::new(opened.home.clone(), exports.states.clone(), spares.clone()),
             spares,
+            left: LeftSnapshots::default(),
             exports,
             opened,
             access: Access::default(),

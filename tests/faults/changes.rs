@@ -601,7 +601,6 @@ pub const RENAME: Change = Change {
         "rename.adopted",
         "rename.linked",
         "rename.recorded",
-        "rename.unlinked",
     ],
     whole: |boxes| {
         let snapshots = &mut boxes.get_mut("web").unwrap().snapshots;

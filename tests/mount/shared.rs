@@ -44,6 +44,12 @@ enum Ask {
         of: String,
         name: String,
     },
+    /// By the mount only.
+    RenameSnapshot {
+        of: String,
+        name: String,
+        new: String,
+    },
     Restore {
         of: String,
         from: String,
@@ -92,6 +98,13 @@ impl Ask {
             }
             Ask::RemoveSnapshot { of, name } => {
                 boxes.get_mut(of)?.snapshots.remove(name)?;
+            }
+            Ask::RenameSnapshot { of, name, new } => {
+                let snapshots = &mut boxes.get_mut(of)?.snapshots;
+                let moved = snapshots.remove(name)?;
+                if snapshots.insert(new.clone(), moved).is_some() {
+                    return None;
+                }
             }
             Ask::Restore { of, from } => {
                 let found = boxes.get_mut(of)?;
@@ -409,7 +422,21 @@ fn by_mount(root: &std::path::Path, ask: &Ask) -> Result<(), String> {
         ),
         Ask::CloneWhole { of, new } => copy(&["-r"], at(of.clone()), at(new.clone())),
         Ask::Import { new } => copy(&[], archive(), at(format!("{new}.boxlite"))),
-        Ask::RemoveSnapshot { .. } | Ask::Remove { .. } => unreachable!("refused: {ask:?}"),
+        Ask::RemoveSnapshot { of, name } => {
+            fs::remove_dir(at(format!("{of}/snapshots/{name}"))).map_err(|e| e.to_string())
+        }
+        Ask::RenameSnapshot { of, name, new } => {
+            let snapshot = |name| at(format!("{of}/snapshots/{name}"));
+            fs::rename(snapshot(name), snapshot(new)).map_err(|e| e.to_string())
+        }
+        Ask::Remove { of } => {
+            let output = run(&["rm", "-r", text(&at(of.clone()))]);
+            if output.status.success() {
+                Ok(())
+            } else {
+                Err(String::from_utf8_lossy(&output.stderr).into_owned())
+            }
+        }
     }
 }
 
@@ -442,7 +469,17 @@ fn ours(random: &mut Random, boxes: &Boxes, of: &str, number: usize) -> Ask {
     let is_full = boxes.len() >= MOST_BOXES;
     let can_snapshot = snapshots.len() < MOST_SNAPSHOTS;
     loop {
-        return match (random.below(8), &one) {
+        return match (random.below(11), &one) {
+            (8, Some(name)) => Ask::RemoveSnapshot {
+                of,
+                name: name.clone(),
+            },
+            (9, Some(name)) => Ask::RenameSnapshot {
+                of,
+                name: name.clone(),
+                new: format!("r{}", number % 4),
+            },
+            (10, _) if of != "web" && boxes.len() > 2 => Ask::Remove { of },
             (0 | 1, _) if can_snapshot => Ask::Snapshot {
                 of,
                 name: format!("s{}", number % 4 + 10),
@@ -562,9 +599,7 @@ fn two_hundred_operations_from_both_sides_lose_nothing() {
         match random.below(3) {
             _ if !possible => {
                 for ask in [by_us, by_them] {
-                    if is_possible(&ask, &both.boxes)
-                        && !matches!(ask, Ask::Remove { .. } | Ask::RemoveSnapshot { .. })
-                    {
+                    if is_possible(&ask, &both.boxes) {
                         both.mount_does(&ask);
                     }
                 }
@@ -618,27 +653,21 @@ fn a_clone_with_its_snapshots_is_made_beside_a_runtime() {
 fn what_is_not_safe_beside_a_runtime_is_busy_and_says_so() {
     let home = TestHome::new();
     let mut both = Both::begin(&home, &[]);
-    both.mount_does(&Ask::Snapshot {
-        of: "web".into(),
-        name: "a".into(),
-    });
-    let busy = |result: std::io::Result<()>| assert_eq!(errno(result), libc::EBUSY);
     let mount = &both.mount;
-    busy(mount.remove_snapshot("web", "a"));
-    let said = || mount.log().lines().last().unwrap_or_default().to_owned();
-    assert!(
-        said().contains("Meanwhile snapshots, clones, imports and restores are possible"),
-        "{}",
-        said()
+    assert_eq!(
+        errno(fs::rename(mount.at("web"), mount.at("api"))),
+        libc::EBUSY
     );
-    busy(fs::rename(
-        mount.at("web/snapshots/a"),
-        mount.at("web/snapshots/b"),
-    ));
-    busy(fs::rename(mount.at("web"), mount.at("api")));
-    busy(fs::remove_file(mount.at("web/box.json")));
+    let log = mount.log();
+    let said = log.lines().last().unwrap_or_default();
+    assert!(
+        said.contains("Meanwhile everything else is possible but renaming boxes, merging and"),
+        "{said}"
+    );
+    assert!(said.contains("python") && said.contains("(pid "), "{said}");
     let (_, said) = home.compact();
     assert!(said.contains("a BoxLite runtime is using"), "{said}");
+    both.tally.operations += 2;
     both.unchanged("refused changes");
     both.end("refused beside a live BoxLite");
 }
@@ -791,6 +820,88 @@ fn what_boxlite_is_in_the_middle_of_is_neither_undone_nor_collected() {
     both.end("BoxLite in the middle of something");
 }
 
+#[test]
+fn a_snapshot_deleted_beside_a_runtime_is_freed_while_that_goes_on() {
+    let home = TestHome::new();
+    home.wheel(&["snapshot-create", "web", "by-boxlite"]);
+    home.guest_write("web", FREE_AREA, b"changed");
+    let runtime = home.hold();
+    let mount = home.mount_with(&["-o", "compact=1"], &[]);
+    let live = digest(&home.live_disk("web"));
+    mount.snapshot("web", "ours").unwrap();
+    home.guest_write("web", FREE_AREA, b"changed again");
+    mount.snapshot("web", "later").unwrap();
+    mount.remove_snapshot("web", "later").unwrap();
+    for name in ["by-boxlite", "ours"] {
+        mount.remove_snapshot("web", name).unwrap();
+    }
+    assert_eq!(mount.names("web/snapshots"), Vec::<String>::new());
+    let left = || names_in(&home.box_dir("web").join("snapshots"));
+    assert!(!left().is_empty(), "BoxLite may be about to restore them");
+    eventually("their names are gone", || left().is_empty());
+    // The live disk reads what it read.
+    let bases = || names_in(&home.root().join("bases"));
+    assert_eq!(bases().len(), 3, "{:?}", bases());
+    let archive = mount.at("web/export.boxlite");
+    assert_ne!(archive_digest(&archive), live);
+    // What no other disk reads is freed with the box.
+    succeed(&["rm", "-r", text(&mount.at("web"))]);
+    assert_eq!(bases(), Vec::<String>::new());
+    drop(runtime);
+    mount.unmount();
+    home.assert_whole();
+}
+
+/// Makes the live disk of a box an overlay on a layer, as BoxLite's restore does.
+fn restore_as_boxlite(home: &TestHome, name: &str, layer: &std::path::Path) {
+    let live = home.live_disk(name);
+    fs::remove_file(&live).unwrap();
+    let overlay = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    succeed(&[&["qemu-img"], &overlay[..], &[text(layer), text(&live)]].concat());
+}
+
+#[test]
+fn a_restore_that_boxlite_began_before_the_snapshot_was_deleted_is_whole() {
+    for (by, goes_on) in [("boxlite", true), ("boxlite", false), ("mount", true)] {
+        let home = TestHome::new();
+        if by == "boxlite" {
+            home.wheel(&["snapshot-create", "web", "a"]);
+        }
+        let mut both = Both::begin(&home, &[]);
+        if by == "mount" {
+            both.mount.snapshot("web", "a").unwrap();
+        }
+        let layer = home.snapshot_disk("web", "a");
+        let wanted = digest(&layer);
+        home.guest_write("web", FREE_AREA, b"changed");
+        both.mount.remove_snapshot("web", "a").unwrap();
+        both.tally.operations += 1;
+        // BoxLite had found the row before.
+        restore_as_boxlite(&home, "web", &layer);
+        both.boxes = observed(&home);
+        assert_eq!(both.boxes["web"].live, wanted);
+        if goes_on {
+            both.mount_does(&Ask::Snapshot {
+                of: "web".into(),
+                name: "b".into(),
+            });
+            // BoxLite puts the live disk where the deleted snapshot was.
+            both.boxlite_does(&Ask::Snapshot {
+                of: "web".into(),
+                name: "a".into(),
+            });
+            both.guest_writes("web", 1);
+            both.boxlite_does(&Ask::Restore {
+                of: "web".into(),
+                from: "a".into(),
+            });
+        }
+        assert_eq!(digest(&home.live_disk("web")), wanted);
+        both.end("a restore that began before a deletion");
+        assert_eq!(digest(&home.live_disk("web")), wanted);
+    }
+}
+
 /// Stops each of our changes at each point and lets BoxLite run an operation there.
 #[test]
 fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
@@ -817,7 +928,39 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
         of: "web".into(),
         other: "other".into(),
     };
+    let remove = || Ask::RemoveSnapshot {
+        of: "web".into(),
+        name: "a".into(),
+    };
+    let rename = || Ask::RenameSnapshot {
+        of: "web".into(),
+        name: "a".into(),
+        new: "c".into(),
+    };
+    let remove_box = |of: &str| Ask::Remove { of: of.into() };
     let ours: Vec<(Ask, &[&str])> = vec![
+        (
+            remove(),
+            &["remove.adopted", "remove.marked", "remove.unrecorded"],
+        ),
+        (
+            rename(),
+            &["rename.adopted", "rename.linked", "rename.recorded"],
+        ),
+        (
+            remove_box("web"),
+            &[
+                "remove-box.adopted",
+                "remove-box.marked",
+                "remove-box.unrecorded",
+                "remove-box.moved",
+                "free.unlinked",
+            ],
+        ),
+        (
+            remove_box("other"),
+            &["remove-box.marked", "remove-box.moved"],
+        ),
         (
             snapshot(),
             &[
@@ -861,6 +1004,10 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
         Ask::Restore {
             of: "web".into(),
             from: "b".into(),
+        },
+        Ask::Restore {
+            of: "web".into(),
+            from: "a".into(),
         },
         Ask::RemoveSnapshot {
             of: "web".into(),
@@ -938,7 +1085,31 @@ fn whatever_boxlite_does_in_the_middle_of_a_change_nothing_is_lost() {
 /// A change, which returns its error output, and the points at which it is cut off.
 type CutOff<'c> = (&'c str, fn(&Mounted) -> String, &'c [&'c str]);
 
-const CUT_OFF: [CutOff; 4] = [
+const CUT_OFF: [CutOff; 7] = [
+    (
+        "removal of a snapshot",
+        |mount| format!("{:?}", mount.remove_snapshot("web", "gone")),
+        &["remove.adopted", "remove.marked", "remove.unrecorded"],
+    ),
+    (
+        "rename of a snapshot",
+        |mount| {
+            let snapshots = mount.at("web/snapshots");
+            let renamed = fs::rename(snapshots.join("gone"), snapshots.join("new"));
+            format!("{renamed:?}")
+        },
+        &["rename.linked", "rename.recorded"],
+    ),
+    (
+        "removal of a box",
+        |mount| complaints(&["rm", "-r", text(&mount.at("other"))]),
+        &[
+            "remove-box.adopted",
+            "remove-box.marked",
+            "remove-box.unrecorded",
+            "remove-box.moved",
+        ],
+    ),
     (
         "snapshot",
         |mount| format!("{:?}", mount.snapshot("web", "new")),
@@ -989,12 +1160,18 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
     let home = TestHome::in_memory();
     let mount = home.mount();
     mount.snapshot("web", "old").unwrap();
-    home.guest_write("web", FREE_AREA, b"the box's own");
     drop(mount);
+    home.guest_write("web", FREE_AREA, b"gone");
+    home.wheel_batch(&[
+        &["snapshot-create", "web", "gone"],
+        &["import", text(&archive()), "other"],
+    ]);
+    home.guest_write("web", FREE_AREA, b"the box's own");
     home.put_aside("first");
-    let (live, old) = (
+    let (live, old, gone) = (
         digest(&home.live_disk("web")),
         digest(&home.snapshot_disk("web", "old")),
+        digest(&home.snapshot_disk("web", "gone")),
     );
     let archived = archive_digest(&archive());
     let mut tally = Tally::default();
@@ -1047,7 +1224,12 @@ fn a_change_that_is_cut_off_beside_a_runtime_is_whole_or_undone() {
             home.assert_images_clean();
             for (name, found) in observed(&home) {
                 for (snapshot, contents) in found.snapshots {
-                    let wanted = if snapshot == "old" { &old } else { &live };
+                    let wanted = match snapshot.as_str() {
+                        "old" => &old,
+                        "gone" => &gone,
+                        _ if what == "rename of a snapshot" => &gone,
+                        _ => &live,
+                    };
                     tally.compared += 1;
                     if contents != *wanted {
                         let message = format!("{name}'s snapshot {snapshot} has other contents");
@@ -1132,7 +1314,36 @@ fn a_runtime_that_starts_at_any_step_is_not_kept_out_and_fails_no_change() {
     home.guest_write("web", FREE_AREA, b"third");
     home.put_aside("fresh");
     let web = || "web".to_owned();
-    let changes: [(Ask, &[&str]); 5] = [
+    let changes: [(Ask, &[&str]); 8] = [
+        (
+            Ask::RemoveSnapshot {
+                of: web(),
+                name: "a".into(),
+            },
+            &[
+                "remove.adopted",
+                "remove.marked",
+                "remove.unrecorded",
+                "remove.unlinked",
+            ],
+        ),
+        (
+            Ask::RenameSnapshot {
+                of: web(),
+                name: "a".into(),
+                new: "b".into(),
+            },
+            &["rename.adopted", "rename.linked", "rename.recorded"],
+        ),
+        (
+            Ask::Remove { of: "other".into() },
+            &[
+                "remove-box.adopted",
+                "remove-box.marked",
+                "remove-box.unrecorded",
+                "remove-box.moved",
+            ],
+        ),
         (
             Ask::Snapshot {
                 of: web(),
@@ -1253,7 +1464,7 @@ impl Drop for End<'_> {
 }
 
 #[test]
-fn programs_start_while_the_mount_snapshots_clones_imports_and_restores() {
+fn programs_start_while_the_mount_changes_everything() {
     let home = TestHome::new();
     let mount = home.mount();
     for number in 0..4 {
@@ -1290,6 +1501,12 @@ fn programs_start_while_the_mount_snapshots_clones_imports_and_restores() {
             ]);
             let imported = mount.at(format!("i{made}.boxlite"));
             succeed(&["cp", text(&archive()), text(&imported)]);
+            let snapshots = mount.at(format!("{name}/snapshots"));
+            fs::rename(snapshots.join("s0"), snapshots.join("renamed")).unwrap();
+            mount.remove_snapshot(&name, "s2").unwrap();
+            for gone in [&name, &format!("i{made}")] {
+                succeed(&["rm", "-r", text(&mount.at(gone))]);
+            }
             made += 1;
             if made == 3 {
                 end.tell();

@@ -35,9 +35,9 @@ pub fn refuse_unsettled(locked: &LockedBox<'_>) -> Result<()> {
     let name = display_name(&locked.record);
     let home = locked.store.home();
     refuse_pending(locked)?;
-    if home.box_dir(&locked.record.id).join(UNRECORDED).exists() {
-        return Err(unsettled(locked));
-    }
+    // Left by a removal that was cut off: no other change of ours is under way, and BoxLite does
+    // not know the file.
+    durable::unlink(&home.box_dir(&locked.record.id).join(UNRECORDED))?;
     let live = home.live_disk(&locked.record.id);
     let Ok(meta) = std::fs::symlink_metadata(&live) else {
         if home.box_dir(&locked.record.id).join("disks").is_dir() {

@@ -1,6 +1,6 @@
 //! Recovery of all boxes of a home, and reclaiming of what is no longer needed.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 
 use crate::exports::display_name;
@@ -97,8 +97,13 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
         unreferenced.extend(dropped.into_iter().map(|row| row.id));
     }
     drop_rows_without_files(store, &mut locked.change)?;
+    // BoxLite frees a base with its box or the last reference, of which a box that we removed
+    // beside a runtime had one.
+    let boxes: HashSet<String> = locked.change.boxes()?.into_iter().map(|it| it.id).collect();
+    let is_of_no_box =
+        |row: &BaseRecord| row.kind != "rootfs" && !boxes.contains(&row.source_box_id);
     free_bases(store, &mut locked.change, &|row| {
-        row.is_ours() || unreferenced.contains(&row.id)
+        row.is_ours() || unreferenced.contains(&row.id) || is_of_no_box(row)
     })?;
     tidy_spares(store, &locked.change)
 }

@@ -4,18 +4,19 @@
 use crate::Result;
 use crate::store::Store;
 use crate::store::access::deletion_space::delete_with_room;
-use crate::store::access::lock::{
-    begin_shared_change, lock_shared_unprepared, lock_unprepared, made_again,
-};
+use crate::store::access::lock::{begin_shared_change, lock_shared_unprepared, made_again};
 
-/// Refuses if a change of the box would be refused now. On a full disk it first gives up the space
-/// that is reserved for deleting.
+/// Refuses if the removal of the box would be refused now. On a full disk it first gives up the
+/// space that is reserved for deleting. Unless the mount has the option `exclusive`, a removal is
+/// possible beside a runtime.
 ///
 /// # Errors
-/// EROFS, EBUSY while the box runs or a runtime has the home, EPERM in a copied home, ENOENT.
+/// EROFS, EBUSY while the box runs, EPERM in a copied home, ENOENT.
 pub fn refuse_unready(store: &Store, box_id: &str) -> Result<()> {
     store.refuse_read_only()?;
-    delete_with_room(store, &|| lock_unprepared(store, box_id).map(drop))
+    delete_with_room(store, &|| {
+        made_again(store, &|| lock_shared_unprepared(store, box_id).map(drop))
+    })
 }
 
 /// Refuses if a restore of the box would be refused now. Unless the mount has the option

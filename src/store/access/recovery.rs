@@ -14,7 +14,7 @@ use crate::exports::display_name;
 use crate::files::durable;
 use crate::files::listing::{names_in, resolve};
 use crate::files::markers::UNRECORDED;
-use crate::home::is_snapshot_name;
+use crate::home::{SnapshotRecord, is_snapshot_name};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::graph::{LayerGraph, Role};
@@ -75,6 +75,12 @@ fn undo_pending_snapshot(locked: &mut LockedBox<'_>) -> Result<()> {
             "box {}: moved the disk back from a snapshot that BoxLite had not finished",
             display_name(&locked.record)
         ));
+    }
+    if let Some(layer) = pending_layer(locked, &value)
+        && locked.layers()?.readers_of(&layer).next().is_some()
+    {
+        // BoxLite put the snapshot where one of that name, deleted since, had been left.
+        durable::unlink(&layer.with_file_name(UNRECORDED))?;
     }
     durable::unlink(&marker)
 }
@@ -143,14 +149,7 @@ fn recover_snapshot_dirs(locked: &mut LockedBox<'_>) -> Result<()> {
     for name in names_in(&snapshots)? {
         let dir = snapshots.join(&name);
         let is_marked = dir.join(UNRECORDED).exists();
-        let has_row = rows.iter().any(|row| {
-            let recorded = row.base_path().unwrap_or_default();
-            let layer = resolve(Path::new(&recorded)).unwrap_or_default();
-            // A snapshot that replaced this one has its name, and another directory.
-            let is_replaced = is_marked && layer.starts_with(&snapshots);
-            layer.starts_with(&dir) || (row.name == name && !is_replaced)
-        });
-        if has_row {
+        if has_row(&rows, &dir) {
             durable::unlink(&dir.join(UNRECORDED))?;
             continue;
         }
@@ -167,11 +166,27 @@ fn recover_snapshot_dirs(locked: &mut LockedBox<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Returns whether one of these rows of a box belongs to a directory below its `snapshots/`.
+pub fn has_row(rows: &[SnapshotRecord], dir: &Path) -> bool {
+    let is_marked = dir.join(UNRECORDED).exists();
+    let name = dir.file_name().and_then(|name| name.to_str());
+    rows.iter().any(|row| {
+        let recorded = row.base_path().unwrap_or_default();
+        let layer = resolve(Path::new(&recorded)).unwrap_or_default();
+        // A snapshot that replaced this one has its name, and another directory.
+        let is_elsewhere = || dir.parent().is_some_and(|all| layer.starts_with(all));
+        let has_name = name == Some(row.name.as_str());
+        layer.starts_with(dir) || (has_name && !(is_marked && is_elsewhere()))
+    })
+}
+
 /// Recovers one directory under `snapshots/` that has no row, in this order:
 ///
-/// * A header names its layer: BoxLite completed this snapshot on disk, so it gets its row.
+/// * A header names its layer, and it is not marked: BoxLite completed this snapshot on disk, so it
+///   gets its row.
 /// * It is marked, or its layer has another name: an import, rename, deletion or snapshot of ours
-///   was cut off, so the directory is removed.
+///   was cut off, or a deleted snapshot was left beside a runtime. The directory is removed. If
+///   BoxLite restored the deleted snapshot at that moment, its layer is adopted first.
 /// * Neither: it stays where it is.
 fn recover_snapshot_dir(locked: &mut LockedBox<'_>, name: &str) -> Result<()> {
     let home = locked.store.home();
@@ -187,7 +202,8 @@ fn recover_snapshot_dir(locked: &mut LockedBox<'_>, name: &str) -> Result<()> {
         return Ok(());
     }
     let layers = locked.layers()?;
-    if layers.readers_of(&path).next().is_some() && is_snapshot_name(name) {
+    let is_read = layers.readers_of(&path).next().is_some();
+    if is_read && !mark.exists() && is_snapshot_name(name) {
         let virtual_size = Header::open(&path)?.map_or(0, |header| header.virtual_size);
         adopt(locked, &path)?;
         let new = NewSnapshotIdentity::taken_now(name)?;
@@ -197,6 +213,9 @@ fn recover_snapshot_dir(locked: &mut LockedBox<'_>, name: &str) -> Result<()> {
             display_name(&locked.record)
         ));
     } else if mark.exists() || has_another_name(&layers, &path)? {
+        if is_read {
+            adopt(locked, &path)?;
+        }
         durable::unlink(&path)?;
         durable::unlink(&mark)?;
         durable::remove_dir(&dir)?;

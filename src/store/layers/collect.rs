@@ -47,16 +47,36 @@ pub fn free_bases(
     Ok(())
 }
 
-/// Returns whether [`free_unreached`] would free a base now.
+/// Frees the bases of ours that nothing needs, without the runtime lock: also beside a runtime.
+///
+/// What BoxLite does at that moment needs no base that nothing reads. It makes overlays on the
+/// layers of snapshots, which are there, and on live disks, which it moves: to a snapshot or a new
+/// base, never out of the directories that are scanned. If it moved one while they were read, the
+/// scan misses the live disk of a box that refers to bases, or the file that an overlay names.
+/// Then nothing is freed.
 ///
 /// # Errors
-/// Those of reading the home and of SQLite.
-pub fn has_unreached(store: &Store, change: &Change<'_>, layers: &LayerGraph) -> Result<bool> {
-    let Some(named) = named_by_rows(store, change, layers)? else {
-        return Ok(false);
+/// EBUSY when a runtime was faster; those of system calls and of SQLite.
+pub fn free_without_lock(store: &Store, change: &mut Change<'_>) -> Result<()> {
+    change.begin_exclusive()?;
+    let mut layers = store.layers.scan()?;
+    if layers.unseen(store.home()).is_some() {
+        return Ok(());
+    }
+    let Some(named) = named_by_rows(store, change, &layers)? else {
+        return Ok(());
     };
     let rows = rows_that_may_go(change, &BaseRecord::is_ours)?;
-    Ok(unneeded_base(layers, &named, &rows).is_some())
+    let mut freed = Vec::new();
+    while let Some((row, path)) = unneeded_base(&layers, &named, &rows) {
+        unlink_base(store, &path)?;
+        layers = layers.without(&[path]);
+        freed.push(row.id);
+    }
+    if freed.is_empty() {
+        return Ok(());
+    }
+    change.transaction(|rows| freed.iter().try_for_each(|id| rows.delete_base(id)))
 }
 
 /// Returns the rows of bases that `may_go` accepts, without those of BoxLite's that a box refers
@@ -104,10 +124,15 @@ pub fn drop_base(
         change.transaction(|rows| rows.claim_base(&row.id))?;
         crash_point("free.claimed");
     }
+    unlink_base(store, path)?;
+    change.transaction(|rows| rows.delete_base(&row.id))
+}
+
+fn unlink_base(store: &Store, path: &Path) -> Result<()> {
     durable::unlink(path)?;
     crash_point("free.unlinked");
     store.spares.free(path);
-    change.transaction(|rows| rows.delete_base(&row.id))
+    Ok(())
 }
 
 /// Returns every path that a snapshot's row names. Returns None while it is uncertain what else is

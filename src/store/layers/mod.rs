@@ -21,6 +21,7 @@ pub(super) mod freeze;
 pub(super) mod freeze_source;
 pub(super) mod frozen;
 pub(super) mod graph;
+pub(super) mod left_snapshots;
 pub(super) mod live_disk;
 pub(super) mod merge;
 pub(super) mod mergeable;

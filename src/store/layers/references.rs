@@ -7,36 +7,49 @@ use crate::Result;
 use crate::disk::FileId;
 use crate::home::BaseRecord;
 use crate::store::access::locked_box::LockedBox;
-use crate::store::layers::collect::{free_bases, has_unreached};
+use crate::store::layers::collect::{free_bases, free_without_lock};
 use crate::store::layers::graph::{ImageFile, LayerGraph};
 
 /// Drops the references of the box that nothing in it needs any more, and frees the bases that
 /// nothing needs now. That includes BoxLite's: BoxLite goes by references and would keep them
-/// forever. This takes the runtime lock. Beside a runtime it waits, because BoxLite's next step may
-/// need what nothing needs now.
+/// forever. Those take the runtime lock; beside a runtime they wait, and only ours are freed.
 ///
 /// # Errors
 /// Those of system calls and of SQLite.
 pub fn free_surplus(locked: &mut LockedBox<'_>) -> Result<()> {
-    if locked.change.is_shared() && !may_free(locked)? {
-        return Ok(());
+    if locked.change.is_shared() && !may_free_all(locked)? {
+        return free_surplus_of_ours(locked);
     }
     let surplus = drop_surplus_refs(locked, &locked.layers()?)?;
     let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
     free_bases(locked.store, &mut locked.change, &may_go)
 }
 
-/// Takes the runtime lock if there is something to free and no runtime has the home. Returns whether
-/// it was taken.
-fn may_free(locked: &mut LockedBox<'_>) -> Result<bool> {
+/// Takes the runtime lock if a base of BoxLite's is surplus and no runtime has the home. Returns
+/// whether it was taken.
+fn may_free_all(locked: &mut LockedBox<'_>) -> Result<bool> {
     if !locked.change.is_alone() {
         return Ok(false);
     }
+    let mut referred = locked.change.bases_of(&locked.record.id)?;
+    referred.retain(|row| !row.is_ours());
     let layers = locked.layers()?;
-    let referred = locked.change.bases_of(&locked.record.id)?;
-    let has_surplus = !surplus_refs(locked, &layers, referred)?.is_empty()
-        || has_unreached(locked.store, &locked.change, &layers)?;
+    let has_surplus = !surplus_refs(locked, &layers, referred)?.is_empty();
     Ok(has_surplus && locked.change.take_lock()?)
+}
+
+/// Drops the references to bases of ours that nothing in the box needs any more, and frees those
+/// that nothing needs now, without the runtime lock.
+fn free_surplus_of_ours(locked: &mut LockedBox<'_>) -> Result<()> {
+    locked.change.begin_exclusive()?;
+    let layers = locked.layers()?;
+    if layers.unseen(locked.store.home()).is_none() {
+        let mut referred = locked.change.bases_of(&locked.record.id)?;
+        referred.retain(BaseRecord::is_ours);
+        let surplus = surplus_refs(locked, &layers, referred)?;
+        drop_refs(locked, &surplus)?;
+    }
+    free_without_lock(locked.store, &mut locked.change)
 }
 
 /// Drops all references of the box that nothing in it needs any more. Returns their bases.

@@ -100,7 +100,9 @@ pub fn refuse_taken_snapshot_name(locked: &LockedBox<'_>, name: &str) -> Result<
         .home()
         .snapshots_dir(&locked.record.id)
         .join(name);
-    if dir.exists() {
+    // A marked one is what is left of a deleted snapshot. It is gone once the box is recovered, and
+    // beside a runtime a snapshot of ours has another place.
+    if dir.exists() && !dir.join(UNRECORDED).exists() {
         return Err(Error::new(
             libc::EEXIST,
             format!(
@@ -159,7 +161,7 @@ pub fn settle_place<T>(locked: &LockedBox<'_>, path: &Path, recorded: Result<T>)
 
 /// Removes the directory of a snapshot that was not recorded. Recovery removes what can't be
 /// removed now.
-fn remove_place(locked: &LockedBox<'_>, path: &Path) {
+pub fn remove_place(locked: &LockedBox<'_>, path: &Path) {
     let mark = path.with_file_name(UNRECORDED);
     let removed = durable::unlink(path).and_then(|()| durable::unlink(&mark));
     if let Err(error) = removed.and_then(|()| path.parent().map_or(Ok(()), durable::remove_dir)) {
@@ -177,6 +179,22 @@ pub fn place_of(locked: &LockedBox<'_>, new: &NewSnapshotIdentity) -> String {
     } else {
         new.name.clone()
     }
+}
+
+/// Returns a name for a snapshot's directory that no other snapshot has, and that BoxLite gives
+/// none.
+///
+/// # Errors
+/// EIO without random bytes.
+pub fn own_place() -> Result<String> {
+    Ok(format!(".{}", snapshot_id()?))
+}
+
+/// Returns whether a snapshot's layer lies in a directory that BoxLite gives no snapshot, whatever
+/// its name.
+pub fn has_own_place(layer: &Path) -> bool {
+    let place = layer.parent().and_then(Path::file_name);
+    place.is_some_and(|place| place.as_encoded_bytes().starts_with(b"."))
 }
 
 /// Makes the directories of `snapshots/PLACE/disk.qcow2` and returns that path. `prepared` is a

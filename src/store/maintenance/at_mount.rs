@@ -5,6 +5,7 @@ use crate::files::{durable, workspace};
 use crate::store::Store;
 use crate::store::access::home_recovery::recover_home;
 use crate::store::access::path_spelling::{put_paths_right, warn_of_paths};
+use crate::store::maintenance::left_snapshots::find_left_snapshots;
 use crate::store::verbs::waiting_files::keep_left_archives;
 
 /// Recovers what a crash left in the home, then makes boxes of archives that a killed mount had
@@ -46,6 +47,9 @@ pub fn recover_at_mount(store: &Store) {
                 .events()
                 .info(&format!("recovery is postponed: {error}"));
             warn_of_paths(store, &error.to_string());
+            if let Err(error) = find_left_snapshots(store) {
+                store.events().info(&error.to_string());
+            }
             false
         }
     };

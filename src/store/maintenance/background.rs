@@ -1,5 +1,6 @@
 //! Background compaction: an idle mount frees bases that are no longer needed and merges layers. It
-//! works slowly and at the lowest priority, and pauses while anything else goes on.
+//! works slowly and at the lowest priority, and pauses while anything else goes on. Layers of
+//! snapshots that were deleted beside a runtime are freed by the same thread, idle or not.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::store::layers::merge::merge_layers;
 use crate::store::layers::mergeable::{MergePlan, mergeable};
 use crate::store::layers::put_back::keep_spares;
 use crate::store::maintenance::compact::{log_merge, merge_operation};
+use crate::store::maintenance::left_snapshots::free_left_snapshots;
 use crate::{Error, Result};
 
 /// When a mount compacts its home in the background.
@@ -154,6 +156,7 @@ impl Compactor {
             if self.stop.wait(tick.min(self.after)) {
                 return;
             }
+            free_left_snapshots(&self.store, self.after);
             if last_round.elapsed() < self.after
                 || !self.is_idle(self.after)
                 || !self.may_have_work()

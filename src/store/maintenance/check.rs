@@ -13,6 +13,7 @@ use crate::disk::{Chain, FileId};
 use crate::event_log::EventLog;
 use crate::exports::{Compression, display_name};
 use crate::files::listing::{names_in, resolve};
+use crate::files::markers::UNRECORDED;
 use crate::files::waiting_archive::waiting_in;
 use crate::files::workspace;
 use crate::home::{
@@ -452,6 +453,7 @@ impl Check<'_> {
     fn leftovers(&mut self) -> Result<()> {
         let home = self.store.home();
         let mut findings = Vec::new();
+        let mut notes = Vec::new();
         for id in names_in(&home.boxes_dir())? {
             let dir = home.box_dir(&id);
             let Some(record) = self.catalog.box_by_id(&id) else {
@@ -475,7 +477,17 @@ impl Check<'_> {
                     row.name == name
                         || self.store.exports.disks.snapshot_layer(row).parent() == Some(&dir)
                 };
-                if !rows.any(is_of) {
+                if rows.any(is_of) {
+                    continue;
+                }
+                if dir.join(UNRECORDED).exists() {
+                    notes.push(format!(
+                        "{} is left of a deleted snapshot of box {} ({}); the mount frees it when BoxLite can no longer need it",
+                        dir.display(),
+                        display_name(record),
+                        amount(allocated_below(&dir))
+                    ));
+                } else {
                     findings.push(format!(
                         "{} belongs to no snapshot of box {} ({}); boxlitefs check --repair makes a snapshot of it, or removes it where nothing is lost",
                         dir.display(),
@@ -500,6 +512,7 @@ impl Check<'_> {
             ));
         }
         self.findings.extend(findings);
+        self.notes.extend(notes);
         Ok(())
     }
 }

@@ -4,4 +4,5 @@ pub(super) mod at_mount;
 pub(super) mod background;
 pub mod check;
 pub mod compact;
+pub(super) mod left_snapshots;
 pub(super) mod usage;

@@ -16,11 +16,11 @@ use crate::files::workspace::discard;
 use crate::home::{BaseRecord, SnapshotRecord};
 use crate::store::Store;
 use crate::store::access::deletion_space::delete_with_room;
-use crate::store::access::lock::lock_box;
+use crate::store::access::lock::{lock_shared, made_again};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::adopt::adopt;
-use crate::store::layers::collect::free_bases;
-use crate::store::layers::graph::Directories;
+use crate::store::layers::collect::{free_bases, free_without_lock};
+use crate::store::layers::graph::{Directories, LayerGraph};
 use crate::{Context, Error, Result, mountinfo};
 
 /// What may be removed with a box: what the caller has seen of it.
@@ -58,7 +58,9 @@ pub fn see_disk(store: &Store, box_id: &str) -> Option<SeenDisk> {
 /// another box reads from its live disk; ENOENT.
 pub fn remove_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     let action = format!("removal of box {}", store.exports.disks.name_of(box_id));
-    let result = delete_with_room(store, &|| delete_box(store, box_id, seen));
+    let result = delete_with_room(store, &|| {
+        made_again(store, &|| delete_box(store, box_id, seen))
+    });
     store.events().log_outcome(&action, result)
 }
 
@@ -69,18 +71,13 @@ pub fn remove_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
 /// A crash before the transaction leaves the box unchanged but marked; recovery removes the mark.
 /// A crash after it leaves a marked directory without a row, which recovery removes, as BoxLite's
 /// own start does.
+///
+/// Beside a runtime, what BoxLite does with the box at that moment fails, or makes files in a
+/// directory without a row, which its next start removes.
 fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
-    let mut locked = lock_box(store, box_id)?;
+    let mut locked = lock_shared(store, box_id)?;
     refuse_other_snapshots(&locked, seen)?;
-    if seen.disk.is_some() && seen.disk != see_disk(store, box_id) {
-        return Err(Error::new(
-            libc::ENOTEMPTY,
-            format!(
-                "the disk of box {} changed since its removal began; remove it again",
-                display_name(&locked.record)
-            ),
-        ));
-    }
+    refuse_other_disk(&locked, seen)?;
     let dir = store.home().box_dir(box_id);
     if let Some(mountpoint) = mountinfo::below(&dir)? {
         return Err(Error::busy(format!(
@@ -100,7 +97,8 @@ fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
         mark_unrecorded(&dir)?;
     }
     crash_point("remove-box.marked");
-    let unrecorded = locked.change.transaction(|rows| rows.delete_box(box_id));
+    let unrecorded = refuse_changed_files(&locked, seen)
+        .and_then(|()| locked.change.transaction(|rows| rows.delete_box(box_id)));
     if let Err(error) = unrecorded {
         // A failed commit may be durable all the same. If the row is gone, or cannot be looked up,
         // the mark stays for recovery.
@@ -118,13 +116,11 @@ fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     };
     let cleaned_up = moved.and_then(|()| {
         crash_point("remove-box.moved");
-        if let Some(lock_id) = lock_id {
-            durable::unlink(&store.home().box_lock(lock_id))?;
-        }
-        free_bases(store, &mut locked.change, &|row| {
-            row.is_ours() || bases.contains(&row.id)
-        })
+        free_with_box(&mut locked, &bases)
     });
+    // Last: while it is there, a runtime that starts is noticed by its removal.
+    let unlocked = lock_id.map_or(Ok(()), |id| durable::unlink(&store.home().box_lock(id)));
+    let cleaned_up = cleaned_up.and(unlocked);
     drop(locked);
     if let Err(error) = cleaned_up {
         store.events().info(&format!(
@@ -135,10 +131,61 @@ fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     Ok(())
 }
 
+/// Frees the bases that only the removed box read. Those of BoxLite's, among `bases`, take the
+/// runtime lock; where a runtime has it, they wait for the next recovery of the home.
+fn free_with_box(locked: &mut LockedBox<'_>, bases: &BTreeSet<String>) -> Result<()> {
+    let may_go = |row: &BaseRecord| row.is_ours() || bases.contains(&row.id);
+    if locked.change.is_shared() {
+        let rows = locked.change.bases()?;
+        let has_others = rows.iter().any(|row| !row.is_ours() && may_go(row));
+        if !(has_others && locked.change.is_alone() && locked.change.take_lock()?) {
+            return free_without_lock(locked.store, &mut locked.change);
+        }
+    }
+    free_bases(locked.store, &mut locked.change, &may_go)
+}
+
+/// Refuses if BoxLite changed the box's files since the removal looked at them: it records nothing
+/// of a restore, and a clone only at its end.
+fn refuse_changed_files(locked: &LockedBox<'_>, seen: &SeenBox) -> Result<()> {
+    locked.change.begin_exclusive()?;
+    refuse_other_disk(locked, seen)?;
+    let layers = locked.layers()?;
+    if !locked.change.is_shared()
+        || (layers.unseen(locked.store.home()).is_none()
+            && read_by_others(locked, &layers).is_none())
+    {
+        return Ok(());
+    }
+    Err(Error::busy(format!(
+        "BoxLite is changing the disk of box {}; try again",
+        display_name(&locked.record)
+    ))
+    .for_a_moment())
+}
+
+/// Refuses if the live disk is another than the caller has seen, or has changed.
+fn refuse_other_disk(locked: &LockedBox<'_>, seen: &SeenBox) -> Result<()> {
+    if seen.disk.is_none() || seen.disk == see_disk(locked.store, &locked.record.id) {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::ENOTEMPTY,
+        format!(
+            "the disk of box {} changed since its removal began; remove it again",
+            display_name(&locked.record)
+        ),
+    ))
+}
+
 /// Moves a box's directory into the workspace, which the next mount removes after a crash. Names of
 /// bases in it are removed at once, because a base is freed only when it has no other name.
 fn put_aside(store: &Store, dir: &Path, aside: &Path) -> Result<()> {
-    durable::rename(dir, aside)?;
+    match durable::rename(dir, aside) {
+        // A runtime that has just started removed it.
+        Err(error) if error.errno() == libc::ENOENT => return Ok(()),
+        moved => moved?,
+    }
     durable::sync_dir(&store.home().boxes_dir())?;
     let snapshots = aside.join("snapshots");
     for name in names_in(&snapshots)? {
@@ -184,21 +231,22 @@ fn refuse_other_snapshots(locked: &LockedBox<'_>, seen: &SeenBox) -> Result<()> 
 fn adopt_for_others(locked: &mut LockedBox<'_>) -> Result<()> {
     loop {
         let layers = locked.layers()?;
-        let own = layers.files().iter();
-        let own = own.filter(|file| file.box_id() == Some(&locked.record.id));
-        let read = own
-            .filter(|file| {
-                layers
-                    .readers_of(&file.path)
-                    .any(|reader| reader.box_id() != Some(&locked.record.id))
-            })
-            .map(|file| file.path.clone())
-            .next();
-        match read {
+        match read_by_others(locked, &layers) {
             Some(path) => adopt(locked, &path)?,
             None => return Ok(()),
         };
     }
+}
+
+/// Returns a layer in the box's directory that a layer outside of it reads from.
+fn read_by_others(locked: &LockedBox<'_>, layers: &LayerGraph) -> Option<PathBuf> {
+    let own = layers.of_box(&locked.record.id);
+    let mut read = own.filter(|file| {
+        layers
+            .readers_of(&file.path)
+            .any(|reader| reader.box_id() != Some(&locked.record.id))
+    });
+    read.next().map(|file| file.path.clone())
 }
 
 /// Adds the missing references from every other box to the bases that it reads from and that have

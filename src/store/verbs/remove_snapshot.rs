@@ -1,19 +1,32 @@
 //! `rmdir web/snapshots/NAME`: deletes a snapshot.
+//!
+//! Beside a runtime, BoxLite may be about to restore the snapshot: it has read the row, and next it
+//! removes the live disk and makes an overlay on the layer, by the layer's path. So the row goes at
+//! once and the layer stays where it is, in a marked directory, until that restore is over.
 
 use std::path::Path;
+use std::time::Duration;
 
-use crate::Result;
+use crate::disk::Header;
+use crate::exports::display_name;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
+use crate::files::markers::UNRECORDED;
 use crate::store::Store;
 use crate::store::access::deletion_space::delete_with_room;
-use crate::store::access::lock::lock_box;
+use crate::store::access::lock::{lock_shared, made_again};
 use crate::store::access::locked_box::LockedBox;
-use crate::store::access::recovery::recover_box;
+use crate::store::access::recovery::{has_row, recover_box};
 use crate::store::layers::references::free_surplus;
 use crate::store::layers::snapshot_place::{
-    mark_unrecorded_snapshot, remove_snapshot_dir, unread_layer,
+    has_own_place, mark_unrecorded_snapshot, remove_snapshot_dir, unread_layer,
 };
+use crate::{Error, Result};
+
+/// How often, and after which pause, a restore by BoxLite is looked for that began before a
+/// deletion: it takes a few milliseconds.
+const RESTORE_LOOKS: u32 = 5;
+const RESTORE_PAUSE: Duration = Duration::from_millis(10);
 
 /// Deletes a snapshot. Its layer stays in `bases/` while any chain reads from it.
 ///
@@ -25,30 +38,99 @@ pub fn remove_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result
         store.exports.disks.snapshot_name(box_id, snapshot_id)?,
         store.exports.disks.name_of(box_id)
     );
-    let result = delete_with_room(store, &|| delete_snapshot(store, box_id, snapshot_id));
+    let result = delete_with_room(store, &|| {
+        made_again(store, &|| delete_snapshot(store, box_id, snapshot_id))
+    });
     store.events().log_outcome(&action, result)
 }
 
 /// Order: adopt the layer if any chain names its path; mark the directory; delete the row; unlink
-/// the layer's name. A crash after the row was deleted leaves a marked directory without a row,
-/// which recovery removes even if the layer has no other name.
+/// the layer's name, at once or when BoxLite can no longer need it. A crash after the row was
+/// deleted leaves a marked directory without a row, which recovery removes even if the layer has no
+/// other name.
 fn delete_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result<()> {
-    let mut locked = lock_box(store, box_id)?;
+    let mut locked = lock_shared(store, box_id)?;
     let snapshot = locked.snapshot(snapshot_id)?;
     let layer = unread_layer(&mut locked, &snapshot)?;
     crash_point("remove.adopted");
     mark_unrecorded_snapshot(&layer)?;
     crash_point("remove.marked");
-    let unrecorded = locked
-        .change
-        .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id));
+    let unrecorded = refuse_restored(&locked, &layer).and_then(|()| {
+        locked
+            .change
+            .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id))
+    });
     if let Err(error) = unrecorded {
-        // The row may be deleted all the same: recovery checks.
-        let _ = recover_box(&mut locked);
+        keep_row_or_mark(&mut locked, snapshot_id, &layer);
         return Err(error);
     }
     crash_point("remove.unrecorded");
-    free_removed(&mut locked, &layer)
+    free_or_leave(&mut locked, &layer)?;
+    drop(locked);
+    adopt_if_restored(store, box_id, &layer);
+    Ok(())
+}
+
+/// Refuses if BoxLite has restored the snapshot since its layer was adopted. It records nothing of
+/// that.
+///
+/// # Errors
+/// EBUSY, for a moment.
+pub fn refuse_restored(locked: &LockedBox<'_>, layer: &Path) -> Result<()> {
+    locked.change.begin_exclusive()?;
+    if locked.layers()?.readers_of(layer).next().is_none() {
+        return Ok(());
+    }
+    Err(Error::busy(format!(
+        "BoxLite restored box {} to this snapshot just now; try again",
+        display_name(&locked.record)
+    ))
+    .for_a_moment())
+}
+
+/// Undoes the mark of a snapshot whose row could not be deleted. A failed commit may be durable all
+/// the same: then the mark stays for recovery.
+pub fn keep_row_or_mark(locked: &mut LockedBox<'_>, snapshot_id: &str, layer: &Path) {
+    if !locked.change.is_shared() {
+        let _ = recover_box(locked);
+    } else if locked.snapshot(snapshot_id).is_ok() {
+        let _ = durable::unlink(&layer.with_file_name(UNRECORDED));
+    }
+}
+
+/// Removes the layer of a snapshot whose row is deleted if certainly no runtime has the home;
+/// otherwise leaves it for `maintenance::left_snapshots`.
+///
+/// # Errors
+/// EIO when the layer can't be unlinked.
+pub fn free_or_leave(locked: &mut LockedBox<'_>, layer: &Path) -> Result<()> {
+    if locked.change.is_surely_alone()? && locked.layers()?.readers_of(layer).next().is_none() {
+        return free_removed(locked, layer);
+    }
+    locked.store.left.add(&locked.record.id, layer);
+    Ok(())
+}
+
+/// Adopts the layer of a deleted snapshot if BoxLite restores it at this moment. The next change
+/// would do so as well, but BoxLite may be asked for a snapshot of the same name before that: it
+/// would move the live disk over the layer which that disk reads.
+pub fn adopt_if_restored(store: &Store, box_id: &str, layer: &Path) {
+    if !layer.exists() || has_own_place(layer) {
+        return;
+    }
+    let live = store.home().live_disk(box_id);
+    for _ in 0..RESTORE_LOOKS {
+        std::thread::sleep(RESTORE_PAUSE);
+        let header = Header::open(&live).ok().flatten();
+        if header
+            .and_then(|header| header.backing_path(&live))
+            .as_deref()
+            == Some(layer)
+        {
+            // If it can't be adopted now, the next change does it.
+            let _ = lock_shared(store, box_id);
+        }
+    }
 }
 
 /// Removes the layer of a snapshot whose row is deleted, and frees what only that needed. A failure
@@ -65,4 +147,27 @@ pub fn free_removed(locked: &mut LockedBox<'_>, layer: &Path) -> Result<()> {
         events.info(&format!("{error}; the space of the snapshot is not freed"));
     }
     Ok(())
+}
+
+/// Removes the layer of a snapshot that was deleted beside a runtime some time ago.
+///
+/// # Errors
+/// EBUSY while the box is used or the runtime's process is stopped; those of system calls.
+pub fn free_left_snapshot(store: &Store, box_id: &str, layer: &Path) -> Result<()> {
+    let mut locked = lock_shared(store, box_id)?;
+    let Some(dir) = layer.parent() else {
+        return Ok(());
+    };
+    if !dir.join(UNRECORDED).exists() || has_row(&locked.snapshots()?, dir) {
+        return Ok(());
+    }
+    locked.change.begin_exclusive()?;
+    if locked.change.is_runtime_stopped() || locked.live().is_none() {
+        return Err(Error::busy(format!(
+            "BoxLite may be restoring box {}",
+            display_name(&locked.record)
+        )));
+    }
+    refuse_restored(&locked, layer)?;
+    free_removed(&mut locked, layer)
 }

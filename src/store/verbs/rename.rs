@@ -1,17 +1,22 @@
 //! `mv web api` renames a box; `mv web/snapshots/a web/snapshots/b` renames a snapshot.
 
+use std::path::Path;
+
 use crate::Result;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::markers::UNRECORDED;
+use crate::home::SnapshotRecord;
 use crate::store::Store;
-use crate::store::access::lock::{lock_box, lock_unprepared};
+use crate::store::access::lock::{lock_shared, lock_unprepared, made_again};
+use crate::store::access::locked_box::LockedBox;
 use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
 use crate::store::access::recovery::recover_box;
 use crate::store::layers::snapshot_place::{
-    mark_unrecorded_snapshot, marked_dir, refuse_taken_snapshot_name, remove_snapshot_dir,
-    snapshot_place, unread_layer,
+    has_own_place, mark_unrecorded_snapshot, marked_dir, own_place, refuse_taken_snapshot_name,
+    remove_place, snapshot_place, unread_layer,
 };
+use crate::store::verbs::remove_snapshot::{adopt_if_restored, free_or_leave, refuse_restored};
 
 /// Renames a box.
 ///
@@ -50,19 +55,22 @@ pub fn rename_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &st
         store.exports.disks.snapshot_name(box_id, snapshot_id)?,
         store.exports.disks.name_of(box_id)
     );
-    let result = move_snapshot(store, box_id, snapshot_id, name);
+    let result = made_again(store, &|| move_snapshot(store, box_id, snapshot_id, name));
     store.events().log_outcome(&action, result)
 }
 
 /// Order: adopt the layer if any chain names its path; move a marked directory with a further name
-/// of the layer into place; mark the old directory, too; update the row; unlink the old name.
+/// of the layer into place; mark the old directory, too; update the row; unlink the old name, at
+/// once or when BoxLite can no longer need it (see [`remove_snapshot`]).
 ///
 /// A crash before the row was updated leaves the new directory marked and without a row; a crash
 /// after it leaves the old directory in that state. Recovery removes either, even if BoxLite
 /// removed the other meanwhile.
+///
+/// [`remove_snapshot`]: super::remove_snapshot
 fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> Result<()> {
     refuse_bad_snapshot_name(name)?;
-    let mut locked = lock_box(store, box_id)?;
+    let mut locked = lock_shared(store, box_id)?;
     let snapshot = locked.snapshot(snapshot_id)?;
     if snapshot.name == name {
         return Ok(());
@@ -70,28 +78,61 @@ fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> 
     refuse_taken_snapshot_name(&locked, name)?;
     let layer = unread_layer(&mut locked, &snapshot)?;
     crash_point("rename.adopted");
+    let recorded = store.exports.disks.snapshot_layer(&snapshot);
+    if layer == recorded && has_own_place(&layer) {
+        // Only the row has the name.
+        return record_name(&mut locked, &snapshot, name, &layer);
+    }
     let dir = marked_dir(store)?;
     // The row may name a file outside of the snapshot's own directory.
-    durable::link(
-        &store.exports.disks.snapshot_layer(&snapshot),
-        &dir.join("disk.qcow2"),
-    )?;
-    let path = snapshot_place(&locked, name, Some(&dir))?;
+    durable::link(&recorded, &dir.join("disk.qcow2"))?;
+    locked.change.begin_exclusive()?;
+    let place = if locked.change.is_shared() {
+        own_place()?
+    } else {
+        name.to_owned()
+    };
+    let path = snapshot_place(&locked, &place, Some(&dir))?;
     crash_point("rename.linked");
-    mark_unrecorded_snapshot(&layer)?;
-    let recorded = locked.change.transaction(|rows| {
-        rows.rename_snapshot(box_id, snapshot_id, name, &path.display().to_string())
-    });
-    if let Err(error) = recorded {
-        // Whichever name the row has now, one of the two directories has no row; recovery removes
-        // it.
-        let _ = recover_box(&mut locked);
+    let renamed = mark_unrecorded_snapshot(&layer)
+        .and_then(|()| refuse_restored(&locked, &layer))
+        .and_then(|()| record_name(&mut locked, &snapshot, name, &path));
+    if let Err(error) = renamed {
+        undo_move(&mut locked, &snapshot, &layer, &path);
         return Err(error);
     }
-    crash_point("rename.recorded");
     durable::unlink(&path.with_file_name(UNRECORDED))?;
-    durable::unlink(&layer)?;
-    crash_point("rename.unlinked");
-    remove_snapshot_dir(store, layer.parent());
+    free_or_leave(&mut locked, &layer)?;
+    drop(locked);
+    adopt_if_restored(store, box_id, &layer);
     Ok(())
+}
+
+fn record_name(
+    locked: &mut LockedBox<'_>,
+    snapshot: &SnapshotRecord,
+    name: &str,
+    layer: &Path,
+) -> Result<()> {
+    let (box_id, path) = (locked.record.id.clone(), layer.display().to_string());
+    locked
+        .change
+        .transaction(|rows| rows.rename_snapshot(&box_id, &snapshot.id, name, &path))?;
+    crash_point("rename.recorded");
+    Ok(())
+}
+
+/// Takes back what was prepared for a rename that failed. Whichever name the row has now, one of
+/// the two directories has no row. Beside a runtime no recovery runs, so the new one is removed
+/// here, unless the row may name it.
+fn undo_move(locked: &mut LockedBox<'_>, snapshot: &SnapshotRecord, old: &Path, new: &Path) {
+    if !locked.change.is_shared() {
+        let _ = recover_box(locked);
+    } else if locked
+        .snapshot(&snapshot.id)
+        .is_ok_and(|row| row == *snapshot)
+    {
+        remove_place(locked, new);
+        let _ = durable::unlink(&old.with_file_name(UNRECORDED));
+    }
 }

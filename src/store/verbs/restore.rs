@@ -2,6 +2,7 @@
 //! state, from the home or from a received archive.
 
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use crate::exports::{Contents, Source, display_name};
 use crate::files::crash_points::crash_point;
@@ -19,26 +20,39 @@ use crate::store::verbs::import_stream::ImportStream;
 use crate::{Error, Result};
 
 /// Makes the live disk of a box a copy-on-write copy of `source`. Copies no data, whatever the size
-/// of the disk, and keeps all snapshots, later ones too. `read` is the state of the source that the
-/// caller read.
+/// of the disk, and keeps all snapshots, later ones too. `read` is the source and the state of it
+/// that the caller read. The disk is shown as modified at `modified`, or now: a tool that copies
+/// only what is newer has to see that it changed, even to an older state.
 ///
 /// # Errors
 /// EBUSY, ENODATA for a box without a disk, EPERM when others read from the live disk, EIO when the
 /// source has changed since it was read.
-pub fn restore_box(store: &Store, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
+pub fn restore_box(
+    store: &Store,
+    box_id: &str,
+    (source, read): (&Source, &Contents),
+    modified: Option<SystemTime>,
+) -> Result<()> {
     let action = format!(
         "restore of box {} from {}",
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
-    let result = made_again(store, &|| restore_state(store, box_id, source, read));
+    let result = made_again(store, &|| {
+        restore_state(store, box_id, (source, read), modified)
+    });
     store.events().log_outcome(&action, result)
 }
 
 /// Order: freeze the source (or adopt the snapshot's layer); make an overlay on it in the
 /// workspace; add the references; move the overlay over the live disk. A crash before the last step
 /// leaves surplus references, which recovery drops.
-fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
+fn restore_state(
+    store: &Store,
+    box_id: &str,
+    (source, read): (&Source, &Contents),
+    modified: Option<SystemTime>,
+) -> Result<()> {
     let is_itself = matches!(source, Source::Live { box_id: other } if other == box_id);
     if is_itself {
         return refuse_changed(store, source, read);
@@ -58,6 +72,8 @@ fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) 
     refuse_other_size(&locked, &live, frozen.virtual_size)?;
     let overlay = store.workspace().scratch("overlay")?;
     make_overlay(&locked, &frozen, &overlay)?;
+    durable::set_modified(&overlay, not_after_now(modified))?;
+    durable::sync_file(&overlay)?;
     locked.refer_to_chain(&overlay)?;
     crash_point("restore.referred");
     replace_live(&mut locked, &overlay, &live, old)?;
@@ -68,13 +84,18 @@ fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) 
 }
 
 /// Makes the disk of a complete archive the live disk of a box. The box keeps its id, name,
-/// configuration and snapshots.
+/// configuration and snapshots. The disk is shown as modified at `modified`, or now.
 ///
 /// # Errors
 /// EBADMSG when the archive is incomplete, EBUSY, ENODATA for a box without a disk, EPERM when
 /// others read from the live disk.
-pub fn restore_archive(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
-    let result = made_again(store, &|| restore_arrived(store, box_id, stream));
+pub fn restore_archive(
+    store: &Store,
+    box_id: &str,
+    stream: &ImportStream,
+    modified: Option<SystemTime>,
+) -> Result<()> {
+    let result = made_again(store, &|| restore_arrived(store, box_id, stream, modified));
     store.events().log_outcome(
         &format!(
             "restore of box {} from an archive",
@@ -86,11 +107,17 @@ pub fn restore_archive(store: &Store, box_id: &str, stream: &ImportStream) -> Re
 
 /// Order: the disk was unpacked and checked in the workspace; flush it; move it over the live disk.
 /// A crash leaves the old or the new disk, and surplus references, which recovery drops.
-fn restore_arrived(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
+fn restore_arrived(
+    store: &Store,
+    box_id: &str,
+    stream: &ImportStream,
+    modified: Option<SystemTime>,
+) -> Result<()> {
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
     store.home().give_to_owner(stream.disk())?;
+    durable::set_modified(stream.disk(), not_after_now(modified))?;
     durable::sync_file(stream.disk())?;
     let mut locked = lock_shared(store, box_id)?;
     let live = replaceable_live(&locked)?;
@@ -102,6 +129,13 @@ fn restore_arrived(store: &Store, box_id: &str, stream: &ImportStream) -> Result
     crash_point("restore.replaced");
     clean_up_after_restore(&mut locked);
     Ok(())
+}
+
+/// Returns the time that a restored disk shows. A time in the future would hide what the guest
+/// writes until then.
+fn not_after_now(modified: Option<SystemTime>) -> SystemTime {
+    let now = SystemTime::now();
+    modified.map_or(now, |modified| modified.min(now))
 }
 
 /// Returns the path of the live disk, if it may be replaced. EPERM when a layer reads from it,

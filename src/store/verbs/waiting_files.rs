@@ -5,7 +5,6 @@
 //! next mount makes a box from it.
 
 use std::fs;
-use std::fs::{File, FileTimes};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::SystemTime;
@@ -13,6 +12,7 @@ use std::time::SystemTime;
 use crate::disk::FileId;
 use crate::exports::{Contents, Source};
 use crate::files::crash_points::crash_point;
+use crate::files::durable;
 use crate::files::waiting_archive::{WaitingArchive, waiting_in};
 use crate::files::workspace::{Abandoned, discard, remove_but_waiting};
 use crate::home::{Catalog, box_id};
@@ -67,12 +67,7 @@ pub fn note_waiting(stream: &mut ImportStream, name: &str, made: SystemTime) -> 
 }
 
 fn write_note(stream: &ImportStream, name: &str, made: SystemTime) -> Result<()> {
-    let times = FileTimes::new().set_modified(made);
-    File::options()
-        .write(true)
-        .open(stream.disk())
-        .and_then(|disk| disk.set_times(times))
-        .context(|| format!("cannot set the times of {}", stream.disk().display()))?;
+    durable::set_modified(stream.disk(), made)?;
     stream.as_waiting(name)?.write_note()
 }
 

@@ -196,11 +196,14 @@ impl Committer {
         }
         match &state.content {
             StagedContent::Archive(arrival) => {
-                store::restore_archive(&self.store, &file.box_id, arrival)
+                store::restore_archive(&self.store, &file.box_id, arrival, state.modified)
             }
             StagedContent::FromHome {
                 source, contents, ..
-            } => store::restore_box(&self.store, &file.box_id, source, contents),
+            } => {
+                let read = (source, contents);
+                store::restore_box(&self.store, &file.box_id, read, state.modified)
+            }
             _ => Ok(()),
         }
     }

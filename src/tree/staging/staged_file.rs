@@ -104,6 +104,8 @@ pub struct StagedState {
     pub content: StagedContent,
     /// How often it is open.
     pub open: usize,
+    /// The modification time that its writer set, if any.
+    pub modified: Option<SystemTime>,
     /// What is shown of an archive that arrives.
     pub operation: Option<Operation>,
     /// The first refusal: errno and message. All later calls get it as well.
@@ -152,6 +154,7 @@ impl StagedFile {
                 place,
                 content: StagedContent::Nothing,
                 open: 0,
+                modified: None,
                 operation: None,
                 refused: None,
             }),

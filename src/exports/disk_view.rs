@@ -2,24 +2,22 @@
 //! readers share it.
 
 use std::collections::HashMap;
-use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use sha2::{Digest, Sha256};
 
+use crate::Result;
 use crate::disk::Chain;
 use crate::exports::disks::{Disks, Source};
+use crate::exports::open_disk::{DiskState, OpenDisk, stale};
+use crate::exports::paused_copy::PausedCopies;
 use crate::exports::recent::Recent;
+use crate::exports::running_views::RunningViews;
 use crate::exports::states::{LayerStates, States};
-use crate::guest::{Caches, Guest};
+use crate::guest::Caches;
 use crate::home::Catalog;
-use crate::{Error, Result};
-
-#[cfg(test)]
-use std::time::UNIX_EPOCH;
 
 /// Disks kept open for the sources used last. A disk with an open file outlives its eviction.
 const KEPT_DISKS: usize = 8;
@@ -27,155 +25,6 @@ const KEPT_DISKS: usize = 8;
 /// A disk without open files is closed after this time without use: while it is open, its layers
 /// can't be merged, and their space is not reclaimed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// One state of a disk, which numbers the inodes of the files in it.
-///
-/// It is small, and is kept as long as the kernel knows one of these inodes. An [`OpenDisk`] holds
-/// what it takes to read the files.
-#[derive(Debug)]
-pub struct DiskState {
-    source: Source,
-    number: u64,
-    changed: SystemTime,
-    size: u64,
-}
-
-impl DiskState {
-    /// Returns the state of a chain; `state` is its [`States::state_number`].
-    fn of(source: &Source, chain: &Chain, state: u64) -> DiskState {
-        let changed = chain.changed_at();
-        let size = chain.virtual_size();
-        let key = format!("{source:?} {state}");
-        let mut number = [0; 8];
-        number.copy_from_slice(&Sha256::digest(key.as_bytes())[..8]);
-        let number = u64::from_le_bytes(number);
-        DiskState {
-            source: source.clone(),
-            number,
-            changed,
-            size,
-        }
-    }
-
-    /// Returns a state with this number, of no disk.
-    #[cfg(test)]
-    pub fn numbered(number: u64) -> DiskState {
-        DiskState {
-            source: Source::Live {
-                box_id: String::new(),
-            },
-            number,
-            changed: UNIX_EPOCH,
-            size: 0,
-        }
-    }
-
-    /// Returns the box or snapshot it is a state of.
-    pub fn source(&self) -> &Source {
-        &self.source
-    }
-
-    /// Returns the number of the state. No other state has it; it is the same after a remount.
-    pub fn number(&self) -> u64 {
-        self.number
-    }
-
-    /// Returns when the disk last changed.
-    pub fn changed(&self) -> SystemTime {
-        self.changed
-    }
-
-    /// Returns the size of the disk in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-}
-
-impl PartialEq for DiskState {
-    fn eq(&self, other: &Self) -> bool {
-        self.number == other.number
-    }
-}
-
-impl Eq for DiskState {}
-
-impl Hash for DiskState {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.number.hash(state);
-    }
-}
-
-impl PartialOrd for DiskState {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for DiskState {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.number.cmp(&other.number)
-    }
-}
-
-/// Returns the error for a file of a state that is not current any more.
-fn stale() -> Error {
-    Error::new(
-        libc::ESTALE,
-        "the disk changed after the file was looked up; open it again",
-    )
-}
-
-/// A disk in one state, open for reading. It holds its layers open, so renaming or removing them
-/// does not affect it.
-pub struct OpenDisk {
-    state: Arc<DiskState>,
-    chain: Arc<Chain>,
-    guest: OnceLock<Result<Guest>>,
-    allocated: OnceLock<Result<u64>>,
-    caches: Arc<Caches>,
-}
-
-impl OpenDisk {
-    /// Returns the state the disk was opened in.
-    pub fn state(&self) -> &Arc<DiskState> {
-        &self.state
-    }
-
-    /// Returns how many bytes of the disk are allocated in its layers; the rest is zeros. Counted
-    /// at the first call.
-    ///
-    /// # Errors
-    /// EIO when a layer is damaged.
-    pub fn allocated(&self) -> Result<u64> {
-        let allocated = self.allocated.get_or_init(|| self.chain.allocated());
-        allocated.as_ref().copied().map_err(Error::again)
-    }
-
-    /// Returns the layers that the disk's bytes are read from.
-    pub fn chain(&self) -> &Chain {
-        &self.chain
-    }
-
-    /// Returns the guest's file systems, which the first call opens.
-    ///
-    /// # Errors
-    /// EIO when they are damaged or of an unknown kind; every later call fails with the same error.
-    pub fn guest(&self) -> Result<&Guest> {
-        let guest = self
-            .guest
-            .get_or_init(|| Guest::open(self.chain.clone(), &self.caches));
-        guest.as_ref().map_err(Error::again)
-    }
-
-    /// Fails if the disk changed since it was opened: bytes read now would not belong to the same
-    /// state.
-    ///
-    /// # Errors
-    /// ESTALE; looking the name up again finds the current state.
-    pub fn refuse_changed(&self) -> Result<()> {
-        self.chain.unchanged().map_err(|_| stale())
-    }
-}
 
 /// An open disk in the cache.
 struct KeptView {
@@ -206,15 +55,35 @@ pub struct DiskViews {
     disks: Arc<Disks>,
     states: Arc<States>,
     cache: Mutex<ViewCache>,
+    /// The disks of running boxes.
+    pub running: RunningViews,
 }
 
 impl DiskViews {
     /// Returns the views of these disks, with none open.
-    pub(crate) fn new(disks: Arc<Disks>, states: Arc<States>) -> DiskViews {
+    pub(crate) fn new(
+        disks: Arc<Disks>,
+        states: Arc<States>,
+        copies: Arc<PausedCopies>,
+    ) -> DiskViews {
         DiskViews {
             disks,
             states,
             cache: Mutex::default(),
+            running: RunningViews::new(copies),
+        }
+    }
+
+    /// Opens the disk of a running box as it is now, or as `process` has seen it in the last
+    /// seconds. Opens it as [`DiskViews::open`] does if the box has stopped.
+    ///
+    /// # Errors
+    /// EBUSY when that is not cheap; otherwise those of [`DiskViews::open`].
+    pub fn look(&self, source: &Source, process: Option<u32>) -> Result<Arc<OpenDisk>> {
+        let caches = self.cache.lock().guest_caches.clone();
+        match self.running.look(source, process, &caches)? {
+            Some(disk) => Ok(disk),
+            None => self.open(source),
         }
     }
 
@@ -264,13 +133,8 @@ impl DiskViews {
         let number = self.states.state_number(&chain)?;
         let chain = Arc::new(chain);
         let mut cache = self.cache.lock();
-        let disk = Arc::new(OpenDisk {
-            state: Arc::new(DiskState::of(source, &chain, number)),
-            chain,
-            guest: OnceLock::new(),
-            allocated: OnceLock::new(),
-            caches: cache.guest_caches.clone(),
-        });
+        let state = DiskState::of(source, &chain, number);
+        let disk = Arc::new(OpenDisk::new(state, chain, cache.guest_caches.clone()));
         let view = KeptView {
             layers,
             disk: disk.clone(),
@@ -287,17 +151,22 @@ impl DiskViews {
     /// # Errors
     /// ESTALE when the disk is in another state, or gone; otherwise as [`DiskViews::open`].
     pub fn reopen(&self, state: &DiskState) -> Result<Arc<OpenDisk>> {
+        if let Some(disk) = self.running.reopen(state) {
+            return Ok(disk);
+        }
         {
             let mut cache = self.cache.lock();
-            if let Some(view) = cache.views.get_mut(&state.source)
-                && *view.disk.state == *state
+            if let Some(view) = cache.views.get_mut(state.source())
+                && **view.disk.state() == *state
             {
                 view.last_use = Instant::now();
                 return Ok(view.disk.clone());
             }
         }
-        match self.open_now(&state.source) {
-            Ok(Some(disk)) if *disk.state == *state => Ok(disk),
+        match self.open_now(state.source()) {
+            Ok(Some(disk)) if **disk.state() == *state => Ok(disk),
+            // It has been started, or was seen as it ran and has changed.
+            Err(_) if self.running.is_running(state.source()) => Err(stale()),
             Err(error) if !matches!(error.errno(), libc::ENOENT | libc::ENODATA) => Err(error),
             _ => Err(stale()),
         }
@@ -325,12 +194,12 @@ impl DiskViews {
         let ViewCache { views, recent, .. } = &mut *cache;
         views.retain(|_, view| view.is_in_use());
         recent.retain(|source| views.contains_key(source));
-        recent.oldest_first().len()
+        recent.oldest_first().len() + self.running.let_go_of_unused()
     }
 
     /// Returns whether a disk is in use.
     pub(crate) fn is_in_use(&self) -> bool {
-        self.cache.lock().views.values().any(KeptView::is_in_use)
+        self.cache.lock().views.values().any(KeptView::is_in_use) || self.running.is_in_use()
     }
 
     /// Closes the disks of sources that are not in `catalog`.

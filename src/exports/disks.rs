@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::disk::{self, Chain, FileId, Scope};
+use crate::disk::{self, Chain, FileId, Header, Scope};
 use crate::files::listing::resolve;
 use crate::home::{Activity, BoxRecord, Catalog, Home, SnapshotRecord, is_open_for_writing};
 use crate::{Error, Result};
@@ -148,6 +148,21 @@ impl Disks {
     pub fn changed_at(&self, source: &Source) -> Option<SystemTime> {
         let top = self.top_of(source).ok()?;
         fs::metadata(top).and_then(|meta| meta.modified()).ok()
+    }
+
+    /// Returns the size of the disk in bytes, as its guest sees it.
+    ///
+    /// # Errors
+    /// ENODATA when the box has no disk yet; EIO when its topmost file is damaged.
+    pub fn virtual_size(&self, source: &Source) -> Result<u64> {
+        let top = self.existing_top(source, &self.record_of(source)?)?;
+        match Header::open(&top)? {
+            Some(header) => Ok(header.virtual_size),
+            None => Err(Error::damaged(format!(
+                "{} is not a qcow2 image",
+                top.display()
+            ))),
+        }
     }
 
     /// Returns the row of the box that a disk state belongs to.

@@ -7,12 +7,14 @@ mod compressed;
 mod compressed_cache;
 mod disk_view;
 mod disks;
+mod open_disk;
 mod open_home;
 mod paused_copy;
 mod plain;
 mod production;
 mod recent;
 mod running_disk;
+mod running_views;
 mod spool;
 mod spooling;
 mod states;
@@ -21,9 +23,10 @@ use std::sync::Arc;
 
 pub use compressed::CompressedExports;
 pub use compressed_cache::{CacheUsage, Compression};
-pub use disk_view::{DiskState, DiskViews, OpenDisk};
+pub use disk_view::DiskViews;
 pub(crate) use disks::display_name;
 pub use disks::{Disks, Source};
+pub use open_disk::{DiskState, OpenDisk};
 pub(crate) use open_home::OpenHome;
 pub use paused_copy::PausedCopies;
 pub use plain::{Contents, Form, PlainExports};
@@ -86,7 +89,7 @@ impl Exports {
             opened.operations.clone(),
         );
         Exports {
-            views: DiskViews::new(disks.clone(), states.clone()),
+            views: DiskViews::new(disks.clone(), states.clone(), copies.clone()),
             compressed: Arc::new(compressed),
             disks,
             states,

@@ -21,7 +21,7 @@ use crate::exports::open_home::OpenHome;
 use crate::exports::plain::{Contents, Form, PlainExports, about_of};
 use crate::exports::production::{POLL_INTERVAL, interrupted};
 use crate::exports::running_disk::RunningDisks;
-use crate::exports::states::States;
+use crate::exports::states::{LayerStates, States};
 use crate::home::{Activity, BoxRecord, Home, VmProcess};
 use crate::progress::Foreground;
 use crate::{Error, Result};
@@ -177,6 +177,43 @@ impl PausedCopies {
         Ok(Some(self.copy_running(source, &record, vm, go_on)?.0))
     }
 
+    /// Returns the disk of a running box as it is at one moment after the call, and its layers from
+    /// before it was copied. None for an idle box. Copies at most `largest` bytes where the file
+    /// system can't share blocks.
+    ///
+    /// # Errors
+    /// EBUSY when the disk is larger, and those of [`PausedCopies::open`] for a running box.
+    pub(crate) fn look(
+        &self,
+        source: &Source,
+        largest: u64,
+    ) -> Result<Option<(Chain, Option<LayerStates>)>> {
+        let record = self.disks.record_of(source)?;
+        let Some(vm) = VmProcess::of(&self.home, &record) else {
+            return Ok(None);
+        };
+        let name = display_name(&record);
+        if self.is_read_only {
+            return Err(Error::busy(format!(
+                "box {name} runs, and a read-only mount has no place for a copy of its disk; stop the box first, or mount without ro"
+            )));
+        }
+        let go_on = || true;
+        let _turn = self.turn_of(source.box_id(), &go_on)?;
+        if self.home.activity(&record) == Activity::Idle {
+            return Ok(None);
+        }
+        let copy = self.running.copy(source, &record, vm, largest, &go_on);
+        let copy =
+            copy.map_err(|error| Error::new(error.errno(), format!("box {name} runs: {error}")))?;
+        log::debug!(
+            "box {name} was paused for {} ms, for a look",
+            copy.pause.as_millis()
+        );
+        let chain = Chain::open_over(copy.file, &copy.top, &self.disks.scope_of(&copy.top))?;
+        Ok(Some((chain, copy.before)))
+    }
+
     /// Waits until no other thread copies the disk of this box.
     fn turn_of(
         &self,
@@ -217,7 +254,7 @@ impl PausedCopies {
         };
         let copy = self
             .running
-            .copy(source, record, vm, go_on)
+            .copy(source, record, vm, u64::MAX, go_on)
             .map_err(explain)?;
         let chain = Chain::open_over(copy.file, &copy.top, &self.disks.scope_of(&copy.top))?;
         let changed = chain.changed_at();

@@ -28,6 +28,8 @@ pub(crate) struct DiskCopy {
     pub top: PathBuf,
     /// How long the virtual machine was paused.
     pub pause: Duration,
+    /// The layers from before the copy began. While they are current, so is the copy.
+    pub before: Option<LayerStates>,
 }
 
 /// Copies the disks of running boxes.
@@ -54,16 +56,18 @@ impl RunningDisks {
         }
     }
 
-    /// Copies the layer that the virtual machine of a box writes to, as of one moment.
+    /// Copies the layer that the virtual machine of a box writes to, as of one moment. Where the file
+    /// system can't share blocks, copies no layer with more than `largest` bytes allocated.
     ///
     /// # Errors
-    /// EBUSY when the virtual machine can't be paused, or did not stay so; EINTR once `go_on`
+    /// EBUSY when the layer is larger, and when the virtual machine can't be paused, or did not stay so; EINTR once `go_on`
     /// returns false; ENOSPC; those of copying.
     pub fn copy(
         &self,
         source: &Source,
         record: &BoxRecord,
         vm: VmProcess,
+        largest: u64,
         go_on: &dyn Fn() -> bool,
     ) -> Result<DiskCopy> {
         let top = self.written_layer(source, record, vm)?;
@@ -71,11 +75,10 @@ impl RunningDisks {
         let original = File::open(&top).context(message)?;
         let copy = self.workspace.unnamed_file("running")?;
         let shares = can_share(&original, &copy);
-        let mut before = None;
+        // While these states are current, the disk is as it was before the copy began.
+        let before = self.states.open_now(&top).ok().map(|(_, states)| states);
         if !shares {
-            self.require_space(&original)?;
-            // While these states are current, the disk is as it was before the copy began.
-            before = self.states.open_now(&top).ok().map(|(_, states)| states);
+            self.require_space(&original, largest)?;
             let mut check = || if go_on() { Ok(()) } else { Err(interrupted()) };
             copy_contents(&original, &copy, &top, &mut check)?;
         }
@@ -88,10 +91,10 @@ impl RunningDisks {
             return Err(Error::busy("the disk was replaced just now; try again"));
         }
         let mut check = || check_paused(&paused, go_on);
-        let is_unchanged = |states: LayerStates| states.is_settled() && states.are_current(&top);
+        let is_unchanged = |states: &LayerStates| states.is_settled() && states.are_current(&top);
         if shares {
             copy_contents(&original, &copy, &top, &mut check)?;
-        } else if !before.is_some_and(is_unchanged) {
+        } else if !before.as_ref().is_some_and(is_unchanged) {
             refresh_copy(&original, &copy, &top, &mut check)?;
         }
         paused.still()?;
@@ -105,6 +108,7 @@ impl RunningDisks {
             file: copy,
             top,
             pause,
+            before,
         })
     }
 
@@ -121,14 +125,21 @@ impl RunningDisks {
     /// Fails if a copy that shares no blocks does not fit, before anything is paused.
     ///
     /// # Errors
-    /// ENOSPC; those of looking at the disk and the file system.
-    fn require_space(&self, original: &File) -> Result<()> {
+    /// EBUSY when it would be larger than `largest` bytes; ENOSPC; those of looking at the disk and
+    /// the file system.
+    fn require_space(&self, original: &File, largest: u64) -> Result<()> {
         use std::os::unix::fs::MetadataExt;
         let needed = original
             .metadata()
             .context(|| "cannot look at the disk")?
             .blocks()
             * 512;
+        if needed > largest {
+            return Err(Error::busy(format!(
+                "its top layer has {} MiB, too many to be copied for a look; take a snapshot and look into that",
+                needed >> 20
+            )));
+        }
         let space = Space::of(&self.home)?;
         if space.available_bytes() >= needed {
             return Ok(());

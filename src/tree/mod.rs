@@ -177,6 +177,7 @@ impl Tree {
                 | Node::Snapshot(..)
                 | Node::ViewOf(_)
                 | Node::Guest(_)
+                | Node::Running(..)
                 | Node::DiskImage(_))
         )
     }
@@ -284,7 +285,7 @@ impl Tree {
     fn node_to_change(&self, ino: u64) -> Result<Node> {
         self.store.refuse_read_only()?;
         match self.kernel.node(ino)? {
-            Node::Guest(_) | Node::DiskImage(_) => Err(only_for_reading()),
+            Node::Guest(_) | Node::DiskImage(_) | Node::Running(..) => Err(only_for_reading()),
             node => Ok(node),
         }
     }

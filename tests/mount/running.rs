@@ -161,7 +161,11 @@ fn bytes_in(image: &Path) -> (u8, u8) {
         text(image),
         text(raw.path()),
     ]);
-    let raw = fs::read(raw.path()).unwrap();
+    bytes_of(&fs::read(raw.path()).unwrap())
+}
+
+/// Returns the bytes at the two places of a raw disk.
+fn bytes_of(raw: &[u8]) -> (u8, u8) {
     let of = |place: u64| {
         let bytes = &raw[place as usize..place as usize + 512];
         assert!(
@@ -177,7 +181,11 @@ fn bytes_in(image: &Path) -> (u8, u8) {
 fn assert_a_moment(image: &Path, before: u64, after: u64) {
     let check = run(&["qemu-img", "check", "-q", text(image)]);
     assert!(check.status.success(), "{}: {check:?}", image.display());
-    let (first, second) = bytes_in(image);
+    assert_in_order(bytes_in(image), before, after);
+}
+
+/// Asserts that the bytes at the two places are of one moment between these numbers.
+fn assert_in_order((first, second): (u8, u8), before: u64, after: u64) {
     let (first, second) = (u64::from(first), u64::from(second));
     let is_next = |a: u64, b: u64| (a + 1) % 251 == b;
     assert!(
@@ -531,6 +539,157 @@ fn a_snapshot_that_a_machine_still_writes_is_busy_until_the_machine_ends() {
     );
     drop(mount);
     home.assert_whole_once_mounted();
+}
+
+#[test]
+fn a_look_into_a_running_box_shows_its_disk_at_one_moment() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    for _ in 0..how_many(3, 3, 30) {
+        // Each process sees the disk as it is then.
+        let before = machine.written();
+        let copied = home.beside("disk.img");
+        succeed(&["cp", "-L", text(&mount.at("web/disk.img")), text(&copied)]);
+        let raw = fs::read(&copied).unwrap();
+        assert_in_order(bytes_of(&raw), before, machine.written());
+        machine.goes_on();
+    }
+    let rootfs = mount.at("web/rootfs");
+    assert_eq!(
+        fs::read_to_string(rootfs.join("etc/hostname")).unwrap(),
+        "web\n"
+    );
+    let listed = succeed(&["ls", text(&rootfs.join("."))]);
+    assert!(listed.contains("etc\n"), "{listed}");
+    let found = succeed(&["find", text(&rootfs.join(".")), "-name", "hostname"]);
+    assert!(found.ends_with("/etc/hostname\n"), "{found}");
+    succeed(&[
+        "qemu-img",
+        "info",
+        "-f",
+        "raw",
+        text(&mount.at("web/disk.img")),
+    ]);
+    assert_eq!(errno(fs::write(rootfs.join("new"), "")), libc::EROFS);
+    machine.goes_on();
+    // A file that is open stays what it was, also when the copy is used for nothing else.
+    let mut open = File::open(mount.at("web/disk.img")).unwrap();
+    let mut begin = vec![0; 4096];
+    open.read_exact(&mut begin).unwrap();
+    drop(machine);
+    let mut rest = Vec::new();
+    open.read_to_end(&mut rest).unwrap();
+    drop(open);
+    // Once it has stopped, the disk itself is seen.
+    let raw = fs::read(mount.at("web/disk.img")).unwrap();
+    assert_eq!(bytes_of(&raw), bytes_in(&home.live_disk("web")));
+    eventually("the copies are gone", || !has_copies(&mount));
+    mount.unmount();
+    home.assert_whole();
+}
+
+/// Prints the inode of a file in rootfs twice, with a write by the machine between.
+const TWO_LOOKS: &str = r#"
+import os, sys, time
+path, counter = sys.argv[1:]
+def written(): return int(open(counter).read())
+first = os.stat(path).st_ino
+before = written()
+while written() < before + 2: time.sleep(0.005)
+print(first, os.stat(path).st_ino)
+"#;
+
+#[test]
+fn one_process_sees_one_state_of_a_running_box_and_the_next_another() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    let inodes = || {
+        let file = mount.at("web/rootfs/etc/hostname");
+        let said = succeed(&[
+            "python3",
+            "-c",
+            TWO_LOOKS,
+            text(&file),
+            text(&machine.counter),
+        ]);
+        let numbers: Vec<u64> = said
+            .split_whitespace()
+            .map(|it| it.parse().unwrap())
+            .collect();
+        assert_eq!(numbers[0], numbers[1], "one process");
+        numbers[0]
+    };
+    assert_ne!(inodes(), inodes(), "two processes");
+    // What did not change is not copied again.
+    machine.signal(libc::SIGSTOP);
+    let looked = || run(&["stat", "-L", "-c", "%i", text(&mount.at("web/rootfs/etc"))]).stdout;
+    let first = looked();
+    assert!(!first.is_empty(), "{}", mount.log());
+    eventually("the state is settled", || {
+        let first = looked();
+        first == looked()
+    });
+    machine.signal(libc::SIGCONT);
+}
+
+#[test]
+fn looking_at_a_running_box_from_outside_copies_nothing() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    let root = text(mount.root());
+    let web = mount.at("web");
+    for command in [
+        &["ls", "-lR", "--color=always", root][..],
+        &["find", root, "-ls"],
+        &["ls", "-lL", text(&web)],
+        &[
+            "stat",
+            "-L",
+            text(&web.join("rootfs")),
+            text(&web.join("disk.img")),
+        ],
+        &["du", "-s", root],
+        &["gio", "info", text(&web.join("rootfs"))],
+        &["gio", "list", "-l", text(&web)],
+    ] {
+        succeed(command);
+        assert!(!has_copies(&mount), "{command:?}");
+    }
+    let meta = fs::metadata(web.join("disk.img")).unwrap();
+    assert_eq!(
+        meta.len(),
+        fs::read(web.join("disk.img")).unwrap().len() as u64
+    );
+    machine.goes_on();
+}
+
+#[test]
+fn a_large_top_layer_of_a_running_box_is_not_copied_for_a_look() {
+    let home = TestHome::in_memory();
+    let mount = home.mount();
+    mount.snapshot("web", "s").unwrap();
+    let machine = Machine::of(&home, "web");
+    // It takes the space at its end, and is no longer.
+    succeed(&[
+        "fallocate",
+        "-n",
+        "-l",
+        "300M",
+        text(&home.live_disk("web")),
+    ]);
+    let busy = |result: std::io::Result<()>| assert_eq!(errno(result), libc::EBUSY);
+    busy(fs::read_dir(mount.at("web/rootfs/")).map(drop));
+    busy(fs::read(mount.at("web/rootfs/etc/hostname")).map(drop));
+    busy(File::open(mount.at("web/disk.img")).map(drop));
+    let log = mount.log();
+    assert!(log.contains("take a snapshot and look into that"), "{log}");
+    assert!(!has_copies(&mount));
+    let hostname = mount.at("web/snapshots/s/rootfs/etc/hostname");
+    assert_eq!(fs::read_to_string(hostname).unwrap(), "web\n");
+    machine.goes_on();
 }
 
 #[test]

@@ -153,6 +153,21 @@ fn pristine() -> String {
     DIGEST.get_or_init(|| archive_digest(&archive())).clone()
 }
 
+/// Returns whether both remove the same snapshot or box.
+fn is_same_removal(one: &Ask, other: &Ask) -> bool {
+    match (one, other) {
+        (
+            Ask::RemoveSnapshot { of, name },
+            Ask::RemoveSnapshot {
+                of: from,
+                name: same,
+            },
+        ) => (of, name) == (from, same),
+        (Ask::Remove { of }, Ask::Remove { of: same }) => of == same,
+        _ => false,
+    }
+}
+
 /// Returns every possible outcome: the successful operations in any order.
 fn outcomes(before: &Boxes, done: &[&Ask]) -> BTreeSet<Boxes> {
     match done {
@@ -245,7 +260,8 @@ impl<'h> Both<'h> {
     ) {
         self.tally.operations += 2;
         let mut done = Vec::new();
-        if by_us.is_ok() {
+        // Two who remove the same thing may both succeed.
+        if by_us.is_ok() && !(by_them.is_ok() && is_same_removal(ours, theirs)) {
             done.push(ours);
         }
         if by_them.is_ok() {

@@ -1,6 +1,7 @@
 //! `mv web api` renames a box; `mv web/snapshots/a web/snapshots/b` renames a snapshot.
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::Result;
 use crate::files::crash_points::crash_point;
@@ -17,6 +18,11 @@ use crate::store::layers::snapshot_place::{
     remove_place, snapshot_place, unread_layer,
 };
 use crate::store::verbs::remove_snapshot::{adopt_if_restored, free_or_leave, refuse_restored};
+
+/// How often, and after which pause, a removal by BoxLite is looked for that waited for a rename:
+/// SQLite looks every 100 ms at least whether it may go on.
+const REMOVAL_LOOKS: u32 = 15;
+const REMOVAL_PAUSE: Duration = Duration::from_millis(10);
 
 /// Renames a box.
 ///
@@ -101,10 +107,29 @@ fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> 
         undo_move(&mut locked, &snapshot, &layer, &path);
         return Err(error);
     }
+    refuse_removed(&locked, &snapshot, &path)?;
     durable::unlink(&path.with_file_name(UNRECORDED))?;
     free_or_leave(&mut locked, &layer)?;
     drop(locked);
     adopt_if_restored(store, box_id, &layer);
+    Ok(())
+}
+
+/// Fails if BoxLite removes the snapshot at this moment. It had found the row by the old name and
+/// waited for our transaction; then it deletes the row by its id, and the old directory.
+///
+/// # Errors
+/// ENOENT.
+fn refuse_removed(locked: &LockedBox<'_>, snapshot: &SnapshotRecord, new: &Path) -> Result<()> {
+    let mut looks = 0;
+    while locked.change.is_shared() && !locked.change.is_alone() && looks < REMOVAL_LOOKS {
+        if let Err(error) = locked.snapshot(&snapshot.id) {
+            remove_place(locked, new);
+            return Err(error);
+        }
+        std::thread::sleep(REMOVAL_PAUSE);
+        looks += 1;
+    }
     Ok(())
 }
 

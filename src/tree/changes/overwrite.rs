@@ -140,7 +140,7 @@ impl Overwriter {
                 self.store.exports().disks.describe(source)
             ),
             Node::BoxJson(_) => "box.json is read-only".into(),
-            Node::Guest(_) | Node::DiskImage(_) => return only_for_reading(),
+            Node::Guest(_) | Node::DiskImage(_) | Node::Running(..) => return only_for_reading(),
             _ => "snapshot.json, compressed archives and the log are read-only".into(),
         };
         if !matches!(node, Node::Export(Source::Live { .. })) {

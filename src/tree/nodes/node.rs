@@ -37,6 +37,9 @@ pub enum Node {
     DiskImage(Arc<DiskState>),
     /// `rootfs`, in the view, and what is in it.
     Guest(GuestFile),
+    /// `rootfs` or `disk.img` of a box that runs, in the view. To look at it starts nothing; what is
+    /// in it is of the state that the disk has when somebody looks into it.
+    Running(Derived, Source),
     /// `.boxlite/view`.
     View,
     /// `.boxlite/view/BOX`, and `.boxlite/view/BOX/snapshots/NAME`.
@@ -181,6 +184,9 @@ impl Node {
             Node::Snapshots(id) => (format!("box/{id}"), 15),
             Node::ViewOf(source) => (format!("view/{}", key_of(source)), 0),
             Node::Compressed(source) => (format!("view/{}", key_of(source)), 3),
+            Node::Running(derived, source) => {
+                (format!("running/{}", key_of(source)), derived.place())
+            }
             Node::ViewSnapshots(id) => (format!("view/box/{id}"), 15),
             Node::Made(number) => (format!("made/{number}"), 0),
         };
@@ -205,6 +211,7 @@ impl Node {
             Node::Compressed(_)
             | Node::DiskImage(_)
             | Node::Guest(_)
+            | Node::Running(..)
             | Node::View
             | Node::ViewOf(_)
             | Node::ViewSnapshots(_) => None,

@@ -4,7 +4,7 @@ use crate::exports::Source;
 use crate::process::Caller;
 use crate::store;
 use crate::tree::nodes::box_json;
-use crate::tree::nodes::node::Node;
+use crate::tree::nodes::node::{Derived, Node};
 use crate::tree::reading::home_view::HomeView;
 use crate::tree::reading::open_files::{Handle, Opened};
 use crate::{Error, Result};
@@ -18,6 +18,9 @@ pub fn open(home: &HomeView, caller: Caller, node: Node) -> Result<Opened> {
         Node::Export(source) => return home.exports.open_plain(caller, source),
         // The inode is of this state and no other.
         Node::Guest(_) | Node::DiskImage(_) => (home.guests.open(&node)?, true),
+        Node::Running(Derived::DiskImage, source) => {
+            (home.guests.open_running(caller, source)?, false)
+        }
         Node::Log => (Handle::Log, false),
         Node::Status(version) => {
             let bytes = version.bytes.clone();

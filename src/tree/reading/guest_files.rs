@@ -48,12 +48,50 @@ impl GuestFiles {
             .map_err(|error| self.log_failed_look(source, error))
     }
 
-    /// Returns whether finding a name may have to wait for the clock of a file system: that of what
-    /// is in a disk that was written to just now.
+    /// Returns the disk of a running box in the state that it has now, or that the caller's process
+    /// has just seen.
+    ///
+    /// # Errors
+    /// EBUSY when that is not cheap, ENOSPC, EIO.
+    pub fn look_into_running(&self, caller: Caller, source: &Source) -> Result<Arc<OpenDisk>> {
+        let views = &self.store.exports().views;
+        views
+            .look(source, caller.process())
+            .map_err(|error| self.log_failed_look(source, error))
+    }
+
+    /// Finds a name in `rootfs` of a running box.
+    ///
+    /// # Errors
+    /// ENOENT, and those of [`GuestFiles::look_into_running`].
+    pub fn lookup_in_running(&self, caller: Caller, source: &Source, name: &OsStr) -> Result<Attr> {
+        let inside = self.look_into_running(caller, source)?;
+        let mut attr = self.lookup(&self.root_of(&inside)?, name)?;
+        // Another look finds another state.
+        attr.kept = Kept::Not;
+        Ok(attr)
+    }
+
+    /// Opens `rootfs` of a running box for listing.
+    ///
+    /// # Errors
+    /// Those of [`GuestFiles::look_into_running`] and of listing.
+    pub fn list_running(&self, caller: Caller, source: &Source) -> Result<Handle> {
+        let inside = self.look_into_running(caller, source)?;
+        let root = self.root_of(&inside)?;
+        if root.is_ours() {
+            return Ok(Handle::List(self.list_partitions(&root)?));
+        }
+        self.open_directory(&root)
+    }
+
+    /// Returns whether finding a name may have to wait: for the clock of a file system, that of what
+    /// is in a disk that was written to just now, or for a copy of a running box's disk.
     pub fn lookup_may_wait(&self, parent: &Node, name: &OsStr) -> bool {
         let derived = name.to_str().and_then(Derived::named);
         let looks_inside = matches!(derived, Some(Derived::Rootfs | Derived::DiskImage));
         match parent {
+            Node::Running(..) => true,
             Node::ViewOf(source) if looks_inside => self.store.exports().views.may_wait(source),
             _ => false,
         }
@@ -257,6 +295,16 @@ impl GuestFiles {
             node: node.clone(),
             inside: self.inside(state)?,
         })
+    }
+
+    /// Opens the raw disk of a running box for reading.
+    ///
+    /// # Errors
+    /// Those of [`GuestFiles::look_into_running`].
+    pub fn open_running(&self, caller: Caller, source: &Source) -> Result<Handle> {
+        let inside = self.look_into_running(caller, source)?;
+        let node = Node::DiskImage(inside.state().clone());
+        Ok(Handle::Inside { node, inside })
     }
 
     /// Fills `buf` from `offset` on; returns how many bytes there were.

@@ -125,6 +125,9 @@ impl HomeView {
     fn derived(&self, derived: Derived, source: &Source) -> Result<Node> {
         Ok(match derived {
             Derived::Compressed => Node::Compressed(source.clone()),
+            _ if self.store.exports().views.running.is_running(source) => {
+                Node::Running(derived, source.clone())
+            }
             Derived::DiskImage => Node::DiskImage(self.guests.look_inside(source)?.state().clone()),
             Derived::Rootfs => {
                 let inside = self.guests.look_inside(source)?;
@@ -197,6 +200,21 @@ impl HomeView {
             }
             Node::Guest(inner) => self.guests.attr(inner),
             Node::DiskImage(state) => self.guests.disk_image_attr(state),
+            Node::Running(Derived::DiskImage, source) => {
+                let mut attr = file(
+                    self.store.exports().disks.virtual_size(source)?,
+                    self.disk_time(source, &self.boxes.record(source.box_id())?),
+                );
+                attr.perm &= !0o222;
+                Ok(attr)
+            }
+            Node::Running(_, source) => {
+                let changed = self.disk_time(source, &self.boxes.record(source.box_id())?);
+                let mut attr = directory(0, changed);
+                attr.perm &= !0o222;
+                attr.kept = Kept::Not;
+                Ok(attr)
+            }
             Node::Link(derived, source) => {
                 let record = self.boxes.record(source.box_id())?;
                 let target = self.boxes.link_target(*derived, source)?;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::process::Caller;
-use crate::tree::nodes::attr::{Add, DirEntry, WantedOfList};
+use crate::tree::nodes::attr::{Add, Attr, DirEntry, Kept, WantedOfList};
 use crate::tree::nodes::kernel_view::KernelView;
 use crate::tree::nodes::node::Node;
 use crate::tree::reading::caller_view::CallerView;
@@ -54,6 +54,7 @@ impl Listing {
         }
         let handle = match &node {
             Node::Guest(file) if !file.is_ours() => self.view.home.guests.open_directory(file)?,
+            Node::Running(_, source) => self.view.home.guests.list_running(caller, source)?,
             _ => Handle::List(self.view.list(caller, &node)?),
         };
         Ok(self.view.home.open.add(handle))
@@ -85,7 +86,18 @@ impl Listing {
             Handle::GuestDirectory { file, inside } => {
                 let from = if offset <= FIRST { 0 } else { offset };
                 let guests = &self.view.home.guests;
-                guests.list((file, inside), from, wanted, add)
+                if !matches!(self.kernel.node(ino), Ok(Node::Running(..))) {
+                    return guests.list((file, inside), from, wanted, add);
+                }
+                // The directory is of any state that the box has, and the names are of one.
+                let mut add_of_state = |entry: &DirEntry, next: u64, attr: Option<&Attr>| {
+                    let attr = attr.cloned().map(|attr| Attr {
+                        kept: Kept::Not,
+                        ..attr
+                    });
+                    add(entry, next, attr.as_ref())
+                };
+                guests.list((file, inside), from, wanted, &mut add_of_state)
             }
             _ => Err(Error::new(libc::ENOTDIR, "that is not a directory")),
         }

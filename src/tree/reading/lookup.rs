@@ -9,7 +9,7 @@ use crate::process::Caller;
 use crate::tree::nodes::attr::{Attr, Kept};
 use crate::tree::nodes::kernel_view::KernelView;
 use crate::tree::nodes::names::{gone, not_there, text};
-use crate::tree::nodes::node::Node;
+use crate::tree::nodes::node::{Derived, Node};
 use crate::tree::reading::caller_view::CallerView;
 use crate::tree::staging::staging_area::StagingArea;
 
@@ -42,6 +42,10 @@ impl Lookup {
         let parent = self.kernel.node(parent)?;
         if let Node::Guest(directory) = &parent {
             return self.view.home.guests.lookup(directory, name);
+        }
+        if let Node::Running(Derived::Rootfs, source) = &parent {
+            let guests = &self.view.home.guests;
+            return guests.lookup_in_running(caller, source, name);
         }
         let name = text(name).map_err(|_| not_there())?;
         let (parent, name) = self.staging.beside_aside(parent, name);

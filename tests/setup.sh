@@ -124,3 +124,6 @@ if ! have_boxlite && ! { install_boxlite && have_boxlite; }; then
     echo "setup: could not install $boxlite with pip" >&2
     [ "$tier" = demo ] || exit 1
 fi
+if [ "$tier" = all ]; then
+    "$(dirname "${BASH_SOURCE[0]}")/guest/prepare.sh" "$(dirname "$venv")/guest"
+fi

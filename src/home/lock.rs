@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::paths::Home;
 use super::placement::reject_scattered;
+use crate::process::control::named;
 use crate::{Context, Error, Result};
 
 /// How long we wait for another boxlitefs, which holds the lock for milliseconds. A BoxLite runtime
@@ -67,6 +68,15 @@ fn flock_within(file: &File, patience: Duration) -> std::io::Result<bool> {
             }
             Err(e) => return Err(e),
         }
+    }
+}
+
+impl Home {
+    /// Returns the process, as messages name it, that has a BoxLite runtime open on the home. None if
+    /// nobody has, or it can't be seen from here. Waits for nothing.
+    pub fn runtime(&self) -> Option<String> {
+        let holder = holder_of(self).ok().flatten();
+        holder.filter(|pid| *pid != std::process::id()).map(named)
     }
 }
 

@@ -4,7 +4,8 @@
     bench.py --boxlitefs PROGRAM --floor PROGRAM --out DIRECTORY [--update-docs]
 
 In the environment: BENCH_SIZE, the MiB of real files in the large box (2150); BENCH_ROUNDS, the
-rounds that count (3), after one that does not; BENCH_WORK, an existing directory to work in.
+rounds that count (3), after one that does not; BENCH_WORK, an existing directory to work in;
+BENCH_ONLY=pauses measures only how long running boxes stand still, and prints no document.
 
 Everything that is compared takes its turn in the same round, and every figure is the median of its
 rounds. docs/performance.md says what each row means. No goal is asserted: the exit status is 1 only
@@ -29,6 +30,7 @@ from guests import Guests
 from homes import MIB, Home, Mount
 from index import Index
 from measure import Cost, Failed, Space, can_drop_caches, cost_of, cost_of_call, run, settle
+from pauses import Pauses
 from rows import Rows
 
 HERE = Path(__file__).parent
@@ -62,6 +64,8 @@ class Bench:
         self.crowd_mount = Mount(self.program, self.crowd, work / "crowd-mnt")
         self.guests = Guests(self.program, work, self.costs)
         self.index = Index(self.program, work, self.costs)
+        self.pauses = Pauses(self.program, work, self.costs)
+        self.only = os.environ.get("BENCH_ONLY")
         self.web = self.mount.point / "web"
         self.plain, self.zst = self.web / "export.boxlite", self.web / "export.boxlite.zst"
 
@@ -336,6 +340,9 @@ class Bench:
 
     def prepare(self):
         """Makes the homes and the archives that are copied and imported."""
+        self.pauses.prepare()
+        if self.only:
+            return
         say(f"making a box of {self.size} MiB, a small one, and {BOXES} boxes in {self.work}")
         self.home.add_box("web", max(10 << 10, self.size * 5 // 4 + 64), self.size)
         self.home.add_box("small", *SMALL)
@@ -353,6 +360,9 @@ class Bench:
         self.sizes |= {self.plain.name: self.size_of_kept("plain"), self.zst.name: self.size_of_kept("zst")}
 
     def turns(self):
+        yield self.pauses.turn
+        if self.only:
+            return
         yield self.floor
         for state in ("warm", "cold") if can_drop_caches() else ("warm",):
             yield lambda: self.exports(state)
@@ -375,7 +385,8 @@ class Bench:
     def round(self):
         for turn in self.turns():
             try:
-                self.home.reset()
+                if not self.only:
+                    self.home.reset()
                 turn()
             except Exception:  # the others still have their turn
                 self.fail(f"{traceback.format_exc().strip()}\n{self.home.last_words()}")
@@ -396,6 +407,7 @@ class Bench:
                 self.costs.clear()
 
     def close(self):
+        self.pauses.close()
         for mount in (self.mount, self.crowd_mount, self.guests.mount, self.index.mount):
             try:
                 mount.stop()
@@ -432,7 +444,10 @@ def main():
         try:
             bench.run()
             found = Rows(bench, load)
-            text = table.text_of(found.all(), found.notes())
+            if bench.only:
+                text = table.text_of(found.pauses(), [])
+            else:
+                text = table.text_of(found.all(), found.notes())
         finally:
             bench.close()
     (options.out / "table.md").write_text(text)
@@ -441,7 +456,7 @@ def main():
         say(failure)
     if bench.failures:
         return 1  # and the document keeps the figures of right bytes
-    if options.update_docs:
+    if options.update_docs and not bench.only:
         table.write_into(ROOT / "docs" / "performance.md", text)
     return 0
 

@@ -3,6 +3,7 @@
 import os
 
 from measure import can_drop_caches, mean, median
+from pauses import SIZES
 from table import MIB, Row, bytes_text, place_of, seconds_text
 
 
@@ -18,6 +19,7 @@ class Rows:
         yield from self.changed_and_small()
         yield from self.imports()
         yield from self.copy_on_write()
+        yield from self.pauses()
         yield from self.guests()
         yield from self.space()
 
@@ -115,6 +117,14 @@ class Rows:
         label = "snapshot (`mkdir`) in that home"
         for what, key in ((", the first", "mkdir among many, first"), (", later", "mkdir among many")):
             yield self.times(label + what, key, "the same of the 3 MB box", "mkdir small")
+
+    def pauses(self):
+        for kind, place in (("plain", place_of(self.bench.work).split()[0]), ("shared", "xfs, sharing blocks")):
+            for size in SIZES:
+                for what, meanwhile in (("idle", ""), ("writes", ", which writes all the time")):
+                    label = f"pause of a running box for a snapshot, {size} MiB in its top layer{meanwhile}; {place}"
+                    goal = 1 if (size, what) == (256, "idle") else None
+                    yield self.times(label, f"pause {kind} {size} {what}", "50 ms", 0.05, goal)
 
     def guests(self):
         for label, what, goal in (

@@ -299,7 +299,7 @@ fn leaves_unflushed(change: &Change, fault: &Fault) -> bool {
 
 #[test]
 fn a_failed_call_is_reported_and_loses_nothing() {
-    let each = how_many(2, 5, usize::MAX);
+    let each = how_many(2, 4, usize::MAX);
     assert_all_survive("failed calls", each, |change, fault| {
         !leaves_unflushed(change, fault)
     });
@@ -307,7 +307,7 @@ fn a_failed_call_is_reported_and_loses_nothing() {
 
 #[test]
 fn no_change_relies_on_a_failed_flush() {
-    let each = how_many(2, 20, usize::MAX);
+    let each = how_many(2, 15, usize::MAX);
     assert_all_survive("failed flushes", each, leaves_unflushed);
 }
 

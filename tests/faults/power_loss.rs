@@ -152,7 +152,7 @@ fn described(call: &Done) -> String {
 
 #[test]
 fn a_loss_of_power_at_any_moment_loses_nothing() {
-    let each = how_many(2, 5, 150);
+    let each = how_many(2, 4, 150);
     let seed = seed("power loss");
     let all = Mutex::new(Tally::default());
     each_in_parallel(&ONE_OF_EACH, |change| {

@@ -771,3 +771,74 @@ fn a_network_policy_narrowed_at_run_time_comes_with_exports_and_clones() {
     mount.unmount();
     home.assert_whole();
 }
+
+/// Makes one of each change, and asserts that all are as they should be.
+fn assert_changes_work(home: &TestHome) {
+    let mount = home.mount();
+    let live = digest(&home.live_disk("web"));
+    mount.snapshot("web", "a").unwrap();
+    home.guest_write("web", FREE_AREA, b"changed");
+    mount.copy("web", "copy");
+    let archive = text(&archive()).to_owned();
+    succeed(&["cp", &archive, text(&mount.at("new.boxlite"))]);
+    let from = mount.at("web/snapshots/a/export.boxlite");
+    succeed(&["cp", text(&from), text(&mount.at("copy/export.boxlite"))]);
+    assert_eq!(digest(&home.live_disk("copy")), live, "{}", mount.log());
+    let snapshots = mount.at("web/snapshots");
+    std::fs::rename(snapshots.join("a"), snapshots.join("b")).unwrap();
+    std::fs::rename(mount.at("copy"), mount.at("kept")).unwrap();
+    mount.remove_snapshot("web", "b").unwrap();
+    succeed(&["rm", "-r", text(&mount.at("new"))]);
+    assert_eq!(mount.names(""), ["kept", "web"]);
+    mount.unmount();
+}
+
+#[test]
+fn homes_with_columns_and_tables_of_other_builds_are_changed_and_keep_their_keys() {
+    let home = TestHome::new();
+    let rows = |statements: &str| home.database().execute_batch(statements).unwrap();
+    // One build writes schema 10 with a digest for each base.
+    rows("ALTER TABLE base_disk ADD COLUMN digest TEXT");
+    assert_changes_work(&home);
+    home.assert_whole();
+    home.wheel(&["snapshot-create", "kept", "by-boxlite"]);
+    // Unreleased builds write 11, with a key for each box.
+    let id = home.id("web");
+    rows(&format!(
+        "UPDATE schema_version SET version = 11;
+         CREATE TABLE ssh_config (
+             box_id TEXT PRIMARY KEY REFERENCES box_config(id) ON DELETE CASCADE, json TEXT);
+         INSERT INTO ssh_config VALUES ('{id}', '{{\"private_key\": \"tell-nobody\"}}');"
+    ));
+    let mount = home.mount();
+    succeed(&["rm", "-r", text(&mount.at("kept"))]);
+    mount.unmount();
+    assert_changes_work(&home);
+    let mount = home.mount();
+    for name in ["web", "kept"] {
+        for file in ["box.json", "export.boxlite"] {
+            let bytes = std::fs::read(mount.at(name).join(file)).unwrap();
+            let key = b"tell-nobody";
+            assert!(
+                !bytes.windows(key.len()).any(|it| it == key),
+                "{name}/{file}"
+            );
+        }
+    }
+    let keys = |of: &str| -> i64 {
+        let count = format!("SELECT count(*) FROM ssh_config WHERE box_id {of}");
+        home.database()
+            .query_row(&count, [], |row| row.get(0))
+            .unwrap()
+    };
+    assert_eq!((keys("NOT NULL"), keys(&format!("= '{id}'"))), (1, 1));
+    assert_eq!(home.check().0, 0, "{}", home.check().1);
+    // A key goes with its box.
+    succeed(&["rm", "-r", text(&mount.at("web"))]);
+    assert_eq!(keys("NOT NULL"), 0);
+    mount.unmount();
+    // The judge knows schema 10.
+    rows("UPDATE schema_version SET version = 10");
+    home.assert_whole();
+    home.wheel(&["snapshot-create", "kept", "after"]);
+}

@@ -180,7 +180,9 @@ fn bytes_of(raw: &[u8]) -> (u8, u8) {
 /// Asserts that the image is sound and has the writes in order, at least up to `before`.
 fn assert_a_moment(image: &Path, before: u64, after: u64) {
     let check = run(&["qemu-img", "check", "-q", text(image)]);
-    assert!(check.status.success(), "{}: {check:?}", image.display());
+    // 3: only leaks, clusters that the machine had taken and not used yet.
+    let is_sound = matches!(check.status.code(), Some(0 | 3));
+    assert!(is_sound, "{}: {check:?}", image.display());
     assert_in_order(bytes_in(image), before, after);
 }
 
@@ -335,7 +337,7 @@ fn a_box_that_runs_is_cloned_with_its_snapshots_and_goes_on() {
     // They need nothing of the box they were made from.
     home.wheel(&["remove", "web", "--force"]);
     drop(mount);
-    home.assert_whole_once_mounted();
+    home.assert_whole_but_leaks();
     assert_eq!(digest(&home.live_disk("copy")), live);
     let place = tempfile::tempdir().unwrap();
     let exported = home.wheel(&["export", "copy", text(place.path())]);
@@ -400,7 +402,7 @@ fn a_snapshot_of_a_running_box_is_its_disk_at_one_moment() {
         mount.remove_snapshot("web", "first").unwrap();
         assert_eq!(digest(&home.live_disk("web")), taken[1].1);
         drop(mount);
-        home.assert_whole_once_mounted();
+        home.assert_whole_but_leaks();
         assert_eq!(digest(&home.live_disk("copy")), taken[1].1);
     }
 }
@@ -435,9 +437,7 @@ fn a_snapshot_of_a_running_box_that_is_cut_off_is_whole_or_gone() {
         // The next change of the box recovers it.
         mount.snapshot("web", "b").unwrap();
         mount.unmount();
-        let live = home.live_disk("web");
-        run(&["qemu-img", "check", "-q", "-r", "leaks", text(&live)]);
-        home.assert_whole_once_mounted();
+        home.assert_whole_but_leaks();
     }
 }
 
@@ -538,7 +538,7 @@ fn a_snapshot_that_a_machine_still_writes_is_busy_until_the_machine_ends() {
         digest(&home.live_disk("clone"))
     );
     drop(mount);
-    home.assert_whole_once_mounted();
+    home.assert_whole_but_leaks();
 }
 
 #[test]

@@ -9,4 +9,5 @@ mod documents;
 mod first_contact;
 mod matrix;
 mod operating;
+mod real_guest;
 mod servers;

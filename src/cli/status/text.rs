@@ -17,6 +17,16 @@ pub(super) fn describe(status: &Value) -> String {
     if let Some(why) = status["changes"].as_str() {
         line("read only", why.to_owned());
     }
+    if let Some(runtime) = status["runtime"].as_str() {
+        let what = match status["options"]["exclusive"].as_bool() {
+            Some(true) => "every change is",
+            _ => "renaming boxes, merging and repairing are",
+        };
+        line(
+            "BoxLite",
+            format!("open in {runtime}; until it ends, {what} EBUSY"),
+        );
+    }
     line("options", options(&status["options"]));
     let (version, pid) = (word(&status["version"]), &status["pid"]);
     line(

@@ -195,9 +195,9 @@ impl LayerGraph {
         chain
     }
 
-    /// Returns a path that a header names, where layers lie, and that the scan did not find. Beside
-    /// a runtime, BoxLite may have moved a disk there while the directories were read, and what
-    /// that disk reads was not seen.
+    /// Returns a layer that a header names, that is there, and that the scan did not find. Beside a
+    /// runtime, BoxLite may have moved a disk there while the directories were read, and what that
+    /// disk reads was not seen.
     pub fn unseen(&self, home: &Home) -> Option<&Path> {
         let is_layer = |path: &Path| {
             path.starts_with(home.boxes_dir())
@@ -207,7 +207,7 @@ impl LayerGraph {
                         .is_some_and(|extension| extension == "qcow2"))
         };
         self.named()
-            .find(|path| is_layer(path) && self.at(path).is_none())
+            .find(|path| is_layer(path) && self.at(path).is_none() && path.exists())
     }
 
     /// Returns the first file whose header can't be read. Such a file may read from any other, so

@@ -116,6 +116,7 @@ impl StatusFile {
             "options": options,
             "boxes": catalog.as_ref().map(|catalog| catalog.boxes().len()),
             "changes": catalog.and_then(|catalog| catalog.schema().read_only.clone()),
+            "runtime": self.store.home().runtime(),
             "open_files": open_files,
             "operations": operations,
             "cache": {

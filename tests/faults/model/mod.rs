@@ -45,7 +45,7 @@ fn families_of_boxes_are_what_the_model_says() {
 
 /// Runs half of the steps; the other test runs the other half concurrently.
 fn run_sequences(emphasis: Emphasis) {
-    let wanted = number("MODEL_STEPS").unwrap_or(2000).div_ceil(2);
+    let wanted = number("MODEL_STEPS").unwrap_or(1500).div_ceil(2);
     let mut seed =
         number("MODEL_SEED").unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000_000);
     let home = first_home();

@@ -17,6 +17,9 @@ server ends after a while.
 If the environment variable BOXLITE_SERVER names such a socket, commands go to that server.
 
 A runtime holds HOME/.lock until its process ends.
+
+If the environment variable BOXLITE_CLI names BoxLite's program, its `boxlite serve` is the runtime
+and the wheel its client: so the tests judge another version of BoxLite.
 """
 
 import json
@@ -65,6 +68,7 @@ import signal
 import subprocess
 import tarfile
 import tempfile
+import time
 
 
 def make_archive(arguments):
@@ -110,6 +114,31 @@ def run(*command):
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
+# The processes of `boxlite serve` that this process has started.
+SERVERS = []
+
+
+def serve_home(program, home):
+    """Starts `boxlite serve` on a home, and returns its address once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = tempfile.TemporaryFile()
+    server = subprocess.Popen(
+        [program, "--home", home, "serve", "--port", str(port)],
+        stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+    )
+    SERVERS.append(server)
+    while server.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return f"http://127.0.0.1:{port}"
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    said.seek(0)
+    raise RuntimeError(said.read().decode(errors="replace").strip())
+
+
 class Judge:
     """The commands that need BoxLite. The first of them starts its runtime."""
 
@@ -121,7 +150,11 @@ class Judge:
         if self.runtime is None:
             import boxlite
 
-            self.runtime = boxlite.Boxlite(boxlite.Options(home_dir=self.home))
+            if "BOXLITE_CLI" in os.environ:
+                url = serve_home(os.environ["BOXLITE_CLI"], self.home)
+                self.runtime = boxlite.Boxlite.rest(boxlite.BoxliteRestOptions(url=url))
+            else:
+                self.runtime = boxlite.Boxlite(boxlite.Options(home_dir=self.home))
         return self.runtime
 
     async def box(self, name):
@@ -276,6 +309,9 @@ async def main(home, words):
 
 
 def leave(succeeded):
+    for server in SERVERS:
+        server.terminate()
+        server.wait()
     # BoxLite's threads abort one exit in five, after all work is done. Exit without joining them.
     sys.stdout.flush()
     os._exit(0 if succeeded else 1)

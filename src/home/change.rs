@@ -142,12 +142,12 @@ impl Change<'_> {
     }
 
     /// Returns whether certainly nobody has a runtime on the home, and none came since the change
-    /// began. A runtime that comes later finds what was committed. Takes the runtime lock where the
-    /// kernel does not show who holds it.
+    /// began. A runtime that comes later finds what was committed. Tries the runtime lock, and lets go
+    /// of it at once, where the kernel does not show who holds it.
     ///
     /// # Errors
     /// Those of reading the kernel's list of locks and of opening the lock.
-    pub fn is_surely_alone(&mut self) -> Result<bool> {
+    pub fn is_surely_alone(&self) -> Result<bool> {
         let Some(shared) = &self.shared else {
             return Ok(true);
         };
@@ -157,13 +157,7 @@ impl Change<'_> {
         {
             return Ok(false);
         }
-        if shows_all_locks(self.home) {
-            return Ok(true);
-        }
-        match self.take_lock() {
-            Err(error) if error.errno() == libc::EBUSY => Ok(false),
-            taken => taken,
-        }
+        Ok(shows_all_locks(self.home) || take_lock(self.home, Duration::ZERO)?.is_some())
     }
 
     /// Returns whether a thread of the runtime that this change is beside is stopped.

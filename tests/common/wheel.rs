@@ -142,7 +142,8 @@ fn connect() -> UnixStream {
 pub fn socket() -> PathBuf {
     let mut hasher = DefaultHasher::new();
     let program = std::fs::read(program()).expect("tests/wheel.py");
-    (program, python(), env!("CARGO_TARGET_TMPDIR")).hash(&mut hasher);
+    let cli = std::env::var_os("BOXLITE_CLI");
+    (program, python(), cli, env!("CARGO_TARGET_TMPDIR")).hash(&mut hasher);
     let name = format!("boxlitefs-tests-{:016x}.sock", hasher.finish());
     Path::new("/tmp").join(name)
 }

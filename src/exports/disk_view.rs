@@ -74,8 +74,8 @@ impl DiskViews {
         }
     }
 
-    /// Opens the disk of a running box as it is now, or as `process` has seen it in the last
-    /// seconds. Opens it as [`DiskViews::open`] does if the box has stopped.
+    /// Opens the disk of a running box as it is now, or as `process` goes on seeing
+    /// it. Opens it as [`DiskViews::open`] does if the box has stopped.
     ///
     /// # Errors
     /// EBUSY when that is not cheap; otherwise those of [`DiskViews::open`].

@@ -177,14 +177,34 @@ impl Disks {
             .ok_or_else(|| Error::new(libc::ENOENT, "the box is gone"))
     }
 
+    /// Returns whether a file of a box or a snapshot that is missing may be there in a moment: a
+    /// runtime has the home, the rows are there, and the box had a disk.
+    pub(crate) fn may_be_moving(&self, source: &Source) -> bool {
+        let disks = self.home.box_dir(source.box_id()).join("disks");
+        disks.is_dir()
+            && self.home.runtime().is_some()
+            && self
+                .home
+                .catalog()
+                .is_ok_and(|catalog| source.is_in(&catalog))
+    }
+
     /// Returns the path of a disk state's topmost file, which exists.
     ///
     /// # Errors
-    /// ENODATA when the box has no disk yet; as [`Disks::top_of`].
+    /// ENODATA when the box has no disk yet, EBUSY when BoxLite may be replacing it; as
+    /// [`Disks::top_of`].
     pub(crate) fn existing_top(&self, source: &Source, record: &BoxRecord) -> Result<PathBuf> {
         let top = self.top_of(source)?;
         if top.is_file() {
             return Ok(top);
+        }
+        if self.may_be_moving(source) {
+            return Err(Error::busy(format!(
+                "box {} has no disk at this moment: BoxLite is replacing it, or has never started the box; try again",
+                display_name(record)
+            ))
+            .for_a_moment());
         }
         Err(Error::new(
             libc::ENODATA,

@@ -1,8 +1,9 @@
 //! Looks into the disks of running boxes: raw disks and guests' files, as they are at one moment.
 //!
 //! A look reads from a copy of the layer that the virtual machine writes, so it is made only where
-//! the copy is cheap. One process goes on with what it has seen for some seconds, so that a tool
-//! which walks a tree by paths finds one state of it. Any other look gets the disk as it is then.
+//! the copy is cheap. One process goes on with what it has seen as long as it looks all the time, so
+//! that a tool which walks a tree by paths finds one state of it. Any other look gets the disk as it
+//! is then.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,8 +22,11 @@ use crate::guest::Caches;
 /// share blocks: about a second of work.
 pub const LARGEST_COPY: u64 = 256 << 20;
 
-/// How long one process goes on with what it has seen.
-const ONE_LOOK: Duration = Duration::from_secs(5);
+/// A process that does not look for so long, and has nothing open, has ended its look.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The longest look.
+const LONGEST_LOOK: Duration = Duration::from_secs(600);
 
 /// A copy without open files is dropped after this time without use.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -35,8 +39,8 @@ struct RunningView {
     disk: Arc<OpenDisk>,
     /// The layers of the disk from before it was copied, if they could be told apart from others.
     states: Option<LayerStates>,
-    /// The processes that look at this state.
-    lookers: Vec<u32>,
+    /// The processes that look at this state, and when they did so last.
+    lookers: Vec<(u32, Instant)>,
     made: Instant,
     last_use: Instant,
 }
@@ -49,9 +53,10 @@ impl RunningView {
     /// Returns whether a look by this process, which begins now, may see this state: the process
     /// sees it already, or the disk has not changed since.
     fn serves(&self, process: Option<u32>) -> bool {
-        let goes_on = self.made.elapsed() < ONE_LOOK
-            && process.is_some_and(|process| self.lookers.contains(&process));
-        goes_on
+        let has_open = Arc::strong_count(&self.disk) > 1;
+        let looked = self.lookers.iter().find(|(of, _)| Some(*of) == process);
+        let goes_on = looked.is_some_and(|(_, last)| has_open || last.elapsed() < PAUSE);
+        (goes_on && self.made.elapsed() < LONGEST_LOOK)
             || self
                 .states
                 .as_ref()
@@ -82,8 +87,7 @@ impl RunningViews {
         matches!(source, Source::Live { .. }) && self.copies.is_running(source)
     }
 
-    /// Returns the disk of a running box as it is now, or as `process` has seen it in the last
-    /// seconds. None if the box has stopped.
+    /// Returns the disk of a running box as it is now, or as `process` goes on seeing it. None if the box has stopped.
     ///
     /// # Errors
     /// EBUSY when its top layer is too large to be copied at once, when the machine can't be
@@ -123,7 +127,7 @@ impl RunningViews {
         views.push(RunningView {
             disk: disk.clone(),
             states,
-            lookers: process.into_iter().collect(),
+            lookers: process.map(|process| (process, now)).into_iter().collect(),
             made: now,
             last_use: now,
         });
@@ -136,11 +140,11 @@ impl RunningViews {
         let mut of_source = views.iter_mut().rev();
         let view =
             of_source.find(|view| view.disk.state().source() == source && view.serves(process))?;
-        view.last_use = Instant::now();
-        if let Some(process) = process
-            && !view.lookers.contains(&process)
-        {
-            view.lookers.push(process);
+        let now = Instant::now();
+        view.last_use = now;
+        if let Some(process) = process {
+            view.lookers.retain(|(of, _)| *of != process);
+            view.lookers.push((process, now));
         }
         Some(view.disk.clone())
     }

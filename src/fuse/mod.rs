@@ -170,7 +170,7 @@ impl Filesystem for BoxliteFs {
         _gid: Option<u32>,
         size: Option<u64>,
         _atime: Option<TimeOrNow>,
-        mtime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
         handle: Option<FileHandle>,
         _crtime: Option<SystemTime>,
@@ -181,11 +181,7 @@ impl Filesystem for BoxliteFs {
     ) {
         let caller = caller(request);
         let handle = handle.map(|handle| handle.0);
-        let modified = mtime.map(|mtime| match mtime {
-            TimeOrNow::SpecificTime(time) => time,
-            TimeOrNow::Now => SystemTime::now(),
-        });
-        let set = SetAttr { size, modified };
+        let set = SetAttr { size };
         self.spawn_write(move |tree| reply_attr(reply, tree.setattr(caller, ino.0, handle, set)));
     }
 

@@ -868,6 +868,31 @@ fn a_snapshot_deleted_beside_a_runtime_is_freed_while_that_goes_on() {
     home.assert_whole();
 }
 
+#[test]
+fn snapshots_of_boxlite_deleted_beside_it_leave_no_endless_chain() {
+    let home = TestHome::new();
+    let mut both = Both::begin(&home, &[]);
+    let (of, name) = (|| "web".to_owned(), || "b".to_owned());
+    for number in 0..14 {
+        both.guest_writes("web", number);
+        both.boxlite_does(&Ask::Snapshot {
+            of: of(),
+            name: name(),
+        });
+        both.mount_does(&Ask::RemoveSnapshot {
+            of: of(),
+            name: name(),
+        });
+        let layers = chain(&home.live_disk("web"));
+        assert!(
+            layers.len() <= 9,
+            "{number}: {layers:?}\n{}",
+            both.mount.log()
+        );
+    }
+    both.end("a chain beside a live BoxLite");
+}
+
 /// Makes the live disk of a box an overlay on a layer, as BoxLite's restore does.
 fn restore_as_boxlite(home: &TestHome, name: &str, layer: &std::path::Path) {
     let live = home.live_disk(name);

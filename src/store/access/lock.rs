@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::exports::display_name;
+use crate::exports::{Source, display_name};
 use crate::files::durable;
 use crate::home::{Activity, Change, VmProcess, reject_linked_box};
 use crate::store::Store;
@@ -349,6 +349,35 @@ pub fn made_again<T>(store: &Store, change: &dyn Fn() -> Result<T>) -> Result<T>
         }
     }
     change()
+}
+
+/// Makes a shared change of a box or a snapshot, as [`made_again`] does. Makes it again as well where
+/// a file is missing or unfinished though the rows are there: BoxLite moves a live disk before it
+/// makes another, and records nothing meanwhile. A caller that gets ENOENT would take what it
+/// removes for gone.
+///
+/// # Errors
+/// Those of `change`; EBUSY for those of files that BoxLite may be moving.
+pub fn made_again_on<T>(
+    store: &Store,
+    source: &Source,
+    change: &dyn Fn() -> Result<T>,
+) -> Result<T> {
+    made_again(store, &|| {
+        change().map_err(|error| busy_if_moved(store, source, error))
+    })
+}
+
+fn busy_if_moved(store: &Store, source: &Source, error: Error) -> Error {
+    const OF_FILES: [i32; 4] = [libc::ENOENT, libc::ENODATA, libc::EOPNOTSUPP, libc::ESTALE];
+    if !OF_FILES.contains(&error.errno()) || !store.exports.disks.may_be_moving(source) {
+        return error;
+    }
+    Error::busy(format!(
+        "{error}; BoxLite may be changing {} at this moment: try again",
+        store.exports.disks.describe(source)
+    ))
+    .for_a_moment()
 }
 
 fn begin_change(store: &Store) -> Result<()> {

@@ -2,9 +2,12 @@
 //! before anything is copied.
 
 use crate::Result;
+use crate::exports::Source;
 use crate::store::Store;
 use crate::store::access::deletion_space::delete_with_room;
-use crate::store::access::lock::{begin_shared_change, lock_shared_unprepared, made_again};
+use crate::store::access::lock::{
+    begin_shared_change, lock_shared_unprepared, made_again, made_again_on,
+};
 
 /// Refuses if the removal of the box would be refused now. On a full disk it first gives up the
 /// space that is reserved for deleting. Unless the mount has the option `exclusive`, a removal is
@@ -15,7 +18,9 @@ use crate::store::access::lock::{begin_shared_change, lock_shared_unprepared, ma
 pub fn refuse_unready(store: &Store, box_id: &str) -> Result<()> {
     store.refuse_read_only()?;
     delete_with_room(store, &|| {
-        made_again(store, &|| lock_shared_unprepared(store, box_id).map(drop))
+        made_again_on(store, &live(box_id), &|| {
+            lock_shared_unprepared(store, box_id).map(drop)
+        })
     })
 }
 
@@ -25,7 +30,15 @@ pub fn refuse_unready(store: &Store, box_id: &str) -> Result<()> {
 /// # Errors
 /// Those of [`refuse_unready`].
 pub fn refuse_unready_for_restore(store: &Store, box_id: &str) -> Result<()> {
-    made_again(store, &|| lock_shared_unprepared(store, box_id).map(drop))
+    made_again_on(store, &live(box_id), &|| {
+        lock_shared_unprepared(store, box_id).map(drop)
+    })
+}
+
+fn live(box_id: &str) -> Source {
+    Source::Live {
+        box_id: box_id.to_owned(),
+    }
 }
 
 /// Refuses if a new box could not be made now.

@@ -87,6 +87,33 @@ pub fn draft_freeze(store: &Store, box_id: &str) -> Result<Draft> {
     Ok(draft)
 }
 
+/// Drafts a shorter chain for a live disk that has more layers than a virtual machine starts with.
+/// None if it has not, or merging was enough.
+///
+/// # Errors
+/// As [`draft_freeze`].
+pub fn draft_shorter(store: &Store, box_id: &str) -> Result<Option<Draft>> {
+    let live = store.home().live_disk(box_id);
+    if disk::chain_paths(&live)?.len() <= MOST_BACKING + 1 {
+        return Ok(None);
+    }
+    let virtual_size = live_header(&live)?.virtual_size;
+    let Some(flat) = shortened(store, &live)? else {
+        return Ok(None);
+    };
+    let base = store.home().base_disk(&base_id()?);
+    let overlay = store.workspace().fresh_path("overlay")?;
+    disk::create_overlay(&overlay, &base, Format::Qcow2, virtual_size)?;
+    store.home().give_to_owner(&overlay)?;
+    Ok(Some(Draft {
+        base,
+        overlay: Some(overlay),
+        virtual_size,
+        flat: Some(flat),
+        running: None,
+    }))
+}
+
 /// Drafts a new box that starts from a disk state. If the chain is too long, its upper layers are
 /// written out as one image; the source stays as it is.
 ///

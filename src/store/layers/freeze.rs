@@ -194,6 +194,27 @@ pub fn install_flattened(
     }))
 }
 
+/// Puts the live disk on the image that its upper layers were written out as. Its contents stay.
+///
+/// # Errors
+/// EBUSY when the disk changed meanwhile; those of system calls and of SQLite.
+pub fn put_on_flat(locked: &mut LockedBox<'_>, draft: &Draft) -> Result<()> {
+    let live = locked.store.home().live_disk(&locked.record.id);
+    let (file, old) = open_disk(&live)?;
+    let overlay = match &draft.overlay {
+        Some(overlay) if draft.virtual_size == live_header(&live)?.virtual_size => overlay,
+        _ => return Err(replaced_just_now(locked)),
+    };
+    durable::copy_times(&live, overlay)?;
+    durable::sync_file(overlay)?;
+    let box_id = locked.record.id.clone();
+    install_flat(locked, draft, &live, Some(&box_id))?;
+    replace_live(locked, overlay, &live, old)?;
+    drop(file);
+    crash_point("freeze.replaced");
+    Ok(())
+}
+
 /// Freezes a snapshot: returns its layer as a base, adopted if necessary, or the layer below it if
 /// it holds no data itself.
 ///

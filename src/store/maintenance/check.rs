@@ -8,6 +8,7 @@ use std::fmt::Display;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::disk::{Chain, FileId};
 use crate::event_log::EventLog;
@@ -39,7 +40,7 @@ use crate::{Context, Result};
 /// Those of opening the home (none there, a damaged database) and of writing to `out`. EBUSY when a
 /// repair is needed while a BoxLite runtime has the home.
 pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
-    let mut report = inspect(home)?;
+    let mut report = inspect_again(home)?;
     if repair && !(report.findings.is_empty() && report.notes.is_empty()) {
         let store = Store::open(home, false, Compression::default())?;
         repair_home(&store)?;
@@ -76,6 +77,11 @@ fn say(out: &mut dyn Write, line: &str) -> Result<()> {
     writeln!(out, "{line}").context(|| "cannot print the findings")
 }
 
+/// How often a home is inspected again where something was found, and after which pause: a change
+/// takes milliseconds.
+const FURTHER_LOOKS: u32 = 2;
+const LOOK_PAUSE: Duration = Duration::from_millis(150);
+
 /// The result of a check.
 struct Report {
     root: PathBuf,
@@ -86,6 +92,23 @@ struct Report {
     notes: Vec<String>,
     /// The sum of our layers that are no longer read, each of which is a finding.
     unread: Option<String>,
+}
+
+/// Inspects a home, and again where something was found: a mount or BoxLite may be in the middle of
+/// a change. Only what is found each time counts.
+fn inspect_again(home: &Path) -> Result<Report> {
+    let mut report = inspect(home)?;
+    for _ in 0..FURTHER_LOOKS {
+        if report.findings.is_empty() {
+            break;
+        }
+        std::thread::sleep(LOOK_PAUSE);
+        let before = std::mem::replace(&mut report, inspect(home)?);
+        report
+            .findings
+            .retain(|finding| before.findings.contains(finding));
+    }
+    Ok(report)
 }
 
 fn inspect(home: &Path) -> Result<Report> {

@@ -5,7 +5,7 @@ use crate::exports::{Contents, Source};
 use crate::files::crash_points::crash_point;
 use crate::files::workspace::Scratch;
 use crate::store::Store;
-use crate::store::access::lock::{lock_source, made_again, switch_to_target};
+use crate::store::access::lock::{lock_source, made_again_on, switch_to_target};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
 use crate::store::layers::draft::{draft_clone, draft_of, draft_snapshot_clone, refuse_changed};
@@ -32,7 +32,7 @@ pub fn clone_box(
         new.name,
         store.exports.disks.describe(source)
     );
-    let result = made_again(store, &|| make_clone(store, source, read, new));
+    let result = made_again_on(store, source, &|| make_clone(store, source, read, new));
     store.events().log_outcome(&action, result)
 }
 
@@ -83,7 +83,7 @@ pub fn clone_snapshot(
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
-    let result = made_again(store, &|| {
+    let result = made_again_on(store, source, &|| {
         make_snapshot_clone(store, source, read, box_id, new)
     });
     store.events().log_outcome(&action, result)

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use crate::disk::FileId;
-use crate::exports::display_name;
+use crate::exports::{Source, display_name};
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::listing::names_in;
@@ -16,7 +16,7 @@ use crate::files::workspace::discard;
 use crate::home::{BaseRecord, SnapshotRecord};
 use crate::store::Store;
 use crate::store::access::deletion_space::delete_with_room;
-use crate::store::access::lock::{lock_shared, made_again};
+use crate::store::access::lock::{lock_shared, made_again_on};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::collect::{free_bases, free_without_lock};
@@ -58,8 +58,11 @@ pub fn see_disk(store: &Store, box_id: &str) -> Option<SeenDisk> {
 /// another box reads from its live disk; ENOENT.
 pub fn remove_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     let action = format!("removal of box {}", store.exports.disks.name_of(box_id));
+    let live = Source::Live {
+        box_id: box_id.to_owned(),
+    };
     let result = delete_with_room(store, &|| {
-        made_again(store, &|| delete_box(store, box_id, seen))
+        made_again_on(store, &live, &|| delete_box(store, box_id, seen))
     });
     store.events().log_outcome(&action, result)
 }

@@ -8,15 +8,17 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::disk::Header;
-use crate::exports::display_name;
+use crate::exports::{Source, display_name};
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::markers::UNRECORDED;
 use crate::store::Store;
 use crate::store::access::deletion_space::delete_with_room;
-use crate::store::access::lock::{lock_shared, made_again};
+use crate::store::access::lock::{lock_shared, made_again, made_again_on};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::recovery::{has_row, recover_box};
+use crate::store::layers::draft::draft_shorter;
+use crate::store::layers::freeze::put_on_flat;
 use crate::store::layers::references::free_surplus;
 use crate::store::layers::snapshot_place::{
     has_own_place, mark_unrecorded_snapshot, remove_snapshot_dir, unread_layer,
@@ -38,8 +40,14 @@ pub fn remove_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result
         store.exports.disks.snapshot_name(box_id, snapshot_id)?,
         store.exports.disks.name_of(box_id)
     );
+    let source = Source::Snapshot {
+        box_id: box_id.to_owned(),
+        snapshot_id: snapshot_id.to_owned(),
+    };
     let result = delete_with_room(store, &|| {
-        made_again(store, &|| delete_snapshot(store, box_id, snapshot_id))
+        made_again_on(store, &source, &|| {
+            delete_snapshot(store, box_id, snapshot_id)
+        })
     });
     store.events().log_outcome(&action, result)
 }
@@ -68,7 +76,28 @@ fn delete_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result<()>
     free_or_leave(&mut locked, &layer)?;
     drop(locked);
     adopt_if_restored(store, box_id, &layer);
+    if layer.exists()
+        && let Err(error) = shorten(store, box_id)
+    {
+        let name = store.exports.disks.name_of(box_id);
+        let message = format!("the backing chain of box {name} is long: {error}");
+        store.events().info(&message);
+    }
     Ok(())
+}
+
+/// Shortens the chain of a live disk if a virtual machine can't start with it. BoxLite adds a layer
+/// with each of its snapshots. It keeps a snapshot that the disk reads; once that may be deleted
+/// here, nothing else would end the chain's growth while a runtime has the home.
+fn shorten(store: &Store, box_id: &str) -> Result<()> {
+    made_again(store, &|| {
+        let Some(draft) = draft_shorter(store, box_id)? else {
+            return Ok(());
+        };
+        let mut locked = lock_shared(store, box_id)?;
+        put_on_flat(&mut locked, &draft)?;
+        free_surplus(&mut locked)
+    })
 }
 
 /// Refuses if BoxLite has restored the snapshot since its layer was adopted. It records nothing of

@@ -4,12 +4,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::Result;
+use crate::exports::Source;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::markers::UNRECORDED;
 use crate::home::SnapshotRecord;
 use crate::store::Store;
-use crate::store::access::lock::{lock_shared, lock_unprepared, made_again};
+use crate::store::access::lock::{lock_shared, lock_unprepared, made_again_on};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
 use crate::store::access::recovery::recover_box;
@@ -61,7 +62,13 @@ pub fn rename_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &st
         store.exports.disks.snapshot_name(box_id, snapshot_id)?,
         store.exports.disks.name_of(box_id)
     );
-    let result = made_again(store, &|| move_snapshot(store, box_id, snapshot_id, name));
+    let source = Source::Snapshot {
+        box_id: box_id.to_owned(),
+        snapshot_id: snapshot_id.to_owned(),
+    };
+    let result = made_again_on(store, &source, &|| {
+        move_snapshot(store, box_id, snapshot_id, name)
+    });
     store.events().log_outcome(&action, result)
 }
 

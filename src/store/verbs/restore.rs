@@ -9,7 +9,7 @@ use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::store::Store;
 use crate::store::access::beside_runtime::{refuse_other_size, replace_live};
-use crate::store::access::lock::{lock_shared, made_again, switch_to_source};
+use crate::store::access::lock::{lock_shared, made_again, made_again_on, switch_to_source};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::draft::{draft_clone, draft_of, refuse_changed};
 use crate::store::layers::freeze_source::freeze_source;
@@ -21,8 +21,8 @@ use crate::{Error, Result};
 
 /// Makes the live disk of a box a copy-on-write copy of `source`. Copies no data, whatever the size
 /// of the disk, and keeps all snapshots, later ones too. `read` is the source and the state of it
-/// that the caller read. The disk is shown as modified at `modified`, or now: a tool that copies
-/// only what is newer has to see that it changed, even to an older state.
+/// that the caller read. The disk is shown as modified now, even in an older state and whatever
+/// time its writer set: a tool that copies only what is newer has to see that it changed.
 ///
 /// # Errors
 /// EBUSY, ENODATA for a box without a disk, EPERM when others read from the live disk, EIO when the
@@ -31,15 +31,14 @@ pub fn restore_box(
     store: &Store,
     box_id: &str,
     (source, read): (&Source, &Contents),
-    modified: Option<SystemTime>,
 ) -> Result<()> {
     let action = format!(
         "restore of box {} from {}",
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
-    let result = made_again(store, &|| {
-        restore_state(store, box_id, (source, read), modified)
+    let result = made_again_on(store, source, &|| {
+        restore_state(store, box_id, (source, read))
     });
     store.events().log_outcome(&action, result)
 }
@@ -47,12 +46,7 @@ pub fn restore_box(
 /// Order: freeze the source (or adopt the snapshot's layer); make an overlay on it in the
 /// workspace; add the references; move the overlay over the live disk. A crash before the last step
 /// leaves surplus references, which recovery drops.
-fn restore_state(
-    store: &Store,
-    box_id: &str,
-    (source, read): (&Source, &Contents),
-    modified: Option<SystemTime>,
-) -> Result<()> {
+fn restore_state(store: &Store, box_id: &str, (source, read): (&Source, &Contents)) -> Result<()> {
     let is_itself = matches!(source, Source::Live { box_id: other } if other == box_id);
     if is_itself {
         return refuse_changed(store, source, read);
@@ -72,7 +66,7 @@ fn restore_state(
     refuse_other_size(&locked, &live, frozen.virtual_size)?;
     let overlay = store.workspace().scratch("overlay")?;
     make_overlay(&locked, &frozen, &overlay)?;
-    durable::set_modified(&overlay, not_after_now(modified))?;
+    durable::set_modified(&overlay, SystemTime::now())?;
     durable::sync_file(&overlay)?;
     locked.refer_to_chain(&overlay)?;
     crash_point("restore.referred");
@@ -84,18 +78,13 @@ fn restore_state(
 }
 
 /// Makes the disk of a complete archive the live disk of a box. The box keeps its id, name,
-/// configuration and snapshots. The disk is shown as modified at `modified`, or now.
+/// configuration and snapshots. The disk is shown as modified now.
 ///
 /// # Errors
 /// EBADMSG when the archive is incomplete, EBUSY, ENODATA for a box without a disk, EPERM when
 /// others read from the live disk.
-pub fn restore_archive(
-    store: &Store,
-    box_id: &str,
-    stream: &ImportStream,
-    modified: Option<SystemTime>,
-) -> Result<()> {
-    let result = made_again(store, &|| restore_arrived(store, box_id, stream, modified));
+pub fn restore_archive(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
+    let result = made_again(store, &|| restore_arrived(store, box_id, stream));
     store.events().log_outcome(
         &format!(
             "restore of box {} from an archive",
@@ -107,17 +96,12 @@ pub fn restore_archive(
 
 /// Order: the disk was unpacked and checked in the workspace; flush it; move it over the live disk.
 /// A crash leaves the old or the new disk, and surplus references, which recovery drops.
-fn restore_arrived(
-    store: &Store,
-    box_id: &str,
-    stream: &ImportStream,
-    modified: Option<SystemTime>,
-) -> Result<()> {
+fn restore_arrived(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
     store.home().give_to_owner(stream.disk())?;
-    durable::set_modified(stream.disk(), not_after_now(modified))?;
+    durable::set_modified(stream.disk(), SystemTime::now())?;
     durable::sync_file(stream.disk())?;
     let mut locked = lock_shared(store, box_id)?;
     let live = replaceable_live(&locked)?;
@@ -129,13 +113,6 @@ fn restore_arrived(
     crash_point("restore.replaced");
     clean_up_after_restore(&mut locked);
     Ok(())
-}
-
-/// Returns the time that a restored disk shows. A time in the future would hide what the guest
-/// writes until then.
-fn not_after_now(modified: Option<SystemTime>) -> SystemTime {
-    let now = SystemTime::now();
-    modified.map_or(now, |modified| modified.min(now))
 }
 
 /// Returns the path of the live disk, if it may be replaced. EPERM when a layer reads from it,

@@ -5,7 +5,7 @@ use crate::archive::Export;
 use crate::exports::Source;
 use crate::files::crash_points::crash_point;
 use crate::store::Store;
-use crate::store::access::lock::{lock_shared, lock_source, made_again};
+use crate::store::access::lock::{lock_shared, lock_source, made_again_on};
 use crate::store::access::names::refuse_bad_snapshot_name;
 use crate::store::layers::draft::draft_freeze;
 use crate::store::layers::freeze::freeze_live;
@@ -50,14 +50,14 @@ fn take_snapshot(
     };
     let copies = &store.exports.copies;
     if copies.is_running(&live) {
-        made_again(store, &|| {
+        made_again_on(store, &live, &|| {
             refuse_taken_snapshot_name(&lock_source(store, box_id)?, name)
         })?;
         if let Some(copy) = copies.copy_now(&live, go_on)? {
-            return made_again(store, &|| keep_copy(store, box_id, name, &copy));
+            return made_again_on(store, &live, &|| keep_copy(store, box_id, name, &copy));
         }
     }
-    made_again(store, &|| freeze_and_name(store, box_id, name))
+    made_again_on(store, &live, &|| freeze_and_name(store, box_id, name))
 }
 
 /// Order: draft what takes long before the lock is taken; freeze the live disk; name the frozen

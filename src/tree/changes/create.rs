@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use crate::exports::Source;
 use crate::home::box_id;
@@ -26,8 +25,6 @@ use crate::{Error, Result};
 pub struct SetAttr {
     /// The size in bytes: truncate(2), or O_TRUNC, which comes without a handle.
     pub size: Option<u64>,
-    /// The modification time: utimensat(2), as `cp -p` and rsync call it for what they wrote.
-    pub modified: Option<SystemTime>,
 }
 
 /// Creates files.
@@ -231,8 +228,7 @@ impl Creator {
         Ok(())
     }
 
-    /// Sets attributes. Of what copy tools set on what they make, the modification time counts
-    /// where it becomes the disk of a box that exists; the rest is accepted and dropped. The
+    /// Sets attributes. What copy tools set on what they make is accepted and dropped; the
     /// attributes of what exists follow from the home.
     ///
     /// # Errors
@@ -264,9 +260,6 @@ impl Creator {
                 libc::EPERM,
                 "modes, owners, times and sizes follow from the home; they can't be set here",
             ));
-        }
-        if let (Some(file), Some(modified)) = (&file, set.modified) {
-            file.state().modified = Some(modified);
         }
         match (&file, set.size) {
             (Some(file), Some(size)) => file.resize(size),

@@ -196,14 +196,11 @@ impl Committer {
         }
         match &state.content {
             StagedContent::Archive(arrival) => {
-                store::restore_archive(&self.store, &file.box_id, arrival, state.modified)
+                store::restore_archive(&self.store, &file.box_id, arrival)
             }
             StagedContent::FromHome {
                 source, contents, ..
-            } => {
-                let read = (source, contents);
-                store::restore_box(&self.store, &file.box_id, read, state.modified)
-            }
+            } => store::restore_box(&self.store, &file.box_id, (source, contents)),
             _ => Ok(()),
         }
     }

@@ -104,8 +104,6 @@ pub struct StagedState {
     pub content: StagedContent,
     /// How often it is open.
     pub open: usize,
-    /// The modification time that its writer set, if any.
-    pub modified: Option<SystemTime>,
     /// What is shown of an archive that arrives.
     pub operation: Option<Operation>,
     /// The first refusal: errno and message. All later calls get it as well.
@@ -154,7 +152,6 @@ impl StagedFile {
                 place,
                 content: StagedContent::Nothing,
                 open: 0,
-                modified: None,
                 operation: None,
                 refused: None,
             }),

@@ -10,7 +10,7 @@ mkdir -p "$2"
 out=$(cd "$2" && pwd)
 shift 2
 [ $# -gt 0 ] || set -- named_points random_moments power_loss io_errors full_disk hostile shared running \
-    many races model never_lost
+    real_guest many races model never_lost boxlite_0_11
 
 export EXTENT=whole TORTURE_TABLE=$out/table.tsv BOXLITE_PYTHON=$venv/bin/python
 export NEXTEST_PROFILE=torture MODEL_STEPS=${MODEL_STEPS:-10000}
@@ -31,10 +31,19 @@ races() {
             cargo test --test faults -- --nocapture changes_by_32_processes
 }
 
+# Runs what happens beside BoxLite, and between two runs of it, with its version 0.11.0 as the judge:
+# `boxlite serve`, built without the parts of the virtual machine.
+boxlite_0_11() {
+    command -v protoc >/dev/null || apt-get install -q -y --no-install-recommends protobuf-compiler
+    BOXLITE_DEPS_STUB=1 cargo install --quiet --locked --root "$out/boxlite" --target-dir "$out/boxlite/build" \
+        boxlite-cli@0.11.0 &&
+        BOXLITE_CLI=$out/boxlite/bin/boxlite tests/run shared:: beside_boxlite:: moved_homes::
+}
+
 for test; do
     echo "torture: $test"
-    if [ "$test" = races ]; then
-        races >"$out/races.log" 2>&1 || { status=1; echo "torture: races FAILED, see $out/races.log" >&2; }
+    if [ "$test" = races ] || [ "$test" = boxlite_0_11 ]; then
+        "$test" >"$out/$test.log" 2>&1 || { status=1; echo "torture: $test FAILED, see $out/$test.log" >&2; }
     elif ! tests/run "$test::" >"$out/$test.log" 2>&1; then
         status=1
         tail -n 40 "$out/$test.log"

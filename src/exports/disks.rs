@@ -179,7 +179,7 @@ impl Disks {
 
     /// Returns whether a file of a box or a snapshot that is missing may be there in a moment: a
     /// runtime has the home, the rows are there, and the box had a disk.
-    pub(crate) fn may_be_moving(&self, source: &Source) -> bool {
+    fn may_be_moving(&self, source: &Source) -> bool {
         let disks = self.home.box_dir(source.box_id()).join("disks");
         disks.is_dir()
             && self.home.runtime().is_some()
@@ -187,6 +187,20 @@ impl Disks {
                 .home
                 .catalog()
                 .is_ok_and(|catalog| source.is_in(&catalog))
+    }
+
+    /// Makes an error of a missing or unfinished file EBUSY, for a moment, if BoxLite may be moving
+    /// the disks of the source. Any other error stays as it is.
+    pub(crate) fn busy_if_moving(&self, source: &Source, error: Error) -> Error {
+        const OF_FILES: [i32; 4] = [libc::ENOENT, libc::ENODATA, libc::EOPNOTSUPP, libc::ESTALE];
+        if !OF_FILES.contains(&error.errno()) || !self.may_be_moving(source) {
+            return error;
+        }
+        Error::busy(format!(
+            "{error}; BoxLite may be changing {} at this moment: try again",
+            self.describe(source)
+        ))
+        .for_a_moment()
     }
 
     /// Returns the path of a disk state's topmost file, which exists.

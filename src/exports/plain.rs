@@ -170,6 +170,11 @@ impl PlainExports {
     /// ENODATA when the box has no disk yet; EBUSY while it runs, or when its disk does not settle;
     /// ENOENT when the box or snapshot is gone; EIO when a layer is missing or damaged.
     pub fn open(&self, source: &Source) -> Result<(Arc<Export>, Contents)> {
+        self.open_now(source)
+            .map_err(|error| self.disks.busy_if_moving(source, error))
+    }
+
+    fn open_now(&self, source: &Source) -> Result<(Arc<Export>, Contents)> {
         self.foreground.touch();
         let record = self.disks.record_of(source)?;
         if let Source::Live { .. } = source {

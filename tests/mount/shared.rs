@@ -661,8 +661,20 @@ fn a_clone_with_its_snapshots_is_made_beside_a_runtime() {
         of: "copy".into(),
         new: "third".into(),
     });
-    both.boxlite_does(&Ask::Remove { of: "copy".into() });
+    // `boxlite serve` breaks a clone when its source is removed, also without us.
+    if std::env::var_os("BOXLITE_CLI").is_none() {
+        both.boxlite_does(&Ask::Remove { of: "copy".into() });
+    }
     both.end("a clone beside a live BoxLite");
+}
+
+/// Returns whether a line of the log names the program that has the runtime, and its pid.
+fn names_the_runtime(line: &str) -> bool {
+    let program = match std::env::var_os("BOXLITE_CLI") {
+        Some(_) => "boxlite --home",
+        None => "python",
+    };
+    line.contains(program) && line.contains("(pid ")
 }
 
 #[test]
@@ -680,7 +692,7 @@ fn what_is_not_safe_beside_a_runtime_is_busy_and_says_so() {
         said.contains("Meanwhile everything else is possible but renaming boxes, merging and"),
         "{said}"
     );
-    assert!(said.contains("python") && said.contains("(pid "), "{said}");
+    assert!(names_the_runtime(said), "{said}");
     let (_, said) = home.compact();
     assert!(said.contains("a BoxLite runtime is using"), "{said}");
     both.tally.operations += 2;
@@ -697,7 +709,7 @@ fn with_the_option_exclusive_a_runtime_keeps_every_change_out_and_is_named() {
     let log = mount.log();
     let line = log.lines().last().unwrap();
     assert!(line.contains("a BoxLite runtime is using"), "{line}");
-    assert!(line.contains("python") && line.contains("(pid "), "{line}");
+    assert!(names_the_runtime(line), "{line}");
 }
 
 #[test]

@@ -364,20 +364,8 @@ pub fn made_again_on<T>(
     change: &dyn Fn() -> Result<T>,
 ) -> Result<T> {
     made_again(store, &|| {
-        change().map_err(|error| busy_if_moved(store, source, error))
+        change().map_err(|error| store.exports.disks.busy_if_moving(source, error))
     })
-}
-
-fn busy_if_moved(store: &Store, source: &Source, error: Error) -> Error {
-    const OF_FILES: [i32; 4] = [libc::ENOENT, libc::ENODATA, libc::EOPNOTSUPP, libc::ESTALE];
-    if !OF_FILES.contains(&error.errno()) || !store.exports.disks.may_be_moving(source) {
-        return error;
-    }
-    Error::busy(format!(
-        "{error}; BoxLite may be changing {} at this moment: try again",
-        store.exports.disks.describe(source)
-    ))
-    .for_a_moment()
 }
 
 fn begin_change(store: &Store) -> Result<()> {

@@ -7,10 +7,10 @@
 //! cluster: of each window (the 512 MiB behind one L2 table) only a count is kept, and the chain is
 //! asked again which clusters are allocated.
 
-use super::Chain;
 use super::image_layout::{BLOCK_ENTRIES, ImageLayout, TABLE_ENTRIES};
 use super::overlay::{CLUSTER, L2_COVERS, NewHeader, backing_name, dimensions};
 use super::window::{RecentWindows, Window, is_set};
+use super::{Chain, Format};
 use crate::{Error, Result};
 use std::ops::Range;
 use std::path::Path;
@@ -31,10 +31,12 @@ pub const WINDOW: u64 = L2_COVERS;
 /// Or the upper layers, on top of those below: a cluster is left to the layers below if no upper
 /// layer has any byte of it. Otherwise it is data if any byte of it is data in the chain, else it
 /// reads as zeros. So the new chain has the contents of the old one and, flattened, its allocation.
+///
+/// Or what differs from another disk, on top of that disk. Then the bytes that both have on top of
+/// shared layers are compared.
 pub struct Flattened {
     chain: Arc<Chain>,
-    /// The number of layers it stands for, unless that is all.
-    upper: Option<usize>,
+    kind: Kind,
     /// Header, and what it names.
     first_cluster: Vec<u8>,
     layout: ImageLayout,
@@ -45,38 +47,66 @@ pub struct Flattened {
     recent: RecentWindows,
 }
 
+/// What an image has of its chain.
+enum Kind {
+    /// All of it.
+    Standalone,
+    /// The layers on top, as many as this says.
+    Upper(usize),
+    /// What differs from another disk. Both have so many layers on top of those that they share.
+    Differs(usize, Arc<Chain>, usize),
+}
+
 impl Flattened {
     /// Works out the layout from the chain's metadata; no data is read. EFBIG beyond 2 PiB; EIO
     /// when a layer's tables are damaged.
     pub fn plan(chain: Arc<Chain>) -> Result<Flattened> {
-        Flattened::plan_as(chain, None)
+        Flattened::plan_as(chain, Kind::Standalone, None)
     }
 
     /// Plans the `upper` layers on top as one, on top of the layer after them, which is at
     /// `backing`; standalone if there is no such layer. Errors besides: those of naming it, as
     /// [`create_overlay`](super::create_overlay).
     pub fn plan_upper(chain: Arc<Chain>, upper: usize, backing: &Path) -> Result<Flattened> {
-        if chain.layers().get(upper).is_some() {
-            Flattened::plan_as(chain, Some((upper, backing)))
-        } else {
-            Flattened::plan(chain)
+        match chain.layers().get(upper).map(|below| below.format()) {
+            Some(format) => Flattened::plan_as(chain, Kind::Upper(upper), Some((backing, format))),
+            None => Flattened::plan(chain),
         }
     }
 
-    fn plan_as(chain: Arc<Chain>, on: Option<(usize, &Path)>) -> Result<Flattened> {
-        let upper = on.map(|(upper, _)| upper);
-        let name = on.map(|(_, backing)| backing_name(backing)).transpose()?;
+    /// Plans what of the chain differs from another disk of the same size, on top of that disk,
+    /// whose top layer is the qcow2 image at `backing`. The two have the same layers below `upper`
+    /// and `other_upper` layers on top. Reads the data of those. Errors besides: as
+    /// [`Flattened::plan_upper`].
+    pub fn plan_differing(
+        (chain, upper): (Arc<Chain>, usize),
+        (other, other_upper): (Arc<Chain>, usize),
+        backing: &Path,
+    ) -> Result<Flattened> {
+        let kind = Kind::Differs(upper, other, other_upper);
+        Flattened::plan_as(chain, kind, Some((backing, Format::Qcow2)))
+    }
+
+    fn plan_as(chain: Arc<Chain>, kind: Kind, below: Option<(&Path, Format)>) -> Result<Flattened> {
+        let name = below
+            .map(|(backing, _)| backing_name(backing))
+            .transpose()?;
+        let recent = RecentWindows::default();
         let (virtual_size, l1_size) = dimensions(chain.virtual_size())?;
         let windows = virtual_size.div_ceil(L2_COVERS);
         let mut clusters_before = vec![0u64];
         let mut tables_before = vec![0u32];
         let (mut clusters, mut tables) = (0u64, 0u32);
         for index in 0..windows {
-            let window = Window::of(&chain, upper, index)?;
+            let window = kind.window(&chain, index)?;
             clusters += window.count();
             tables += u32::from(window.has_entries());
             clusters_before.push(clusters);
             tables_before.push(tables);
+            if let Kind::Differs(..) = kind {
+                // It was read for; the first windows need not be read for again.
+                recent.insert(Arc::new(window));
+            }
         }
         let layout = ImageLayout::of(u64::from(l1_size), u64::from(tables), clusters);
         let header = NewHeader {
@@ -88,20 +118,19 @@ impl Flattened {
                 as u32,
             backing_name_len: name.map(|name| name.len() as u32),
         };
-        let below = upper.and_then(|upper| chain.layers().get(upper));
         let mut first_cluster = match (name, below) {
-            (Some(name), Some(below)) => header.bytes_with_backing(name, below.format()),
+            (Some(name), Some((_, format))) => header.bytes_with_backing(name, format),
             _ => header.bytes().to_vec(),
         };
         first_cluster.resize(CLUSTER as usize, 0);
         Ok(Flattened {
             chain,
-            upper,
+            kind,
             first_cluster,
             layout,
             clusters_before,
             tables_before,
-            recent: RecentWindows::default(),
+            recent,
         })
     }
 
@@ -266,7 +295,7 @@ impl Flattened {
         if let Some(window) = self.recent.get(index) {
             return Ok(window);
         }
-        let window = Arc::new(Window::of(&self.chain, self.upper, index)?);
+        let window = Arc::new(self.kind.window(&self.chain, index)?);
         let planned = self
             .before(index as usize + 1)
             .checked_sub(self.before(index as usize));
@@ -283,6 +312,19 @@ impl Flattened {
             "{} changed while it was read (was the box started?); read it again",
             top.unwrap_or(std::path::Path::new("the disk")).display()
         ))
+    }
+}
+
+impl Kind {
+    /// Returns which clusters of window number `index` such an image has.
+    fn window(&self, chain: &Chain, index: u64) -> Result<Window> {
+        match self {
+            Kind::Standalone => Window::of(chain, None, index),
+            Kind::Upper(upper) => Window::of(chain, Some(*upper), index),
+            Kind::Differs(upper, other, other_upper) => {
+                Window::differing((chain, *upper), (other, *other_upper), index)
+            }
+        }
     }
 }
 

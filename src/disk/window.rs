@@ -75,6 +75,44 @@ impl Window {
         Ok(window)
     }
 
+    /// Finds the clusters of a disk that differ from those of another of the same size. `upper` is
+    /// how many layers the two have on top of the layers that they share. They are allocated, or
+    /// read as zeros; all others are left to the other disk.
+    pub fn differing(
+        (chain, upper): (&Chain, usize),
+        (other, other_upper): (&Chain, usize),
+        index: u64,
+    ) -> Result<Window> {
+        let mut window = Window::of(chain, Some(upper), index)?;
+        let theirs = Window::of(other, Some(other_upper), index)?;
+        let (start, disk) = (index * L2_COVERS, chain.virtual_size());
+        let mut pieces = [vec![0; CLUSTER as usize], vec![0; CLUSTER as usize]];
+        for cluster in 0..L2_ENTRIES {
+            let is_ours = window.has(cluster) || is_set(&window.zeros, cluster);
+            if !is_ours && !theirs.has(cluster) && !is_set(&theirs.zeros, cluster) {
+                continue;
+            }
+            let from = start + cluster * CLUSTER;
+            let len = (disk - from).min(CLUSTER) as usize;
+            let [piece, other_piece] = &mut pieces;
+            let (piece, other_piece) = (&mut piece[..len], &mut other_piece[..len]);
+            chain.read_at(from, piece)?;
+            other.read_at(from, other_piece)?;
+            clear(&mut window.allocated, cluster);
+            clear(&mut window.zeros, cluster);
+            if piece != other_piece {
+                let is_zero = piece.iter().all(|&byte| byte == 0);
+                let bits = if is_zero {
+                    &mut window.zeros
+                } else {
+                    &mut window.allocated
+                };
+                set(bits, cluster);
+            }
+        }
+        Ok(window)
+    }
+
     /// Returns how many clusters are allocated.
     pub fn count(&self) -> u64 {
         self.allocated
@@ -173,6 +211,12 @@ impl RecentWindows {
 fn set(bits: &mut Bits, cluster: u64) {
     if let Some(word) = bits.get_mut((cluster / 64) as usize) {
         *word |= 1 << (cluster % 64);
+    }
+}
+
+fn clear(bits: &mut Bits, cluster: u64) {
+    if let Some(word) = bits.get_mut((cluster / 64) as usize) {
+        *word &= !(1 << (cluster % 64));
     }
 }
 

@@ -408,6 +408,48 @@ fn a_snapshot_of_a_running_box_is_its_disk_at_one_moment() {
 }
 
 #[test]
+fn a_second_snapshot_of_a_running_box_holds_only_the_difference() {
+    let home = TestHome::new();
+    let live = home.live_disk("web");
+    let write = ["qemu-io", "-f", "qcow2", "-c", "write -q -P 5 6M 2M"];
+    succeed(&[&write[..], &[text(&live)]].concat());
+    let mount = home.mount();
+    let machine = Machine::of(&home, "web");
+    let mut moments = Vec::new();
+    for name in ["first", "second", "third"] {
+        machine.goes_on();
+        let before = machine.written();
+        mount.snapshot("web", name).unwrap();
+        assert_a_moment(&home.snapshot_disk("web", name), before, machine.written());
+        moments.push((name, digest(&home.snapshot_disk("web", name))));
+    }
+    let bytes = |name: &str| fs::metadata(home.snapshot_disk("web", name)).unwrap().len();
+    for name in ["second", "third"] {
+        assert!(bytes(name) < bytes("first") / 2, "{name}: {}", bytes(name));
+    }
+    machine.goes_on();
+    drop(machine);
+    // What later ones read stays without the earlier ones.
+    for (number, (name, _)) in moments.iter().enumerate() {
+        for (later, digest_of) in &moments[number..] {
+            assert_eq!(
+                digest(&home.snapshot_disk("web", later)),
+                *digest_of,
+                "{later}"
+            );
+        }
+        home.wheel(&["snapshot-restore", "web", name]);
+        assert_eq!(digest(&home.live_disk("web")), moments[number].1);
+        eventually("the restored disk is seen", || {
+            mount.remove_snapshot("web", name).is_ok()
+        });
+    }
+    assert_eq!(digest(&home.live_disk("web")), moments[2].1);
+    mount.unmount();
+    home.assert_whole_but_leaks();
+}
+
+#[test]
 fn a_snapshot_of_a_running_box_that_is_cut_off_is_whole_or_gone() {
     for point in [
         "running.begun",

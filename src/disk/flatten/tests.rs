@@ -205,3 +205,59 @@ fn a_chain_that_changed_since_the_plan_is_an_error_and_no_mixture() {
         libc::EIO
     );
 }
+
+#[test]
+#[ignore = "needs programs"]
+fn an_image_of_the_difference_on_the_other_disk_equals_the_chain() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    create(&at("base"), "cluster_size=64k", None, "600M");
+    qemu_io(&at("base"), &["write -P 1 0 8M", "write -P 1 520M 1M"]);
+    // What both write, what only one writes, what one clears, what both have alike.
+    let earlier = [
+        "write -P 2 0 1M",
+        "write -P 3 2M 1M",
+        "write -P 4 520M 64k",
+        "write -z 4M 1M",
+        "write -P 9 599M 1M",
+    ];
+    let later = [
+        "write -P 2 0 1M",
+        "write -P 5 512k 4k",
+        "write -P 6 6M 100k",
+        "write -z 520M 64k",
+        "write -z 4M 512k",
+        "write -P 9 599M 1M",
+    ];
+    for (name, writes) in [("earlier", &earlier[..]), ("later", &later[..])] {
+        let on = at("base");
+        create(&at(name), "cluster_size=64k", Some((&on, "qcow2")), "600M");
+        qemu_io(&at(name), writes);
+    }
+    let chain = |name: &str| Arc::new(open(&at(name)).unwrap());
+    for (one, other) in [
+        ("later", "earlier"),
+        ("earlier", "later"),
+        ("later", "later"),
+    ] {
+        let (image, backing) = (at("image"), at(other));
+        let of = ((chain(one), 1), (chain(other), 1));
+        let difference = Flattened::plan_differing(of.0, of.1, &backing).unwrap();
+        store(&difference, &image);
+        check_clean(&image);
+        let said = succeed("qemu-img", &["compare", text(&at(one)), text(&image)]);
+        assert!(said.contains("identical"), "{one} on {other}: {said}");
+        let all = Flattened::plan_upper(chain(one), 1, &at("base")).unwrap();
+        assert!(difference.len() < all.len(), "{one} on {other}");
+        let clusters: u64 = (0..difference.windows())
+            .map(|it| difference.clusters_in(it))
+            .sum();
+        if one == other {
+            assert_eq!(clusters, 0);
+        } else if one == "later" {
+            // 512k; 2M to 3M, which only the earlier one wrote; 4.5M to 5M, which it cleared; 6M,
+            // two clusters. 520M reads as zeros.
+            assert_eq!(clusters, 1 + 16 + 8 + 2);
+        }
+    }
+}

@@ -11,7 +11,7 @@ use crate::files::listing::resolve;
 use crate::files::priority::BehindAll;
 use crate::files::workspace::discard;
 use crate::store::Store;
-use crate::{Context, Result, disk};
+use crate::{Context, Error, Result, disk};
 
 /// Is called with the bytes written since the last call. An error ends the work.
 pub type Pace<'p> = dyn FnMut(u64) -> Result<()> + 'p;
@@ -35,7 +35,10 @@ pub struct FlattenPlan {
     chain: Arc<Chain>,
     image: Flattened,
     top: PathBuf,
-    upper: usize,
+    /// The layer below the image.
+    below: Option<FileId>,
+    /// How many layers of the chain it takes the place of, if it does.
+    upper: Option<usize>,
 }
 
 /// Plans the image of the `upper` layers of the chain at `top`. Reads tables, but no data. Waits
@@ -58,10 +61,36 @@ pub fn plan_flatten_of(chain: Arc<Chain>, top: &Path, upper: usize) -> Result<Fl
         None => Flattened::plan(chain.clone())?,
     };
     Ok(FlattenPlan {
+        below: chain.layers().get(upper).map(|layer| layer.id()),
         chain,
         image,
         top: top.to_owned(),
-        upper,
+        upper: Some(upper),
+    })
+}
+
+/// Plans the image of what differs in an open chain from another one, on top of that. `top` is the
+/// path of the chain's top layer; each has so many layers on top of those that they share.
+///
+/// # Errors
+/// Those of reading the chains.
+pub fn plan_difference(
+    (chain, upper): (Arc<Chain>, usize),
+    (other, other_upper): (Arc<Chain>, usize),
+    top: &Path,
+) -> Result<FlattenPlan> {
+    let base = other
+        .layers()
+        .first()
+        .ok_or_else(|| Error::damaged("the disk has no layers"))?;
+    let (below, path) = (base.id(), resolve(base.path())?);
+    let image = Flattened::plan_differing((chain.clone(), upper), (other, other_upper), &path)?;
+    Ok(FlattenPlan {
+        chain,
+        image,
+        top: top.to_owned(),
+        below: Some(below),
+        upper: None,
     })
 }
 
@@ -83,7 +112,7 @@ pub fn write_flattened(
             .first()
             .map_or_else(|| FileId::at(&plan.top), |layer| Ok(layer.id()))?,
         changed: plan.chain.changed_at(),
-        below: plan.chain.layers().get(plan.upper).map(|layer| layer.id()),
+        below: plan.below,
     };
     let message = || format!("cannot write {}", flattened.file.display());
     let out = File::create_new(&flattened.file).context(message)?;
@@ -98,10 +127,10 @@ pub fn write_flattened(
         .set_modified(flattened.changed);
     out.set_times(times).context(message)?;
     out.sync_all().context(message)?;
-    store
-        .exports
-        .states
-        .note_stand_in(&out, &plan.chain, plan.upper)?;
+    if let Some(upper) = plan.upper {
+        let states = &store.exports.states;
+        states.note_stand_in(&out, &plan.chain, upper)?;
+    }
     Ok(flattened)
 }
 

@@ -1,9 +1,12 @@
 //! The state of a running box's disk as a layer of the home.
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::archive::Export;
+use crate::disk::FileId;
+use crate::exports::Source;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::listing::resolve;
@@ -11,8 +14,11 @@ use crate::home::base_id;
 use crate::store::Store;
 use crate::store::access::beside_runtime::replaced_just_now;
 use crate::store::access::locked_box::LockedBox;
-use crate::store::layers::flatten::{FlattenedLayers, plan_flatten_of, write_flattened};
+use crate::store::layers::flatten::{
+    FlattenedLayers, plan_difference, plan_flatten_of, write_flattened,
+};
 use crate::store::layers::frozen::{Frozen, FrozenDisk, record_frozen};
+use crate::store::layers::graph::Role;
 use crate::store::layers::mergeable::{BACKING_LEFT, MOST_BACKING};
 use crate::{Context, Error, Result, disk};
 
@@ -43,10 +49,74 @@ pub fn write_running(store: &Store, export: &Export) -> Result<RunningState> {
     let live = chain.layers().first().map(|layer| layer.path().to_owned());
     let live = live.ok_or_else(|| Error::damaged("the disk has no layers"))?;
     let plan = plan_flatten_of(chain.clone(), &live, upper)?;
+    // The difference from an earlier snapshot, where that is worth a layer more.
+    let difference = match earlier_copy(store, &live, chain, upper)? {
+        Some(earlier) => Some(plan_difference((chain.clone(), upper), earlier, &live)?),
+        None => None,
+    };
+    let plan = match difference {
+        Some(difference) if difference.len() <= plan.len() / 2 => difference,
+        _ => plan,
+    };
     Ok(RunningState {
         image: write_flattened(store, plan, &mut |_| Ok(()))?,
         virtual_size,
     })
+}
+
+/// Returns the disk of the newest snapshot that lies on the same layers as the chain does below its
+/// `upper` ones, with the number of layers that it has on top of them. None if there is none, or if
+/// a live disk two layers above it could not start.
+fn earlier_copy(
+    store: &Store,
+    live: &Path,
+    chain: &disk::Chain,
+    upper: usize,
+) -> Result<Option<(Arc<disk::Chain>, usize)>> {
+    let catalog = store.home().catalog()?;
+    let boxes = catalog.boxes().iter();
+    let Some(record) = { boxes }.find(|it| live.starts_with(store.home().box_dir(&it.id))) else {
+        return Ok(None);
+    };
+    let shared: Vec<FileId> = chain
+        .layers()
+        .iter()
+        .skip(upper)
+        .map(disk::Layer::id)
+        .collect();
+    let layers = store.layers.scan()?;
+    let mut snapshots: Vec<_> = catalog.snapshots_of(&record.id).iter().collect();
+    snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.shown_at));
+    for snapshot in snapshots {
+        let place = store.exports.disks.snapshot_layer(snapshot);
+        let source = Source::Snapshot {
+            box_id: record.id.clone(),
+            snapshot_id: snapshot.id.clone(),
+        };
+        // BoxLite's snapshot of a running box goes on changing.
+        if store.exports.disks.refuse_written(&source, &place).is_err() {
+            continue;
+        }
+        let base = layers.at(&place).and_then(|file| {
+            let mut names = layers.names_of(file.id);
+            names.find(|name| matches!(name.role, Role::Base { .. }))
+        });
+        let Some(base) = base else { continue };
+        let scope = store.exports.disks.scope_of(&base.path);
+        let Ok(earlier) = disk::Chain::open_in(&base.path, &scope) else {
+            continue;
+        };
+        let ids: Vec<FileId> = earlier.layers().iter().map(disk::Layer::id).collect();
+        let is_same_size = earlier.virtual_size() == chain.virtual_size();
+        if is_same_size
+            && ids.len() > shared.len()
+            && ids.ends_with(&shared)
+            && ids.len() < MOST_BACKING
+        {
+            return Ok(Some((Arc::new(earlier), ids.len() - shared.len())));
+        }
+    }
+    Ok(None)
 }
 
 /// Moves the written state into `bases/`. Order: the row, the file. Recovery frees both if nothing

@@ -85,16 +85,8 @@ impl StoppableProcess {
 
     /// Returns whether all of its threads are stopped, or it is gone.
     pub fn is_stopped(&self) -> bool {
-        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else {
-            return true;
-        };
-        threads.flatten().all(|thread| {
-            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
-            let state = stat
-                .rfind(')')
-                .and_then(|at| stat[at + 1..].trim_start().chars().next());
-            matches!(state, None | Some('T' | 't' | 'Z' | 'X'))
-        })
+        let is_stopped = |state: &Option<char>| matches!(state, None | Some('T' | 't' | 'Z' | 'X'));
+        thread_states(self.pid).iter().all(is_stopped)
     }
 }
 
@@ -129,16 +121,22 @@ pub fn named(pid: u32) -> String {
 
 /// Returns whether a thread of a process is stopped, by a signal or a debugger.
 pub fn is_stopped(pid: u32) -> bool {
+    let is_stopped = |state: &Option<char>| matches!(state, Some('T' | 't'));
+    thread_states(pid).iter().any(is_stopped)
+}
+
+/// Returns the state of each thread of a process, as in proc_pid_stat(5); None for one that has just
+/// ended. Empty if the process is gone.
+fn thread_states(pid: u32) -> Vec<Option<char>> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return false;
+        return Vec::new();
     };
-    threads.flatten().any(|thread| {
-        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
-        let state = stat
-            .rfind(')')
-            .and_then(|at| stat[at + 1..].trim_start().chars().next());
-        matches!(state, Some('T' | 't'))
-    })
+    let state_of = |thread: fs::DirEntry| {
+        let stat = fs::read_to_string(thread.path().join("stat")).ok()?;
+        let (_, fields) = stat.rsplit_once(')')?;
+        fields.trim_start().chars().next()
+    };
+    threads.flatten().map(state_of).collect()
 }
 
 /// Returns the children of a process.

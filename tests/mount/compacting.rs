@@ -514,10 +514,11 @@ fn a_mount_that_is_left_alone_merges_once_nobody_reads() {
     std::thread::sleep(std::time::Duration::from_millis(1500));
     assert_eq!(inodes(&home), before, "merged under a reader");
     drop(export);
-    eventually("the layers are merged", || backing(&home, "web") == 0);
-    eventually("it is in the log", || {
+    // Not by qemu-img: it would read the layers while they are merged.
+    eventually("the layers are merged", || {
         mount.log().contains("box web: 2 layers became one")
     });
+    assert_eq!(backing(&home, "web"), 0);
     assert_eq!(states(&home), contents);
     // A layer is also freed when BoxLite removes its last reader.
     mount.snapshot("web", "start").unwrap();

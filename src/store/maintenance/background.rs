@@ -47,8 +47,10 @@ const TICK: Duration = Duration::from_secs(2);
 /// and `boxlitefs compact` waits for them.
 const UNREAD: Duration = Duration::from_secs(1);
 
-/// How long to wait before work is tried again that was not possible (a box ran, a layer was read).
-const RETRY: Duration = Duration::from_secs(60);
+/// How long to wait before work is tried again that was not possible (a box ran, a layer was read):
+/// so long the first time, then twice as long each time, up to the longest.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
 /// How often a paused merge checks whether the mount is idle again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -95,6 +97,7 @@ impl BackgroundCompaction {
             after,
             compacted: None,
             retry_at: None,
+            retry_after: FIRST_RETRY,
             not_worthwhile: HashSet::new(),
         };
         let thread = std::thread::Builder::new()
@@ -138,6 +141,8 @@ struct Compactor {
     compacted: Option<Arc<Catalog>>,
     /// When to begin a round although the catalog is unchanged.
     retry_at: Option<Instant>,
+    /// How long the next wait is.
+    retry_after: Duration,
     /// Top layers of chains that would take more space when merged.
     not_worthwhile: HashSet<FileId>,
 }
@@ -169,7 +174,7 @@ impl Compactor {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     log::debug!("background compaction: {error}");
-                    self.retry_at = Some(Instant::now() + RETRY);
+                    self.retry_later();
                 }
                 Err(_) => return,
             }
@@ -194,6 +199,11 @@ impl Compactor {
         !is_unchanged || self.retry_at.is_some_and(|at| at <= Instant::now())
     }
 
+    fn retry_later(&mut self) {
+        self.retry_at = Some(Instant::now() + self.retry_after);
+        self.retry_after = (2 * self.retry_after).min(LONGEST_RETRY);
+    }
+
     /// Frees and merges what is possible now.
     fn round(&mut self) -> Result<()> {
         let catalog = self.store.home().catalog()?;
@@ -214,6 +224,9 @@ impl Compactor {
                 break;
             };
             self.merge(&merge)?;
+        }
+        if self.retry_at.is_none() {
+            self.retry_after = FIRST_RETRY;
         }
         self.compacted = Some(catalog);
         Ok(())
@@ -249,7 +262,7 @@ impl Compactor {
             Err(error) if self.stop.is_asked() => Err(error),
             Err(error) => {
                 log::debug!("background compaction: {error}");
-                self.retry_at = Some(Instant::now() + RETRY);
+                self.retry_later();
                 Ok(())
             }
         }

@@ -524,12 +524,12 @@ fn a_mount_that_is_left_alone_merges_once_nobody_reads() {
     mount.snapshot("web", "start").unwrap();
     home.guest_write("web", FREE_AREA, b"second");
     mount.snapshot("web", "a").unwrap();
+    let bases = home.root().join("bases");
+    assert_eq!(names_in(&bases).len(), 2);
     home.wheel_batch(&[
         &["snapshot-restore", "web", "start"],
         &["snapshot-remove", "web", "a"],
     ]);
-    let bases = home.root().join("bases");
-    assert_eq!(names_in(&bases).len(), 2);
     eventually("the base is freed", || names_in(&bases).len() == 1);
     home.assert_whole();
     mount.unmount();

@@ -32,8 +32,8 @@ pub const WINDOW: u64 = L2_COVERS;
 /// layer has any byte of it. Otherwise it is data if any byte of it is data in the chain, else it
 /// reads as zeros. So the new chain has the contents of the old one and, flattened, its allocation.
 ///
-/// Or what differs from another disk, on top of that disk. Then the bytes that both have on top of
-/// shared layers are compared.
+/// Or the clusters in which it differs from another disk, on top of that disk. To find them, the
+/// data above the layers that both share is compared.
 pub struct Flattened {
     chain: Arc<Chain>,
     kind: Kind,
@@ -53,7 +53,8 @@ enum Kind {
     Standalone,
     /// The layers on top, as many as this says.
     Upper(usize),
-    /// What differs from another disk. Both have so many layers on top of those that they share.
+    /// What differs from another disk: how many layers are above those that both share, the other
+    /// disk, and the same number for it.
     Differs(usize, Arc<Chain>, usize),
 }
 
@@ -74,10 +75,10 @@ impl Flattened {
         }
     }
 
-    /// Plans what of the chain differs from another disk of the same size, on top of that disk,
-    /// whose top layer is the qcow2 image at `backing`. The two have the same layers below `upper`
-    /// and `other_upper` layers on top. Reads the data of those. Errors besides: as
-    /// [`Flattened::plan_upper`].
+    /// Plans an image of the clusters in which the chain differs from another disk of the same size.
+    /// Its backing file is the top layer of that disk, a qcow2 image at `backing`. `upper` and
+    /// `other_upper` are the numbers of layers on top of the layers that both share; their data is
+    /// read. Errors besides: as [`Flattened::plan_upper`].
     pub fn plan_differing(
         (chain, upper): (Arc<Chain>, usize),
         (other, other_upper): (Arc<Chain>, usize),
@@ -104,7 +105,7 @@ impl Flattened {
             clusters_before.push(clusters);
             tables_before.push(tables);
             if let Kind::Differs(..) = kind {
-                // It was read for; the first windows need not be read for again.
+                // Finding it took reading data, so keep it for when it is asked for again.
                 recent.insert(Arc::new(window));
             }
         }

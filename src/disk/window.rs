@@ -75,9 +75,9 @@ impl Window {
         Ok(window)
     }
 
-    /// Finds the clusters of a disk that differ from those of another of the same size. `upper` is
-    /// how many layers the two have on top of the layers that they share. They are allocated, or
-    /// read as zeros; all others are left to the other disk.
+    /// Finds the clusters in which a disk differs from another of the same size. Those clusters are
+    /// allocated or read as zeros; all others are left to the other disk. `upper` and `other_upper`
+    /// are the numbers of layers on top of the layers that both disks share.
     pub fn differing(
         (chain, upper): (&Chain, usize),
         (other, other_upper): (&Chain, usize),

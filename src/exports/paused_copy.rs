@@ -203,15 +203,12 @@ impl PausedCopies {
         if self.home.activity(&record) == Activity::Idle {
             return Ok(None);
         }
-        let copy = self.running.copy(source, &record, vm, largest, &go_on);
-        let copy =
-            copy.map_err(|error| Error::new(error.errno(), format!("box {name} runs: {error}")))?;
+        let (chain, before, pause) = self.copy_chain(source, &record, (vm, largest), &go_on)?;
         log::debug!(
             "box {name} was paused for {} ms, for a look",
-            copy.pause.as_millis()
+            pause.as_millis()
         );
-        let chain = Chain::open_over(copy.file, &copy.top, &self.disks.scope_of(&copy.top))?;
-        Ok(Some((chain, copy.before)))
+        Ok(Some((chain, before)))
     }
 
     /// Waits until no other thread copies the disk of this box.
@@ -245,27 +242,38 @@ impl PausedCopies {
         vm: VmProcess,
         go_on: &dyn Fn() -> bool,
     ) -> Result<(Arc<Export>, SystemTime, u64)> {
-        let explain = |error: Error| {
-            let message = format!(
-                "box {} runs, and its disk can't be copied: {error}",
-                display_name(record)
-            );
-            Error::new(error.errno(), message)
-        };
-        let copy = self
-            .running
-            .copy(source, record, vm, u64::MAX, go_on)
-            .map_err(explain)?;
-        let chain = Chain::open_over(copy.file, &copy.top, &self.disks.scope_of(&copy.top))?;
+        let (chain, _, pause) = self.copy_chain(source, record, (vm, u64::MAX), go_on)?;
         let changed = chain.changed_at();
         let (about, hash) = about_of(record, changed)?;
         let export = Arc::new(Export::plan(Arc::new(chain), about)?);
         self.events.info(&format!(
             "box {} runs: it was paused for {} ms, and its disk copied",
             display_name(record),
-            copy.pause.as_millis()
+            pause.as_millis()
         ));
         Ok((export, changed, hash))
+    }
+
+    /// Copies the disk of a running box, at most `largest` bytes where the file system can't share
+    /// blocks. Returns the chain with the copy on top, the layers from before the copy began, and how
+    /// long the virtual machine was paused.
+    fn copy_chain(
+        &self,
+        source: &Source,
+        record: &BoxRecord,
+        (vm, largest): (VmProcess, u64),
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<(Chain, Option<LayerStates>, Duration)> {
+        let copy = self.running.copy(source, record, vm, largest, go_on);
+        let copy = copy.map_err(|error| {
+            let message = format!(
+                "box {} runs, and its disk can't be copied: {error}",
+                display_name(record)
+            );
+            Error::new(error.errno(), message)
+        })?;
+        let chain = Chain::open_over(copy.file, &copy.top, &self.disks.scope_of(&copy.top))?;
+        Ok((chain, copy.before, copy.pause))
     }
 
     /// Returns the copy that an export of a box is read from, if there is one.

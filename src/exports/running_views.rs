@@ -82,7 +82,7 @@ impl RunningViews {
         }
     }
 
-    /// Returns whether the source is the disk of a box whose virtual machine runs.
+    /// Returns whether the source is the live disk of a running box.
     pub fn is_running(&self, source: &Source) -> bool {
         matches!(source, Source::Live { .. }) && self.copies.is_running(source)
     }

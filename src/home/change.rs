@@ -141,9 +141,9 @@ impl Change<'_> {
         self.shared.as_ref().is_some_and(SharedAccess::is_alone)
     }
 
-    /// Returns whether certainly nobody has a runtime on the home, and none came since the change
-    /// began. A runtime that comes later finds what was committed. Tries the runtime lock, and lets go
-    /// of it at once, where the kernel does not show who holds it.
+    /// Returns whether it is certain that no runtime has had the home since the change began. A
+    /// runtime that starts later reads what was committed. Where the kernel may not show who holds
+    /// the runtime lock, this takes the lock and releases it at once.
     ///
     /// # Errors
     /// Those of reading the kernel's list of locks and of opening the lock.

@@ -97,8 +97,8 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
         unreferenced.extend(dropped.into_iter().map(|row| row.id));
     }
     drop_rows_without_files(store, &mut locked.change)?;
-    // BoxLite frees a base with its box or the last reference, of which a box that we removed
-    // beside a runtime had one.
+    // BoxLite frees a base of its own with the last box that refers to it. If we removed that box
+    // beside a runtime, the base was left.
     let boxes: HashSet<String> = locked.change.boxes()?.into_iter().map(|it| it.id).collect();
     let is_of_no_box =
         |row: &BaseRecord| row.kind != "rootfs" && !boxes.contains(&row.source_box_id);

@@ -52,7 +52,7 @@ pub fn draft_of(
         overlay: None,
         virtual_size: 0,
         flat: None,
-        running: Some(write_running(store, &export)?),
+        running: Some(write_running(store, source.box_id(), &export)?),
     })
 }
 

@@ -1,5 +1,5 @@
-//! Deleted snapshots whose layers are left where they are for a while, because BoxLite may be about
-//! to restore them.
+//! Layers of deleted snapshots that are not removed yet, because BoxLite may be about to restore
+//! those snapshots.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -33,6 +33,9 @@ fn may_free_all(locked: &mut LockedBox<'_>) -> Result<bool> {
     }
     let mut referred = locked.change.bases_of(&locked.record.id)?;
     referred.retain(|row| !row.is_ours());
+    if referred.is_empty() {
+        return Ok(false);
+    }
     let layers = locked.layers()?;
     let has_surplus = !surplus_refs(locked, &layers, referred)?.is_empty();
     Ok(has_surplus && locked.change.take_lock()?)

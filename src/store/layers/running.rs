@@ -1,7 +1,6 @@
 //! The state of a running box's disk as a layer of the home.
 
 use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::archive::Export;
@@ -27,7 +26,7 @@ use crate::{Context, Error, Result, disk};
 ///
 /// # Errors
 /// ENOSPC, EIO and others of writing the image.
-pub fn write_running(store: &Store, export: &Export) -> Result<RunningState> {
+pub fn write_running(store: &Store, box_id: &str, export: &Export) -> Result<RunningState> {
     let chain = export.chain();
     let boxes = store.home().boxes_dir();
     let is_outside =
@@ -50,7 +49,7 @@ pub fn write_running(store: &Store, export: &Export) -> Result<RunningState> {
     let live = live.ok_or_else(|| Error::damaged("the disk has no layers"))?;
     let plan = plan_flatten_of(chain.clone(), &live, upper)?;
     // The difference from an earlier snapshot, where that is worth a layer more.
-    let difference = match earlier_copy(store, &live, chain, upper)? {
+    let difference = match earlier_copy(store, box_id, chain, upper)? {
         Some(earlier) => Some(plan_difference((chain.clone(), upper), earlier, &live)?),
         None => None,
     };
@@ -64,20 +63,16 @@ pub fn write_running(store: &Store, export: &Export) -> Result<RunningState> {
     })
 }
 
-/// Returns the disk of the newest snapshot that lies on the same layers as the chain does below its
-/// `upper` ones, with the number of layers that it has on top of them. None if there is none, or if
-/// a live disk two layers above it could not start.
+/// Returns the disk of the newest snapshot of the box that has the same layers as the chain below
+/// the chain's `upper` ones, and the number of layers above them. None if there is no such snapshot,
+/// or none on which a layer and a live disk can lie that still starts.
 fn earlier_copy(
     store: &Store,
-    live: &Path,
+    box_id: &str,
     chain: &disk::Chain,
     upper: usize,
 ) -> Result<Option<(Arc<disk::Chain>, usize)>> {
     let catalog = store.home().catalog()?;
-    let boxes = catalog.boxes().iter();
-    let Some(record) = { boxes }.find(|it| live.starts_with(store.home().box_dir(&it.id))) else {
-        return Ok(None);
-    };
     let shared: Vec<FileId> = chain
         .layers()
         .iter()
@@ -85,12 +80,12 @@ fn earlier_copy(
         .map(disk::Layer::id)
         .collect();
     let layers = store.layers.scan()?;
-    let mut snapshots: Vec<_> = catalog.snapshots_of(&record.id).iter().collect();
+    let mut snapshots: Vec<_> = catalog.snapshots_of(box_id).iter().collect();
     snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.shown_at));
     for snapshot in snapshots {
         let place = store.exports.disks.snapshot_layer(snapshot);
         let source = Source::Snapshot {
-            box_id: record.id.clone(),
+            box_id: box_id.to_owned(),
             snapshot_id: snapshot.id.clone(),
         };
         // BoxLite's snapshot of a running box goes on changing.

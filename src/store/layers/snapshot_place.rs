@@ -100,8 +100,8 @@ pub fn refuse_taken_snapshot_name(locked: &LockedBox<'_>, name: &str) -> Result<
         .home()
         .snapshots_dir(&locked.record.id)
         .join(name);
-    // A marked one is what is left of a deleted snapshot. It is gone once the box is recovered, and
-    // beside a runtime a snapshot of ours has another place.
+    // A marked directory belongs to a deleted snapshot and is no obstacle: recovery has removed it
+    // by now, or the change is beside a runtime and uses another directory.
     if dir.exists() && !dir.join(UNRECORDED).exists() {
         return Err(Error::new(
             libc::EEXIST,

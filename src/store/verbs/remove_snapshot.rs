@@ -69,7 +69,7 @@ fn delete_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result<()>
             .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id))
     });
     if let Err(error) = unrecorded {
-        keep_row_or_mark(&mut locked, snapshot_id, &layer);
+        remove_mark_or_recover(&mut locked, snapshot_id, &layer);
         return Err(error);
     }
     crash_point("remove.unrecorded");
@@ -117,9 +117,9 @@ pub fn refuse_restored(locked: &LockedBox<'_>, layer: &Path) -> Result<()> {
     .for_a_moment())
 }
 
-/// Undoes the mark of a snapshot whose row could not be deleted. A failed commit may be durable all
-/// the same: then the mark stays for recovery.
-pub fn keep_row_or_mark(locked: &mut LockedBox<'_>, snapshot_id: &str, layer: &Path) {
+/// Cleans up after the row of a snapshot could not be deleted: removes the mark, if the row is still
+/// there. A failed commit may have reached the disk all the same; then the mark stays for recovery.
+fn remove_mark_or_recover(locked: &mut LockedBox<'_>, snapshot_id: &str, layer: &Path) {
     if !locked.change.is_shared() {
         let _ = recover_box(locked);
     } else if locked.snapshot(snapshot_id).is_ok() {
@@ -127,8 +127,8 @@ pub fn keep_row_or_mark(locked: &mut LockedBox<'_>, snapshot_id: &str, layer: &P
     }
 }
 
-/// Removes the layer of a snapshot whose row is deleted if certainly no runtime has the home;
-/// otherwise leaves it for `maintenance::left_snapshots`.
+/// Removes the layer of a snapshot whose row has been deleted, if it is certain that no runtime has
+/// the home. Otherwise the layer stays, and `maintenance::left_snapshots` removes it later.
 ///
 /// # Errors
 /// EIO when the layer can't be unlinked.

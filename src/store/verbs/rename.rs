@@ -128,14 +128,15 @@ fn move_snapshot(store: &Store, box_id: &str, snapshot_id: &str, name: &str) -> 
 /// # Errors
 /// ENOENT.
 fn refuse_removed(locked: &LockedBox<'_>, snapshot: &SnapshotRecord, new: &Path) -> Result<()> {
-    let mut looks = 0;
-    while locked.change.is_shared() && !locked.change.is_alone() && looks < REMOVAL_LOOKS {
+    if !locked.change.is_shared() || locked.change.is_alone() {
+        return Ok(());
+    }
+    for _ in 0..REMOVAL_LOOKS {
         if let Err(error) = locked.snapshot(&snapshot.id) {
             remove_place(locked, new);
             return Err(error);
         }
         std::thread::sleep(REMOVAL_PAUSE);
-        looks += 1;
     }
     Ok(())
 }
@@ -154,9 +155,9 @@ fn record_name(
     Ok(())
 }
 
-/// Takes back what was prepared for a rename that failed. Whichever name the row has now, one of
-/// the two directories has no row. Beside a runtime no recovery runs, so the new one is removed
-/// here, unless the row may name it.
+/// Cleans up after a rename that failed. Recovery removes whichever of the two directories has no
+/// row. Beside a runtime no recovery runs, so the new directory is removed here, unless the row may
+/// already name it.
 fn undo_move(locked: &mut LockedBox<'_>, snapshot: &SnapshotRecord, old: &Path, new: &Path) {
     if !locked.change.is_shared() {
         let _ = recover_box(locked);

@@ -20,25 +20,21 @@ use crate::store::verbs::import_stream::ImportStream;
 use crate::{Error, Result};
 
 /// Makes the live disk of a box a copy-on-write copy of `source`. Copies no data, whatever the size
-/// of the disk, and keeps all snapshots, later ones too. `read` is the source and the state of it
-/// that the caller read. The disk is shown as modified now, even in an older state and whatever
-/// time its writer set: a tool that copies only what is newer has to see that it changed.
+/// of the disk, and keeps all snapshots, later ones too. `read` is the state of the source that the
+/// caller read. The disk is shown as modified now, even in an older state and whatever time its
+/// writer set: a tool that copies only what is newer has to see that it changed.
 ///
 /// # Errors
 /// EBUSY, ENODATA for a box without a disk, EPERM when others read from the live disk, EIO when the
 /// source has changed since it was read.
-pub fn restore_box(
-    store: &Store,
-    box_id: &str,
-    (source, read): (&Source, &Contents),
-) -> Result<()> {
+pub fn restore_box(store: &Store, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
     let action = format!(
         "restore of box {} from {}",
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
     let result = made_again_on(store, source, &|| {
-        restore_state(store, box_id, (source, read))
+        restore_state(store, box_id, source, read)
     });
     store.events().log_outcome(&action, result)
 }
@@ -46,7 +42,7 @@ pub fn restore_box(
 /// Order: freeze the source (or adopt the snapshot's layer); make an overlay on it in the
 /// workspace; add the references; move the overlay over the live disk. A crash before the last step
 /// leaves surplus references, which recovery drops.
-fn restore_state(store: &Store, box_id: &str, (source, read): (&Source, &Contents)) -> Result<()> {
+fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
     let is_itself = matches!(source, Source::Live { box_id: other } if other == box_id);
     if is_itself {
         return refuse_changed(store, source, read);

@@ -78,7 +78,7 @@ fn freeze_and_name(store: &Store, box_id: &str, name: &str) -> Result<String> {
 /// the references of the box; name the base as the layer of the snapshot. A crash leaves a base
 /// that nothing reads, which recovery frees.
 fn keep_copy(store: &Store, box_id: &str, name: &str, copy: &Export) -> Result<String> {
-    let state = write_running(store, copy)?;
+    let state = write_running(store, box_id, copy)?;
     let mut locked = lock_source(store, box_id)?;
     refuse_taken_snapshot_name(&locked, name)?;
     let frozen = freeze_running(&mut locked, &state)?;

@@ -200,7 +200,7 @@ impl Committer {
             }
             StagedContent::FromHome {
                 source, contents, ..
-            } => store::restore_box(&self.store, &file.box_id, (source, contents)),
+            } => store::restore_box(&self.store, &file.box_id, source, contents),
             _ => Ok(()),
         }
     }

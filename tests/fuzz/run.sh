@@ -24,7 +24,9 @@ fuzz() {
     shift
     # No sanitizer, which needs no other compiler than the stable one: the code is safe Rust. Overflow
     # checks are on.
-    cargo fuzz "$verb" --fuzz-dir tests/fuzz --target-dir "$out/build" --sanitizer none "$@"
+    # In 16 units, since one would keep but one processor busy.
+    cargo fuzz "$verb" --fuzz-dir tests/fuzz --target-dir "$out/build" --sanitizer none \
+        --codegen-units 16 "$@"
 }
 
 install_cargo_fuzz() {

@@ -272,6 +272,17 @@ pub(super) fn read_bases_of(
     statement.query_map([box_id], base_of)?.collect()
 }
 
+/// Reads the bases that were made of a box.
+pub(super) fn read_bases_from(
+    connection: &Connection,
+    box_id: &str,
+) -> rusqlite::Result<Vec<BaseRecord>> {
+    let mut statement = connection.prepare_cached(&format!(
+        "SELECT {BASE_COLUMNS} FROM base_disk WHERE source_box_id = ?1"
+    ))?;
+    statement.query_map([box_id], base_of)?.collect()
+}
+
 /// The columns that [`base_of`] reads.
 const BASE_COLUMNS: &str = "id, source_box_id, kind, base_path, created_at, json";
 

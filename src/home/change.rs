@@ -1,6 +1,5 @@
 //! The right to change a home: the locks, a fresh connection, and the transactions.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Deref;
 use std::time::Duration;
@@ -234,13 +233,9 @@ impl Change<'_> {
     /// # Errors
     /// Those of SQLite and the file system.
     pub fn new_lock_id(&self) -> Result<u32> {
-        let taken: HashSet<u64> = self
-            .boxes()?
-            .iter()
-            .filter_map(|record| record.state().ok()?["lock_id"].as_u64())
-            .collect();
+        let taken = self.lock_ids()?;
         let id = (FIRST_LOCK_ID..u32::MAX)
-            .find(|id| !taken.contains(&u64::from(*id)) && !self.home.box_lock(*id).exists())
+            .find(|id| !taken.contains(&i64::from(*id)) && !self.home.box_lock(*id).exists())
             .ok_or_else(|| Error::new(libc::ENOSPC, "every lock number is taken"))?;
         let path = self.home.box_lock(id);
         if let Some(dir) = path.parent()

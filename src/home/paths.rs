@@ -161,6 +161,12 @@ impl Home {
         self.box_dir(id).join("disks/disk.qcow2")
     }
 
+    /// Returns the id of the box inside whose directory a path lies.
+    pub fn box_of<'p>(&self, path: &'p Path) -> Option<&'p str> {
+        let inside = path.strip_prefix(&self.boxes).ok()?;
+        inside.components().next()?.as_os_str().to_str()
+    }
+
     /// `boxes/ID/snapshots`.
     pub fn snapshots_dir(&self, id: &str) -> PathBuf {
         self.box_dir(id).join("snapshots")

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::Connection;
 
-use super::catalog::{read_bases, read_bases_at, read_bases_of, read_boxes, read_snapshots};
+use super::catalog::{
+    read_bases, read_bases_at, read_bases_from, read_bases_of, read_boxes, read_snapshots,
+};
 use super::connection::failed;
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
 use crate::{Error, Result};
@@ -116,6 +118,28 @@ impl Queries {
         self.sql(read_bases_of(&self.connection, box_id))
     }
 
+    /// Returns the bases that were made of a box; ours are of none.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn bases_from(&self, box_id: &str) -> Result<Vec<BaseRecord>> {
+        self.sql(read_bases_from(&self.connection, box_id))
+    }
+
+    /// Returns the ids of the boxes that refer to a base.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn boxes_referring_to(&self, base_id: &str) -> Result<Vec<String>> {
+        let rows = || -> rusqlite::Result<_> {
+            let mut statement = self
+                .connection
+                .prepare_cached("SELECT box_id FROM base_disk_ref WHERE base_disk_id = ?1")?;
+            statement.query_map([base_id], |row| row.get(0))?.collect()
+        };
+        self.sql(rows())
+    }
+
     /// Returns every reference: the bases that each box refers to, by its id.
     ///
     /// # Errors
@@ -158,6 +182,21 @@ impl Queries {
             let mut statement = self
                 .connection
                 .prepare_cached("SELECT DISTINCT base_disk_id FROM base_disk_ref")?;
+            statement.query_map([], |row| row.get(0))?.collect()
+        };
+        self.sql(rows())
+    }
+
+    /// Returns the lock numbers of all boxes.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub(super) fn lock_ids(&self) -> Result<HashSet<i64>> {
+        let rows = || -> rusqlite::Result<_> {
+            let mut statement = self.connection.prepare_cached(
+                "SELECT CAST(json_extract(json, '$.lock_id') AS INTEGER) FROM box_state
+                 WHERE json_valid(json) AND json_extract(json, '$.lock_id') IS NOT NULL",
+            )?;
             statement.query_map([], |row| row.get(0))?.collect()
         };
         self.sql(rows())

@@ -42,13 +42,14 @@ pub use verbs::waiting_files::{keep_archive, keep_copy, note_waiting};
 
 use crate::event_log::EventLog;
 use crate::exports::{Compression, Exports, OpenHome};
-use crate::files::workspace::Workspace;
-use crate::home::Home;
+use crate::files::workspace::{Abandoned, Workspace};
+use crate::home::{Catalog, Home};
 use crate::progress::Operations;
 use crate::{Error, Result};
 use layers::graph::LayerScanner;
 use layers::left_snapshots::LeftSnapshots;
 use layers::spare_names::SpareNames;
+use layers::unfreed::Unfreed;
 use maintenance::usage::UsageCache;
 
 /// Whether changes are shared with a BoxLite runtime, and what this mount has verified about paths.
@@ -92,9 +93,20 @@ pub struct Store {
     layers: LayerScanner,
     spares: Arc<SpareNames>,
     left: LeftSnapshots,
+    unfreed: Unfreed,
     access: Access,
     imports: ImportLimits,
     usage: Mutex<UsageCache>,
+    /// Workspaces of dead processes, until the home is recovered.
+    unrecovered: Mutex<Option<Vec<Abandoned>>>,
+}
+
+/// Returns about how many image files a home has: one for each box, a snapshot and its base.
+fn image_files(catalog: &Catalog) -> usize {
+    let boxes = catalog.boxes().iter();
+    boxes
+        .map(|record| 1 + 2 * catalog.snapshots_of(&record.id).len())
+        .sum()
 }
 
 impl Store {
@@ -104,15 +116,31 @@ impl Store {
     /// # Errors
     /// Those of [`Home::open`].
     pub fn open(path: &Path, read_only: bool, compression: Compression) -> Result<Store> {
-        Store::open_shared(path, read_only, false, compression)
+        let store = Store::open_unrecovered(path, read_only, false, compression)?;
+        maintenance::at_mount::recover(&store);
+        Ok(store)
     }
 
-    /// Opens a home as [`Store::open`] does. With `is_shared`, changes that are safe beside a
-    /// BoxLite runtime are made even while one has the home.
+    /// Opens a home for a mount, as [`Store::open`] does. With `is_shared`, changes that are safe
+    /// beside a BoxLite runtime are made even while one has the home. In a large home, recovery is
+    /// left to [`BackgroundCompaction`]; each box is recovered before its first change.
     ///
     /// # Errors
     /// Those of [`Home::open`].
-    pub fn open_shared(
+    pub fn open_for_mount(
+        path: &Path,
+        read_only: bool,
+        is_shared: bool,
+        compression: Compression,
+    ) -> Result<Store> {
+        let store = Store::open_unrecovered(path, read_only, is_shared, compression)?;
+        if !store.layers.is_large() {
+            maintenance::at_mount::recover(&store);
+        }
+        Ok(store)
+    }
+
+    fn open_unrecovered(
         path: &Path,
         read_only: bool,
         is_shared: bool,
@@ -132,7 +160,8 @@ impl Store {
         if let Some(message) = store.opened.sizes.newer() {
             store.events().info_once(message);
         }
-        if let Some(why) = store.home().catalog()?.schema().read_only.clone() {
+        let catalog = store.home().catalog()?;
+        if let Some(why) = catalog.schema().read_only.clone() {
             store.events().info(&format!("read only: {why}"));
         } else if read_only {
             access::path_spelling::warn_of_paths(
@@ -140,8 +169,8 @@ impl Store {
                 "the home is opened read-only; mount it once without ro",
             );
         } else {
-            maintenance::at_mount::recover_at_mount(&store);
-            access::deletion_space::keep_reserve(&store);
+            store.layers.expect(image_files(&catalog));
+            maintenance::at_mount::begin_recovery(&store);
         }
         Ok(store)
     }
@@ -166,12 +195,19 @@ impl Store {
             layers: LayerScanner::new(opened.home.clone(), exports.states.clone(), spares.clone()),
             spares,
             left: LeftSnapshots::default(),
+            unfreed: Unfreed::default(),
+            unrecovered: Mutex::default(),
             exports,
             opened,
             access: Access::default(),
             imports: ImportLimits::default(),
             usage: Mutex::default(),
         }
+    }
+
+    /// Returns whether the home has still to be recovered.
+    pub fn is_unrecovered(&self) -> bool {
+        self.unrecovered.lock().is_some()
     }
 
     /// Returns the home that is open.

@@ -78,7 +78,7 @@ impl Tree {
     /// # Errors
     /// Those of [`Store::open`]: no such home, a foreign directory, a damaged database.
     pub fn open(home: &Path, options: Options) -> Result<Tree> {
-        let store = Store::open_shared(
+        let store = Store::open_for_mount(
             home,
             options.read_only,
             !options.is_exclusive,

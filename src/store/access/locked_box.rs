@@ -1,5 +1,6 @@
 //! A box that may be changed, and the files and rows it consists of.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use crate::disk::chain_paths;
@@ -68,12 +69,12 @@ impl LockedBox<'_> {
     /// # Errors
     /// Those of the database.
     pub fn chains(&self) -> Result<Vec<Vec<PathBuf>>> {
-        let chain = |top: &PathBuf| -> Result<Vec<PathBuf>> {
-            let paths = chain_paths(top)?;
-            paths.iter().map(|path| resolve(path)).collect()
-        };
-        let tops = self.tops()?;
-        Ok(tops.iter().filter_map(|top| chain(top).ok()).collect())
+        let layers = self.near()?;
+        let mut lowest = HashMap::new();
+        let tops = self.tops()?.into_iter();
+        Ok(tops
+            .filter_map(|top| whole_chain(&layers, &top, &mut lowest))
+            .collect())
     }
 
     /// Returns the ids of the bases in the chain of `top`. They all have rows in a box that
@@ -112,6 +113,23 @@ impl LockedBox<'_> {
         Ok(rows.find(|row| is_row_of(row, path)))
     }
 
+    /// Scans the image files that a change of this box touches: its own, those below and above them.
+    ///
+    /// # Errors
+    /// EIO; those of SQLite.
+    pub fn near(&self) -> Result<LayerGraph> {
+        self.near_box(&self.record.id)
+    }
+
+    /// Scans the image files that a change of the layers inside this box touches.
+    ///
+    /// # Errors
+    /// EIO; those of SQLite.
+    pub fn near_box(&self, box_id: &str) -> Result<LayerGraph> {
+        let home = self.store.home();
+        self.store.layers.near(home, &self.change, box_id)
+    }
+
     /// Scans all image files of the home.
     ///
     /// # Errors
@@ -119,4 +137,28 @@ impl LockedBox<'_> {
     pub fn layers(&self) -> Result<LayerGraph> {
         self.store.layers.scan()
     }
+}
+
+/// Returns the chain of a disk as resolved paths, or None if it can't be followed to its end. The
+/// lowest path in the graph may be an image, which may have layers of its own; `lowest` remembers
+/// them.
+fn whole_chain(
+    layers: &LayerGraph,
+    top: &Path,
+    lowest: &mut HashMap<PathBuf, Option<Vec<PathBuf>>>,
+) -> Option<Vec<PathBuf>> {
+    let known = layers.chain(top);
+    let (last, upper) = known.split_last()?;
+    let is_followed = |path: &&Path| layers.at(path).is_some_and(|file| file.damaged.is_none());
+    let is_cycle = layers.at(last).is_some_and(|file| file.backing.is_some());
+    if is_cycle || !upper.iter().all(is_followed) {
+        return None;
+    }
+    let follow = || {
+        let paths = chain_paths(last).ok()?;
+        paths.iter().map(|path| resolve(path).ok()).collect()
+    };
+    let rest = lowest.entry(last.to_path_buf()).or_insert_with(follow);
+    let upper = upper.iter().map(|path| path.to_path_buf());
+    Some(upper.chain(rest.clone()?).collect())
 }

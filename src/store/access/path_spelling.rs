@@ -175,7 +175,7 @@ fn misspelled(
             Spelling::SecondMount(here) => return Err(mounted_twice(store, &stored, &here)),
         }
     }
-    for file in layers.map_or(&[][..], LayerGraph::files) {
+    for file in layers.into_iter().flat_map(LayerGraph::files) {
         let Some(stored) = &file.stored else { continue };
         if let Spelling::Aliased(right) = speller.spelling(stored) {
             misspelled.push(Misspelled {

@@ -57,7 +57,7 @@ pub fn adopt_frozen_chains(locked: &mut LockedBox<'_>) -> Result<()> {
         .filter(|path| path.starts_with(&boxes) && Some(path) != live.as_ref())
         .collect();
     for path in unadopted {
-        if locked.layers()?.readers_of(&path).next().is_some() {
+        if layers_at(locked, &path)?.readers_of(&path).next().is_some() {
             adopt_with(locked, &path, true)?;
         }
     }
@@ -83,7 +83,7 @@ pub fn adopt(locked: &mut LockedBox<'_>, path: &Path) -> Result<PathBuf> {
 
 /// Adopts a layer. With `is_running`, the header of this box's live disk stays as it is.
 fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Result<PathBuf> {
-    let layers = locked.layers()?;
+    let layers = layers_at(locked, path)?;
     refuse_active_readers(locked, &layers, path)?;
     let id = FileId::at(path)?;
     if let Some(live) = layers
@@ -138,6 +138,22 @@ fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Resu
     Ok(base)
 }
 
+/// Returns the graph with all readers of this layer, and all names of those readers.
+fn layers_at(locked: &LockedBox<'_>, path: &Path) -> Result<LayerGraph> {
+    let inside = locked.store.home().box_of(path);
+    let layers = locked.near_box(inside.unwrap_or(&locked.record.id))?;
+    // Boxes may share a reader, or a backup may have it; who does is known from all files.
+    let all_named = layers
+        .readers_of(path)
+        .all(|reader| layers.names_of(reader.id).count() as u64 == reader.names);
+    let is_named = |file: &ImageFile| layers.names_of(file.id).count() as u64 == file.names;
+    if all_named && layers.at(path).is_some_and(is_named) {
+        Ok(layers)
+    } else {
+        locked.layers()
+    }
+}
+
 /// Refuses to adopt a layer that another running box reads: its virtual machine has the header
 /// open.
 fn refuse_active_readers(locked: &LockedBox<'_>, layers: &LayerGraph, path: &Path) -> Result<()> {
@@ -170,13 +186,8 @@ fn record_base(
         (None, Some(new)) => new.id.clone(),
         (None, None) => return Ok(()),
     };
-    let with_rows: Vec<String> = locked
-        .change
-        .boxes()?
-        .into_iter()
-        .map(|record| record.id)
-        .filter(|id| boxes.contains(id))
-        .collect();
+    let has_row = |id: &&String| locked.change.box_by_id(id).is_ok();
+    let with_rows: Vec<String> = boxes.iter().filter(has_row).cloned().collect();
     locked.change.transaction(|rows| {
         if let Some(new) = &new {
             rows.insert_base(new)?;

@@ -1,6 +1,6 @@
 //! Frees bases that nothing needs any more.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::Result;
@@ -10,7 +10,7 @@ use crate::files::listing::resolve;
 use crate::home::{BaseRecord, Catalog, Change, Home, SnapshotRecord};
 use crate::store::Store;
 use crate::store::layers::catalog_index::CatalogIndex;
-use crate::store::layers::graph::{LayerGraph, Role, is_row_of};
+use crate::store::layers::graph::{ImageFile, LayerGraph, Role};
 
 /// Frees the bases of ours that no header names and that are no snapshot's layer.
 ///
@@ -35,14 +35,29 @@ pub fn free_bases(
     change: &mut Change<'_>,
     may_go: &dyn Fn(&BaseRecord) -> bool,
 ) -> Result<()> {
-    let mut layers = store.layers.scan()?;
+    let layers = store.layers.scan()?;
+    free_bases_in(store, change, layers, may_go)
+}
+
+/// Frees bases as [`free_bases`] does, by this scan of the whole home.
+///
+/// # Errors
+/// Those of system calls and of SQLite.
+pub fn free_bases_in(
+    store: &Store,
+    change: &mut Change<'_>,
+    mut layers: LayerGraph,
+    may_go: &dyn Fn(&BaseRecord) -> bool,
+) -> Result<()> {
     let Some(named) = named_by_rows(store, change, &layers)? else {
         return Ok(());
     };
-    let rows = rows_that_may_go(change, may_go)?;
-    while let Some((row, path)) = unneeded_base(&layers, &named, &rows) {
-        drop_base(store, change, &row, &path)?;
-        layers = layers.without(&[path]);
+    let rows = rows_that_may_go(store, change, may_go)?;
+    let mut next = unneeded_bases(&layers, &named, &rows);
+    while let Some(path) = next.pop() {
+        let Some(row) = rows.get(&path) else { continue };
+        drop_base(store, change, row, &path)?;
+        next.extend(forget_base(&mut layers, &path, &named, &rows));
     }
     Ok(())
 }
@@ -59,19 +74,34 @@ pub fn free_bases(
 /// EBUSY when a runtime was faster; those of system calls and of SQLite.
 pub fn free_without_lock(store: &Store, change: &mut Change<'_>) -> Result<()> {
     change.begin_exclusive()?;
-    let mut layers = store.layers.scan()?;
+    let layers = store.layers.scan()?;
+    free_without_lock_in(store, change, layers)
+}
+
+/// Frees bases as [`free_without_lock`] does, by this scan of the whole home, since which nobody has
+/// recorded anything.
+///
+/// # Errors
+/// Those of [`free_without_lock`].
+pub fn free_without_lock_in(
+    store: &Store,
+    change: &mut Change<'_>,
+    mut layers: LayerGraph,
+) -> Result<()> {
     if layers.unseen(store.home()).is_some() {
         return Ok(());
     }
     let Some(named) = named_by_rows(store, change, &layers)? else {
         return Ok(());
     };
-    let rows = rows_that_may_go(change, &BaseRecord::is_ours)?;
+    let rows = rows_that_may_go(store, change, &BaseRecord::is_ours)?;
     let mut freed = Vec::new();
-    while let Some((row, path)) = unneeded_base(&layers, &named, &rows) {
+    let mut next = unneeded_bases(&layers, &named, &rows);
+    while let Some(path) = next.pop() {
+        let Some(row) = rows.get(&path) else { continue };
         unlink_base(store, &path)?;
-        layers = layers.without(&[path]);
-        freed.push(row.id);
+        next.extend(forget_base(&mut layers, &path, &named, &rows));
+        freed.push(row.id.clone());
     }
     if freed.is_empty() {
         return Ok(());
@@ -79,35 +109,60 @@ pub fn free_without_lock(store: &Store, change: &mut Change<'_>) -> Result<()> {
     change.transaction(|rows| freed.iter().try_for_each(|id| rows.delete_base(id)))
 }
 
+/// Rows of bases by the resolved paths of their files.
+type RowsByPath = HashMap<PathBuf, BaseRecord>;
+
 /// Returns the rows of bases that `may_go` accepts, without those of BoxLite's that a box refers
 /// to.
 fn rows_that_may_go(
+    store: &Store,
     change: &Change<'_>,
     may_go: &dyn Fn(&BaseRecord) -> bool,
-) -> Result<Vec<BaseRecord>> {
-    let mut rows = change.bases()?;
-    rows.retain(may_go);
+) -> Result<RowsByPath> {
     let referred = change.referred_bases()?;
-    rows.retain(|row| row.is_ours() || !referred.contains(&row.id));
-    Ok(rows)
+    let mut rows = change.bases()?;
+    rows.retain(|row| may_go(row) && (row.is_ours() || !referred.contains(&row.id)));
+    let rows = rows.into_iter();
+    Ok(rows
+        .filter_map(|row| Some((store.layers.path_of_base(&row).ok()?, row)))
+        .collect())
 }
 
-/// Returns a base among `rows` that nothing reads and no snapshot's row names, with its path.
-fn unneeded_base(
+/// Returns the bases among `rows` that nothing reads and no snapshot's row names.
+fn unneeded_bases(
     layers: &LayerGraph,
     named: &BTreeSet<PathBuf>,
-    rows: &[BaseRecord],
-) -> Option<(BaseRecord, PathBuf)> {
-    layers.files().iter().find_map(|file| {
-        // The only name of the file: it is no snapshot, no live disk and in no backup.
-        let is_needed =
-            layers.readers_of(&file.path).next().is_some() || named.contains(&file.path);
-        if !matches!(file.role, Role::Base { .. }) || is_needed || file.names != 1 {
-            return None;
-        }
-        let row = rows.iter().find(|row| is_row_of(row, &file.path))?;
-        Some((row.clone(), file.path.clone()))
-    })
+    rows: &RowsByPath,
+) -> Vec<PathBuf> {
+    let files = layers.files();
+    let unneeded = files.filter(|file| is_unneeded(file, layers, named, rows));
+    unneeded.map(|file| file.path.clone()).collect()
+}
+
+fn is_unneeded(
+    file: &ImageFile,
+    layers: &LayerGraph,
+    named: &BTreeSet<PathBuf>,
+    rows: &RowsByPath,
+) -> bool {
+    // The only name of the file: it is no snapshot, no live disk and in no backup.
+    matches!(file.role, Role::Base { .. })
+        && file.names == 1
+        && layers.readers_of(&file.path).next().is_none()
+        && !named.contains(&file.path)
+        && rows.contains_key(&file.path)
+}
+
+/// Forgets a base that was freed. Returns the base below it, if nothing needs that any more.
+fn forget_base(
+    layers: &mut LayerGraph,
+    path: &Path,
+    named: &BTreeSet<PathBuf>,
+    rows: &RowsByPath,
+) -> Option<PathBuf> {
+    let below = layers.forget(path)?;
+    let is_free = |file: &ImageFile| is_unneeded(file, layers, named, rows);
+    layers.at(&below).is_some_and(is_free).then_some(below)
 }
 
 /// Removes a base that nothing reads and that has no other name: first the file, then the row.
@@ -153,7 +208,7 @@ pub fn named_by_rows(
     if layers.damaged().is_some() {
         return Ok(None);
     }
-    let mut tops = layers.files().iter().filter(|file| file.box_id().is_some());
+    let mut tops = layers.files().filter(|file| file.box_id().is_some());
     let is_broken = |top: &Path| {
         let chain = layers.chain(top);
         chain
@@ -218,7 +273,7 @@ pub fn has_unneeded(store: &Store, catalog: &Catalog) -> Result<bool> {
     let named = named_in(store, catalog);
     let bases = store.home().bases()?;
     let rows = CatalogIndex::new(catalog.boxes(), &bases, &named);
-    let mut files = layers.files().iter();
+    let mut files = layers.files();
     Ok(files.any(|file| rows.is_unneeded(file, &layers)))
 }
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
@@ -118,12 +119,16 @@ impl LayerGraph {
 
     /// Returns every path that a header names.
     pub fn named(&self) -> impl Iterator<Item = &Path> {
-        self.readers.keys().map(PathBuf::as_path)
+        let read = self.readers.iter().filter(|(_, by)| !by.is_empty());
+        read.map(|(path, _)| path.as_path())
     }
 
     /// Returns every name of every file.
-    pub fn files(&self) -> &[ImageFile] {
-        &self.files
+    pub fn files(&self) -> impl Iterator<Item = &ImageFile> {
+        let is_there = |(index, file): &(usize, &ImageFile)| {
+            self.by_path.get(&file.path).is_some_and(|at| at == index)
+        };
+        self.files.iter().enumerate().filter(is_there).map(|(_, file)| file)
     }
 
     /// Returns the file with this resolved path.
@@ -139,6 +144,11 @@ impl LayerGraph {
     /// Returns all names of one inode.
     pub fn names_of(&self, id: FileId) -> impl Iterator<Item = &ImageFile> {
         self.all(self.by_id.get(&id))
+    }
+
+    /// Returns the ids of the boxes that have files.
+    pub fn boxes(&self) -> impl Iterator<Item = &str> {
+        self.by_box.keys().map(String::as_str)
     }
 
     /// Returns the files in the directory of a box.
@@ -166,18 +176,25 @@ impl LayerGraph {
         boxes
     }
 
-    /// Returns the graph without these paths.
-    pub fn without(&self, removed: &[PathBuf]) -> LayerGraph {
-        let files = self.files.iter();
-        let remaining = files.filter(|file| !removed.contains(&file.path));
-        let mut remaining: Vec<ImageFile> = remaining.cloned().collect();
-        for file in &mut remaining {
-            let lost = self
-                .names_of(file.id)
-                .filter(|name| removed.contains(&name.path));
-            file.names = file.names.saturating_sub(lost.count() as u64);
+    /// Forgets a name that was removed. Returns what its header named.
+    pub fn forget(&mut self, path: &Path) -> Option<PathBuf> {
+        let index = self.by_path.remove(path)?;
+        let file = self.files.get(index)?;
+        let (id, backing) = (file.id, file.backing.clone());
+        let lists = [
+            self.by_id.get_mut(&id),
+            file.box_id().and_then(|id| self.by_box.get_mut(id)),
+            backing.as_ref().and_then(|path| self.readers.get_mut(path)),
+        ];
+        for list in lists.into_iter().flatten() {
+            list.retain(|other| *other != index);
         }
-        LayerGraph::new(remaining, self.spares.clone())
+        for other in self.by_id.get(&id).into_iter().flatten() {
+            if let Some(name) = self.files.get_mut(*other) {
+                name.names = name.names.saturating_sub(1);
+            }
+        }
+        backing
     }
 
     /// Returns the paths of a file's chain, the file first. The chain ends with the first path that
@@ -213,7 +230,7 @@ impl LayerGraph {
     /// Returns the first file whose header can't be read. Such a file may read from any other, so
     /// nothing may be freed.
     pub fn damaged(&self) -> Option<&ImageFile> {
-        self.files.iter().find(|file| file.damaged.is_some())
+        self.files().find(|file| file.damaged.is_some())
     }
 }
 
@@ -232,12 +249,27 @@ pub fn stamp(meta: &fs::Metadata) -> Stamp {
 
 /// The state of a scan.
 #[derive(Default)]
-struct Scan {
+pub(super) struct Scan {
     /// The moment before the first file was inspected.
     moment: Moment,
     files: Vec<ImageFile>,
     spares: Spares,
     directories: Directories,
+}
+
+impl Scan {
+    /// Returns the files that were added so far. Their names include spare names.
+    pub(super) fn files(&self) -> &[ImageFile] {
+        &self.files
+    }
+
+    /// Returns the graph of the files.
+    pub(super) fn into_graph(mut self) -> LayerGraph {
+        for file in &mut self.files {
+            file.names = file.names.saturating_sub(self.spares.count_of(file.id));
+        }
+        LayerGraph::new(self.files, SharedSpares::new(self.spares))
+    }
 }
 
 /// A cache of resolved directories: thousands of headers name files in the same few.
@@ -282,6 +314,56 @@ pub struct LayerScanner {
     states: Arc<States>,
     spares: Arc<SpareNames>,
     headers: Mutex<HeaderCache>,
+    /// The boxes inside which the last scan of the whole home found layers that files of other
+    /// boxes read. None before the first scan.
+    across: Mutex<Option<HashSet<String>>>,
+    /// How many files there are, by the last scan.
+    size: AtomicUsize,
+    /// The most files that are scanned while somebody waits.
+    most_at_once: usize,
+}
+
+/// The most image files that are scanned while somebody waits: that takes a millisecond.
+const MOST_AT_ONCE: usize = 400;
+
+/// Test builds take another number from the environment.
+fn most_at_once() -> usize {
+    let asked = cfg!(debug_assertions)
+        .then(|| std::env::var("BOXLITEFS_MOST_AT_ONCE").ok()?.parse().ok())
+        .flatten();
+    asked.unwrap_or(MOST_AT_ONCE)
+}
+
+/// Returns the ids of the boxes inside which others read layers: files of other boxes, or bases that
+/// were not made of the box. BoxLite's clone leaves a base that reads a layer inside the box it was
+/// made of.
+///
+/// # Errors
+/// Those of SQLite.
+fn read_across(layers: &LayerGraph, home: &Home) -> Result<HashSet<String>> {
+    let mut across = HashSet::new();
+    let mut rows: Option<Vec<BaseRecord>> = None;
+    for file in &layers.files {
+        let Some(inside) = file.backing.as_deref().and_then(|path| home.box_of(path)) else {
+            continue;
+        };
+        let is_known = match &file.role {
+            Role::Live { box_id } | Role::Snapshot { box_id, .. } => box_id == inside,
+            Role::Base { .. } => {
+                if rows.is_none() {
+                    rows = Some(home.bases()?);
+                }
+                let is_of_box = |row: &BaseRecord| {
+                    row.source_box_id == inside && is_row_of(row, &file.path)
+                };
+                rows.as_ref().is_some_and(|rows| rows.iter().any(is_of_box))
+            }
+        };
+        if !is_known {
+            across.insert(inside.to_owned());
+        }
+    }
+    Ok(across)
 }
 
 impl LayerScanner {
@@ -292,6 +374,9 @@ impl LayerScanner {
             states,
             spares,
             headers: Mutex::default(),
+            across: Mutex::default(),
+            size: AtomicUsize::default(),
+            most_at_once: most_at_once(),
         }
     }
 
@@ -314,11 +399,8 @@ impl LayerScanner {
     /// # Errors
     /// Those of reading the directories.
     pub fn scan(&self) -> Result<LayerGraph> {
-        let mut scan = Scan {
-            moment: self.states.moment_now(&self.home.bases_dir()),
-            spares: self.spares.scan()?,
-            ..Scan::default()
-        };
+        let mut scan = self.begin();
+        scan.spares = self.spares.scan()?;
         for name in names_in(&self.home.bases_dir())? {
             if let Some(id) = name.strip_suffix(".qcow2") {
                 let role = Role::Base { id: id.to_owned() };
@@ -326,24 +408,73 @@ impl LayerScanner {
             }
         }
         for box_id in names_in(&self.home.boxes_dir())? {
-            let role = Role::Live {
-                box_id: box_id.clone(),
-            };
-            self.add_file(self.home.live_disk(&box_id), role, &mut scan);
-            for name in names_in(&self.home.snapshots_dir(&box_id))? {
-                let path = self.home.snapshot_disk(&box_id, &name);
-                let role = Role::Snapshot {
-                    box_id: box_id.clone(),
-                    name,
-                };
-                self.add_file(path, role, &mut scan);
-            }
+            self.add_box(&box_id, &mut scan)?;
         }
-        let layers = LayerGraph::new(scan.files, SharedSpares::new(scan.spares));
+        let layers = scan.into_graph();
         let mut headers = self.headers.lock();
         headers.retain(|id, _| layers.by_id.contains_key(id));
         drop(headers);
+        *self.across.lock() = Some(read_across(&layers, &self.home)?);
+        self.size.store(layers.files.len(), Ordering::Relaxed);
         Ok(layers)
+    }
+
+    /// Returns whether the home is so large that what needs a scan of all of it is done behind.
+    pub fn is_large(&self) -> bool {
+        self.size.load(Ordering::Relaxed) > self.most_at_once
+    }
+
+    /// Notes how many image files the home has, before the first scan.
+    pub fn expect(&self, size: usize) {
+        self.size.store(size, Ordering::Relaxed);
+    }
+
+    /// Returns whether a scan of the whole home has shown that only files of the box, and bases,
+    /// read the layers inside it. Nobody makes such readers: BoxLite and we put what another box
+    /// shall read into `bases/`.
+    pub(super) fn is_read_from_outside(&self, box_id: &str) -> bool {
+        let across = self.across.lock();
+        across.as_ref().is_none_or(|boxes| boxes.contains(box_id))
+    }
+
+    /// Begins a scan that has found nothing yet.
+    pub(super) fn begin(&self) -> Scan {
+        Scan {
+            moment: self.states.moment_now(&self.home.bases_dir()),
+            ..Scan::default()
+        }
+    }
+
+    /// Adds the live disk and the snapshots of a box to the scan.
+    ///
+    /// # Errors
+    /// Those of reading the directory of the snapshots.
+    pub(super) fn add_box(&self, box_id: &str, scan: &mut Scan) -> Result<()> {
+        let role = Role::Live {
+            box_id: box_id.to_owned(),
+        };
+        self.add_file(self.home.live_disk(box_id), role, scan);
+        for name in names_in(&self.home.snapshots_dir(box_id))? {
+            let path = self.home.snapshot_disk(box_id, &name);
+            let role = Role::Snapshot {
+                box_id: box_id.to_owned(),
+                name,
+            };
+            self.add_file(path, role, scan);
+        }
+        Ok(())
+    }
+
+    /// Adds a base and its spare name to the scan.
+    pub(super) fn add_base(&self, path: &Path, scan: &mut Scan) {
+        let Some(id) = path.file_stem().and_then(|id| id.to_str()) else {
+            return;
+        };
+        let role = Role::Base { id: id.to_owned() };
+        self.add_file(path.to_owned(), role, scan);
+        if let Some(spare) = self.spares.spare_of(path) {
+            scan.spares.add(spare);
+        }
     }
 
     /// Adds the file at `path` to the scan, if there is one.
@@ -376,7 +507,7 @@ impl LayerScanner {
         scan.files.push(ImageFile {
             path,
             id,
-            names: meta.nlink().saturating_sub(scan.spares.count_of(id)),
+            names: meta.nlink(),
             stamp,
             allocated: meta.blocks() * 512,
             role,

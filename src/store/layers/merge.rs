@@ -402,7 +402,7 @@ fn drop_merged(locked: &mut LockedBox<'_>, plan: &MergePlan) -> Result<u64> {
             break;
         };
         drop_base(locked.store, &mut locked.change, &row, path)?;
-        layers = layers.without(std::slice::from_ref(path));
+        layers.forget(path);
         dropped += part.allocated;
     }
     Ok(dropped)

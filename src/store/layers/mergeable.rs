@@ -121,7 +121,6 @@ impl MergePlan {
 pub fn merges(layers: &LayerGraph, rows: &CatalogIndex<'_>) -> Vec<MergePlan> {
     let removable: HashSet<&Path> = layers
         .files()
-        .iter()
         .filter(|file| is_removable(file, layers, rows))
         .map(|file| file.path.as_path())
         .collect();

@@ -1,14 +1,14 @@
 //! The image files of a home: which file reads which, and how they are frozen, adopted, merged and
 //! freed.
 //!
-//! * `graph`, `catalog_index`: what headers and rows say about the files.
+//! * `graph`, `near`, `catalog_index`: what headers and rows say about the files.
 //! * `draft`: long work for a change, done before the lock is taken.
 //! * `freeze`, `freeze_source`, `frozen`, `running`, `live_disk`: disk states that overlays start
 //!   from.
 //! * `adopt`, `bases`: layers that become bases.
 //! * `snapshot_place`: the directory and the row of a snapshot.
 //! * `mergeable`, `merge`, `flatten`: layers that become one.
-//! * `collect`, `references`: bases and references that nothing needs.
+//! * `collect`, `references`, `unfreed`: bases and references that nothing needs.
 //! * `put_back`, `spare_names`: second names of layers, and bases restored from them.
 
 pub(super) mod adopt;
@@ -25,8 +25,10 @@ pub(super) mod left_snapshots;
 pub(super) mod live_disk;
 pub(super) mod merge;
 pub(super) mod mergeable;
+pub(super) mod near;
 pub(super) mod put_back;
 pub(super) mod references;
 pub(super) mod running;
 pub(super) mod snapshot_place;
 pub(super) mod spare_names;
+pub(super) mod unfreed;

@@ -12,11 +12,16 @@ use crate::store::layers::graph::{ImageFile, LayerGraph};
 
 /// Drops the references of the box that nothing in it needs any more, and frees the bases that
 /// nothing needs now. That includes BoxLite's: BoxLite goes by references and would keep them
-/// forever. Those take the runtime lock; beside a runtime they wait, and only ours are freed.
+/// forever. Those take the runtime lock; beside a runtime they wait, and only ours are freed. In a
+/// large home all of this is done behind.
 ///
 /// # Errors
 /// Those of system calls and of SQLite.
 pub fn free_surplus(locked: &mut LockedBox<'_>) -> Result<()> {
+    if locked.store.layers.is_large() {
+        locked.store.unfreed.add_box(&locked.record.id);
+        return Ok(());
+    }
     if locked.change.is_shared() && !may_free_all(locked)? {
         return free_surplus_of_ours(locked);
     }
@@ -46,12 +51,7 @@ fn may_free_all(locked: &mut LockedBox<'_>) -> Result<bool> {
 fn free_surplus_of_ours(locked: &mut LockedBox<'_>) -> Result<()> {
     locked.change.begin_exclusive()?;
     let layers = locked.layers()?;
-    if layers.unseen(locked.store.home()).is_none() {
-        let mut referred = locked.change.bases_of(&locked.record.id)?;
-        referred.retain(BaseRecord::is_ours);
-        let surplus = surplus_refs(locked, &layers, referred)?;
-        drop_refs(locked, &surplus)?;
-    }
+    drop_surplus_refs_in(locked, &layers, false)?;
     free_without_lock(locked.store, &mut locked.change)
 }
 
@@ -83,6 +83,27 @@ pub fn drop_leftover_refs(
 ) -> Result<Vec<BaseRecord>> {
     let mut surplus = surplus_refs(locked, layers, referred)?;
     surplus.retain(|row| thorough || row.source_box_id != locked.record.id);
+    drop_refs(locked, &surplus)?;
+    Ok(surplus)
+}
+
+/// Drops the references of the box that nothing in it needs any more, by this scan of the whole home;
+/// those to bases that BoxLite made only with `theirs`. Beside a runtime, nothing is dropped where
+/// the scan missed a file. Returns the bases.
+///
+/// # Errors
+/// Those of reading the home and of SQLite.
+pub fn drop_surplus_refs_in(
+    locked: &mut LockedBox<'_>,
+    layers: &LayerGraph,
+    theirs: bool,
+) -> Result<Vec<BaseRecord>> {
+    if locked.change.is_shared() && layers.unseen(locked.store.home()).is_some() {
+        return Ok(Vec::new());
+    }
+    let mut referred = locked.change.bases_of(&locked.record.id)?;
+    referred.retain(|row| theirs || row.is_ours());
+    let surplus = surplus_refs(locked, layers, referred)?;
     drop_refs(locked, &surplus)?;
     Ok(surplus)
 }

@@ -52,7 +52,8 @@ impl Spares {
             .and_then(|index| self.names.get(*index))
     }
 
-    fn add(&mut self, spare: Spare) {
+    /// Adds a spare name.
+    pub fn add(&mut self, spare: Spare) {
         *self.by_id.entry(spare.id).or_default() += 1;
         self.by_base.insert(spare.base.clone(), self.names.len());
         self.names.push(spare);
@@ -97,20 +98,26 @@ impl SpareNames {
             return Ok(spares);
         }
         for name in names_in(&dir)? {
-            let path = dir.join(&name);
-            let Ok(meta) = fs::symlink_metadata(&path) else {
-                continue;
-            };
-            if name.ends_with(".qcow2") && meta.is_file() && meta.uid() == self.home.owner().uid {
-                spares.add(Spare {
-                    path,
-                    base: self.home.bases_dir().join(name),
-                    id: FileId::of(&meta),
-                    allocated: meta.blocks() * 512,
-                });
+            if name.ends_with(".qcow2")
+                && let Some(spare) = self.spare_of(&self.home.bases_dir().join(name))
+            {
+                spares.add(spare);
             }
         }
         Ok(spares)
+    }
+
+    /// Returns the spare name of a base, as [`SpareNames::scan`] would.
+    pub fn spare_of(&self, base: &Path) -> Option<Spare> {
+        let path = self.of(base)?;
+        let meta = fs::symlink_metadata(&path).ok()?;
+        let is_ours = meta.is_file() && meta.uid() == self.home.owner().uid;
+        is_ours.then(|| Spare {
+            path,
+            base: base.to_owned(),
+            id: FileId::of(&meta),
+            allocated: meta.blocks() * 512,
+        })
     }
 
     /// Gives a base of ours its spare name, if it has none. A failure is only logged.

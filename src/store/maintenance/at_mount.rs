@@ -3,15 +3,15 @@
 use crate::files::workspace::{Abandoned, remove_but_waiting};
 use crate::files::{durable, workspace};
 use crate::store::Store;
+use crate::store::access::deletion_space::keep_reserve;
 use crate::store::access::home_recovery::recover_home;
 use crate::store::access::path_spelling::{put_paths_right, warn_of_paths};
 use crate::store::maintenance::left_snapshots::find_left_snapshots;
 use crate::store::verbs::waiting_files::keep_left_archives;
 
-/// Recovers what a crash left in the home, then makes boxes of archives that a killed mount had
-/// waiting. What cannot be recovered now, because a runtime holds the lock or a box runs, is
-/// recovered before the next change of each box. Failures are logged.
-pub fn recover_at_mount(store: &Store) {
+/// Takes over what dead processes left in the workspaces, which comes before any change. The rest is
+/// done by [`recover`].
+pub fn begin_recovery(store: &Store) {
     let abandoned = workspace::abandoned(&store.home().staging_dir());
     if !abandoned.is_empty()
         && let Err(error) = durable::sync_file_system(store.home().root())
@@ -29,6 +29,20 @@ pub fn recover_at_mount(store: &Store) {
         if let Err(error) = remove_but_waiting(workspace.dir()) {
             store.events().info(&error.to_string());
         }
+    }
+    *store.unrecovered.lock() = Some(abandoned);
+}
+
+/// Recovers what a crash left in the home, then makes boxes of archives that a killed mount had
+/// waiting. What cannot be recovered now, because a runtime holds the lock or a box runs, is
+/// recovered before the next change of each box. Failures are logged. Does nothing the second time.
+pub fn recover(store: &Store) {
+    let Some(abandoned) = store.unrecovered.lock().take() else {
+        return;
+    };
+    if store.layers.is_large() {
+        // Reads all headers, so that the scans under the lock need not. Its failure is theirs.
+        let _ = store.layers.scan();
     }
     // Recovery, like every change, reads and writes canonical paths only.
     let change = put_paths_right(store).and_then(|()| store.home().change());
@@ -54,4 +68,5 @@ pub fn recover_at_mount(store: &Store) {
         }
     };
     keep_left_archives(store, abandoned, has_recovered);
+    keep_reserve(store);
 }

@@ -1,14 +1,13 @@
 //! Background compaction: an idle mount frees bases that are no longer needed and merges layers. It
 //! works slowly and at the lowest priority, and pauses while anything else goes on. Layers of
-//! snapshots that were deleted beside a runtime are freed by the same thread, idle or not.
+//! snapshots that were deleted beside a runtime, and what changes of a large home have left, are freed
+//! by the same thread, idle or not.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-use parking_lot::{Condvar, Mutex};
 
 use crate::disk::FileId;
 use crate::files::priority::{set_upkeep, step_back};
@@ -20,8 +19,10 @@ use crate::store::layers::collect::has_unneeded;
 use crate::store::layers::merge::merge_layers;
 use crate::store::layers::mergeable::{MergePlan, mergeable};
 use crate::store::layers::put_back::keep_spares;
+use crate::store::maintenance::at_mount::recover;
 use crate::store::maintenance::compact::{log_merge, merge_operation};
 use crate::store::maintenance::left_snapshots::free_left_snapshots;
+use crate::store::maintenance::unfreed::free_unfreed;
 use crate::{Error, Result};
 
 /// When a mount compacts its home in the background.
@@ -52,6 +53,11 @@ const UNREAD: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
+/// How long no change may have begun before what changes left is freed, and after which time it is
+/// freed all the same.
+const QUIET: Duration = Duration::from_millis(100);
+const LONGEST_UNFREED: Duration = Duration::from_secs(2);
+
 /// How often a paused merge checks whether the mount is idle again.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -62,12 +68,10 @@ pub struct BackgroundCompaction {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Asks the thread to stop, and wakes it.
+/// Asks the thread to stop.
 #[derive(Default)]
 struct Stop {
     is_asked: AtomicBool,
-    lock: Mutex<()>,
-    bell: Condvar,
 }
 
 impl Stop {
@@ -75,26 +79,23 @@ impl Stop {
         self.is_asked.load(Ordering::Acquire)
     }
 
-    /// Waits for `duration`, or until the stop. Returns whether the thread is to stop.
+    /// Waits for `duration`, or until somebody wakes the thread. Returns whether it is to stop.
     fn wait(&self, duration: Duration) -> bool {
-        let mut lock = self.lock.lock();
         if !self.is_asked() {
-            self.bell.wait_for(&mut lock, duration);
+            std::thread::park_timeout(duration);
         }
         self.is_asked()
     }
 }
 
 impl BackgroundCompaction {
-    /// Starts the thread. Returns None if compaction is off or the thread cannot be started, which
-    /// is logged.
+    /// Starts the thread. Returns None if the thread cannot be started, which is logged.
     pub fn begin(store: &Arc<Store>, compacting: Compacting) -> Option<BackgroundCompaction> {
-        let after = compacting.after?;
         let stop = Arc::<Stop>::default();
         let mut compactor = Compactor {
             store: store.clone(),
             stop: stop.clone(),
-            after,
+            after: compacting.after,
             compacted: None,
             retry_at: None,
             retry_after: FIRST_RETRY,
@@ -104,14 +105,18 @@ impl BackgroundCompaction {
             .name("upkeep".into())
             .spawn(move || compactor.run());
         match thread {
-            Ok(thread) => Some(BackgroundCompaction {
-                stop,
-                thread: Some(thread),
-            }),
+            Ok(thread) => {
+                store.unfreed.wake(thread.thread().clone());
+                Some(BackgroundCompaction {
+                    stop,
+                    thread: Some(thread),
+                })
+            }
             Err(error) => {
-                store
-                    .events()
-                    .info(&format!("this mount does not merge layers: {error}"));
+                store.events().info(&format!(
+                    "this mount does not merge layers or free bases: {error}"
+                ));
+                recover(store);
                 None
             }
         }
@@ -121,11 +126,8 @@ impl BackgroundCompaction {
 impl Drop for BackgroundCompaction {
     fn drop(&mut self) {
         self.stop.is_asked.store(true, Ordering::Release);
-        {
-            let _lock = self.stop.lock.lock();
-            self.stop.bell.notify_all();
-        }
         if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }
@@ -135,8 +137,8 @@ impl Drop for BackgroundCompaction {
 struct Compactor {
     store: Arc<Store>,
     stop: Arc<Stop>,
-    /// Idle time before a round begins.
-    after: Duration,
+    /// Idle time before a round begins; None for no rounds.
+    after: Option<Duration>,
     /// The catalog when the last complete round ended.
     compacted: Option<Arc<Catalog>>,
     /// When to begin a round although the catalog is unchanged.
@@ -152,20 +154,16 @@ impl Compactor {
         set_upkeep();
         step_back();
         let mut last_round = Instant::now();
+        self.finish_recovery();
         loop {
-            let tick = if self.store.exports.let_go_of_unread() == 0 {
-                TICK
-            } else {
-                UNREAD
-            };
-            if self.stop.wait(tick.min(self.after)) {
+            if self.stop.wait(self.pause()) {
+                let _ = free_unfreed(&self.store);
                 return;
             }
-            free_left_snapshots(&self.store, self.after);
-            if last_round.elapsed() < self.after
-                || !self.is_idle(self.after)
-                || !self.may_have_work()
-            {
+            self.free_unfreed();
+            let Some(after) = self.after else { continue };
+            free_left_snapshots(&self.store, after);
+            if last_round.elapsed() < after || !self.is_idle(after) || !self.may_have_work() {
                 continue;
             }
             // A panic is a bug in compaction and must not end the mount.
@@ -180,6 +178,49 @@ impl Compactor {
             }
             last_round = Instant::now();
         }
+    }
+
+    /// Recovers a large home, if the mount has left that.
+    fn finish_recovery(&mut self) {
+        if !self.store.is_unrecovered() {
+            return;
+        }
+        let recovery = std::panic::AssertUnwindSafe(|| recover(&self.store));
+        let _ = std::panic::catch_unwind(recovery);
+    }
+
+    /// Returns how long to wait if nobody wakes the thread.
+    fn pause(&self) -> Duration {
+        if self.store.unfreed.since().is_some() {
+            return QUIET;
+        }
+        let has_unread = self.store.exports.let_go_of_unread() > 0;
+        let tick = if has_unread { UNREAD } else { TICK };
+        tick.min(self.after.unwrap_or(tick))
+    }
+
+    /// Frees what is left to be freed, once no change has begun for a moment, or it has waited long
+    /// enough. Then rests for as long as it worked.
+    fn free_unfreed(&mut self) {
+        let Some(since) = self.store.unfreed.since() else {
+            return;
+        };
+        if !self.store.opened.foreground.is_quiet(QUIET) && since.elapsed() < LONGEST_UNFREED {
+            return;
+        }
+        let began = Instant::now();
+        let freed = std::panic::AssertUnwindSafe(|| free_unfreed(&self.store));
+        match std::panic::catch_unwind(freed) {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) | Err(_) => {
+                self.stop.wait(UNREAD);
+            }
+            Ok(Err(error)) => {
+                log::debug!("freeing bases: {error}");
+                self.stop.wait(UNREAD);
+            }
+        }
+        self.stop.wait(began.elapsed());
     }
 
     /// Returns whether no export is being read and the mount was idle for `duration`.
@@ -270,6 +311,7 @@ impl Compactor {
 
     /// Returns whether a merge may go on: one idle second is enough.
     fn is_idle_for_now(&self) -> bool {
-        self.is_idle(self.after.min(Duration::from_secs(1)))
+        let second = Duration::from_secs(1);
+        self.is_idle(self.after.map_or(second, |after| after.min(second)))
     }
 }

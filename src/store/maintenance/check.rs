@@ -245,7 +245,6 @@ impl Check<'_> {
         let damaged: Vec<String> = self
             .layers
             .files()
-            .iter()
             .filter_map(|file| file.damaged.clone())
             .collect();
         self.findings.extend(damaged);
@@ -352,7 +351,7 @@ impl Check<'_> {
             .cloned()
             .collect();
         let rows = CatalogIndex::new(self.catalog.boxes(), &bases, &named);
-        let files = self.layers.files().iter();
+        let files = self.layers.files();
         let unneeded = files.filter(|file| rows.is_unneeded(file, &self.layers));
         let notes = unneeded.map(|file| {
             format!(
@@ -398,7 +397,6 @@ impl Check<'_> {
         let without: Vec<String> = self
             .layers
             .files()
-            .iter()
             .filter(|file| matches!(file.role, Role::Base { .. }) && !with_rows.contains(&file.path))
             .map(|file| {
                 let why = match self.layers.readers_of(&file.path).next() {

@@ -78,7 +78,7 @@ pub(super) fn amount(bytes: u64) -> String {
 fn allocated_in_home(store: &Store) -> Result<u64> {
     let layers = store.layers.scan()?;
     let mut seen = HashSet::new();
-    let files = layers.files().iter().filter(|file| seen.insert(file.id));
+    let files = layers.files().filter(|file| seen.insert(file.id));
     Ok(files.map(|file| file.allocated).sum())
 }
 

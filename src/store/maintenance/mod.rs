@@ -5,4 +5,5 @@ pub(super) mod background;
 pub mod check;
 pub mod compact;
 pub(super) mod left_snapshots;
+pub(super) mod unfreed;
 pub(super) mod usage;

@@ -1,6 +1,6 @@
 //! `rm -r web`: removes a box with all its snapshots. Layers that others read from stay.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use crate::store::access::lock::{lock_shared, made_again_on};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::collect::{free_bases, free_without_lock};
-use crate::store::layers::graph::{Directories, LayerGraph};
+use crate::store::layers::graph::LayerGraph;
 use crate::{Context, Error, Result, mountinfo};
 
 /// What may be removed with a box: what the caller has seen of it.
@@ -138,6 +138,10 @@ fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
 /// runtime lock; where a runtime has it, they wait for the next recovery of the home.
 fn free_with_box(locked: &mut LockedBox<'_>, bases: &BTreeSet<String>) -> Result<()> {
     let may_go = |row: &BaseRecord| row.is_ours() || bases.contains(&row.id);
+    if locked.store.layers.is_large() {
+        locked.store.unfreed.add_bases(bases);
+        return Ok(());
+    }
     if locked.change.is_shared() {
         let rows = locked.change.bases()?;
         let has_others = rows.iter().any(|row| !row.is_ours() && may_go(row));
@@ -153,7 +157,7 @@ fn free_with_box(locked: &mut LockedBox<'_>, bases: &BTreeSet<String>) -> Result
 fn refuse_changed_files(locked: &LockedBox<'_>, seen: &SeenBox) -> Result<()> {
     locked.change.begin_exclusive()?;
     refuse_other_disk(locked, seen)?;
-    let layers = locked.layers()?;
+    let layers = locked.near()?;
     if !locked.change.is_shared()
         || (layers.unseen(locked.store.home()).is_none()
             && read_by_others(locked, &layers).is_none())
@@ -233,7 +237,7 @@ fn refuse_other_snapshots(locked: &LockedBox<'_>, seen: &SeenBox) -> Result<()> 
 /// Adopts every layer in the box's directory that a layer outside of it reads from.
 fn adopt_for_others(locked: &mut LockedBox<'_>) -> Result<()> {
     loop {
-        let layers = locked.layers()?;
+        let layers = locked.near()?;
         match read_by_others(locked, &layers) {
             Some(path) => adopt(locked, &path)?,
             None => return Ok(()),
@@ -255,28 +259,22 @@ fn read_by_others(locked: &LockedBox<'_>, layers: &LayerGraph) -> Option<PathBuf
 /// Adds the missing references from every other box to the bases that it reads from and that have
 /// rows. Once the references of this box are gone, only theirs keep BoxLite from collecting a base.
 fn complete_refs_of_others(locked: &mut LockedBox<'_>) -> Result<()> {
-    let layers = locked.layers()?;
-    let mut ids: HashMap<PathBuf, Vec<String>> = HashMap::new();
-    let mut directories = Directories::default();
-    for row in locked.change.bases()? {
-        let path = directories.resolve(PathBuf::from(row.base_path));
-        ids.entry(path).or_default().push(row.id);
-    }
-    let refs = locked.change.refs()?;
+    let layers = locked.near()?;
+    let bases = locked.store.home().bases_dir();
     let mut missing = BTreeSet::new();
-    for record in locked.change.boxes()? {
-        if record.id == locked.record.id {
+    for box_id in layers.boxes().filter(|id| *id != locked.record.id) {
+        if locked.change.box_by_id(box_id).is_err() {
             continue;
         }
-        let referred = refs.get(&record.id);
-        let refers_to = |id: &String| referred.is_some_and(|referred| referred.contains(id));
-        for file in layers.of_box(&record.id) {
-            for path in layers.chain(&file.path) {
-                let bases = ids.get(path).into_iter().flatten();
-                for id in bases.filter(|id| !refers_to(id)) {
-                    missing.insert((id.clone(), record.id.clone()));
-                }
-            }
+        let referred = locked.change.refs_of(box_id)?;
+        let chains = layers.of_box(box_id).flat_map(|file| layers.chain(&file.path));
+        let reached: BTreeSet<&Path> = chains.filter(|path| path.starts_with(&bases)).collect();
+        for path in reached {
+            let row = locked.base_at(path)?;
+            missing.extend(
+                row.filter(|row| !referred.contains(&row.id))
+                    .map(|row| (row.id, box_id.to_owned())),
+            );
         }
     }
     if missing.is_empty() {
@@ -292,10 +290,8 @@ fn complete_refs_of_others(locked: &mut LockedBox<'_>) -> Result<()> {
 /// Returns the ids of the bases that the box refers to or that were made from it, without the
 /// cached disks of images.
 fn bases_of_box(locked: &LockedBox<'_>) -> Result<BTreeSet<String>> {
-    let referred = locked.change.refs_of(&locked.record.id)?;
-    let is_of_box =
-        |row: &BaseRecord| row.source_box_id == locked.record.id || referred.contains(&row.id);
-    let rows = locked.change.bases()?.into_iter();
-    let rows = rows.filter(|row| row.kind != "rootfs" && is_of_box(row));
+    let referred = locked.change.bases_of(&locked.record.id)?.into_iter();
+    let rows = referred.chain(locked.change.bases_from(&locked.record.id)?);
+    let rows = rows.filter(|row| row.kind != "rootfs");
     Ok(rows.map(|row| row.id).collect())
 }

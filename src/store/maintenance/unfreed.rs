@@ -1,0 +1,95 @@
+//! Frees what changes of a large home have left to be freed. The home is scanned before the lock is
+//! taken: what nobody has recorded anything since is as it was scanned.
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::files::crash_points::crash_point;
+use crate::home::{BaseRecord, Catalog};
+use crate::store::Store;
+use crate::store::access::lock::begin_shared_change;
+use crate::store::access::locked_box::LockedBox;
+use crate::store::layers::collect::{free_bases_in, free_without_lock_in};
+use crate::store::layers::graph::LayerGraph;
+use crate::store::layers::references::drop_surplus_refs_in;
+use crate::store::layers::unfreed::Freeable;
+
+/// How often the home is scanned again because something was recorded meanwhile. After that it is
+/// scanned once more when there is less going on.
+const SCANS: usize = 3;
+
+/// Frees what is left to be freed. Returns whether nothing is left.
+///
+/// # Errors
+/// EBUSY; those of system calls and of SQLite. Everything is left then.
+pub fn free_unfreed(store: &Store) -> Result<bool> {
+    let Some(left) = store.unfreed.take() else {
+        return Ok(true);
+    };
+    crash_point("unfreed.taken");
+    for _ in 0..SCANS {
+        let scanned = scan_unlocked(store).and_then(|(catalog, layers)| {
+            free_scanned(store, &catalog, layers, &left)
+        });
+        match scanned {
+            Ok(true) => return Ok(true),
+            Ok(false) => {}
+            Err(error) => {
+                store.unfreed.add(left);
+                return Err(error);
+            }
+        }
+    }
+    store.unfreed.add(left);
+    Ok(false)
+}
+
+/// Scans the home without a lock, and returns with it the rows from before.
+fn scan_unlocked(store: &Store) -> Result<(Arc<Catalog>, LayerGraph)> {
+    let catalog = store.home().catalog()?;
+    Ok((catalog, store.layers.scan()?))
+}
+
+/// Frees by a scan from before the lock was taken. Returns false if the rows are others by now.
+fn free_scanned(
+    store: &Store,
+    catalog: &Arc<Catalog>,
+    layers: LayerGraph,
+    left: &Freeable,
+) -> Result<bool> {
+    let mut change = begin_shared_change(store)?;
+    let rows = change.bases()?;
+    let is_theirs = |row: &BaseRecord| !row.is_ours() && left.bases.contains(&row.id);
+    let refers_to_theirs = left.boxes.iter().try_fold(false, |found, id| -> Result<bool> {
+        Ok(found || change.bases_of(id)?.iter().any(|row| !row.is_ours()))
+    })?;
+    let has_theirs = refers_to_theirs || rows.iter().any(is_theirs);
+    let has_lock = !change.is_shared() || (has_theirs && change.take_lock()?);
+    change.begin_exclusive()?;
+    if !Arc::ptr_eq(&store.home().catalog()?, catalog) {
+        return Ok(false);
+    }
+    let mut surplus = left.bases.clone();
+    for box_id in &left.boxes {
+        let Ok(record) = change.box_by_id(box_id) else {
+            continue;
+        };
+        let mut locked = LockedBox {
+            store,
+            change,
+            record,
+        };
+        let dropped = drop_surplus_refs_in(&mut locked, &layers, has_lock);
+        change = locked.change;
+        surplus.extend(dropped?.into_iter().map(|row| row.id));
+    }
+    crash_point("unfreed.dropped");
+    if has_lock {
+        let may_go = |row: &BaseRecord| row.is_ours() || surplus.contains(&row.id);
+        free_bases_in(store, &mut change, layers, &may_go)?;
+    } else {
+        change.begin_exclusive()?;
+        free_without_lock_in(store, &mut change, layers)?;
+    }
+    Ok(true)
+}

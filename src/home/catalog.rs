@@ -1,22 +1,17 @@
-//! The rows as they are now, read afresh whenever the database changed.
+//! The rows of a home at one moment, and how they are read.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rusqlite::{Connection, params_from_iter};
 
-use super::connection::{data_version, failed};
 use super::identity::{is_safe_component, is_snapshot_name};
-use super::read_connection::{ReadConnection, connect_for_reading};
 use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
-use crate::{Error, Result};
 
 /// The oldest schema that we change. Below it, snapshot and base tables are missing or different
 /// (BoxLite migrates older databases itself at its next start).
-const OLDEST_WRITABLE_SCHEMA: i64 = 7;
+pub(super) const OLDEST_WRITABLE_SCHEMA: i64 = 7;
 
 /// The version of BoxLite's schema, and whether we may change it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,34 +22,61 @@ pub struct Schema {
     pub read_only: Option<String>,
 }
 
-/// All boxes and snapshots of a home at one moment.
-#[derive(Debug)]
-pub struct Catalog {
-    schema: Schema,
-    boxes: Vec<BoxRecord>,
-    by_id: HashMap<String, usize>,
-    snapshots: HashMap<String, Vec<SnapshotRecord>>,
+/// A box and its snapshots, oldest first, as their rows were at one moment.
+#[derive(Debug, PartialEq)]
+pub(super) struct BoxRows {
+    pub record: BoxRecord,
+    pub snapshots: Vec<SnapshotRecord>,
 }
 
+impl BoxRows {
+    /// The order in which boxes are listed.
+    fn order(&self) -> (i64, &str) {
+        (self.record.created_at, &self.record.id)
+    }
+}
+
+/// All boxes and snapshots of a home at one moment. A copy shares the rows.
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    schema: Schema,
+    /// Oldest first.
+    boxes: Vec<Arc<BoxRows>>,
+    by_id: HashMap<String, Arc<BoxRows>>,
+}
+
+/// A box before and after something was recorded; None where there is no such box.
+pub type ChangedBox<'c> = (Option<&'c BoxRecord>, Option<&'c BoxRecord>);
+
 impl Catalog {
+    /// Returns the catalog of these boxes, oldest first.
+    pub(super) fn new(schema: Schema, boxes: Vec<Arc<BoxRows>>) -> Catalog {
+        let id_of = |rows: &Arc<BoxRows>| (rows.record.id.clone(), rows.clone());
+        Catalog {
+            schema,
+            by_id: boxes.iter().map(id_of).collect(),
+            boxes,
+        }
+    }
+
     /// The schema they are stored in.
     pub fn schema(&self) -> &Schema {
         &self.schema
     }
 
     /// Every box, oldest first.
-    pub fn boxes(&self) -> &[BoxRecord] {
-        &self.boxes
+    pub fn boxes(&self) -> impl ExactSizeIterator<Item = &BoxRecord> + Clone {
+        self.boxes.iter().map(|rows| &rows.record)
     }
 
     /// The box with this id.
     pub fn box_by_id(&self, id: &str) -> Option<&BoxRecord> {
-        self.by_id.get(id).map(|index| &self.boxes[*index])
+        self.by_id.get(id).map(|rows| &rows.record)
     }
 
     /// The snapshots of a box, oldest first.
     pub fn snapshots_of(&self, box_id: &str) -> &[SnapshotRecord] {
-        self.snapshots.get(box_id).map_or(&[], Vec::as_slice)
+        self.by_id.get(box_id).map_or(&[], |rows| &rows.snapshots)
     }
 
     /// The snapshot of a box with this id.
@@ -66,101 +88,48 @@ impl Catalog {
     pub fn snapshot_by_name(&self, box_id: &str, name: &str) -> Option<&SnapshotRecord> {
         self.snapshots_of(box_id).iter().find(|s| s.name == name)
     }
-}
 
-/// A connection kept for reading, with what was read last.
-pub(super) struct CatalogReader {
-    database: PathBuf,
-    open: Option<OpenDatabase>,
-}
-
-struct OpenDatabase {
-    /// (st_dev, st_ino): a connection kept over a replaced database reads the old one.
-    file: (u64, u64),
-    connection: ReadConnection,
-    /// SQLite's count of commits by others; the rows below are of this version.
-    data_version: i64,
-    catalog: Arc<Catalog>,
-}
-
-impl CatalogReader {
-    pub(super) fn new(database: PathBuf) -> Self {
-        CatalogReader {
-            database,
-            open: None,
-        }
-    }
-
-    pub(super) fn current(&mut self) -> Result<Arc<Catalog>> {
-        let file = database_id(&self.database)?;
-        let is_other =
-            |open: &OpenDatabase| open.file != file || open.connection.is_outdated(&self.database);
-        if self.open.as_ref().is_some_and(is_other) {
-            self.open = None;
-        }
-        if let Some(open) = &mut self.open {
-            let version = data_version(&open.connection)
-                .map_err(|e| failed(&open.connection, &self.database, e))?;
-            if version != open.data_version {
-                let catalog = Arc::new(read_all(&open.connection, &self.database)?);
-                open.catalog = catalog;
-                open.data_version = version;
+    /// Returns the boxes whose rows, or whose snapshots' rows, differ from those of `before`.
+    pub fn changes_since<'c>(&'c self, before: &'c Catalog) -> Vec<ChangedBox<'c>> {
+        let mut changes = Vec::new();
+        let (mut old, mut new) = (before.boxes.iter().peekable(), self.boxes.iter().peekable());
+        loop {
+            let order = match (old.peek(), new.peek()) {
+                (Some(old), Some(new)) => old.order().cmp(&new.order()),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (None, None) => return changes,
+            };
+            let was = old.next_if(|_| order.is_le());
+            let is = new.next_if(|_| order.is_ge());
+            let is_same = match (was, is) {
+                (Some(was), Some(is)) => Arc::ptr_eq(was, is) || was == is,
+                _ => false,
+            };
+            if !is_same {
+                changes.push((was.map(|rows| &rows.record), is.map(|rows| &rows.record)));
             }
-            return Ok(open.catalog.clone());
-        }
-        let connection = connect_for_reading(&self.database)?;
-        // Version first: a commit in between is seen the next time.
-        let data_version =
-            data_version(&connection).map_err(|e| failed(&connection, &self.database, e))?;
-        let catalog = Arc::new(read_all(&connection, &self.database)?);
-        self.open = Some(OpenDatabase {
-            file,
-            connection,
-            data_version,
-            catalog: catalog.clone(),
-        });
-        Ok(catalog)
-    }
-}
-
-/// Returns (st_dev, st_ino) of the database. A missing one is EIO: ENOENT would be taken for a
-/// missing box.
-pub(super) fn database_id(database: &std::path::Path) -> Result<(u64, u64)> {
-    match fs::metadata(database) {
-        Ok(meta) => Ok((meta.dev(), meta.ino())),
-        Err(e) => Err(Error::damaged(format!(
-            "the database {} is gone; put it back or unmount",
-            database.display()
-        ))
-        .caused_by(e)),
-    }
-}
-
-fn read_all(connection: &Connection, database: &Path) -> Result<Catalog> {
-    let schema = read_schema(connection).map_err(|e| failed(connection, database, e))?;
-    let boxes = read_boxes(connection, None).map_err(|e| failed(connection, database, e))?;
-    let mut snapshots: HashMap<String, Vec<SnapshotRecord>> = HashMap::new();
-    if schema.version >= OLDEST_WRITABLE_SCHEMA || has_table(connection, "snapshot") {
-        let found =
-            read_snapshots(connection, None).map_err(|e| failed(connection, database, e))?;
-        for snapshot in found {
-            snapshots
-                .entry(snapshot.box_id.clone())
-                .or_default()
-                .push(snapshot);
         }
     }
-    let by_id = boxes
-        .iter()
-        .enumerate()
-        .map(|(index, record)| (record.id.clone(), index))
-        .collect();
-    Ok(Catalog {
-        schema,
-        boxes,
-        by_id,
-        snapshots,
-    })
+
+    /// Records the rows that a box has now; None if it is gone.
+    pub(super) fn set(&mut self, box_id: &str, rows: Option<BoxRows>) {
+        if let Some(old) = self.by_id.remove(box_id)
+            && let Ok(at) = self
+                .boxes
+                .binary_search_by(|rows| rows.order().cmp(&old.order()))
+        {
+            self.boxes.remove(at);
+        }
+        let Some(rows) = rows.map(Arc::new) else {
+            return;
+        };
+        let at = self
+            .boxes
+            .partition_point(|other| other.order() < rows.order());
+        self.by_id.insert(box_id.to_owned(), rows.clone());
+        self.boxes.insert(at, rows);
+    }
 }
 
 /// Reads every box, or the one with this id. Leaves out boxes whose id could not be a directory
@@ -347,4 +316,85 @@ pub(super) fn read_schema(connection: &Connection) -> rusqlite::Result<Schema> {
         }
     }
     Ok(Schema { version, read_only })
+}
+
+#[cfg(test)]
+impl Catalog {
+    /// Returns a catalog without boxes.
+    pub(crate) fn empty() -> Catalog {
+        let schema = Schema {
+            version: 10,
+            read_only: None,
+        };
+        Catalog::new(schema, Vec::new())
+    }
+
+    /// Records a box of this id and name, or that it is gone.
+    pub(crate) fn set_name(&mut self, id: &str, created_at: i64, name: Option<&str>) {
+        let record = BoxRecord {
+            id: id.to_owned(),
+            name: name.map(str::to_owned),
+            created_at,
+            config: String::new(),
+            status: "stopped".to_owned(),
+            pid: None,
+            state: String::new(),
+        };
+        let snapshots = Vec::new();
+        self.set(id, name.map(|_| BoxRows { record, snapshots }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids(catalog: &Catalog) -> Vec<&str> {
+        catalog.boxes().map(|record| record.id.as_str()).collect()
+    }
+
+    #[test]
+    fn rows_that_are_set_take_their_place_by_time_and_id() {
+        let mut catalog = Catalog::empty();
+        for (id, at) in [("c", 2), ("a", 2), ("z", 1), ("b", 2)] {
+            catalog.set_name(id, at, Some(id));
+        }
+        assert_eq!(ids(&catalog), ["z", "a", "b", "c"]);
+        catalog.set_name("a", 3, Some("a"));
+        catalog.set_name("z", 1, None);
+        catalog.set_name("unknown", 1, None);
+        assert_eq!(ids(&catalog), ["b", "c", "a"]);
+        assert!(catalog.box_by_id("z").is_none());
+        assert_eq!(catalog.box_by_id("a").unwrap().created_at, 3);
+    }
+
+    #[test]
+    fn the_changes_are_the_boxes_whose_rows_differ() {
+        let mut before = Catalog::empty();
+        for (id, at) in [("a", 1), ("b", 2), ("c", 3)] {
+            before.set_name(id, at, Some(id));
+        }
+        assert!(before.changes_since(&before.clone()).is_empty());
+        let mut after = before.clone();
+        after.set_name("a", 1, Some("renamed"));
+        after.set_name("b", 2, None);
+        after.set_name("d", 4, Some("d"));
+        // Read again, it is still the same.
+        after.set_name("c", 3, Some("c"));
+        let changes = after.changes_since(&before);
+        let name = |record: Option<&BoxRecord>| record.and_then(|it| it.name.clone());
+        let names: Vec<_> = changes
+            .iter()
+            .map(|(was, is)| (name(*was), name(*is)))
+            .collect();
+        let some = |name: &str| Some(name.to_owned());
+        assert_eq!(
+            names,
+            [
+                (some("a"), some("renamed")),
+                (some("b"), None),
+                (None, some("d"))
+            ]
+        );
+    }
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
-use super::catalog::{database_id, read_schema};
+use super::catalog::read_schema;
+use super::catalog_reader::database_id;
 use super::connection::{connect, failed};
 use super::lock::{LOCK_PATIENCE, holder_of, shows_all_locks, take_lock, take_turn};
 use super::paths::Home;
@@ -278,11 +279,20 @@ impl Change<'_> {
     }
 
     fn commit<T>(&mut self, edit: impl FnOnce(&Transaction) -> Result<T>) -> Result<T> {
+        let before = self
+            .home
+            .catalog
+            .lock()
+            .before_commit(&self.rows.connection);
         let transaction = Transaction::of(&self.rows);
         let ended = edit(&transaction).and_then(|value| {
             self.rows.execute("COMMIT")?;
             Ok(value)
         });
+        if let (Ok(_), Some(before), Some(boxes)) = (&ended, before, transaction.boxes()) {
+            let mut catalog = self.home.catalog.lock();
+            catalog.after_commit(&before, &self.rows.connection, &boxes);
+        }
         if ended.is_err() && !self.rows.connection.is_autocommit() {
             // An error here does not matter: without a commit nothing is recorded.
             let _ = self.rows.execute("ROLLBACK");

@@ -3,7 +3,7 @@
 //! * `paths`, `placement`, `space`: where things are, whether changes can be made there, free
 //!   space.
 //! * `connection`, `read_connection`: connections to the database, to change it or only to read it.
-//! * `records`, `catalog`, `recorded_paths`: the rows.
+//! * `records`, `catalog`, `catalog_reader`, `recorded_paths`: the rows.
 //! * `lock`, `shared_access`, `queries`, `transactions`, `change`: the right to change a home, and
 //!   what it is used for.
 //! * `option_types`, `options`, `host_access`: BoxLite's box options.
@@ -18,6 +18,7 @@
 
 mod activity;
 mod catalog;
+mod catalog_reader;
 mod change;
 mod connection;
 mod guard;
@@ -39,7 +40,7 @@ mod transactions;
 mod vm_process;
 
 pub use activity::{Activity, is_open, is_open_for_writing};
-pub use catalog::{Catalog, Schema};
+pub use catalog::{Catalog, ChangedBox, Schema};
 pub use change::Change;
 pub use guard::{GUARD, run_guard};
 pub use host_access::reject_host_access;

@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::catalog::{Catalog, CatalogReader, has_table, read_bases};
+use super::catalog::{Catalog, has_table, read_bases};
+use super::catalog_reader::CatalogReader;
 use super::connection::failed;
+use super::queries::Queries;
 use super::read_connection::{connect_for_reading, may_write};
 use super::records::BaseRecord;
 use crate::{Context, Error, Result};
@@ -97,6 +99,19 @@ impl Home {
     /// EIO when the database is gone, damaged or has no boxes table.
     pub fn catalog(&self) -> Result<Arc<Catalog>> {
         self.catalog.lock().current()
+    }
+
+    /// Opens the database for reading, without the lock. Queries that follow each other may see
+    /// different states.
+    ///
+    /// # Errors
+    /// EIO when the database is damaged.
+    pub fn queries(&self) -> Result<Queries> {
+        let database = self.database();
+        Ok(Queries {
+            connection: connect_for_reading(&database)?.into_connection(),
+            database,
+        })
     }
 
     /// Reads every base disk as it is now, without the lock.

@@ -47,6 +47,11 @@ struct UnlockedRead {
 }
 
 impl ReadConnection {
+    /// Returns the connection itself, for queries that are over soon.
+    pub fn into_connection(self) -> Connection {
+        self.connection
+    }
+
     /// Returns whether the files have changed since this connection was opened.
     pub fn is_outdated(&self, database: &Path) -> bool {
         let Some(unlocked) = &self.unlocked else {

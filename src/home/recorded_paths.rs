@@ -114,6 +114,7 @@ impl Transaction<'_> {
     /// Those of SQLite.
     pub fn record_path(&self, known: &RecordedPath, path: &Path) -> Result<()> {
         let path = path.display().to_string();
+        self.touch_any();
         self.run(known.place.update(), [&known.id, &known.path, &path])?;
         Ok(())
     }

@@ -1,5 +1,8 @@
 //! Transactions: what is recorded in BoxLite's rows.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
+
 use rusqlite::params;
 use serde_json::{Value, json};
 
@@ -11,12 +14,35 @@ use crate::{Error, Result};
 /// The rows of one transaction.
 pub struct Transaction<'t> {
     rows: &'t Queries,
+    /// The ids of the boxes whose rows, or whose snapshots' rows, it touched; None if those of any
+    /// box may be touched.
+    boxes: RefCell<Option<HashSet<String>>>,
 }
 
 impl<'t> Transaction<'t> {
     /// The transaction that is open on the connection of `rows`.
     pub(super) fn of(rows: &'t Queries) -> Transaction<'t> {
-        Transaction { rows }
+        Transaction {
+            rows,
+            boxes: RefCell::new(Some(HashSet::new())),
+        }
+    }
+
+    /// Returns the ids of the boxes whose rows, or whose snapshots' rows, were touched; None if those
+    /// of any box may be.
+    pub(super) fn boxes(&self) -> Option<HashSet<String>> {
+        self.boxes.borrow_mut().take()
+    }
+
+    fn touch(&self, box_id: &str) {
+        if let Some(boxes) = &mut *self.boxes.borrow_mut() {
+            boxes.insert(box_id.to_owned());
+        }
+    }
+
+    /// Notes that the rows of any box may be touched.
+    pub(super) fn touch_any(&self) {
+        *self.boxes.borrow_mut() = None;
     }
 
     /// Runs one statement; returns the number of rows it changed.
@@ -88,6 +114,7 @@ impl<'t> Transaction<'t> {
     /// # Errors
     /// Those of SQLite.
     pub fn resize_layer(&self, path: &str, file_size: u64) -> Result<()> {
+        self.touch_any();
         let file_size = i64::try_from(file_size).unwrap_or(i64::MAX);
         for (table, at) in [
             ("base_disk", "base_path = ?1"),
@@ -134,6 +161,7 @@ impl<'t> Transaction<'t> {
     /// # Errors
     /// EEXIST when a box has that name, ENOENT when the box is gone.
     pub fn rename_box(&self, id: &str, name: &str) -> Result<()> {
+        self.touch(id);
         let renamed = self.run(
             "UPDATE box_config SET name = ?2, json = json_set(json, '$.name', ?2) WHERE id = ?1",
             [id, name],
@@ -149,6 +177,7 @@ impl<'t> Transaction<'t> {
     /// # Errors
     /// ENOENT when it is gone, or what SQLite says.
     pub fn delete_box(&self, id: &str) -> Result<()> {
+        self.touch(id);
         self.run("DELETE FROM snapshot WHERE box_id = ?1", [id])?;
         self.run("DELETE FROM base_disk_ref WHERE box_id = ?1", [id])?;
         self.run("DELETE FROM box_state WHERE id = ?1", [id])?;
@@ -163,6 +192,7 @@ impl<'t> Transaction<'t> {
     /// # Errors
     /// EEXIST when the box has one of that name.
     pub fn insert_snapshot(&self, snapshot: &NewSnapshot) -> Result<()> {
+        self.touch(&snapshot.box_id);
         let json = json!({
             "id": snapshot.id,
             "box_id": snapshot.box_id,
@@ -191,6 +221,7 @@ impl<'t> Transaction<'t> {
     /// # Errors
     /// Those of SQLite.
     pub fn date_snapshot(&self, box_id: &str, id: &str, created_at: i64) -> Result<()> {
+        self.touch(box_id);
         self.run(
             "UPDATE snapshot SET created_at = ?3, json = json_set(json, '$.created_at', ?3)
              WHERE box_id = ?1 AND id = ?2",
@@ -204,6 +235,7 @@ impl<'t> Transaction<'t> {
     /// # Errors
     /// EEXIST when the box has one of that name, ENOENT when it is gone.
     pub fn rename_snapshot(&self, box_id: &str, id: &str, name: &str, path: &str) -> Result<()> {
+        self.touch(box_id);
         let renamed = self.run(
             "UPDATE snapshot
              SET name = ?3, json = json_set(json, '$.name', ?3, '$.base_path', ?4)
@@ -221,6 +253,7 @@ impl<'t> Transaction<'t> {
     /// # Errors
     /// Those of SQLite.
     pub fn delete_snapshot(&self, box_id: &str, id: &str) -> Result<()> {
+        self.touch(box_id);
         match self.run(
             "DELETE FROM snapshot WHERE box_id = ?1 AND id = ?2",
             [box_id, id],
@@ -235,6 +268,7 @@ impl<'t> Transaction<'t> {
     /// # Errors
     /// EEXIST when a box has that name.
     pub fn insert_box(&self, new: &NewBox) -> Result<()> {
+        self.touch(&new.id);
         let config = config_of(new);
         let state = state_of(new);
         self.run(

@@ -76,6 +76,11 @@ impl Drop for Insisting<'_> {
 }
 
 impl Access {
+    /// Notes that all rows and headers name the files by their canonical paths.
+    fn note_right_paths(&self) {
+        self.paths_are_right.store(true, Ordering::Release);
+    }
+
     fn insist(&self) -> Insisting<'_> {
         self.insisting.fetch_add(1, Ordering::Relaxed);
         Insisting(self)
@@ -103,7 +108,7 @@ pub struct Store {
 
 /// Returns about how many image files a home has: one for each box, a snapshot and its base.
 fn image_files(catalog: &Catalog) -> usize {
-    let boxes = catalog.boxes().iter();
+    let boxes = catalog.boxes();
     boxes
         .map(|record| 1 + 2 * catalog.snapshots_of(&record.id).len())
         .sum()

@@ -245,6 +245,8 @@ fn every_crash_point_is_tried() {
     for (point, test) in [
         ("waiting.noted", include_str!("waiting.rs")),
         ("beside.exchanged", include_str!("../mount/shared.rs")),
+        ("unfreed.taken", include_str!("../mount/large.rs")),
+        ("unfreed.dropped", include_str!("../mount/large.rs")),
         ("running.paused", include_str!("../mount/running.rs")),
         ("running.copied", include_str!("../mount/running.rs")),
         ("running.begun", include_str!("../mount/running.rs")),

@@ -2,6 +2,7 @@
 # Builds the fuzz targets and lets them run, one on each processor.
 #
 #     run.sh OUT SECONDS [TARGET…]        for so long, beginning with what earlier runs have found
+#     run.sh OUT build                    only builds them
 #     run.sh OUT INPUT TARGET             for one input, as often as it fails
 #
 # OUT is a directory for all it makes. What a target fails at is kept in OUT/failed/TARGET.
@@ -65,6 +66,7 @@ run() {
 
 install_cargo_fuzz
 build
+[ "$what" != build ] || exit 0
 [ -d "$out/made" ] || python3 tests/fuzz/seeds.py "$out/made"
 export BOXLITEFS_FUZZ_MADE=$out/made
 # What is looked at is written for each input, and flushed: to memory where there is a file system.

@@ -15,6 +15,7 @@ mod guests;
 mod hostile;
 mod inside;
 mod kept;
+mod large;
 mod mounting;
 mod moved_homes;
 mod never_lost;

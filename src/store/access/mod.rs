@@ -9,3 +9,4 @@ pub(super) mod names;
 pub(super) mod path_spelling;
 pub(super) mod preflight;
 pub(super) mod recovery;
+pub(super) mod settled;

@@ -283,7 +283,7 @@ pub fn put_paths_right(store: &Store) -> Result<()> {
             store.home().root().display()
         ));
     }
-    store.access.paths_are_right.store(true, Ordering::Release);
+    store.access.note_right_paths();
     Ok(())
 }
 

@@ -20,14 +20,14 @@ impl<'r> CatalogIndex<'r> {
     /// Returns the index of these boxes and bases. `named` holds every path that a snapshot's row
     /// names.
     pub fn new(
-        boxes: &'r [BoxRecord],
+        boxes: impl IntoIterator<Item = &'r BoxRecord>,
         bases: &'r [BaseRecord],
         named: &'r BTreeSet<PathBuf>,
     ) -> CatalogIndex<'r> {
         let mut directories = Directories::default();
         let mut at = |row: &BaseRecord| directories.resolve(PathBuf::from(&row.base_path));
         CatalogIndex {
-            boxes: boxes.iter().map(|record| record.id.as_str()).collect(),
+            boxes: boxes.into_iter().map(|record| record.id.as_str()).collect(),
             bases: bases.iter().map(|row| (at(row), row)).collect(),
             named,
         }

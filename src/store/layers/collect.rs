@@ -258,7 +258,7 @@ pub fn named_by(store: &Store, snapshot: &SnapshotRecord) -> Vec<PathBuf> {
 }
 
 /// Returns whether a path in the home, which something names, has no file.
-fn is_missing(path: &Path, layers: &LayerGraph, home: &Home) -> bool {
+pub fn is_missing(path: &Path, layers: &LayerGraph, home: &Home) -> bool {
     layers.at(path).is_none()
         && home.contains(path)
         && std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
@@ -279,7 +279,7 @@ pub fn has_unneeded(store: &Store, catalog: &Catalog) -> Result<bool> {
 
 /// Returns every path that a snapshot's row names.
 pub fn named_in(store: &Store, catalog: &Catalog) -> BTreeSet<PathBuf> {
-    let boxes = catalog.boxes().iter();
+    let boxes = catalog.boxes();
     let snapshots = boxes.flat_map(|record| catalog.snapshots_of(&record.id));
     snapshots
         .flat_map(|snapshot| named_by(store, snapshot))

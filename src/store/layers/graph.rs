@@ -128,7 +128,11 @@ impl LayerGraph {
         let is_there = |(index, file): &(usize, &ImageFile)| {
             self.by_path.get(&file.path).is_some_and(|at| at == index)
         };
-        self.files.iter().enumerate().filter(is_there).map(|(_, file)| file)
+        self.files
+            .iter()
+            .enumerate()
+            .filter(is_there)
+            .map(|(_, file)| file)
     }
 
     /// Returns the file with this resolved path.
@@ -353,9 +357,8 @@ fn read_across(layers: &LayerGraph, home: &Home) -> Result<HashSet<String>> {
                 if rows.is_none() {
                     rows = Some(home.bases()?);
                 }
-                let is_of_box = |row: &BaseRecord| {
-                    row.source_box_id == inside && is_row_of(row, &file.path)
-                };
+                let is_of_box =
+                    |row: &BaseRecord| row.source_box_id == inside && is_row_of(row, &file.path);
                 rows.as_ref().is_some_and(|rows| rows.iter().any(is_of_box))
             }
         };

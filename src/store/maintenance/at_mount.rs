@@ -1,11 +1,15 @@
 //! Recovery when a mount begins.
 
+use std::sync::Arc;
+
+use crate::Result;
 use crate::files::workspace::{Abandoned, remove_but_waiting};
 use crate::files::{durable, workspace};
 use crate::store::Store;
 use crate::store::access::deletion_space::keep_reserve;
 use crate::store::access::home_recovery::recover_home;
 use crate::store::access::path_spelling::{put_paths_right, warn_of_paths};
+use crate::store::access::settled::is_settled;
 use crate::store::maintenance::left_snapshots::find_left_snapshots;
 use crate::store::verbs::waiting_files::keep_left_archives;
 
@@ -33,6 +37,18 @@ pub fn begin_recovery(store: &Store) {
     *store.unrecovered.lock() = Some(abandoned);
 }
 
+/// Returns whether it is certain that a home needs no recovery. This reads all headers, so that the
+/// scans under the lock need not.
+fn needs_none(store: &Store) -> bool {
+    let settled = || -> Result<bool> {
+        let catalog = store.home().catalog()?;
+        let layers = store.layers.scan()?;
+        let is_settled = is_settled(store, &catalog, &layers)?;
+        Ok(is_settled && Arc::ptr_eq(&catalog, &store.home().catalog()?))
+    };
+    settled().unwrap_or(false)
+}
+
 /// Recovers what a crash left in the home, then makes boxes of archives that a killed mount had
 /// waiting. What cannot be recovered now, because a runtime holds the lock or a box runs, is
 /// recovered before the next change of each box. Failures are logged. Does nothing the second time.
@@ -40,9 +56,10 @@ pub fn recover(store: &Store) {
     let Some(abandoned) = store.unrecovered.lock().take() else {
         return;
     };
-    if store.layers.is_large() {
-        // Reads all headers, so that the scans under the lock need not. Its failure is theirs.
-        let _ = store.layers.scan();
+    if store.layers.is_large() && abandoned.is_empty() && needs_none(store) {
+        store.access.note_right_paths();
+        keep_reserve(store);
+        return;
     }
     // Recovery, like every change, reads and writes canonical paths only.
     let change = put_paths_right(store).and_then(|()| store.home().change());

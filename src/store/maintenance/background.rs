@@ -1,7 +1,7 @@
 //! Background compaction: an idle mount frees bases that are no longer needed and merges layers. It
 //! works slowly and at the lowest priority, and pauses while anything else goes on. Layers of
-//! snapshots that were deleted beside a runtime, and what changes of a large home have left, are freed
-//! by the same thread, idle or not.
+//! snapshots that were deleted beside a runtime are freed by the same thread, idle or not. What changes
+//! of a large home have left is freed by another.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -58,14 +58,17 @@ const LONGEST_RETRY: Duration = Duration::from_secs(60);
 const QUIET: Duration = Duration::from_millis(100);
 const LONGEST_UNFREED: Duration = Duration::from_secs(2);
 
+/// How long the thread sleeps that is woken when something is to be freed.
+const IDLE: Duration = Duration::from_secs(60);
+
 /// How often a paused merge checks whether the mount is idle again.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The background thread. Dropping this stops the thread and waits for its end. A crash instead
-/// does no harm but leaves files for the next mount to remove.
+/// The background threads. Dropping this stops them and waits for their end. A crash instead does no
+/// harm but leaves files for the next mount to remove.
 pub struct BackgroundCompaction {
     stop: Arc<Stop>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 /// Asks the thread to stop.
@@ -89,7 +92,7 @@ impl Stop {
 }
 
 impl BackgroundCompaction {
-    /// Starts the thread. Returns None if the thread cannot be started, which is logged.
+    /// Starts the threads. Returns None if none can be started, which is logged.
     pub fn begin(store: &Arc<Store>, compacting: Compacting) -> Option<BackgroundCompaction> {
         let stop = Arc::<Stop>::default();
         let mut compactor = Compactor {
@@ -101,36 +104,85 @@ impl BackgroundCompaction {
             retry_after: FIRST_RETRY,
             not_worthwhile: HashSet::new(),
         };
-        let thread = std::thread::Builder::new()
-            .name("upkeep".into())
-            .spawn(move || compactor.run());
-        match thread {
-            Ok(thread) => {
-                store.unfreed.wake(thread.thread().clone());
-                Some(BackgroundCompaction {
-                    stop,
-                    thread: Some(thread),
-                })
-            }
-            Err(error) => {
+        let freeing = Freeing {
+            store: store.clone(),
+            stop: stop.clone(),
+        };
+        let start = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            let started = std::thread::Builder::new().name(name.into()).spawn(run);
+            started.inspect_err(|error| {
                 store.events().info(&format!(
-                    "this mount does not merge layers or free bases: {error}"
+                    "this mount does not merge layers, or free them in a large home: {error}"
                 ));
-                recover(store);
-                None
-            }
+            })
+        };
+        let Ok(freeing) = start("freeing", Box::new(move || freeing.run())) else {
+            recover(store);
+            return None;
+        };
+        store.unfreed.wake(freeing.thread().clone());
+        let mut threads = vec![freeing];
+        if compacting.after.is_some() {
+            threads.extend(start("upkeep", Box::new(move || compactor.run())));
         }
+        Some(BackgroundCompaction { stop, threads })
     }
 }
 
 impl Drop for BackgroundCompaction {
     fn drop(&mut self) {
         self.stop.is_asked.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             thread.thread().unpark();
             let _ = thread.join();
         }
     }
+}
+
+/// Does what a large home leaves to be done behind: recovery at the mount, and freeing. It has the
+/// priority of the mount, because changes wait for the lock that it holds at times.
+struct Freeing {
+    store: Arc<Store>,
+    stop: Arc<Stop>,
+}
+
+impl Freeing {
+    fn run(&self) {
+        set_upkeep();
+        guarded(|| recover(&self.store));
+        loop {
+            let is_left = self.store.unfreed.since().is_some();
+            if self.stop.wait(if is_left { QUIET } else { IDLE }) {
+                guarded(|| drop(free_unfreed(&self.store)));
+                return;
+            }
+            self.free();
+        }
+    }
+
+    /// Frees what is left to be freed, once no change has begun for a moment, or it has waited long
+    /// enough. Then rests for as long as it worked.
+    fn free(&self) {
+        let Some(since) = self.store.unfreed.since() else {
+            return;
+        };
+        if !self.store.opened.foreground.is_quiet(QUIET) && since.elapsed() < LONGEST_UNFREED {
+            return;
+        }
+        let began = Instant::now();
+        let mut is_done = false;
+        guarded(|| match free_unfreed(&self.store) {
+            Ok(done) => is_done = done,
+            Err(error) => log::debug!("freeing bases: {error}"),
+        });
+        self.stop
+            .wait(if is_done { began.elapsed() } else { UNREAD });
+    }
+}
+
+/// Runs a step of upkeep. A panic is a bug in it, and must not end the mount.
+fn guarded(step: impl FnOnce()) {
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(step));
 }
 
 /// What the background thread does, and what it remembers between rounds.
@@ -154,14 +206,13 @@ impl Compactor {
         set_upkeep();
         step_back();
         let mut last_round = Instant::now();
-        self.finish_recovery();
+        let Some(after) = self.after else { return };
         loop {
-            if self.stop.wait(self.pause()) {
-                let _ = free_unfreed(&self.store);
+            let has_unread = self.store.exports.let_go_of_unread() > 0;
+            let tick = if has_unread { UNREAD } else { TICK };
+            if self.stop.wait(tick.min(after)) {
                 return;
             }
-            self.free_unfreed();
-            let Some(after) = self.after else { continue };
             free_left_snapshots(&self.store, after);
             if last_round.elapsed() < after || !self.is_idle(after) || !self.may_have_work() {
                 continue;
@@ -178,49 +229,6 @@ impl Compactor {
             }
             last_round = Instant::now();
         }
-    }
-
-    /// Recovers a large home, if the mount has left that.
-    fn finish_recovery(&mut self) {
-        if !self.store.is_unrecovered() {
-            return;
-        }
-        let recovery = std::panic::AssertUnwindSafe(|| recover(&self.store));
-        let _ = std::panic::catch_unwind(recovery);
-    }
-
-    /// Returns how long to wait if nobody wakes the thread.
-    fn pause(&self) -> Duration {
-        if self.store.unfreed.since().is_some() {
-            return QUIET;
-        }
-        let has_unread = self.store.exports.let_go_of_unread() > 0;
-        let tick = if has_unread { UNREAD } else { TICK };
-        tick.min(self.after.unwrap_or(tick))
-    }
-
-    /// Frees what is left to be freed, once no change has begun for a moment, or it has waited long
-    /// enough. Then rests for as long as it worked.
-    fn free_unfreed(&mut self) {
-        let Some(since) = self.store.unfreed.since() else {
-            return;
-        };
-        if !self.store.opened.foreground.is_quiet(QUIET) && since.elapsed() < LONGEST_UNFREED {
-            return;
-        }
-        let began = Instant::now();
-        let freed = std::panic::AssertUnwindSafe(|| free_unfreed(&self.store));
-        match std::panic::catch_unwind(freed) {
-            Ok(Ok(true)) => {}
-            Ok(Ok(false)) | Err(_) => {
-                self.stop.wait(UNREAD);
-            }
-            Ok(Err(error)) => {
-                log::debug!("freeing bases: {error}");
-                self.stop.wait(UNREAD);
-            }
-        }
-        self.stop.wait(began.elapsed());
     }
 
     /// Returns whether no export is being read and the mount was idle for `duration`.

@@ -28,9 +28,8 @@ pub fn free_unfreed(store: &Store) -> Result<bool> {
     };
     crash_point("unfreed.taken");
     for _ in 0..SCANS {
-        let scanned = scan_unlocked(store).and_then(|(catalog, layers)| {
-            free_scanned(store, &catalog, layers, &left)
-        });
+        let scanned = scan_unlocked(store)
+            .and_then(|(catalog, layers)| free_scanned(store, &catalog, layers, &left));
         match scanned {
             Ok(true) => return Ok(true),
             Ok(false) => {}
@@ -60,9 +59,12 @@ fn free_scanned(
     let mut change = begin_shared_change(store)?;
     let rows = change.bases()?;
     let is_theirs = |row: &BaseRecord| !row.is_ours() && left.bases.contains(&row.id);
-    let refers_to_theirs = left.boxes.iter().try_fold(false, |found, id| -> Result<bool> {
-        Ok(found || change.bases_of(id)?.iter().any(|row| !row.is_ours()))
-    })?;
+    let refers_to_theirs = left
+        .boxes
+        .iter()
+        .try_fold(false, |found, id| -> Result<bool> {
+            Ok(found || change.bases_of(id)?.iter().any(|row| !row.is_ours()))
+        })?;
     let has_theirs = refers_to_theirs || rows.iter().any(is_theirs);
     let has_lock = !change.is_shared() || (has_theirs && change.take_lock()?);
     change.begin_exclusive()?;

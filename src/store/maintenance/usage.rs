@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use crate::Result;
 use crate::disk::FileId;
 use crate::exports::Source;
-use crate::home::Catalog;
+use crate::home::{BoxRecord, Catalog};
 use crate::store::Store;
-use crate::store::layers::graph::LayerGraph;
+use crate::store::layers::graph::{LayerGraph, Role};
 
 /// How long a result stays valid while the rows are unchanged. A program that asks for all boxes in
 /// turn then causes one scan a second, not one for each box.
@@ -41,7 +41,7 @@ struct Usages {
 /// # Errors
 /// EIO; those of the database.
 pub fn usage_of_box(store: &Store, box_id: &str) -> Result<Usage> {
-    let usages = usages(store)?;
+    let usages = usages(store, box_id)?;
     Ok(usages.boxes.get(box_id).copied().unwrap_or_default())
 }
 
@@ -51,33 +51,69 @@ pub fn usage_of_box(store: &Store, box_id: &str) -> Result<Usage> {
 /// # Errors
 /// Those of [`usage_of_box`].
 pub fn usage_of(store: &Store, source: &Source) -> Result<Usage> {
-    let usages = usages(store)?;
+    let usages = usages(store, source.box_id())?;
     Ok(usages.states.get(source).copied().unwrap_or_default())
 }
 
-fn usages(store: &Store) -> Result<Arc<Usages>> {
+/// Returns usages, that of this box and of its states among them.
+fn usages(store: &Store, box_id: &str) -> Result<Arc<Usages>> {
     let catalog = store.home().catalog()?;
     if let Some((made_at, made_of, usages)) = &store.usage.lock().0
         && made_at.elapsed() < VALID_FOR
         && Arc::ptr_eq(made_of, &catalog)
+        && usages.boxes.contains_key(box_id)
     {
         return Ok(usages.clone());
     }
-    let layers = store.layers.scan()?;
-    let usages = Arc::new(Usages::of(states(store, &layers, &catalog)));
+    let states = if store.layers.is_large() {
+        states_near(store, &catalog, box_id)?
+    } else {
+        states_of(store, &store.layers.scan()?, &catalog, catalog.boxes())
+    };
+    let usages = Arc::new(Usages::of(states));
     store.usage.lock().0 = Some((Instant::now(), catalog, usages.clone()));
     Ok(usages)
 }
 
-/// Returns each disk state with the image files of its chain that lie in the home: file → bytes on
-/// disk.
-pub fn states(
+/// A disk state with the image files of its chain that lie in the home: file → bytes on disk.
+type State = (Source, HashMap<FileId, u64>);
+
+/// Returns the states of a box and of those that BoxLite cloned from it. A box that only refers to
+/// some of their bases has one state, of these bases.
+fn states_near(store: &Store, catalog: &Catalog, box_id: &str) -> Result<Vec<State>> {
+    let rows = store.home().queries()?;
+    let layers = store.layers.near(store.home(), &rows, box_id)?;
+    let near: HashSet<&str> = layers.boxes().collect();
+    let records = near.iter().filter_map(|id| catalog.box_by_id(id));
+    let mut others: HashMap<String, HashMap<FileId, u64>> = HashMap::new();
+    for file in layers.files() {
+        if !matches!(file.role, Role::Base { .. }) {
+            continue;
+        }
+        for row in rows.bases_at(&file.path)? {
+            let mut referring = rows.boxes_referring_to(&row.id)?;
+            referring.retain(|id| !near.contains(id.as_str()));
+            for other in referring {
+                let files = others.entry(other).or_default();
+                files.insert(file.id, file.allocated);
+            }
+        }
+    }
+    let mut states = states_of(store, &layers, catalog, records);
+    let others = others.into_iter();
+    states.extend(others.map(|(box_id, files)| (Source::Live { box_id }, files)));
+    Ok(states)
+}
+
+/// Returns the states of these boxes.
+fn states_of<'r>(
     store: &Store,
     layers: &LayerGraph,
     catalog: &Catalog,
-) -> Vec<(Source, HashMap<FileId, u64>)> {
+    boxes: impl Iterator<Item = &'r BoxRecord>,
+) -> Vec<State> {
     let mut states = Vec::new();
-    for record in catalog.boxes() {
+    for record in boxes {
         let box_id = record.id.clone();
         let live = store.home().live_disk(&box_id);
         let snapshots = catalog.snapshots_of(&box_id).iter().map(|snapshot| {

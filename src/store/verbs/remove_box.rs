@@ -267,7 +267,9 @@ fn complete_refs_of_others(locked: &mut LockedBox<'_>) -> Result<()> {
             continue;
         }
         let referred = locked.change.refs_of(box_id)?;
-        let chains = layers.of_box(box_id).flat_map(|file| layers.chain(&file.path));
+        let chains = layers
+            .of_box(box_id)
+            .flat_map(|file| layers.chain(&file.path));
         let reached: BTreeSet<&Path> = chains.filter(|path| path.starts_with(&bases)).collect();
         for path in reached {
             let row = locked.base_at(path)?;

@@ -151,7 +151,7 @@ fn make_box_from(store: &Store, archive: &WaitingArchive) -> Result<String> {
 fn new_box(store: &Store, name: &str) -> Result<NewBoxIdentity> {
     let catalog = store.home().catalog()?;
     let is_free = |name: &String| {
-        let mut boxes = catalog.boxes().iter();
+        let mut boxes = catalog.boxes();
         !boxes.any(|record| record.name.as_deref() == Some(name) || record.id == *name)
     };
     let numbered = (2..).map(|number| format!("{name}-{number}"));

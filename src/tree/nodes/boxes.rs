@@ -44,7 +44,10 @@ impl Boxes {
             return Ok(names.clone());
         }
         self.store.exports().forget_gone(&catalog);
-        let fresh = Arc::new(BoxNames::of(catalog));
+        let fresh = Arc::new(match &*latest {
+            Some(before) => before.after(catalog),
+            None => BoxNames::of(catalog),
+        });
         if let Some(before) = &*latest {
             for link in links_elsewhere(before, &fresh) {
                 self.kernel.raise_generation(&link);
@@ -126,14 +129,17 @@ impl Boxes {
 /// Returns the links that point elsewhere than before, because names changed.
 fn links_elsewhere(before: &BoxNames, after: &BoxNames) -> Vec<Node> {
     let mut sources = Vec::new();
-    for (name, id) in before.all() {
-        let is_moved = after.of_id(id).is_some_and(|now| now != name);
+    for id in after.renamed_since(before) {
+        let Some(now) = after.of_id(&id) else {
+            continue;
+        };
+        let is_moved = before.of_id(&id).is_some_and(|name| name != now);
         if is_moved {
             let box_id = id.clone();
             sources.push(Source::Live { box_id });
         }
-        for row in before.catalog().snapshots_of(id) {
-            let now = after.catalog().snapshot_by_id(id, &row.id);
+        for row in before.catalog().snapshots_of(&id) {
+            let now = after.catalog().snapshot_by_id(&id, &row.id);
             if now.is_some_and(|now| is_moved || now.name != row.name) {
                 sources.push(Source::Snapshot {
                     box_id: id.clone(),

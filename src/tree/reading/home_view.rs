@@ -265,7 +265,7 @@ impl HomeView {
             Node::Root => names
                 .all()
                 .iter()
-                .map(|(name, id)| (name.clone(), Node::Box(id.clone()), Kind::Directory))
+                .map(|(name, id)| (name.to_string(), Node::Box(id.to_string()), Kind::Directory))
                 .collect(),
             Node::Hidden => vec![
                 (LOG.to_owned(), Node::Log, Kind::File),
@@ -279,7 +279,7 @@ impl HomeView {
             Node::View => names
                 .all()
                 .iter()
-                .map(|(name, id)| (name.clone(), Node::ViewOf(live(id)), Kind::Directory))
+                .map(|(name, id)| (name.to_string(), Node::ViewOf(live(id)), Kind::Directory))
                 .collect(),
             Node::ViewOf(source) => self.view_of(source)?,
             Node::ViewSnapshots(id) => {

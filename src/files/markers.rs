@@ -19,6 +19,21 @@ pub fn mark_unrecorded(dir: &Path) -> Result<()> {
     durable::sync_dir(dir)
 }
 
+/// Removes the mark, if there is one, from a directory whose row is on the disk. It is not flushed: a
+/// mark that a loss of power brings back is in a directory with a row, from which recovery removes it.
+///
+/// # Errors
+/// Those of system calls.
+pub fn unmark(dir: &Path) -> Result<()> {
+    let mark = dir.join(UNRECORDED);
+    match std::fs::remove_file(&mark) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).context(|| format!("cannot remove {}", mark.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Marks a directory that is flushed later.
 ///
 /// # Errors

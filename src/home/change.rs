@@ -1,7 +1,9 @@
 //! The right to change a home: the locks, a fresh connection, and the transactions.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::ops::Deref;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::Duration;
 
 use parking_lot::MutexGuard;
@@ -98,9 +100,7 @@ impl Home {
         // Reading the schema makes SQLite create the -wal file if there is none. SQLite flushes its
         // name with the first commit and does not report a failure: a power loss would lose that
         // commit.
-        let dir = database.parent().unwrap_or(self.root());
-        let flushed = File::open(dir).and_then(|dir| dir.sync_all());
-        flushed.context(|| format!("cannot flush {}", dir.display()))?;
+        self.flush_wal_name(&database)?;
         Ok(Change {
             home: self,
             rows: Queries {
@@ -112,6 +112,24 @@ impl Home {
             _ours: ours,
             _serial: serial,
         })
+    }
+}
+
+impl Home {
+    /// Flushes the name of the -wal file, unless this process has flushed the name of this very file.
+    fn flush_wal_name(&self, database: &Path) -> Result<()> {
+        let wal = database.with_extension("db-wal");
+        let meta = fs::symlink_metadata(&wal).ok();
+        let wal = meta.and_then(|meta| Some((meta.ino(), meta.created().ok()?)));
+        let mut flushed = self.flushed_wal.lock();
+        if wal.is_some() && *flushed == wal {
+            return Ok(());
+        }
+        let dir = database.parent().unwrap_or(self.root());
+        let synced = File::open(dir).and_then(|dir| dir.sync_all());
+        synced.context(|| format!("cannot flush {}", dir.display()))?;
+        *flushed = wal;
+        Ok(())
     }
 }
 

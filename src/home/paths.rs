@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
@@ -42,6 +43,8 @@ pub struct Home {
     pub(super) catalog: Mutex<CatalogReader>,
     /// One change at a time in this process; the lock file keeps other processes out.
     pub(super) changing: Mutex<()>,
+    /// The -wal file whose name was flushed last: inode and time of birth.
+    pub(super) flushed_wal: Mutex<Option<(u64, SystemTime)>>,
 }
 
 impl Home {
@@ -79,6 +82,7 @@ impl Home {
         let home = Home {
             catalog: Mutex::new(CatalogReader::new(root.join("db/boxlite.db"))),
             changing: Mutex::new(()),
+            flushed_wal: Mutex::default(),
             owner: Owner {
                 uid: meta.uid(),
                 gid: meta.gid(),

@@ -11,6 +11,7 @@
 //!
 //! Shared access runs no recovery: what a crash left looks the same as what BoxLite is doing.
 
+use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -128,7 +129,8 @@ pub fn replace_live(
         durable::sync_parent(live).inspect_err(|_| {
             let _ = exchange(new, live);
         })?;
-        return durable::unlink(new);
+        // Not flushed: whatever a loss of power brings back in the workspace is removed with it.
+        return fs::remove_file(new).context(|| format!("cannot remove {}", new.display()));
     }
     put_back_newest(ours, removed, &mut || {
         exchange(new, live).context(|| format!("cannot put {} back", live.display()))?;

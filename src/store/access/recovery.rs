@@ -145,11 +145,12 @@ fn undo_freeze(locked: &mut LockedBox<'_>) -> Result<()> {
 /// Recovers the directories under `snapshots/` that have no row.
 fn recover_snapshot_dirs(locked: &mut LockedBox<'_>) -> Result<()> {
     let rows = locked.snapshots()?;
+    let rows = with_layers(&rows);
     let snapshots = locked.store.home().snapshots_dir(&locked.record.id);
     for name in names_in(&snapshots)? {
         let dir = snapshots.join(&name);
         let is_marked = dir.join(UNRECORDED).exists();
-        if has_row(&rows, &dir) {
+        if is_recorded(&rows, &dir) {
             durable::unlink(&dir.join(UNRECORDED))?;
             continue;
         }
@@ -168,11 +169,22 @@ fn recover_snapshot_dirs(locked: &mut LockedBox<'_>) -> Result<()> {
 
 /// Returns whether one of these rows of a box belongs to a directory below its `snapshots/`.
 pub fn has_row(rows: &[SnapshotRecord], dir: &Path) -> bool {
+    is_recorded(&with_layers(rows), dir)
+}
+
+/// Returns the rows with the resolved paths of their layers.
+fn with_layers(rows: &[SnapshotRecord]) -> Vec<(&SnapshotRecord, PathBuf)> {
+    let layer = |row: &SnapshotRecord| {
+        let recorded = row.base_path().unwrap_or_default();
+        resolve(Path::new(&recorded)).unwrap_or_default()
+    };
+    rows.iter().map(|row| (row, layer(row))).collect()
+}
+
+fn is_recorded(rows: &[(&SnapshotRecord, PathBuf)], dir: &Path) -> bool {
     let is_marked = dir.join(UNRECORDED).exists();
     let name = dir.file_name().and_then(|name| name.to_str());
-    rows.iter().any(|row| {
-        let recorded = row.base_path().unwrap_or_default();
-        let layer = resolve(Path::new(&recorded)).unwrap_or_default();
+    rows.iter().any(|(row, layer)| {
         // A snapshot that replaced this one has its name, and another directory.
         let is_elsewhere = || dir.parent().is_some_and(|all| layer.starts_with(all));
         let has_name = name == Some(row.name.as_str());

@@ -75,11 +75,11 @@ pub fn free_bases_in(
 pub fn free_without_lock(store: &Store, change: &mut Change<'_>) -> Result<()> {
     change.begin_exclusive()?;
     let layers = store.layers.scan()?;
-    free_without_lock_in(store, change, layers)
+    free_without_lock_in(store, change, layers, &BaseRecord::is_ours)
 }
 
-/// Frees bases as [`free_without_lock`] does, by this scan of the whole home, since which nobody has
-/// recorded anything.
+/// Frees the bases of ours that `may_go` accepts as [`free_without_lock`] does, by this scan of the
+/// whole home.
 ///
 /// # Errors
 /// Those of [`free_without_lock`].
@@ -87,6 +87,7 @@ pub fn free_without_lock_in(
     store: &Store,
     change: &mut Change<'_>,
     mut layers: LayerGraph,
+    may_go: &dyn Fn(&BaseRecord) -> bool,
 ) -> Result<()> {
     if layers.unseen(store.home()).is_some() {
         return Ok(());
@@ -94,7 +95,7 @@ pub fn free_without_lock_in(
     let Some(named) = named_by_rows(store, change, &layers)? else {
         return Ok(());
     };
-    let rows = rows_that_may_go(store, change, &BaseRecord::is_ours)?;
+    let rows = rows_that_may_go(store, change, &|row| row.is_ours() && may_go(row))?;
     let mut freed = Vec::new();
     let mut next = unneeded_bases(&layers, &named, &rows);
     while let Some(path) = next.pop() {

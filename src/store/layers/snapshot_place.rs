@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::exports::display_name;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
-use crate::files::markers::{UNRECORDED, mark_unrecorded, write_mark};
+use crate::files::markers::{UNRECORDED, mark_unrecorded, unmark, write_mark};
 use crate::files::workspace::Scratch;
 use crate::home::{NewSnapshot, SnapshotRecord, snapshot_id};
 use crate::store::Store;
@@ -152,7 +152,7 @@ pub fn name_layer(
 /// That of `recorded`, and those of removing the mark.
 pub fn settle_place<T>(locked: &LockedBox<'_>, path: &Path, recorded: Result<T>) -> Result<T> {
     match &recorded {
-        Ok(_) => durable::unlink(&path.with_file_name(UNRECORDED))?,
+        Ok(_) => path.parent().map_or(Ok(()), unmark)?,
         Err(_) if locked.change.is_shared() => remove_place(locked, path),
         Err(_) => {}
     }

@@ -1,5 +1,10 @@
-//! Frees what changes of a large home have left to be freed. The home is scanned before the lock is
-//! taken: what nobody has recorded anything since is as it was scanned.
+//! Frees what changes of a large home have left to be freed.
+//!
+//! The home is scanned before the lock is taken, so changes may be under way meanwhile. A base may go
+//! if the scan found no reader and no second name of it, and no box refers to it once the lock is held.
+//! Whoever is to read a base through a change of ours refers to it before. BoxLite only moves files
+//! that read it already, or makes overlays on layers inside a box, which read it already: those the
+//! scan has found, or, where BoxLite moved one meanwhile, it found a name without a file.
 
 use std::sync::Arc;
 
@@ -68,9 +73,11 @@ fn free_scanned(
     let has_theirs = refers_to_theirs || rows.iter().any(is_theirs);
     let has_lock = !change.is_shared() || (has_theirs && change.take_lock()?);
     change.begin_exclusive()?;
-    if !Arc::ptr_eq(&store.home().catalog()?, catalog) {
+    let is_as_scanned = Arc::ptr_eq(&store.home().catalog()?, catalog);
+    if !is_as_scanned || layers.unseen(store.home()).is_some() {
         return Ok(false);
     }
+    // What the boxes need is looked at once more: the scan may have seen one in the middle of a change.
     let mut surplus = left.bases.clone();
     for box_id in &left.boxes {
         let Ok(record) = change.box_by_id(box_id) else {
@@ -81,17 +88,21 @@ fn free_scanned(
             change,
             record,
         };
-        let dropped = drop_surplus_refs_in(&mut locked, &layers, has_lock);
+        let near = locked.near()?;
+        let dropped = drop_surplus_refs_in(&mut locked, &near, has_lock)?;
+        surplus.extend(dropped.into_iter().map(|row| row.id));
         change = locked.change;
-        surplus.extend(dropped?.into_iter().map(|row| row.id));
     }
     crash_point("unfreed.dropped");
+    change.begin_exclusive()?;
+    let referred = change.referred_bases()?;
+    let may_go = |row: &BaseRecord| {
+        (row.is_ours() || surplus.contains(&row.id)) && !referred.contains(&row.id)
+    };
     if has_lock {
-        let may_go = |row: &BaseRecord| row.is_ours() || surplus.contains(&row.id);
         free_bases_in(store, &mut change, layers, &may_go)?;
     } else {
-        change.begin_exclusive()?;
-        free_without_lock_in(store, &mut change, layers)?;
+        free_without_lock_in(store, &mut change, layers, &may_go)?;
     }
     Ok(true)
 }

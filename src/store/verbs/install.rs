@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::Result;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
-use crate::files::markers::{UNRECORDED, mark_unrecorded};
+use crate::files::markers::{mark_unrecorded, unmark};
 use crate::home::{BoxRecord, Change, NewBox, container_id, normalize_imported};
 use crate::store::Store;
 use crate::store::layers::bases::now;
@@ -88,7 +88,7 @@ pub fn install(
         return Err(error);
     }
     crash_point("install.recorded");
-    durable::unlink(&target.join(UNRECORDED))
+    unmark(&target)
 }
 
 /// Marks a box's directory as unrecorded and moves it to its place, durably.

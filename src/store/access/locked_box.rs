@@ -121,6 +121,20 @@ impl LockedBox<'_> {
         self.near_box(&self.record.id)
     }
 
+    /// Scans what a change touches that removes a layer inside the box, or replaces its disk: as
+    /// [`LockedBox::near`], and nobody else reads a layer inside the box. Before the first scan of the
+    /// whole home, this is one.
+    ///
+    /// # Errors
+    /// EIO; those of SQLite.
+    pub fn all_readers(&self) -> Result<LayerGraph> {
+        let layers = &self.store.layers;
+        match layers.is_read_from_outside(&self.record.id) {
+            None => layers.scan(),
+            Some(_) => self.near(),
+        }
+    }
+
     /// Scans the image files that a change of the layers inside this box touches.
     ///
     /// # Errors

@@ -432,12 +432,12 @@ impl LayerScanner {
         self.size.store(size, Ordering::Relaxed);
     }
 
-    /// Returns whether a scan of the whole home has shown that only files of the box, and bases,
-    /// read the layers inside it. Nobody makes such readers: BoxLite and we put what another box
-    /// shall read into `bases/`.
-    pub(super) fn is_read_from_outside(&self, box_id: &str) -> bool {
+    /// Returns whether the last scan of the whole home found files of other boxes that read a layer
+    /// inside this one; None before the first scan. Nobody makes such readers, except by hand:
+    /// BoxLite and we put what another box shall read into `bases/`.
+    pub fn is_read_from_outside(&self, box_id: &str) -> Option<bool> {
         let across = self.across.lock();
-        across.as_ref().is_none_or(|boxes| boxes.contains(box_id))
+        across.as_ref().map(|boxes| boxes.contains(box_id))
     }
 
     /// Begins a scan that has found nothing yet.

@@ -30,13 +30,13 @@ impl LayerScanner {
     /// * each box inside which one of these reads a layer, in the same way.
     ///
     /// These are all readers of the layers inside the box. Who else reads a base is not known from
-    /// this, nor are all names of a layer that boxes share. While it is not certain that no other
-    /// box reads a layer inside this one, the whole home is scanned.
+    /// this, nor are all names of a layer that boxes share. If a scan of the whole home has found
+    /// another reader of a layer inside the box, the whole home is scanned.
     ///
     /// # Errors
     /// Those of reading the directories and of SQLite.
     pub fn near(&self, home: &Home, rows: &Queries, box_id: &str) -> Result<LayerGraph> {
-        if self.is_read_from_outside(box_id) {
+        if self.is_read_from_outside(box_id) == Some(true) {
             return self.scan();
         }
         let mut near = NearScan {

@@ -59,7 +59,7 @@ pub fn unread_layer(locked: &mut LockedBox<'_>, snapshot: &SnapshotRecord) -> Re
     let in_own_directory = recorded.parent().and_then(Path::parent)
         == Some(home.snapshots_dir(&locked.record.id).as_path());
     let layer = if in_own_directory { recorded } else { own };
-    if locked.near()?.readers_of(&layer).next().is_some() {
+    if locked.all_readers()?.readers_of(&layer).next().is_some() {
         adopt(locked, &layer)?;
     }
     Ok(layer)

@@ -157,7 +157,7 @@ fn free_with_box(locked: &mut LockedBox<'_>, bases: &BTreeSet<String>) -> Result
 fn refuse_changed_files(locked: &LockedBox<'_>, seen: &SeenBox) -> Result<()> {
     locked.change.begin_exclusive()?;
     refuse_other_disk(locked, seen)?;
-    let layers = locked.near()?;
+    let layers = locked.all_readers()?;
     if !locked.change.is_shared()
         || (layers.unseen(locked.store.home()).is_none()
             && read_by_others(locked, &layers).is_none())
@@ -237,7 +237,7 @@ fn refuse_other_snapshots(locked: &LockedBox<'_>, seen: &SeenBox) -> Result<()> 
 /// Adopts every layer in the box's directory that a layer outside of it reads from.
 fn adopt_for_others(locked: &mut LockedBox<'_>) -> Result<()> {
     loop {
-        let layers = locked.near()?;
+        let layers = locked.all_readers()?;
         match read_by_others(locked, &layers) {
             Some(path) => adopt(locked, &path)?,
             None => return Ok(()),
@@ -259,7 +259,7 @@ fn read_by_others(locked: &LockedBox<'_>, layers: &LayerGraph) -> Option<PathBuf
 /// Adds the missing references from every other box to the bases that it reads from and that have
 /// rows. Once the references of this box are gone, only theirs keep BoxLite from collecting a base.
 fn complete_refs_of_others(locked: &mut LockedBox<'_>) -> Result<()> {
-    let layers = locked.near()?;
+    let layers = locked.all_readers()?;
     let bases = locked.store.home().bases_dir();
     let mut missing = BTreeSet::new();
     for box_id in layers.boxes().filter(|id| *id != locked.record.id) {

@@ -107,7 +107,7 @@ fn shorten(store: &Store, box_id: &str) -> Result<()> {
 /// EBUSY, for a moment.
 pub fn refuse_restored(locked: &LockedBox<'_>, layer: &Path) -> Result<()> {
     locked.change.begin_exclusive()?;
-    if locked.near()?.readers_of(layer).next().is_none() {
+    if locked.all_readers()?.readers_of(layer).next().is_none() {
         return Ok(());
     }
     Err(Error::busy(format!(
@@ -133,7 +133,8 @@ fn remove_mark_or_recover(locked: &mut LockedBox<'_>, snapshot_id: &str, layer: 
 /// # Errors
 /// EIO when the layer can't be unlinked.
 pub fn free_or_leave(locked: &mut LockedBox<'_>, layer: &Path) -> Result<()> {
-    if locked.change.is_surely_alone()? && locked.near()?.readers_of(layer).next().is_none() {
+    if locked.change.is_surely_alone()? && locked.all_readers()?.readers_of(layer).next().is_none()
+    {
         return free_removed(locked, layer);
     }
     locked.store.left.add(&locked.record.id, layer);

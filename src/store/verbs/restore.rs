@@ -123,7 +123,7 @@ fn replaceable_live(locked: &LockedBox<'_>) -> Result<PathBuf> {
             ),
         )
     })?;
-    if let Some(reader) = locked.near()?.readers_of(&live).next() {
+    if let Some(reader) = locked.all_readers()?.readers_of(&live).next() {
         return Err(Error::new(
             libc::EPERM,
             format!(

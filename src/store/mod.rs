@@ -102,8 +102,10 @@ pub struct Store {
     access: Access,
     imports: ImportLimits,
     usage: Mutex<UsageCache>,
-    /// Workspaces of dead processes, until the home is recovered.
+    /// Workspaces of dead processes, until recovery begins.
     unrecovered: Mutex<Option<Vec<Abandoned>>>,
+    /// Recovery has still to begin or to end.
+    is_unrecovered: AtomicBool,
 }
 
 /// Returns about how many image files a home has: one for each box, a snapshot and its base.
@@ -166,6 +168,7 @@ impl Store {
             store.events().info_once(message);
         }
         let catalog = store.home().catalog()?;
+        store.layers.expect(image_files(&catalog));
         if let Some(why) = catalog.schema().read_only.clone() {
             store.events().info(&format!("read only: {why}"));
         } else if read_only {
@@ -174,7 +177,6 @@ impl Store {
                 "the home is opened read-only; mount it once without ro",
             );
         } else {
-            store.layers.expect(image_files(&catalog));
             maintenance::at_mount::begin_recovery(&store);
         }
         Ok(store)
@@ -202,17 +204,13 @@ impl Store {
             left: LeftSnapshots::default(),
             unfreed: Unfreed::default(),
             unrecovered: Mutex::default(),
+            is_unrecovered: AtomicBool::new(false),
             exports,
             opened,
             access: Access::default(),
             imports: ImportLimits::default(),
             usage: Mutex::default(),
         }
-    }
-
-    /// Returns whether the home has still to be recovered.
-    pub fn is_unrecovered(&self) -> bool {
-        self.unrecovered.lock().is_some()
     }
 
     /// Returns the home that is open.

@@ -2,6 +2,7 @@
 //! changed, and recover it.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::exports::{Source, display_name};
@@ -408,7 +409,9 @@ pub fn begin_shared_change(store: &Store) -> Result<Change<'_>> {
     }
     begin_change(store)?;
     let mut change = store.home().change_shared()?;
-    if change.is_alone() && !has_right_paths(store) {
+    // A large home that was just mounted has its paths put right behind.
+    let is_unrecovered = store.is_unrecovered.load(Ordering::Acquire);
+    if change.is_alone() && !has_right_paths(store) && !is_unrecovered {
         drop(change);
         // A runtime that started meanwhile may keep us from it.
         put_paths_right(store).map_err(Error::for_a_moment)?;

@@ -1,6 +1,7 @@
 //! Recovery when a mount begins.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::Result;
 use crate::files::workspace::{Abandoned, remove_but_waiting};
@@ -35,6 +36,7 @@ pub fn begin_recovery(store: &Store) {
         }
     }
     *store.unrecovered.lock() = Some(abandoned);
+    store.is_unrecovered.store(true, Ordering::Release);
 }
 
 /// Returns whether it is certain that a home needs no recovery. This reads all headers, so that the
@@ -56,9 +58,14 @@ pub fn recover(store: &Store) {
     let Some(abandoned) = store.unrecovered.lock().take() else {
         return;
     };
+    recover_all(store, abandoned);
+    keep_reserve(store);
+    store.is_unrecovered.store(false, Ordering::Release);
+}
+
+fn recover_all(store: &Store, abandoned: Vec<Abandoned>) {
     if store.layers.is_large() && abandoned.is_empty() && needs_none(store) {
         store.access.note_right_paths();
-        keep_reserve(store);
         return;
     }
     // Recovery, like every change, reads and writes canonical paths only.
@@ -85,5 +92,4 @@ pub fn recover(store: &Store) {
         }
     };
     keep_left_archives(store, abandoned, has_recovered);
-    keep_reserve(store);
 }

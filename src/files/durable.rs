@@ -114,9 +114,20 @@ pub fn rename(from: &Path, to: &Path) -> Result<()> {
 /// # Errors
 /// Those of unlink and of fsync.
 pub fn unlink(path: &Path) -> Result<()> {
+    if unlink_unflushed(path)? {
+        sync_dir(parent(path)?)?;
+    }
+    Ok(())
+}
+
+/// Removes a name that may come back after a power loss. Returns whether it existed.
+///
+/// # Errors
+/// Those of unlink.
+pub fn unlink_unflushed(path: &Path) -> Result<bool> {
     match fs::remove_file(path) {
-        Ok(()) => sync_dir(parent(path)?),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io(format!("cannot remove {}", path.display()), e)),
     }
 }

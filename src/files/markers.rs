@@ -19,19 +19,13 @@ pub fn mark_unrecorded(dir: &Path) -> Result<()> {
     durable::sync_dir(dir)
 }
 
-/// Removes the mark, if there is one, from a directory whose row is on the disk. It is not flushed: a
-/// mark that a loss of power brings back is in a directory with a row, from which recovery removes it.
+/// Removes the mark, if any, from a directory whose row is on disk. This is not flushed: if a power
+/// loss brings the mark back, the directory has a row, and recovery removes the mark.
 ///
 /// # Errors
 /// Those of system calls.
 pub fn unmark(dir: &Path) -> Result<()> {
-    let mark = dir.join(UNRECORDED);
-    match std::fs::remove_file(&mark) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).context(|| format!("cannot remove {}", mark.display()))
-        }
-        _ => Ok(()),
-    }
+    durable::unlink_unflushed(&dir.join(UNRECORDED)).map(drop)
 }
 
 /// Marks a directory that is flushed later.

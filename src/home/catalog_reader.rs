@@ -17,7 +17,7 @@ use super::read_connection::{ReadConnection, connect_for_reading};
 use super::records::SnapshotRecord;
 use crate::{Error, Result};
 
-/// A connection kept for reading, with what was read last.
+/// Reads the catalog, and caches it together with an open connection.
 pub(super) struct CatalogReader {
     database: PathBuf,
     open: Option<OpenDatabase>,
@@ -70,8 +70,9 @@ impl CatalogReader {
         });
         Ok(catalog)
     }
-    /// Prepares for a commit of the connection `writer`, in whose transaction this is called: nobody
-    /// else commits before it. Returns None if others have committed what was not read yet.
+
+    /// Prepares for a commit of the connection `writer`. Call it in that transaction, which keeps
+    /// others from committing. Returns None if the catalog is out of date.
     pub(super) fn before_commit(&self, writer: &Connection) -> Option<BeforeCommit> {
         let open = self.open.as_ref()?;
         let is_same_file = database_id(&self.database).is_ok_and(|file| file == open.file);
@@ -82,8 +83,9 @@ impl CatalogReader {
         })
     }
 
-    /// Reads what `writer` has committed: the rows of these boxes. Reads nothing if others have
-    /// committed since, too; then everything is read when it is asked for.
+    /// Updates the catalog after `writer` has committed changes to the rows of these boxes only. If
+    /// another connection has committed as well, the catalog stays out of date, and
+    /// [`CatalogReader::current`] reads everything.
     pub(super) fn after_commit(
         &mut self,
         before: &BeforeCommit,

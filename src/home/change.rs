@@ -113,9 +113,7 @@ impl Home {
             _serial: serial,
         })
     }
-}
 
-impl Home {
     /// Flushes the name of the -wal file, unless this process has flushed the name of this very file.
     fn flush_wal_name(&self, database: &Path) -> Result<()> {
         let wal = database.with_extension("db-wal");

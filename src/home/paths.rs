@@ -43,7 +43,7 @@ pub struct Home {
     pub(super) catalog: Mutex<CatalogReader>,
     /// One change at a time in this process; the lock file keeps other processes out.
     pub(super) changing: Mutex<()>,
-    /// The -wal file whose name was flushed last: inode and time of birth.
+    /// Inode number and creation time of the -wal file whose directory entry was last flushed.
     pub(super) flushed_wal: Mutex<Option<(u64, SystemTime)>>,
 }
 
@@ -180,7 +180,7 @@ impl Home {
         self.box_dir(id).join("disks/disk.qcow2")
     }
 
-    /// Returns the id of the box inside whose directory a path lies.
+    /// Returns the id of the box whose directory contains this path.
     pub fn box_of<'p>(&self, path: &'p Path) -> Option<&'p str> {
         let inside = path.strip_prefix(&self.boxes).ok()?;
         inside.components().next()?.as_os_str().to_str()

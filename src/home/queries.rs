@@ -194,10 +194,13 @@ impl Queries {
     pub(super) fn lock_ids(&self) -> Result<HashSet<i64>> {
         let rows = || -> rusqlite::Result<_> {
             let mut statement = self.connection.prepare_cached(
-                "SELECT CAST(json_extract(json, '$.lock_id') AS INTEGER) FROM box_state
-                 WHERE json_valid(json) AND json_extract(json, '$.lock_id') IS NOT NULL",
+                // Only CASE keeps SQLite from reading what is not JSON, which would be an error.
+                "SELECT CAST(CASE WHEN json_valid(json) THEN json_extract(json, '$.lock_id') END
+                             AS INTEGER)
+                 FROM box_state",
             )?;
-            statement.query_map([], |row| row.get(0))?.collect()
+            let numbers = statement.query_map([], |row| row.get::<_, Option<i64>>(0))?;
+            numbers.filter_map(rusqlite::Result::transpose).collect()
         };
         self.sql(rows())
     }

@@ -11,7 +11,6 @@
 //!
 //! Shared access runs no recovery: what a crash left looks the same as what BoxLite is doing.
 
-use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -129,8 +128,8 @@ pub fn replace_live(
         durable::sync_parent(live).inspect_err(|_| {
             let _ = exchange(new, live);
         })?;
-        // Not flushed: whatever a loss of power brings back in the workspace is removed with it.
-        return fs::remove_file(new).context(|| format!("cannot remove {}", new.display()));
+        // If a power loss brings this name back, the next mount removes it with the workspace.
+        return durable::unlink_unflushed(new).map(drop);
     }
     put_back_newest(ours, removed, &mut || {
         exchange(new, live).context(|| format!("cannot put {} back", live.display()))?;

@@ -154,8 +154,8 @@ fn needs_lock(locked: &LockedBox<'_>, error: &Error) -> bool {
 
 /// Completes the layers and references of a box that needs no recovery.
 fn complete(locked: &mut LockedBox<'_>) -> Result<()> {
-    adopt_own_chains(locked)?;
-    complete_refs(locked)
+    let chains = adopt_own_chains(locked)?;
+    complete_refs(locked, chains)
 }
 
 /// Switches to another box under the same lock and makes it ready.
@@ -190,7 +190,8 @@ fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
     }
     refuse_pending(locked)?;
     adopt_frozen_chains(locked)?;
-    complete_refs(locked)
+    let chains = locked.chains()?;
+    complete_refs(locked, chains)
 }
 
 /// Switches to another box under the same lock, for a change that touches none of its layers.
@@ -274,12 +275,12 @@ fn put_back_own_bases(locked: &mut LockedBox<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Adds the missing references from the box to every base in its chains. BoxLite collects bases by
+/// Adds the missing references from the box to every base in `chains`, which are its own. BoxLite collects bases by
 /// references, and its own are incomplete. A base without a row gets one of ours: a crash inside
 /// BoxLite's clone leaves such a base.
-fn complete_refs(locked: &mut LockedBox<'_>) -> Result<()> {
+fn complete_refs(locked: &mut LockedBox<'_>, chains: Vec<Vec<PathBuf>>) -> Result<()> {
     let bases_dir = locked.store.home().bases_dir();
-    let mut reached: Vec<PathBuf> = locked.chains()?.into_iter().flatten().collect();
+    let mut reached: Vec<PathBuf> = chains.into_iter().flatten().collect();
     reached.retain(|path| path.parent() == Some(bases_dir.as_path()));
     reached.sort();
     reached.dedup();

@@ -140,8 +140,7 @@ impl LockedBox<'_> {
     /// # Errors
     /// EIO; those of SQLite.
     pub fn near_box(&self, box_id: &str) -> Result<LayerGraph> {
-        let home = self.store.home();
-        self.store.layers.near(home, &self.change, box_id)
+        self.store.layers.near(&self.change, box_id)
     }
 
     /// Scans all image files of the home.

@@ -2,7 +2,7 @@
 //! need not take the lock, which would keep BoxLite and all changes waiting.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::Result;
 use crate::files::listing::names_in;
@@ -13,6 +13,7 @@ use crate::store::access::path_spelling::misspelled_now;
 use crate::store::layers::catalog_index::CatalogIndex;
 use crate::store::layers::collect::{is_missing, named_in};
 use crate::store::layers::graph::LayerGraph;
+use crate::store::layers::references::not_reached_from;
 
 /// Returns whether recovery would find nothing to do. While a change is under way, the answer is no.
 ///
@@ -20,14 +21,12 @@ use crate::store::layers::graph::LayerGraph;
 /// Those of reading the home and of SQLite.
 pub fn is_settled(store: &Store, catalog: &Catalog, layers: &LayerGraph) -> Result<bool> {
     let rows = store.home().bases()?;
-    let paths = |row: &BaseRecord| Some((row.id.clone(), store.layers.path_of_base(row).ok()?));
-    let paths: HashMap<String, PathBuf> = rows.iter().filter_map(paths).collect();
     Ok(layers.damaged().is_none()
         && misspelled_now(store, Some(layers))?.is_empty()
         && are_bases_settled(store, catalog, layers, &rows)
         && are_spares_right(layers)
         && are_boxes_settled(store, catalog, layers)?
-        && are_refs_needed(store, layers, &rows, &paths)?)
+        && are_refs_needed(store, layers, &rows)?)
 }
 
 /// Returns whether every base that is named is there, every one of ours with a row has its file, and
@@ -85,27 +84,16 @@ fn are_boxes_settled(store: &Store, catalog: &Catalog, layers: &LayerGraph) -> R
 }
 
 /// Returns whether every box needs all bases that it refers to.
-fn are_refs_needed(
-    store: &Store,
-    layers: &LayerGraph,
-    rows: &[BaseRecord],
-    paths: &HashMap<String, PathBuf>,
-) -> Result<bool> {
-    let images = rows.iter().filter(|row| row.kind == "rootfs");
-    let images: HashSet<&str> = images.map(|row| row.id.as_str()).collect();
+fn are_refs_needed(store: &Store, layers: &LayerGraph, rows: &[BaseRecord]) -> Result<bool> {
+    let rows: HashMap<&str, &BaseRecord> = rows.iter().map(|row| (row.id.as_str(), row)).collect();
     for (box_id, referred) in store.home().queries()?.refs()? {
-        let files = || layers.of_box(&box_id);
-        let reached: HashSet<&Path> = files().flat_map(|file| layers.chain(&file.path)).collect();
-        let named: HashSet<_> = files().map(|file| file.id).collect();
-        let is_needed = |id: &String| {
-            images.contains(id.as_str())
-                || paths.get(id).is_none_or(|path| {
-                    let file = layers.at(path);
-                    reached.contains(path.as_path())
-                        || file.is_some_and(|file| named.contains(&file.id))
-                })
-        };
-        if files().next().is_some() && !referred.iter().all(is_needed) {
+        let tops: Vec<PathBuf> = layers
+            .of_box(&box_id)
+            .map(|file| file.path.clone())
+            .collect();
+        let is_surplus = not_reached_from(store, layers, &tops);
+        let mut referred = referred.iter().filter_map(|id| rows.get(id.as_str()));
+        if !tops.is_empty() && referred.any(|row| is_surplus(row)) {
             return Ok(false);
         }
     }

@@ -18,21 +18,21 @@ use crate::{Error, Result, disk};
 /// layer inside a box after that many rounds is a cycle.
 const MAX_ROUNDS: usize = 256;
 
-/// Adopts every layer inside a box that a chain of this box names.
+/// Adopts every layer inside a box that a chain of this box names. Returns the chains after that.
 ///
 /// # Errors
 /// EIO when a chain is a cycle, and those of [`adopt`].
-pub fn adopt_own_chains(locked: &mut LockedBox<'_>) -> Result<()> {
+pub fn adopt_own_chains(locked: &mut LockedBox<'_>) -> Result<Vec<Vec<PathBuf>>> {
     let boxes = locked.store.home().boxes_dir();
     for _ in 0..MAX_ROUNDS {
-        let unadopted: BTreeSet<PathBuf> = locked
-            .chains()?
-            .into_iter()
-            .flat_map(|chain| chain.into_iter().skip(1))
+        let chains = locked.chains()?;
+        let below_tops = chains.iter().flat_map(|chain| chain.iter().skip(1));
+        let unadopted: BTreeSet<PathBuf> = below_tops
             .filter(|path| path.starts_with(&boxes))
+            .cloned()
             .collect();
         if unadopted.is_empty() {
-            return Ok(());
+            return Ok(chains);
         }
         for path in unadopted {
             adopt(locked, &path)?;

@@ -37,11 +37,7 @@ impl<'r> CatalogIndex<'r> {
     /// reads it, and no snapshot's row names it.
     pub fn is_unneeded(&self, file: &ImageFile, layers: &LayerGraph) -> bool {
         let row = self.bases.get(&file.path);
-        matches!(file.role, Role::Base { .. })
-            && file.names == 1
-            && row.is_some_and(|row| row.kind != "rootfs")
-            && layers.readers_of(&file.path).next().is_none()
-            && !self.named.contains(&file.path)
+        row.is_some_and(|row| row.kind != "rootfs") && layers.is_unneeded(file, self.named)
     }
 
     /// Returns whether a row knows this name of a file.

@@ -10,7 +10,7 @@ use crate::files::listing::resolve;
 use crate::home::{BaseRecord, Catalog, Change, Home, SnapshotRecord};
 use crate::store::Store;
 use crate::store::layers::catalog_index::CatalogIndex;
-use crate::store::layers::graph::{ImageFile, LayerGraph, Role};
+use crate::store::layers::graph::LayerGraph;
 
 /// Frees the bases of ours that no header names and that are no snapshot's layer.
 ///
@@ -46,20 +46,16 @@ pub fn free_bases(
 pub fn free_bases_in(
     store: &Store,
     change: &mut Change<'_>,
-    mut layers: LayerGraph,
+    layers: LayerGraph,
     may_go: &dyn Fn(&BaseRecord) -> bool,
 ) -> Result<()> {
     let Some(named) = named_by_rows(store, change, &layers)? else {
         return Ok(());
     };
     let rows = rows_that_may_go(store, change, may_go)?;
-    let mut next = unneeded_bases(&layers, &named, &rows);
-    while let Some(path) = next.pop() {
-        let Some(row) = rows.get(&path) else { continue };
-        drop_base(store, change, row, &path)?;
-        next.extend(forget_base(&mut layers, &path, &named, &rows));
-    }
-    Ok(())
+    free_each(layers, &named, &rows, &mut |row, path| {
+        drop_base(store, change, row, path)
+    })
 }
 
 /// Frees the bases of ours that nothing needs, without the runtime lock: also beside a runtime.
@@ -86,7 +82,7 @@ pub fn free_without_lock(store: &Store, change: &mut Change<'_>) -> Result<()> {
 pub fn free_without_lock_in(
     store: &Store,
     change: &mut Change<'_>,
-    mut layers: LayerGraph,
+    layers: LayerGraph,
     may_go: &dyn Fn(&BaseRecord) -> bool,
 ) -> Result<()> {
     if layers.unseen(store.home()).is_some() {
@@ -97,13 +93,11 @@ pub fn free_without_lock_in(
     };
     let rows = rows_that_may_go(store, change, &|row| row.is_ours() && may_go(row))?;
     let mut freed = Vec::new();
-    let mut next = unneeded_bases(&layers, &named, &rows);
-    while let Some(path) = next.pop() {
-        let Some(row) = rows.get(&path) else { continue };
-        unlink_base(store, &path)?;
-        next.extend(forget_base(&mut layers, &path, &named, &rows));
+    free_each(layers, &named, &rows, &mut |row, path| {
+        unlink_base(store, path)?;
         freed.push(row.id.clone());
-    }
+        Ok(())
+    })?;
     if freed.is_empty() {
         return Ok(());
     }
@@ -129,41 +123,29 @@ fn rows_that_may_go(
         .collect())
 }
 
-/// Returns the bases among `rows` that nothing reads and no snapshot's row names.
-fn unneeded_bases(
-    layers: &LayerGraph,
+/// Calls `free` with each base among `rows` that nothing needs, or that nothing needs once those above
+/// it are freed.
+fn free_each(
+    mut layers: LayerGraph,
     named: &BTreeSet<PathBuf>,
     rows: &RowsByPath,
-) -> Vec<PathBuf> {
-    let files = layers.files();
-    let unneeded = files.filter(|file| is_unneeded(file, layers, named, rows));
-    unneeded.map(|file| file.path.clone()).collect()
-}
-
-fn is_unneeded(
-    file: &ImageFile,
-    layers: &LayerGraph,
-    named: &BTreeSet<PathBuf>,
-    rows: &RowsByPath,
-) -> bool {
-    // The only name of the file: it is no snapshot, no live disk and in no backup.
-    matches!(file.role, Role::Base { .. })
-        && file.names == 1
-        && layers.readers_of(&file.path).next().is_none()
-        && !named.contains(&file.path)
-        && rows.contains_key(&file.path)
-}
-
-/// Forgets a base that was freed. Returns the base below it, if nothing needs that any more.
-fn forget_base(
-    layers: &mut LayerGraph,
-    path: &Path,
-    named: &BTreeSet<PathBuf>,
-    rows: &RowsByPath,
-) -> Option<PathBuf> {
-    let below = layers.forget(path)?;
-    let is_free = |file: &ImageFile| is_unneeded(file, layers, named, rows);
-    layers.at(&below).is_some_and(is_free).then_some(below)
+    free: &mut dyn FnMut(&BaseRecord, &Path) -> Result<()>,
+) -> Result<()> {
+    let unneeded = layers
+        .files()
+        .filter(|file| layers.is_unneeded(file, named));
+    let mut next: Vec<PathBuf> = unneeded.map(|file| file.path.clone()).collect();
+    while let Some(path) = next.pop() {
+        let Some(row) = rows.get(&path) else { continue };
+        free(row, &path)?;
+        let below = layers.forget(&path);
+        let below = below.filter(|path| {
+            let file = layers.at(path);
+            file.is_some_and(|file| layers.is_unneeded(file, named))
+        });
+        next.extend(below);
+    }
+    Ok(())
 }
 
 /// Removes a base that nothing reads and that has no other name: first the file, then the row.

@@ -84,6 +84,8 @@ pub struct LayerGraph {
     by_box: HashMap<String, Vec<usize>>,
     /// The files whose header names a path.
     readers: HashMap<PathBuf, Vec<usize>>,
+    /// The names that were removed since.
+    forgotten: HashSet<usize>,
     spares: SharedSpares,
 }
 
@@ -125,14 +127,19 @@ impl LayerGraph {
 
     /// Returns every name of every file.
     pub fn files(&self) -> impl Iterator<Item = &ImageFile> {
-        let is_there = |(index, file): &(usize, &ImageFile)| {
-            self.by_path.get(&file.path).is_some_and(|at| at == index)
-        };
-        self.files
-            .iter()
-            .enumerate()
-            .filter(is_there)
+        let files = self.files.iter().enumerate();
+        files
+            .filter(|(index, _)| !self.forgotten.contains(index))
             .map(|(_, file)| file)
+    }
+
+    /// Returns whether a file is a base that no header names, that has no other name (it is no
+    /// snapshot, no live disk and in no backup), and that is not in `named`.
+    pub fn is_unneeded(&self, file: &ImageFile, named: &BTreeSet<PathBuf>) -> bool {
+        matches!(file.role, Role::Base { .. })
+            && file.names == 1
+            && self.readers_of(&file.path).next().is_none()
+            && !named.contains(&file.path)
     }
 
     /// Returns the file with this resolved path.
@@ -183,6 +190,7 @@ impl LayerGraph {
     /// Forgets a name that was removed. Returns what its header named.
     pub fn forget(&mut self, path: &Path) -> Option<PathBuf> {
         let index = self.by_path.remove(path)?;
+        self.forgotten.insert(index);
         let file = self.files.get(index)?;
         let (id, backing) = (file.id, file.backing.clone());
         let lists = [
@@ -314,7 +322,7 @@ type HeaderCache = HashMap<FileId, (Stamp, std::result::Result<Option<PathBuf>, 
 
 /// Finds all image files of a home, and reads the headers that changed since the last scan.
 pub struct LayerScanner {
-    home: Arc<Home>,
+    pub(super) home: Arc<Home>,
     states: Arc<States>,
     spares: Arc<SpareNames>,
     headers: Mutex<HeaderCache>,

@@ -5,13 +5,12 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use crate::Result;
-use crate::home::{BaseRecord, Home, Queries};
+use crate::home::{BaseRecord, Queries};
 use crate::store::layers::graph::{LayerGraph, LayerScanner, Scan};
 
 /// A scan that follows rows and headers from one box.
 struct NearScan<'s> {
     scanner: &'s LayerScanner,
-    home: &'s Home,
     rows: &'s Queries,
     scan: Scan,
     /// The boxes that are known, of which `next` are to be added.
@@ -35,13 +34,12 @@ impl LayerScanner {
     ///
     /// # Errors
     /// Those of reading the directories and of SQLite.
-    pub fn near(&self, home: &Home, rows: &Queries, box_id: &str) -> Result<LayerGraph> {
+    pub fn near(&self, rows: &Queries, box_id: &str) -> Result<LayerGraph> {
         if self.is_read_from_outside(box_id) == Some(true) {
             return self.scan();
         }
         let mut near = NearScan {
             scanner: self,
-            home,
             rows,
             scan: self.begin(),
             boxes: HashSet::from([box_id.to_owned()]),
@@ -79,7 +77,7 @@ impl NearScan<'_> {
     }
 
     fn add_base(&mut self, path: &Path) {
-        let is_base = path.parent() == Some(self.home.bases_dir().as_path());
+        let is_base = path.parent() == Some(self.scanner.home.bases_dir().as_path());
         if is_base && self.bases.insert(path.to_owned()) {
             self.scanner.add_base(path, &mut self.scan);
         }
@@ -99,7 +97,7 @@ impl NearScan<'_> {
                 continue;
             };
             self.add_base(&backing);
-            if let Some(other) = self.home.box_of(&backing) {
+            if let Some(other) = self.scanner.home.box_of(&backing) {
                 let other = other.to_owned();
                 self.add_later(&other);
             }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::Result;
 use crate::disk::FileId;
 use crate::home::BaseRecord;
+use crate::store::Store;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::collect::{free_bases, free_without_lock};
 use crate::store::layers::graph::{ImageFile, LayerGraph};
@@ -25,7 +26,8 @@ pub fn free_surplus(locked: &mut LockedBox<'_>) -> Result<()> {
     if locked.change.is_shared() && !may_free_all(locked)? {
         return free_surplus_of_ours(locked);
     }
-    let surplus = drop_surplus_refs(locked, &locked.layers()?)?;
+    let layers = locked.layers()?;
+    let surplus = drop_surplus_refs(locked, &layers, true)?;
     let may_go = |row: &BaseRecord| row.is_ours() || surplus.iter().any(|it| it.id == row.id);
     free_bases(locked.store, &mut locked.change, &may_go)
 }
@@ -51,22 +53,8 @@ fn may_free_all(locked: &mut LockedBox<'_>) -> Result<bool> {
 fn free_surplus_of_ours(locked: &mut LockedBox<'_>) -> Result<()> {
     locked.change.begin_exclusive()?;
     let layers = locked.layers()?;
-    drop_surplus_refs_in(locked, &layers, false)?;
+    drop_surplus_refs(locked, &layers, false)?;
     free_without_lock(locked.store, &mut locked.change)
-}
-
-/// Drops all references of the box that nothing in it needs any more. Returns their bases.
-///
-/// # Errors
-/// Those of reading the home and of SQLite.
-pub fn drop_surplus_refs(
-    locked: &mut LockedBox<'_>,
-    layers: &LayerGraph,
-) -> Result<Vec<BaseRecord>> {
-    let referred = locked.change.bases_of(&locked.record.id)?;
-    let surplus = surplus_refs(locked, layers, referred)?;
-    drop_refs(locked, &surplus)?;
-    Ok(surplus)
 }
 
 /// Drops surplus references that a crash left, if they would keep BoxLite from removing another
@@ -87,13 +75,13 @@ pub fn drop_leftover_refs(
     Ok(surplus)
 }
 
-/// Drops the references of the box that nothing in it needs any more, by this scan of the whole home;
-/// those to bases that BoxLite made only with `theirs`. Beside a runtime, nothing is dropped where
-/// the scan missed a file. Returns the bases.
+/// Drops the references of the box that nothing in it needs any more, and returns their bases.
+/// `theirs` includes bases that BoxLite made. Without the runtime lock, drops nothing if the scan
+/// missed a file.
 ///
 /// # Errors
 /// Those of reading the home and of SQLite.
-pub fn drop_surplus_refs_in(
+pub fn drop_surplus_refs(
     locked: &mut LockedBox<'_>,
     layers: &LayerGraph,
     theirs: bool,
@@ -140,22 +128,27 @@ fn surplus_refs(
     }
     let own = layers.of_box(&locked.record.id);
     tops.extend(own.map(|file| file.path.clone()));
+    let mut surplus = referred;
+    surplus.retain(not_reached_from(locked.store, layers, &tops));
+    Ok(surplus)
+}
+
+/// Returns a function that says whether a base is neither in a chain of one of `tops` nor another
+/// name of one. False for cached images, which are read through files that are not among the layers.
+pub fn not_reached_from<'l>(
+    store: &'l Store,
+    layers: &'l LayerGraph,
+    tops: &'l [PathBuf],
+) -> impl Fn(&BaseRecord) -> bool + use<'l> {
     let reached: BTreeSet<&Path> = tops.iter().flat_map(|top| layers.chain(top)).collect();
     let named = tops.iter().filter_map(|top| layers.at(top));
     let named: HashSet<FileId> = named.map(|file| file.id).collect();
-    let is_needed = |path: &Path| {
-        let is_named = |file: &ImageFile| named.contains(&file.id);
-        reached.contains(path) || layers.at(path).is_some_and(is_named)
-    };
-    let mut surplus = referred;
-    // A cached image is read through files that are not among the layers.
-    surplus.retain(|row| {
-        row.kind != "rootfs"
-            && locked
-                .store
-                .layers
-                .path_of_base(row)
-                .is_ok_and(|path| !is_needed(&path))
-    });
-    Ok(surplus)
+    move |row| {
+        let is_needed = |path: PathBuf| {
+            let is_named = |file: &ImageFile| named.contains(&file.id);
+            reached.contains(path.as_path()) || layers.at(&path).is_some_and(is_named)
+        };
+        let path = store.layers.path_of_base(row);
+        row.kind != "rootfs" && path.is_ok_and(|path| !is_needed(path))
+    }
 }

@@ -79,7 +79,7 @@ fn earlier_copy(
         .skip(upper)
         .map(disk::Layer::id)
         .collect();
-    let layers = store.layers.scan()?;
+    let layers = store.layers.near(&store.home().queries()?, box_id)?;
     let mut snapshots: Vec<_> = catalog.snapshots_of(box_id).iter().collect();
     snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.shown_at));
     for snapshot in snapshots {

@@ -1,5 +1,5 @@
-//! What changes have left to be freed: in a large home, finding out that nothing needs a base any more
-//! takes longer than anybody should wait for.
+//! Bases that changes have left for later. In a large home, it takes too long to find out during a
+//! change whether a base is still needed.
 
 use std::collections::BTreeSet;
 use std::thread::Thread;
@@ -7,16 +7,16 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-/// What is to be freed.
+/// What may have become free.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Freeable {
-    /// Ids of the boxes whose references may be surplus.
+    /// Ids of the boxes that may refer to bases which they no longer need.
     pub boxes: BTreeSet<String>,
     /// Ids of bases of removed boxes, which may go even if BoxLite made them.
     pub bases: BTreeSet<String>,
 }
 
-/// What is to be freed, and who does it.
+/// What may have become free, and the thread that frees it.
 #[derive(Default)]
 pub struct Unfreed {
     left: Mutex<Option<(Freeable, Instant)>>,
@@ -24,7 +24,7 @@ pub struct Unfreed {
 }
 
 impl Unfreed {
-    /// Adds a box whose references may be surplus.
+    /// Adds a box that may refer to bases which it no longer needs.
     pub fn add_box(&self, box_id: &str) {
         self.add(Freeable {
             boxes: BTreeSet::from([box_id.to_owned()]),
@@ -40,7 +40,7 @@ impl Unfreed {
         });
     }
 
-    /// Adds what could not be freed yet, too.
+    /// Adds what could not be freed yet, and wakes the thread.
     pub fn add(&self, more: Freeable) {
         let mut left = self.left.lock();
         let (known, _) = left.get_or_insert_with(|| (Freeable::default(), Instant::now()));
@@ -52,17 +52,17 @@ impl Unfreed {
         }
     }
 
-    /// Returns since when something has been left; None if nothing is.
+    /// Returns when the oldest entry was added; None if there is none.
     pub fn since(&self) -> Option<Instant> {
         self.left.lock().as_ref().map(|(_, since)| *since)
     }
 
-    /// Takes out what is left.
+    /// Takes everything out.
     pub fn take(&self) -> Option<Freeable> {
         self.left.lock().take().map(|(left, _)| left)
     }
 
-    /// Has this thread woken when something is added.
+    /// Sets the thread to wake when something is added.
     pub fn wake(&self, thread: Thread) {
         *self.upkeep.lock() = Some(thread);
     }

@@ -53,8 +53,7 @@ const UNREAD: Duration = Duration::from_secs(1);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
-/// How long no change may have begun before what changes left is freed, and after which time it is
-/// freed all the same.
+/// Bases are freed after this time without a change, and after the second time at the latest.
 const QUIET: Duration = Duration::from_millis(100);
 const LONGEST_UNFREED: Duration = Duration::from_secs(2);
 
@@ -95,15 +94,6 @@ impl BackgroundCompaction {
     /// Starts the threads. Returns None if none can be started, which is logged.
     pub fn begin(store: &Arc<Store>, compacting: Compacting) -> Option<BackgroundCompaction> {
         let stop = Arc::<Stop>::default();
-        let mut compactor = Compactor {
-            store: store.clone(),
-            stop: stop.clone(),
-            after: compacting.after,
-            compacted: None,
-            retry_at: None,
-            retry_after: FIRST_RETRY,
-            not_worthwhile: HashSet::new(),
-        };
         let freeing = Freeing {
             store: store.clone(),
             stop: stop.clone(),
@@ -122,7 +112,16 @@ impl BackgroundCompaction {
         };
         store.unfreed.wake(freeing.thread().clone());
         let mut threads = vec![freeing];
-        if compacting.after.is_some() {
+        if let Some(after) = compacting.after {
+            let mut compactor = Compactor {
+                store: store.clone(),
+                stop: stop.clone(),
+                after,
+                compacted: None,
+                retry_at: None,
+                retry_after: FIRST_RETRY,
+                not_worthwhile: HashSet::new(),
+            };
             threads.extend(start("upkeep", Box::new(move || compactor.run())));
         }
         Some(BackgroundCompaction { stop, threads })
@@ -160,8 +159,8 @@ impl Freeing {
         }
     }
 
-    /// Frees what is left to be freed, once no change has begun for a moment, or it has waited long
-    /// enough. Then rests for as long as it worked.
+    /// Frees unneeded bases once there has been no change for [`QUIET`], or after
+    /// [`LONGEST_UNFREED`] at the latest. Then rests for as long as it worked.
     fn free(&self) {
         let Some(since) = self.store.unfreed.since() else {
             return;
@@ -189,8 +188,8 @@ fn guarded(step: impl FnOnce()) {
 struct Compactor {
     store: Arc<Store>,
     stop: Arc<Stop>,
-    /// Idle time before a round begins; None for no rounds.
-    after: Option<Duration>,
+    /// Idle time before a round begins.
+    after: Duration,
     /// The catalog when the last complete round ended.
     compacted: Option<Arc<Catalog>>,
     /// When to begin a round although the catalog is unchanged.
@@ -206,15 +205,17 @@ impl Compactor {
         set_upkeep();
         step_back();
         let mut last_round = Instant::now();
-        let Some(after) = self.after else { return };
         loop {
             let has_unread = self.store.exports.let_go_of_unread() > 0;
             let tick = if has_unread { UNREAD } else { TICK };
-            if self.stop.wait(tick.min(after)) {
+            if self.stop.wait(tick.min(self.after)) {
                 return;
             }
-            free_left_snapshots(&self.store, after);
-            if last_round.elapsed() < after || !self.is_idle(after) || !self.may_have_work() {
+            free_left_snapshots(&self.store, self.after);
+            if last_round.elapsed() < self.after
+                || !self.is_idle(self.after)
+                || !self.may_have_work()
+            {
                 continue;
             }
             // A panic is a bug in compaction and must not end the mount.
@@ -319,7 +320,6 @@ impl Compactor {
 
     /// Returns whether a merge may go on: one idle second is enough.
     fn is_idle_for_now(&self) -> bool {
-        let second = Duration::from_secs(1);
-        self.is_idle(self.after.map_or(second, |after| after.min(second)))
+        self.is_idle(self.after.min(Duration::from_secs(1)))
     }
 }

@@ -1,10 +1,11 @@
-//! Frees what changes of a large home have left to be freed.
+//! Frees the bases that changes of a large home have left for later.
 //!
-//! The home is scanned before the lock is taken, so changes may be under way meanwhile. A base may go
-//! if the scan found no reader and no second name of it, and no box refers to it once the lock is held.
-//! Whoever is to read a base through a change of ours refers to it before. BoxLite only moves files
-//! that read it already, or makes overlays on layers inside a box, which read it already: those the
-//! scan has found, or, where BoxLite moved one meanwhile, it found a name without a file.
+//! The home is scanned before the lock is taken, so other changes may run during the scan. A base is
+//! freed if the scan found no reader and no second name of it, and if no box refers to it once the lock
+//! is held. Our changes record a reference to a base before they make a file that reads it. BoxLite
+//! makes no new readers of our bases: it moves files that read them, or makes overlays on layers inside
+//! a box that do. The scan found these. If it missed one that BoxLite moved meanwhile, a header names a
+//! file that the scan has not seen, and nothing is freed.
 
 use std::sync::Arc;
 
@@ -16,14 +17,14 @@ use crate::store::access::lock::begin_shared_change;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::collect::{free_bases_in, free_without_lock_in};
 use crate::store::layers::graph::LayerGraph;
-use crate::store::layers::references::drop_surplus_refs_in;
+use crate::store::layers::references::drop_surplus_refs;
 use crate::store::layers::unfreed::Freeable;
 
-/// How often the home is scanned again because something was recorded meanwhile. After that it is
-/// scanned once more when there is less going on.
+/// The most scans in a row, if something is recorded during each. After that, the caller tries again
+/// later.
 const SCANS: usize = 3;
 
-/// Frees what is left to be freed. Returns whether nothing is left.
+/// Frees what can be freed. Returns whether nothing is left for later.
 ///
 /// # Errors
 /// EBUSY; those of system calls and of SQLite. Everything is left then.
@@ -77,7 +78,7 @@ fn free_scanned(
     if !is_as_scanned || layers.unseen(store.home()).is_some() {
         return Ok(false);
     }
-    // What the boxes need is looked at once more: the scan may have seen one in the middle of a change.
+    // The scan may have seen a box in the middle of a change, so check again what the boxes need.
     let mut surplus = left.bases.clone();
     for box_id in &left.boxes {
         let Ok(record) = change.box_by_id(box_id) else {
@@ -89,7 +90,7 @@ fn free_scanned(
             record,
         };
         let near = locked.near()?;
-        let dropped = drop_surplus_refs_in(&mut locked, &near, has_lock)?;
+        let dropped = drop_surplus_refs(&mut locked, &near, has_lock)?;
         surplus.extend(dropped.into_iter().map(|row| row.id));
         change = locked.change;
     }

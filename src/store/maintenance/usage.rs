@@ -82,7 +82,7 @@ type State = (Source, HashMap<FileId, u64>);
 /// some of their bases has one state, of these bases.
 fn states_near(store: &Store, catalog: &Catalog, box_id: &str) -> Result<Vec<State>> {
     let rows = store.home().queries()?;
-    let layers = store.layers.near(store.home(), &rows, box_id)?;
+    let layers = store.layers.near(&rows, box_id)?;
     let near: HashSet<&str> = layers.boxes().collect();
     let records = near.iter().filter_map(|id| catalog.box_by_id(id));
     let mut others: HashMap<String, HashMap<FileId, u64>> = HashMap::new();

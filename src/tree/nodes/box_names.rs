@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::home::{BoxRecord, Catalog, ChangedBox};
 use crate::tree::nodes::names::encode;
 
-/// The most changed boxes whose names are put in place one by one.
+/// If more boxes than this have changed, all names are worked out anew.
 const FEW: usize = 64;
 
 /// Ids by names, names by ids, and both in the order of names.
@@ -103,8 +103,8 @@ impl BoxNames {
         Some((by_name, by_id, shown))
     }
 
-    /// Returns the ids of the boxes that may be shown by other names than `before`, or whose
-    /// snapshots may be.
+    /// Returns the ids of the boxes that may have been renamed since `before`, or that may have renamed
+    /// snapshots.
     pub fn renamed_since(&self, before: &BoxNames) -> Vec<String> {
         if self.are_own && before.are_own {
             let changes = self.catalog.changes_since(&before.catalog).into_iter();

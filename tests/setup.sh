@@ -29,6 +29,7 @@ strace strace
 busybox busybox
 sqlite3 sqlite3
 getfattr attr
+setfacl acl
 gio libglib2.0-bin
 python3 python3-venv
 unshare util-linux
@@ -38,7 +39,6 @@ bash bash
 '
 [ "$tier" != all ] || programs+='
 c++ g++
-getfacl acl
 zip zip
 unzip unzip
 curl curl

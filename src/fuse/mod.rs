@@ -23,7 +23,7 @@ use fuser::{
     ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::tree::{Opened, RenameMode, SetAttr, Tree};
+use crate::tree::{Opened, OpenedList, RenameMode, SetAttr, Tree};
 use crate::{Error, Result};
 
 pub use session::{Access, serve};
@@ -428,8 +428,14 @@ impl Filesystem for BoxliteFs {
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let caller = caller(request);
-        let answer = |listed: Result<u64>, reply: ReplyOpen| match listed {
-            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
+        let answer = |listed: Result<OpenedList>, reply: ReplyOpen| match listed {
+            Ok(list) => {
+                let mut how = FopenFlags::empty();
+                // The first flag has the kernel keep the names, the second those it has already.
+                let keep = FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE;
+                how.set(keep, list.is_constant);
+                reply.opened(FileHandle(list.handle), how);
+            }
             Err(error) => reply.error(errno(&error)),
         };
         if !self.tree.is_slow(ino.0) {

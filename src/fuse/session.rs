@@ -1,13 +1,14 @@
 //! Serves a mount: from the handshake with the kernel to the last work.
 
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fuser::{Config, INodeNo, Session, SessionACL};
+use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
 
 use super::BoxliteFs;
-use crate::tree::Tree;
+use crate::tree::{KernelCache, Tree};
 use crate::{Error, Result};
 
 /// Threads that take requests from the kernel, and answer those that need no disk.
@@ -47,13 +48,7 @@ pub fn serve(
     let (acl, config) = session_config(access);
     let session = Session::from_fd(filesystem, requests, acl, config)
         .map_err(|e| Error::io("the handshake with the kernel failed", e))?;
-    let notifier = session.notifier();
-    tree.on_drop_pages(move |ino| {
-        // ENOENT: the kernel has no pages of it.
-        if let Err(error) = notifier.inval_inode(INodeNo(ino), 0, 0) {
-            log::debug!("inode {ino} keeps its pages: {error}");
-        }
-    });
+    tree.set_kernel_cache(NotifiedKernel(session.notifier()));
     ready();
     let served = session
         .run()
@@ -68,6 +63,25 @@ pub fn serve(
     }
     drop(tree);
     served
+}
+
+/// The kernel, which is told by notifications what to drop.
+struct NotifiedKernel(Notifier);
+
+impl KernelCache for NotifiedKernel {
+    fn drop_pages(&self, ino: u64) {
+        // ENOENT: the kernel has no pages of it.
+        if let Err(error) = self.0.inval_inode(INodeNo(ino), 0, 0) {
+            log::debug!("inode {ino} keeps its pages: {error}");
+        }
+    }
+
+    fn drop_name(&self, directory: u64, name: &OsStr) {
+        // ENOENT: the kernel does not have the name.
+        if let Err(error) = self.0.inval_entry(INodeNo(directory), name) {
+            log::debug!("{} in inode {directory} is kept: {error}", name.display());
+        }
+    }
 }
 
 fn session_config(access: Access) -> (SessionACL, Config) {

@@ -52,9 +52,11 @@ pub use changes::create::SetAttr;
 pub use changes::rename::RenameMode;
 pub use handles::OpenAnswer;
 pub use nodes::attr::{Attr, DirEntry, Kept, Kind, WantedOfList};
+pub use nodes::kernel_view::KernelCache;
 pub use nodes::node::{Node, ROOT_INO};
 pub use nodes::status_file::MountFacts;
 pub use options::{Links, Options};
+pub use reading::listing::OpenedList;
 pub use reading::open_files::Opened;
 
 /// A home as a tree of files. It gives what the kernel asks for to the parts that have it.
@@ -125,9 +127,9 @@ impl Tree {
         self.view.home.status.set_facts(facts);
     }
 
-    /// Sets the function that has the kernel drop its cached pages of an inode. Only the first call counts.
-    pub fn on_drop_pages(&self, drop_pages: impl Fn(u64) + Send + Sync + 'static) {
-        self.kernel.on_drop_pages(drop_pages);
+    /// Sets what the kernel keeps of the tree. Only the first call counts.
+    pub fn set_kernel_cache(&self, cache: impl KernelCache + 'static) {
+        self.kernel.set_cache(cache);
     }
 
     /// Makes a box of each archive that waits. The log has the name of each box, and each failure.
@@ -249,7 +251,7 @@ impl Tree {
     ///
     /// # Errors
     /// ENOENT when it is gone.
-    pub fn open_list(&self, caller: Caller, ino: u64) -> Result<u64> {
+    pub fn open_list(&self, caller: Caller, ino: u64) -> Result<OpenedList> {
         self.listing.open(caller, ino)
     }
 

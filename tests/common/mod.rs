@@ -25,6 +25,7 @@ mod session;
 mod small_disk;
 mod template;
 mod torture;
+mod trace;
 pub mod wheel;
 
 use std::collections::BTreeSet;
@@ -47,6 +48,7 @@ pub use session::*;
 pub use small_disk::*;
 use template::Template;
 pub use torture::*;
+pub use trace::*;
 
 /// Size of the guest disk that [`TestHome::new`] makes.
 pub const DISK_SIZE: &str = "8M";

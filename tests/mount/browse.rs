@@ -5,7 +5,6 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use crate::common::*;
 use serde_json::Value;
@@ -279,41 +278,21 @@ fn a_thousand_boxes_are_listed_without_opening_their_disks() {
     changes.commit().unwrap();
     // Recovery, which reads all headers, is over when the mount serves.
     let mount = home.mount_with(&[], &[("BOXLITEFS_MOST_AT_ONCE", "100000")]);
-    let trace = home.beside("trace");
-    let mut strace = Command::new("strace")
-        .args(["-f", "-e", "trace=openat,open", "-o", text(&trace), "-p"])
-        .arg(mount.process().to_string())
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("strace");
-    eventually("strace watches", || {
-        let status = format!("/proc/{}/status", mount.process());
-        !fs::read_to_string(status)
-            .unwrap()
-            .contains("TracerPid:\t0\n")
-    });
+    let trace = Trace::begin(&home, &mount, &["-e", "trace=openat,open"]);
     for _ in 0..2 {
         let listing = succeed(&["ls", "-l", text(mount.root())]);
         assert_eq!(listing.lines().count(), 1002);
     }
     // Reads one export, to prove that the trace would show a disk being opened.
     succeed(&["ls", "-l", text(&mount.at("web"))]);
-    strace_ends(&mut strace);
-    let opened = fs::read_to_string(&trace).unwrap();
-    let disks: Vec<&str> = opened
-        .lines()
+    let opened = trace.end();
+    let disks: Vec<&String> = opened
+        .iter()
         .filter(|line| line.contains("disk.qcow2"))
         .collect();
     assert!(!disks.is_empty(), "the trace works");
     let id = home.id("web");
     assert!(disks.iter().all(|line| line.contains(&id)), "{disks:?}");
-}
-
-fn strace_ends(strace: &mut std::process::Child) {
-    // SAFETY: the process is our own child and has not been waited for yet.
-    unsafe { libc::kill(i32::try_from(strace.id()).unwrap(), libc::SIGINT) };
-    strace.wait().unwrap();
 }
 
 // ---- start and end ------------------------------------------------------------------------------

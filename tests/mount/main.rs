@@ -11,6 +11,7 @@ mod compacting;
 mod copying;
 mod deleting;
 mod ending;
+mod full_paths;
 mod guests;
 mod hostile;
 mod inside;

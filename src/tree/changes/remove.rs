@@ -116,7 +116,8 @@ impl Remover {
         self.refuse_left_export(caller, id, snapshot, name)?;
         let is_it = |source: &Source| matches!(source, Source::Snapshot { box_id, snapshot_id } if box_id == id && snapshot_id == snapshot);
         refuse_waiting_copies(&self.store, &self.staging, is_it)?;
-        store::remove_snapshot(&self.store, id, snapshot)
+        let boxes = &self.view.home.boxes;
+        boxes.change(id, || store::remove_snapshot(&self.store, id, snapshot))
     }
 
     /// Refuses a process that removed other files of a snapshot and not its export (`find ! -name
@@ -175,7 +176,8 @@ impl Remover {
         }
         let is_of_it = |source: &Source| source.box_id() == id;
         refuse_waiting_copies(&self.store, &self.staging, is_of_it)?;
-        store::remove_box(&self.store, id, &seen)?;
+        let boxes = &self.view.home.boxes;
+        boxes.change(id, || store::remove_box(&self.store, id, &seen))?;
         self.history.forget(id);
         Ok(())
     }

@@ -236,7 +236,7 @@ impl Renamer {
                 // Not EINVAL: that is a directory moved into itself, and mv says so.
                 let name = decode(to).map_err(|error| refuse(error.to_string()))?;
                 let boxes = &self.view.home.boxes;
-                boxes.rename(|| store::rename_box(&self.store, id, &name))
+                boxes.change(id, || store::rename_box(&self.store, id, &name))
             }
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken_snapshot_name(caller, to_parent, to, mode)?;
@@ -244,7 +244,7 @@ impl Renamer {
                     return Err(refuse(format!("{to:?} can't be a snapshot's name")));
                 }
                 let boxes = &self.view.home.boxes;
-                boxes.rename(|| store::rename_snapshot(&self.store, id, snapshot, to))
+                boxes.change(id, || store::rename_snapshot(&self.store, id, snapshot, to))
             }
             (Node::Snapshot(..), Node::Root) => copied(),
             (Node::Export(_), Node::Root) if role_of(to_parent, to) == Some(FileRole::NewBox) => {

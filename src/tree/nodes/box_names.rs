@@ -103,13 +103,13 @@ impl BoxNames {
         Some((by_name, by_id, shown))
     }
 
-    /// Returns the ids of the boxes that may have been renamed since `before`, or that may have renamed
-    /// snapshots.
-    pub fn renamed_since(&self, before: &BoxNames) -> Vec<String> {
+    /// Returns the ids of the boxes of `before` that may have been renamed or removed since, or whose
+    /// snapshots may.
+    pub fn changed_since(&self, before: &BoxNames) -> Vec<String> {
         if self.are_own && before.are_own {
             let changes = self.catalog.changes_since(&before.catalog).into_iter();
-            let kept = changes.filter_map(|(was, is)| was.and(is));
-            return kept.map(|record| record.id.clone()).collect();
+            let known = changes.filter_map(|(was, _)| was);
+            return known.map(|record| record.id.clone()).collect();
         }
         before.shown.iter().map(|(_, id)| id.to_string()).collect()
     }

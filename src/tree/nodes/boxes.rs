@@ -1,5 +1,6 @@
 //! The boxes and snapshots that the home has now, and the names that they are shown by.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -49,8 +50,8 @@ impl Boxes {
             None => BoxNames::of(catalog),
         });
         if let Some(before) = &*latest {
-            for link in links_elsewhere(before, &fresh) {
-                self.kernel.raise_generation(&link);
+            for link in &Moved::between(before, &fresh).links {
+                self.kernel.raise_generation(link);
             }
         }
         *latest = Some(fresh.clone());
@@ -87,19 +88,29 @@ impl Boxes {
         names.is_ok_and(|names| source.is_in(names.catalog()))
     }
 
-    /// Runs `rename`, which renames a box or a snapshot, and has the kernel forget where the links
-    /// pointed: the old name may soon be another's.
+    /// Runs a change that replaces the disk of a box, or renames or removes it or a snapshot of it.
+    /// Has the kernel drop what it keeps of the old state for a moment, in the view: the next look
+    /// by a full path finds the new one, and the old name may soon be another's.
     ///
     /// # Errors
-    /// Those of `rename`, and of reading the home.
-    pub fn rename(&self, rename: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Those of the change, and of reading the home.
+    pub fn change(&self, box_id: &str, change: impl FnOnce() -> Result<()>) -> Result<()> {
         let before = self.names()?;
-        rename()?;
-        let after = self.names()?;
-        for link in links_elsewhere(&before, &after) {
-            self.kernel.drop_pages(&link);
+        // A change that failed may have been undone in more than one step.
+        let changed = change();
+        let box_id = box_id.to_owned();
+        let view = Node::ViewOf(Source::Live { box_id });
+        for derived in [Derived::Rootfs, Derived::DiskImage] {
+            self.kernel.drop_name(&view, derived.name());
         }
-        Ok(())
+        let moved = Moved::between(&before, &*self.names()?);
+        for link in &moved.links {
+            self.kernel.drop_pages(link);
+        }
+        for (directory, name) in &moved.names {
+            self.kernel.drop_name(directory, name);
+        }
+        changed
     }
 
     /// Returns where the link in the directory of a box or a snapshot points: into the hidden view.
@@ -126,28 +137,55 @@ impl Boxes {
     }
 }
 
-/// Returns the links that point elsewhere than before, because names changed.
-fn links_elsewhere(before: &BoxNames, after: &BoxNames) -> Vec<Node> {
-    let mut sources = Vec::new();
-    for id in after.renamed_since(before) {
-        let Some(now) = after.of_id(&id) else {
-            continue;
-        };
-        let is_moved = before.of_id(&id).is_some_and(|name| name != now);
-        if is_moved {
-            let box_id = id.clone();
-            sources.push(Source::Live { box_id });
+/// What stands for something else than before, because boxes or snapshots were renamed or removed.
+#[derive(Default)]
+struct Moved {
+    /// Links that point elsewhere.
+    links: Vec<Node>,
+    /// Names in the view, each with its directory.
+    names: Vec<(Node, String)>,
+}
+
+impl Moved {
+    fn between(before: &BoxNames, after: &BoxNames) -> Moved {
+        let mut moved = Moved::default();
+        for id in after.changed_since(before) {
+            let now = after.of_id(&id);
+            let Some(name) = before.of_id(&id).filter(|name| Some(*name) != now) else {
+                moved.add_snapshots(&id, false, before, after);
+                continue;
+            };
+            moved.names.push((Node::View, name.to_owned()));
+            if now.is_some() {
+                let box_id = id.clone();
+                moved.add_links(&Source::Live { box_id });
+                moved.add_snapshots(&id, true, before, after);
+            }
         }
-        for row in before.catalog().snapshots_of(&id) {
-            let now = after.catalog().snapshot_by_id(&id, &row.id);
-            if now.is_some_and(|now| is_moved || now.name != row.name) {
-                sources.push(Source::Snapshot {
-                    box_id: id.clone(),
+        moved
+    }
+
+    /// Adds the snapshots of a box that were renamed or removed, or whose box (`all`) was renamed.
+    fn add_snapshots(&mut self, id: &str, all: bool, before: &BoxNames, after: &BoxNames) {
+        let rows = after.catalog().snapshots_of(id).iter();
+        let names: HashMap<&str, &str> = rows.map(|row| (&*row.id, &*row.name)).collect();
+        for row in before.catalog().snapshots_of(id) {
+            let now = names.get(&*row.id);
+            if now.is_none_or(|now| *now != row.name) {
+                let directory = Node::ViewSnapshots(id.to_owned());
+                self.names.push((directory, row.name.clone()));
+            }
+            if now.is_some_and(|now| all || *now != row.name) {
+                self.add_links(&Source::Snapshot {
+                    box_id: id.to_owned(),
                     snapshot_id: row.id.clone(),
                 });
             }
         }
     }
-    let links = |source: Source| Derived::ALL.map(|derived| Node::Link(derived, source.clone()));
-    sources.into_iter().flat_map(links).collect()
+
+    fn add_links(&mut self, source: &Source) {
+        let links = Derived::ALL.map(|derived| Node::Link(derived, source.clone()));
+        self.links.extend(links);
+    }
 }

@@ -1,6 +1,7 @@
 //! What the kernel was told: the inodes that it knows, and their generations.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::sync::OnceLock;
 
 use parking_lot::Mutex;
@@ -10,14 +11,22 @@ use crate::tree::nodes::known_nodes::KnownNodes;
 use crate::tree::nodes::node::{Node, ROOT_INO};
 use crate::{Error, Result};
 
-/// Has the kernel drop the pages that it has of an inode.
-type DropPages = Box<dyn Fn(u64) + Send + Sync>;
+/// What the kernel keeps of the mount, and drops when it is told to.
+pub trait KernelCache: Send + Sync {
+    /// Has the kernel drop the pages that it has of an inode.
+    fn drop_pages(&self, ino: u64);
+
+    /// Has the kernel drop a name in a directory, and everything below it: it looks the name up
+    /// again. Waits for the lookups in that directory that are under way, so a request that holds
+    /// the directory must not call it.
+    fn drop_name(&self, directory: u64, name: &OsStr);
+}
 
 /// What the kernel was told, and has not forgotten.
 #[derive(Default)]
 pub struct KernelView {
     told: Mutex<Told>,
-    drop_pages: OnceLock<DropPages>,
+    cache: OnceLock<Box<dyn KernelCache>>,
 }
 
 #[derive(Default)]
@@ -82,16 +91,24 @@ impl KernelView {
         told.exports.get(&node.ino()).map(|(contents, _)| *contents)
     }
 
-    /// Sets what has the kernel drop the pages that it has of an inode. Only the first call counts.
-    pub fn on_drop_pages(&self, drop_pages: impl Fn(u64) + Send + Sync + 'static) {
-        let _ = self.drop_pages.set(Box::new(drop_pages));
+    /// Sets what the kernel keeps. Only the first call counts.
+    pub fn set_cache(&self, cache: impl KernelCache + 'static) {
+        let _ = self.cache.set(Box::new(cache));
     }
 
     /// Has the kernel drop the pages that it has of a node.
     pub fn drop_pages(&self, node: &Node) {
-        if let Some(drop_pages) = self.drop_pages.get() {
+        if let Some(cache) = self.cache.get() {
             let ino = self.told.lock().nodes.number(node);
-            drop_pages(ino);
+            cache.drop_pages(ino);
+        }
+    }
+
+    /// Has the kernel drop a name in a directory, as [`KernelCache::drop_name`] does.
+    pub fn drop_name(&self, directory: &Node, name: &str) {
+        if let Some(cache) = self.cache.get() {
+            let ino = self.told.lock().nodes.number(directory);
+            cache.drop_name(ino, OsStr::new(name));
         }
     }
 }

@@ -19,6 +19,14 @@ use crate::{Error, Result};
 /// of guests' directories are larger anyway.
 const FIRST: u64 = 2;
 
+/// A directory that was opened, and what the kernel may do with it.
+pub struct OpenedList {
+    /// The handle for later calls.
+    pub handle: u64,
+    /// Its names never change: the kernel may keep them.
+    pub is_constant: bool,
+}
+
 /// Lists directories.
 pub struct Listing {
     kernel: Arc<KernelView>,
@@ -47,7 +55,7 @@ impl Listing {
     ///
     /// # Errors
     /// ENOENT when it is gone.
-    pub fn open(&self, caller: Caller, ino: u64) -> Result<u64> {
+    pub fn open(&self, caller: Caller, ino: u64) -> Result<OpenedList> {
         let node = self.kernel.node(ino)?;
         if let Node::Box(id) = &node {
             self.history.note_listing(caller, id);
@@ -57,7 +65,14 @@ impl Listing {
             Node::Running(_, source) => self.view.home.guests.list_running(caller, source)?,
             _ => Handle::List(self.view.list(caller, &node)?),
         };
-        Ok(self.view.home.open.add(handle))
+        Ok(OpenedList {
+            // What is in a running box's disk is of another state at each look.
+            is_constant: matches!(
+                (&node, &handle),
+                (Node::Guest(_), Handle::GuestDirectory { .. })
+            ),
+            handle: self.view.home.open.add(handle),
+        })
     }
 
     /// Gives the names in an open directory from `offset` on to `add`, until that is full.

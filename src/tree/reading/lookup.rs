@@ -66,14 +66,13 @@ impl Lookup {
             Some(attr) => attr,
             None => self.view.attr(caller, &node)?,
         };
-        if let Node::ViewOf(source) = &parent
-            && let Node::Guest(_) | Node::DiskImage(_) = &node
-        {
+        if let Node::ViewOf(source) = &parent {
             // The node is of one state of the disk for good; the state that the name stands for
-            // changes.
-            attr.kept = match source {
-                Source::Live { .. } => Kept::Not,
-                Source::Snapshot { .. } => Kept::Moment,
+            // changes. After a change of ours the kernel is told.
+            attr.kept = match (&node, source) {
+                (Node::DiskImage(_), Source::Live { .. }) => Kept::Not,
+                (Node::DiskImage(_) | Node::Guest(_), _) => Kept::Moment,
+                _ => attr.kept,
             };
         }
         let contents = if is_staged {

@@ -194,7 +194,7 @@ impl Committer {
         if history.tried_to_copy(&file.box_id, &file.writer, file.begun) {
             return Err(refuse_copied_box(&self.store, EXPORT));
         }
-        match &state.content {
+        self.boxes.change(&file.box_id, || match &state.content {
             StagedContent::Archive(arrival) => {
                 store::restore_archive(&self.store, &file.box_id, arrival)
             }
@@ -202,7 +202,7 @@ impl Committer {
                 source, contents, ..
             } => store::restore_box(&self.store, &file.box_id, source, contents),
             _ => Ok(()),
-        }
+        })
     }
 
     /// Puts what was written over the export of a snapshot in place of the snapshot. The store does
@@ -216,7 +216,8 @@ impl Committer {
             created_at: Some(row.created_at),
             replaces: Some(row.id.clone()),
         };
-        self.make_snapshot(state, box_id, &new)?;
+        let boxes = &self.boxes;
+        boxes.change(box_id, || self.make_snapshot(state, box_id, &new))?;
         self.staging.boxes.with(&file.box_id, |staged| {
             if let Some(made) = staged.unlisted.remove(snapshot) {
                 staged.unlisted.insert(new.id.clone(), made);

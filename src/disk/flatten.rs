@@ -10,7 +10,7 @@
 use super::image_layout::{BLOCK_ENTRIES, ImageLayout, TABLE_ENTRIES};
 use super::overlay::{CLUSTER, L2_COVERS, NewHeader, backing_name, dimensions};
 use super::window::{RecentWindows, Window, is_set};
-use super::{Chain, Format};
+use super::{Chain, Format, LeftOut};
 use crate::{Error, Result};
 use std::ops::Range;
 use std::path::Path;
@@ -33,7 +33,7 @@ pub const WINDOW: u64 = L2_COVERS;
 /// reads as zeros. So the new chain has the contents of the old one and, flattened, its allocation.
 ///
 /// Or the clusters in which it differs from another disk, on top of that disk. To find them, the
-/// data above the layers that both share is compared.
+/// data above the layers that both share is compared, or was when the image was received.
 pub struct Flattened {
     chain: Arc<Chain>,
     kind: Kind,
@@ -56,6 +56,8 @@ enum Kind {
     /// What differs from another disk: how many layers are above those that both share, the other
     /// disk, and the same number for it.
     Differs(usize, Arc<Chain>, usize),
+    /// What was not left out when the image was received.
+    Received(Arc<LeftOut>),
 }
 
 impl Flattened {
@@ -86,6 +88,18 @@ impl Flattened {
     ) -> Result<Flattened> {
         let kind = Kind::Differs(upper, other, other_upper);
         Flattened::plan_as(chain, kind, Some((backing, Format::Qcow2)))
+    }
+
+    /// Plans an image of the clusters of a received image that were not left out, on top of the disk
+    /// that has the others: its top layer is a qcow2 image at `backing`. Errors besides: as
+    /// [`Flattened::plan_upper`].
+    pub fn plan_received(
+        image: Arc<Chain>,
+        left_out: Arc<LeftOut>,
+        backing: &Path,
+    ) -> Result<Flattened> {
+        let kind = Kind::Received(left_out);
+        Flattened::plan_as(image, kind, Some((backing, Format::Qcow2)))
     }
 
     fn plan_as(chain: Arc<Chain>, kind: Kind, below: Option<(&Path, Format)>) -> Result<Flattened> {
@@ -325,6 +339,7 @@ impl Kind {
             Kind::Differs(upper, other, other_upper) => {
                 Window::differing((chain, *upper), (other, *other_upper), index)
             }
+            Kind::Received(left_out) => Window::received(chain, left_out, index),
         }
     }
 }

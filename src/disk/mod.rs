@@ -9,6 +9,7 @@
 //!   header, and walked along its bytes.
 //! * `image_layout`, `window`, `flatten`: a chain, or its upper layers, as one image, computed and
 //!   not stored.
+//! * `comparison`: an image that arrives, compared with another disk.
 //! * `write`: such an image as a file. `direct`: writes past the page cache. `reflink`: shared
 //!   blocks.
 //! * `inspect`: whether an image that came from outside may be used.
@@ -20,6 +21,7 @@
 
 mod bytes;
 mod chain;
+mod comparison;
 mod descent;
 mod direct;
 mod features;
@@ -41,6 +43,7 @@ mod window;
 mod write;
 
 pub use chain::Chain;
+pub use comparison::{Comparison, LeftOut, sample};
 pub use descent::{Scope, chain_paths};
 pub use direct::{Aligned, BLOCK, Direct, begin_write_back};
 pub use features::clear_dirty;

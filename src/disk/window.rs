@@ -1,7 +1,7 @@
 //! Windows of a disk: which clusters of the 512 MiB behind one L2 table are allocated.
 
 use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES};
-use super::{Chain, DataSource};
+use super::{Chain, DataSource, LeftOut};
 use crate::Result;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -108,6 +108,21 @@ impl Window {
                     &mut window.allocated
                 };
                 set(bits, cluster);
+            }
+        }
+        Ok(window)
+    }
+
+    /// Finds the clusters in which an image that was received differs from the disk that it was
+    /// compared with. Those clusters are allocated or read as zeros; all others are left to that disk.
+    pub fn received(image: &Chain, left_out: &LeftOut, index: u64) -> Result<Window> {
+        let mut window = Window::of(image, None, index)?;
+        let theirs = Window::of(left_out.other(), None, index)?;
+        for cluster in 0..L2_ENTRIES {
+            if left_out.has(index * L2_ENTRIES + cluster) {
+                clear(&mut window.allocated, cluster);
+            } else if !window.has(cluster) && theirs.has(cluster) {
+                set(&mut window.zeros, cluster);
             }
         }
         Ok(window)

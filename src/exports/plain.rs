@@ -42,6 +42,22 @@ struct PlannedExport {
     key: [u8; 32],
     /// None after eviction, and for a state that is not settled.
     plan: Option<Arc<Export>>,
+    /// The sha256 of the disk, if it was known when the plan was evicted.
+    digest: Option<[u8; 32]>,
+}
+
+impl PlannedExport {
+    /// Drops the plan, and keeps what it found out about the disk.
+    fn evict(&mut self) {
+        if let Some(plan) = self.plan.take() {
+            self.digest = plan.digest();
+        }
+    }
+
+    /// Returns the sha256 of the disk in this state, if it is known.
+    fn digest(&self) -> Option<[u8; 32]> {
+        self.plan.as_ref().map_or(self.digest, |plan| plan.digest())
+    }
 }
 
 /// Identifies the bytes of an export. A snapshot, a clone or a rebase changes the files of a chain
@@ -231,6 +247,16 @@ impl PlainExports {
         (planned.contents == *contents).then_some(planned.key)
     }
 
+    /// Returns a state whose disk has this sha256 in an archive, of those whose archive was read
+    /// lately, and what was read of it.
+    pub(crate) fn state_with_digest(&self, digest: &[u8; 32]) -> Option<(Source, Contents)> {
+        let cache = self.cache.lock();
+        cache.planned.iter().find_map(|(source, planned)| {
+            let is_same = planned.digest() == Some(*digest);
+            is_same.then(|| (source.clone(), planned.contents))
+        })
+    }
+
     /// Returns the plan in the cache if it is current. Otherwise opens the chain and plans it.
     fn find_or_plan(
         &self,
@@ -298,8 +324,14 @@ impl PlainExports {
             since,
             key: export.state_key(),
             plan: is_settled.then(|| export.clone()),
+            digest: None,
         };
         let mut cache = self.cache.lock();
+        let before = cache.planned.get(source);
+        let of_same = before.filter(|before| is_settled && before.contents == contents);
+        if let Some(digest) = of_same.and_then(PlannedExport::digest) {
+            export.set_digest(digest);
+        }
         cache.planned.insert(source.clone(), planned);
         if is_settled {
             cache.touch(source);
@@ -322,7 +354,13 @@ impl PlainExports {
         let plans_before = cache.recent.oldest_first().len();
         let PlanCache { planned, recent } = &mut *cache;
         for export in planned.values_mut() {
-            export.plan.take_if(|plan| Arc::strong_count(plan) == 1);
+            if export
+                .plan
+                .as_ref()
+                .is_some_and(|plan| Arc::strong_count(plan) == 1)
+            {
+                export.evict();
+            }
         }
         let has_plan = |export: &PlannedExport| export.plan.is_some();
         recent.retain(|source| planned.get(source).is_some_and(has_plan));
@@ -355,7 +393,7 @@ impl PlanCache {
         self.recent.touch(source);
         while let Some(oldest) = self.recent.evict() {
             if let Some(planned) = self.planned.get_mut(&oldest) {
-                planned.plan = None;
+                planned.evict();
             }
         }
     }

@@ -21,6 +21,9 @@ pub struct WaitingArchive {
     pub name: String,
     /// The options of its box, as JSON.
     pub options: Value,
+    /// The id of the snapshot that it becomes in another image than its disk. If there is a row with
+    /// that id, it does not wait any more.
+    pub becomes: Option<String>,
 }
 
 impl WaitingArchive {
@@ -36,10 +39,14 @@ impl WaitingArchive {
     pub fn write_note(&self) -> Result<()> {
         durable::sync_file(&self.disk)?;
         let note = WaitingArchive::note_of(&self.disk);
-        let text = json!({"name": self.name, "options": self.options}).to_string();
+        let text = json!({
+            "name": self.name,
+            "options": self.options,
+            "becomes": self.becomes,
+        });
         // An earlier note with the archive's former name may exist: replace it in one step.
         let new = self.disk.with_extension("note");
-        fs::write(&new, text).context(|| format!("cannot write {}", new.display()))?;
+        fs::write(&new, text.to_string()).context(|| format!("cannot write {}", new.display()))?;
         durable::sync_file(&new)?;
         fs::rename(&new, &note).context(|| format!("cannot write {}", note.display()))?;
         // Nothing flushed the name of the workspace and of its directory before.
@@ -57,6 +64,7 @@ impl WaitingArchive {
         Some(WaitingArchive {
             name: value["name"].as_str()?.to_owned(),
             options: value["options"].take(),
+            becomes: value["becomes"].as_str().map(str::to_owned),
             disk,
         })
     }

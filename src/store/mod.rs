@@ -24,6 +24,7 @@ use parking_lot::Mutex;
 pub use access::preflight::{
     refuse_unready, refuse_unready_for_import, refuse_unready_for_restore,
 };
+pub use layers::reference_state::{ComingSnapshot, ReferenceState, freeze_reference};
 pub use layers::snapshot_place::NewSnapshotIdentity;
 pub use maintenance::background::{BackgroundCompaction, Compacting};
 pub use maintenance::usage::{Usage, usage_of, usage_of_box};

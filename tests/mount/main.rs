@@ -10,6 +10,7 @@ mod check;
 mod compacting;
 mod copying;
 mod deleting;
+mod differences;
 mod ending;
 mod full_paths;
 mod guests;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::disk_writer::{DiskWriter, PIECE, Piece, zeros};
 use super::stages::Stages;
 use super::{MOST_HOLES, over_limit};
+use crate::disk::{Chain, LeftOut};
 use crate::{Context, Error, Result};
 
 /// The largest disk: 64 TiB, as for the virtual size.
@@ -22,11 +23,18 @@ pub(super) struct DiskFile {
     stages: Stages,
     /// The most bytes that may be written to the file.
     most: Option<u64>,
+    /// The disk that it is compared with.
+    other: Option<Arc<Chain>>,
 }
 
 impl DiskFile {
-    /// Creates the file, of which at most `most` bytes will be written.
-    pub(super) fn create(path: &Path, most: Option<u64>) -> Result<DiskFile> {
+    /// Creates the file, of which at most `most` bytes will be written, and leaves out the clusters
+    /// that `other` has as well.
+    pub(super) fn create(
+        path: &Path,
+        most: Option<u64>,
+        other: Option<Arc<Chain>>,
+    ) -> Result<DiskFile> {
         let file = File::options()
             .read(true)
             .write(true)
@@ -34,13 +42,14 @@ impl DiskFile {
             .open(path)
             .context(|| format!("cannot create {} for the disk", path.display()))?;
         let file = Arc::new(file);
-        let writer = DiskWriter::new(path, file.clone(), most);
+        let writer = DiskWriter::new(path, file.clone(), most, other.clone());
         Ok(DiskFile {
             path: path.to_owned(),
             file,
             piece: Piece::new(),
             stages: Stages::new(writer),
             most,
+            other,
         })
     }
 
@@ -48,7 +57,7 @@ impl DiskFile {
     pub(super) fn begin_anew(&mut self) -> Result<()> {
         let path = self.path.clone();
         std::fs::remove_file(&path).context(|| format!("cannot remove {}", path.display()))?;
-        *self = DiskFile::create(&path, self.most)?;
+        *self = DiskFile::create(&path, self.most, self.other.clone())?;
         Ok(())
     }
 
@@ -126,6 +135,11 @@ impl DiskFile {
     pub(super) fn end(&mut self) -> Result<[u8; 32]> {
         self.stages.data(&mut self.piece)?;
         self.stages.end()
+    }
+
+    /// Returns what was left out of the disk, once it is whole.
+    pub(super) fn take_left_out(&mut self) -> Option<LeftOut> {
+        self.stages.take_left_out()
     }
 
     /// Makes the disk durable. The caller flushes its directory.

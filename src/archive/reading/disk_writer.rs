@@ -1,4 +1,5 @@
-//! Writes a disk from front to back, in pieces fit for direct I/O, with holes for zeros.
+//! Writes a disk from front to back, in pieces fit for direct I/O, with holes for zeros and for what
+//! another disk has as well.
 
 use std::fs::File;
 use std::ops::Range;
@@ -7,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Allowance;
-use crate::disk::{Aligned, BLOCK, Direct, begin_write_back};
+use crate::disk::{Aligned, BLOCK, Chain, Comparison, Direct, LeftOut, begin_write_back};
 use crate::{Error, Result};
 
 /// Bytes of a piece: large enough to keep a disk busy, and small enough to have a few of them.
@@ -35,12 +36,20 @@ pub(super) struct DiskWriter {
     /// Where writing back was last begun.
     written_back: u64,
     allowance: Allowance,
+    /// What another disk has as well is left out.
+    comparison: Option<Comparison>,
 }
 
 impl DiskWriter {
     /// Writes to `file`, which was just created at `path`, at most `most` bytes. Pieces of a sparse
-    /// member may be so small that their blocks are more than was in the archive.
-    pub(super) fn new(path: &Path, file: Arc<File>, most: Option<u64>) -> DiskWriter {
+    /// member may be so small that their blocks are more than was in the archive. Leaves out the
+    /// clusters that `other` has as well.
+    pub(super) fn new(
+        path: &Path,
+        file: Arc<File>,
+        most: Option<u64>,
+        other: Option<Arc<Chain>>,
+    ) -> DiskWriter {
         DiskWriter {
             path: path.to_owned(),
             direct: Direct::of(&file),
@@ -48,22 +57,20 @@ impl DiskWriter {
             at: 0,
             written_back: 0,
             allowance: Allowance::of(most),
+            comparison: other.map(Comparison::with),
         }
     }
 
     /// Appends bytes: whole blocks in all calls but the last.
     pub(super) fn data(&mut self, bytes: &[u8]) -> Result<()> {
-        let (blocks, tail) = bytes.split_at(bytes.len() - bytes.len() % BLOCK);
-        for run in data_runs(blocks) {
-            let at = self.at.saturating_add(run.start as u64);
-            self.put(blocks.get(run).unwrap_or_default(), at)?;
-        }
-        if !all_zero(tail) {
-            let at = self.at.saturating_add(blocks.len() as u64);
-            self.allowance.take(tail.len(), TAKES_MORE)?;
-            self.file
-                .write_all_at(tail, at)
-                .map_err(|e| self.unwritable(e))?;
+        match &mut self.comparison {
+            None => self.write(bytes, self.at)?,
+            Some(comparison) => {
+                for range in comparison.wanted(&self.file, self.at, bytes) {
+                    let at = self.at.saturating_add(range.start as u64);
+                    self.write(bytes.get(range).unwrap_or_default(), at)?;
+                }
+            }
         }
         self.at = self.at.saturating_add(bytes.len() as u64);
         if !self.direct.is_direct() && self.at.saturating_sub(self.written_back) >= WRITE_BACK {
@@ -75,7 +82,16 @@ impl DiskWriter {
 
     /// Leaves out `count` zeros, whole blocks of them.
     pub(super) fn hole(&mut self, count: u64) {
-        self.at = self.at.saturating_add(count);
+        let end = self.at.saturating_add(count);
+        if let Some(comparison) = &mut self.comparison {
+            comparison.pass_zeros(&self.file, self.at..end);
+        }
+        self.at = end;
+    }
+
+    /// Returns what was left out, once.
+    pub(super) fn take_left_out(&mut self) -> Option<LeftOut> {
+        self.comparison.take()?.end()
     }
 
     /// Sets the file's length, since zeros at the end were left out, too.
@@ -87,6 +103,23 @@ impl DiskWriter {
     /// places in the file system's. The caller flushes the directory.
     pub(super) fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(|e| self.unwritable(e))
+    }
+
+    /// Writes bytes at an offset, but for zeros worth a hole.
+    fn write(&mut self, bytes: &[u8], at: u64) -> Result<()> {
+        let (blocks, tail) = bytes.split_at(bytes.len() - bytes.len() % BLOCK);
+        for run in data_runs(blocks) {
+            let at = at.saturating_add(run.start as u64);
+            self.put(blocks.get(run).unwrap_or_default(), at)?;
+        }
+        if !all_zero(tail) {
+            let at = at.saturating_add(blocks.len() as u64);
+            self.allowance.take(tail.len(), TAKES_MORE)?;
+            self.file
+                .write_all_at(tail, at)
+                .map_err(|e| self.unwritable(e))?;
+        }
+        Ok(())
     }
 
     fn put(&mut self, bytes: &[u8], at: u64) -> Result<()> {
@@ -183,7 +216,7 @@ mod tests {
 
     fn writer(path: &Path) -> DiskWriter {
         let file = File::create_new(path).unwrap();
-        DiskWriter::new(path, Arc::new(file), None)
+        DiskWriter::new(path, Arc::new(file), None, None)
     }
 
     /// Pieces with runs of zeros of many lengths, and a tail.

@@ -5,6 +5,8 @@
 //! the pieces of a sparse member. Here both are bounded, and the end of the archive is known to the
 //! byte.
 
+use std::sync::Arc;
+
 use tar::{EntryType, GnuExtSparseHeader, Header};
 
 use super::disk_file::DiskFile;
@@ -93,7 +95,11 @@ impl Members {
     pub(super) fn complete(&mut self) -> Result<Arrived> {
         self.disk.sync()?;
         match (self.manifest.take(), self.header.take()) {
-            (Some(manifest), Some(header)) => Ok(Arrived { manifest, header }),
+            (Some(manifest), Some(header)) => Ok(Arrived {
+                manifest,
+                header,
+                left_out: self.disk.take_left_out().map(Arc::new),
+            }),
             _ => Err(refused("it is not complete")),
         }
     }

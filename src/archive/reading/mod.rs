@@ -25,12 +25,13 @@ mod tests;
 mod unpacker;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use self::background_decoder::BackgroundDecoder;
 use self::disk_file::DiskFile;
 use self::members::Members;
 use super::Manifest;
-use crate::disk::Header;
+use crate::disk::{Chain, Header, LeftOut};
 use crate::{Error, Result};
 
 /// The most bytes of holes, in an archive or in the disk in one, that are read as zeros, and the
@@ -87,6 +88,9 @@ pub struct Arrived {
     /// The header of the disk, which passed
     /// [`inspect_standalone`](crate::disk::inspect_standalone).
     pub header: Header,
+    /// The clusters that are missing in the file, because the disk that it was compared with has
+    /// them.
+    pub left_out: Option<Arc<LeftOut>>,
 }
 
 /// An archive being received: a plain tar or a zstd-compressed one, told apart by zstd's magic.
@@ -104,15 +108,17 @@ pub struct Incoming {
 impl Incoming {
     /// Starts receiving. Creates the file `disk` for the disk image, and removes it when the
     /// `Incoming` is dropped without a successful [`finish`](Self::finish). At most `most` bytes
-    /// are written to it.
+    /// are written to it. Clusters that `other` has as well are left out of it; they are hashed and
+    /// checked all the same.
     ///
     /// # Errors
     ///
     /// EEXIST when `disk` exists; what creating it says otherwise.
-    pub fn begin(disk: &Path, most: Option<u64>) -> Result<Incoming> {
+    pub fn begin(disk: &Path, most: Option<u64>, other: Option<Arc<Chain>>) -> Result<Incoming> {
+        let file = DiskFile::create(disk, most, other)?;
         Ok(Incoming {
             disk: disk.to_owned(),
-            decoder: BackgroundDecoder::new(Members::new(DiskFile::create(disk, most)?)),
+            decoder: BackgroundDecoder::new(Members::new(file)),
             refusal: None,
             finished: false,
         })

@@ -19,6 +19,7 @@ use std::thread::{Builder, JoinHandle};
 use sha2::{Digest, Sha256};
 
 use super::disk_writer::{DiskWriter, Piece, zeros};
+use crate::disk::LeftOut;
 use crate::{Context, Error, Result};
 
 /// The most pieces of 1 MiB in progress, including the one being filled. A drive that pauses to
@@ -135,6 +136,14 @@ impl Stages {
         writer.end()?;
         self.state = StageState::Ended(writer);
         Ok(sha256.finalize().into())
+    }
+
+    /// Returns what was left out of the disk, once all is written.
+    pub(super) fn take_left_out(&mut self) -> Option<LeftOut> {
+        match &mut self.state {
+            StageState::Ended(writer) => writer.take_left_out(),
+            _ => None,
+        }
     }
 
     /// Makes the disk durable. The caller flushes its directory.

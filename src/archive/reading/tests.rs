@@ -137,7 +137,7 @@ impl Packer {
 
     fn begin(&self) -> (Incoming, PathBuf) {
         let to = self.path().join("incoming.qcow2");
-        (Incoming::begin(&to, None).unwrap(), to)
+        (Incoming::begin(&to, None, None).unwrap(), to)
     }
 
     /// How many bytes of a tar matter, as python reads it: up to the second zero block.
@@ -457,7 +457,7 @@ fn nothing_written_is_no_archive_and_leaves_nothing() {
     let (mut incoming, to) = b.begin();
     assert!(to.exists());
     assert_eq!(
-        Incoming::begin(&to, None).err().map(|e| e.errno()),
+        Incoming::begin(&to, None, None).err().map(|e| e.errno()),
         Some(libc::EEXIST)
     );
     assert!(to.exists(), "a file of somebody else was removed");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::disk::{Chain, FileId, Flattened};
+use crate::disk::{Chain, FileId, Flattened, LeftOut};
 use crate::files::listing::resolve;
 use crate::files::priority::BehindAll;
 use crate::files::workspace::discard;
@@ -90,6 +90,27 @@ pub fn plan_difference(
         image,
         top: top.to_owned(),
         below: Some(below),
+        upper: None,
+    })
+}
+
+/// Plans the image of what was not left out of a received disk, at `received`, on top of the layer
+/// `id` at `base`, which has the rest.
+///
+/// # Errors
+/// Those of reading the disk and the state.
+pub fn plan_received(
+    received: &Path,
+    left_out: Arc<LeftOut>,
+    (base, id): (&Path, FileId),
+) -> Result<FlattenPlan> {
+    let chain = Arc::new(Chain::open(received, Path::new("/"), 0)?);
+    let image = Flattened::plan_received(chain.clone(), left_out, base)?;
+    Ok(FlattenPlan {
+        chain,
+        image,
+        top: received.to_owned(),
+        below: Some(id),
         upper: None,
     })
 }

@@ -8,6 +8,7 @@
 //! * `adopt`, `bases`: layers that become bases.
 //! * `snapshot_place`: the directory and the row of a snapshot.
 //! * `mergeable`, `merge`, `flatten`: layers that become one.
+//! * `reference_state`: the state that a snapshot is compared with while it is copied in.
 //! * `collect`, `references`, `unfreed`: bases and references that nothing needs.
 //! * `put_back`, `spare_names`: second names of layers, and bases restored from them.
 
@@ -27,6 +28,7 @@ pub(super) mod merge;
 pub(super) mod mergeable;
 pub(super) mod near;
 pub(super) mod put_back;
+pub(super) mod reference_state;
 pub(super) mod references;
 pub(super) mod running;
 pub(super) mod snapshot_place;

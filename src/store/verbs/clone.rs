@@ -1,9 +1,12 @@
 //! `cp -r web web2`: makes a new box that starts from a state of another one, copy-on-write.
 
+use serde_json::Value;
+
 use crate::Result;
 use crate::exports::{Contents, Source};
 use crate::files::crash_points::crash_point;
 use crate::files::workspace::Scratch;
+use crate::home::BoxRecord;
 use crate::store::Store;
 use crate::store::access::lock::{lock_source, made_again_on, switch_to_target};
 use crate::store::access::locked_box::LockedBox;
@@ -42,6 +45,46 @@ pub fn clone_box(
 /// A crash before the transaction leaves a directory without a row, which recovery removes, as
 /// BoxLite's own start does. With the row first, a crash would leave a box without a disk.
 fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewBoxIdentity) -> Result<()> {
+    let mut built = build_clone(store, source, read, new)?;
+    let record = built.locked.record.clone();
+    built.install(new, Some(&record), None)
+}
+
+/// Makes a box with a configuration of its own that starts from `source`, of which `read` was read:
+/// the archive that the box is made from has the same disk. Returns false if the source can't be
+/// started from now.
+///
+/// # Errors
+/// EEXIST when the name is taken, EBUSY, EIO.
+pub fn share_with_box(
+    store: &Store,
+    (source, read): &(Source, Contents),
+    new: &NewBoxIdentity,
+    options: Value,
+) -> Result<bool> {
+    match build_clone(store, source, read, new) {
+        Ok(mut built) => built.install(new, None, Some(options)).map(|()| true),
+        Err(error) => {
+            log::debug!("the disk of {} is not shared: {error}", new.name);
+            Ok(false)
+        }
+    }
+}
+
+/// A clone whose directory is in the workspace.
+struct BuiltClone<'s> {
+    locked: LockedBox<'s>,
+    dir: Scratch,
+    /// The ids of the bases that its disk reads from.
+    bases: Vec<String>,
+}
+
+fn build_clone<'s>(
+    store: &'s Store,
+    source: &Source,
+    read: &Contents,
+    new: &NewBoxIdentity,
+) -> Result<BuiltClone<'s>> {
     let draft = draft_of(store, source, read, &|| draft_clone(store, source))?;
     let mut locked = lock_source(store, source.box_id())?;
     refuse_changed(store, source, read)?;
@@ -50,17 +93,29 @@ fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewBoxIdent
     crash_point("clone.frozen");
     let dir = build_box(&locked, &frozen)?;
     crash_point("clone.built");
-    let record = locked.record.clone();
     let bases = locked.bases_reached(&dir.join("disks/disk.qcow2"))?;
-    install(
-        store,
-        &mut locked.change,
-        &dir,
-        new,
-        Some(&record),
-        None,
-        &bases,
-    )
+    Ok(BuiltClone { locked, dir, bases })
+}
+
+impl BuiltClone<'_> {
+    fn install(
+        &mut self,
+        new: &NewBoxIdentity,
+        source: Option<&BoxRecord>,
+        options: Option<Value>,
+    ) -> Result<()> {
+        let change = &mut self.locked.change;
+        let bases = &self.bases;
+        install(
+            self.locked.store,
+            change,
+            &self.dir,
+            new,
+            source,
+            options,
+            bases,
+        )
+    }
 }
 
 /// Makes a snapshot of box `box_id` from a state of another box, whose layer both then share. This
@@ -100,10 +155,47 @@ fn make_snapshot_clone(
 ) -> Result<()> {
     let name = &new.name;
     refuse_bad_snapshot_name(name)?;
+    let frozen = freeze_for_snapshot(store, source, read)?;
+    name_shared_layer(frozen, box_id, new)
+}
+
+/// Makes a snapshot of box `box_id` from `source`, of which `read` was read: the archive that the
+/// snapshot is made from has the same disk. Returns false if the source can't be shared now.
+///
+/// # Errors
+/// EEXIST when the name is taken, EBUSY, EIO.
+pub fn share_with_snapshot(
+    store: &Store,
+    (source, read): &(Source, Contents),
+    box_id: &str,
+    new: &NewSnapshotIdentity,
+) -> Result<bool> {
+    match freeze_for_snapshot(store, source, read) {
+        Ok(frozen) => name_shared_layer(frozen, box_id, new).map(|()| true),
+        Err(error) => {
+            log::debug!("the disk of snapshot {} is not shared: {error}", new.name);
+            Ok(false)
+        }
+    }
+}
+
+fn freeze_for_snapshot<'s>(
+    store: &'s Store,
+    source: &Source,
+    read: &Contents,
+) -> Result<(LockedBox<'s>, FrozenDisk)> {
     let draft = draft_of(store, source, read, &|| draft_snapshot_clone(store, source))?;
     let mut locked = lock_source(store, source.box_id())?;
     refuse_changed(store, source, read)?;
     let frozen = freeze_source(&mut locked, source, &draft)?;
+    Ok((locked, frozen))
+}
+
+fn name_shared_layer(
+    (mut locked, frozen): (LockedBox<'_>, FrozenDisk),
+    box_id: &str,
+    new: &NewSnapshotIdentity,
+) -> Result<()> {
     switch_to_target(&mut locked, box_id)?;
     begin_new_snapshot(&mut locked, new)?;
     locked.refer_to_chain(frozen.backing().0)?;

@@ -5,15 +5,20 @@ use std::fs;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 
 use crate::archive::{Allowance, Incoming, MOST_HOLES, Manifest, Progress};
+use crate::exports::{Contents, Source};
 use crate::files::waiting_archive::WaitingArchive;
 use crate::files::workspace::discard;
 use crate::home::{check_options, normalize_imported, reject_host_access};
 use crate::progress::UnderWay;
 use crate::store::Store;
+use crate::store::layers::flatten::{FlattenPlan, plan_received};
+use crate::store::layers::reference_state::ReferenceState;
 use crate::{Context, Error, Result};
 
 /// Bytes that are fed to the decoder at once, from the spool or for a hole.
@@ -49,6 +54,10 @@ pub struct ImportStream {
     note: Option<String>,
     /// The disk and the note stay when the stream is dropped.
     is_left: bool,
+    /// The state that the disk is compared with, if any.
+    reference: Option<Arc<ReferenceState>>,
+    /// What was left out because that state has it was written all the same: the disk stands alone.
+    is_filled: AtomicBool,
     _under_way: UnderWay,
 }
 
@@ -61,15 +70,22 @@ pub enum ImportTarget {
     Disk,
 }
 
-/// Begins to receive an archive.
+/// Begins to receive an archive. Its disk is compared with `reference`, if given.
 ///
 /// # Errors
 /// EROFS; those of making a file in the workspace.
-pub fn receive(store: &Store, target: ImportTarget) -> Result<ImportStream> {
+pub fn receive(
+    store: &Store,
+    target: ImportTarget,
+    reference: Option<ReferenceState>,
+) -> Result<ImportStream> {
     store.refuse_read_only()?;
     let disk = store.workspace().fresh_path("disk")?;
+    let other = reference.as_ref().map(|state| state.chain.clone());
     Ok(ImportStream {
-        incoming: Incoming::begin(&disk, store.imports.most)?,
+        incoming: Incoming::begin(&disk, store.imports.most, other)?,
+        reference: reference.map(Arc::new),
+        is_filled: AtomicBool::new(false),
         spool: None,
         disk,
         fed: 0,
@@ -147,15 +163,16 @@ impl ImportStream {
         Ok(options)
     }
 
-    /// Describes the archive as one that waits and becomes a box of this name.
+    /// Describes the archive as one that waits and becomes a box of this name. Its disk stands alone.
     ///
     /// # Errors
-    /// EBADMSG while it is incomplete.
+    /// EBADMSG while it is incomplete; those of [`ImportStream::disk`].
     pub fn as_waiting(&self, name: &str) -> Result<WaitingArchive> {
         Ok(WaitingArchive {
-            disk: self.disk.clone(),
+            disk: self.disk()?.to_owned(),
             name: name.to_owned(),
             options: self.options_of_its_own()?,
+            becomes: None,
         })
     }
 
@@ -284,8 +301,69 @@ impl ImportStream {
         self.is_left = true;
     }
 
-    /// Returns the path of the unpacked disk. To take the disk, move it away.
-    pub fn disk(&self) -> &Path {
+    /// Returns the path of the unpacked disk, which stands alone. To take the disk, move it away.
+    ///
+    /// # Errors
+    /// ENOSPC and EIO when what was left out of it can't be written.
+    pub fn disk(&self) -> Result<&Path> {
+        let left_out = self.incoming.arrived().and_then(|it| it.left_out.as_ref());
+        if let Some(left_out) = left_out
+            && !self.is_filled.load(Ordering::Acquire)
+        {
+            let message = || format!("cannot write the archive's disk {}", self.disk.display());
+            let file = OpenOptions::new().write(true).open(&self.disk);
+            let file = file.context(message)?;
+            left_out.fill(&file, &self.disk)?;
+            file.sync_data().context(message)?;
+            self.is_filled.store(true, Ordering::Release);
+        }
+        Ok(&self.disk)
+    }
+
+    /// Records in the note of an archive that waited that it becomes the snapshot with this id, in
+    /// another image than its disk. Does nothing for an archive that did not wait.
+    ///
+    /// # Errors
+    /// ENOSPC, EIO.
+    pub fn note_becoming(&self, snapshot_id: &str) -> Result<()> {
+        let Some(name) = self.note() else {
+            return Ok(());
+        };
+        let mut archive = self.as_waiting(name)?;
+        archive.becomes = Some(snapshot_id.to_owned());
+        archive.write_note()
+    }
+
+    /// Returns a state of the home that has the archive's disk, and what was read of it, if it was
+    /// read lately: then the archive is probably a copy of that one's. None for an archive that
+    /// waited, whose time must stay as it was shown.
+    pub fn same_state(&self, store: &Store) -> Option<(Source, Contents)> {
+        self.note.is_none().then_some(())?;
+        let digest = self.incoming.arrived()?.manifest.disk_digest?;
+        store.exports.plain.state_with_digest(&digest)
+    }
+
+    /// Returns the state that the disk is compared with, if any.
+    pub fn reference(&self) -> Option<&Arc<ReferenceState>> {
+        self.reference.as_ref()
+    }
+
+    /// Returns an image of what differs from the state that the disk was compared with, planned on
+    /// top of that state. None if nothing was left out of the disk.
+    ///
+    /// # Errors
+    /// EIO when the disk or the state can't be read.
+    pub fn difference(&self) -> Result<Option<FlattenPlan>> {
+        let left_out = self.incoming.arrived().and_then(|it| it.left_out.as_ref());
+        let (Some(left_out), Some(reference)) = (left_out, &self.reference) else {
+            return Ok(None);
+        };
+        let base = (&*reference.base, reference.id);
+        plan_received(&self.disk, left_out.clone(), base).map(Some)
+    }
+
+    /// Returns where the disk is being unpacked, for removing it.
+    pub fn place(&self) -> &Path {
         &self.disk
     }
 
@@ -310,10 +388,10 @@ impl Drop for ImportStream {
             return;
         }
         if self.note.is_some() {
-            discard(&WaitingArchive::note_of(&self.disk));
+            discard(&WaitingArchive::note_of(self.place()));
         }
         // Does nothing if the disk was moved away.
-        discard(&self.disk);
+        discard(self.place());
     }
 }
 

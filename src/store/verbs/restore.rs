@@ -96,15 +96,16 @@ fn restore_arrived(store: &Store, box_id: &str, stream: &ImportStream) -> Result
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
-    store.home().give_to_owner(stream.disk())?;
-    durable::set_modified(stream.disk(), SystemTime::now())?;
-    durable::sync_file(stream.disk())?;
+    let disk = stream.disk()?;
+    store.home().give_to_owner(disk)?;
+    durable::set_modified(disk, SystemTime::now())?;
+    durable::sync_file(disk)?;
     let mut locked = lock_shared(store, box_id)?;
     let live = replaceable_live(&locked)?;
     let (file, old) = open_disk(&live)?;
     refuse_other_size(&locked, &live, stream.virtual_size())?;
     crash_point("restore.arrived");
-    replace_live(&mut locked, stream.disk(), &live, old)?;
+    replace_live(&mut locked, disk, &live, old)?;
     drop(file);
     crash_point("restore.replaced");
     clean_up_after_restore(&mut locked);

@@ -60,14 +60,14 @@ pub fn note_waiting(stream: &mut ImportStream, name: &str, made: SystemTime) -> 
             Ok(())
         }
         Err(error) => {
-            discard(&WaitingArchive::note_of(stream.disk()));
+            discard(&WaitingArchive::note_of(stream.place()));
             Err(error)
         }
     }
 }
 
 fn write_note(stream: &ImportStream, name: &str, made: SystemTime) -> Result<()> {
-    durable::set_modified(stream.disk(), made)?;
+    durable::set_modified(stream.disk()?, made)?;
     stream.as_waiting(name)?.write_note()
 }
 
@@ -112,6 +112,10 @@ pub fn keep_left_archives(store: &Store, abandoned: Vec<Abandoned>, has_recovere
 
 fn keep_left_archive(store: &Store, archive: &WaitingArchive, has_recovered: bool) {
     let name = &archive.name;
+    if has_become(store, archive) {
+        discard_archive(archive);
+        return;
+    }
     let made = match disk_use(store, &archive.disk) {
         Ok(DiskUse::Recorded) => {
             discard_archive(archive);
@@ -135,6 +139,15 @@ fn keep_left_archive(store: &Store, archive: &WaitingArchive, has_recovered: boo
             "the archive {name} waited when its mount was killed, and waits for the next mount: {error}"
         )),
     }
+}
+
+/// Returns whether there is the snapshot that the archive was about to become.
+fn has_become(store: &Store, archive: &WaitingArchive) -> bool {
+    let (Some(id), Ok(catalog)) = (&archive.becomes, store.home().catalog()) else {
+        return false;
+    };
+    let mut boxes = catalog.boxes();
+    boxes.any(|record| catalog.snapshot_by_id(&record.id, id).is_some())
 }
 
 /// Makes a box from an archive and returns its name: that of the archive, with a number appended if

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::exports::Source;
-use crate::store::{self, ImportTarget, Store};
+use crate::store::{self, ComingSnapshot, ImportTarget, ReferenceState, Store};
+use crate::tree::nodes::box_json;
 use crate::tree::nodes::names::EXPORT;
 use crate::tree::nodes::node::Node;
 use crate::tree::staging::role::{FileRole, StagedPlace};
@@ -104,7 +105,8 @@ impl Receiver {
         } else {
             ImportTarget::Disk
         };
-        let mut arrival = store::receive(&self.store, wanted)?;
+        let reference = self.reference_of(file, state);
+        let mut arrival = store::receive(&self.store, wanted, reference)?;
         let what = self.operation_of(file, &state.place);
         state.operation = Some(self.store.operations().begin(what, None));
         if let Some((export, covered)) = start {
@@ -122,6 +124,27 @@ impl Receiver {
         }
         state.content = StagedContent::Archive(Box::new(arrival));
         Ok(())
+    }
+
+    /// Returns the state of its box that a snapshot is compared with while it is copied in, so that
+    /// only the difference is stored. None for anything else.
+    fn reference_of(&self, file: &StagedFile, state: &StagedState) -> Option<ReferenceState> {
+        let Node::Snapshot(box_id, snapshot_id) = &state.place.parent else {
+            return None;
+        };
+        let boxes = &self.staging.boxes;
+        let described = boxes.snapshot_being_made(&file.box_id, &state.place.parent);
+        let json = described.ok().and_then(|(_, json)| json);
+        let created_at = json.and_then(|json| match &json.state().content {
+            StagedContent::Text(text) => box_json::created_at(text),
+            _ => None,
+        });
+        let coming = ComingSnapshot {
+            box_id,
+            replaces: Some(snapshot_id),
+            created_at,
+        };
+        store::freeze_reference(&self.store, coming)
     }
 
     /// Has the log say why an archive that is about to be removed was none. The kernel may tell of

@@ -48,7 +48,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
 
 /// Receives an archive; returns whether it was complete, or the errno.
 fn receive(archive: &[u8], piece: usize) -> Result<bool, i32> {
-    let mut incoming = Incoming::begin(&DISK, None).unwrap();
+    let mut incoming = Incoming::begin(&DISK, None, None).unwrap();
     let received = write(&mut incoming, archive, piece);
     let finished = incoming.finish().map(|arrived| arrived.manifest.version);
     match (&received, &finished) {

@@ -13,7 +13,7 @@ fn stages(path: &Path) -> Stages {
         .truncate(false)
         .open(path)
         .unwrap();
-    let mut stages = Stages::new(DiskWriter::new(path, Arc::new(file), None));
+    let mut stages = Stages::new(DiskWriter::new(path, Arc::new(file), None, None));
     stages.zeros(ALONE + PIECE as u64).unwrap();
     stages
 }

@@ -154,7 +154,7 @@ fn a_file_system_that_fills_up_behind_is_said_so() {
     let mut said = Vec::new();
     for archive in [&tar, &packed] {
         let to = small.join("incoming.qcow2");
-        let mut incoming = Incoming::begin(&to, None).unwrap();
+        let mut incoming = Incoming::begin(&to, None, None).unwrap();
         let (start, rest) = archive.split_at(archive.len() / 8);
         incoming.write(start).unwrap();
         let filler = small.join("filler");

@@ -211,7 +211,7 @@ fn a_disk_is_no_larger_than_it_may_be() {
     let size = b.disk().len() as u64;
     let receive = |archive: &[u8], most: u64| {
         let to = b.path().join("incoming.qcow2");
-        let mut incoming = Incoming::begin(&to, Some(most)).unwrap();
+        let mut incoming = Incoming::begin(&to, Some(most), None).unwrap();
         let received = incoming.write(archive);
         drop(incoming);
         assert!(!to.exists());
@@ -254,7 +254,7 @@ fn a_full_file_system_is_said_so() {
     }
     let tar = b.plain();
     let to = small.join("incoming.qcow2");
-    let mut incoming = Incoming::begin(&to, None).unwrap();
+    let mut incoming = Incoming::begin(&to, None, None).unwrap();
     incoming.write(&tar[..40_000]).unwrap();
     let _ = fs::write(small.join("filler"), vec![1; 512 << 10]);
     let error = tar[40_000..]

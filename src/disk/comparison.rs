@@ -6,90 +6,18 @@
 //! in the guest's order, as boxlitefs and BoxLite write them. In any other image nothing more is left
 //! out from the first cluster on that does not fit.
 
-use super::bytes::{be32, be64};
+use super::bytes::{COMPRESSED, OFFSET_MASK, ZERO, be32, be64};
 use super::header::MAGIC;
 use super::overlay::{CLUSTER, CLUSTER_BITS, L2_COVERS, L2_ENTRIES};
 use super::window::Window;
-use super::{Chain, DataSource};
-use crate::{Context, Result};
-use std::fmt::{self, Debug, Formatter};
+use super::{Chain, LeftOut, read_zero_padded};
+use crate::Result;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
 
 /// The largest disk that is compared, 4 TiB: a bit for each of its clusters takes 8 MiB.
 const LARGEST: u64 = 4 << 40;
-/// Bits 9–55 of an L1 or L2 entry: a host offset (qcow2.rst).
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-/// Bit 62 of an L2 entry: compressed data (qcow2.rst).
-const COMPRESSED: u64 = 1 << 62;
-/// Bit 0 of an L2 entry: reads as zeros (qcow2.rst, version 3).
-const ZERO: u64 = 1;
-
-/// The clusters of an image, in the guest's numbers, that were left out because another disk has the
-/// same.
-pub struct LeftOut {
-    other: Arc<Chain>,
-    /// A bit for each cluster of the guest, lowest bit first.
-    bits: Vec<u64>,
-    count: u64,
-}
-
-impl Debug for LeftOut {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "{} clusters", self.count)
-    }
-}
-
-impl LeftOut {
-    /// Returns the disk that has them.
-    pub fn other(&self) -> &Arc<Chain> {
-        &self.other
-    }
-
-    /// Returns how many clusters of 64 KiB were left out.
-    pub fn count(&self) -> u64 {
-        self.count
-    }
-
-    /// Returns whether a cluster of the guest was left out.
-    pub fn has(&self, cluster: u64) -> bool {
-        let word = self.bits.get((cluster / 64) as usize);
-        word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
-    }
-
-    fn set(&mut self, cluster: u64) {
-        if let Some(word) = self.bits.get_mut((cluster / 64) as usize) {
-            *word |= 1 << (cluster % 64);
-            self.count += 1;
-        }
-    }
-
-    /// Writes the clusters that were left out into the image, which then stands alone. Does not flush
-    /// it.
-    ///
-    /// # Errors
-    /// EIO when the other disk or the image is damaged; those of writing.
-    pub fn fill(&self, file: &File, path: &Path) -> Result<()> {
-        let image = Chain::open(path, Path::new("/"), 0)?;
-        let mut buffer = vec![0; CLUSTER as usize];
-        for cluster in (0..self.bits.len() as u64 * 64).filter(|cluster| self.has(*cluster)) {
-            let guest = cluster * CLUSTER;
-            self.other.read_at(guest, &mut buffer)?;
-            for extent in image.extents(guest..guest + CLUSTER)? {
-                if let DataSource::Data { host, .. } = extent.source {
-                    let from = (extent.guest - guest) as usize;
-                    let part = buffer.get(from..from + extent.len as usize);
-                    file.write_all_at(part.unwrap_or_default(), host)
-                        .context(|| format!("cannot write {}", path.display()))?;
-                }
-            }
-        }
-        self.other.unchanged()
-    }
-}
 
 /// Compares the data of a disk's top layer with another disk of the same size, in at most `most`
 /// clusters of 64 KiB spread over it. Returns how many were compared, and how many of them the other
@@ -132,11 +60,7 @@ impl Comparison {
     /// Begins to compare an image with `other`.
     pub fn with(other: Arc<Chain>) -> Comparison {
         Comparison {
-            left_out: LeftOut {
-                other,
-                bits: Vec::new(),
-                count: 0,
-            },
+            left_out: LeftOut::none(other),
             theirs: vec![0; CLUSTER as usize],
             tables: None,
         }
@@ -197,7 +121,7 @@ impl Comparison {
 
     /// Returns what was left out; None if that is nothing.
     pub fn end(self) -> Option<LeftOut> {
-        (self.left_out.count > 0).then_some(self.left_out)
+        (self.left_out.count() > 0).then_some(self.left_out)
     }
 
     /// Reads the header. Images that are not like those of BoxLite and boxlitefs are not compared.
@@ -211,12 +135,11 @@ impl Comparison {
             && be32(bytes, 32) == 0
             && be32(bytes, 60) == 0
             && be64(bytes, 72) == 0;
-        let is_comparable = virtual_size == self.left_out.other.virtual_size()
+        let is_comparable = virtual_size == self.left_out.other().virtual_size()
             && virtual_size <= LARGEST
             && l1_size == virtual_size.div_ceil(L2_COVERS);
         if is_plain && is_comparable {
-            let words = virtual_size.div_ceil(CLUSTER).div_ceil(64);
-            self.left_out.bits = vec![0; words as usize];
+            self.left_out.make_room(virtual_size);
             self.tables = Some(TableCursor::new(be64(bytes, 40), l1_size));
         }
     }
@@ -246,7 +169,7 @@ impl Comparison {
         tables.advance();
         let read = self
             .left_out
-            .other
+            .other()
             .read_at(guest * CLUSTER, &mut self.theirs);
         let is_same = read.is_ok() && arrived.bytes.get(part) == Some(&self.theirs[..]);
         if is_same {
@@ -274,7 +197,8 @@ impl Arrived<'_> {
             return false;
         };
         new.copy_from_slice(bytes);
-        self.file.read_exact_at(old, offset).is_ok()
+        // Zeros at the end of the file are only there once its length is set.
+        read_zero_padded(self.file, old, offset).is_ok()
     }
 }
 

@@ -7,6 +7,7 @@
 //! cluster: of each window (the 512 MiB behind one L2 table) only a count is kept, and the chain is
 //! asked again which clusters are allocated.
 
+use super::bytes::{COPIED, ZERO};
 use super::image_layout::{BLOCK_ENTRIES, ImageLayout, TABLE_ENTRIES};
 use super::overlay::{CLUSTER, L2_COVERS, NewHeader, backing_name, dimensions};
 use super::window::{RecentWindows, Window, is_set};
@@ -16,10 +17,6 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Flag of an L1 or L2 entry: the refcount is exactly 1, so a writer need not copy (qcow2.rst).
-const COPIED: u64 = 1 << 63;
-/// Flag of an L2 entry: the cluster reads as zeros, whatever lies below (qcow2.rst, version 3).
-const READS_AS_ZEROS: u64 = 1;
 /// Guest bytes of a window: what one L2 table maps.
 pub const WINDOW: u64 = L2_COVERS;
 
@@ -275,7 +272,7 @@ impl Flattened {
                 entry.copy_from_slice(&((data * CLUSTER) | COPIED).to_be_bytes());
                 data += 1;
             } else if is_set(&allocated.zeros, index as u64) {
-                entry.copy_from_slice(&READS_AS_ZEROS.to_be_bytes());
+                entry.copy_from_slice(&ZERO.to_be_bytes());
             }
         }
         Ok(bytes)

@@ -19,6 +19,7 @@ use std::path::Path;
 
 use self::claims::{Claim, ClaimWindows, Claims};
 use super::Header;
+use super::bytes::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use super::file::open_image;
 use crate::{Context, Error, Result};
 
@@ -31,14 +32,6 @@ const MAX_BITMAP_BYTES: u64 = 64 << 20;
 /// Bytes of a table read at once.
 const TABLE_CHUNK: u64 = 64 << 10;
 
-/// Bits 9–55 of an L1, L2 or refcount table entry: a host offset.
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-/// Bit 63 of an L1 or L2 entry: refcount is exactly one. BoxLite leaves it unset.
-const COPIED: u64 = 1 << 63;
-/// Bit 62 of an L2 entry: the rest describes compressed data.
-const COMPRESSED: u64 = 1 << 62;
-/// Bit 0 of a standard L2 entry (version 3): reads as zeros.
-const ZERO: u64 = 1;
 /// Bits 9–63 of a refcount table entry.
 const REFCOUNT_OFFSET_MASK: u64 = !0x1ff;
 

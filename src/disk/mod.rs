@@ -9,7 +9,7 @@
 //!   header, and walked along its bytes.
 //! * `image_layout`, `window`, `flatten`: a chain, or its upper layers, as one image, computed and
 //!   not stored.
-//! * `comparison`: an image that arrives, compared with another disk.
+//! * `comparison`, `left_out`: an image that arrives, compared with another disk.
 //! * `write`: such an image as a file. `direct`: writes past the page cache. `reflink`: shared
 //!   blocks.
 //! * `inspect`: whether an image that came from outside may be used.
@@ -34,6 +34,7 @@ mod inspect;
 #[cfg(test)]
 pub(crate) mod judges;
 mod layer;
+mod left_out;
 mod overlay;
 mod rebase;
 mod reflink;
@@ -43,7 +44,7 @@ mod window;
 mod write;
 
 pub use chain::Chain;
-pub use comparison::{Comparison, LeftOut, sample};
+pub use comparison::{Comparison, sample};
 pub use descent::{Scope, chain_paths};
 pub use direct::{Aligned, BLOCK, Direct, begin_write_back};
 pub use features::clear_dirty;
@@ -53,6 +54,7 @@ pub use flatten::{Flattened, WINDOW};
 pub use header::{Backing, Header};
 pub use inspect::inspect_standalone;
 pub use layer::Layer;
+pub use left_out::LeftOut;
 pub use overlay::create_overlay;
 pub use rebase::{flush_headers, rebase, rebase_this};
 pub use reflink::share_contents;

@@ -1,11 +1,13 @@
 //! Windows of a disk: which clusters of the 512 MiB behind one L2 table are allocated.
 
+use super::left_out::without_place;
 use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES};
-use super::{Chain, DataSource, LeftOut};
+use super::{Chain, DataSource, Layer, LeftOut};
 use crate::Result;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 /// The most windows that are kept, 1 KiB each: enough for some readers at a time.
@@ -120,6 +122,10 @@ impl Window {
         let theirs = Window::of(left_out.other(), None, index)?;
         for cluster in 0..L2_ENTRIES {
             if left_out.has(index * L2_ENTRIES + cluster) {
+                if !window.has(cluster) {
+                    let top = image.layers().first().map(Layer::path);
+                    return Err(without_place(top.unwrap_or(Path::new(""))));
+                }
                 clear(&mut window.allocated, cluster);
             } else if !window.has(cluster) && theirs.has(cluster) {
                 set(&mut window.zeros, cluster);

@@ -203,3 +203,136 @@ fn what_was_left_out_is_written_when_its_state_is_gone_before_the_end() {
     assert_eq!(chain(&home.snapshot_disk("new", "b")).len(), 1);
     home.assert_whole();
 }
+
+/// Makes a box `new` of a box's backup, and returns the archive of its snapshot s07.
+fn home_with_a_new_box() -> (TestHome, Mounted, std::path::PathBuf) {
+    let home = home_with_snapshots();
+    let mount = home.mount();
+    let archive = home.beside("archive");
+    fs::copy(mount.at("web/snapshots/s07/export.boxlite"), &archive).unwrap();
+    let whole = home.beside("whole");
+    fs::copy(mount.at("web/export.boxlite"), &whole).unwrap();
+    succeed(&["rm", "-r", text(&mount.at("web"))]);
+    mount.unmount();
+    let mount = home.mount();
+    succeed(&["cp", text(&whole), text(&mount.at("new.boxlite"))]);
+    (home, mount, archive)
+}
+
+/// Copies an archive into a new snapshot, as cp -r does.
+fn copy_snapshot(mount: &Mounted, archive: &std::path::Path, name: &str) {
+    let directory = mount.at(format!("new/snapshots/{name}"));
+    succeed(&["mkdir", text(&directory)]);
+    let export = directory.join("export.boxlite");
+    succeed(&["cp", text(archive), text(&export)]);
+}
+
+/// Overwrites 64 KiB of a file and leaves its times as they were.
+fn damage(file: &std::path::Path, offset: u64) {
+    let stamp = tempfile::NamedTempFile::new().unwrap();
+    succeed(&["touch", "-r", text(file), text(stamp.path())]);
+    let seek = format!("seek={}", offset >> 16);
+    let of = format!("of={}", text(file));
+    succeed(&[
+        "dd",
+        "if=/dev/zero",
+        &of,
+        "bs=64k",
+        &seek,
+        "count=1",
+        "conv=notrunc,fsync",
+        "status=none",
+    ]);
+    succeed(&["touch", "-r", text(stamp.path()), text(file)]);
+}
+
+#[test]
+fn a_known_checksum_of_a_disk_that_decayed_since_proves_nothing() {
+    let (home, mount, archive) = home_with_a_new_box();
+    succeed(&["cp", text(&archive), text(&mount.at("old.boxlite"))]);
+    let backup = home.beside("backup");
+    fs::copy(mount.at("old/export.boxlite"), &backup).unwrap();
+    let expected = archive_digest(&backup);
+    damage(&home.live_disk("old"), 4 * MIB);
+    succeed(&["cp", text(&backup), text(&mount.at("recovered.boxlite"))]);
+    assert_eq!(digest(&home.live_disk("recovered")), expected);
+    assert_ne!(digest(&home.live_disk("old")), expected);
+}
+
+#[test]
+fn what_a_snapshot_shares_is_flushed_before_its_copy_is_answered() {
+    let (home, mount, archive) = home_with_a_new_box();
+    home.guest_write("new", 5 * MIB, &noise(3, 1 << 16));
+    home.wheel(&["snapshot-create", "new", "theirs"]);
+    let trace = Trace::begin(&home, &mount, &["-y", "-e", "trace=fsync,fdatasync"]);
+    copy_snapshot(&mount, &archive, "s");
+    let flushed = trace.end();
+    let layers = chain(&home.snapshot_disk("new", "s"));
+    assert!(layers.len() > 1, "{layers:?}");
+    for layer in &layers[1..] {
+        let names: Vec<_> = home
+            .images()
+            .into_iter()
+            .filter(|it| is_same(it, layer))
+            .collect();
+        let is_flushed =
+            |name: &std::path::PathBuf| flushed.iter().any(|line| line.contains(text(name)));
+        assert!(names.iter().any(is_flushed), "{names:?}: {flushed:#?}");
+    }
+}
+
+fn is_same(one: &std::path::Path, other: &std::path::Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(one).unwrap().ino() == fs::metadata(other).unwrap().ino()
+}
+
+#[test]
+fn a_snapshot_comes_back_whole_where_the_other_state_is_damaged() {
+    let (home, mount, archive) = home_with_a_new_box();
+    mount.snapshot("new", "a").unwrap();
+    // The refcounts, L1 and L2 tables are the first clusters.
+    for table in 1..5 {
+        damage(&home.snapshot_disk("new", "a"), table << 16);
+    }
+    copy_snapshot(&mount, &archive, "s");
+    assert_eq!(
+        digest(&home.snapshot_disk("new", "s")),
+        archive_digest(&archive)
+    );
+}
+
+#[test]
+fn a_snapshot_needs_no_more_space_than_its_whole_disk() {
+    let (home, mount, archive) = home_with_a_new_box();
+    // Nothing is the same but the tables' places.
+    let image = home.beside("other.raw");
+    fs::write(&image, noise(4, 20 << 20)).unwrap();
+    succeed(&["truncate", "-s", "40M", text(&image)]);
+    mount.unmount();
+    give_disk(&home, "new", &image);
+    let disk = SmallDisk::under(&home, FileSystem::Ext4, "160M");
+    let mount = home.mount();
+    let size = fs::metadata(&archive).unwrap().len();
+    disk.fill(size + size / 4);
+    copy_snapshot(&mount, &archive, "s");
+    mount.unmount();
+    assert_eq!(
+        digest(&home.snapshot_disk("new", "s")),
+        archive_digest(&archive)
+    );
+}
+
+#[test]
+fn a_snapshot_is_there_as_soon_as_it_has_replaced_the_one_of_its_directory() {
+    let (_home, mount, archive) = home_with_a_new_box();
+    let directory = mount.at("new/snapshots/q");
+    succeed(&["mkdir", text(&directory)]);
+    names_in(&directory);
+    let export = directory.join("export.boxlite");
+    let script = format!(
+        "cp {0} {1} && cat {1} > /dev/null",
+        text(&archive),
+        text(&export)
+    );
+    succeed(&["bash", "-c", &script]);
+}

@@ -6,6 +6,7 @@ use super::digest::DiskDigest;
 use crate::archive::manifest::{About, manifest_bytes, unix_seconds};
 use crate::disk::{Chain, Flattened};
 use crate::{Error, Result};
+use sha2::{Digest, Sha256};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -166,6 +167,26 @@ impl Export {
     fn read_disk(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.disk.read_at(at, buf)?;
         self.chain.unchanged()
+    }
+
+    /// Returns the sha256 of `disk.qcow2` as it can be read now, whatever was known of it.
+    ///
+    /// # Errors
+    /// EIO when the disk changed since the plan, or is damaged.
+    pub fn read_digest(&self) -> Result<[u8; 32]> {
+        const PIECE: u64 = 1 << 20;
+        let len = self.layout.disk.end - self.layout.disk.start;
+        let mut hasher = Sha256::new();
+        let mut piece = vec![0; PIECE.min(len) as usize];
+        let mut at = 0;
+        while at < len {
+            let part = piece.get_mut(..(len - at).min(PIECE) as usize);
+            let part = part.unwrap_or_default();
+            self.read_disk(at, part)?;
+            hasher.update(&part);
+            at += part.len() as u64;
+        }
+        Ok(hasher.finalize().into())
     }
 
     /// Returns the sha256 of `disk.qcow2`. Bytes that were not fed to it yet are read now.

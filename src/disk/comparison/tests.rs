@@ -1,6 +1,9 @@
 use super::*;
 use crate::disk::judges::{check_clean, create, qemu_io, succeed, text};
 use crate::disk::{Flattened, inspect_standalone};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::path::PathBuf;
 use tempfile::TempDir;
 
@@ -201,6 +204,10 @@ fn crafted(entries: &[u64], length: u64) -> Vec<u8> {
     put(4, &3u32.to_be_bytes());
     put(20, &CLUSTER_BITS.to_be_bytes());
     put(24, &(1u64 << 20).to_be_bytes());
+    put(48, &CLUSTER.to_be_bytes());
+    put(56, &1u32.to_be_bytes());
+    put(96, &4u32.to_be_bytes());
+    put(100, &104u32.to_be_bytes());
     put(36, &1u32.to_be_bytes());
     put(40, &CLUSTER.to_be_bytes());
     put(CLUSTER as usize, &(2 * CLUSTER).to_be_bytes());
@@ -238,6 +245,24 @@ fn crafted_tables_leave_out_nothing_that_the_other_disk_lacks() {
             "{case}"
         );
     }
+    // A table that is data of its own, which the other disk has: what it says is missing.
+    let image = crafted(&[data(2)], 3);
+    let same = dir.path().join("same");
+    let mut bytes = image[2 * CLUSTER as usize..].to_vec();
+    bytes.resize(1 << 20, 0);
+    std::fs::write(&same, bytes).unwrap();
+    let place = dir.path().join("of its own");
+    let same = Arc::new(Chain::open(&same, Path::new("/"), 0).unwrap());
+    let (left_out, _) = receive(&image, same, &place);
+    let left_out = Arc::new(left_out.unwrap());
+    let file = File::options().write(true).open(&place).unwrap();
+    assert_eq!(
+        left_out.fill(&file, &place).unwrap_err().errno(),
+        libc::EBADMSG
+    );
+    let chain = Arc::new(Chain::open(&place, Path::new("/"), 0).unwrap());
+    let planned = Flattened::plan_received(chain, left_out, Path::new("/below"));
+    assert_eq!(planned.err().map(|e| e.errno()), Some(libc::EBADMSG));
     // A cut header, and an L1 table that reaches past the end of all offsets.
     for length in [0, 40, 100] {
         let image = crafted(&[data(3)], 4);

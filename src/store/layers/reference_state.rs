@@ -9,7 +9,6 @@ use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::Result;
 use crate::disk::{self, Chain, FileId, Header, Layer};
 use crate::exports::Source;
 use crate::store::Store;
@@ -18,6 +17,7 @@ use crate::store::layers::draft::draft_snapshot_clone;
 use crate::store::layers::freeze_source::freeze_source;
 use crate::store::layers::frozen::Frozen;
 use crate::store::layers::mergeable::MOST_BACKING;
+use crate::{Context, Result};
 
 /// Most states that a disk is compared with to find the one that it differs from least.
 const MOST_COMPARED: usize = 8;
@@ -114,12 +114,26 @@ fn freeze(store: &Store, source: &Source) -> Result<Option<ReferenceState>> {
     locked.refer_to_chain(&path)?;
     drop(locked);
     let chain = Arc::new(store.exports.disks.open_chain(&path)?);
+    flush(&chain)?;
     Ok(Some(ReferenceState {
         box_id: box_id.to_owned(),
         id: FileId::at(&path)?,
         base: path,
         chain,
     }))
+}
+
+/// Flushes all layers of a frozen state. BoxLite flushes no layer that it freezes, and what is left
+/// out of a snapshot is only there.
+///
+/// # Errors
+/// Those of the flush.
+pub fn flush(chain: &Chain) -> Result<()> {
+    for layer in chain.layers() {
+        let message = || format!("cannot flush {}", layer.path().display());
+        layer.file().sync_data().context(message)?;
+    }
+    Ok(())
 }
 
 /// Returns the states of a box that another layer may be put on.

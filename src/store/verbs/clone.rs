@@ -1,5 +1,7 @@
 //! `cp -r web web2`: makes a new box that starts from a state of another one, copy-on-write.
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use crate::Result;
@@ -14,6 +16,7 @@ use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_nam
 use crate::store::layers::draft::{draft_clone, draft_of, draft_snapshot_clone, refuse_changed};
 use crate::store::layers::freeze_source::freeze_source;
 use crate::store::layers::frozen::{FrozenDisk, make_overlay};
+use crate::store::layers::reference_state::flush;
 use crate::store::layers::snapshot_place::{NewSnapshotIdentity, name_layer};
 use crate::store::verbs::install::{NewBoxIdentity, install};
 use crate::store::verbs::replace_snapshot::{begin_new_snapshot, finish_new_snapshot};
@@ -63,12 +66,20 @@ pub fn share_with_box(
     options: Value,
 ) -> Result<bool> {
     match build_clone(store, source, read, new) {
-        Ok(mut built) => built.install(new, None, Some(options)).map(|()| true),
+        Ok(mut built) => {
+            flush_chain(store, &built.dir.join("disks/disk.qcow2"))?;
+            built.install(new, None, Some(options)).map(|()| true)
+        }
         Err(error) => {
             log::debug!("the disk of {} is not shared: {error}", new.name);
             Ok(false)
         }
     }
+}
+
+/// Flushes the layers that an archive's disk is shared with: the archive may be the only other copy.
+fn flush_chain(store: &Store, top: &Path) -> Result<()> {
+    flush(&store.exports.disks.open_chain(top)?)
 }
 
 /// A clone whose directory is in the workspace.
@@ -171,7 +182,10 @@ pub fn share_with_snapshot(
     new: &NewSnapshotIdentity,
 ) -> Result<bool> {
     match freeze_for_snapshot(store, source, read) {
-        Ok(frozen) => name_shared_layer(frozen, box_id, new).map(|()| true),
+        Ok(frozen) => {
+            flush_chain(store, frozen.1.backing().0)?;
+            name_shared_layer(frozen, box_id, new).map(|()| true)
+        }
         Err(error) => {
             log::debug!("the disk of snapshot {} is not shared: {error}", new.name);
             Ok(false)

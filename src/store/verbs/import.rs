@@ -136,14 +136,19 @@ fn make_imported_snapshot(
         discard(stream.place());
         return Ok(());
     }
-    let difference = written_difference(store, stream, box_id, new)?;
+    let difference = written_difference(store, stream, box_id, new).unwrap_or_else(|error| {
+        // The whole disk needs nothing of the other state, and less space meanwhile.
+        log::debug!("snapshot {name} is stored whole: {error}");
+        None
+    });
     let mut locked = lock_shared(store, box_id)?;
     begin_new_snapshot(&mut locked, new)?;
     let dir = marked_dir(store)?;
     let disk = dir.join("disk.qcow2");
-    let difference = difference.filter(|(_, reference)| reference.is_in_place());
-    if let Some((image, reference)) = &difference {
-        locked.refer_to_chain(&reference.base)?;
+    let difference = difference.filter(|(_, reference)| {
+        reference.is_in_place() && locked.refer_to_chain(&reference.base).is_ok()
+    });
+    if let Some((image, _)) = &difference {
         stream.note_becoming(&new.id)?;
         give_disk(&image.file, &disk)?;
     } else {

@@ -335,12 +335,16 @@ impl ImportStream {
     }
 
     /// Returns a state of the home that has the archive's disk, and what was read of it, if it was
-    /// read lately: then the archive is probably a copy of that one's. None for an archive that
+    /// read lately: then the archive is probably a copy of that one's. All of it is read once more,
+    /// since a checksum from before proves nothing of what the file has now. None for an archive that
     /// waited, whose time must stay as it was shown.
     pub fn same_state(&self, store: &Store) -> Option<(Source, Contents)> {
         self.note.is_none().then_some(())?;
         let digest = self.incoming.arrived()?.manifest.disk_digest?;
-        store.exports.plain.state_with_digest(&digest)
+        let (source, read) = store.exports.plain.state_with_digest(&digest)?;
+        let (export, contents) = store.exports.plain.open(&source).ok()?;
+        let is_same = contents == read && export.read_digest().is_ok_and(|now| now == digest);
+        is_same.then_some((source, read))
     }
 
     /// Returns the state that the disk is compared with, if any.

@@ -40,6 +40,18 @@ impl Lookup {
     /// ENOENT, or EIO when an export can't be planned.
     pub fn find(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
         let parent = self.kernel.node(parent)?;
+        self.find_in(caller, parent.clone(), name).map_err(|error| {
+            // Another snapshot has taken the place of this one: after ESTALE the kernel finds it.
+            let is_missing = error.errno() == libc::ENOENT && matches!(parent, Node::Snapshot(..));
+            if is_missing && self.is_gone(caller, &parent) {
+                gone()
+            } else {
+                error
+            }
+        })
+    }
+
+    fn find_in(&self, caller: Caller, parent: Node, name: &OsStr) -> Result<Attr> {
         if let Node::Guest(directory) = &parent {
             return self.view.home.guests.lookup(directory, name);
         }
@@ -87,6 +99,11 @@ impl Lookup {
         }
         (attr.ino, attr.generation) = self.kernel.tell_found(&node, contents);
         Ok(attr)
+    }
+
+    fn is_gone(&self, caller: Caller, node: &Node) -> bool {
+        let attr = self.view.attr(caller, node);
+        attr.is_err_and(|error| error.errno() == libc::ENOENT)
     }
 
     /// Tells the kernel of a node that was just made. Returns its attributes.

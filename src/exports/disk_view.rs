@@ -145,23 +145,27 @@ impl DiskViews {
         Ok(disk)
     }
 
+    /// Returns the disk in a state if it is open.
+    pub fn held(&self, state: &DiskState) -> Option<Arc<OpenDisk>> {
+        if let Some(disk) = self.running.reopen(state) {
+            return Some(disk);
+        }
+        let mut cache = self.cache.lock();
+        let view = cache.views.get_mut(state.source())?;
+        (**view.disk.state() == *state).then(|| {
+            view.last_use = Instant::now();
+            view.disk.clone()
+        })
+    }
+
     /// Returns the disk in a state that was open before, and opens it again if needed. Does not
     /// wait.
     ///
     /// # Errors
     /// ESTALE when the disk is in another state, or gone; otherwise as [`DiskViews::open`].
     pub fn reopen(&self, state: &DiskState) -> Result<Arc<OpenDisk>> {
-        if let Some(disk) = self.running.reopen(state) {
+        if let Some(disk) = self.held(state) {
             return Ok(disk);
-        }
-        {
-            let mut cache = self.cache.lock();
-            if let Some(view) = cache.views.get_mut(state.source())
-                && **view.disk.state() == *state
-            {
-                view.last_use = Instant::now();
-                return Ok(view.disk.clone());
-            }
         }
         match self.open_now(state.source()) {
             Ok(Some(disk)) if **disk.state() == *state => Ok(disk),

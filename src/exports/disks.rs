@@ -63,15 +63,14 @@ impl Disks {
     /// the layer has in it: in the directory of the same name.
     pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
         let own = self.home.snapshot_disk(&snapshot.box_id, &snapshot.name);
-        // The path that BoxLite and we write. Resolve no links then: there may be thousands of
-        // snapshots.
-        if snapshot
-            .base_path()
-            .is_some_and(|path| Path::new(&path) == own)
-        {
-            return own;
-        }
         let snapshots = self.home.snapshots_dir(&snapshot.box_id);
+        // Paths as BoxLite and we write them. Resolve no links then: there may be thousands of
+        // snapshots.
+        if let Some(path) = snapshot.base_path().map(PathBuf::from)
+            && self.is_plain_place(&path, &snapshots)
+        {
+            return path;
+        }
         let recorded = snapshot
             .base_path()
             .and_then(|path| resolve(Path::new(&path)).ok());
@@ -90,6 +89,16 @@ impl Disks {
                 here.filter(|path| path.is_file()).unwrap_or(own)
             }
         }
+    }
+
+    /// Returns whether a path is that of a layer in a directory of `snapshots`, or in `bases/`, by its
+    /// names alone.
+    fn is_plain_place(&self, path: &Path, snapshots: &Path) -> bool {
+        let Some(parent) = path.parent() else {
+            return false;
+        };
+        let is_snapshot = parent.file_name().is_some() && parent.parent() == Some(snapshots);
+        path.file_name().is_some() && (is_snapshot || parent == self.home.bases_dir())
     }
 
     /// Returns where the layers below a file of the home may lie. For a box written in another

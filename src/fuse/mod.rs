@@ -268,6 +268,11 @@ impl Filesystem for BoxliteFs {
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        // Programs that read a tree open each file: another thread would take longer than the work.
+        if let Ok(Some(opened)) = self.inline(|tree| tree.open_at_once(ino.0, flags.0).transpose())
+        {
+            return self.passthrough.reply(opened, reply);
+        }
         let caller = caller(request);
         let passthrough = self.passthrough.clone();
         self.spawn_write(move |tree| {
@@ -395,6 +400,9 @@ impl Filesystem for BoxliteFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        if self.tree.release_at_once(handle.0) {
+            return reply.ok();
+        }
         let passthrough = self.passthrough.clone();
         self.spawn_write(move |tree| {
             passthrough.release(handle.0);

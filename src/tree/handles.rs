@@ -51,6 +51,14 @@ impl Tree {
         }
     }
 
+    /// Opens a file of a guest, if that needs nothing but memory. None for all others: then
+    /// [`open_and_answer`](Tree::open_and_answer) does.
+    pub fn open_at_once(&self, ino: u64, flags: i32) -> Option<Result<Opened>> {
+        let reads = flags & libc::O_ACCMODE == libc::O_RDONLY;
+        let node = self.kernel.node(ino).ok().filter(|_| reads)?;
+        file_reader::open_at_once(&self.view.home, &node)
+    }
+
     /// Opens a file.
     ///
     /// # Errors
@@ -159,6 +167,16 @@ impl Tree {
             Handle::Writing(file) => self.committer.commit_if_ready(file),
             _ => Ok(()),
         }
+    }
+
+    /// Closes a handle of a guest's file whose last descriptor is gone. Returns false for all others:
+    /// then [`release`](Tree::release) does, which may take long.
+    pub fn release_at_once(&self, handle: u64) -> bool {
+        let open = &self.view.home.open;
+        let is_inside = open
+            .get(handle)
+            .is_ok_and(|it| matches!(&*it, Handle::Inside { .. }));
+        is_inside && open.remove(handle).is_some()
     }
 
     /// Closes a handle whose last descriptor is gone, and lets go of a file that became nothing.

@@ -45,12 +45,24 @@ pub fn open(home: &HomeView, caller: Caller, node: Node) -> Result<Opened> {
         }
         _ => return Err(Error::new(libc::EISDIR, "that is a directory")),
     };
-    Ok(Opened {
+    Ok(opened(home, handle, is_of_state))
+}
+
+/// Opens a file for reading, if that needs nothing but memory. None for all others.
+pub fn open_at_once(home: &HomeView, node: &Node) -> Option<Result<Opened>> {
+    let handle = home.guests.open_held(node)?;
+    Some(handle.map(|handle| opened(home, handle, true)))
+}
+
+/// Adds a handle. If it `is_of_state`, the inode is of one state of a disk, and so are the pages that
+/// the kernel has of it.
+fn opened(home: &HomeView, handle: Handle, is_of_state: bool) -> Opened {
+    Opened {
         handle: home.open.add(handle),
         direct: !is_of_state,
         keep_pages: is_of_state,
         spool: None,
-    })
+    }
 }
 
 /// Fills `buf` with a file's bytes from `offset` on, completely unless it ends; returns how many

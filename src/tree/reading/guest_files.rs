@@ -297,6 +297,17 @@ impl GuestFiles {
         })
     }
 
+    /// Opens a file of a guest whose disk is open: that needs nothing but memory. None for others.
+    pub fn open_held(&self, node: &Node) -> Option<Result<Handle>> {
+        let Node::Guest(file) = node else {
+            return None;
+        };
+        let inside = self.store.exports().views.held(file.state())?;
+        let node = node.clone();
+        let opened = inside.refuse_changed();
+        Some(opened.map(|()| Handle::Inside { node, inside }))
+    }
+
     /// Opens the raw disk of a running box for reading.
     ///
     /// # Errors

@@ -822,3 +822,122 @@ fn the_description_of_a_snapshot_that_did_not_come_stays_until_it_is_removed() {
     mount.unmount();
     home.assert_whole();
 }
+
+#[test]
+fn what_a_shell_was_refused_hides_nothing_from_its_programs() {
+    let (home, mount, backup) = home_and_backup();
+    let before = (
+        digest(&home.live_disk("web")),
+        digest(&home.snapshot_disk("web", "s")),
+    );
+    // Each begins with a refused redirection of the shell itself.
+    for (number, (refused, then)) in [
+        (
+            "echo x > $M/web/box.json",
+            "! cp -f $BK/snapshots/s/export.boxlite $M/web/snapshots/s/export.boxlite",
+        ),
+        (
+            "echo x > $M/web/snapshots/s/export.boxlite",
+            "rm -f $M/web/snapshots/s/export.boxlite",
+        ),
+        ("echo x > $M/web/box.json", "! rm -r $M/web/*"),
+        ("echo x > $M/web/box.json", "rm -f $M/web/export.boxlite"),
+        (
+            "echo x > $M/web/box.json",
+            "! cp -f $BK/box.json $M/web/box.json",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        if !mount.at("web/snapshots/s").exists() {
+            // The third removes it, as it says.
+            let put_back =
+                "mkdir $M/web/snapshots/s && cp $BK/snapshots/s/export.boxlite $M/web/snapshots/s/";
+            done(&mount, &backup, put_back);
+        }
+        let out = home.beside(&format!("out{number}"));
+        fs::create_dir(&out).unwrap();
+        let moved = format!(
+            "{{ {refused}; }} 2> /dev/null; {then}; ls $M/web $M/web/snapshots/*; \
+             cp -r $M/web {0}/copy && cp -r $M/web $M/copy && mv $M/web {0}/",
+            text(&out)
+        );
+        let output = shell(&mount, &backup, &moved);
+        for (name, is_there) in [("copy", true), ("web", !mount.at("web").exists())] {
+            if !is_there {
+                continue;
+            }
+            let at = out.join(name);
+            let said = format!("{moved}: {output:?}\n{}", mount.log());
+            assert_eq!(
+                archive_digest(&at.join("export.boxlite")),
+                before.0,
+                "{name} {said}"
+            );
+            let of_snapshot = at.join("snapshots/s/export.boxlite");
+            if number != 2 {
+                assert_eq!(archive_digest(&of_snapshot), before.1, "{name} {said}");
+            }
+        }
+        let copied = mount.export_digest("copy/export.boxlite");
+        assert_eq!(copied, before.0);
+        succeed(&["rm", "-r", text(&mount.at("copy"))]);
+        if !mount.at("web").exists() {
+            succeed(&["cp", "-r", text(&backup), text(&mount.at("web"))]);
+        }
+    }
+    // Nor is anything else refused to them.
+    let begin = "{ echo x > $M/web/box.json; } 2> /dev/null;";
+    for command in [
+        "cp $M/web/snapshots/s/export.boxlite $M/web/export.boxlite",
+        "mkdir $M/web/snapshots/new",
+        "rmdir $M/web/snapshots/new",
+    ] {
+        done(&mount, &backup, &format!("{begin} {command}"));
+    }
+}
+
+#[test]
+fn an_archive_that_has_become_a_box_is_named_after_it_and_goes_with_it() {
+    let (home, mount, backup) = home_and_backup();
+    let python = |code: &str| {
+        let script = format!(
+            "python3 -c \"import os, shutil; M = os.environ['M']; B = os.environ['BK'] + '/export.boxlite'\n{code}\""
+        );
+        shell(&mount, &backup, &script)
+    };
+    let live = digest(&home.live_disk("web"));
+    // A file that gets its final name after it was written.
+    let output = python(
+        "shutil.copyfile(B, M + '/new.tmp.boxlite'); os.replace(M + '/new.tmp.boxlite', M + '/new.boxlite')",
+    );
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(mount.names(""), ["new", "web"]);
+    assert_eq!(digest(&home.live_disk("new")), live);
+    let output = python(
+        "shutil.copyfile(B, M + '/a.tmp.boxlite'); os.replace(M + '/a.tmp.boxlite', M + '/new.boxlite')",
+    );
+    assert!(!output.status.success(), "{output:?}");
+    assert_eq!(mount.names(""), ["a.tmp", "new", "web"]);
+    let output = python("shutil.copyfile(B, M + '/b.boxlite'); os.remove(M + '/b.boxlite')");
+    assert!(!output.status.success(), "{output:?}");
+    assert!(mount.at("b").is_dir());
+    // The same name again, when the box is gone.
+    let output = python(
+        "for _ in range(3): shutil.copyfile(B, M + '/again.boxlite'); shutil.rmtree(M + '/again')",
+    );
+    assert!(output.status.success(), "{output:?}\n{}", mount.log());
+    assert!(!mount.at("again").exists());
+
+    // A shell that redirects writes the archive; the programs that it runs did not.
+    for command in ["mv $M/x.boxlite $M/y.boxlite", "rm $M/x.boxlite"] {
+        let script = format!(
+            "{{ cat $BK/export.boxlite; }} > $M/x.boxlite; test -d $M/x && ! {command} && rm -r $M/x"
+        );
+        done(&mount, &backup, &script);
+    }
+    let script = "{ cat $BK/export.boxlite; } > $M/x.boxlite; rm -r $M/x; cp -p $BK/export.boxlite $BK/s; \
+                  rsync -a --size-only --remove-source-files $BK/s $M/x.boxlite; test -d $M/x && ! test -e $BK/s";
+    done(&mount, &backup, script);
+}

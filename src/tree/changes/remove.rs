@@ -178,6 +178,7 @@ impl Remover {
         refuse_waiting_copies(&self.store, &self.staging, is_of_it)?;
         let boxes = &self.view.home.boxes;
         boxes.change(id, || store::remove_box(&self.store, id, &seen))?;
+        self.staging.loose.forget_box(id);
         self.history.forget(id);
         Ok(())
     }
@@ -203,6 +204,10 @@ impl Remover {
             && !self.is_placeholder(caller, &parent, name)
         {
             self.staging.boxes.end_view_for(caller, &parent);
+        }
+        if parent == Node::Root && self.staging.loose.box_of(caller, name).is_some() {
+            let message = format!("{name} has become a box; rm -r on the box deletes it");
+            return Err(refuse(&self.store, libc::EPERM, message));
         }
         match self.staging.take(caller, &parent, name)? {
             Some(Staged::File(file)) => {

@@ -7,7 +7,7 @@ use crate::home::is_snapshot_name;
 use crate::process::Caller;
 use crate::store::{self, Store};
 use crate::tree::changes::checks::Checks;
-use crate::tree::nodes::names::{EXPORT, decode, exists, not_there, text};
+use crate::tree::nodes::names::{EXPORT, archive_stem, decode, exists, not_there, text};
 use crate::tree::nodes::node::Node;
 use crate::tree::reading::caller_view::CallerView;
 use crate::tree::staging::commit::Committer;
@@ -90,6 +90,14 @@ impl Renamer {
         let from = (&from_parent, from_name.as_ref());
         let to = (&to_parent, to_name.as_ref());
         let loose = &self.staging.loose;
+        let made = if from.0 == &Node::Root {
+            loose.box_of(caller, from.1)
+        } else {
+            None
+        };
+        if let Some(box_id) = made {
+            return self.rename_made_box(caller, &box_id, to, mode);
+        }
         let moved = if loose.node_for(caller, from.0, from.1).is_some() {
             Moved::File(self.rename_loose(caller, from, to, mode)?)
         } else if from_parent == Node::Root && to_parent == Node::Root {
@@ -111,6 +119,35 @@ impl Renamer {
             }
             Moved::Nothing => self.rename_real(caller, from, to, mode),
         }
+    }
+
+    /// Renames the box that an archive in the root has become, by the archive's new name: programs
+    /// write a file and then give it its final name.
+    fn rename_made_box(
+        &self,
+        caller: Caller,
+        box_id: &str,
+        (to_dir, to): NameIn<'_>,
+        mode: RenameMode,
+    ) -> Result<()> {
+        let stem = archive_stem(to).filter(|_| *to_dir == Node::Root);
+        let Some(stem) = stem else {
+            let message = "the archive has become a box; rename the box".to_owned();
+            return Err(self.checks.refuse(libc::EPERM, message));
+        };
+        self.rename_box(caller, box_id, stem, mode)
+    }
+
+    fn rename_box(&self, caller: Caller, id: &str, to: &str, mode: RenameMode) -> Result<()> {
+        self.refuse_taken_snapshot_name(caller, &Node::Root, to, mode)?;
+        self.checks.refuse_dotted(to)?;
+        // Not EINVAL: that is a directory moved into itself, and mv says so.
+        let name =
+            decode(to).map_err(|error| self.checks.refuse(libc::EPERM, error.to_string()))?;
+        let boxes = &self.view.home.boxes;
+        boxes.change(id, || store::rename_box(&self.store, id, &name))?;
+        self.staging.loose.forget_box(id);
+        Ok(())
     }
 
     /// Returns the box being made that an entry is, or is in.
@@ -230,14 +267,7 @@ impl Renamer {
         let is_into_staging = self.staging.boxes.is_view_for(caller, to_parent);
         let refuse = |message: String| self.checks.refuse(libc::EPERM, message);
         match (&node, to_parent) {
-            (Node::Box(id), Node::Root) => {
-                self.refuse_taken_snapshot_name(caller, to_parent, to, mode)?;
-                self.checks.refuse_dotted(to)?;
-                // Not EINVAL: that is a directory moved into itself, and mv says so.
-                let name = decode(to).map_err(|error| refuse(error.to_string()))?;
-                let boxes = &self.view.home.boxes;
-                boxes.change(id, || store::rename_box(&self.store, id, &name))
-            }
+            (Node::Box(id), Node::Root) => self.rename_box(caller, id, to, mode),
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken_snapshot_name(caller, to_parent, to, mode)?;
                 if !is_snapshot_name(to) {

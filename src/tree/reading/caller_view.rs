@@ -48,7 +48,7 @@ impl CallerView {
         }
         // A box that exists is seen in place of one of its name that is being made: BoxLite or
         // another mount was faster.
-        let exists = *parent == Node::Root && self.home.boxes.names()?.id_of(name).is_some();
+        let exists = *parent == Node::Root && self.is_box(caller, name)?;
         if !exists && let Some(answer) = self.staging.child(caller, parent, name) {
             return answer;
         }
@@ -64,6 +64,18 @@ impl CallerView {
                 .filter(|_| error.errno() == libc::ENOENT)
                 .ok_or(error)
         })
+    }
+
+    /// Returns whether there is a box of this name. Forgets an archive of the name that the caller
+    /// wrote if the box that was made of it is gone, by whomever.
+    fn is_box(&self, caller: Caller, name: &str) -> Result<bool> {
+        let names = self.home.boxes.names()?;
+        if let Some(id) = self.staging.loose.box_of(caller, name)
+            && names.of_id(&id).is_none()
+        {
+            self.staging.loose.forget_box(&id);
+        }
+        Ok(names.id_of(name).is_some())
     }
 
     /// Returns attributes as staging has them.

@@ -14,9 +14,14 @@ use crate::tree::nodes::node::Node;
 /// may lie between two portions of a listing.
 const ANEW: Duration = Duration::from_secs(2);
 
-/// What one process and its descendants did to one box.
+/// What one process did to one box. Its children do something else: a shell that was refused a
+/// redirection runs programs that have nothing to do with it, and what one of them removed must not
+/// be hidden from another.
 struct HistoryEntry {
+    /// The process.
     group: ProcessGroup,
+    /// Its command line: a shell becomes its last program.
+    command: Vec<String>,
     last: Instant,
     /// Names that it removed, by the inode of their directory. They are hidden from it alone.
     removed: HashMap<u64, BTreeSet<String>>,
@@ -34,12 +39,17 @@ impl HistoryEntry {
     fn begin(caller: Caller) -> HistoryEntry {
         HistoryEntry {
             group: ProcessGroup::begin(caller),
+            command: caller.command_line(),
             last: Instant::now(),
             removed: HashMap::new(),
             seen: SeenBox::default(),
             refused_removal: false,
             refused_copy: None,
         }
+    }
+
+    fn is_of(&self, caller: Caller) -> bool {
+        self.group.has(caller) && self.command == caller.command_line()
     }
 
     fn remove(&mut self, dir: &Node, name: &str) {
@@ -91,18 +101,14 @@ impl Entries {
         }
         self.sweep();
         let entries = self.0.get_mut(box_id)?;
-        entries
-            .iter_mut()
-            .find_map(|entry| entry.group.includes(caller).then_some(entry))
+        entries.iter_mut().find(|entry| entry.is_of(caller))
     }
 
     /// Returns what the caller did to a box, in a new entry if it did nothing before.
     fn begin(&mut self, caller: Caller, box_id: &str) -> &mut HistoryEntry {
         self.sweep();
         let entries = self.0.entry(box_id.to_owned()).or_default();
-        let index = entries
-            .iter_mut()
-            .position(|entry| entry.group.includes(caller));
+        let index = entries.iter().position(|entry| entry.is_of(caller));
         let index = index.unwrap_or_else(|| {
             entries.push(HistoryEntry::begin(caller));
             entries.len() - 1
@@ -112,7 +118,7 @@ impl Entries {
 
     fn end(&mut self, caller: Caller, box_id: &str) {
         if let Some(entries) = self.0.get_mut(box_id) {
-            entries.retain_mut(|entry| !entry.group.includes(caller));
+            entries.retain_mut(|entry| !entry.is_of(caller));
         }
     }
 }

@@ -48,10 +48,11 @@ impl LooseFile {
     }
 
     /// Returns whether the caller sees it. One that has become a box's disk is the box's export,
-    /// also for its writer.
+    /// also for its writer. One that has become a box is seen by the process that wrote it, which may
+    /// still set its times, and not by its children: for a shell these are other programs.
     fn is_seen_by(&mut self, caller: Caller) -> bool {
         if self.file.is_committed() {
-            !self.file.overwrites_export && self.makers.includes(caller)
+            !self.file.overwrites_export && self.makers.has(caller)
         } else {
             !self.is_over_export() || self.makers.includes(caller)
         }
@@ -186,6 +187,22 @@ impl LooseFiles {
                 loose.used = Instant::now();
             }
         }
+    }
+
+    /// Takes out the file that a box was made of: the box is gone, or has another name.
+    pub fn forget_box(&self, box_id: &str) {
+        self.files
+            .lock()
+            .retain(|loose| !loose.file.is_committed() || loose.file.box_id != box_id);
+    }
+
+    /// Returns the id of the box that was made of the file that this caller sees by this name in the
+    /// root.
+    pub fn box_of(&self, caller: Caller, name: &str) -> Option<String> {
+        let mut files = self.swept();
+        let index = position(&mut files, caller, &Node::Root, name)?;
+        let file = &files.get(index)?.file;
+        file.is_committed().then(|| file.box_id.clone())
     }
 
     /// Takes out a file that became nothing.

@@ -29,7 +29,8 @@ pub const WINDOW: u64 = L2_COVERS;
 /// layer has any byte of it. Otherwise it is data if any byte of it is data in the chain, else it
 /// reads as zeros. So the new chain has the contents of the old one and, flattened, its allocation.
 ///
-/// Or the clusters in which it differs from another disk, on top of that disk. To find them, the
+/// Or the clusters in which it differs from another disk, on top of that disk; zeros are data there,
+/// and holes in a file. To find them, the
 /// data above the layers that both share is compared, or was when the image was received.
 pub struct Flattened {
     chain: Arc<Chain>,

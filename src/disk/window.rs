@@ -78,7 +78,8 @@ impl Window {
     }
 
     /// Finds the clusters in which a disk differs from another of the same size. Those clusters are
-    /// allocated or read as zeros; all others are left to the other disk. `upper` and `other_upper`
+    /// allocated, also where they are zeros; all others are left to the other disk. BoxLite's export
+    /// takes a cluster that is marked as zeros for one that is left to the layer below. `upper` and `other_upper`
     /// are the numbers of layers on top of the layers that both disks share.
     pub fn differing(
         (chain, upper): (&Chain, usize),
@@ -103,20 +104,15 @@ impl Window {
             clear(&mut window.allocated, cluster);
             clear(&mut window.zeros, cluster);
             if piece != other_piece {
-                let is_zero = piece.iter().all(|&byte| byte == 0);
-                let bits = if is_zero {
-                    &mut window.zeros
-                } else {
-                    &mut window.allocated
-                };
-                set(bits, cluster);
+                set(&mut window.allocated, cluster);
             }
         }
         Ok(window)
     }
 
     /// Finds the clusters in which an image that was received differs from the disk that it was
-    /// compared with. Those clusters are allocated or read as zeros; all others are left to that disk.
+    /// compared with. Those clusters are allocated, as in [`Window::differing`]; all others are left to
+    /// that disk.
     pub fn received(image: &Chain, left_out: &LeftOut, index: u64) -> Result<Window> {
         let mut window = Window::of(image, None, index)?;
         let theirs = Window::of(left_out.other(), None, index)?;
@@ -127,8 +123,8 @@ impl Window {
                     return Err(without_place(top.unwrap_or(Path::new(""))));
                 }
                 clear(&mut window.allocated, cluster);
-            } else if !window.has(cluster) && theirs.has(cluster) {
-                set(&mut window.zeros, cluster);
+            } else if theirs.has(cluster) {
+                set(&mut window.allocated, cluster);
             }
         }
         Ok(window)

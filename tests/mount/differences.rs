@@ -96,6 +96,10 @@ shutil.copytree(os.environ[\"B\"], os.environ[\"MNT\"] + \"/new\", symlinks=True
         // What BoxLite makes of it, and what is left when it is gone.
         let restored = expected["snapshots/s03/"].clone();
         home.wheel(&["snapshot-restore", "new", "s03"]);
+        let theirs = home.beside("theirs.boxlite");
+        home.wheel(&["export", "new", text(&theirs)]);
+        assert_eq!(archive_digest(&theirs), restored, "{tool}");
+        fs::remove_file(&theirs).unwrap();
         let mount = home.mount();
         assert_eq!(
             mount.export_digest("new/export.boxlite"),

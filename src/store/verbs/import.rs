@@ -1,6 +1,7 @@
 //! `cp b.boxlite MNT/NEW.boxlite`: makes a box, or a snapshot of one, from a received archive.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -28,8 +29,8 @@ use crate::store::verbs::install::{NewBoxIdentity, install};
 use crate::store::verbs::replace_snapshot::{begin_new_snapshot, finish_new_snapshot};
 use crate::{Context, Error, Result};
 
-/// The length of an image of what differs, in bytes, from which on it is worth finding out whether
-/// another state is nearer. An image without data has 320 KiB.
+/// The space that an image of what differs takes, in bytes, from which on it is worth finding out
+/// whether another state is nearer.
 const WORTH_ANOTHER_LOOK: u64 = 1 << 20;
 
 /// Makes a box from a complete archive.
@@ -186,12 +187,14 @@ fn written_difference(
     let Some((plan, reference)) = compared else {
         return Ok(None);
     };
-    let whole = fs::metadata(stream.place()).map_or(0, |meta| meta.len());
-    let is_smaller = plan.len() <= whole / 4 * 3;
-    if !is_smaller || reference.box_id != box_id || !reference.is_in_place() {
+    if reference.box_id != box_id || !reference.is_in_place() {
         return Ok(None);
     }
     let image = write_flattened(store, plan, &mut |_| Ok(()))?;
+    let whole = fs::metadata(stream.place()).map_or(0, |meta| meta.len());
+    if allocated(&image) > whole / 4 * 3 {
+        return Ok(None);
+    }
     let coming = coming_snapshot(box_id, new);
     let nearer = smaller_difference(store, coming, &image, &reference).unwrap_or_else(|error| {
         log::debug!("no other state of box {box_id} is looked at: {error}");
@@ -216,8 +219,7 @@ fn smaller_difference(
     image: &FlattenedLayers,
     reference: &ReferenceState,
 ) -> Result<Option<(FlattenedLayers, Arc<ReferenceState>)>> {
-    let length = |image: &FlattenedLayers| fs::metadata(&image.file).map_or(0, |meta| meta.len());
-    if length(image) < WORTH_ANOTHER_LOOK {
+    if allocated(image) < WORTH_ANOTHER_LOOK {
         return Ok(None);
     }
     let chain = Arc::new(store.exports.disks.open_chain(&image.file)?);
@@ -227,11 +229,14 @@ fn smaller_difference(
     let (upper, other_upper) = layers_apart(&chain, &nearer.chain);
     let other = (nearer.chain.clone(), other_upper);
     let plan = plan_difference((chain, upper), other, &image.file)?;
-    if plan.len() >= length(image) {
-        return Ok(None);
-    }
     let smaller = write_flattened(store, plan, &mut |_| Ok(()))?;
-    Ok(Some((smaller, Arc::new(nearer))))
+    let is_smaller = allocated(&smaller) < allocated(image);
+    Ok(is_smaller.then(|| (smaller, Arc::new(nearer))))
+}
+
+/// Returns how many bytes an image takes on disk. Zeros that hide what lies below are holes.
+fn allocated(image: &FlattenedLayers) -> u64 {
+    fs::metadata(&image.file).map_or(u64::MAX, |meta| meta.blocks() * 512)
 }
 
 /// Returns how many layers each of two disks has on top of those that both share.

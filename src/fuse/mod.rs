@@ -154,7 +154,7 @@ impl Filesystem for BoxliteFs {
     ) {
         let caller = caller(request);
         let handle = handle.map(|handle| handle.0);
-        if !self.tree.is_slow(ino.0) {
+        if !self.tree.is_attr_slow(ino.0) {
             let found = self.inline(|tree| tree.getattr(caller, ino.0, handle));
             return reply_attr(reply, found);
         }

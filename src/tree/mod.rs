@@ -184,6 +184,16 @@ impl Tree {
         )
     }
 
+    /// Returns whether the attributes of this inode alone may take longer than a look into memory.
+    /// Those of a guest's file are in one block of a disk that is open; those of a link, which is
+    /// followed to tell its length, are not.
+    pub fn is_attr_slow(&self, ino: u64) -> bool {
+        match self.kernel.node(ino) {
+            Ok(Node::Guest(file)) => !self.view.home.guests.has_attr_at_hand(&file),
+            _ => self.is_slow(ino),
+        }
+    }
+
     /// Returns whether finding a name may have to wait for the clock of a file system: that of what
     /// is in a disk that was written to just now.
     pub fn lookup_may_wait(&self, parent: u64, name: &OsStr) -> bool {

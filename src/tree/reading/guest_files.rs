@@ -185,6 +185,12 @@ impl GuestFiles {
         self.with_guest(file, |found| found.attr())
     }
 
+    /// Returns whether the attributes of a file take one look into a disk that is open.
+    pub fn has_attr_at_hand(&self, file: &GuestFile) -> bool {
+        file.volume.access == GuestAccess::Plain
+            && self.store.exports().views.held(file.state()).is_some()
+    }
+
     /// Returns the attributes of the raw disk.
     ///
     /// # Errors

@@ -103,14 +103,20 @@ impl Boxes {
         for derived in [Derived::Rootfs, Derived::DiskImage] {
             self.kernel.drop_name(&view, derived.name());
         }
-        let moved = Moved::between(&before, &*self.names()?);
+        // If the rows can't be read now, the kernel keeps the names for its moment.
+        if let Ok(after) = self.names() {
+            self.drop_moved(&Moved::between(&before, &after));
+        }
+        changed
+    }
+
+    fn drop_moved(&self, moved: &Moved) {
         for link in &moved.links {
             self.kernel.drop_pages(link);
         }
         for (directory, name) in &moved.names {
             self.kernel.drop_name(directory, name);
         }
-        changed
     }
 
     /// Returns where the link in the directory of a box or a snapshot points: into the hidden view.

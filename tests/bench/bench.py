@@ -26,6 +26,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import table
+from families import Families
 from guests import Guests
 from homes import MIB, Home, Mount
 from index import Index
@@ -65,6 +66,7 @@ class Bench:
         self.guests = Guests(self.program, work, self.costs)
         self.index = Index(self.program, work, self.costs)
         self.pauses = Pauses(self.program, work, self.costs)
+        self.families = Families(self.program, work, self.costs)
         self.only = os.environ.get("BENCH_ONLY")
         self.web = self.mount.point / "web"
         self.plain, self.zst = self.web / "export.boxlite", self.web / "export.boxlite.zst"
@@ -351,6 +353,7 @@ class Bench:
         self.crowd.multiply("web", BOXES)
         self.guests.prepare()
         self.index.prepare()
+        self.families.prepare()
         self.their_export("kept", "web", keep=self.kept / "theirs")
         self.prove("BoxLite's export", self.kept / "theirs", self.home.disk("web"))
         self.mount.start(fresh=True)
@@ -381,6 +384,7 @@ class Bench:
         yield self.looking
         yield self.guests.turn
         yield self.index.turn
+        yield self.families.turn
 
     def round(self):
         for turn in self.turns():
@@ -395,6 +399,7 @@ class Bench:
                 self.crowd_mount.stop()
                 self.guests.mount.stop()
                 self.index.mount.stop()
+                self.families.mount.stop()
                 shutil.rmtree(self.out)
                 self.out.mkdir()
 
@@ -404,7 +409,9 @@ class Bench:
             say(f"round {number} of {self.rounds}" + ("" if number else ", which does not count"))
             self.round()
             if number == 0:
+                original = self.costs["room original"]
                 self.costs.clear()
+                self.costs["room original"] = original
 
     def close(self):
         self.pauses.close()

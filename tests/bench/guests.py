@@ -6,14 +6,16 @@ between them. The kernel reads the same two states from a raw file each.
 
 import os
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from homes import CLUSTER, MIB, Home, Mount
-from measure import can_drop_caches, cost_of, run, settle
+from measure import Cost, can_drop_caches, cost_of, run, settle
 
 FILES, IN_A_DIRECTORY, CHANGED = 60_000, 200, 10
 LARGE = 512  # MiB of the large file
+STATS = 20_000
 DISK = LARGE + 1024  # MiB
 
 
@@ -94,6 +96,21 @@ class Guests:
                     settle(cold=True)
                     for again in ("", " again"):
                         self.costs[f"{whose} {what}{again}"].append(work(trees, mount))
+        self.stat()
+
+    def stat(self):
+        """stat(2) of a file by its full path, and from inside of its directory."""
+        self.mount.start(fresh=True)
+        file = self.rootfs("before") / "d3" / f"file {3 * IN_A_DIRECTORY}"
+        back = os.getcwd()
+        for key, place, name in (("full path", "/", str(file)), ("inside", file.parent, file.name)):
+            os.chdir(place)
+            os.stat(name)
+            begun = time.perf_counter()
+            for _ in range(STATS):
+                os.stat(name)
+            self.costs[f"stat {key}"].append(Cost((time.perf_counter() - begun) / STATS))
+        os.chdir(back)
 
 
 def make_tree(tree):

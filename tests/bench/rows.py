@@ -2,6 +2,7 @@
 
 import os
 
+from families import SNAPSHOTS
 from measure import can_drop_caches, mean, median
 from pauses import SIZES
 from table import MIB, Row, bytes_text, place_of, seconds_text
@@ -92,6 +93,11 @@ class Rows:
             yield self.times(label, key, f"{program} and `sync`", f"unpack and flush {kind}")
             yield self.times(label, key, "BoxLite import", f"boxlite import {kind}")
 
+        label = f"a box with {SNAPSHOTS} snapshots, from a backup of directories"
+        yield self.times(f"import of {label}", "family", "`cp -r` and `sync` of the same files", "cp family")
+        room = ("room family", "disk", "the original", "room original")
+        yield self.bytes(f"room of {label}", *room, 1.2)
+
     def copy_on_write(self):
         for box, name in (("web", "large"), ("small", "3 MB")):
             theirs = ("BoxLite snapshot.create", f"boxlite snapshot {box}")
@@ -134,6 +140,7 @@ class Rows:
         ):
             yield self.times(f"{label}, cold", f"guest {what}", "loop mount", f"loop {what}", goal)
             yield self.times(f"{label}, again", f"guest {what} again", "loop mount", f"loop {what} again")
+        yield self.times("`stat` of a guest's file by its full path", "stat full path", "from inside", "stat inside", 5)
         for what in ("read", "diff"):
             yield self.bytes(f"peak memory, {what} of a guest", f"guest {what}", "memory", "64 MiB", 64 * MIB, 1)
 

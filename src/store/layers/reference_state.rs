@@ -23,7 +23,7 @@ use crate::{Context, Result};
 const MOST_COMPARED: usize = 8;
 
 /// Most clusters of 64 KiB that are compared for each of them.
-const MOST_SAMPLES: usize = 128;
+const MOST_SAMPLES: usize = 32;
 
 /// A frozen state of a box.
 pub struct ReferenceState {
@@ -87,10 +87,14 @@ pub fn freeze_nearer(
     candidates.retain(|candidate| candidate.layers < MOST_BACKING);
     candidates.sort_by_key(|candidate| (candidate.distance(coming.created_at), candidate.time));
     let mut best = None;
-    for candidate in candidates.into_iter().take(MOST_COMPARED) {
+    for (number, candidate) in candidates.into_iter().take(MOST_COMPARED).enumerate() {
         let top = store.exports.disks.top_of(&candidate.source)?;
         let chain = store.exports.disks.open_chain(&top)?;
         let is_same = chain.layers().first().map(Layer::id) == Some(reference.id);
+        if is_same && number == 0 && coming.created_at.is_some() {
+            // It is the nearest in time.
+            return Ok(None);
+        }
         if is_same || chain.virtual_size() != disk.virtual_size() {
             continue;
         }

@@ -77,6 +77,9 @@ pub fn freeze_reference(store: &Store, coming: ComingSnapshot<'_>) -> Option<Ref
 /// Freezes a state of the box that has most of what `disk`, which is on top of `reference`, has in
 /// its top layer. None if no other state has more than half of it. Looks at the states nearest in
 /// time, or at the newest, as far as they are known by now.
+///
+/// # Errors
+/// EBUSY, EIO and others of reading and freezing the states.
 pub fn freeze_nearer(
     store: &Store,
     coming: ComingSnapshot<'_>,

@@ -26,23 +26,31 @@ const LARGEST: u64 = 4 << 40;
 /// # Errors
 /// EIO when a layer of either disk is damaged.
 pub fn sample(disk: &Chain, other: &Chain, most: usize) -> Result<(usize, usize)> {
-    let mut clusters = Vec::new();
-    for index in 0..disk.virtual_size().div_ceil(L2_COVERS) {
-        let window = Window::of(disk, Some(1), index)?;
-        let runs = window.runs().into_iter();
-        let numbers = runs.flat_map(|(first, count)| first..first + count);
-        clusters.extend(numbers.map(|cluster| index * L2_ENTRIES + cluster));
+    let windows = 0..disk.virtual_size().div_ceil(L2_COVERS);
+    let window = |index: u64| Window::of(disk, Some(1), index);
+    let mut count = 0;
+    for index in windows.clone() {
+        count += window(index)?.count();
     }
+    let step = count.div_ceil(most as u64).max(1);
     let [mut ours, mut theirs] = [vec![0; CLUSTER as usize], vec![0; CLUSTER as usize]];
     let (mut compared, mut same) = (0, 0);
-    for cluster in clusters
-        .iter()
-        .step_by(clusters.len().div_ceil(most).max(1))
-    {
-        disk.read_at(cluster * CLUSTER, &mut ours)?;
-        other.read_at(cluster * CLUSTER, &mut theirs)?;
-        compared += 1;
-        same += usize::from(ours == theirs);
+    // Clusters of earlier windows.
+    let mut before: u64 = 0;
+    for index in windows {
+        let window = window(index)?;
+        let first = before.next_multiple_of(step) - before;
+        for rank in (first..window.count()).step_by(step as usize) {
+            let Some((cluster, _)) = window.run(rank, 1) else {
+                break;
+            };
+            let guest = (index * L2_ENTRIES + cluster) * CLUSTER;
+            disk.read_at(guest, &mut ours)?;
+            other.read_at(guest, &mut theirs)?;
+            compared += 1;
+            same += usize::from(ours == theirs);
+        }
+        before += window.count();
     }
     Ok((compared, same))
 }
@@ -119,7 +127,7 @@ impl Comparison {
         self.tables = Some(tables);
     }
 
-    /// Returns what was left out; None if that is nothing.
+    /// Returns the clusters that were left out; None if there are none.
     pub fn end(self) -> Option<LeftOut> {
         (self.left_out.count() > 0).then_some(self.left_out)
     }

@@ -7,10 +7,11 @@
 //! cluster: of each window (the 512 MiB behind one L2 table) only a count is kept, and the chain is
 //! asked again which clusters are allocated.
 
+use super::bits::is_set;
 use super::bytes::{COPIED, ZERO};
 use super::image_layout::{BLOCK_ENTRIES, ImageLayout, TABLE_ENTRIES};
 use super::overlay::{CLUSTER, L2_COVERS, NewHeader, backing_name, dimensions};
-use super::window::{RecentWindows, Window, is_set};
+use super::window::{RecentWindows, Window};
 use super::{Chain, Format, LeftOut};
 use crate::{Error, Result};
 use std::ops::Range;
@@ -54,7 +55,7 @@ enum Kind {
     /// What differs from another disk: how many layers are above those that both share, the other
     /// disk, and the same number for it.
     Differs(usize, Arc<Chain>, usize),
-    /// What was not left out when the image was received.
+    /// The clusters that were written when the image was received.
     Received(Arc<LeftOut>),
 }
 
@@ -88,8 +89,8 @@ impl Flattened {
         Flattened::plan_as(chain, kind, Some((backing, Format::Qcow2)))
     }
 
-    /// Plans an image of the clusters of a received image that were not left out, on top of the disk
-    /// that has the others: its top layer is a qcow2 image at `backing`. Errors besides: as
+    /// Plans an overlay with the clusters that were written when `image` was received, on top of the
+    /// disk that has the others: its top layer is a qcow2 image at `backing`. Errors besides: as
     /// [`Flattened::plan_upper`].
     pub fn plan_received(
         image: Arc<Chain>,

@@ -1,7 +1,7 @@
-//! Clusters that are missing in a received image, because another disk has them.
+//! The clusters that a received image lacks because another disk has the same.
 
 use super::overlay::CLUSTER;
-use super::{Chain, DataSource};
+use super::{Chain, DataSource, bits};
 use crate::{Context, Error, Result};
 use std::fmt::{self, Debug, Formatter};
 use std::fs::File;
@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The clusters of an image, in the guest's numbers, that were left out because another disk has the
-/// same.
+/// The clusters of a received image, by their numbers on the guest's disk, that were not written
+/// because another disk has the same bytes there.
 pub struct LeftOut {
     other: Arc<Chain>,
     /// A bit for each cluster of the guest, lowest bit first.
@@ -52,15 +52,12 @@ impl LeftOut {
 
     /// Returns whether a cluster of the guest was left out.
     pub fn has(&self, cluster: u64) -> bool {
-        let word = self.bits.get((cluster / 64) as usize);
-        word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+        bits::is_set(&self.bits, cluster)
     }
 
     pub(super) fn set(&mut self, cluster: u64) {
-        if let Some(word) = self.bits.get_mut((cluster / 64) as usize) {
-            *word |= 1 << (cluster % 64);
-            self.count += 1;
-        }
+        bits::set(&mut self.bits, cluster);
+        self.count += u64::from(self.has(cluster));
     }
 
     /// Writes the clusters that were left out into the image, which then stands alone. Does not flush

@@ -1,6 +1,7 @@
 //! One qcow2 layer, and chains of them: the only room that knows qcow2.
 //!
 //! * `file`: image files, opened, identified, read and stamped.
+//! * `bits`: sets of clusters.
 //! * `bytes`, `features`, `header`: the header of an image, and what it needs. `rebase`: the one way a header is changed.
 //! * `overlay`: a new, empty layer on top of another.
 //! * `holes`: where a raw image has data.
@@ -19,6 +20,7 @@
 //! `docs/interop/qcow2.rst`. The limits are qemu's and imago's where these are tighter than the
 //! format's.
 
+mod bits;
 mod bytes;
 mod chain;
 mod comparison;

@@ -1,5 +1,6 @@
 //! Windows of a disk: which clusters of the 512 MiB behind one L2 table are allocated.
 
+use super::bits::{clear, is_set, set};
 use super::left_out::without_place;
 use super::overlay::{CLUSTER, L2_COVERS, L2_ENTRIES};
 use super::{Chain, DataSource, Layer, LeftOut};
@@ -21,14 +22,14 @@ pub(super) struct Window {
     pub zeros: Bits,
 }
 
-/// A bit for each cluster of a window, lowest bit first.
-pub(super) type Bits = Box<[u64; (L2_ENTRIES / 64) as usize]>;
+/// The clusters of a window.
+type Bits = Box<[u64]>;
 
 impl Window {
     /// Asks the chain. Once a byte of a cluster is known to be data, the rest of the cluster is
     /// skipped.
     pub fn of(chain: &Chain, upper: Option<usize>, index: u64) -> Result<Window> {
-        let none = || Box::new([0u64; (L2_ENTRIES / 64) as usize]);
+        let none = || vec![0; (L2_ENTRIES / 64) as usize].into_boxed_slice();
         let mut window = Window {
             index,
             allocated: none(),
@@ -78,9 +79,9 @@ impl Window {
     }
 
     /// Finds the clusters in which a disk differs from another of the same size. Those clusters are
-    /// allocated, also where they are zeros; all others are left to the other disk. BoxLite's export
-    /// takes a cluster that is marked as zeros for one that is left to the layer below. `upper` and `other_upper`
-    /// are the numbers of layers on top of the layers that both disks share.
+    /// allocated, even if they are all zeros; all others are left to the other disk. (BoxLite's export
+    /// ignores the zero flag and reads the layer below.) `upper` and `other_upper` are the numbers of
+    /// layers on top of the layers that both disks share.
     pub fn differing(
         (chain, upper): (&Chain, usize),
         (other, other_upper): (&Chain, usize),
@@ -223,23 +224,6 @@ impl RecentWindows {
         recent.truncate(MOST_RECENT - 1);
         recent.push_front(window);
     }
-}
-
-fn set(bits: &mut Bits, cluster: u64) {
-    if let Some(word) = bits.get_mut((cluster / 64) as usize) {
-        *word |= 1 << (cluster % 64);
-    }
-}
-
-fn clear(bits: &mut Bits, cluster: u64) {
-    if let Some(word) = bits.get_mut((cluster / 64) as usize) {
-        *word &= !(1 << (cluster % 64));
-    }
-}
-
-pub(super) fn is_set(bits: &Bits, cluster: u64) -> bool {
-    let word = bits.get((cluster / 64) as usize);
-    word.is_some_and(|word| word >> (cluster % 64) & 1 == 1)
 }
 
 /// Returns whether any of these bytes of the guest is data.

@@ -64,17 +64,15 @@ impl Disks {
     pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
         let own = self.home.snapshot_disk(&snapshot.box_id, &snapshot.name);
         let snapshots = self.home.snapshots_dir(&snapshot.box_id);
+        let recorded = snapshot.base_path().map(PathBuf::from);
         // Paths as BoxLite and we write them. Resolve no links then: there may be thousands of
         // snapshots.
-        if let Some(path) = snapshot.base_path().map(PathBuf::from)
-            && self.is_plain_place(&path, &snapshots)
+        if let Some(path) = &recorded
+            && (*path == own || self.is_plain_place(path, &snapshots) && path.exists())
         {
-            return path;
+            return path.clone();
         }
-        let recorded = snapshot
-            .base_path()
-            .and_then(|path| resolve(Path::new(&path)).ok());
-        match recorded {
+        match recorded.as_deref().and_then(|path| resolve(path).ok()) {
             Some(path)
                 if path.starts_with(&snapshots)
                     || path.parent() == Some(self.home.bases_dir().as_path()) =>
@@ -82,7 +80,6 @@ impl Disks {
                 path
             }
             _ => {
-                let recorded = snapshot.base_path().map(PathBuf::from);
                 let directory = recorded.as_deref().and_then(Path::parent);
                 let name = directory.and_then(Path::file_name);
                 let here = name.map(|name| snapshots.join(name).join("disk.qcow2"));

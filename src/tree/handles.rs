@@ -51,8 +51,8 @@ impl Tree {
         }
     }
 
-    /// Opens a file of a guest, if that needs nothing but memory. None for all others: then
-    /// [`open_and_answer`](Tree::open_and_answer) does.
+    /// Opens a guest's file for reading if that takes no I/O. Returns None otherwise; use
+    /// [`open_and_answer`](Tree::open_and_answer) then.
     pub fn open_at_once(&self, ino: u64, flags: i32) -> Option<Result<Opened>> {
         let reads = flags & libc::O_ACCMODE == libc::O_RDONLY;
         let node = self.kernel.node(ino).ok().filter(|_| reads)?;

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use crate::common::*;
 use crate::inside::give_disk;
@@ -12,7 +13,7 @@ use crate::inside::give_disk;
 const SNAPSHOTS: usize = 12;
 const MIB: u64 = 1 << 20;
 
-/// Makes a home whose box has 30 MB of data that does not compress, and twelve snapshots that differ
+/// Makes a home whose box has 12 MB of data that does not compress, and twelve snapshots that differ
 /// by 1 MiB each.
 fn home_with_snapshots() -> TestHome {
     let home = TestHome::new();
@@ -209,7 +210,7 @@ fn what_was_left_out_is_written_when_its_state_is_gone_before_the_end() {
 }
 
 /// Makes a box `new` of a box's backup, and returns the archive of its snapshot s07.
-fn home_with_a_new_box() -> (TestHome, Mounted, std::path::PathBuf) {
+fn home_with_a_new_box() -> (TestHome, Mounted, PathBuf) {
     let home = home_with_snapshots();
     let mount = home.mount();
     let archive = home.beside("archive");
@@ -224,15 +225,21 @@ fn home_with_a_new_box() -> (TestHome, Mounted, std::path::PathBuf) {
 }
 
 /// Copies an archive into a new snapshot, as cp -r does.
-fn copy_snapshot(mount: &Mounted, archive: &std::path::Path, name: &str) {
+fn copy_snapshot(mount: &Mounted, archive: &Path, name: &str) {
     let directory = mount.at(format!("new/snapshots/{name}"));
     succeed(&["mkdir", text(&directory)]);
     let export = directory.join("export.boxlite");
     succeed(&["cp", text(archive), text(&export)]);
 }
 
+/// Fails unless a snapshot of the box has the disk of an archive.
+fn assert_is_of(home: &TestHome, snapshot: &str, archive: &Path) {
+    let disk = home.snapshot_disk("new", snapshot);
+    assert_eq!(digest(&disk), archive_digest(archive));
+}
+
 /// Overwrites 64 KiB of a file and leaves its times as they were.
-fn damage(file: &std::path::Path, offset: u64) {
+fn damage(file: &Path, offset: u64) {
     let stamp = tempfile::NamedTempFile::new().unwrap();
     succeed(&["touch", "-r", text(file), text(stamp.path())]);
     let seek = format!("seek={}", offset >> 16);
@@ -279,13 +286,12 @@ fn what_a_snapshot_shares_is_flushed_before_its_copy_is_answered() {
             .into_iter()
             .filter(|it| is_same(it, layer))
             .collect();
-        let is_flushed =
-            |name: &std::path::PathBuf| flushed.iter().any(|line| line.contains(text(name)));
+        let is_flushed = |name: &PathBuf| flushed.iter().any(|line| line.contains(text(name)));
         assert!(names.iter().any(is_flushed), "{names:?}: {flushed:#?}");
     }
 }
 
-fn is_same(one: &std::path::Path, other: &std::path::Path) -> bool {
+fn is_same(one: &Path, other: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     fs::metadata(one).unwrap().ino() == fs::metadata(other).unwrap().ino()
 }
@@ -299,10 +305,7 @@ fn a_snapshot_comes_back_whole_where_the_other_state_is_damaged() {
         damage(&home.snapshot_disk("new", "a"), table << 16);
     }
     copy_snapshot(&mount, &archive, "s");
-    assert_eq!(
-        digest(&home.snapshot_disk("new", "s")),
-        archive_digest(&archive)
-    );
+    assert_is_of(&home, "s", &archive);
 }
 
 #[test]
@@ -320,10 +323,7 @@ fn a_snapshot_needs_no_more_space_than_its_whole_disk() {
     disk.fill(size + size / 4);
     copy_snapshot(&mount, &archive, "s");
     mount.unmount();
-    assert_eq!(
-        digest(&home.snapshot_disk("new", "s")),
-        archive_digest(&archive)
-    );
+    assert_is_of(&home, "s", &archive);
 }
 
 #[test]

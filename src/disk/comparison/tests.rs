@@ -9,13 +9,13 @@ use tempfile::TempDir;
 
 const PIECE: usize = 1 << 20;
 
-struct Disks(TempDir);
+struct TwoDisks(TempDir);
 
-impl Disks {
+impl TwoDisks {
     /// Two disks of 1.2 GiB: the later one has other data in some places, none in others, and the
     /// same in most.
-    fn make() -> Disks {
-        let disks = Disks(tempfile::tempdir().unwrap());
+    fn make() -> TwoDisks {
+        let disks = TwoDisks(tempfile::tempdir().unwrap());
         let base = disks.at("base");
         create(&base, "cluster_size=64k", None, "1200M");
         qemu_io(
@@ -76,7 +76,7 @@ impl Disks {
 }
 
 /// Receives an image in pieces, as an import does: writes what is wanted, and nothing for pieces of
-/// zeros. Returns what was left out, and how many bytes were written.
+/// zeros. Returns the clusters that were left out, and the number of bytes written.
 fn receive(bytes: &[u8], other: Arc<Chain>, to: &Path) -> (Option<LeftOut>, usize) {
     let file = File::options()
         .read(true)
@@ -102,10 +102,16 @@ fn receive(bytes: &[u8], other: Arc<Chain>, to: &Path) -> (Option<LeftOut>, usiz
     (comparison.end(), written)
 }
 
+/// Writes the clusters that were left out into a received image.
+fn fill(left_out: &LeftOut, received: &Path) -> Result<()> {
+    let file = File::options().write(true).open(received).unwrap();
+    left_out.fill(&file, received)
+}
+
 #[test]
 #[ignore = "needs programs"]
 fn what_another_disk_has_is_left_out_and_can_be_filled_in() {
-    let disks = Disks::make();
+    let disks = TwoDisks::make();
     for (one, other) in [
         ("later", "earlier"),
         ("earlier", "later"),
@@ -131,11 +137,7 @@ fn what_another_disk_has_is_left_out_and_can_be_filled_in() {
         check_clean(&image);
         disks.assert_same(one, &format!("{whole} difference"));
 
-        let file = File::options()
-            .write(true)
-            .open(disks.at(&received))
-            .unwrap();
-        left_out.fill(&file, &disks.at(&received)).unwrap();
+        fill(&left_out, &disks.at(&received)).unwrap();
         assert!(
             std::fs::read(disks.at(&received)).unwrap() == bytes,
             "{whole}"
@@ -146,7 +148,7 @@ fn what_another_disk_has_is_left_out_and_can_be_filled_in() {
 #[test]
 #[ignore = "needs programs"]
 fn images_that_are_in_another_order_or_of_another_kind_are_written_whole() {
-    let disks = Disks::make();
+    let disks = TwoDisks::make();
     let later = disks.at("later");
     for (name, options) in [
         // qemu puts each L2 table where it needs it, and writes the L1 table last.
@@ -167,11 +169,7 @@ fn images_that_are_in_another_order_or_of_another_kind_are_written_whole() {
         let received = format!("{name} received");
         let (left_out, _) = receive(&bytes, disks.chain("earlier"), &disks.at(&received));
         if let Some(left_out) = left_out {
-            let file = File::options()
-                .write(true)
-                .open(disks.at(&received))
-                .unwrap();
-            left_out.fill(&file, &disks.at(&received)).unwrap();
+            fill(&left_out, &disks.at(&received)).unwrap();
         }
         assert!(
             std::fs::read(disks.at(&received)).unwrap() == bytes,
@@ -183,7 +181,7 @@ fn images_that_are_in_another_order_or_of_another_kind_are_written_whole() {
 #[test]
 #[ignore = "needs programs"]
 fn a_disk_of_another_size_is_written_whole() {
-    let disks = Disks::make();
+    let disks = TwoDisks::make();
     let bytes = disks.flat("later", "whole");
     create(
         &disks.at("larger"),
@@ -255,11 +253,7 @@ fn crafted_tables_leave_out_nothing_that_the_other_disk_lacks() {
     let same = Arc::new(Chain::open(&same, Path::new("/"), 0).unwrap());
     let (left_out, _) = receive(&image, same, &place);
     let left_out = Arc::new(left_out.unwrap());
-    let file = File::options().write(true).open(&place).unwrap();
-    assert_eq!(
-        left_out.fill(&file, &place).unwrap_err().errno(),
-        libc::EBADMSG
-    );
+    assert_eq!(fill(&left_out, &place).unwrap_err().errno(), libc::EBADMSG);
     let chain = Arc::new(Chain::open(&place, Path::new("/"), 0).unwrap());
     let planned = Flattened::plan_received(chain, left_out, Path::new("/below"));
     assert_eq!(planned.err().map(|e| e.errno()), Some(libc::EBADMSG));

@@ -1,5 +1,6 @@
 //! Claims on host clusters: which are in use.
 
+use crate::disk::bits::is_set;
 use std::ops::{Range, RangeInclusive};
 
 /// Host clusters whose compressed references are counted in one walk: 32 MiB of counters, and at
@@ -72,8 +73,6 @@ impl Claims {
     }
 
     pub fn claimed(&self, cluster: u64) -> bool {
-        self.bits
-            .get((cluster / 64) as usize)
-            .is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+        is_set(&self.bits, cluster)
     }
 }

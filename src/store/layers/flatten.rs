@@ -94,8 +94,8 @@ pub fn plan_difference(
     })
 }
 
-/// Plans the image of what was not left out of a received disk, at `received`, on top of the layer
-/// `id` at `base`, which has the rest.
+/// Plans an overlay with the clusters that were written of a received disk, at `received`. The layer
+/// `id` at `base` has the rest.
 ///
 /// # Errors
 /// Those of reading the disk and the state.

@@ -86,11 +86,9 @@ pub fn freeze_nearer(
     reference: &ReferenceState,
     disk: &Chain,
 ) -> Result<Option<ReferenceState>> {
-    let mut candidates = candidates(store, coming)?;
-    candidates.retain(|candidate| candidate.layers < MOST_BACKING);
-    candidates.sort_by_key(|candidate| (candidate.distance(coming.created_at), candidate.time));
+    let candidates = candidates(store, coming)?.filter(Candidate::has_room);
     let mut best = None;
-    for (number, candidate) in candidates.into_iter().take(MOST_COMPARED).enumerate() {
+    for (number, candidate) in candidates.take(MOST_COMPARED).enumerate() {
         let top = store.exports.disks.top_of(&candidate.source)?;
         let chain = store.exports.disks.open_chain(&top)?;
         let is_same = chain.layers().first().map(Layer::id) == Some(reference.id);
@@ -130,8 +128,8 @@ fn freeze(store: &Store, source: &Source) -> Result<Option<ReferenceState>> {
     }))
 }
 
-/// Flushes all layers of a frozen state. BoxLite flushes no layer that it freezes, and what is left
-/// out of a snapshot is only there.
+/// Flushes all layers of a frozen state. BoxLite does not flush the layers that it freezes, and the
+/// clusters that a snapshot shares with them exist nowhere else.
 ///
 /// # Errors
 /// Those of the flush.
@@ -143,8 +141,12 @@ pub fn flush(chain: &Chain) -> Result<()> {
     Ok(())
 }
 
-/// Returns the states of a box that another layer may be put on.
-fn candidates(store: &Store, coming: ComingSnapshot<'_>) -> Result<Vec<Candidate>> {
+/// Returns the states of a box that another layer may be put on, nearest in time first. Headers are
+/// read only of those that are looked at.
+fn candidates<'s>(
+    store: &'s Store,
+    coming: ComingSnapshot<'_>,
+) -> Result<impl Iterator<Item = Candidate> + use<'s>> {
     let catalog = store.home().catalog()?;
     let box_id = coming.box_id;
     let rows = catalog.snapshots_of(box_id).iter();
@@ -159,27 +161,32 @@ fn candidates(store: &Store, coming: ComingSnapshot<'_>) -> Result<Vec<Candidate
     let live = Source::Live {
         box_id: box_id.to_owned(),
     };
-    let all = snapshots.chain([(live, i64::MAX)]);
-    let layers_of = |source: &Source| layers(&store.exports.disks.top_of(source).ok()?);
-    let known = all.filter_map(|(source, time)| {
+    let mut all: Vec<(Source, i64)> = snapshots.chain([(live, i64::MAX)]).collect();
+    all.sort_by_key(|(_, time)| (distance(*time, coming.created_at), *time));
+    let known = all.into_iter().filter_map(|(source, time)| {
         Some(Candidate {
-            layers: layers_of(&source)?,
+            layers: layers(&store.exports.disks.top_of(&source).ok()?)?,
             source,
             time,
         })
     });
-    Ok(known.collect())
+    Ok(known)
 }
 
 impl Candidate {
-    /// Returns how far in time it is from a snapshot, in seconds; without a time, how old it is, the
-    /// present state last.
-    fn distance(&self, created_at: Option<i64>) -> u64 {
-        match created_at {
-            Some(created_at) => self.time.abs_diff(created_at),
-            None if self.time == i64::MAX => u64::MAX,
-            None => i64::MAX.abs_diff(self.time),
-        }
+    /// Returns whether a box could start from one layer more.
+    fn has_room(&self) -> bool {
+        self.layers < MOST_BACKING
+    }
+}
+
+/// Returns how far in time a state is from a snapshot, in seconds. Without a time it is how old the
+/// state is, the present one last: the newest snapshot is the one that was copied last.
+fn distance(time: i64, created_at: Option<i64>) -> u64 {
+    match created_at {
+        Some(created_at) => time.abs_diff(created_at),
+        None if time == i64::MAX => u64::MAX,
+        None => i64::MAX.abs_diff(time),
     }
 }
 
@@ -191,18 +198,19 @@ fn layers(top: &Path) -> Option<usize> {
 
 /// Chooses the state that is nearest in time. Where its chain is so long already that a box could
 /// not start from one layer more, the one with the shortest chain: later snapshots find room on
-/// this one. Without a time, the newest snapshot is the one that was copied last.
-fn choose(candidates: Vec<Candidate>, created_at: Option<i64>) -> Option<Source> {
-    let distance = |candidate: &Candidate| candidate.distance(created_at);
-    let nearest = candidates.iter().min_by_key(|it| (distance(it), it.time))?;
-    let chosen = if nearest.layers < MOST_BACKING {
+/// this one. `candidates` come nearest first.
+fn choose(
+    mut candidates: impl Iterator<Item = Candidate>,
+    created_at: Option<i64>,
+) -> Option<Source> {
+    let nearest = candidates.next()?;
+    let chosen = if nearest.has_room() {
         nearest
     } else {
-        let has_room = |it: &&Candidate| it.layers < MOST_BACKING;
-        let shorter = candidates.iter().filter(has_room);
-        shorter.min_by_key(|it| (it.layers, distance(it), Reverse(it.time)))?
+        let shorter = candidates.filter(Candidate::has_room);
+        shorter.min_by_key(|it| (it.layers, distance(it.time, created_at), Reverse(it.time)))?
     };
-    Some(chosen.source.clone())
+    Some(chosen.source)
 }
 
 impl ReferenceState {
@@ -232,8 +240,9 @@ mod tests {
         }
     }
 
-    fn chosen(candidates: Vec<Candidate>, created_at: Option<i64>) -> Option<String> {
-        choose(candidates, created_at).map(|source| match source {
+    fn chosen(mut candidates: Vec<Candidate>, created_at: Option<i64>) -> Option<String> {
+        candidates.sort_by_key(|it| (distance(it.time, created_at), it.time));
+        choose(candidates.into_iter(), created_at).map(|source| match source {
             Source::Live { .. } => "live".to_owned(),
             Source::Snapshot { snapshot_id, .. } => snapshot_id,
         })

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::disk::{Chain, Layer};
+use crate::exports::{Contents, Source};
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::workspace::discard;
@@ -39,7 +40,8 @@ const WORTH_ANOTHER_LOOK: u64 = 1 << 20;
 /// EBADMSG when the archive is incomplete or BoxLite could not read its options, EPERM when its
 /// options are not allowed here, EEXIST when the name is taken, EBUSY.
 pub fn import_box(store: &Store, stream: &ImportStream, new: &NewBoxIdentity) -> Result<()> {
-    let result = made_again(store, &|| make_imported(store, stream, new));
+    let same = stream.same_state(store);
+    let result = made_again(store, &|| make_imported(store, stream, same.as_ref(), new));
     store
         .events()
         .log_outcome(&format!("import of box {}", new.name), result)
@@ -48,14 +50,19 @@ pub fn import_box(store: &Store, stream: &ImportStream, new: &NewBoxIdentity) ->
 /// Order: the disk was unpacked and checked in the workspace; build the box's directory there; then
 /// as for a clone. An archive of a state that the home has, copied by a tool that reads and writes,
 /// becomes a clone of that state.
-fn make_imported(store: &Store, stream: &ImportStream, new: &NewBoxIdentity) -> Result<()> {
+fn make_imported(
+    store: &Store,
+    stream: &ImportStream,
+    same: Option<&(Source, Contents)>,
+    new: &NewBoxIdentity,
+) -> Result<()> {
     store.refuse_read_only()?;
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
     let options = stream.box_options()?;
-    if let Some(same) = stream.same_state(store)
-        && share_with_box(store, &same, new, options.clone())?
+    if let Some(same) = same
+        && share_with_box(store, same, new, options.clone())?
     {
         discard(stream.place());
         return Ok(());
@@ -102,8 +109,9 @@ pub fn import_snapshot(
     new: &NewSnapshotIdentity,
 ) -> Result<()> {
     let name = &new.name;
+    let same = stream.same_state(store);
     let result = made_again(store, &|| {
-        make_imported_snapshot(store, stream, box_id, new)
+        make_imported_snapshot(store, stream, same.as_ref(), box_id, new)
     });
     store.events().log_outcome(
         &format!(
@@ -123,6 +131,7 @@ pub fn import_snapshot(
 fn make_imported_snapshot(
     store: &Store,
     stream: &ImportStream,
+    same: Option<&(Source, Contents)>,
     box_id: &str,
     new: &NewSnapshotIdentity,
 ) -> Result<()> {
@@ -131,8 +140,8 @@ fn make_imported_snapshot(
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
-    if let Some(same) = stream.same_state(store)
-        && share_with_snapshot(store, &same, box_id, new)?
+    if let Some(same) = same
+        && share_with_snapshot(store, same, box_id, new)?
     {
         discard(stream.place());
         return Ok(());

@@ -56,7 +56,7 @@ pub struct ImportStream {
     is_left: bool,
     /// The state that the disk is compared with, if any.
     reference: Option<Arc<ReferenceState>>,
-    /// What was left out because that state has it was written all the same: the disk stands alone.
+    /// The clusters that were left out have been written after all: the disk stands alone.
     is_filled: AtomicBool,
     _under_way: UnderWay,
 }
@@ -304,7 +304,7 @@ impl ImportStream {
     /// Returns the path of the unpacked disk, which stands alone. To take the disk, move it away.
     ///
     /// # Errors
-    /// ENOSPC and EIO when what was left out of it can't be written.
+    /// ENOSPC and EIO when the clusters that were left out can't be written.
     pub fn disk(&self) -> Result<&Path> {
         let left_out = self.incoming.arrived().and_then(|it| it.left_out.as_ref());
         if let Some(left_out) = left_out

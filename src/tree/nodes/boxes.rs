@@ -50,7 +50,7 @@ impl Boxes {
             None => BoxNames::of(catalog),
         });
         if let Some(before) = &*latest {
-            for link in &Moved::between(before, &fresh).links {
+            for link in &ChangedNames::between(before, &fresh).links {
                 self.kernel.raise_generation(link);
             }
         }
@@ -105,12 +105,12 @@ impl Boxes {
         }
         // If the rows can't be read now, the kernel keeps the names for its moment.
         if let Ok(after) = self.names() {
-            self.drop_moved(&Moved::between(&before, &after));
+            self.drop_changed(&ChangedNames::between(&before, &after));
         }
         changed
     }
 
-    fn drop_moved(&self, moved: &Moved) {
+    fn drop_changed(&self, moved: &ChangedNames) {
         for link in &moved.links {
             self.kernel.drop_pages(link);
         }
@@ -145,16 +145,16 @@ impl Boxes {
 
 /// What stands for something else than before, because boxes or snapshots were renamed or removed.
 #[derive(Default)]
-struct Moved {
+struct ChangedNames {
     /// Links that point elsewhere.
     links: Vec<Node>,
     /// Names in the view, each with its directory.
     names: Vec<(Node, String)>,
 }
 
-impl Moved {
-    fn between(before: &BoxNames, after: &BoxNames) -> Moved {
-        let mut moved = Moved::default();
+impl ChangedNames {
+    fn between(before: &BoxNames, after: &BoxNames) -> ChangedNames {
+        let mut moved = ChangedNames::default();
         for id in after.changed_since(before) {
             let now = after.of_id(&id);
             let Some(name) = before.of_id(&id).filter(|name| Some(*name) != now) else {

@@ -48,7 +48,7 @@ pub fn open(home: &HomeView, caller: Caller, node: Node) -> Result<Opened> {
     Ok(opened(home, handle, is_of_state))
 }
 
-/// Opens a file for reading, if that needs nothing but memory. None for all others.
+/// Opens a file for reading if that takes no I/O. Returns None otherwise.
 pub fn open_at_once(home: &HomeView, node: &Node) -> Option<Result<Opened>> {
     let handle = home.guests.open_held(node)?;
     Some(handle.map(|handle| opened(home, handle, true)))

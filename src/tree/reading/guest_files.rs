@@ -303,7 +303,7 @@ impl GuestFiles {
         })
     }
 
-    /// Opens a file of a guest whose disk is open: that needs nothing but memory. None for others.
+    /// Opens a guest's file without I/O if its disk is already open. Returns None otherwise.
     pub fn open_held(&self, node: &Node) -> Option<Result<Handle>> {
         let Node::Guest(file) = node else {
             return None;

@@ -62,13 +62,24 @@ impl Disks {
     /// snapshots of the box or in `bases/`. Otherwise the home is a copy, and this is the path that
     /// the layer has in it: in the directory of the same name.
     pub(crate) fn snapshot_layer(&self, snapshot: &SnapshotRecord) -> PathBuf {
+        self.snapshot_layer_among(snapshot, &|_| false)
+    }
+
+    /// Returns the path of a snapshot's layer, as [`Disks::snapshot_layer`] does. `is_there` knows
+    /// of some files that they exist.
+    pub(crate) fn snapshot_layer_among(
+        &self,
+        snapshot: &SnapshotRecord,
+        is_there: &dyn Fn(&Path) -> bool,
+    ) -> PathBuf {
         let own = self.home.snapshot_disk(&snapshot.box_id, &snapshot.name);
         let snapshots = self.home.snapshots_dir(&snapshot.box_id);
         let recorded = snapshot.base_path().map(PathBuf::from);
         // Paths as BoxLite and we write them. Resolve no links then: there may be thousands of
         // snapshots.
         if let Some(path) = &recorded
-            && (*path == own || self.is_plain_place(path, &snapshots) && path.exists())
+            && (*path == own
+                || self.is_plain_place(path, &snapshots) && (is_there(path) || path.exists()))
         {
             return path.clone();
         }

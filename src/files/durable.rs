@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes, Metadata};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
@@ -19,6 +20,20 @@ pub fn sync_file(path: &Path) -> Result<()> {
     File::open(path)
         .and_then(|file| file.sync_all())
         .context(|| format!("cannot flush {}", path.display()))
+}
+
+/// How often this process has changed names or headers of image files.
+static CHANGES: AtomicU64 = AtomicU64::new(0);
+
+/// Returns a number that differs after every change of names by this module, and after
+/// [`count_change`]. What was seen of a directory before proves nothing after it.
+pub fn changes() -> u64 {
+    CHANGES.load(Ordering::Acquire)
+}
+
+/// Counts a change of names, or of the headers of image files, that is made by other means.
+pub fn count_change() {
+    CHANGES.fetch_add(1, Ordering::AcqRel);
 }
 
 /// Directories that this process changed and could not flush. The caller got the error, but a power
@@ -92,6 +107,7 @@ fn parent(path: &Path) -> Result<&Path> {
 /// # Errors
 /// Those of link and of fsync.
 pub fn link(file: &Path, name: &Path) -> Result<()> {
+    count_change();
     fs::hard_link(file, name)
         .context(|| format!("cannot link {} to {}", file.display(), name.display()))?;
     sync_dir(parent(name)?).inspect_err(|_| {
@@ -104,6 +120,7 @@ pub fn link(file: &Path, name: &Path) -> Result<()> {
 /// # Errors
 /// Those of rename and of fsync.
 pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    count_change();
     fs::rename(from, to)
         .context(|| format!("cannot move {} to {}", from.display(), to.display()))?;
     sync_dir(parent(to)?)
@@ -126,7 +143,10 @@ pub fn unlink(path: &Path) -> Result<()> {
 /// Those of unlink.
 pub fn unlink_unflushed(path: &Path) -> Result<bool> {
     match fs::remove_file(path) {
-        Ok(()) => Ok(true),
+        Ok(()) => {
+            count_change();
+            Ok(true)
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io(format!("cannot remove {}", path.display()), e)),
     }
@@ -138,7 +158,10 @@ pub fn unlink_unflushed(path: &Path) -> Result<bool> {
 /// ENOTEMPTY; those of rmdir and of fsync.
 pub fn remove_dir(path: &Path) -> Result<()> {
     match fs::remove_dir(path) {
-        Ok(()) => sync_dir(parent(path)?),
+        Ok(()) => {
+            count_change();
+            sync_dir(parent(path)?)
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(Error::io(format!("cannot remove {}", path.display()), e)),
     }

@@ -1,5 +1,6 @@
 //! The right to change a home: the locks, a fresh connection, and the transactions.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
@@ -31,6 +32,7 @@ const FIRST_LOCK_ID: u32 = 1_000_000;
 pub struct Change<'h> {
     home: &'h Home,
     rows: Queries,
+    epoch: Cell<u64>,
     /// Present in a change without the runtime lock.
     shared: Option<SharedAccess>,
     /// The runtime lock, unless the change is shared.
@@ -107,6 +109,7 @@ impl Home {
                 connection,
                 database,
             },
+            epoch: Cell::default(),
             shared,
             _lock: lock,
             _ours: ours,
@@ -143,6 +146,17 @@ impl Change<'_> {
     /// The home being changed.
     pub fn home(&self) -> &Home {
         self.home
+    }
+
+    /// Returns a number that differs after every transaction of this change, and after each step that
+    /// restricts what others can do meanwhile. What was seen of the home before such a step proves
+    /// nothing after it.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.get()
+    }
+
+    fn next_epoch(&self) {
+        self.epoch.set(self.epoch.get() + 1);
     }
 
     /// Returns whether the change has no runtime lock. Then an apparent leftover of a crash may be a
@@ -192,6 +206,7 @@ impl Change<'_> {
         if self.shared.is_none() {
             return Ok(true);
         }
+        self.next_epoch();
         if !self.is_alone() {
             return Ok(false);
         }
@@ -214,6 +229,7 @@ impl Change<'_> {
     /// # Errors
     /// EBUSY while BoxLite starts the box.
     pub fn watch(&self, record: &BoxRecord) -> Result<()> {
+        self.next_epoch();
         match &self.shared {
             Some(shared) => shared.watch(self.home, &self.rows, record),
             None => Ok(()),
@@ -227,6 +243,7 @@ impl Change<'_> {
     /// # Errors
     /// EBUSY when BoxLite was faster.
     pub fn begin_exclusive(&self) -> Result<()> {
+        self.next_epoch();
         match &self.shared {
             Some(shared) => shared.begin_exclusive(self.home, &self.rows),
             None => Ok(()),
@@ -295,6 +312,7 @@ impl Change<'_> {
     }
 
     fn commit<T>(&mut self, edit: impl FnOnce(&Transaction) -> Result<T>) -> Result<T> {
+        self.next_epoch();
         let before = self
             .home
             .catalog

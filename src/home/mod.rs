@@ -9,7 +9,7 @@
 //! * `option_types`, `options`, `host_access`: BoxLite's box options.
 //! * `activity`, `process`, `guard`, `vm_process`: whether a box runs, and how its machine is
 //!   paused.
-//! * `size_cache`: sizes and digests that were computed before.
+//! * `size_cache`, `known_headers`: sizes, digests and headers that were computed or read before.
 //! * `identity`: identifiers and times as BoxLite writes them.
 //!
 //! It is the only room that knows SQL. It knows nothing of qcow2 and FUSE. Facts about the files
@@ -24,6 +24,7 @@ mod connection;
 mod guard;
 mod host_access;
 mod identity;
+mod known_headers;
 mod lock;
 mod option_types;
 mod options;
@@ -48,6 +49,7 @@ pub use identity::{
     base_id, box_id, container_id, is_safe_component, is_snapshot_name, rfc3339, rfc3339_at,
     snapshot_id,
 };
+pub use known_headers::KnownHeader;
 pub use lock::flock_exclusive;
 pub use option_types::check_options;
 pub use options::{normalize_imported, redact_secrets};
@@ -59,6 +61,8 @@ pub use records::{
     BaseFile, BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
 };
 pub use size_cache::SizeCache;
+#[cfg(test)]
+pub(crate) use size_cache::home_in;
 pub use space::Space;
 pub use transactions::Transaction;
 pub use vm_process::{Paused, VmProcess};

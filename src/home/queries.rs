@@ -140,6 +140,30 @@ impl Queries {
         self.sql(rows())
     }
 
+    /// Returns the references of all boxes to the bases that a box refers to: the boxes, by the path
+    /// that the row of the base names.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn sharing_boxes(&self, box_id: &str) -> Result<HashMap<PathBuf, Vec<String>>> {
+        let rows = || -> rusqlite::Result<Vec<(String, String)>> {
+            let mut statement = self.connection.prepare_cached(
+                "SELECT base_disk.base_path, others.box_id
+                 FROM base_disk_ref own
+                 JOIN base_disk ON base_disk.id = own.base_disk_id
+                 JOIN base_disk_ref others ON others.base_disk_id = own.base_disk_id
+                 WHERE own.box_id = ?1",
+            )?;
+            let rows = statement.query_map([box_id], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            rows.collect()
+        };
+        let mut sharing = HashMap::<PathBuf, Vec<String>>::new();
+        for (path, other) in self.sql(rows())? {
+            sharing.entry(PathBuf::from(path)).or_default().push(other);
+        }
+        Ok(sharing)
+    }
+
     /// Returns every reference: the bases that each box refers to, by its id.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
-//! `db/boxlitefs.db`: sizes and digests that were computed before and are expensive to compute.
+//! `db/boxlitefs.db`: sizes and digests that were computed before and are expensive to compute, and
+//! headers of image files (`known_headers`).
 //!
 //! A cache: it may be deleted at any time, and its failures are no errors. Its keys are hashes of
 //! everything that determines a value, so nothing has to be invalidated.
@@ -19,12 +20,18 @@ const MOST_ARCHIVES: i64 = 1000;
 const BUSY: Duration = Duration::from_millis(500);
 /// What each version of the tables adds to the one before. SQLite's user_version counts the
 /// versions that were applied. Never edit a version; add one.
-const VERSIONS: &[&str] = &["
+const VERSIONS: &[&str] = &[
+    "
     CREATE TABLE frame (key BLOB PRIMARY KEY, size INTEGER NOT NULL, used INTEGER NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE archive (key BLOB PRIMARY KEY, size INTEGER NOT NULL, sizes BLOB NOT NULL,
         used INTEGER NOT NULL);
-    CREATE TABLE disk (key BLOB PRIMARY KEY, sha256 BLOB NOT NULL, used INTEGER NOT NULL);"];
+    CREATE TABLE disk (key BLOB PRIMARY KEY, sha256 BLOB NOT NULL, used INTEGER NOT NULL);",
+    "
+    CREATE TABLE header (device INTEGER NOT NULL, inode INTEGER NOT NULL, length INTEGER NOT NULL,
+        modified INTEGER NOT NULL, changed INTEGER NOT NULL, backing BLOB, boot TEXT NOT NULL,
+        PRIMARY KEY (device, inode)) WITHOUT ROWID;",
+];
 
 /// The cache of sizes and digests.
 pub struct SizeCache {
@@ -140,18 +147,30 @@ impl SizeCache {
     }
 
     fn get<T: rusqlite::types::FromSql>(&self, query: &str, key: &[u8]) -> Option<T> {
-        let connection = self.connection.lock();
-        let found = connection
-            .as_ref()?
-            .prepare_cached(query)
-            .and_then(|mut query| query.query_row([key], |row| row.get(0)).optional());
-        found.unwrap_or_else(|error| {
-            log::debug!("{}: {error}", self.path.display());
-            None
-        })
+        let found = self.read(|connection| {
+            let mut query = connection.prepare_cached(query)?;
+            query.query_row([key], |row| row.get(0)).optional()
+        });
+        found.flatten()
     }
 
-    fn change(&self, work: impl FnOnce(&rusqlite::Transaction, i64) -> rusqlite::Result<()>) {
+    /// Returns what `work` reads; None where the database can't be read.
+    pub(super) fn read<T>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Option<T> {
+        let connection = self.connection.lock();
+        let read = work(connection.as_ref()?);
+        read.inspect_err(|error| log::debug!("{}: {error}", self.path.display()))
+            .ok()
+    }
+
+    /// Runs `work` in one transaction, with the present time in seconds since 1970. A failure is only
+    /// logged.
+    pub(super) fn change(
+        &self,
+        work: impl FnOnce(&rusqlite::Transaction, i64) -> rusqlite::Result<()>,
+    ) {
         let mut connection = self.connection.lock();
         let Some(connection) = connection.as_mut().filter(|_| self.writable) else {
             return;
@@ -254,22 +273,28 @@ fn open(path: &Path, read_only: bool, versions: &[&str]) -> Result<Connection, U
     Ok(connection)
 }
 
+/// Makes a home without boxes in `dir`, or opens it.
+#[cfg(test)]
+pub(crate) fn home_in(dir: &Path) -> Home {
+    std::fs::create_dir_all(dir.join("db")).unwrap();
+    let connection = Connection::open(dir.join("db/boxlite.db")).unwrap();
+    connection
+        .execute_batch(
+            "CREATE TABLE IF NOT EXISTS schema_version (id INTEGER PRIMARY KEY, version INTEGER, updated_at TEXT);
+             INSERT OR REPLACE INTO schema_version VALUES (1, 6, '');
+             CREATE TABLE IF NOT EXISTS box_config (id TEXT PRIMARY KEY, name TEXT, created_at INTEGER, json TEXT);
+             CREATE TABLE IF NOT EXISTS box_state (id TEXT PRIMARY KEY, status TEXT, pid INTEGER, json TEXT);",
+        )
+        .unwrap();
+    Home::open(dir).unwrap()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn home(dir: &Path) -> Home {
-        std::fs::create_dir_all(dir.join("db")).unwrap();
-        let connection = Connection::open(dir.join("db/boxlite.db")).unwrap();
-        connection
-            .execute_batch(
-                "CREATE TABLE IF NOT EXISTS schema_version (id INTEGER PRIMARY KEY, version INTEGER, updated_at TEXT);
-                 INSERT OR REPLACE INTO schema_version VALUES (1, 6, '');
-                 CREATE TABLE IF NOT EXISTS box_config (id TEXT PRIMARY KEY, name TEXT, created_at INTEGER, json TEXT);
-                 CREATE TABLE IF NOT EXISTS box_state (id TEXT PRIMARY KEY, status TEXT, pid INTEGER, json TEXT);",
-            )
-            .unwrap();
-        Home::open(dir).unwrap()
+        home_in(dir)
     }
 
     #[test]

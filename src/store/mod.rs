@@ -200,7 +200,7 @@ impl Store {
             opened.workspace.clone(),
         ));
         Store {
-            layers: LayerScanner::new(opened.home.clone(), exports.states.clone(), spares.clone()),
+            layers: LayerScanner::new(&opened, exports.states.clone(), spares.clone()),
             spares,
             left: LeftSnapshots::default(),
             unfreed: Unfreed::default(),

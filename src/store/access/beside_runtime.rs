@@ -199,6 +199,7 @@ pub fn refuse_other_size(locked: &LockedBox<'_>, live: &Path, size: u64) -> Resu
 /// Exchanges the names of two files in one step (renameat2 with RENAME_EXCHANGE). ENOENT when one
 /// is missing.
 fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    durable::count_change();
     renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(io::Error::from)
 }
 

@@ -44,11 +44,7 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
         return tidy_spares(store, &change);
     };
     boxes.push(first.clone());
-    let mut locked = LockedBox {
-        store,
-        change,
-        record: first,
-    };
+    let mut locked = LockedBox::new(store, change, first);
     // One scan before recovery and one after it serve all boxes: the lock is held.
     let mut layers = store.layers.scan()?;
     if boxes

@@ -1,13 +1,15 @@
 //! What happens before every change: take the lock, read fresh rows, check whether the box may be
 //! changed, and recover it.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::disk::chain_paths;
 use crate::exports::{Source, display_name};
 use crate::files::durable;
-use crate::home::{Activity, Change, VmProcess, reject_linked_box};
+use crate::home::{Activity, BaseRecord, Change, VmProcess, reject_linked_box};
 use crate::store::Store;
 use crate::store::access::beside_runtime::{cloned_just_now, refuse_pending, refuse_unsettled};
 use crate::store::access::locked_box::LockedBox;
@@ -15,6 +17,7 @@ use crate::store::access::path_spelling::{has_right_paths, put_paths_right, refu
 use crate::store::access::recovery::recover_box;
 use crate::store::layers::adopt::{adopt_frozen_chains, adopt_own_chains};
 use crate::store::layers::bases::new_base;
+use crate::store::layers::chains::Chains;
 use crate::store::layers::graph::LayerGraph;
 use crate::store::layers::put_back::put_back_bases;
 use crate::{Error, Result};
@@ -85,20 +88,20 @@ pub fn lock_source<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> 
 
 fn box_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<LockedBox<'s>> {
     let record = change.box_by_id(box_id)?;
-    Ok(LockedBox {
-        store,
-        change,
-        record,
-    })
+    Ok(LockedBox::new(store, change, record))
 }
 
-/// Checks that the box may be changed, as [`lock_unprepared`] does, for a change that is safe
-/// beside a runtime.
+/// Checks that the box may be changed by a change that is safe beside a runtime, as far as its live
+/// disk tells: the change itself looks at all its layers.
 ///
 /// # Errors
 /// Those of [`lock_shared`].
 pub fn lock_shared_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
-    shared_or_exclusive(store, &|change| lock_within(store, change, box_id))
+    shared_or_exclusive(store, &|change| {
+        let locked = box_within(store, change, box_id)?;
+        refuse_unfit_disk(&locked)?;
+        Ok(locked)
+    })
 }
 
 /// Takes the lock and checks that the box may be changed, without recovering it. This is enough for
@@ -122,9 +125,21 @@ fn lock_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result
 /// # Errors
 /// EBUSY, EPERM.
 pub fn refuse_unfit(locked: &LockedBox<'_>) -> Result<()> {
-    locked.change.watch(&locked.record)?;
-    locked.store.exports.disks.refuse_active(&locked.record)?;
+    refuse_in_use(locked)?;
     refuse_foreign_paths(locked)
+}
+
+/// Refuses a box as [`refuse_unfit`] does. Of its layers, it looks at those of the live disk alone.
+fn refuse_unfit_disk(locked: &LockedBox<'_>) -> Result<()> {
+    refuse_in_use(locked)?;
+    refuse_foreign_rows(locked)?;
+    let chain = locked.live().and_then(|live| chain_paths(&live).ok());
+    refuse_outside(locked, chain.iter().flatten().map(PathBuf::as_path))
+}
+
+fn refuse_in_use(locked: &LockedBox<'_>) -> Result<()> {
+    locked.change.watch(&locked.record)?;
+    locked.store.exports.disks.refuse_active(&locked.record)
 }
 
 /// Recovers the box, and completes its layers and references. Recovery needs the runtime lock,
@@ -155,7 +170,7 @@ fn needs_lock(locked: &LockedBox<'_>, error: &Error) -> bool {
 /// Completes the layers and references of a box that needs no recovery.
 fn complete(locked: &mut LockedBox<'_>) -> Result<()> {
     let chains = adopt_own_chains(locked)?;
-    complete_refs(locked, chains)
+    complete_refs(locked, &chains)
 }
 
 /// Switches to another box under the same lock and makes it ready.
@@ -163,7 +178,8 @@ fn complete(locked: &mut LockedBox<'_>) -> Result<()> {
 /// # Errors
 /// Those of [`lock_box`].
 pub fn switch_to(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
-    switch_unprepared(locked, box_id)?;
+    locked.record = locked.change.box_by_id(box_id)?;
+    refuse_unfit(locked)?;
     make_ready(locked)
 }
 
@@ -191,7 +207,7 @@ fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
     refuse_pending(locked)?;
     adopt_frozen_chains(locked)?;
     let chains = locked.chains()?;
-    complete_refs(locked, chains)
+    complete_refs(locked, &chains)
 }
 
 /// Switches to another box under the same lock, for a change that touches none of its layers.
@@ -199,20 +215,15 @@ fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
 /// # Errors
 /// ENOENT; beside a runtime those of [`lock_shared`].
 pub fn switch_to_target(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
+    locked.record = locked.change.box_by_id(box_id)?;
     if locked.change.is_shared() {
-        switch_unprepared(locked, box_id)?;
+        refuse_unfit_disk(locked)?;
         return match refuse_unsettled(locked) {
             Err(error) if needs_lock(locked, &error) && locked.change.take_lock()? => Ok(()),
             ended => ended,
         };
     }
-    locked.record = locked.change.box_by_id(box_id)?;
     Ok(())
-}
-
-fn switch_unprepared(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
-    locked.record = locked.change.box_by_id(box_id)?;
-    refuse_unfit(locked)
 }
 
 /// Refuses a box whose rows or headers name files of another home.
@@ -220,9 +231,13 @@ fn switch_unprepared(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
 /// # Errors
 /// EPERM.
 pub fn refuse_foreign_paths(locked: &LockedBox<'_>) -> Result<()> {
+    refuse_foreign_rows(locked)?;
+    refuse_outside(locked, locked.chains()?.all())
+}
+
+fn refuse_foreign_rows(locked: &LockedBox<'_>) -> Result<()> {
     locked.store.exports.disks.refuse_copied(&locked.record)?;
-    reject_linked_box(locked.store.home(), &locked.record.id)?;
-    refuse_foreign_layers(locked)
+    reject_linked_box(locked.store.home(), &locked.record.id)
 }
 
 /// Refuses a box as [`refuse_foreign_paths`] does, by headers that were already read.
@@ -230,26 +245,19 @@ pub fn refuse_foreign_paths(locked: &LockedBox<'_>) -> Result<()> {
 /// # Errors
 /// EPERM.
 pub fn refuse_foreign_paths_in(locked: &LockedBox<'_>, layers: &LayerGraph) -> Result<()> {
-    locked.store.exports.disks.refuse_copied(&locked.record)?;
-    reject_linked_box(locked.store.home(), &locked.record.id)?;
+    refuse_foreign_rows(locked)?;
     let tops = locked.tops()?;
-    let mut paths = tops.iter().flat_map(|top| layers.chain(top));
-    paths
-        .find(|path| !locked.store.home().contains(path))
-        .map_or(Ok(()), |outside| Err(outside_home(locked, outside)))
+    refuse_outside(locked, tops.iter().flat_map(|top| layers.chain(top)))
 }
 
-/// Refuses with EPERM a box whose chain leaves the home.
-fn refuse_foreign_layers(locked: &LockedBox<'_>) -> Result<()> {
-    for chain in locked.chains()? {
-        if let Some(outside) = chain
-            .iter()
-            .find(|path| !locked.store.home().contains(path))
-        {
-            return Err(outside_home(locked, outside));
-        }
-    }
-    Ok(())
+/// Refuses with EPERM a box if one of its layers is outside of the home.
+fn refuse_outside<'p>(
+    locked: &LockedBox<'_>,
+    mut layers: impl Iterator<Item = &'p Path>,
+) -> Result<()> {
+    layers
+        .find(|path| !locked.store.home().contains(path))
+        .map_or(Ok(()), |outside| Err(outside_home(locked, outside)))
 }
 
 fn outside_home(locked: &LockedBox<'_>, layer: &Path) -> Error {
@@ -275,38 +283,43 @@ fn put_back_own_bases(locked: &mut LockedBox<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Adds the missing references from the box to every base in `chains`, which are its own. BoxLite collects bases by
-/// references, and its own are incomplete. A base without a row gets one of ours: a crash inside
-/// BoxLite's clone leaves such a base.
-fn complete_refs(locked: &mut LockedBox<'_>, chains: Vec<Vec<PathBuf>>) -> Result<()> {
+/// Adds the missing references from the box to every base in `chains`, which are its own. BoxLite
+/// collects bases by references, and its own are incomplete. A base without a row gets one of ours: a
+/// crash inside BoxLite's clone leaves such a base.
+fn complete_refs(locked: &mut LockedBox<'_>, chains: &Chains) -> Result<()> {
     let bases_dir = locked.store.home().bases_dir();
-    let mut reached: Vec<PathBuf> = chains.into_iter().flatten().collect();
-    reached.retain(|path| path.parent() == Some(bases_dir.as_path()));
-    reached.sort();
-    reached.dedup();
-    let referred = locked.change.refs_of(&locked.record.id)?;
+    let layers = locked.near()?;
+    let rows = locked.change.bases_of(&locked.record.id)?.into_iter();
+    let referred: HashMap<PathBuf, BaseRecord> = rows
+        .filter_map(|row| Some((locked.store.layers.path_of_base(&row).ok()?, row)))
+        .collect();
     let mut new_bases = Vec::new();
     let mut new_refs = Vec::new();
-    for path in reached {
-        let id = match locked.base_at(&path)? {
+    let is_base = |path: &&Path| path.parent() == Some(bases_dir.as_path());
+    for path in chains.all().filter(is_base) {
+        let known = referred.get(path);
+        if known.is_some_and(|row| !row.is_ours() || layers.has_spare(path)) {
+            continue;
+        }
+        let id = match locked.base_at(path)? {
             Some(row) => {
                 // A base of an older version has no spare name yet.
                 if row.is_ours() {
-                    locked.store.spares.keep(&path);
+                    locked.store.spares.keep(path);
                 }
                 row.id
             }
             None if locked.change.is_shared() => {
-                return Err(cloned_just_now(locked, &path));
+                return Err(cloned_just_now(locked, path));
             }
             None => {
-                let base = new_base(&path, &path)?;
+                let base = new_base(path, path)?;
                 let id = base.id.clone();
                 new_bases.push(base);
                 id
             }
         };
-        if !referred.contains(&id) {
+        if known.is_none() {
             new_refs.push(id);
         }
     }

@@ -1,12 +1,15 @@
 //! A box that may be changed, and the files and rows it consists of.
 
-use std::collections::HashMap;
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use crate::disk::chain_paths;
+use crate::files::durable;
 use crate::files::listing::resolve;
 use crate::home::{BaseRecord, BoxRecord, Change, SnapshotRecord};
 use crate::store::Store;
+use crate::store::layers::chains::Chains;
 use crate::store::layers::graph::{LayerGraph, is_row_of};
 use crate::{Error, Result};
 
@@ -20,9 +23,34 @@ pub struct LockedBox<'s> {
     pub change: Change<'s>,
     /// The row of the box.
     pub record: BoxRecord,
+    /// The last scan of the files near a box.
+    scanned: RefCell<Option<NearScanned>>,
+    /// The chains of the box, and when they were followed.
+    chains: RefCell<Option<(Moment, Rc<Chains>)>>,
 }
 
-impl LockedBox<'_> {
+/// [`Change::epoch`], [`durable::changes`] and the id of the box: what was seen of a box is true as
+/// long as these are the same.
+type Moment = (u64, u64, String);
+
+/// A scan of the files near a box, and what tells whether it is still true.
+struct NearScanned {
+    moment: Moment,
+    layers: Rc<LayerGraph>,
+}
+
+impl<'s> LockedBox<'s> {
+    /// Returns the box with this row, within a change that is under way.
+    pub fn new(store: &'s Store, change: Change<'s>, record: BoxRecord) -> LockedBox<'s> {
+        LockedBox {
+            store,
+            change,
+            record,
+            scanned: RefCell::default(),
+            chains: RefCell::default(),
+        }
+    }
+
     /// Returns the current row of the snapshot with this id.
     ///
     /// # Errors
@@ -63,18 +91,33 @@ impl LockedBox<'_> {
         Ok(tops)
     }
 
-    /// Returns all chains of the box as resolved paths, top layers included. A broken chain is left
-    /// out: reading it fails anyway, and its box can still be removed or restored.
+    /// Returns the layers of all chains of the box. A broken chain is left out: reading it fails
+    /// anyway, and its box can still be removed or restored.
     ///
     /// # Errors
     /// Those of the database.
-    pub fn chains(&self) -> Result<Vec<Vec<PathBuf>>> {
+    pub fn chains(&self) -> Result<Rc<Chains>> {
+        let moment = self.moment(&self.record.id);
+        if let Some((then, chains)) = &*self.chains.borrow()
+            && *then == moment
+        {
+            return Ok(chains.clone());
+        }
         let layers = self.near()?;
-        let mut lowest = HashMap::new();
-        let tops = self.tops()?.into_iter();
-        Ok(tops
-            .filter_map(|top| whole_chain(&layers, &top, &mut lowest))
-            .collect())
+        let mut tops = vec![self.store.home().live_disk(&self.record.id)];
+        let disks = &self.store.exports.disks;
+        for snapshot in self.snapshots()? {
+            let is_there = |path: &Path| layers.at(path).is_some();
+            tops.push(disks.snapshot_layer_among(&snapshot, &is_there));
+        }
+        let chains = Rc::new(Chains::below(tops, &layers));
+        self.chains.replace(Some((moment, chains.clone())));
+        Ok(chains)
+    }
+
+    fn moment(&self, box_id: &str) -> Moment {
+        let changes = (self.change.epoch(), durable::changes());
+        (changes.0, changes.1, box_id.to_owned())
     }
 
     /// Returns the ids of the bases in the chain of `top`. They all have rows in a box that
@@ -114,10 +157,12 @@ impl LockedBox<'_> {
     }
 
     /// Scans the image files that a change of this box touches: its own, those below and above them.
+    /// As long as this change does nothing, and others can do no more than before, the last scan
+    /// is returned.
     ///
     /// # Errors
     /// EIO; those of SQLite.
-    pub fn near(&self) -> Result<LayerGraph> {
+    pub fn near(&self) -> Result<Rc<LayerGraph>> {
         self.near_box(&self.record.id)
     }
 
@@ -127,20 +172,33 @@ impl LockedBox<'_> {
     ///
     /// # Errors
     /// EIO; those of SQLite.
-    pub fn all_readers(&self) -> Result<LayerGraph> {
+    pub fn all_readers(&self) -> Result<Rc<LayerGraph>> {
         let layers = &self.store.layers;
         match layers.is_read_from_outside(&self.record.id) {
-            None => layers.scan(),
+            None => layers.scan().map(Rc::new),
             Some(_) => self.near(),
         }
     }
 
-    /// Scans the image files that a change of the layers inside this box touches.
+    /// Scans the image files that a change of the layers inside this box touches, as
+    /// [`LockedBox::near`] does.
     ///
     /// # Errors
     /// EIO; those of SQLite.
-    pub fn near_box(&self, box_id: &str) -> Result<LayerGraph> {
-        self.store.layers.near(&self.change, box_id)
+    pub fn near_box(&self, box_id: &str) -> Result<Rc<LayerGraph>> {
+        let moment = self.moment(box_id);
+        let mut scanned = self.scanned.borrow_mut();
+        if let Some(last) = &*scanned
+            && last.moment == moment
+        {
+            return Ok(last.layers.clone());
+        }
+        let layers = Rc::new(self.store.layers.near(&self.change, box_id)?);
+        *scanned = Some(NearScanned {
+            moment,
+            layers: layers.clone(),
+        });
+        Ok(layers)
     }
 
     /// Scans all image files of the home.
@@ -150,28 +208,4 @@ impl LockedBox<'_> {
     pub fn layers(&self) -> Result<LayerGraph> {
         self.store.layers.scan()
     }
-}
-
-/// Returns the chain of a disk as resolved paths, or None if it can't be followed to its end. The
-/// lowest path in the graph may be an image, which may have layers of its own; `lowest` remembers
-/// them.
-fn whole_chain(
-    layers: &LayerGraph,
-    top: &Path,
-    lowest: &mut HashMap<PathBuf, Option<Vec<PathBuf>>>,
-) -> Option<Vec<PathBuf>> {
-    let known = layers.chain(top);
-    let (last, upper) = known.split_last()?;
-    let is_followed = |path: &&Path| layers.at(path).is_some_and(|file| file.damaged.is_none());
-    let is_cycle = layers.at(last).is_some_and(|file| file.backing.is_some());
-    if is_cycle || !upper.iter().all(is_followed) {
-        return None;
-    }
-    let follow = || {
-        let paths = chain_paths(last).ok()?;
-        paths.iter().map(|path| resolve(path).ok()).collect()
-    };
-    let rest = lowest.entry(last.to_path_buf()).or_insert_with(follow);
-    let upper = upper.iter().map(|path| path.to_path_buf());
-    Some(upper.chain(rest.clone()?).collect())
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use crate::disk::FileId;
 use crate::files::copies::copy_file;
@@ -11,6 +12,7 @@ use crate::files::durable;
 use crate::home::{Activity, base_id};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::bases::new_base;
+use crate::store::layers::chains::Chains;
 use crate::store::layers::graph::{ImageFile, LayerGraph, Role};
 use crate::{Error, Result, disk};
 
@@ -18,16 +20,17 @@ use crate::{Error, Result, disk};
 /// layer inside a box after that many rounds is a cycle.
 const MAX_ROUNDS: usize = 256;
 
-/// Adopts every layer inside a box that a chain of this box names. Returns the chains after that.
+/// Adopts every layer inside a box that a chain of this box names. Returns the layers of the chains
+/// after that.
 ///
 /// # Errors
 /// EIO when a chain is a cycle, and those of [`adopt`].
-pub fn adopt_own_chains(locked: &mut LockedBox<'_>) -> Result<Vec<Vec<PathBuf>>> {
+pub fn adopt_own_chains(locked: &mut LockedBox<'_>) -> Result<Rc<Chains>> {
     let boxes = locked.store.home().boxes_dir();
     for _ in 0..MAX_ROUNDS {
         let chains = locked.chains()?;
-        let below_tops = chains.iter().flat_map(|chain| chain.iter().skip(1));
-        let unadopted: BTreeSet<PathBuf> = below_tops
+        let named = chains.named.iter();
+        let unadopted: Vec<PathBuf> = named
             .filter(|path| path.starts_with(&boxes))
             .cloned()
             .collect();
@@ -51,10 +54,12 @@ pub fn adopt_own_chains(locked: &mut LockedBox<'_>) -> Result<Vec<Vec<PathBuf>>>
 /// Those of [`adopt`].
 pub fn adopt_frozen_chains(locked: &mut LockedBox<'_>) -> Result<()> {
     let boxes = locked.store.home().boxes_dir();
-    let chains = locked.chains()?.into_iter().flatten();
+    let chains = locked.chains()?;
     let live = locked.live();
-    let unadopted: BTreeSet<PathBuf> = chains
-        .filter(|path| path.starts_with(&boxes) && Some(path) != live.as_ref())
+    let inside = chains.all().filter(|path| path.starts_with(&boxes));
+    let unadopted: Vec<PathBuf> = inside
+        .filter(|path| Some(*path) != live.as_deref())
+        .map(Path::to_owned)
         .collect();
     for path in unadopted {
         if layers_at(locked, &path)?.readers_of(&path).next().is_some() {
@@ -139,9 +144,12 @@ fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Resu
 }
 
 /// Returns the graph with all readers of this layer, and all names of those readers.
-fn layers_at(locked: &LockedBox<'_>, path: &Path) -> Result<LayerGraph> {
+fn layers_at(locked: &LockedBox<'_>, path: &Path) -> Result<Rc<LayerGraph>> {
     let inside = locked.store.home().box_of(path);
     let layers = locked.near_box(inside.unwrap_or(&locked.record.id))?;
+    if is_adopted(locked, &layers, path)? {
+        return Ok(layers);
+    }
     // Boxes may share a reader, or a backup may have it; who does is known from all files.
     let all_named = layers
         .readers_of(path)
@@ -150,8 +158,30 @@ fn layers_at(locked: &LockedBox<'_>, path: &Path) -> Result<LayerGraph> {
     if all_named && layers.at(path).is_some_and(is_named) {
         Ok(layers)
     } else {
-        locked.layers()
+        locked.layers().map(Rc::new)
     }
+}
+
+/// Returns whether a layer is a base already that no header names by this path, and no live disk.
+/// Then it does not matter who else shares it: boxes that do refer to the base.
+fn is_adopted(locked: &LockedBox<'_>, layers: &LayerGraph, path: &Path) -> Result<bool> {
+    let Some(file) = layers.at(path) else {
+        return Ok(false);
+    };
+    let mut names = layers.names_of(file.id);
+    let base = names.find(|name| matches!(name.role, Role::Base { .. }));
+    let (Some(base), None) = (base, layers.readers_of(path).next()) else {
+        return Ok(false);
+    };
+    let Some(row) = locked.base_at(&base.path)? else {
+        return Ok(false);
+    };
+    let is_live = |id: &String| {
+        let live = FileId::at(&locked.store.home().live_disk(id));
+        live.is_ok_and(|live| live == file.id)
+    };
+    let boxes = locked.change.boxes_referring_to(&row.id)?;
+    Ok(!boxes.iter().any(is_live))
 }
 
 /// Refuses to adopt a layer that another running box reads: its virtual machine has the header
@@ -209,6 +239,7 @@ pub fn rebase(
     reader: &ImageFile,
     base: &Path,
 ) -> Result<()> {
+    durable::count_change();
     let names: Vec<&ImageFile> = layers.names_of(reader.id).collect();
     if reader.names <= names.len() as u64 {
         return disk::rebase_this(&reader.path, reader.id, base);

@@ -1,19 +1,20 @@
 //! The layer graph: every image file of the home and the backing path its header names.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Once};
 
 use parking_lot::Mutex;
 
 use crate::Result;
 use crate::disk::{FileId, Header, Moment};
-use crate::exports::States;
+use crate::exports::{OpenHome, States};
 use crate::files::listing::{is_absent, names_in, resolve};
-use crate::home::{BaseRecord, Home};
+use crate::home::{BaseRecord, Home, KnownHeader, SizeCache};
 use crate::store::layers::spare_names::{SharedSpares, SpareNames, Spares};
 
 /// The role of a file in BoxLite's layout.
@@ -79,11 +80,13 @@ impl ImageFile {
 #[derive(Default)]
 pub struct LayerGraph {
     files: Vec<ImageFile>,
-    by_path: HashMap<PathBuf, usize>,
+    /// Resolved paths are the same if their bytes are, and those are quicker to hash than a path's
+    /// components.
+    by_path: HashMap<OsString, usize>,
     by_id: HashMap<FileId, Vec<usize>>,
     by_box: HashMap<String, Vec<usize>>,
     /// The files whose header names a path.
-    readers: HashMap<PathBuf, Vec<usize>>,
+    readers: HashMap<OsString, Vec<usize>>,
     /// The names that were removed since.
     forgotten: HashSet<usize>,
     spares: SharedSpares,
@@ -96,7 +99,7 @@ impl LayerGraph {
             ..LayerGraph::default()
         };
         for (index, file) in files.iter().enumerate() {
-            layers.by_path.insert(file.path.clone(), index);
+            layers.by_path.insert(file.path.clone().into(), index);
             layers.by_id.entry(file.id).or_default().push(index);
             if let Some(box_id) = file.box_id() {
                 let of_box = layers.by_box.entry(box_id.to_owned());
@@ -105,7 +108,7 @@ impl LayerGraph {
             if let Some(backing) = &file.backing {
                 layers
                     .readers
-                    .entry(backing.clone())
+                    .entry(backing.clone().into())
                     .or_default()
                     .push(index);
             }
@@ -119,10 +122,16 @@ impl LayerGraph {
         &self.spares
     }
 
+    /// Returns whether a base has a spare name, and both are names of one file.
+    pub fn has_spare(&self, base: &Path) -> bool {
+        let spare = self.spares.of_base(base);
+        spare.is_some_and(|spare| self.at(base).is_some_and(|file| file.id == spare.id))
+    }
+
     /// Returns every path that a header names.
     pub fn named(&self) -> impl Iterator<Item = &Path> {
         let read = self.readers.iter().filter(|(_, by)| !by.is_empty());
-        read.map(|(path, _)| path.as_path())
+        read.map(|(path, _)| Path::new(path))
     }
 
     /// Returns every name of every file.
@@ -144,7 +153,9 @@ impl LayerGraph {
 
     /// Returns the file with this resolved path.
     pub fn at(&self, path: &Path) -> Option<&ImageFile> {
-        self.by_path.get(path).map(|index| &self.files[*index])
+        self.by_path
+            .get(path.as_os_str())
+            .map(|index| &self.files[*index])
     }
 
     fn all<'l>(&'l self, indexes: Option<&'l Vec<usize>>) -> impl Iterator<Item = &'l ImageFile> {
@@ -169,7 +180,7 @@ impl LayerGraph {
 
     /// Returns the files whose header names this path.
     pub fn readers_of(&self, path: &Path) -> impl Iterator<Item = &ImageFile> + use<'_> {
-        self.all(self.readers.get(path))
+        self.all(self.readers.get(path.as_os_str()))
     }
 
     /// Returns the ids of the boxes with a chain through `path`.
@@ -180,7 +191,7 @@ impl LayerGraph {
         while let Some(path) = next.pop() {
             boxes.extend(self.at(path).and_then(ImageFile::box_id).map(str::to_owned));
             let readers = self
-                .all(self.readers.get(path))
+                .all(self.readers.get(path.as_os_str()))
                 .map(|file| file.path.as_path());
             next.extend(readers.filter(|path| seen.insert(path)));
         }
@@ -189,14 +200,16 @@ impl LayerGraph {
 
     /// Forgets a name that was removed. Returns what its header named.
     pub fn forget(&mut self, path: &Path) -> Option<PathBuf> {
-        let index = self.by_path.remove(path)?;
+        let index = self.by_path.remove(path.as_os_str())?;
         self.forgotten.insert(index);
         let file = self.files.get(index)?;
         let (id, backing) = (file.id, file.backing.clone());
         let lists = [
             self.by_id.get_mut(&id),
             file.box_id().and_then(|id| self.by_box.get_mut(id)),
-            backing.as_ref().and_then(|path| self.readers.get_mut(path)),
+            backing
+                .as_ref()
+                .and_then(|path| self.readers.get_mut(path.as_os_str())),
         ];
         for list in lists.into_iter().flatten() {
             list.retain(|other| *other != index);
@@ -246,6 +259,23 @@ impl LayerGraph {
     }
 }
 
+/// Returns the graph of files at these paths, whose headers name those paths.
+#[cfg(test)]
+pub(super) fn made_of(files: &[(&str, Option<&str>)]) -> LayerGraph {
+    let file = |(path, backing): &(&str, Option<&str>)| {
+        let role = Role::Base {
+            id: path.to_string(),
+        };
+        let file = ImageFile::unreadable(PathBuf::from(path), role, String::new());
+        ImageFile {
+            damaged: None,
+            backing: backing.map(PathBuf::from),
+            ..file
+        }
+    };
+    LayerGraph::new(files.iter().map(file).collect(), SharedSpares::default())
+}
+
 /// Length, modification time and change time (ns). Any rebase changes the last.
 pub type Stamp = (u64, i128, i128);
 
@@ -287,7 +317,7 @@ impl Scan {
 /// A cache of resolved directories: thousands of headers name files in the same few.
 #[derive(Default)]
 pub struct Directories {
-    resolved: HashMap<PathBuf, Option<PathBuf>>,
+    resolved: HashMap<OsString, Option<PathBuf>>,
 }
 
 impl Directories {
@@ -297,11 +327,11 @@ impl Directories {
         let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
             return path;
         };
-        let resolved = match self.resolved.get(dir) {
+        let resolved = match self.resolved.get(dir.as_os_str()) {
             Some(resolved) => resolved,
             None => {
                 let resolved = fs::canonicalize(dir).ok();
-                self.resolved.entry(dir.to_owned()).or_insert(resolved)
+                self.resolved.entry(dir.into()).or_insert(resolved)
             }
         };
         match resolved {
@@ -325,7 +355,13 @@ pub struct LayerScanner {
     pub(super) home: Arc<Home>,
     states: Arc<States>,
     spares: Arc<SpareNames>,
+    /// Where headers are kept from one mount to the next.
+    kept: Arc<SizeCache>,
+    /// Whether headers of earlier mounts were fetched from there.
+    has_fetched: Once,
     headers: Mutex<HeaderCache>,
+    /// How many headers were read that are not kept yet.
+    unkept: AtomicUsize,
     /// The boxes inside which the last scan of the whole home found layers that files of other
     /// boxes read. None before the first scan.
     across: Mutex<Option<HashSet<String>>>,
@@ -379,12 +415,15 @@ fn read_across(layers: &LayerGraph, home: &Home) -> Result<HashSet<String>> {
 
 impl LayerScanner {
     /// Returns a scanner that has read no header yet.
-    pub fn new(home: Arc<Home>, states: Arc<States>, spares: Arc<SpareNames>) -> LayerScanner {
+    pub fn new(opened: &OpenHome, states: Arc<States>, spares: Arc<SpareNames>) -> LayerScanner {
         LayerScanner {
-            home,
+            home: opened.home.clone(),
             states,
             spares,
+            kept: opened.sizes.clone(),
+            has_fetched: Once::new(),
             headers: Mutex::default(),
+            unkept: AtomicUsize::default(),
             across: Mutex::default(),
             size: AtomicUsize::default(),
             most_at_once: most_at_once(),
@@ -410,6 +449,9 @@ impl LayerScanner {
     /// # Errors
     /// Those of reading the directories.
     pub fn scan(&self) -> Result<LayerGraph> {
+        if self.is_large() {
+            self.has_fetched.call_once(|| self.fetch_headers());
+        }
         let mut scan = self.begin();
         scan.spares = self.spares.scan()?;
         for name in names_in(&self.home.bases_dir())? {
@@ -428,6 +470,40 @@ impl LayerScanner {
         *self.across.lock() = Some(read_across(&layers, &self.home)?);
         self.size.store(layers.files.len(), Ordering::Relaxed);
         Ok(layers)
+    }
+
+    /// Fetches the headers that an earlier mount kept.
+    fn fetch_headers(&self) {
+        let mut headers = self.headers.lock();
+        for known in self.kept.headers() {
+            let id = FileId {
+                dev: known.device,
+                ino: known.inode,
+            };
+            let (modified, changed) = known.times;
+            let stamp = (known.length, modified.into(), changed.into());
+            headers.entry(id).or_insert((stamp, Ok(known.backing)));
+        }
+    }
+
+    /// Keeps the headers of a large home for the next mount, if any was read anew.
+    pub fn keep_headers(&self) {
+        if !self.is_large() || self.unkept.swap(0, Ordering::Relaxed) == 0 {
+            return;
+        }
+        let headers = self.headers.lock();
+        let known = headers.iter().filter_map(|(id, (stamp, backing))| {
+            Some(KnownHeader {
+                device: id.dev,
+                inode: id.ino,
+                length: stamp.0,
+                times: (stamp.1.try_into().ok()?, stamp.2.try_into().ok()?),
+                backing: backing.as_ref().ok()?.clone(),
+            })
+        });
+        let known: Vec<KnownHeader> = known.collect();
+        drop(headers);
+        self.kept.put_headers(&known);
     }
 
     /// Returns whether the home is so large that what needs a scan of all of it is done behind.
@@ -550,7 +626,60 @@ impl LayerScanner {
         // A header that changed within the clock's tick can change again with the same stamp.
         if moment.is_after(id.dev, stamp.2) {
             self.headers.lock().insert(id, (stamp, backing.clone()));
+            self.unkept.fetch_add(1, Ordering::Relaxed);
         }
         backing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::{Format, create_overlay, rebase};
+    use crate::event_log::EventLog;
+    use crate::exports::{Compression, Exports};
+    use crate::home::home_in;
+
+    fn scanner_of(dir: &Path) -> LayerScanner {
+        let home = home_in(dir);
+        let events = EventLog::open(&home, false);
+        let opened = OpenHome::new(home, events, false);
+        let states = Exports::new(&opened, Compression::default()).states;
+        let spares = SpareNames::new(opened.home.clone(), opened.workspace.clone());
+        let scanner = LayerScanner::new(&opened, states, Arc::new(spares));
+        scanner.expect(MOST_AT_ONCE + 1);
+        scanner
+    }
+
+    /// The backing path of a base, and how many headers were read to find it.
+    fn scan(scanner: &LayerScanner, base: &Path) -> (Option<PathBuf>, usize) {
+        let before = scanner.unkept.load(Ordering::Relaxed);
+        scanner.expect(MOST_AT_ONCE + 1);
+        let layers = scanner.scan().unwrap();
+        scanner.expect(MOST_AT_ONCE + 1);
+        let read = scanner.unkept.load(Ordering::Relaxed) - before;
+        (layers.at(base).unwrap().stored.clone(), read)
+    }
+
+    #[test]
+    fn headers_that_an_earlier_mount_kept_are_read_again_only_if_they_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("bases")).unwrap();
+        let scanner = scanner_of(dir.path());
+        let base = scanner.home.base_disk("one");
+        let below = [dir.path().join("below"), dir.path().join("other")];
+        create_overlay(&base, &below[0], Format::Raw, 1 << 20).unwrap();
+        // A header that changed within a tick of the clock is not remembered.
+        let known = (0..1000).find(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            scan(&scanner, &base).1 == 1
+        });
+        assert!(known.is_some());
+        scanner.keep_headers();
+        let later = scanner_of(dir.path());
+        assert_eq!(scan(&later, &base), (Some(below[0].clone()), 0));
+        rebase(&base, &below[1]).unwrap();
+        let last = scanner_of(dir.path());
+        assert_eq!(scan(&last, &base).0, Some(below[1].clone()));
     }
 }

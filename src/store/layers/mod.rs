@@ -1,7 +1,7 @@
 //! The image files of a home: which file reads which, and how they are frozen, adopted, merged and
 //! freed.
 //!
-//! * `graph`, `near`, `catalog_index`: what headers and rows say about the files.
+//! * `graph`, `chains`, `near`, `catalog_index`: what headers and rows say about the files.
 //! * `draft`: long work for a change, done before the lock is taken.
 //! * `freeze`, `freeze_source`, `frozen`, `running`, `live_disk`: disk states that overlays start
 //!   from.
@@ -15,6 +15,7 @@
 pub(super) mod adopt;
 pub(super) mod bases;
 pub(super) mod catalog_index;
+pub(super) mod chains;
 pub(super) mod collect;
 pub(super) mod draft;
 pub(super) mod flatten;

@@ -92,6 +92,7 @@ pub fn put_back_bases(
             .context(|| format!("cannot link {} to {}", file.display(), base.display()))?;
         crash_point("put-back.linked");
     }
+    durable::count_change();
     durable::sync_dir(&dir)?;
     // The headers of these bases were not checked.
     store.access.paths_are_right.store(false, Ordering::Release);

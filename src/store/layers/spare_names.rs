@@ -142,6 +142,7 @@ impl SpareNames {
             Err(_) => false,
         };
         self.make_dir()?;
+        durable::count_change();
         let message = || format!("cannot link {} to {}", base.display(), spare.display());
         if !is_there {
             return fs::hard_link(base, &spare).context(message);
@@ -190,6 +191,7 @@ impl SpareNames {
     /// Removes the spare name of a base that is freed. No flush is needed: if a power loss brings
     /// the name back, no header refers to it.
     pub fn free(&self, base: &Path) {
+        durable::count_change();
         if let Some(spare) = self.of(base)
             && let Err(error) = fs::remove_file(&spare)
             && error.kind() != std::io::ErrorKind::NotFound

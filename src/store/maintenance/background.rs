@@ -149,10 +149,12 @@ impl Freeing {
     fn run(&self) {
         set_upkeep();
         guarded(|| recover(&self.store));
+        guarded(|| self.store.layers.keep_headers());
         loop {
             let is_left = self.store.unfreed.since().is_some();
             if self.stop.wait(if is_left { QUIET } else { IDLE }) {
                 guarded(|| drop(free_unfreed(&self.store)));
+                guarded(|| self.store.layers.keep_headers());
                 return;
             }
             self.free();

@@ -84,11 +84,7 @@ fn free_scanned(
         let Ok(record) = change.box_by_id(box_id) else {
             continue;
         };
-        let mut locked = LockedBox {
-            store,
-            change,
-            record,
-        };
+        let mut locked = LockedBox::new(store, change, record);
         let near = locked.near()?;
         let dropped = drop_surplus_refs(&mut locked, &near, has_lock)?;
         surplus.extend(dropped.into_iter().map(|row| row.id));

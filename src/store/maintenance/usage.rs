@@ -1,13 +1,14 @@
 //! Disk usage of boxes and snapshots: bytes that would go with them, and bytes shared with others.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::Result;
 use crate::disk::FileId;
 use crate::exports::Source;
-use crate::home::{BoxRecord, Catalog};
+use crate::home::{BoxRecord, Catalog, Queries};
 use crate::store::Store;
 use crate::store::layers::graph::{LayerGraph, Role};
 
@@ -24,9 +25,37 @@ pub struct Usage {
     pub shared: u64,
 }
 
-/// The last result: when it was made, of which catalog, and the usages.
+/// A result may be this many times as old as it took to make, even if other boxes changed since: so
+/// a program that copies a box with hundreds of snapshots spends little of its time on this.
+const PATIENCE: u32 = 8;
+
+/// The last result.
 #[derive(Default)]
-pub struct UsageCache(Option<(Instant, Arc<Catalog>, Arc<Usages>)>);
+pub struct UsageCache(Option<KnownUsages>);
+
+struct KnownUsages {
+    made_at: Instant,
+    took: Duration,
+    catalog: Arc<Catalog>,
+    usages: Arc<Usages>,
+}
+
+impl KnownUsages {
+    /// Returns whether the usages of a box and of its states hold for this catalog.
+    fn holds_for(&self, box_id: &str, catalog: &Arc<Catalog>) -> bool {
+        let age = self.made_at.elapsed();
+        let is_of_same = || {
+            self.catalog.box_by_id(box_id) == catalog.box_by_id(box_id)
+                && self.catalog.snapshots_of(box_id) == catalog.snapshots_of(box_id)
+        };
+        self.usages.boxes.contains_key(box_id)
+            && if Arc::ptr_eq(&self.catalog, catalog) {
+                age < VALID_FOR
+            } else {
+                age < self.took * PATIENCE && is_of_same()
+            }
+    }
+}
 
 /// The usage of every box and of every disk state of a home.
 #[derive(Default)]
@@ -58,20 +87,24 @@ pub fn usage_of(store: &Store, source: &Source) -> Result<Usage> {
 /// Returns usages, that of this box and of its states among them.
 fn usages(store: &Store, box_id: &str) -> Result<Arc<Usages>> {
     let catalog = store.home().catalog()?;
-    if let Some((made_at, made_of, usages)) = &store.usage.lock().0
-        && made_at.elapsed() < VALID_FOR
-        && Arc::ptr_eq(made_of, &catalog)
-        && usages.boxes.contains_key(box_id)
+    if let Some(known) = &store.usage.lock().0
+        && known.holds_for(box_id, &catalog)
     {
-        return Ok(usages.clone());
+        return Ok(known.usages.clone());
     }
+    let made_at = Instant::now();
     let states = if store.layers.is_large() {
         states_near(store, &catalog, box_id)?
     } else {
         states_of(store, &store.layers.scan()?, &catalog, catalog.boxes())
     };
     let usages = Arc::new(Usages::of(states));
-    store.usage.lock().0 = Some((Instant::now(), catalog, usages.clone()));
+    store.usage.lock().0 = Some(KnownUsages {
+        made_at,
+        took: made_at.elapsed(),
+        catalog,
+        usages: usages.clone(),
+    });
     Ok(usages)
 }
 
@@ -85,15 +118,22 @@ fn states_near(store: &Store, catalog: &Catalog, box_id: &str) -> Result<Vec<Sta
     let layers = store.layers.near(&rows, box_id)?;
     let near: HashSet<&str> = layers.boxes().collect();
     let records = near.iter().filter_map(|id| catalog.box_by_id(id));
+    let mut sharing: HashMap<PathBuf, Vec<String>> = HashMap::new();
+    for of_box in &near {
+        sharing.extend(rows.sharing_boxes(of_box)?);
+    }
     let mut others: HashMap<String, HashMap<FileId, u64>> = HashMap::new();
     for file in layers.files() {
         if !matches!(file.role, Role::Base { .. }) {
             continue;
         }
-        for row in rows.bases_at(&file.path)? {
-            let mut referring = rows.boxes_referring_to(&row.id)?;
-            referring.retain(|id| !near.contains(id.as_str()));
-            for other in referring {
+        let referring = match sharing.remove(&file.path) {
+            Some(referring) => referring,
+            // No box near here refers to it, or the row spells its path in another way.
+            None => boxes_referring_to(&rows, &file.path)?,
+        };
+        for other in referring {
+            if !near.contains(other.as_str()) {
                 let files = others.entry(other).or_default();
                 files.insert(file.id, file.allocated);
             }
@@ -103,6 +143,14 @@ fn states_near(store: &Store, catalog: &Catalog, box_id: &str) -> Result<Vec<Sta
     let others = others.into_iter();
     states.extend(others.map(|(box_id, files)| (Source::Live { box_id }, files)));
     Ok(states)
+}
+
+fn boxes_referring_to(rows: &Queries, base: &Path) -> Result<Vec<String>> {
+    let mut boxes = Vec::new();
+    for row in rows.bases_at(base)? {
+        boxes.extend(rows.boxes_referring_to(&row.id)?);
+    }
+    Ok(boxes)
 }
 
 /// Returns the states of these boxes.

@@ -194,6 +194,7 @@ fn put_aside(store: &Store, dir: &Path, aside: &Path) -> Result<()> {
         moved => moved?,
     }
     durable::sync_dir(&store.home().boxes_dir())?;
+    durable::count_change();
     let snapshots = aside.join("snapshots");
     for name in names_in(&snapshots)? {
         let layer = snapshots.join(name).join("disk.qcow2");

@@ -127,14 +127,14 @@ fn remove_mark_or_recover(locked: &mut LockedBox<'_>, snapshot_id: &str, layer: 
     }
 }
 
-/// Removes the layer of a snapshot whose row has been deleted, if it is certain that no runtime has
-/// the home. Otherwise the layer stays, and `maintenance::left_snapshots` removes it later.
+/// Removes the layer of a snapshot whose row has been deleted, if it is certain that no runtime had
+/// the home since [`refuse_restored`] found no reader of the layer. Otherwise the layer stays, and
+/// `maintenance::left_snapshots` removes it later.
 ///
 /// # Errors
 /// EIO when the layer can't be unlinked.
 pub fn free_or_leave(locked: &mut LockedBox<'_>, layer: &Path) -> Result<()> {
-    if locked.change.is_surely_alone()? && locked.all_readers()?.readers_of(layer).next().is_none()
-    {
+    if locked.change.is_surely_alone()? {
         return free_removed(locked, layer);
     }
     locked.store.left.add(&locked.record.id, layer);

@@ -260,14 +260,21 @@ impl Remover {
         self.hide(caller, parent, &id, name)
     }
 
-    /// Hides a name in the box with this id from the caller, unless the box can't be removed now.
+    /// Hides a name in the box with this id from the caller, unless the box can't be removed now. That
+    /// is asked of the home only at the caller's first file. The step that removes something asks
+    /// again.
     fn hide(&self, caller: Caller, dir: &Node, id: &str, name: &str) -> Result<()> {
         let unready = refuse_unseen(caller)
             .and_then(|()| self.refuse_written(id))
             .and_then(|()| {
                 refuse_waiting_copies(&self.store, &self.staging, |source| source.box_id() == id)
             })
-            .and_then(|()| store::refuse_unready(&self.store, id));
+            .and_then(|()| {
+                if self.history.goes_on_removing(caller, id) {
+                    return Ok(());
+                }
+                store::refuse_unready(&self.store, id)
+            });
         if let Err(error) = unready {
             self.history.refuse_removal(caller, id);
             let message = format!("removal of {name}: {error}");

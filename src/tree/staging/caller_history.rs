@@ -174,6 +174,14 @@ impl CallerHistory {
         })
     }
 
+    /// Returns whether the caller goes on with a removal: it removed other names in the box, and was
+    /// refused none.
+    pub fn goes_on_removing(&self, caller: Caller, box_id: &str) -> bool {
+        let mut entries = self.entries.lock();
+        let entry = entries.of(caller, box_id);
+        entry.is_some_and(|entry| !entry.refused_removal && !entry.removed.is_empty())
+    }
+
     /// Records that the caller removed a name. `see_disk` is the disk of the box as it is now.
     pub fn remove(
         &self,

@@ -29,7 +29,7 @@ pub use disks::{Disks, Source};
 pub use open_disk::{DiskState, OpenDisk};
 pub(crate) use open_home::OpenHome;
 pub use paused_copy::PausedCopies;
-pub use plain::{Contents, Form, PlainExports};
+pub use plain::{Contents, Form, PlainExports, UNREADABLE};
 pub use production::{OpenedCompressed, Packed, Waiter};
 pub use spool::Spool;
 pub(crate) use states::States;

@@ -60,6 +60,10 @@ impl PlannedExport {
     }
 }
 
+/// The size in bytes of an export that can't be opened, since its box has no disk or a damaged one.
+/// Programs don't open an empty file: they store it as it is, and then some delete it.
+pub const UNREADABLE: u64 = 512;
+
 /// Identifies the bytes of an export. A snapshot, a clone or a rebase changes the files of a chain
 /// but not this. Every change of the disk's contents changes `state`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -235,7 +239,9 @@ impl PlainExports {
         match self.find_or_plan(source, &record, Purpose::Show) {
             // An export with a missing or damaged layer can't be opened either. It must still be
             // listed: a tool has to see the name to remove the box, or to restore it.
-            Err(error) if error.errno() == libc::EIO => unreadable(&top, &record, 0).map(Some),
+            Err(error) if error.errno() == libc::EIO => {
+                unreadable(&top, &record, UNREADABLE).map(Some)
+            }
             planned => planned.map(|(_, contents)| Some(contents)),
         }
     }

@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags};
@@ -102,6 +103,25 @@ impl Caller {
         words
             .map(|word| String::from_utf8_lossy(word).into_owned())
             .collect()
+    }
+
+    /// Returns the file name of the program that the caller runs.
+    pub fn executable(self) -> Option<String> {
+        let process = self.process()?;
+        let path = fs::read_link(format!("/proc/{process}/exe")).ok()?;
+        Some(path.file_name()?.to_string_lossy().into_owned())
+    }
+
+    /// Returns whether a word of the caller's command line is the path of a pipe.
+    pub fn names_a_pipe(self, word: &str) -> bool {
+        // A descriptor of the caller: `tar xf <(tar c …)`.
+        let is_descriptor = word.starts_with("/dev/fd/") || word.starts_with("/proc/self/fd/");
+        let is_pipe = |process: u32| {
+            let directory = PathBuf::from(format!("/proc/{process}/cwd"));
+            let meta = fs::metadata(directory.join(word));
+            meta.is_ok_and(|meta| meta.file_type().is_fifo())
+        };
+        is_descriptor || self.process().is_some_and(is_pipe)
     }
 
     /// Returns whether the caller's standard input is a pipe or a socket.

@@ -70,10 +70,16 @@ impl Tree {
         if let Some(file) = self.staging.file_for(caller, &node)
             && (writes || !file.is_committed())
         {
+            if !writes && let Some(text) = file.text() {
+                return Ok(file_reader::open_text(&self.view.home, node, text));
+            }
             self.changes.creator.open(&file, writes, flags)?;
             return Ok(open.add_writing(file));
         }
         if !writes {
+            if let Node::Export(Source::Live { box_id }) = &node {
+                self.view.note_reading(caller, box_id);
+            }
             return file_reader::open(&self.view.home, caller, node);
         }
         match self.changes.creator.description(caller, &node) {

@@ -1,7 +1,8 @@
 //! Exit status 0 means success: data that would not be kept is refused, every process sees a new
 //! box as one box, and no source is lost. The judges are the programs that people use.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -940,4 +941,181 @@ fn an_archive_that_has_become_a_box_is_named_after_it_and_goes_with_it() {
     let script = "{ cat $BK/export.boxlite; } > $M/x.boxlite; rm -r $M/x; cp -p $BK/export.boxlite $BK/s; \
                   rsync -a --size-only --remove-source-files $BK/s $M/x.boxlite; test -d $M/x && ! test -e $BK/s";
     done(&mount, &backup, script);
+}
+
+#[test]
+fn a_box_is_not_removed_while_a_file_of_a_snapshot_is_left() {
+    let (home, mount, backup) = home_and_backup();
+    let before = home.kept();
+    for command in [
+        "find $M/web ! -path '*/s/export.boxlite' -delete",
+        "find $M/web ! -path '*/s/*' -delete",
+        "tar cf x.tar --remove-files -C $M --exclude=web/snapshots/s/export.boxlite web",
+    ] {
+        let command = format!("cd $BK && {command}");
+        refused(&mount, &backup, &command);
+        assert_eq!(home.kept(), before, "{command}\n{}", mount.log());
+    }
+    assert!(mount.log().contains("snapshot s is not empty"));
+    done(&mount, &backup, "rm -r $M/web");
+    assert_eq!(mount.names(""), [""; 0]);
+    mount.unmount();
+    home.assert_whole();
+}
+
+/// A program that reads the export of the box, waits until it may go on, and removes the box by the
+/// names it knows: as mv does, which first copies everything.
+const COPIES_AND_REMOVES: &str = "
+import os, sys
+box = sys.argv[1]
+reads = sys.argv[2] == 'reads'
+if reads:
+    open(box + '/export.boxlite', 'rb').read(1)
+else:
+    os.unlink(box + '/box.json')
+print('begun', flush=True)
+sys.stdin.readline()
+if reads:
+    os.unlink(box + '/box.json')
+for name in ('export.boxlite', 'export.boxlite.zst', 'disk.img', 'rootfs'):
+    os.unlink(box + '/' + name)
+for snapshot in os.listdir(box + '/snapshots'):
+    directory = box + '/snapshots/' + snapshot
+    for name in os.listdir(directory):
+        os.unlink(directory + '/' + name)
+    os.rmdir(directory)
+os.rmdir(box + '/snapshots')
+os.rmdir(box)
+";
+
+#[test]
+fn what_changes_in_a_box_after_it_was_copied_is_not_removed_with_it() {
+    for begins_by in ["reads", "removes"] {
+        for change in ["guest", "snapshot", "rename"] {
+            let (home, mount, _) = home_and_backup();
+            let mut remover = Command::new("python3")
+                .args(["-c", COPIES_AND_REMOVES, text(&mount.at("web")), begins_by])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut said = String::new();
+            BufReader::new(remover.stdout.as_mut().unwrap())
+                .read_line(&mut said)
+                .unwrap();
+            assert_eq!(said, "begun\n");
+            match change {
+                "guest" => home.guest_write("web", FREE_AREA, b"precious"),
+                "snapshot" => mount.snapshot("web", "precious").map(drop).unwrap(),
+                _ => {
+                    let at = |name| mount.at(format!("web/snapshots/{name}"));
+                    fs::rename(at("s"), at("precious")).unwrap();
+                }
+            }
+            let before = home.kept();
+            remover.stdin.take().unwrap().write_all(b"\n").unwrap();
+            let output = remover.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(said.contains("not empty"), "{begins_by} {change}: {said}");
+            assert_eq!(home.kept(), before, "{begins_by} {change}");
+            mount.unmount();
+            home.assert_whole();
+        }
+    }
+}
+
+#[test]
+fn a_mover_under_another_name_leaves_what_it_does_not_bring() {
+    let (home, mount, backup) = home_and_backup();
+    home.guest_write("web", FREE_AREA, b"since then");
+    let of_snapshot = digest(&home.snapshot_disk("web", "s"));
+    for (name, command) in [
+        ("g", "ln -s $(command -v mv) gmv && ./gmv -n"),
+        ("z", "exec -a zmv mv -n"),
+        (
+            "loader",
+            "$(ls /lib64/ld-linux-*.so.* | head -n 1) $(command -v mv) -n",
+        ),
+    ] {
+        let command =
+            format!("cd $BK && cp -r snapshots/s {name} && {command} {name} $M/web/snapshots/");
+        done(&mount, &backup, &command);
+        assert_eq!(
+            digest(&home.snapshot_disk("web", name)),
+            of_snapshot,
+            "{name}\n{}",
+            mount.log()
+        );
+    }
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn a_snapshot_that_did_not_come_does_not_stand_in_the_way_of_the_next_backup() {
+    let (home, mount, backup) = home_and_backup();
+    done(
+        &mount,
+        &backup,
+        "cp -r $BK/snapshots/s $BK/cut && truncate -s 40000 $BK/cut/export.boxlite && mkdir $BK/moved && \
+         cp $BK/snapshots/s/snapshot.json $BK/moved/ && cp -r $BK/moved $BK/described",
+    );
+    refused(&mount, &backup, "cp -r $BK/cut $M/web/snapshots/");
+    done(&mount, &backup, "cp -r $BK/described $M/web/snapshots/");
+    eventually("only what was made is listed", || {
+        mount.names("web/snapshots") == ["s"]
+    });
+    // mv has removed its source: what it brought stays, and can be read.
+    done(&mount, &backup, "mv $BK/moved $M/web/snapshots/");
+    assert_eq!(
+        fs::read(mount.at("web/snapshots/moved/snapshot.json")).unwrap(),
+        fs::read(backup.join("snapshots/s/snapshot.json")).unwrap()
+    );
+    done(
+        &mount,
+        &backup,
+        "cp -r $M/web $BK/nightly && tar cf $BK/nightly.tar -C $M web",
+    );
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn an_archive_whose_name_was_taken_while_it_was_written_waits_for_another() {
+    let (home, mount, backup) = home_and_backup();
+    let archive = fs::read(backup.join("export.boxlite")).unwrap();
+    let mut file = File::create(mount.at("new.boxlite")).unwrap();
+    file.write_all(&archive).unwrap();
+    fs::rename(mount.at("web"), mount.at("new")).unwrap();
+    drop(file);
+    eventually("the log says that it waits", || {
+        mount.log().contains("new.boxlite waits")
+    });
+    fs::rename(mount.at("new.boxlite"), mount.at("other.boxlite")).unwrap();
+    eventually("it is a box", || {
+        mount.names("").contains(&"other".to_owned())
+    });
+    mount.unmount();
+    home.assert_whole();
+}
+
+#[test]
+fn what_comes_through_a_pipe_waits_though_the_pipe_is_not_the_input() {
+    let (home, mount, backup) = home_and_backup();
+    done(
+        &mount,
+        &backup,
+        "cp -r $BK/snapshots $BK/parts && head -c 40000 $BK/export.boxlite > $BK/cut",
+    );
+    let command = "mkdir $M/new $BK/all && mv $BK/parts $BK/all/snapshots && mv $BK/cut $BK/all/export.boxlite && \
+                   tar xf <(tar c --remove-files -C $BK/all .) -C $M/new";
+    refused(&mount, &backup, command);
+    assert!(!backup.join("all/snapshots/s/export.boxlite").exists());
+    done(&mount, &backup, "cp $BK/export.boxlite $M/new/");
+    eventually("its snapshot is there", || {
+        mount.names("new/snapshots") == ["s"]
+    });
+    mount.unmount();
+    home.assert_whole();
 }

@@ -216,11 +216,14 @@ impl Creator {
         let mut state = file.state();
         let name = &state.place.name;
         if !writes {
-            let message = format!("{name} is being written; read it when it is a box");
-            return Err(Error::new(libc::EPERM, message));
+            let message = format!(
+                "{name} has not become a box yet and can't be read; wait for that, or rename it to NAME.boxlite"
+            );
+            drop(state);
+            return Err(self.checks.refuse(libc::EPERM, message));
         }
         if flags & libc::O_APPEND != 0 || file.is_committed() {
-            let message = format!("{name} can't be appended to");
+            let message = format!("{name} can't be appended to; write a whole archive");
             drop(state);
             return Err(self.checks.refuse(libc::EPERM, message));
         }

@@ -146,7 +146,7 @@ impl Maker {
         let made = self.staging.boxes.make(caller, parent, name, link)?;
         let node = made.ok_or_else(|| {
             self.checks.remember_refused_copy(caller, parent);
-            let message = format!("{name}: links are not allowed here");
+            let message = format!("{name}: links are made only in a box that is being copied in");
             self.checks.refuse(libc::EPERM, message)
         })?;
         self.staging.was_made(caller, parent, name);

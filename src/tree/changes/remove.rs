@@ -96,7 +96,7 @@ impl Remover {
             refuse(&self.store, error.errno(), message)
         })?;
         let history = &self.history;
-        match history.remove_snapshot(caller, id, (snapshot, name), BOX_JSON) {
+        match history.removal_of_snapshot(caller, id, (snapshot, name), BOX_JSON) {
             SnapshotRemoval::Refused => {
                 return Err(refuse(
                     &self.store,
@@ -106,8 +106,16 @@ impl Remover {
                     ),
                 ));
             }
+            SnapshotRemoval::Unseen => {
+                let message = format!(
+                    "snapshot {name} was taken or renamed since the removal of its box began, so it stays; remove the box again"
+                );
+                return Err(refuse(&self.store, libc::ENOTEMPTY, message));
+            }
             SnapshotRemoval::WithBox => {
                 let directory = Node::Snapshot(id.to_owned(), snapshot.to_owned());
+                self.refuse_left_files(caller, &directory, name)?;
+                history.remove_with_box(caller, id, (snapshot, name));
                 self.kernel.raise_generation(&directory);
                 return Ok(());
             }
@@ -143,6 +151,18 @@ impl Remover {
                 "{name} is a snapshot, with its {EXPORT} in it; rmdir alone, or rm -r, deletes it"
             ),
         ))
+    }
+
+    /// Refuses a process that removes a whole box and left files of this snapshot: it was told not to
+    /// remove them, or could not read them.
+    fn refuse_left_files(&self, caller: Caller, snapshot: &Node, name: &str) -> Result<()> {
+        if self.view.list(caller, snapshot)?.is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "snapshot {name} is not empty: not all of its files were removed, so it stays, and its box as well"
+        );
+        Err(refuse(&self.store, libc::ENOTEMPTY, message))
     }
 
     /// Hides `snapshots`, where it is empty, from the caller that removes it. That is a step of
@@ -280,8 +300,8 @@ impl Remover {
             let message = format!("removal of {name}: {error}");
             return Err(refuse(&self.store, error.errno(), message));
         }
-        let see_disk = || store::see_disk(&self.store, id);
-        self.history.remove(caller, id, (dir, name), see_disk);
+        let see = || self.view.see_box(id);
+        self.history.remove(caller, id, (dir, name), see);
         Ok(())
     }
 

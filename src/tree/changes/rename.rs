@@ -271,7 +271,9 @@ impl Renamer {
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken_snapshot_name(caller, to_parent, to, mode)?;
                 if !is_snapshot_name(to) {
-                    return Err(refuse(format!("{to:?} can't be a snapshot's name")));
+                    return Err(refuse(format!(
+                        "{to:?} can't be a snapshot's name: BoxLite accepts 1 to 255 bytes with no leading dot and no / or \\"
+                    )));
                 }
                 let boxes = &self.view.home.boxes;
                 boxes.change(id, || store::rename_snapshot(&self.store, id, snapshot, to))
@@ -296,7 +298,9 @@ impl Renamer {
             (Node::Snapshot(..) | Node::Box(_), _) => Err(refuse(format!(
                 "{from} can't go there: a snapshot stays with its box, and a box in the root; to make a new box of it, copy it into the root"
             ))),
-            _ => Err(refuse(format!("{from} can't be moved"))),
+            _ => Err(refuse(format!(
+                "{from} can't be moved: it belongs to its box; move the box itself, or a directory in its snapshots"
+            ))),
         }
     }
 

@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use crate::home::Owner;
 use crate::process::Caller;
+use crate::store;
 use crate::tree::nodes::attr::{Attr, DirEntry, Kept};
 use crate::tree::nodes::names::not_there;
 use crate::tree::nodes::node::Node;
 use crate::tree::reading::home_view::HomeView;
-use crate::tree::staging::caller_history::CallerHistory;
+use crate::tree::staging::caller_history::{BoxNow, CallerHistory};
+use crate::tree::staging::program::Program;
 use crate::tree::staging::staging_area::StagingArea;
 use crate::{Error, Result};
 
@@ -64,6 +66,26 @@ impl CallerView {
                 .filter(|_| error.errno() == libc::ENOENT)
                 .ok_or(error)
         })
+    }
+
+    /// Returns what a process that begins to read or to remove a box can see of it.
+    pub fn see_box(&self, id: &str) -> BoxNow {
+        let names = self.home.boxes.names().ok();
+        let rows = names
+            .iter()
+            .flat_map(|names| names.catalog().snapshots_of(id));
+        BoxNow {
+            snapshots: rows.map(|row| (row.id.clone(), row.name.clone())).collect(),
+            disk: store::see_disk(&self.home.store, id),
+        }
+    }
+
+    /// Records that a process begins to read the export of a box, which it may remove afterwards.
+    pub fn note_reading(&self, caller: Caller, id: &str) {
+        if !caller.is_outside() {
+            let copies = Program::of(caller).copies();
+            self.history.read(caller, id, copies, || self.see_box(id));
+        }
     }
 
     /// Returns whether there is a box of this name. Forgets an archive of the name that the caller

@@ -48,6 +48,11 @@ pub fn open(home: &HomeView, caller: Caller, node: Node) -> Result<Opened> {
     Ok(opened(home, handle, is_of_state))
 }
 
+/// Opens a description that was copied in, with these bytes.
+pub fn open_text(home: &HomeView, node: Node, bytes: Vec<u8>) -> Opened {
+    opened(home, Handle::Bytes { node, bytes }, false)
+}
+
 /// Opens a file for reading if that takes no I/O. Returns None otherwise.
 pub fn open_at_once(home: &HomeView, node: &Node) -> Option<Result<Opened>> {
     let handle = home.guests.open_held(node)?;

@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::exports::Source;
+use crate::exports::{Source, UNREADABLE};
 use crate::home::BoxRecord;
 use crate::store::{Store, Usage};
 use crate::tree::nodes::attr::{Attr, Kept, Kind};
@@ -228,7 +228,7 @@ impl HomeView {
                 let mut attr = match self.exports.contents(node)? {
                     Some(contents) => file(contents.size, contents.changed),
                     None if matches!(node, Node::Export(Source::Live { .. })) => {
-                        file(0, at(record.created_at))
+                        file(UNREADABLE, at(record.created_at))
                     }
                     None => return Err(not_there()),
                 };

@@ -1,7 +1,7 @@
 //! What each process did to boxes that exist. A box is removed, or copied over, file by file, and
 //! only the last step shows what all of it means.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -26,8 +26,14 @@ struct HistoryEntry {
     /// Names that it removed, by the inode of their directory. They are hidden from it alone.
     removed: HashMap<u64, BTreeSet<String>>,
     /// What it saw of the box: the snapshots that it removed after box.json, which are removed with
-    /// the box or stay, and the disk that the box had when the removal began.
+    /// the box or stay, and the disk that the box had when the process first read its export or began
+    /// to remove it.
     seen: SeenBox,
+    /// The snapshots that the box had then: id → name.
+    snapshots: BTreeMap<String, String>,
+    /// It is a program that copies, and has read the export. It lists the box once to copy it, and
+    /// once more to remove it.
+    has_copied: bool,
     /// It was not allowed to remove a file, and has not looked at the box anew since, however long
     /// ago that was.
     refused_removal: bool,
@@ -43,6 +49,8 @@ impl HistoryEntry {
             last: Instant::now(),
             removed: HashMap::new(),
             seen: SeenBox::default(),
+            snapshots: BTreeMap::new(),
+            has_copied: false,
             refused_removal: false,
             refused_copy: None,
         }
@@ -50,6 +58,15 @@ impl HistoryEntry {
 
     fn is_of(&self, caller: Caller) -> bool {
         self.group.has(caller) && self.command == caller.command_line()
+    }
+
+    /// Records the box as it is now, unless that was done before.
+    fn see(&mut self, see: impl FnOnce() -> BoxNow) {
+        if self.seen.disk.is_none() && self.snapshots.is_empty() {
+            let now = see();
+            self.seen.disk = now.disk;
+            self.snapshots = now.snapshots;
+        }
     }
 
     fn remove(&mut self, dir: &Node, name: &str) {
@@ -129,6 +146,14 @@ pub struct CallerHistory {
     entries: Mutex<Entries>,
 }
 
+/// A box at the moment in which a process begins to read or to remove it.
+pub struct BoxNow {
+    /// Its live disk, if it has one.
+    pub disk: Option<SeenDisk>,
+    /// Its snapshots: id → name.
+    pub snapshots: BTreeMap<String, String>,
+}
+
 /// What removing a snapshot means, after what its remover did before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SnapshotRemoval {
@@ -136,6 +161,8 @@ pub enum SnapshotRemoval {
     Now,
     /// The whole box is being removed: the snapshot goes with it.
     WithBox,
+    /// The whole box is being removed, and the snapshot was taken or renamed since that began.
+    Unseen,
     /// A file of the box could not be removed, so its snapshots stay.
     Refused,
 }
@@ -182,17 +209,27 @@ impl CallerHistory {
         entry.is_some_and(|entry| !entry.refused_removal && !entry.removed.is_empty())
     }
 
-    /// Records that the caller removed a name. `see_disk` is the disk of the box as it is now.
+    /// Records that the caller begins to read the export of a box, which it may remove next. Then
+    /// only what it can have read goes. `see` is the box as it is now.
+    pub fn read(&self, caller: Caller, box_id: &str, copies: bool, see: impl FnOnce() -> BoxNow) {
+        let mut entries = self.entries.lock();
+        let entry = entries.begin(caller, box_id);
+        entry.see(see);
+        entry.last = Instant::now();
+        entry.has_copied |= copies;
+    }
+
+    /// Records that the caller removed a name. `see` is the box as it is now.
     pub fn remove(
         &self,
         caller: Caller,
         box_id: &str,
         (dir, name): (&Node, &str),
-        see_disk: impl FnOnce() -> Option<SeenDisk>,
+        see: impl FnOnce() -> BoxNow,
     ) {
         let mut entries = self.entries.lock();
         let entry = entries.begin(caller, box_id);
-        entry.seen.disk = entry.seen.disk.or_else(see_disk);
+        entry.see(see);
         entry.remove(dir, name);
     }
 
@@ -203,8 +240,8 @@ impl CallerHistory {
     }
 
     /// Returns what it means that the caller removes a snapshot. Once the caller has removed
-    /// `last_file` of the box, the snapshot goes with the box; that is recorded.
-    pub fn remove_snapshot(
+    /// `last_file` of the box, the snapshot goes with the box.
+    pub fn removal_of_snapshot(
         &self,
         caller: Caller,
         box_id: &str,
@@ -223,10 +260,24 @@ impl CallerHistory {
         if !entry.has_removed(&Node::Box(box_id.to_owned()), last_file) {
             return SnapshotRemoval::Now;
         }
+        if entry
+            .snapshots
+            .get(snapshot)
+            .is_some_and(|then| then == name)
+        {
+            SnapshotRemoval::WithBox
+        } else {
+            SnapshotRemoval::Unseen
+        }
+    }
+
+    /// Records that the caller removed a snapshot, which goes with the box.
+    pub fn remove_with_box(&self, caller: Caller, box_id: &str, (snapshot, name): (&str, &str)) {
+        let mut entries = self.entries.lock();
+        let entry = entries.begin(caller, box_id);
         entry.remove(&Node::Snapshots(box_id.to_owned()), name);
         let snapshots = &mut entry.seen.snapshots;
         snapshots.insert(snapshot.to_owned(), name.to_owned());
-        SnapshotRemoval::WithBox
     }
 
     /// Returns what the caller, who removes a box, saw of it.
@@ -275,12 +326,12 @@ impl CallerHistory {
 
     /// Records that the caller lists a box. If its last step was long ago, it begins anew and sees
     /// the whole box. Time alone does not do that: a process that was stopped half way continues
-    /// where it was.
+    /// where it was. Nor does it for a program that has copied the box: mv lists it again to remove it.
     pub fn note_listing(&self, caller: Caller, box_id: &str) {
         let mut entries = self.entries.lock();
         let is_anew = entries
             .of(caller, box_id)
-            .is_some_and(|entry| entry.last.elapsed() > ANEW);
+            .is_some_and(|entry| !entry.has_copied && entry.last.elapsed() > ANEW);
         if is_anew {
             entries.end(caller, box_id);
         }

@@ -90,7 +90,7 @@ impl Committer {
         };
         if let Err(error) = result {
             // An earlier close succeeded for a file that waits, so it is kept.
-            if !file.is_waiting() {
+            if !file.is_waiting() && !self.waits_after(file, &mut state, &error) {
                 // The store has logged it.
                 state.refuse(&error);
                 self.fail_box(file);
@@ -121,6 +121,25 @@ impl Committer {
         };
         drop(state);
         self.commit_waiting(file, &waiting)
+    }
+
+    /// Makes a whole archive wait whose name was taken while it was written, or whose home is in use
+    /// only now: all writes succeeded, and many programs ignore the result of close. Returns false if
+    /// the archive has to go.
+    fn waits_after(&self, file: &StagedFile, state: &mut StagedState, error: &Error) -> bool {
+        let is_loose = state.role() == FileRole::NewBox && state.place.parent == Node::Root;
+        let may_end = matches!(error.errno(), libc::EEXIST | libc::EBUSY);
+        if !is_loose || !may_end || self.waiting.accept(file, state).is_err() {
+            return false;
+        }
+        self.staging.loose.fail_file(file);
+        if file.source_keeper.is_none() {
+            self.store.events().warn(&format!(
+                "{} waits: {error}; rename it to NAME.boxlite to make a box of it",
+                state.place.name
+            ));
+        }
+        true
     }
 
     /// Commits the snapshots that waited for a box.

@@ -180,6 +180,13 @@ impl LooseFiles {
         }
     }
 
+    /// Records that a file could not become what its name says.
+    pub fn fail_file(&self, file: &StagedFile) {
+        for loose in self.files.lock().iter_mut() {
+            loose.failed |= std::ptr::eq(&*loose.file, file);
+        }
+    }
+
     /// Records that a descriptor of a file was closed, which postpones its sweep.
     pub fn note_close(&self, file: &Arc<StagedFile>) {
         for loose in self.files.lock().iter_mut() {

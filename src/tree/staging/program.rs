@@ -37,20 +37,24 @@ const fn tool(name: &'static str, copies: CopiesWhen, sources: Sources) -> CopyT
     }
 }
 
-/// All programs that copy, by the name that they are called by.
-const COPY_TOOLS: [CopyTool; 22] = {
+/// All programs that copy, by the name that they are called by. GNU's have a `g` in front where others
+/// are the system's.
+const COPY_TOOLS: [CopyTool; 25] = {
     use CopiesWhen::{Always, By};
     use Sources::{MayGo, Stay, StayIf, StayInFile};
     [
         tool("cp", Always, Stay),
         tool("gcp", Always, Stay),
         tool("tar", Always, StayInFile),
+        tool("gtar", Always, StayInFile),
         tool("bsdtar", Always, StayInFile),
         tool("cpio", Always, StayInFile),
         tool("bsdcpio", Always, StayInFile),
         tool("pax", Always, StayInFile),
         tool("unzip", Always, Stay),
         tool("mv", Always, MayGo),
+        tool("gmv", Always, MayGo),
+        tool("lftp", Always, MayGo),
         tool("7z", Always, MayGo),
         tool("7za", Always, MayGo),
         tool("7zr", Always, MayGo),
@@ -94,9 +98,10 @@ fn is_cp_applet(words: &[String]) -> bool {
 }
 
 fn is_rclone_that_keeps(words: &[String]) -> bool {
-    words
+    // A directory may have the name of a command.
+    !words
         .iter()
-        .any(|word| matches!(word.as_str(), "copy" | "copyto" | "sync" | "bisync"))
+        .any(|word| matches!(word.as_str(), "move" | "moveto"))
 }
 
 /// Programs that make a directory tree available to others and make their calls. Which of their
@@ -132,14 +137,20 @@ fn base_name(word: &str) -> &str {
 pub struct Program {
     caller: Caller,
     words: Vec<String>,
+    /// The file name of the executable, where that is not what the first word says.
+    executable: Option<String>,
 }
 
 impl Program {
     /// Reads the command line of a caller.
     pub fn of(caller: Caller) -> Program {
+        let words = caller.command_line();
+        let first = words.first().map(|word| base_name(word));
+        let is_known = first.is_some_and(|name| copy_tool(name).is_some());
         Program {
             caller,
-            words: caller.command_line(),
+            executable: (!is_known).then(|| caller.executable()).flatten(),
+            words,
         }
     }
 
@@ -156,14 +167,25 @@ impl Program {
     pub fn copies(&self) -> bool {
         let mut words = self.words.iter().map(|word| base_name(word));
         // Some tools are Python programs, such as borg.
-        let name = words.find(|word| !word.starts_with("python") && !word.starts_with('-'));
-        match name.and_then(copy_tool).map(|tool| &tool.copies) {
+        let is_name = |word: &&str| {
+            !(word.starts_with("python") || word.starts_with("ld-linux") || word.starts_with('-'))
+        };
+        let name = words.find(is_name);
+        let tool = name
+            .and_then(copy_tool)
+            .or_else(|| self.tool_by_executable());
+        match tool.map(|tool| &tool.copies) {
             None => false,
             Some(CopiesWhen::Always) => true,
             Some(CopiesWhen::By(commands)) => words
                 .find(|word| !word.starts_with('-'))
                 .is_some_and(|command| commands.contains(&command)),
         }
+    }
+
+    /// Returns the tool that runs under another name: `mv` may be called `zmv`.
+    fn tool_by_executable(&self) -> Option<&'static CopyTool> {
+        self.executable.as_deref().and_then(copy_tool)
     }
 
     /// Returns whether it copies, or is a program that, besides other things, copies trees and
@@ -212,7 +234,11 @@ impl Program {
             None | Some(Sources::MayGo) => false,
             Some(Sources::Stay) => true,
             Some(Sources::StayIf(stay)) => stay(&self.words),
-            Some(Sources::StayInFile) => !self.caller.reads_a_pipe(),
+            Some(Sources::StayInFile) => {
+                let words = self.words.iter().skip(1);
+                let mut files = words.flat_map(|word| word.split('='));
+                !self.caller.reads_a_pipe() && !files.any(|file| self.caller.names_a_pipe(file))
+            }
         }
     }
 
@@ -240,6 +266,7 @@ mod tests {
         Program {
             caller: Caller { tid: 0 },
             words: line.split(' ').map(str::to_owned).collect(),
+            executable: None,
         }
     }
 
@@ -257,6 +284,9 @@ mod tests {
             ("busybox sh", false, false),
             ("rclone --progress copy a b", true, true),
             ("rclone move a b", true, false),
+            ("rclone move sync b", true, false),
+            ("gmv -n a b", true, false),
+            ("/lib64/ld-linux-x86-64.so.2 /bin/mv -n a b", true, false),
             ("gio copy a b", true, false),
             ("cat a", false, false),
         ] {

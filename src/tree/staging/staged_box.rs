@@ -351,7 +351,7 @@ impl StagedBox {
     }
 
     /// Returns whether a complete archive waits in it, or a snapshot.json without the export that
-    /// it describes, in a box that exists.
+    /// it describes, in a box that exists. One of a program that leaves its sources does not count.
     pub fn has_waiting(&self) -> bool {
         // The user of a cp that failed still has the source.
         let is_copy = |file: &StagedFile| {
@@ -364,7 +364,7 @@ impl StagedBox {
             let mut files = names
                 .flat_map(BTreeMap::values)
                 .filter_map(StagedChild::file);
-            files.any(|file| file.size() > 0)
+            files.any(|file| file.size() > 0 && file.source_keeper.is_none())
         };
         has_archive || (!self.is_new && self.arriving().any(|(_, child)| is_described(child)))
     }

@@ -281,7 +281,9 @@ impl StagedBoxes {
             }
             (Node::Snapshots(_), Staged::Directory) => {
                 if !is_snapshot_name(name) {
-                    let message = format!("{name:?} can't be a snapshot's name");
+                    let message = format!(
+                        "{name:?} can't be a snapshot's name: BoxLite accepts 1 to 255 bytes with no leading dot and no / or \\"
+                    );
                     return Err(refuse(&self.store, libc::EINVAL, message));
                 }
                 Node::Snapshot(id.to_owned(), snapshot_id()?)

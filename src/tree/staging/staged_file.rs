@@ -184,6 +184,14 @@ impl StagedFile {
         self.stage.load(Ordering::Relaxed) == Stage::Committed as u8
     }
 
+    /// Returns what was written, if it is the description of a box or a snapshot.
+    pub fn text(&self) -> Option<Vec<u8>> {
+        match &self.state().content {
+            StagedContent::Text(text) => Some(text.clone()),
+            _ => None,
+        }
+    }
+
     /// Records how far it has come. Takes the state as proof that it is locked.
     pub fn set_stage(&self, _state: &mut StagedState, stage: Stage) {
         self.stage.store(stage as u8, Ordering::Relaxed);
@@ -351,7 +359,9 @@ impl StagedState {
     pub fn finish(&mut self, size: u64) -> Result<bool> {
         let only_hole = || match size {
             0 => Ok(false),
-            _ => Err(Error::bad_archive("the file is only a hole")),
+            _ => Err(Error::bad_archive(
+                "the file is only a hole, and no archive; copy it again",
+            )),
         };
         match &mut self.content {
             StagedContent::Text(_) | StagedContent::JsonFromHome(_) => Ok(false),

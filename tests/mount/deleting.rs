@@ -419,6 +419,7 @@ fn a_box_that_changes_while_it_is_deleted_stays() {
         ] {
             deleting.does(&format!("os.remove(m + 'web/{name}')"));
         }
+        deleting.does("[os.remove(m + 'web/snapshots/s/' + name) for name in os.listdir(m + 'web/snapshots/s')]");
         deleting.does("[os.rmdir(m + 'web/snapshots' + name) for name in ['/s', '']]");
     };
     // Its disk is changed by another mount, BoxLite or a guest.

@@ -127,7 +127,10 @@ impl Committer {
     /// only now: all writes succeeded, and many programs ignore the result of close. Returns false if
     /// the archive has to go.
     fn waits_after(&self, file: &StagedFile, state: &mut StagedState, error: &Error) -> bool {
-        let is_loose = state.role() == FileRole::NewBox && state.place.parent == Node::Root;
+        // A copy of what is in the home is made again by copying it again.
+        let is_archive = matches!(state.content, StagedContent::Archive(_));
+        let is_loose =
+            is_archive && state.role() == FileRole::NewBox && state.place.parent == Node::Root;
         let may_end = matches!(error.errno(), libc::EEXIST | libc::EBUSY);
         if !is_loose || !may_end || self.waiting.accept(file, state).is_err() {
             return false;

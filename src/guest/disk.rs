@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// which are adjacent, at once; small enough that a single inode costs little.
 const PIECE: usize = 64 << 10;
 /// The most bytes of structures (inodes, directories, block maps) kept for all disks together.
-const METADATA: u64 = 32 << 20;
+const METADATA: u64 = 28 << 20;
 /// The most bytes of files' contents kept for all disks together. The kernel caches contents
 /// itself; this is for small files that share a piece.
 const CONTENTS: u64 = 4 << 20;

@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
 /// The most bytes of indexes kept for all file systems together.
-const INDEXES: u64 = 16 << 20;
+const INDEXES: u64 = 12 << 20;
 /// The largest index: a directory of more than a million names gets none, and every lookup searches
 /// all names.
 const MAX_INDEX: usize = 8 << 20;

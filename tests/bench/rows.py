@@ -3,6 +3,7 @@
 import os
 
 from families import SNAPSHOTS
+from growth import CHANGES, MANY, SIZES as HOMES
 from guests import STATS
 from measure import can_drop_caches, mean, median
 from pauses import SIZES
@@ -21,6 +22,7 @@ class Rows:
         yield from self.changed_and_small()
         yield from self.imports()
         yield from self.copy_on_write()
+        yield from self.growth()
         yield from self.pauses()
         yield from self.guests()
         yield from self.space()
@@ -88,10 +90,10 @@ class Rows:
 
     def imports(self):
         for kind, name in (("theirs", "BoxLite's"), ("zst", "our .zst"), ("plain", "our plain")):
-            program, goal = ("`cp`", None) if kind == "plain" else ("`zstd -d`", 1.3)
+            program, goal = ("`cp`", 1.3) if kind == "plain" else ("`zstd -d`", 1.1)
             label, key = f"import of {name} archive", f"import {kind}"
-            yield self.times(label, key, program, f"unpack {kind}", goal)
-            yield self.times(label, key, f"{program} and `sync`", f"unpack and flush {kind}")
+            yield self.times(label, key, program, f"unpack {kind}")
+            yield self.times(label, key, f"{program} and `sync`", f"unpack and flush {kind}", goal)
             yield self.times(label, key, "BoxLite import", f"boxlite import {kind}")
 
         label = f"a box with {SNAPSHOTS} snapshots, from a backup of directories"
@@ -119,11 +121,24 @@ class Rows:
 
         label = "`ls -l` of a box while its archives are made, 99 of 100 times"
         yield self.times(label, "ls meanwhile", "100 ms", 0.1, 1)
-        label = "mount of 1,000 boxes with 10 snapshots each"
-        yield self.times(label, "index", "2 s", 2.0, 1)
-        label = "snapshot (`mkdir`) in that home"
-        for what, key in ((", the first", "mkdir among many, first"), (", later", "mkdir among many")):
-            yield self.times(label + what, key, "the same of the 3 MB box", "mkdir small")
+
+    def growth(self):
+        """What changes cost in homes of more and more boxes, against a home of one."""
+        for boxes in HOMES:
+            label = f"mount and `ls` of {boxes:,} box{'es' if boxes > 1 else ''} with 10 snapshots each, cold"
+            yield self.times(label, f"mount {boxes}", "0.3 s", 0.3, 1 if boxes == max(HOMES) else None)
+        for change in CHANGES:
+            for boxes in HOMES[1:]:
+                against = ("in a home of one", f"{change} {HOMES[0]}")
+                goal = 1.5 if boxes == max(HOMES) and not change.startswith("first") else None
+                yield self.times(f"{change} among {boxes:,} boxes", f"{change} {boxes}", *against, goal)
+        for label, key in (
+            ("`cp -r` of a box", "copy of 300"),
+            ("`rm -r` of 200 of its snapshots", "deletion among 300"),
+            ("`rm -r` of the box with the rest", "removal of 100"),
+        ):
+            label = f"{label} with {MANY} snapshots, for each of them"
+            yield self.times(label, key, "10 ms", 0.01, 1)
 
     def pauses(self):
         for kind, place in (("plain", place_of(self.bench.work).split()[0]), ("shared", "xfs, sharing blocks")):

@@ -12,6 +12,8 @@ HEAD = (
     "| | ours | user+sys | compared with | that | user+sys | ratio | goal | reached |\n"
     "|---|--:|--:|---|--:|--:|--:|--:|---|"
 )
+# Rows that are in the longer table though they have a goal.
+DETAILS = ("temporary disk", "peak memory, import", "peak memory, .zst, first contact")
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
 
 
@@ -19,8 +21,8 @@ BEGIN, END = "<!-- table -->", "<!-- /table -->"
 class Row:
     """One line. Figures are medians: seconds, or bytes where `unit` says so.
 
-    `goal` bounds ours / that, from above; a row without one is there to be known. `absent` says why
-    there is no figure of ours.
+    `goal` bounds ours / that, from above; a row without one is there to be known, and is in a table of
+    its own. `absent` says why there is no figure of ours.
     """
 
     label: str
@@ -65,6 +67,13 @@ def text_of(rows, notes):
     """The machine, the notes and the rows, as Markdown."""
     head = "\n".join(f"- {note}" for note in [machine(), *notes])
     return "\n".join([head, "", HEAD, *(row.line() for row in rows), ""])
+
+
+def parts_of(rows, notes):
+    """The texts of the two documents: the rows with the goals that matter most, and the others."""
+    rows, notes = list(rows), list(notes)
+    main = [row for row in rows if row.goal is not None and not row.label.startswith(DETAILS)]
+    return text_of(main, notes), text_of([row for row in rows if row not in main], notes)
 
 
 def machine():

@@ -15,5 +15,6 @@ pub use manifest::{About, Manifest, manifest_bytes};
 pub(crate) use reading::Allowance;
 pub use reading::{Arrived, Incoming, MOST_HOLES, Progress};
 pub use writing::{
-    Compressed, Export, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key, measure, produce,
+    Compressed, Export, FrameCache, FrameKey, FrameSizes, KnownSizes, NoFrames, Stream,
+    compressed_key, measure, produce,
 };

@@ -3,28 +3,28 @@
 //! The size of a compressed archive is known only after compressing, so opening one waits for it.
 //! The size is remembered from before, or computed from the sizes of frames seen before, or the
 //! whole archive is made. A whole archive is kept in a spool, an unnamed file in the workspace,
-//! while the state lasts and the cache has room. Without a spool, frames are made as they are read.
+//! while the state lasts and the cache has room. Without a spool, frames are made as they are read;
+//! what was read from beginning to end is kept, too. Frames that a kept archive has are taken from
+//! it, also from that of an earlier state or of another source.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::archive::{
-    Compressed, FrameKey, FrameSizes, KnownSizes, Stream, compressed_key, measure, produce,
-};
+use crate::archive::{Compressed, FrameSizes, Stream, compressed_key, measure, produce};
 use crate::error::not_panicking;
 use crate::exports::compressed_cache::{CacheUsage, CompressedArchives, KnownArchive};
 use crate::exports::disks::Source;
+use crate::exports::passing_frames::{PassingFrames, WholeArchive};
 use crate::exports::paused_copy::PausedCopies;
 use crate::exports::plain::{Contents, Form, PlainExports};
 use crate::exports::production::{
     OpenedCompressed, POLL_INTERVAL, Packed, Production, Turns, Waiter, interrupted,
 };
+use crate::exports::production_frames::{ProductionSizes, ShownFrames};
 use crate::exports::spool::Spool;
-use crate::exports::spooling::Spooling;
 use crate::exports::states::States;
 use crate::home::{Catalog, SizeCache};
 use crate::progress::Operations;
@@ -32,52 +32,6 @@ use crate::{Error, Result};
 
 /// How long an unmount waits for productions to write the sizes they found to disk.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-/// Frame sizes written to disk in one batch.
-const BATCH: usize = 4096;
-
-/// The frame sizes of one production: those remembered on disk, and new ones.
-struct ProductionSizes<'a> {
-    remembered: &'a SizeCache,
-    /// Whether the disk's state may be remembered, and new sizes with it.
-    is_lasting: bool,
-    new: Mutex<HashMap<FrameKey, u32>>,
-}
-
-impl ProductionSizes<'_> {
-    /// Writes new sizes to disk, unless the state must not be remembered.
-    fn flush(&self, new: &mut HashMap<FrameKey, u32>) {
-        if !self.is_lasting {
-            return;
-        }
-        let frames: Vec<_> = new.drain().collect();
-        self.remembered.put_frames(&frames);
-    }
-}
-
-impl KnownSizes for ProductionSizes<'_> {
-    fn size(&self, key: &FrameKey) -> Option<u32> {
-        let new = self.new.lock().get(key).copied();
-        new.or_else(|| self.remembered.frame(key))
-    }
-
-    fn learn(&self, key: FrameKey, size: u32) {
-        let mut new = self.new.lock();
-        new.insert(key, size);
-        if self.is_lasting && new.len() >= BATCH {
-            self.flush(&mut new);
-        }
-    }
-}
-
-impl Drop for ProductionSizes<'_> {
-    fn drop(&mut self) {
-        let mut new = std::mem::take(&mut *self.new.lock());
-        if !new.is_empty() {
-            self.flush(&mut new);
-        }
-    }
-}
-
 /// Opens disk states as compressed archives, and makes and caches these.
 pub struct CompressedExports {
     copies: Arc<PausedCopies>,
@@ -85,8 +39,18 @@ pub struct CompressedExports {
     states: Arc<States>,
     remembered: Arc<SizeCache>,
     operations: Arc<Operations>,
-    archives: CompressedArchives,
+    archives: Arc<CompressedArchives>,
     turns: Turns,
+}
+
+/// An archive that is being opened.
+#[derive(Clone, Copy)]
+struct Opening<'a> {
+    source: &'a Source,
+    compressed: &'a Arc<Compressed>,
+    plain: Contents,
+    /// Whether the disk's state may be remembered.
+    is_lasting: bool,
 }
 
 impl CompressedExports {
@@ -95,7 +59,7 @@ impl CompressedExports {
         copies: Arc<PausedCopies>,
         plain: Arc<PlainExports>,
         states: Arc<States>,
-        archives: CompressedArchives,
+        archives: Arc<CompressedArchives>,
         remembered: Arc<SizeCache>,
         operations: Arc<Operations>,
     ) -> CompressedExports {
@@ -162,10 +126,19 @@ impl CompressedExports {
         plain: Contents,
         mut waiter: Waiter,
     ) {
+        let opening = Opening {
+            source,
+            compressed: &compressed,
+            plain,
+            is_lasting: self.states.is_lasting(compressed.export().chain()),
+        };
         loop {
             let mut cache = self.archives.lock();
+            // The spool of an earlier state is one of those whose frames may be used.
+            cache.entry(source, plain);
+            let kept = cache.spools_for(source);
             let archive = cache.entry(source, plain);
-            if let Some(opened) = self.open_known(archive, &compressed, plain) {
+            if let Some(opened) = self.open_known(archive, opening, &kept) {
                 cache.touch(source);
                 drop(cache);
                 return (waiter.answer)(Ok(opened));
@@ -191,13 +164,17 @@ impl CompressedExports {
     }
 
     /// Opens an archive of known size: from its spool, the stream that others read, or remembered
-    /// frame sizes. None if the size is not known.
+    /// frame sizes. Its frames are looked for in the archives `kept` first. None if the size is not
+    /// known.
     fn open_known(
         &self,
         archive: &mut KnownArchive,
-        compressed: &Arc<Compressed>,
-        plain: Contents,
+        opening: Opening<'_>,
+        kept: &[Weak<Spool>],
     ) -> Option<OpenedCompressed> {
+        let Opening {
+            compressed, plain, ..
+        } = opening;
         if archive.wrong.load(Ordering::Relaxed) {
             self.remembered.forget_archive(&compressed.state_key());
             *archive = KnownArchive::of(plain);
@@ -210,7 +187,13 @@ impl CompressedExports {
                     let bytes = self.remembered.archive(&compressed.state_key())?;
                     FrameSizes::from_bytes(compressed, &bytes).map(Arc::new)
                 })?;
-                let stream = Arc::new(Stream::new(compressed.clone(), sizes.clone()));
+                let whole = WholeArchive {
+                    plain,
+                    size: sizes.total(),
+                };
+                let frames = self.passing_frames(opening, kept.to_vec(), Some(whole));
+                let stream = Stream::new(compressed.clone(), sizes.clone(), Arc::new(frames));
+                let stream = Arc::new(stream);
                 archive.stream = Arc::downgrade(&stream);
                 archive.wrong = stream.is_wrong();
                 archive.sizes = Some(sizes);
@@ -223,6 +206,18 @@ impl CompressedExports {
             packed,
             export: compressed.export().clone(),
         })
+    }
+
+    fn passing_frames(
+        &self,
+        opening: Opening<'_>,
+        kept: Vec<Weak<Spool>>,
+        becomes: Option<WholeArchive>,
+    ) -> PassingFrames {
+        let Opening {
+            source, is_lasting, ..
+        } = opening;
+        PassingFrames::new(&self.archives, source, kept, is_lasting, becomes)
     }
 
     /// Runs a production in a thread of its own. Answers its waiters with an error if that can't
@@ -256,18 +251,20 @@ impl CompressedExports {
         plain: Contents,
         production: &Production,
     ) {
-        let sizes = ProductionSizes {
-            remembered: &self.remembered,
+        let opening = Opening {
+            source,
+            compressed,
+            plain,
             is_lasting: self.states.is_lasting(compressed.export().chain()),
-            new: Mutex::default(),
         };
-        let made =
-            not_panicking(|| self.make(source, compressed, &sizes, &|| production.goes_on()));
+        let sizes = ProductionSizes::of(&self.remembered, opening.is_lasting);
+        let made = not_panicking(|| self.make(opening, &sizes, &|| production.goes_on()));
         let (waiters, opened) = {
             let mut cache = self.archives.lock();
             let waiters = production.waiters.lock().take().unwrap_or_default();
             cache.remove_production(source, production);
             let opened = made.and_then(|(frames, spool)| {
+                let kept = cache.spools_for(source);
                 let archive = cache
                     .archives
                     .entry(source.clone())
@@ -277,14 +274,16 @@ impl CompressedExports {
                 let mut past = KnownArchive::of(plain);
                 let archive = if is_current { archive } else { &mut past };
                 archive.sizes = Some(frames.clone());
-                archive.spool = spool;
+                if let Some(spool) = spool {
+                    archive.set_spool(spool);
+                }
                 let wrong_sizes = || {
                     Error::damaged(
                         "the frame sizes of the compressed archive proved wrong; open it again",
                     )
                 };
                 let open = |_: &Waiter| {
-                    self.open_known(archive, compressed, plain)
+                    self.open_known(archive, opening, &kept)
                         .ok_or_else(wrong_sizes)
                 };
                 let opened: Result<Vec<OpenedCompressed>> = waiters.iter().map(open).collect();
@@ -322,27 +321,28 @@ impl CompressedExports {
     /// kept, its spool.
     fn make(
         &self,
-        source: &Source,
-        compressed: &Compressed,
+        opening: Opening<'_>,
         sizes: &ProductionSizes<'_>,
         go_on: &dyn Fn() -> bool,
     ) -> Result<(Arc<FrameSizes>, Option<Arc<Spool>>)> {
+        let Opening {
+            source, compressed, ..
+        } = opening;
         let _turn = self.turns.take(go_on).ok_or_else(interrupted)?;
         if let Some(frames) = measure(compressed, sizes, go_on)? {
             return Ok((Arc::new(frames), None));
         }
         let name = format!("compression of {}", self.plain.describe(source));
         let operation = self.operations.begin(name, Some(compressed.export().len()));
-        let mut ends = compressed.frame_ends();
-        let mut spooling = Spooling::begin(&self.archives, source);
-        let frames = produce(compressed, sizes, go_on, &mut |bytes| {
-            if let Some(end) = ends.next() {
-                operation.reaches(end);
-            }
-            spooling.put(bytes);
-            Ok(())
-        })?;
-        Ok((Arc::new(frames), spooling.finish()))
+        let kept = self.archives.lock().spools_for(source);
+        let frames = ShownFrames {
+            passing: self.passing_frames(opening, kept, None),
+            ends: Mutex::new(compressed.frame_ends()),
+            operation,
+        };
+        let sizes = produce(compressed, sizes, &frames, go_on)?;
+        let spool = frames.passing.finish(sizes.total());
+        Ok((Arc::new(sizes), spool))
     }
 
     /// Remembers the checksum of an export's disk, if it is known and the disk's state may be

@@ -1,7 +1,7 @@
 //! The cache of compressed archives: their sizes, the productions under way, and finished archives.
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -17,6 +17,8 @@ use crate::home::{Catalog, Home, Space};
 
 /// Archives whose frame sizes are kept in memory without readers.
 const KEPT_SIZES: usize = 8;
+/// The most kept archives in which the frames of another are looked for.
+const MOST_ASKED: usize = 16;
 /// A spool leaves one part in this many of the file system free, for uses that matter more than a
 /// cache.
 const LEFT_FREE: u64 = 20;
@@ -60,6 +62,8 @@ pub(crate) struct CompressedArchives {
     is_read_only: bool,
     compression: Compression,
     cache: Mutex<CompressedCache>,
+    /// Bytes set aside for spools being written. A spool may be dropped while the cache is locked.
+    growing: AtomicU64,
 }
 
 impl CompressedArchives {
@@ -76,6 +80,7 @@ impl CompressedArchives {
             is_read_only,
             compression,
             cache: Mutex::default(),
+            growing: AtomicU64::new(0),
         }
     }
 
@@ -102,13 +107,32 @@ impl CompressedArchives {
             return false;
         }
         let mut cache = self.lock();
-        while cache.kept_bytes() + cache.growing + more > self.compression.cache {
+        let growing = || self.growing.load(Ordering::Relaxed);
+        while cache.kept_bytes() + growing() + more > self.compression.cache {
             if !cache.drop_oldest_spool(source) {
                 return false;
             }
         }
-        cache.growing += more;
+        self.growing.fetch_add(more, Ordering::Relaxed);
         true
+    }
+
+    /// Gives bytes back that [`make_room`](CompressedArchives::make_room) set aside.
+    pub fn give_back(&self, room: u64) {
+        self.growing.fetch_sub(room, Ordering::Relaxed);
+    }
+
+    /// Keeps a whole archive of `source`, whose plain archive has these contents, unless they
+    /// changed meanwhile.
+    pub fn keep(&self, source: &Source, plain: Contents, spool: Arc<Spool>) {
+        let mut cache = self.lock();
+        let Some(archive) = cache.archives.get_mut(source) else {
+            return;
+        };
+        if archive.plain == plain && !archive.wrong.load(Ordering::Relaxed) {
+            archive.set_spool(spool);
+            cache.touch(source);
+        }
     }
 
     /// Returns an unnamed file for a spool. None if this cache keeps no archives, or the file can't
@@ -133,8 +157,8 @@ impl CompressedArchives {
         let cache = self.lock();
         let archives = cache.archives.values();
         CacheUsage {
-            archives: archives.filter(|it| it.spool.is_some()).count(),
-            bytes: cache.kept_bytes() + cache.growing,
+            archives: archives.flat_map(KnownArchive::spools).count(),
+            bytes: cache.kept_bytes() + self.growing.load(Ordering::Relaxed),
             limit: self.compression.cache,
             remembered: remembered.map_or(0, |meta| meta.len()),
         }
@@ -168,8 +192,6 @@ pub(crate) struct CompressedCache {
     pub recent: Recent<Source, KEPT_SIZES>,
     /// All productions under way, also those of past states.
     pub productions: Vec<Weak<Production>>,
-    /// Bytes set aside for spools being written.
-    pub growing: u64,
 }
 
 /// What is known about one compressed archive.
@@ -184,6 +206,8 @@ pub(crate) struct KnownArchive {
     pub sizes: Option<Arc<FrameSizes>>,
     /// The whole archive, if it is kept.
     pub spool: Option<Arc<Spool>>,
+    /// The archive of an earlier state, for the frames that are the same, until there is another.
+    previous: Option<Arc<Spool>>,
     /// Makes frames as they are read; lives as long as its readers.
     pub stream: Weak<Stream>,
     /// Set by the stream when `sizes` proved wrong. It outlives the stream.
@@ -201,40 +225,69 @@ impl KnownArchive {
             is_looked_up: false,
             sizes: None,
             spool: None,
+            previous: None,
             stream: Weak::new(),
             wrong: Arc::default(),
             production: None,
         }
     }
 
+    /// Keeps the whole archive. That of an earlier state is not needed any more.
+    pub fn set_spool(&mut self, spool: Arc<Spool>) {
+        self.spool = Some(spool);
+        self.previous = None;
+    }
+
+    /// Returns the archives that are kept.
+    fn spools(&self) -> impl Iterator<Item = &Arc<Spool>> {
+        self.previous.iter().chain(&self.spool)
+    }
+
     /// Drops the spool if it has no reader. Returns whether it did.
     fn drop_spool_if_unread(&mut self) -> bool {
-        let is_unread = |spool: &mut Arc<Spool>| Arc::strong_count(spool) == 1;
-        self.spool.take_if(is_unread).is_some()
+        self.spool.take_if(|spool| is_unread(spool)).is_some()
     }
+
+    /// Drops the archive of an earlier state if nothing is taken from it at the moment. Returns
+    /// whether it did.
+    fn drop_previous_if_unread(&mut self) -> bool {
+        self.previous.take_if(|spool| is_unread(spool)).is_some()
+    }
+}
+
+fn is_unread(spool: &Arc<Spool>) -> bool {
+    Arc::strong_count(spool) == 1
 }
 
 impl CompressedCache {
     /// Returns the archive of a source whose plain archive has these contents. If they changed,
-    /// only the last size is kept, as an estimate.
+    /// only the last size is kept, as an estimate, and the spool, for the frames in it.
     pub fn entry(&mut self, source: &Source, plain: Contents) -> &mut KnownArchive {
         let archive = self
             .archives
             .entry(source.clone())
             .or_insert(KnownArchive::of(plain));
         if archive.plain != plain {
-            let size = archive.size;
-            *archive = KnownArchive::of(plain);
-            archive.size = size;
+            let past = std::mem::replace(archive, KnownArchive::of(plain));
+            archive.size = past.size;
+            archive.previous = past.spool.or(past.previous);
         }
         archive
     }
 
     /// Returns how many bytes all spools take.
     pub fn kept_bytes(&self) -> u64 {
-        let archives = self.archives.values();
-        let spools = archives.filter_map(|archive| archive.spool.as_ref());
+        let spools = self.archives.values().flat_map(KnownArchive::spools);
         spools.map(|spool| spool.size()).sum()
+    }
+
+    /// Returns the archives that may have frames of that of `source`, the likeliest first.
+    pub fn spools_for(&self, source: &Source) -> Vec<Weak<Spool>> {
+        let others = self.recent.oldest_first().iter().rev();
+        let sources = std::iter::once(source).chain(others.filter(|other| *other != source));
+        let archives = sources.filter_map(|source| self.archives.get(source));
+        let spools = archives.flat_map(KnownArchive::spools);
+        spools.take(MOST_ASKED).map(Arc::downgrade).collect()
     }
 
     /// Removes a production that ended, with or without success. A newer one of the same source
@@ -260,16 +313,23 @@ impl CompressedCache {
     /// Drops one spool without readers. Returns false if there is none.
     pub fn drop_unread_spool(&mut self) -> bool {
         let mut archives = self.archives.values_mut();
-        archives.any(KnownArchive::drop_spool_if_unread)
+        archives.any(|it| it.drop_previous_if_unread() || it.drop_spool_if_unread())
     }
 
-    /// Drops the least recently used spool without readers, except that of `but`. Returns false if
+    /// Drops a spool without readers, the least recently used first: of an earlier state of another
+    /// source than `of`, else of another source, else of an earlier state of `of`. Returns false if
     /// there is none.
-    pub fn drop_oldest_spool(&mut self, but: &Source) -> bool {
+    pub fn drop_oldest_spool(&mut self, of: &Source) -> bool {
+        let archives = &mut self.archives;
         let sources = self.recent.oldest_first().iter();
-        sources.filter(|source| *source != but).any(|source| {
-            let archive = self.archives.get_mut(source);
-            archive.is_some_and(KnownArchive::drop_spool_if_unread)
-        })
+        let mut drop_of_another = |drop: fn(&mut KnownArchive) -> bool| {
+            let mut others = sources.clone().filter(|source| *source != of);
+            others.any(|source| archives.get_mut(source).is_some_and(drop))
+        };
+        drop_of_another(KnownArchive::drop_previous_if_unread)
+            || drop_of_another(KnownArchive::drop_spool_if_unread)
+            || archives
+                .get_mut(of)
+                .is_some_and(KnownArchive::drop_previous_if_unread)
     }
 }

@@ -9,9 +9,11 @@ mod disk_view;
 mod disks;
 mod open_disk;
 mod open_home;
+mod passing_frames;
 mod paused_copy;
 mod plain;
 mod production;
+mod production_frames;
 mod recent;
 mod running_disk;
 mod running_views;
@@ -74,12 +76,12 @@ impl Exports {
             states.clone(),
             plain.clone(),
         ));
-        let archives = CompressedArchives::new(
+        let archives = Arc::new(CompressedArchives::new(
             opened.home.clone(),
             opened.workspace.clone(),
             opened.is_read_only,
             compression,
-        );
+        ));
         let compressed = CompressedExports::new(
             copies.clone(),
             plain.clone(),

@@ -7,6 +7,7 @@ mod passthrough;
 mod pool;
 mod reply;
 mod session;
+mod spare_buffers;
 
 use std::cell::RefCell;
 use std::ffi::{OsStr, OsString};
@@ -33,6 +34,7 @@ use pool::{WorkerPool, spawn_thread};
 use reply::{
     caller, errno, file_attr, reply_attr, reply_empty, reply_entry, reply_written, reply_xattr, ttl,
 };
+use spare_buffers::SpareBuffers;
 
 /// Threads for lookups of exports: their size needs a plan, which is made once per disk state.
 const LOOK_THREADS: usize = 8;
@@ -58,6 +60,8 @@ struct BoxliteFs {
     lookups: WorkerPool,
     reads: WorkerPool,
     writes: WorkerPool,
+    /// Buffers for the bytes of writes.
+    spare: Arc<SpareBuffers>,
 }
 
 impl BoxliteFs {
@@ -69,6 +73,7 @@ impl BoxliteFs {
             lookups: WorkerPool::start("look", LOOK_THREADS)?,
             reads: WorkerPool::start("read", READ_THREADS)?,
             writes: WorkerPool::start("work", WORK_THREADS)?,
+            spare: Arc::default(),
         })
     }
 
@@ -353,8 +358,12 @@ impl Filesystem for BoxliteFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let bytes = data.to_vec();
-        self.spawn_write(move |tree| reply_written(reply, tree.write(handle.0, offset, &bytes)));
+        let bytes = self.spare.copy_of(data);
+        let spare = self.spare.clone();
+        self.spawn_write(move |tree| {
+            reply_written(reply, tree.write(handle.0, offset, &bytes));
+            spare.put(bytes);
+        });
     }
 
     fn copy_file_range(

@@ -53,8 +53,7 @@ pub(super) fn file_attr(attr: &Attr) -> FileAttr {
         uid: attr.uid,
         gid: attr.gid,
         rdev: attr.device,
-        // With a larger one, tools that follow it read no faster and mmap worse pieces.
-        blksize: 4096,
+        blksize: attr.transfer,
         flags: 0,
     }
 }

@@ -189,7 +189,7 @@ impl Tree {
     pub fn release(&self, handle: u64) {
         let handle = self.view.home.open.remove(handle);
         match handle.as_deref() {
-            Some(Handle::Export { export, .. }) => {
+            Some(Handle::Export { export, .. } | Handle::Compressed { export, .. }) => {
                 self.store.exports().compressed.note_digest(export);
             }
             Some(Handle::Writing(file)) => self.receiver.close(file),

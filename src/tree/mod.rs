@@ -356,7 +356,7 @@ impl Tree {
         let creator = &self.changes.creator;
         let file = creator.create(caller, parent, name, mode)?;
         let owner = self.store.home().owner();
-        let mut attr = Attr::of_file(owner, &file.node, file.size(), file.created);
+        let mut attr = Attr::of_arriving_file(owner, &file.node, file.size(), file.created);
         attr.ino = self.kernel.tell(&file.node);
         Ok((attr, self.view.home.open.add_writing(file)))
     }

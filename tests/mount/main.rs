@@ -24,6 +24,7 @@ mod never_lost;
 mod restoring;
 mod reviewed;
 mod running;
+mod second_copies;
 mod semantics;
 mod shared;
 mod snapshot;

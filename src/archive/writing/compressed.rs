@@ -141,6 +141,14 @@ impl Compressed {
         self.keys.of_content(bytes)
     }
 
+    /// Returns the key of a frame by its origin, if that gives one, else by the bytes in it.
+    pub(super) fn key(&self, origin: Origin, bytes: &[u8]) -> FrameKey {
+        match origin {
+            Origin::Frozen(key) => key,
+            Origin::Live => self.content_key(bytes),
+        }
+    }
+
     /// The number of frames before the data.
     pub(super) fn head(&self) -> u64 {
         self.head

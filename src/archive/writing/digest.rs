@@ -4,6 +4,7 @@
 //! bytes and go on. Bytes too far ahead are dropped, and read again when the digest is needed.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use parking_lot::{Condvar, Mutex};
 use sha2::{Digest as _, Sha256};
@@ -75,6 +76,13 @@ impl DiskDigest {
     pub(super) fn lags(&self, bytes: usize) -> bool {
         let progress = self.progress.lock();
         progress.hasher.is_none() && progress.ahead_bytes > bytes
+    }
+
+    /// Returns whether these bytes of the disk are neither hashed nor too far ahead to be kept.
+    pub(super) fn wants(&self, range: Range<u64>) -> bool {
+        let progress = self.progress.lock();
+        let kept_up_to = progress.hashed.saturating_add(MOST_AHEAD as u64);
+        progress.finished.is_none() && range.end > progress.hashed && range.end <= kept_up_to
     }
 
     /// Takes `bytes` of the disk, `at` bytes into it. If they are next, hashes them now, with all

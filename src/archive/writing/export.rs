@@ -128,6 +128,13 @@ impl Export {
         self.digest.lags(bytes)
     }
 
+    /// Returns whether the checksum can use these bytes of the archive now.
+    pub(super) fn digest_wants(&self, range: Range<u64>) -> bool {
+        let disk = &self.layout.disk;
+        let (start, end) = (range.start.max(disk.start), range.end.min(disk.end));
+        start < end && self.digest.wants(start - disk.start..end - disk.start)
+    }
+
     /// The flattened disk in it.
     pub(super) fn disk(&self) -> &Flattened {
         &self.disk

@@ -5,42 +5,42 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::compressed::{Compressed, SPAN};
-use super::frame_sizes::{FrameSizes, KnownSizes, learn};
+use super::compressed::Compressed;
+use super::frame_maker::{AHEAD_OF_DIGEST, FrameCache, FrameMaker};
+use super::frame_sizes::{FrameKey, FrameSizes, KnownSizes, learn};
 use super::workers::{ASKED, FrameNumbers, given_up, join, start_threads, threads};
 use crate::error::not_panicking;
 use crate::{Error, Result};
 
 /// The most frames taken but not handed over: enough that no thread waits for the slowest.
 const IN_FLIGHT: u64 = 6;
-/// The most bytes that may wait for the checksum when the next are read; each thread may add a
-/// frame.
-const AHEAD_OF_DIGEST: usize = 2 * SPAN as usize;
 
-/// Makes the whole compressed archive and hands it to `sink` in order, piece by piece. The disk's
-/// checksum is computed on the way. Returns the size of each frame.
+/// Makes the whole compressed archive and offers it to `cache` in order, frame by frame; what is
+/// found there is not compressed again. The disk's checksum is computed on the way. Returns the size
+/// of each frame.
 ///
 /// # Errors
-/// ECANCELED soon after `go_on` returns false; EIO when the disk changes meanwhile; those of
-/// `sink`.
+/// ECANCELED soon after `go_on` returns false; EIO when the disk changes meanwhile.
 pub fn produce(
     of: &Compressed,
     known: &dyn KnownSizes,
+    cache: &dyn FrameCache,
     go_on: &dyn Fn() -> bool,
-    sink: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<FrameSizes> {
     let mut sizes = FrameSizes::empty(of);
+    let mut end = 0;
     let line = FrameLine::new(of);
-    let work = || line.work(of, known);
+    let work = || line.work(of, known, cache);
     std::thread::scope(|scope| {
         let started = start_threads(scope, threads(of.level()), work);
         let (started, handed) = match started {
             Err(error) => (Vec::new(), Err(error)),
             Ok(started) => {
                 let handed = not_panicking(|| {
-                    line.hand_over(go_on, &mut |frame, bytes| {
-                        sizes.set(frame, bytes.len());
-                        sink(bytes)
+                    line.hand_over(go_on, &mut |made| {
+                        sizes.set(made.frame, made.bytes.len());
+                        cache.offer(end, made.key, &made.bytes);
+                        end += made.bytes.len() as u64;
                     })
                 });
                 (started, handed)
@@ -52,7 +52,7 @@ pub fn produce(
         done
     })?;
     let manifest = of.manifest_frame()?;
-    sink(&manifest)?;
+    cache.offer(end, None, &manifest);
     sizes.place();
     Ok(sizes)
 }
@@ -70,12 +70,19 @@ struct LineQueue<'a> {
     taken: u64,
     handed: u64,
     all_taken: bool,
-    /// Frames that wait for their turn, by place in line: number and bytes.
-    made: BTreeMap<u64, (u64, Vec<u8>)>,
+    /// Frames that wait for their turn, by place in line.
+    made: BTreeMap<u64, LineFrame>,
     /// Buffers that were handed over.
     spare: Vec<Vec<u8>>,
     failed: Option<Error>,
     stopped: bool,
+}
+
+/// A frame that was made.
+struct LineFrame {
+    frame: u64,
+    key: Option<FrameKey>,
+    bytes: Vec<u8>,
 }
 
 impl<'a> FrameLine<'a> {
@@ -96,19 +103,17 @@ impl<'a> FrameLine<'a> {
     }
 
     /// Makes frames until there are none left.
-    fn work(&self, of: &Compressed, known: &dyn KnownSizes) {
+    fn work(&self, of: &Compressed, known: &dyn KnownSizes, cache: &dyn FrameCache) {
         let made = not_panicking(|| {
-            let mut encoder = of.encoder()?;
-            let mut raw = Vec::new();
+            let mut maker = FrameMaker::new(of, cache)?;
             while let Some((place, frame, mut bytes)) = self.take(of) {
-                of.read(frame, &mut raw)?;
-                encoder.encode(&raw, &mut bytes)?;
+                let key = maker.make(frame, &mut bytes)?;
                 let size = bytes.len();
-                self.put(place, frame, bytes);
-                if size > 0 {
+                self.put(place, LineFrame { frame, key, bytes });
+                if let Some(key) = key {
                     // After the frame is handed on, so nothing waits for this.
-                    of.export().take_along(of.range(frame)?.start, &raw);
-                    learn(of, frame, &raw, size, known)?;
+                    maker.take_along(frame)?;
+                    learn(key, size, known);
                 }
             }
             Ok(())
@@ -146,20 +151,16 @@ impl<'a> FrameLine<'a> {
         Some((place, frame, queue.spare.pop().unwrap_or_default()))
     }
 
-    fn put(&self, place: u64, frame: u64, bytes: Vec<u8>) {
+    fn put(&self, place: u64, made: LineFrame) {
         let mut queue = self.queue.lock();
-        queue.made.insert(place, (frame, bytes));
+        queue.made.insert(place, made);
         if place == queue.handed {
             self.moved.notify_all();
         }
     }
 
     /// Passes each frame to `sink`, in order, until there are no more.
-    fn hand_over(
-        &self,
-        go_on: &dyn Fn() -> bool,
-        sink: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
-    ) -> Result<()> {
+    fn hand_over(&self, go_on: &dyn Fn() -> bool, sink: &mut dyn FnMut(&LineFrame)) -> Result<()> {
         let mut asked = Instant::now();
         let mut queue = self.queue.lock();
         loop {
@@ -174,12 +175,12 @@ impl<'a> FrameLine<'a> {
                 asked = Instant::now();
             }
             let place = queue.handed;
-            if let Some((frame, bytes)) = queue.made.remove(&place) {
+            if let Some(made) = queue.made.remove(&place) {
                 drop(queue);
-                sink(frame, &bytes)?;
+                sink(&made);
                 queue = self.queue.lock();
                 queue.handed += 1;
-                queue.spare.push(bytes);
+                queue.spare.push(made.bytes);
                 self.moved.notify_all();
                 continue;
             }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::compressed::Compressed;
-use super::encoder::FrameEncoder;
-use super::frame_sizes::{FrameSizes, Placed};
+use super::frame_maker::{FrameCache, FrameMaker};
+use super::frame_sizes::{FrameKey, FrameSizes, Placed};
 use super::workers::threads;
 use crate::error::not_panicking;
 use crate::{Error, Result};
@@ -33,6 +33,7 @@ pub struct Stream {
 struct SharedStream {
     of: Arc<Compressed>,
     sizes: Arc<FrameSizes>,
+    cache: Arc<dyn FrameCache>,
     state: Mutex<StreamState>,
     /// A frame was made.
     made: Condvar,
@@ -64,12 +65,14 @@ struct MadeFrame {
 }
 
 impl Stream {
-    /// A stream of an archive whose frames have these sizes.
-    pub fn new(of: Arc<Compressed>, sizes: Arc<FrameSizes>) -> Stream {
+    /// A stream of an archive whose frames have these sizes. Frames that are in `cache` are taken
+    /// from there, and each that is made is offered to it.
+    pub fn new(of: Arc<Compressed>, sizes: Arc<FrameSizes>, cache: Arc<dyn FrameCache>) -> Stream {
         Stream {
             shared: Arc::new(SharedStream {
                 of,
                 sizes,
+                cache,
                 state: Mutex::default(),
                 made: Condvar::new(),
                 wanted: Condvar::new(),
@@ -210,8 +213,7 @@ impl SharedStream {
 
     /// Makes the frames in the queue.
     fn work(&self) {
-        let mut encoder = self.of.encoder();
-        let mut raw = Vec::new();
+        let mut maker = FrameMaker::new(&self.of, &*self.cache);
         let mut state = self.state.lock();
         loop {
             let Some(placed) = state.queue.pop_front() else {
@@ -228,11 +230,14 @@ impl SharedStream {
             }
             state.busy.push(placed.frame);
             drop(state);
-            let bytes = match &mut encoder {
-                Ok(encoder) => not_panicking(|| self.make(placed, encoder, &mut raw)),
+            let made = match &mut maker {
+                Ok(maker) => not_panicking(|| self.make(placed, maker)),
                 Err(error) => Err(Error::new(error.errno(), error.to_string())),
             };
-            let is_made = bytes.is_ok();
+            let (bytes, offered) = match made {
+                Ok((key, bytes)) => (Ok(bytes.clone()), Some((key, bytes))),
+                Err(error) => (Err(error), None),
+            };
             state = self.state.lock();
             state.busy.retain(|frame| *frame != placed.frame);
             state.keep(MadeFrame {
@@ -241,29 +246,48 @@ impl SharedStream {
                 used: false,
             });
             self.made.notify_all();
-            if is_made && placed.frame != self.of.last() {
+            if let Some((key, bytes)) = offered {
                 drop(state);
                 // After it is handed on, so nothing waits for this.
-                if let Ok(range) = self.of.range(placed.frame) {
-                    self.of.export().take_along(range.start, &raw);
-                }
+                self.pass_on(placed, key, &bytes, &mut maker);
                 state = self.state.lock();
             }
         }
     }
 
+    /// Offers a frame that was made to the cache, and its bytes to the disk's checksum.
+    fn pass_on(
+        &self,
+        placed: Placed,
+        key: Option<FrameKey>,
+        bytes: &[u8],
+        maker: &mut Result<FrameMaker<'_>>,
+    ) {
+        let passed = not_panicking(|| {
+            self.cache.offer(placed.start, key, bytes);
+            match maker {
+                Ok(maker) if placed.frame != self.of.last() => maker.take_along(placed.frame),
+                _ => Ok(()),
+            }
+        });
+        if let Err(error) = passed {
+            // The frame itself is right; the next one finds what is wrong with the disk.
+            log::debug!("a frame is not passed on: {error}");
+        }
+    }
+
+    /// Makes a frame. Returns its key, if it has one, and its bytes.
     fn make(
         &self,
         placed: Placed,
-        encoder: &mut FrameEncoder,
-        raw: &mut Vec<u8>,
-    ) -> Result<Arc<Vec<u8>>> {
+        maker: &mut FrameMaker<'_>,
+    ) -> Result<(Option<FrameKey>, Arc<Vec<u8>>)> {
         let mut bytes = Vec::new();
+        let mut key = None;
         if placed.frame == self.of.last() {
             bytes = self.of.manifest_frame()?;
         } else {
-            self.of.read(placed.frame, raw)?;
-            encoder.encode(raw, &mut bytes)?;
+            key = maker.make(placed.frame, &mut bytes)?;
             bytes.shrink_to_fit();
         }
         if bytes.len() as u64 != placed.len {
@@ -272,7 +296,7 @@ impl SharedStream {
                 "the compressed archive came out with another size than it had before; read it again",
             ));
         }
-        Ok(Arc::new(bytes))
+        Ok((key, Arc::new(bytes)))
     }
 }
 

@@ -8,10 +8,9 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 
 use super::*;
-use crate::archive::{About, KnownSizes, Stream};
+use crate::archive::{About, FrameCache, KnownSizes, NoFrames, Stream};
 use crate::disk::judges::{Numbers, qemu_io, succeed, text};
 use crate::disk::{Chain, Format, create_overlay};
-use crate::{Error, Result};
 use std::sync::Arc;
 
 /// Sizes in memory; counts the sizes that were learnt.
@@ -29,6 +28,45 @@ impl KnownSizes for Sizes {
     fn learn(&self, key: FrameKey, size: u32) {
         self.learnt.fetch_add(1, Ordering::Relaxed);
         self.known.lock().insert(key, size);
+    }
+}
+
+/// What was offered, and the frames in it by key.
+#[derive(Default)]
+struct Offered {
+    bytes: Mutex<Vec<u8>>,
+    frames: Mutex<HashMap<FrameKey, Vec<u8>>>,
+    found: AtomicUsize,
+    offers: AtomicUsize,
+}
+
+impl FrameCache for Offered {
+    fn has_frames(&self) -> bool {
+        true
+    }
+
+    fn find(&self, key: &FrameKey, bytes: &mut Vec<u8>) -> bool {
+        let frames = self.frames.lock();
+        let found = frames.get(key);
+        if let Some(frame) = found {
+            bytes.clone_from(frame);
+            self.found.fetch_add(1, Ordering::Relaxed);
+        }
+        found.is_some()
+    }
+
+    fn offer(&self, start: u64, key: Option<FrameKey>, bytes: &[u8]) {
+        self.offers
+            .fetch_add(usize::from(!bytes.is_empty()), Ordering::Relaxed);
+        let mut all = self.bytes.lock();
+        let end = start as usize + bytes.len();
+        if all.len() < end {
+            all.resize(end, 0);
+        }
+        all[start as usize..end].copy_from_slice(bytes);
+        if let Some(key) = key {
+            self.frames.lock().insert(key, bytes.to_vec());
+        }
     }
 }
 
@@ -62,12 +100,9 @@ fn compressed(top: &Path, live: bool) -> Arc<Compressed> {
 }
 
 fn produced(of: &Compressed, sizes: &Sizes) -> (Vec<u8>, FrameSizes) {
-    let mut bytes = Vec::new();
-    let frames = produce(of, sizes, &|| true, &mut |piece| {
-        bytes.extend_from_slice(piece);
-        Ok(())
-    })
-    .unwrap();
+    let offered = Offered::default();
+    let frames = produce(of, sizes, &offered, &|| true).unwrap();
+    let bytes = offered.bytes.into_inner();
     assert_eq!(frames.total(), bytes.len() as u64);
     (bytes, frames)
 }
@@ -117,7 +152,7 @@ fn any_place_of_a_stream_has_the_bytes_of_the_whole() {
     let (bytes, frames) = produced(&compressed(&top, true), &Sizes::default());
     let of = compressed(&top, true);
     let frames = FrameSizes::from_bytes(&of, &frames.bytes()).unwrap();
-    let stream = Stream::new(of.clone(), Arc::new(frames));
+    let stream = Stream::new(of.clone(), Arc::new(frames), Arc::new(NoFrames));
     assert_eq!(stream.len(), bytes.len() as u64);
     std::thread::scope(|scope| {
         for seed in 0..8 {
@@ -185,12 +220,64 @@ fn what_was_never_seen_is_not_worth_measuring() {
 
 #[test]
 #[ignore = "needs programs"]
-fn an_error_of_the_sink_ends_the_production() {
+fn frames_of_another_state_are_taken_and_the_bytes_are_those_of_compressing_anew() {
     let dir = tempfile::tempdir().unwrap();
-    let of = compressed(&disk(dir.path()), true);
-    let full = |_: &[u8]| Err(Error::new(libc::ENOSPC, "full"));
-    let error = produce(&of, &Sizes::default(), &|| true, &mut { full }).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC);
+    let top = disk(dir.path());
+    let offered = Arc::new(Offered::default());
+    let sizes = Sizes::default();
+    produce(&compressed(&top, true), &sizes, &*offered, &|| true).unwrap();
+    let all = offered.offers.swap(0, Ordering::Relaxed);
+    assert_eq!(offered.found.load(Ordering::Relaxed), 0);
+    // In an early hole: all that lies after it moves.
+    qemu_io(&top, &["write -P 9 100M 64k", "write -P 8 12M 64k"]);
+
+    let changed = compressed(&top, true);
+    let (anew, frames) = produced(&changed, &Sizes::default());
+    let digest = changed.export().digest().unwrap();
+    // All but the two windows, header and tables, and the manifest.
+    let taken = all - 3;
+    for is_read in [false, true] {
+        // Nothing but what was kept of the first state.
+        let before: HashMap<_, _> = offered.frames.lock().clone();
+        let again = compressed(&top, true);
+        if is_read {
+            let stream = Stream::new(again.clone(), Arc::new(frames.clone()), offered.clone());
+            let mut bytes = vec![0; anew.len()];
+            assert_eq!(stream.read_at(0, &mut bytes).unwrap(), bytes.len());
+            assert!(bytes == anew);
+        } else {
+            produce(&again, &Sizes::default(), &*offered, &|| true).unwrap();
+            assert!(offered.bytes.lock()[..anew.len()] == anew);
+        }
+        assert_eq!(offered.found.swap(0, Ordering::Relaxed), taken);
+        // Also of what was not compressed.
+        assert_eq!(again.export().complete_digest().unwrap(), digest);
+        *offered.frames.lock() = before;
+    }
+}
+
+#[test]
+#[ignore = "needs programs"]
+fn frames_of_a_live_disk_are_found_for_the_layer_it_became() {
+    let dir = tempfile::tempdir().unwrap();
+    let top = disk(dir.path());
+    let offered = Offered::default();
+    produce(
+        &compressed(&top, true),
+        &Sizes::default(),
+        &offered,
+        &|| true,
+    )
+    .unwrap();
+    let all = offered.offers.swap(0, Ordering::Relaxed);
+    produce(
+        &compressed(&top, false),
+        &Sizes::default(),
+        &offered,
+        &|| true,
+    )
+    .unwrap();
+    assert_eq!(offered.found.load(Ordering::Relaxed), all - 1);
 }
 
 #[test]
@@ -208,15 +295,11 @@ fn a_reader_that_is_gone_ends_the_production_however_fast_frames_come() {
     let of = compressed(&top, true);
     // So that nothing waits for hashing.
     of.export().set_digest([0; 32]);
-    let taken = AtomicUsize::new(0);
-    let mut sink = |bytes: &[u8]| {
-        taken.fetch_add(usize::from(!bytes.is_empty()), Ordering::Relaxed);
-        Ok(())
-    };
-    let go_on = || taken.load(Ordering::Relaxed) < 10;
-    let error = produce(&of, &Sizes::default(), &go_on, &mut sink).unwrap_err();
+    let offered = Offered::default();
+    let go_on = || offered.offers.load(Ordering::Relaxed) < 10;
+    let error = produce(&of, &Sizes::default(), &offered, &go_on).unwrap_err();
     assert_eq!(error.errno(), libc::ECANCELED);
-    assert!(taken.load(Ordering::Relaxed) < 400);
+    assert!(offered.offers.load(Ordering::Relaxed) < 400);
 }
 
 fn qemu_img_create(top: &Path) {
@@ -231,8 +314,21 @@ fn qemu_img_create(top: &Path) {
 fn a_fault_while_frames_are_handed_over_is_an_error_and_no_hang() {
     let dir = tempfile::tempdir().unwrap();
     let of = compressed(&disk(dir.path()), true);
-    let mut sink = |_: &[u8]| -> Result<()> { panic!("a fault of the sink") };
-    let error = produce(&of, &Sizes::default(), &|| true, &mut sink).unwrap_err();
+    struct Faulty;
+    impl FrameCache for Faulty {
+        fn has_frames(&self) -> bool {
+            false
+        }
+
+        fn find(&self, _: &FrameKey, _: &mut Vec<u8>) -> bool {
+            false
+        }
+
+        fn offer(&self, _: u64, _: Option<FrameKey>, _: &[u8]) {
+            panic!("a fault of the cache")
+        }
+    }
+    let error = produce(&of, &Sizes::default(), &Faulty, &|| true).unwrap_err();
     assert!(
         error.to_string().contains("a fault of boxlitefs"),
         "{error}"
@@ -247,7 +343,7 @@ fn a_disk_that_changes_meanwhile_is_an_error_and_no_mixture() {
     let sizes = Sizes::default();
     let (_, frames) = produced(&compressed(&top, true), &sizes);
     let of = compressed(&top, true);
-    let stream = Stream::new(of, Arc::new(frames));
+    let stream = Stream::new(of, Arc::new(frames), Arc::new(NoFrames));
     let mut part = vec![0; 100_000];
     stream.read_at(0, &mut part).unwrap();
     qemu_io(&top, &["write -P 9 10M 64k"]);

@@ -36,6 +36,12 @@ pub enum Kept {
     Long,
 }
 
+/// What tools are told to read at once: with more they read no faster, and map worse pieces.
+pub const READ_AT_ONCE: u32 = 4096;
+/// What tools are told to write at once. Each write is a request of its own, and cp makes as many of
+/// 128 KiB as it is not told otherwise.
+const WRITTEN_AT_ONCE: u32 = 1 << 20;
+
 /// What stat shows of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attr {
@@ -51,6 +57,8 @@ pub struct Attr {
     /// Blocks of 512 bytes. For what we make never fewer than the size has: cp takes a file with
     /// fewer for sparse, and reads it where it could have asked for a copy that moves no byte.
     pub blocks: u64,
+    /// How many bytes tools that ask should read or write at once.
+    pub transfer: u32,
     /// Permission bits.
     pub perm: u16,
     /// Number of names; for a directory 2 and one for each subdirectory.
@@ -101,6 +109,7 @@ impl Attr {
             kind: Kind::File,
             size,
             blocks: size.div_ceil(512),
+            transfer: READ_AT_ONCE,
             device: 0,
             // Archives hold secrets, and disks the data of guests: only the owner of the home may
             // read them.
@@ -113,6 +122,14 @@ impl Attr {
             ctime: changed,
             created: changed,
             kept: Kept::Not,
+        }
+    }
+
+    /// Returns the attributes of a file that is being written, of this many bytes so far.
+    pub fn of_arriving_file(owner: Owner, node: &Node, size: u64, changed: SystemTime) -> Attr {
+        Attr {
+            transfer: WRITTEN_AT_ONCE,
+            ..Attr::of_file(owner, node, size, changed)
         }
     }
 

@@ -131,9 +131,14 @@ impl ExportFiles {
             contents,
             export,
         } = opened;
+        // While somebody reads frames, who may map them, the kernel can't read the file by itself.
+        let is_shared = || {
+            let node = Node::Compressed(source.clone());
+            self.open.is_open_as_frames(&node)
+        };
         let spool = match &packed {
-            Packed::Spooled(spool) => Some(spool.clone()),
-            Packed::Streamed(_) => None,
+            Packed::Spooled(spool) if !is_shared() => Some(spool.clone()),
+            Packed::Spooled(_) | Packed::Streamed(_) => None,
         };
         let what = format!(
             "compressed export of {}",
@@ -144,7 +149,7 @@ impl ExportFiles {
             source: source.clone(),
             packed,
             contents,
-            _of: export,
+            export,
             operation,
         });
         Opened {

@@ -10,7 +10,7 @@ use crate::exports::{DiskState, OpenDisk};
 use crate::guest::{Attributes, Entry, FileKind, FileSystem, Guest, LinkPlace, Time};
 use crate::home::Owner;
 use crate::tree::Links;
-use crate::tree::nodes::attr::{Add, Attr, DirEntry, Kept, Kind, WantedOfList};
+use crate::tree::nodes::attr::{Add, Attr, DirEntry, Kept, Kind, READ_AT_ONCE, WantedOfList};
 use crate::tree::nodes::guest_numbers::{GuestAccess, GuestNumbers, GuestVolume};
 use crate::tree::nodes::kernel_view::KernelView;
 use crate::tree::nodes::node::{GuestFile, Node};
@@ -222,6 +222,7 @@ impl<'a> OpenGuestFile<'a> {
             kind: kind_of(attributes.kind),
             size,
             blocks: attributes.blocks,
+            transfer: READ_AT_ONCE,
             perm: attributes.permissions,
             nlink: attributes.links,
             uid: attributes.uid,

@@ -36,7 +36,7 @@ pub enum Handle {
         /// What its bytes are of.
         contents: Contents,
         /// The export that it is made of.
-        _of: Arc<Export>,
+        export: Arc<Export>,
         /// What the status shows of it.
         operation: Operation,
     },
@@ -209,6 +209,14 @@ impl OpenFiles {
         let open = handles.values();
         open.filter_map(|handle| handle.contents_of(node))
             .min_by_key(|contents| Some(*contents) != told)
+    }
+
+    /// Returns whether the compressed archive that this node is is open anywhere as frames that are
+    /// made as they are read.
+    pub fn is_open_as_frames(&self, node: &Node) -> bool {
+        let handles = self.handles.lock();
+        let mut of_node = handles.values().filter(|it| it.contents_of(node).is_some());
+        of_node.any(|handle| !handle.is_whole(node))
     }
 
     /// Returns whether a compressed archive is open that is there as a whole: by the given handle,

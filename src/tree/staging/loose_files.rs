@@ -236,7 +236,12 @@ impl LooseFiles {
     pub fn attr(&self, owner: Owner, node: &Node) -> Option<Attr> {
         let files = self.files.lock();
         let file = &files.iter().find(|loose| loose.file.node == *node)?.file;
-        Some(Attr::of_file(owner, node, file.size(), file.created))
+        Some(Attr::of_arriving_file(
+            owner,
+            node,
+            file.size(),
+            file.created,
+        ))
     }
 
     /// Returns whether an archive is being written over the disk of a box.

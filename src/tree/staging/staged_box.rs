@@ -303,7 +303,12 @@ impl StagedBox {
         match &self.find(node)?.1.what {
             Staged::Directory => Some(self.directory_attr(owner, node)),
             Staged::File(file) if file.is_committed() => None,
-            Staged::File(file) => Some(Attr::of_file(owner, node, file.size(), file.created)),
+            Staged::File(file) => Some(Attr::of_arriving_file(
+                owner,
+                node,
+                file.size(),
+                file.created,
+            )),
             Staged::Link(target) => {
                 let size = target.as_os_str().len() as u64;
                 Some(Attr::of_link(owner, node, size, self.created))

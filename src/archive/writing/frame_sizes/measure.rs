@@ -63,7 +63,7 @@ pub fn measure(
             let mut made = Vec::new();
             of.read(frame, raw)?;
             encoder.encode(raw, &mut made)?;
-            learn(of, frame, raw, made.len(), known)?;
+            learn(of.key(of.origin(frame)?, raw), made.len(), known);
             sizes.lock().set(frame, made.len());
             Ok(())
         },
@@ -99,20 +99,9 @@ fn recognised(
     Ok(size)
 }
 
-/// Remembers the size of a frame with the bytes `raw`.
-pub fn learn(
-    of: &Compressed,
-    frame: u64,
-    raw: &[u8],
-    size: usize,
-    known: &dyn KnownSizes,
-) -> Result<()> {
-    let key = match of.origin(frame)? {
-        Origin::Frozen(key) => key,
-        Origin::Live => of.content_key(raw),
-    };
+/// Remembers the size of the frame with this key.
+pub fn learn(key: FrameKey, size: usize, known: &dyn KnownSizes) {
     if let Ok(size) = u32::try_from(size) {
         known.learn(key, size);
     }
-    Ok(())
 }

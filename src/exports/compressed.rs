@@ -32,6 +32,7 @@ use crate::{Error, Result};
 
 /// How long an unmount waits for productions to write the sizes they found to disk.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Opens disk states as compressed archives, and makes and caches these.
 pub struct CompressedExports {
     copies: Arc<PausedCopies>,

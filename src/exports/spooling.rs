@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::archive::FrameKey;
 use crate::exports::compressed_cache::CompressedArchives;
 use crate::exports::disks::Source;
-use crate::exports::spool::{FramePlaces, Spool};
+use crate::exports::spool::{FramePlace, FramePlaces, Spool};
 
 /// Bytes of the cache set aside at a time.
 const STEP: u64 = 32 << 20;
@@ -72,8 +72,10 @@ impl Spooling {
             self.file = None;
             return;
         }
-        if let (Some(key), Ok(len)) = (key, u32::try_from(bytes.len())) {
-            self.frames.insert(key, (start, len));
+        if let Some(key) = key
+            && let Some(place) = FramePlace::of(start, bytes)
+        {
+            self.frames.insert(key, place);
         }
     }
 

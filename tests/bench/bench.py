@@ -165,6 +165,7 @@ class Bench:
         self.export(f"zst again {state}", self.zst, cold, same=True)
         self.mount.start()  # what was spooled is gone, the size is known
         self.export(f"zst known {state}", self.zst, cold, same=True)
+        self.export(f"zst known again {state}", self.zst, cold, same=True)
         self.their_export(f"boxlite export {state}", "web", cold)
         # What one would do without either: flatten, tar and compress.
         script = (
@@ -185,6 +186,8 @@ class Bench:
         run(["cp", self.zst, self.copy])
         self.home.change("web", percent)
         self.export("zst changed", self.zst)
+        self.export("zst changed again", self.zst)
+        self.beside("cp zst changed", 'cp --reflink=never "$2" "$1"', self.kept / "zst")
         for key, piece in (("exact size", MIB), ("exact size scattered", 64 << 10)):
             self.home.change("web", percent, piece)
             self.call(key, lambda: size_of(self.zst))

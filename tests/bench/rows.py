@@ -73,6 +73,8 @@ class Rows:
         yield self.times(label, key, *busy)
         label = f".zst, again unchanged, {state}"
         yield self.times(label, f"zst again {state}", "`cp` of such a file", f"cp zst {state}", 1.3)
+        label = f".zst, size known, again, {state}"
+        yield self.times(label, f"zst known again {state}", "`cp` of such a file", f"cp zst {state}", 1.3)
         label, key = f"plain, first contact, {state}", f"plain first {state}"
         slower = max(filter(None, (self.seconds(f"cp plain {state}"), self.seconds("sha"))), default=None)
         yield self.times(label, key, "the slower of `cp` and sha256", slower, 1.5)
@@ -83,6 +85,8 @@ class Rows:
     def changed_and_small(self):
         for kind, name in (("plain", "plain"), ("zst", ".zst")):
             yield self.times(f"{name}, after 1 % changed", f"{kind} changed", "BoxLite export", "boxlite changed")
+        label = ".zst, after 1 % changed, again"
+        yield self.times(label, "zst changed again", "`cp` of such a file", "cp zst changed", 1.3)
         yield self.times("exact size of .zst, after 1 % changed", "exact size", "0.3 s", 0.3, 1)
         yield self.times("the same, in pieces of 64 KiB", "exact size scattered", "0.3 s", 0.3)
         yield self.times(".zst of the 3 MB box", "zst small", "BoxLite export", "boxlite small", 1 / 5)

@@ -549,3 +549,31 @@ fn what_means_nothing_is_refused_and_changes_nothing() {
     assert_eq!(mount.names(""), ["web"]);
     assert_eq!(home.kept(), before);
 }
+
+#[test]
+fn cp_writes_an_archive_in_large_pieces() {
+    let (home, _, _) = home_with_snapshot();
+    let mount = home.mount();
+    let archive = home.beside("large.boxlite");
+    fs::copy(mount.at("web/export.boxlite"), &archive).unwrap();
+    let trace = home.beside("trace");
+    let new = mount.at("new.boxlite");
+    let traced = ["strace", "-qq", "-e", "trace=write", "-o", text(&trace)];
+    succeed(&[&traced[..], &["cp", text(&archive), text(&new)]].concat());
+    let largest = fs::read_to_string(&trace)
+        .unwrap()
+        .lines()
+        .map(written)
+        .max();
+    let length = archive.metadata().unwrap().len();
+    assert_eq!(largest, Some(length.min(1 << 20)));
+    // What is read has pages of the usual size.
+    let made = mount.at("new/export.boxlite").metadata().unwrap();
+    assert_eq!(made.blksize(), 4096);
+}
+
+/// Returns how many bytes a write wrote, as strace shows it.
+fn written(call: &str) -> u64 {
+    let result = call.rsplit(" = ").next().unwrap_or_default();
+    result.trim().parse().unwrap_or(0)
+}

@@ -15,8 +15,8 @@ pub(crate) type FramePlaces = HashMap<FrameKey, FramePlace>;
 pub(crate) struct FramePlace {
     start: u64,
     len: u32,
-    /// A hash of its bytes. The spool is never flushed, so the kernel may lose what the disk did not
-    /// take, and tell nobody.
+    /// A hash of its bytes. The spool is never flushed, so the kernel may lose what the disk did
+    /// not take, and tell nobody.
     hash: blake3::Hash,
 }
 
@@ -82,8 +82,8 @@ impl Spool {
         Ok(len)
     }
 
-    /// Replaces the contents of `bytes` by the frame with this key. Returns false if the archive has
-    /// none, or it does not come back as it was written.
+    /// Replaces the contents of `bytes` by the frame with this key. Returns false if the archive
+    /// has none, or it does not come back as it was written.
     pub(crate) fn find(&self, key: &FrameKey, bytes: &mut Vec<u8>) -> bool {
         let Some(place) = self.frames.get(key) else {
             return false;

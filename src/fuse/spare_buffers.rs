@@ -5,8 +5,8 @@ use parking_lot::Mutex;
 /// The most buffers that are kept. A program that writes a file has one on the way, mostly.
 const MOST_KEPT: usize = 4;
 
-/// Buffers for the bytes of writes. Each is as large as a write: a new one would be a mapping of its
-/// own, which is faulted in page by page and removed again.
+/// Buffers for the bytes of writes. Each is as large as a write: a new one would be a mapping of
+/// its own, which is faulted in page by page and removed again.
 #[derive(Default)]
 pub(super) struct SpareBuffers(Mutex<Vec<Vec<u8>>>);
 

@@ -1,5 +1,5 @@
-//! A compressed archive that was read once is kept, and the next one of the box is made of it as far
-//! as the disk did not change.
+//! A compressed archive that was read once is kept, and the next one of the box is made of it as
+//! far as the disk did not change.
 
 use std::fs::{self, File};
 use std::io::Read;

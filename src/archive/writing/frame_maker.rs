@@ -92,8 +92,8 @@ impl<'a> FrameMaker<'a> {
         Ok(Some(key))
     }
 
-    /// Looks for a frame by the bytes in it. Those of a layer that was frozen lately were kept under
-    /// that key.
+    /// Looks for a frame by the bytes in it. Those of a layer that was frozen lately were kept
+    /// under that key.
     fn find_again(&self, origin: &Origin, key: FrameKey, bytes: &mut Vec<u8>) -> bool {
         match origin {
             _ if !self.cache.has_frames() => false,

@@ -16,8 +16,8 @@ use crate::{Error, Result};
 const IN_FLIGHT: u64 = 6;
 
 /// Makes the whole compressed archive and offers it to `cache` in order, frame by frame; what is
-/// found there is not compressed again. The disk's checksum is computed on the way. Returns the size
-/// of each frame.
+/// found there is not compressed again. The disk's checksum is computed on the way. Returns the
+/// size of each frame.
 ///
 /// # Errors
 /// ECANCELED soon after `go_on` returns false; EIO when the disk changes meanwhile.

@@ -38,8 +38,8 @@ pub enum Kept {
 
 /// What tools are told to read at once: with more they read no faster, and map worse pieces.
 pub const READ_AT_ONCE: u32 = 4096;
-/// What tools are told to write at once. Each write is a request of its own, and cp makes as many of
-/// 128 KiB as it is not told otherwise.
+/// What tools are told to write at once. Each write is a request of its own, and cp makes them of
+/// 128 KiB unless it is told otherwise.
 const WRITTEN_AT_ONCE: u32 = 1 << 20;
 
 /// What stat shows of a node.

@@ -16,6 +16,8 @@ SNAPSHOTS = 10
 MANY, DELETED = 300, 200
 CHANGES = (
     "first snapshot",
+    "first deletion of a snapshot",
+    "later snapshot",
     "snapshot",
     "clone of a snapshot",
     "clone",
@@ -86,7 +88,10 @@ class Growth:
         point = self.mount.point
         web, copy, clone = point / "web", point / "copy", point / "clone"
         a, b = web / "snapshots" / "a", web / "snapshots" / "b"
-        self.change("first snapshot", lambda: os.mkdir(a))
+        self.change("first snapshot", lambda: os.mkdir(b))
+        # This one waits until all headers were read.
+        self.time("first deletion of a snapshot", lambda: os.rmdir(b))
+        self.change("later snapshot", lambda: os.mkdir(a))
         self.change("snapshot", lambda: os.mkdir(b))
         self.time("clone of a snapshot", lambda: run(["cp", "-r", a, copy]))
         self.time("clone", lambda: run(["cp", "-r", web, clone]))

@@ -7,7 +7,7 @@ use crate::Result;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::listing::resolve;
-use crate::home::{BaseRecord, Catalog, Change, Home, SnapshotRecord};
+use crate::home::{BaseRecord, Catalog, Change, Home, Queries, SnapshotRecord};
 use crate::store::Store;
 use crate::store::layers::catalog_index::CatalogIndex;
 use crate::store::layers::graph::LayerGraph;
@@ -35,23 +35,45 @@ pub fn free_bases(
     change: &mut Change<'_>,
     may_go: &dyn Fn(&BaseRecord) -> bool,
 ) -> Result<()> {
-    let layers = store.layers.scan()?;
-    free_bases_in(store, change, layers, may_go)
+    match ScannedHome::by(store, change)? {
+        Some(scanned) => free_bases_in(store, change, scanned, may_go),
+        None => Ok(()),
+    }
 }
 
-/// Frees bases as [`free_bases`] does, by this scan of the whole home.
+/// A scan of the whole home that is certain what is needed.
+pub struct ScannedHome {
+    /// All image files.
+    pub layers: LayerGraph,
+    /// Every path that a snapshot's row names.
+    named: BTreeSet<PathBuf>,
+}
+
+impl ScannedHome {
+    /// Scans the home, whose rows are these. Returns None while it is uncertain what is needed, as
+    /// [`named_by_rows`] does.
+    ///
+    /// # Errors
+    /// Those of reading the directories and of SQLite.
+    pub fn by(store: &Store, rows: &Queries) -> Result<Option<ScannedHome>> {
+        let layers = store.layers.scan()?;
+        let named = named_by_rows(store, rows, &layers)?;
+        Ok(named.map(|named| ScannedHome { layers, named }))
+    }
+}
+
+/// Frees bases as [`free_bases`] does, by this scan of the whole home, whose rows have not changed
+/// since.
 ///
 /// # Errors
 /// Those of system calls and of SQLite.
 pub fn free_bases_in(
     store: &Store,
     change: &mut Change<'_>,
-    layers: LayerGraph,
+    scanned: ScannedHome,
     may_go: &dyn Fn(&BaseRecord) -> bool,
 ) -> Result<()> {
-    let Some(named) = named_by_rows(store, change, &layers)? else {
-        return Ok(());
-    };
+    let ScannedHome { layers, named } = scanned;
     let rows = rows_that_may_go(store, change, may_go)?;
     free_each(layers, &named, &rows, &mut |row, path| {
         drop_base(store, change, row, path)
@@ -70,27 +92,27 @@ pub fn free_bases_in(
 /// EBUSY when a runtime was faster; those of system calls and of SQLite.
 pub fn free_without_lock(store: &Store, change: &mut Change<'_>) -> Result<()> {
     change.begin_exclusive()?;
-    let layers = store.layers.scan()?;
-    free_without_lock_in(store, change, layers, &BaseRecord::is_ours)
+    match ScannedHome::by(store, change)? {
+        Some(scanned) => free_without_lock_in(store, change, scanned, &BaseRecord::is_ours),
+        None => Ok(()),
+    }
 }
 
 /// Frees the bases of ours that `may_go` accepts as [`free_without_lock`] does, by this scan of the
-/// whole home.
+/// whole home, whose rows have not changed since.
 ///
 /// # Errors
 /// Those of [`free_without_lock`].
 pub fn free_without_lock_in(
     store: &Store,
     change: &mut Change<'_>,
-    layers: LayerGraph,
+    scanned: ScannedHome,
     may_go: &dyn Fn(&BaseRecord) -> bool,
 ) -> Result<()> {
+    let ScannedHome { layers, named } = scanned;
     if layers.unseen(store.home()).is_some() {
         return Ok(());
     }
-    let Some(named) = named_by_rows(store, change, &layers)? else {
-        return Ok(());
-    };
     let rows = rows_that_may_go(store, change, &|row| row.is_ours() && may_go(row))?;
     let mut freed = Vec::new();
     free_each(layers, &named, &rows, &mut |row, path| {
@@ -185,7 +207,7 @@ fn unlink_base(store: &Store, path: &Path) -> Result<()> {
 /// Those of SQLite.
 pub fn named_by_rows(
     store: &Store,
-    change: &Change<'_>,
+    rows: &Queries,
     layers: &LayerGraph,
 ) -> Result<Option<BTreeSet<PathBuf>>> {
     if layers.damaged().is_some() {
@@ -201,10 +223,10 @@ pub fn named_by_rows(
     if tops.any(|top| is_broken(&top.path)) {
         return Ok(None);
     }
-    let snapshots = change.snapshots()?;
-    let mut started = change.referring_boxes()?;
+    let snapshots = rows.snapshots()?;
+    let mut started = rows.referring_boxes()?;
     started.extend(snapshots.iter().map(|snapshot| snapshot.box_id.clone()));
-    let boxes = change.boxes()?;
+    let boxes = rows.boxes()?;
     let has_disk = |id: &str| layers.at(&store.home().live_disk(id)).is_some();
     if boxes
         .iter()

@@ -15,8 +15,7 @@ use crate::home::{BaseRecord, Catalog};
 use crate::store::Store;
 use crate::store::access::lock::begin_shared_change;
 use crate::store::access::locked_box::LockedBox;
-use crate::store::layers::collect::{free_bases_in, free_without_lock_in};
-use crate::store::layers::graph::LayerGraph;
+use crate::store::layers::collect::{ScannedHome, free_bases_in, free_without_lock_in};
 use crate::store::layers::references::drop_surplus_refs;
 use crate::store::layers::unfreed::Freeable;
 
@@ -34,9 +33,12 @@ pub fn free_unfreed(store: &Store) -> Result<bool> {
     };
     crash_point("unfreed.taken");
     for _ in 0..SCANS {
-        let scanned = scan_unlocked(store)
-            .and_then(|(catalog, layers)| free_scanned(store, &catalog, layers, &left));
-        match scanned {
+        let freed = scan_unlocked(store).and_then(|(catalog, scanned)| {
+            scanned.map_or(Ok(true), |scanned| {
+                free_scanned(store, &catalog, scanned, &left)
+            })
+        });
+        match freed {
             Ok(true) => return Ok(true),
             Ok(false) => {}
             Err(error) => {
@@ -49,17 +51,18 @@ pub fn free_unfreed(store: &Store) -> Result<bool> {
     Ok(false)
 }
 
-/// Scans the home without a lock, and returns with it the rows from before.
-fn scan_unlocked(store: &Store) -> Result<(Arc<Catalog>, LayerGraph)> {
+/// Scans the home without a lock, and returns with it the rows from before. Those that the scan is
+/// compared with are read later; if they are others, the lock finds other rows as well.
+fn scan_unlocked(store: &Store) -> Result<(Arc<Catalog>, Option<ScannedHome>)> {
     let catalog = store.home().catalog()?;
-    Ok((catalog, store.layers.scan()?))
+    Ok((catalog, ScannedHome::by(store, &store.home().queries()?)?))
 }
 
 /// Frees by a scan from before the lock was taken. Returns false if the rows are others by now.
 fn free_scanned(
     store: &Store,
     catalog: &Arc<Catalog>,
-    layers: LayerGraph,
+    scanned: ScannedHome,
     left: &Freeable,
 ) -> Result<bool> {
     let mut change = begin_shared_change(store)?;
@@ -75,7 +78,7 @@ fn free_scanned(
     let has_lock = !change.is_shared() || (has_theirs && change.take_lock()?);
     change.begin_exclusive()?;
     let is_as_scanned = Arc::ptr_eq(&store.home().catalog()?, catalog);
-    if !is_as_scanned || layers.unseen(store.home()).is_some() {
+    if !is_as_scanned || scanned.layers.unseen(store.home()).is_some() {
         return Ok(false);
     }
     // The scan may have seen a box in the middle of a change, so check again what the boxes need.
@@ -97,9 +100,9 @@ fn free_scanned(
         (row.is_ours() || surplus.contains(&row.id)) && !referred.contains(&row.id)
     };
     if has_lock {
-        free_bases_in(store, &mut change, layers, &may_go)?;
+        free_bases_in(store, &mut change, scanned, &may_go)?;
     } else {
-        free_without_lock_in(store, &mut change, layers, &may_go)?;
+        free_without_lock_in(store, &mut change, scanned, &may_go)?;
     }
     Ok(true)
 }

@@ -84,7 +84,7 @@ impl Manifest {
         if bytes.len() > LARGEST {
             return Err(refused("is larger than 1 MiB"));
         }
-        let Unique(value) = serde_json::from_slice(bytes).map_err(|e| {
+        let value = parse_unambiguous(bytes).map_err(|e| {
             let what = if e.is_data() {
                 "is ambiguous"
             } else {
@@ -115,6 +115,14 @@ impl Manifest {
             exported_at: text(fields, "exported_at")?,
         })
     }
+}
+
+/// Parses JSON in which no object has a key twice.
+///
+/// # Errors
+/// Those of the parser; a key that occurs twice is an error of the data.
+pub fn parse_unambiguous(bytes: &[u8]) -> serde_json::Result<Value> {
+    serde_json::from_slice(bytes).map(|Unique(value)| value)
 }
 
 /// JSON in which no object has a key twice. Readers differ in which of the two counts: one could be

@@ -11,7 +11,7 @@ mod manifest;
 mod reading;
 mod writing;
 
-pub use manifest::{About, Manifest, manifest_bytes};
+pub use manifest::{About, Manifest, manifest_bytes, parse_unambiguous};
 pub(crate) use reading::Allowance;
 pub use reading::{Arrived, Incoming, MOST_HOLES, Progress};
 pub use writing::{

@@ -424,12 +424,11 @@ impl Filesystem for BoxliteFs {
         &self,
         _request: &Request,
         _ino: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        // Committed data is on disk already, and nothing else can be lost.
-        reply.ok();
+        self.spawn_write(move |tree| reply_empty(reply, tree.sync(handle.0)));
     }
 
     fn fsyncdir(

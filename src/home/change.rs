@@ -190,6 +190,27 @@ impl Change<'_> {
         Ok(shows_all_locks(self.home) || take_lock(self.home, Duration::ZERO)?.is_some())
     }
 
+    /// Refuses a change that a runtime would not see: one that has the home may go on with what it
+    /// has read of a box.
+    ///
+    /// # Errors
+    /// EBUSY naming the process; those of [`Change::is_surely_alone`].
+    pub fn refuse_runtime(&self) -> Result<()> {
+        if self.is_surely_alone()? {
+            return Ok(());
+        }
+        let holder = holder_of(self.home)?;
+        let who = holder.map_or_else(
+            || "a process that can't be seen from here".to_owned(),
+            named,
+        );
+        Err(Error::busy(format!(
+            "a BoxLite runtime is using {}: {who} has it open, and may go on with the options that it \
+             has read; edit box.json when that program is done",
+            self.home.root().display()
+        )))
+    }
+
     /// Returns whether a thread of the runtime that this change is beside is stopped.
     pub fn is_runtime_stopped(&self) -> bool {
         let holder = self.shared.as_ref().and_then(SharedAccess::holder);

@@ -58,17 +58,41 @@ const HARMLESS: &[(&str, Harmless)] = &[
 /// # Errors
 /// EPERM naming the first such option. The archive may be valid, but it is not accepted here.
 pub fn reject_host_access(options: &Value) -> Result<()> {
+    match harmful_option(options) {
+        Some((place, why)) => Err(refused(&place, why)),
+        None => Ok(()),
+    }
+}
+
+/// Rejects the same options where they were edited in `box.json`.
+///
+/// # Errors
+/// EPERM naming the first such option.
+pub(super) fn reject_edited_access(options: &Value) -> Result<()> {
+    let Some((place, why)) = harmful_option(options) else {
+        return Ok(());
+    };
+    let place = place.replacen("box_options", "options", 1);
+    Err(Error::new(
+        libc::EPERM,
+        format!(
+            "{place} {why}, and this mount does not allow that (import=untrusted); mount with \
+             import=trusted to change it"
+        ),
+    ))
+}
+
+/// Returns the place of the first option that gives access to the host, or is not known, and what
+/// is wrong with it.
+fn harmful_option(options: &Value) -> Option<(String, &'static str)> {
     if let Some(place) = unknown_option(options) {
-        return Err(refused(&place, "is not known here"));
+        return Some((place, "is not known here"));
     }
-    for (place, harmless) in HARMLESS {
+    HARMLESS.iter().find_map(|(place, harmless)| {
         let mut parts = place.split('.');
-        let value = parts.try_fold(options, |value, name| value.get(name));
-        if value.is_some_and(|value| !harmless(value)) {
-            return Err(refused(&format!("box_options.{place}"), harm_of(place)));
-        }
-    }
-    Ok(())
+        let value = parts.try_fold(options, |value, name| value.get(name))?;
+        (!harmless(value)).then(|| (format!("box_options.{place}"), harm_of(place)))
+    })
 }
 
 fn refused(place: &str, why: &str) -> Error {

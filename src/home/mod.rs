@@ -6,7 +6,7 @@
 //! * `records`, `catalog`, `catalog_reader`, `recorded_paths`: the rows.
 //! * `lock`, `shared_access`, `queries`, `transactions`, `change`: the right to change a home, and
 //!   what it is used for.
-//! * `option_types`, `options`, `host_access`: BoxLite's box options.
+//! * `option_types`, `options`, `host_access`, `box_edit`: BoxLite's box options.
 //! * `activity`, `process`, `guard`, `vm_process`: whether a box runs, and how its machine is
 //!   paused.
 //! * `size_cache`, `known_headers`: sizes, digests and headers that were computed or read before.
@@ -17,6 +17,7 @@
 //! which.
 
 mod activity;
+mod box_edit;
 mod catalog;
 mod catalog_reader;
 mod change;
@@ -41,6 +42,7 @@ mod transactions;
 mod vm_process;
 
 pub use activity::{Activity, is_open, is_open_for_writing};
+pub use box_edit::{OptionEdit, described_options};
 pub use catalog::{Catalog, ChangedBox, Schema};
 pub use change::Change;
 pub use guard::{GUARD, run_guard};

@@ -167,6 +167,36 @@ pub fn check_options(options: &Value) -> Result<()> {
     OPTIONS.check(options, &mut at)
 }
 
+/// Checks that BoxLite can read options that were edited in `box.json`.
+///
+/// # Errors
+/// EINVAL naming the field and the expected type.
+pub(super) fn check_edited_options(options: &Value) -> Result<()> {
+    let checked = OPTIONS.check(options, &mut String::from("options"));
+    checked.map_err(|error| Error::new(libc::EINVAL, error.to_string()))
+}
+
+/// What an option is, by its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OptionNature {
+    /// It is not known.
+    Unknown,
+    /// It is an object whose fields are options of their own.
+    Group,
+    /// It has one value.
+    Single,
+}
+
+/// Returns what the option at a place below the options is.
+pub(super) fn nature_of(place: &[String]) -> OptionNature {
+    let mut names = place.iter();
+    match names.try_fold(&OPTIONS, |of, name| of.field(name)) {
+        None => OptionNature::Unknown,
+        Some(Object(_)) => OptionNature::Group,
+        Some(_) => OptionNature::Single,
+    }
+}
+
 /// Returns the place of the first option that BoxLite is not known to have.
 pub fn unknown_option(options: &Value) -> Option<String> {
     OPTIONS.unknown(options, &mut String::from("box_options"))
@@ -237,7 +267,7 @@ impl OptionType {
             Complete(fields) => check_fields(value, fields, true, at),
             OneOf(words, variants) => check_variant(value, words, variants, at),
             EmptyList | Nothing => Err(Error::bad_archive(format!(
-                "{at} is set, and versions of BoxLite differ in its fields; import this archive with BoxLite itself"
+                "{at} is set, and versions of BoxLite differ in its fields; set it with BoxLite itself"
             ))),
             other => Err(mismatch(at, &other.name())),
         }

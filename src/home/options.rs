@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 /// Replaces secrets in everything that is shown.
-const HIDDEN: &str = "(hidden)";
+pub(super) const HIDDEN: &str = "(hidden)";
 
 /// The first archive version whose port mappings mean their host address and protocol (BoxLite's
 /// PUBLISHED_PORTS_ARCHIVE_VERSION).

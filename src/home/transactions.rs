@@ -172,6 +172,21 @@ impl<'t> Transaction<'t> {
         }
     }
 
+    /// Gives a box other options. All other fields of its configuration stay.
+    ///
+    /// # Errors
+    /// ENOENT when the box is gone, or what SQLite says.
+    pub fn set_options(&self, id: &str, options: &Value) -> Result<()> {
+        self.touch(id);
+        match self.run(
+            "UPDATE box_config SET json = json_set(json, '$.options', json(?2)) WHERE id = ?1",
+            [id, &options.to_string()],
+        )? {
+            0 => Err(Error::new(libc::ENOENT, "the box is gone")),
+            _ => Ok(()),
+        }
+    }
+
     /// Removes every row of a box: its snapshots, its references, its state, its configuration.
     ///
     /// # Errors

@@ -30,6 +30,9 @@ pub use maintenance::background::{BackgroundCompaction, Compacting};
 pub use maintenance::usage::{Usage, usage_of, usage_of_box};
 pub use maintenance::{check, compact};
 pub use verbs::clone::{clone_box, clone_snapshot};
+pub use verbs::edit::{
+    check_description, check_edit, describe_box, edit_box, refuse_unready_for_edit,
+};
 pub use verbs::import::{date_snapshot, import_box, import_snapshot};
 pub use verbs::import_stream::{ImportLimits, ImportStream, ImportTarget, receive};
 pub use verbs::install::NewBoxIdentity;

@@ -82,9 +82,15 @@ impl Tree {
             }
             return file_reader::open(&self.view.home, caller, node);
         }
-        match self.changes.creator.description(caller, &node) {
-            Some(file) => Ok(open.add_writing(file)),
-            None => Err(self.changes.overwriter.open(caller, &node, flags)),
+        if let Some(file) = self.changes.creator.description(caller, &node) {
+            return Ok(open.add_writing(file));
+        }
+        let overwriter = &self.changes.overwriter;
+        match &node {
+            Node::BoxJson(id) if flags & libc::O_APPEND == 0 => {
+                Ok(open.add_writing(overwriter.open_json(caller, id)?))
+            }
+            _ => Err(overwriter.open(caller, &node, flags)),
         }
     }
 
@@ -171,6 +177,20 @@ impl Tree {
     pub fn flush(&self, handle: u64) -> Result<()> {
         match &*self.view.home.open.get(handle)? {
             Handle::Writing(file) => self.committer.commit_if_ready(file),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes to the disk what was written by a handle (fsync(2)): records an edit of box.json that
+    /// is complete. All else is on disk when its write, or its close, is answered.
+    ///
+    /// # Errors
+    /// Those of an edit.
+    pub fn sync(&self, handle: u64) -> Result<()> {
+        match &*self.view.home.open.get(handle)? {
+            Handle::Writing(file) if file.is_edit() && file.is_whole_edit() => {
+                self.committer.commit_if_ready(file)
+            }
             _ => Ok(()),
         }
     }

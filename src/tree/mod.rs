@@ -36,6 +36,7 @@ use reading::home_view::HomeView;
 use reading::listing::Listing;
 use reading::lookup::Lookup;
 use reading::open_files::OpenFiles;
+use staging::box_edit::BoxEdits;
 use staging::caller_history::CallerHistory;
 use staging::commit::Committer;
 use staging::receiver::Receiver;
@@ -101,12 +102,25 @@ impl Tree {
         let view = Arc::new(view);
         let lookup = Lookup::new(kernel.clone(), view.clone(), staging.clone());
         let lookup = Arc::new(lookup);
-        let committer = Committer::new(store.clone(), boxes, staging.clone(), history.clone());
+        let edits = BoxEdits::new(
+            store.clone(),
+            boxes.clone(),
+            staging.clone(),
+            history.clone(),
+        );
+        let edits = Arc::new(edits);
+        let committer = Committer::new(
+            store.clone(),
+            boxes,
+            staging.clone(),
+            history.clone(),
+            edits.clone(),
+        );
         let committer = Arc::new(committer);
         Ok(Tree {
-            changes: Changes::new(&kernel, &view, &staging, &history, &committer),
+            changes: Changes::new(&kernel, &view, (&staging, &history), &committer, &edits),
             listing: Listing::new(kernel.clone(), view.clone(), lookup.clone(), history),
-            receiver: Receiver::new(store.clone(), staging.clone()),
+            receiver: Receiver::new(store.clone(), staging.clone(), edits),
             store,
             kernel,
             view,

@@ -624,6 +624,18 @@ pub const RENAME_BOX: Change = Change {
     },
 };
 
+pub const EDIT_BOX: Change = Change {
+    name: "edit of box.json",
+    by: By::Mount,
+    prepare: with_our_snapshot,
+    act: |mount| {
+        let json = text(&mount.at("web/box.json")).to_owned();
+        tool(&["sed", "-i", "s/\"cpus\": null/\"cpus\": 2/", &json])
+    },
+    points: &["edit.recorded"],
+    whole: |_| {},
+};
+
 pub const REMOVE_BOX: Change = Change {
     name: "rm -r",
     by: By::Mount,
@@ -741,7 +753,7 @@ pub const PUT_BACK: Change = Change {
 };
 
 /// All of them.
-pub const CHANGES: [&Change; 28] = [
+pub const CHANGES: [&Change; 29] = [
     &PATHS,
     &PUT_BACK,
     &SNAPSHOT,
@@ -762,6 +774,7 @@ pub const CHANGES: [&Change; 28] = [
     &REPLACE,
     &RENAME,
     &RENAME_BOX,
+    &EDIT_BOX,
     &REMOVE_BOX,
     &REMOVE_BOX_ADOPTING,
     &MERGE,

@@ -168,6 +168,11 @@ fn a_boxs_rename_that_is_cut_off_leaves_one_of_its_names() {
 }
 
 #[test]
+fn an_edit_of_box_json_that_is_cut_off_is_whole_or_undone() {
+    survives(&EDIT_BOX);
+}
+
+#[test]
 fn a_boxs_removal_that_is_cut_off_is_whole_or_undone() {
     survives(&REMOVE_BOX);
 }

@@ -11,6 +11,7 @@ mod compacting;
 mod copying;
 mod deleting;
 mod differences;
+mod editing;
 mod ending;
 mod full_paths;
 mod guests;

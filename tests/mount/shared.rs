@@ -699,7 +699,7 @@ fn what_is_not_safe_beside_a_runtime_is_busy_and_says_so() {
     let log = mount.log();
     let said = log.lines().last().unwrap_or_default();
     assert!(
-        said.contains("Meanwhile everything else is possible but renaming boxes, merging and"),
+        said.contains("Meanwhile everything else is possible but renaming boxes, editing box.json, merging and"),
         "{said}"
     );
     assert!(names_the_runtime(said), "{said}");

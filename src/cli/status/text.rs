@@ -20,7 +20,7 @@ pub(super) fn describe(status: &Value) -> String {
     if let Some(runtime) = status["runtime"].as_str() {
         let what = match status["options"]["exclusive"].as_bool() {
             Some(true) => "every change is",
-            _ => "renaming boxes, merging and repairing are",
+            _ => "renaming boxes, editing box.json, merging and repairing are",
         };
         line(
             "BoxLite",

@@ -402,7 +402,7 @@ pub fn begin_exclusive_change(store: &Store) -> Result<Change<'_>> {
     let change = change.map_err(|error| {
         if store.access.is_shared && error.errno() == libc::EBUSY {
             Error::busy(format!(
-                "{error}. Meanwhile everything else is possible but renaming boxes, merging and repairing"
+                "{error}. Meanwhile everything else is possible but renaming boxes, editing box.json, merging and repairing"
             ))
         } else {
             error

@@ -8,7 +8,7 @@ use crate::Result;
 use crate::exports::{Contents, Source};
 use crate::files::crash_points::crash_point;
 use crate::files::workspace::Scratch;
-use crate::home::BoxRecord;
+use crate::home::{BoxRecord, described_options};
 use crate::store::Store;
 use crate::store::access::lock::{lock_source, made_again_on, switch_to_target};
 use crate::store::access::locked_box::LockedBox;
@@ -50,7 +50,14 @@ pub fn clone_box(
 fn make_clone(store: &Store, source: &Source, read: &Contents, new: &NewBoxIdentity) -> Result<()> {
     let mut built = build_clone(store, source, read, new)?;
     let record = built.locked.record.clone();
-    built.install(new, Some(&record), None)
+    let options = match &new.description {
+        Some(description) => {
+            let (options, untrusted) = (record.options_for_copy()?, store.imports.untrusted);
+            Some(described_options(&options, None, description, untrusted)?.options)
+        }
+        None => None,
+    };
+    built.install(new, Some(&record), options)
 }
 
 /// Makes a box with a configuration of its own that starts from `source`, of which `read` was read:

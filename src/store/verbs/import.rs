@@ -60,7 +60,7 @@ fn make_imported(
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
-    let options = stream.box_options()?;
+    let options = stream.described_options(new.description.as_ref())?;
     if let Some(same) = same
         && share_with_box(store, same, new, options.clone())?
     {

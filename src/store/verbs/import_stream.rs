@@ -14,7 +14,7 @@ use crate::archive::{Allowance, Incoming, MOST_HOLES, Manifest, Progress};
 use crate::exports::{Contents, Source};
 use crate::files::waiting_archive::WaitingArchive;
 use crate::files::workspace::discard;
-use crate::home::{check_options, normalize_imported, reject_host_access};
+use crate::home::{check_options, described_options, normalize_imported, reject_host_access};
 use crate::progress::UnderWay;
 use crate::store::Store;
 use crate::store::layers::flatten::{FlattenPlan, plan_received};
@@ -150,10 +150,7 @@ impl ImportStream {
     /// here.
     pub fn box_options(&self) -> Result<Value> {
         let manifest = self.manifest()?;
-        let options = match &manifest.options {
-            Some(options) => options.clone(),
-            None => plain_options(manifest),
-        };
+        let options = self.original_options()?;
         check_options(&options)?;
         // The meaning of ports depends on the version of the archive.
         let options = normalize_imported(options, Some(manifest.version));
@@ -161,6 +158,37 @@ impl ImportStream {
             reject_host_access(&options)?;
         }
         Ok(options)
+    }
+
+    /// Returns the same with what was edited in the box.json that came with the archive.
+    ///
+    /// # Errors
+    /// Those of [`ImportStream::box_options`]; EINVAL for an edit of what can't be changed.
+    pub fn described_options(&self, description: Option<&Value>) -> Result<Value> {
+        let options = self.box_options()?;
+        let Some(description) = description else {
+            return Ok(options);
+        };
+        let version = Some(self.manifest()?.version);
+        let original = self.original_options()?;
+        let edit = described_options(&original, version, description, self.imports.untrusted)?;
+        Ok(edit.options)
+    }
+
+    /// Returns the options that the archive came with, and its version.
+    ///
+    /// # Errors
+    /// EBADMSG while it is incomplete.
+    pub fn came_with(&self) -> Result<(Value, u64)> {
+        Ok((self.original_options()?, self.manifest()?.version))
+    }
+
+    fn original_options(&self) -> Result<Value> {
+        let manifest = self.manifest()?;
+        Ok(match &manifest.options {
+            Some(options) => options.clone(),
+            None => plain_options(manifest),
+        })
     }
 
     /// Describes the archive as one that waits and becomes a box of this name. Its disk stands alone.

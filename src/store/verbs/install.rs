@@ -17,6 +17,9 @@ pub struct NewBoxIdentity {
     pub id: String,
     /// The name of the box.
     pub name: String,
+    /// The box.json that came with its disk, where there was one. Options that were edited there
+    /// count in place of those that came with the disk.
+    pub description: Option<serde_json::Value>,
 }
 
 /// Moves the finished directory `dir` into `boxes/`, then records the box and its references to

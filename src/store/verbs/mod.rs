@@ -1,6 +1,7 @@
 //! The changes that a user can ask for, in their crash-safe order.
 
 pub(super) mod clone;
+pub(super) mod edit;
 pub(super) mod import;
 pub(super) mod import_stream;
 pub(super) mod install;

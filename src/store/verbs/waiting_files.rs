@@ -175,6 +175,7 @@ fn new_box(store: &Store, name: &str) -> Result<NewBoxIdentity> {
     Ok(NewBoxIdentity {
         id: box_id()?,
         name,
+        description: None,
     })
 }
 

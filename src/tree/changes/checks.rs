@@ -9,9 +9,8 @@ use crate::store::{self, Store};
 use crate::tree::nodes::boxes::Boxes;
 use crate::tree::nodes::names::{EXPORT, SNAPSHOTS, archive_stem, decode};
 use crate::tree::nodes::node::{Derived, Node};
-use crate::tree::nodes::refusal::refuse;
+use crate::tree::nodes::refusal::{refuse, refuse_copied_box};
 use crate::tree::staging::caller_history::CallerHistory;
-use crate::tree::staging::commit::refuse_copied_box;
 use crate::tree::staging::program::Program;
 use crate::tree::staging::role::role_of;
 use crate::tree::staging::staged_file::StagedContent;
@@ -194,6 +193,9 @@ impl Checks {
     /// restore.
     pub fn refuse_restore(&self, caller: Caller, id: &str) -> Result<()> {
         self.refuse_copying_over(caller, id, EXPORT)?;
+        if self.history.has_edited(caller, id) {
+            return Err(refuse_copied_box(&self.store, EXPORT));
+        }
         let source = Source::Live {
             box_id: id.to_owned(),
         };

@@ -243,6 +243,7 @@ impl Creator {
         (node, handle): (&Node, Option<u64>),
         set: SetAttr,
     ) -> Result<()> {
+        let is_cut = set.size.is_some() && matches!(node, Node::BoxJson(_));
         let is_made = self.staging.loose.contains(node)
             || self
                 .staging
@@ -254,10 +255,12 @@ impl Creator {
         } else {
             None
         };
-        let file = file.or_else(|| open.written_by(handle?, node));
+        let file = file
+            .or_else(|| open.written_by(handle?, node))
+            .or_else(|| open.cut_by(caller, node).filter(|_| is_cut));
         // O_TRUNC comes without a handle and says nothing: an archive counts once it is complete.
         let says_nothing = handle.is_none() && matches!(set.size, None | Some(0));
-        let is_writer = says_nothing && self.overwriter.is_writer(caller, node);
+        let is_writer = says_nothing && !is_cut && self.overwriter.is_writer(caller, node);
         if !is_made && file.is_none() && !is_writer {
             return Err(Error::new(
                 libc::EPERM,
@@ -265,7 +268,10 @@ impl Creator {
             ));
         }
         match (&file, set.size) {
-            (Some(file), Some(size)) => file.resize(size),
+            (Some(file), Some(size)) => {
+                file.resize(size)?;
+                committer.check_edit(file)
+            }
             // `touch` tries again to make what an archive is for.
             (Some(file), None) if file.is_waiting() => committer.commit_if_ready(file),
             (None, Some(1..)) => Err(self.checks.refuse(

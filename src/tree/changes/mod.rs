@@ -12,6 +12,7 @@ use std::sync::Arc;
 use crate::store::Store;
 use crate::tree::nodes::kernel_view::KernelView;
 use crate::tree::reading::caller_view::CallerView;
+use crate::tree::staging::box_edit::BoxEdits;
 use crate::tree::staging::caller_history::CallerHistory;
 use crate::tree::staging::commit::Committer;
 use crate::tree::staging::staging_area::StagingArea;
@@ -42,9 +43,9 @@ impl Changes {
     pub fn new(
         kernel: &Arc<KernelView>,
         view: &Arc<CallerView>,
-        staging: &Arc<StagingArea>,
-        history: &Arc<CallerHistory>,
+        (staging, history): (&Arc<StagingArea>, &Arc<CallerHistory>),
         committer: &Arc<Committer>,
+        edits: &Arc<BoxEdits>,
     ) -> Changes {
         let store: &Arc<Store> = &view.home.store;
         let boxes = &view.home.boxes;
@@ -58,6 +59,7 @@ impl Changes {
             store.clone(),
             staging.clone(),
             checks.clone(),
+            edits.clone(),
         ));
         Changes {
             maker: Maker::new(

@@ -10,10 +10,14 @@ use crate::exports::Source;
 use crate::process::{Caller, ProcessGroup};
 use crate::store::Store;
 use crate::tree::changes::checks::Checks;
-use crate::tree::nodes::names::EXPORT;
+use crate::tree::nodes::names::{BOX_JSON, EXPORT};
 use crate::tree::nodes::node::Node;
 use crate::tree::reading::guest_files::only_for_reading;
-use crate::tree::staging::role::{FileRole, StagedPlace, role_of};
+use crate::tree::staging::box_edit::BoxEdits;
+use crate::tree::staging::program::Program;
+use crate::tree::staging::role::{
+    FileRole, StagedPlace, is_edit_temporary, is_gio_temporary, role_of,
+};
 use crate::tree::staging::staged_file::StagedFile;
 use crate::tree::staging::staging_area::StagingArea;
 use crate::{Error, Result};
@@ -21,28 +25,25 @@ use crate::{Error, Result};
 /// How long a program that opened an export for writing may set the file's size, times and mode.
 const FRESH: Duration = Duration::from_secs(60);
 
-/// The processes that opened the export of a box for writing, by its inode number, and when. Copy
-/// tools set its size, times and mode.
+/// The processes that opened the export of a box, or its box.json, for writing, by the inode number,
+/// and when. Copy tools set its size, times and mode.
 #[derive(Default)]
-struct ExportWriters {
+struct RecentWriters {
     writers: Mutex<HashMap<u64, (ProcessGroup, Instant)>>,
 }
 
-impl ExportWriters {
-    fn add(&self, caller: Caller, id: &str) {
-        let export = Node::Export(Source::Live {
-            box_id: id.to_owned(),
-        });
+impl RecentWriters {
+    fn add(&self, caller: Caller, node: &Node) {
         let mut writers = self.writers.lock();
         writers.retain(|_, (group, last)| last.elapsed() < FRESH && group.any_alive());
-        match writers.get_mut(&export.ino()) {
+        match writers.get_mut(&node.ino()) {
             Some((group, last)) => {
                 group.join(caller);
                 *last = Instant::now();
             }
             None => {
                 let entry = (ProcessGroup::begin(caller), Instant::now());
-                writers.insert(export.ino(), entry);
+                writers.insert(node.ino(), entry);
             }
         }
     }
@@ -60,21 +61,28 @@ pub struct Overwriter {
     store: Arc<Store>,
     staging: Arc<StagingArea>,
     checks: Arc<Checks>,
-    writers: ExportWriters,
+    edits: Arc<BoxEdits>,
+    writers: RecentWriters,
 }
 
 impl Overwriter {
     /// Returns one for the exports of a home.
-    pub fn new(store: Arc<Store>, staging: Arc<StagingArea>, checks: Arc<Checks>) -> Overwriter {
+    pub fn new(
+        store: Arc<Store>,
+        staging: Arc<StagingArea>,
+        checks: Arc<Checks>,
+        edits: Arc<BoxEdits>,
+    ) -> Overwriter {
         Overwriter {
             store,
             staging,
             checks,
-            writers: ExportWriters::default(),
+            edits,
+            writers: RecentWriters::default(),
         }
     }
 
-    /// Returns whether the caller opened an export for writing a moment ago.
+    /// Returns whether the caller opened an export, or box.json, for writing a moment ago.
     pub fn is_writer(&self, caller: Caller, node: &Node) -> bool {
         self.writers.includes(caller, node)
     }
@@ -85,6 +93,13 @@ impl Overwriter {
     /// # Errors
     /// EPERM for what can't be put into a box, EEXIST, ENODATA, and those of a restore.
     pub fn create(&self, caller: Caller, parent: &Node, name: &str) -> Result<Arc<StagedFile>> {
+        if let Node::Box(id) = parent
+            && begins_edit(caller, name)
+        {
+            let file = self.edits.create(caller, id, name)?;
+            self.writers.add(caller, &Node::BoxJson(id.clone()));
+            return Ok(file);
+        }
         let id = match (parent, role_of(parent, name)) {
             (Node::Box(id), Some(FileRole::BoxDisk | FileRole::TemporaryArchive)) => {
                 self.checks.refuse_restore(caller, id)?;
@@ -103,10 +118,21 @@ impl Overwriter {
             parent: parent.clone(),
             name: name.to_owned(),
         };
-        self.writers.add(caller, id);
+        let export = Node::Export(Source::Live { box_id: id.clone() });
+        self.writers.add(caller, &export);
         let node = self.staging.new_node();
         let file = StagedFile::overwriting_export(node, id.clone(), place, caller);
         self.staging.loose.add(caller, parent, name, file.clone())?;
+        Ok(file)
+    }
+
+    /// Opens the box.json of a box to write over it.
+    ///
+    /// # Errors
+    /// Those of [`BoxEdits::open`].
+    pub fn open_json(&self, caller: Caller, id: &str) -> Result<Arc<StagedFile>> {
+        let file = self.edits.open(caller, id)?;
+        self.writers.add(caller, &Node::BoxJson(id.to_owned()));
         Ok(file)
     }
 
@@ -139,7 +165,7 @@ impl Overwriter {
                 "{} stays as it is; to restore it, copy its export over that of its box",
                 self.store.exports().disks.describe(source)
             ),
-            Node::BoxJson(_) => "box.json is read-only".into(),
+            Node::BoxJson(_) => "box.json can't be appended to; write all of it".into(),
             Node::Guest(_) | Node::DiskImage(_) | Node::Running(..) => return only_for_reading(),
             _ => "snapshot.json, compressed archives and the log are read-only".into(),
         };
@@ -148,4 +174,15 @@ impl Overwriter {
         }
         self.checks.refuse(libc::EPERM, message)
     }
+}
+
+/// Returns whether a file of this name in a box that exists is a new text of its box.json. A gio that
+/// copies a box.json says so on its command line.
+fn begins_edit(caller: Caller, name: &str) -> bool {
+    let program = Program::of(caller);
+    // perl -i makes names of any eight characters.
+    name == BOX_JSON
+        || is_edit_temporary(name)
+        || (program.is("perl") && name.len() == 8)
+        || (is_gio_temporary(name) && program.copies_only(BOX_JSON))
 }

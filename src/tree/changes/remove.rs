@@ -233,10 +233,12 @@ impl Remover {
             Some(Staged::File(file)) => {
                 receiver.log_unfinished(&file);
                 file.was_removed(name);
-                if !file.overwrites_export || name != EXPORT {
+                let is_in_place = (file.is_over_export() && name == EXPORT)
+                    || (file.is_edit() && name == BOX_JSON);
+                if !is_in_place {
                     return Ok(());
                 }
-                // The name is that of the box's export, which the same caller may have removed
+                // The name is that of the box's own file, which the same caller may have removed
                 // before.
                 match self.remove_real(caller, &parent, name) {
                     Err(error) if error.errno() == libc::ENOENT => Ok(()),

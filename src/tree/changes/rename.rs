@@ -7,11 +7,11 @@ use crate::home::is_snapshot_name;
 use crate::process::Caller;
 use crate::store::{self, Store};
 use crate::tree::changes::checks::Checks;
-use crate::tree::nodes::names::{EXPORT, archive_stem, decode, exists, not_there, text};
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, archive_stem, decode, exists, not_there, text};
 use crate::tree::nodes::node::Node;
 use crate::tree::reading::caller_view::CallerView;
 use crate::tree::staging::commit::Committer;
-use crate::tree::staging::role::{FileRole, StagedPlace, role_of};
+use crate::tree::staging::role::{FileRole, StagedPlace, is_edit_temporary, role_of};
 use crate::tree::staging::staged_file::StagedFile;
 use crate::tree::staging::staged_rename::StagedRename;
 use crate::tree::staging::staging_area::StagingArea;
@@ -173,7 +173,9 @@ impl Renamer {
             return Err(Error::new(libc::EXDEV, "that is another place; copy it"));
         }
         let loose = &self.staging.loose;
+        let is_edit = loose.is_edit(caller, from_dir, from);
         match (to_dir, role_of(to_dir, to)) {
+            _ if is_edit => self.refuse_edit_name(caller, (to_dir, to), mode)?,
             (Node::Root, Some(FileRole::NewBox)) => {
                 let taken = self.checks.refuse_taken_box(to);
                 taken.inspect_err(|_| loose.fail(caller, from_dir, from))?;
@@ -197,6 +199,26 @@ impl Renamer {
         }
         file.state().place.name = to.to_owned();
         Ok(file)
+    }
+
+    /// Refuses a name that an edit of box.json can't have.
+    fn refuse_edit_name(
+        &self,
+        caller: Caller,
+        (dir, name): NameIn<'_>,
+        mode: RenameMode,
+    ) -> Result<()> {
+        if name == BOX_JSON
+            && mode == RenameMode::Keep
+            && self.view.child(caller, dir, name).is_ok()
+        {
+            return Err(exists(name));
+        }
+        if name == BOX_JSON || is_edit_temporary(name) {
+            return Ok(());
+        }
+        let message = format!("{name} would not be kept: what is written here is a {BOX_JSON}");
+        Err(self.checks.refuse(libc::EPERM, message))
     }
 
     /// Gives a waiting archive its old name back, after it could not become what the new name says.

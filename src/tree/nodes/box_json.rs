@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use crate::home::{BoxRecord, SnapshotRecord, redact_secrets};
+use crate::archive::parse_unambiguous;
+use crate::home::{BoxRecord, SnapshotRecord};
 use crate::store::Usage;
 use crate::tree::nodes::names::{BOX_JSON, SNAPSHOT_JSON};
 use crate::{Error, Result};
@@ -14,15 +15,7 @@ use crate::{Error, Result};
 /// # Errors
 /// EIO when a row is not JSON.
 pub fn box_json(record: &BoxRecord, usage: Usage) -> Result<Vec<u8>> {
-    let mut value = record.config()?;
-    if !record.state.is_empty() {
-        value["state"] = record.state()?;
-    }
-    if !value["state"]["status"].is_string() {
-        value["state"]["status"] = Value::String(record.status.clone());
-    }
-    redact_secrets(&mut value);
-    with_usage(value, usage)
+    with_usage(record.shown()?, usage)
 }
 
 /// Returns the row of a snapshot with what it takes on the disk, and with the time that it is shown
@@ -64,6 +57,29 @@ pub fn created_at(json: &[u8]) -> Option<i64> {
     serde_json::from_slice::<Value>(json).ok()?["created_at"].as_i64()
 }
 
+/// Returns the fields of a snapshot.json that are kept nowhere.
+pub fn unkept_fields(json: &[u8]) -> Vec<String> {
+    const KNOWN: [&str; 8] = [
+        "id",
+        "box_id",
+        "name",
+        "created_at",
+        "base_path",
+        "container_disk_bytes",
+        "size_bytes",
+        "space",
+    ];
+    let value = serde_json::from_slice::<Value>(json).unwrap_or_default();
+    let fields = value
+        .as_object()
+        .into_iter()
+        .flat_map(|fields| fields.keys());
+    let unkept = fields.filter(|field| !KNOWN.contains(&field.as_str()));
+    unkept
+        .map(|field| field.chars().take(100).collect())
+        .collect()
+}
+
 /// Refuses a box.json, or a snapshot.json, as soon as the text so far can't be one of ours. A
 /// complete one has the fields that every version of us has written.
 ///
@@ -103,6 +119,29 @@ pub fn refuse_foreign(is_snapshot: bool, text: &[u8]) -> Result<()> {
         "box.json is of a box that never started: there is no disk in its backup to make a box of; \
          create the box with BoxLite",
     ))
+}
+
+/// Parses a box.json that is being written. None for one that may still become complete.
+///
+/// # Errors
+/// EINVAL for what can't become a JSON object, or has a key twice.
+pub fn parse_object(text: &[u8]) -> Result<Option<Value>> {
+    let text = text.trim_ascii();
+    let foreign = |why: &str| Error::new(libc::EINVAL, format!("{BOX_JSON} {why}"));
+    match text {
+        [] => return Ok(None),
+        [b'{', ..] => {}
+        _ => return Err(foreign("is not a JSON object")),
+    }
+    // Only what ends with a brace can be complete.
+    if text.last() != Some(&b'}') {
+        return Ok(None);
+    }
+    match parse_unambiguous(text) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.is_eof() => Ok(None),
+        Err(error) => Err(foreign(&format!("is not JSON: {error}"))),
+    }
 }
 
 /// Returns whether a box.json is of a box that had a disk. Older ones do not say.

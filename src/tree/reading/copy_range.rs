@@ -31,7 +31,7 @@ pub fn copy_range(
     };
     let mut state = file.state();
     state.refused()?;
-    if file.is_committed() || from_offset != to_offset {
+    if file.is_committed() || file.is_edit() || from_offset != to_offset {
         return Err(unfit());
     }
     let length = length.min(MOST_COPIED);

@@ -7,6 +7,7 @@ use crate::tree::nodes::box_json;
 use crate::tree::nodes::node::{Derived, Node};
 use crate::tree::reading::home_view::HomeView;
 use crate::tree::reading::open_files::{Handle, Opened};
+use crate::tree::staging::staged_file::StagedContent;
 use crate::{Error, Result};
 
 /// Opens a file for reading.
@@ -84,6 +85,10 @@ pub fn read(home: &HomeView, handle: &Handle, offset: u64, buf: &mut [u8]) -> Re
             let bytes = home.store.events().read_at(offset, buf.len());
             Ok(copy_out(&bytes, 0, buf))
         }
+        Handle::Writing(file) if file.is_edit() => match &file.state().content {
+            StagedContent::Text(text) => Ok(copy_out(text, offset, buf)),
+            _ => Ok(0),
+        },
         Handle::List(_) | Handle::GuestDirectory { .. } | Handle::Writing(_) => {
             Err(Error::new(libc::EBADF, "that is not open for reading"))
         }

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 
 use crate::archive::Export;
 use crate::exports::{Contents, OpenDisk, Packed, Source, Spool};
+use crate::process::Caller;
 use crate::progress::Operation;
 use crate::tree::nodes::attr::DirEntry;
 use crate::tree::nodes::node::{GuestFile, Node};
@@ -192,6 +193,23 @@ impl OpenFiles {
             Handle::Writing(file) if file.node == *node => Some(file.clone()),
             _ => None,
         }
+    }
+
+    /// Returns the edit of this box.json that the caller has opened last: O_TRUNC comes without a
+    /// handle.
+    pub fn cut_by(&self, caller: Caller, node: &Node) -> Option<Arc<StagedFile>> {
+        let handles = self.handles.lock();
+        let edits = handles
+            .iter()
+            .filter_map(|(number, handle)| match &**handle {
+                Handle::Writing(file) if file.is_edit() && file.node == *node => {
+                    Some((number, file))
+                }
+                _ => None,
+            });
+        let of_caller = edits.filter(|(_, file)| file.writer.has(caller));
+        let last = of_caller.max_by_key(|(number, _)| **number);
+        last.map(|(_, file)| file.clone())
     }
 
     /// Returns the contents of an open export: of the given handle, or of one that has the node

@@ -39,6 +39,8 @@ struct HistoryEntry {
     refused_removal: bool,
     /// When it was last refused to put something into the box.
     refused_copy: Option<Instant>,
+    /// When it last began to edit box.json.
+    edited: Option<Instant>,
 }
 
 impl HistoryEntry {
@@ -53,6 +55,7 @@ impl HistoryEntry {
             has_copied: false,
             refused_removal: false,
             refused_copy: None,
+            edited: None,
         }
     }
 
@@ -305,12 +308,30 @@ impl CallerHistory {
         true
     }
 
-    /// Returns whether one of these processes was refused to copy other files of a box over its own
-    /// since then.
+    /// Records that the caller begins to edit box.json. It may be copying a whole box over this one.
+    pub fn note_edit(&self, caller: Caller, box_id: &str) {
+        let mut entries = self.entries.lock();
+        let entry = entries.begin(caller, box_id);
+        entry.last = Instant::now();
+        entry.edited = Some(entry.last);
+    }
+
+    /// Returns whether the caller edited box.json, and has not looked at the box anew since.
+    pub fn has_edited(&self, caller: Caller, box_id: &str) -> bool {
+        let mut entries = self.entries.lock();
+        let entry = entries.of(caller, box_id);
+        entry.is_some_and(|entry| entry.edited.is_some())
+    }
+
+    /// Returns whether one of these processes was refused to copy other files of a box over its own,
+    /// or edited box.json, since then.
     pub fn tried_to_copy(&self, box_id: &str, group: &ProcessGroup, since: Instant) -> bool {
         let entries = self.entries.lock();
         let entries = entries.0.get(box_id).into_iter().flatten();
-        let mut tried = entries.filter(|entry| entry.refused_copy.is_some_and(|at| at >= since));
+        let mut tried = entries.filter(|entry| {
+            let last = entry.refused_copy.max(entry.edited);
+            last.is_some_and(|at| at >= since)
+        });
         tried.any(|entry| entry.group.shares_member(group))
     }
 

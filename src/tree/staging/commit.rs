@@ -2,14 +2,18 @@
 
 use std::sync::Arc;
 
+use parking_lot::MutexGuard;
+use serde_json::Value;
+
 use crate::exports::Source;
 use crate::home::snapshot_id;
 use crate::store::{self, NewBoxIdentity, NewSnapshotIdentity, Store};
 use crate::tree::nodes::box_json;
 use crate::tree::nodes::boxes::Boxes;
-use crate::tree::nodes::names::{EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
 use crate::tree::nodes::node::Node;
-use crate::tree::nodes::refusal::refuse;
+use crate::tree::nodes::refusal::refuse_copied_box;
+use crate::tree::staging::box_edit::BoxEdits;
 use crate::tree::staging::caller_history::CallerHistory;
 use crate::tree::staging::role::FileRole;
 use crate::tree::staging::staged_boxes::directory_is_gone;
@@ -24,6 +28,7 @@ pub struct Committer {
     boxes: Arc<Boxes>,
     staging: Arc<StagingArea>,
     history: Arc<CallerHistory>,
+    edits: Arc<BoxEdits>,
     waiting: WaitingArchives,
 }
 
@@ -34,6 +39,7 @@ impl Committer {
         boxes: Arc<Boxes>,
         staging: Arc<StagingArea>,
         history: Arc<CallerHistory>,
+        edits: Arc<BoxEdits>,
     ) -> Committer {
         Committer {
             waiting: WaitingArchives::new(store.clone(), staging.clone()),
@@ -41,6 +47,7 @@ impl Committer {
             boxes,
             staging,
             history,
+            edits,
         }
     }
 
@@ -63,13 +70,19 @@ impl Committer {
         if let Err(error) = state.refused() {
             // Its name goes with this close: the kernel reports the last close later.
             drop(state);
-            self.staging.drop_file(file, true);
+            self.staging.drop_file(file, !file.is_edit());
             return Err(error);
+        }
+        if file.is_edit() {
+            return self.commit_edit(file, state);
         }
         let role = state.role();
         if role == FileRole::Json {
             // This decides nothing: a FLUSH comes for every copy of a descriptor that is closed.
             state.refuse_partial_text()?;
+            if !self.staging.boxes.is_unfinished(&file.box_id) {
+                self.edits.describe(file, &state, true)?;
+            }
             drop(state);
             self.date_snapshot(file);
             return Ok(());
@@ -78,9 +91,9 @@ impl Committer {
             return Ok(());
         }
         let result = match role {
-            FileRole::BoxDisk if file.overwrites_export => self.commit_restore(file, &state),
+            FileRole::BoxDisk if file.is_over_export() => self.commit_restore(file, &state),
             FileRole::NewBox | FileRole::BoxDisk => self.commit_box(file, &state),
-            FileRole::SnapshotDisk if file.overwrites_export => self.replace_snapshot(file, &state),
+            FileRole::SnapshotDisk if file.is_over_export() => self.replace_snapshot(file, &state),
             FileRole::SnapshotDisk if self.staging.boxes.is_unfinished(&file.box_id) => {
                 return self.waiting.accept(file, &mut state);
             }
@@ -103,7 +116,7 @@ impl Committer {
             }
             return Err(error);
         }
-        if file.overwrites_export {
+        if file.is_over_export() {
             // Before the export is seen in place of the file: the writer may have removed the
             // export.
             let directory = Node::Box(file.box_id.clone());
@@ -114,7 +127,7 @@ impl Committer {
         // Its data is used up; the disk was moved into the box.
         state.content = StagedContent::Nothing;
         // Before another close of the same file is answered: by then the box has to be seen.
-        let waiting = if role == FileRole::BoxDisk && !file.overwrites_export {
+        let waiting = if role == FileRole::BoxDisk && !file.is_over_export() {
             self.staging.boxes.commit(file)
         } else {
             Vec::new()
@@ -143,6 +156,31 @@ impl Committer {
             ));
         }
         true
+    }
+
+    fn commit_edit(
+        &self,
+        file: &Arc<StagedFile>,
+        mut state: MutexGuard<'_, StagedState>,
+    ) -> Result<()> {
+        let result = self.edits.commit(file, &mut state);
+        // Refused at its rename: no closing will come to let go of it.
+        let is_left = state.is_refused() && state.open == 0;
+        drop(state);
+        if is_left {
+            self.staging.loose.drop_file(file);
+        }
+        result
+    }
+
+    /// Checks an edit of box.json that was cut, which may have completed it.
+    ///
+    /// # Errors
+    /// Those of [`BoxEdits::check`].
+    pub fn check_edit(&self, file: &StagedFile) -> Result<()> {
+        let mut state = file.state();
+        let checked = self.edits.check(file, &state);
+        checked.inspect_err(|error| state.refuse(error))
     }
 
     /// Commits the snapshots that waited for a box.
@@ -198,13 +236,48 @@ impl Committer {
         let new = NewBoxIdentity {
             id: file.box_id.clone(),
             name: decode(&shown)?,
+            description: self.description_of(&state.place.parent)?,
         };
         match &state.content {
-            StagedContent::Archive(arrival) => store::import_box(&self.store, arrival, &new),
+            StagedContent::Archive(arrival) => {
+                let (options, version) = arrival.came_with()?;
+                self.note_original(&file.box_id, options, Some(version));
+                store::import_box(&self.store, arrival, &new)
+            }
             StagedContent::FromHome {
                 source, contents, ..
-            } => store::clone_box(&self.store, source, contents, &new),
+            } => {
+                let options = self.boxes.record(source.box_id())?.options_for_copy()?;
+                self.note_original(&file.box_id, options, None);
+                store::clone_box(&self.store, source, contents, &new)
+            }
             _ => Ok(()),
+        }
+    }
+
+    fn note_original(&self, box_id: &str, options: Value, version: Option<u64>) {
+        let boxes = &self.staging.boxes;
+        boxes.with(box_id, |staged| {
+            staged.original_options = Some((options, version));
+        });
+    }
+
+    /// Returns the box.json in the directory of a box being made, if it is there and complete.
+    fn description_of(&self, directory: &Node) -> Result<Option<Value>> {
+        let Some(id) = directory.box_id() else {
+            return Ok(None);
+        };
+        let json = self.staging.boxes.with(id, |staged| {
+            let child = staged.child(directory, BOX_JSON)?;
+            child.file().cloned()
+        });
+        let Some(json) = json.flatten() else {
+            return Ok(None);
+        };
+        let state = json.state();
+        match &state.content {
+            StagedContent::Text(text) => box_json::parse_object(text),
+            _ => Ok(None),
         }
     }
 
@@ -306,6 +379,16 @@ impl Committer {
             // Not made yet: its own commit will look here.
             return;
         };
+        if let StagedContent::Text(text) = &json.state().content
+            && let unkept = box_json::unkept_fields(text)
+            && !unkept.is_empty()
+        {
+            self.store.events().warn(&format!(
+                "{SNAPSHOT_JSON} of snapshot {}: {} is not kept; BoxLite has no place for it",
+                row.name,
+                unkept.join(", ")
+            ));
+        }
         if let Some(created_at) = self.created_at_of(json)
             && created_at != row.created_at
             && let Err(error) = store::date_snapshot(&self.store, &box_id, &snapshot_id, created_at)
@@ -346,15 +429,4 @@ fn snapshot_of(state: &StagedState) -> Result<(&str, &str)> {
             "that is not the directory of a snapshot",
         )),
     }
-}
-
-/// EPERM for a file of a whole box that is copied over one that exists.
-pub fn refuse_copied_box(store: &Store, name: &str) -> Error {
-    refuse(
-        store,
-        libc::EPERM,
-        format!(
-            "{name}: the same process tried to write other files of the box, so it copies a whole box over one that exists; copy it to a new name, or export.boxlite alone to restore"
-        ),
-    )
 }

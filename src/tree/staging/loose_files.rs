@@ -10,7 +10,7 @@ use crate::Result;
 use crate::home::Owner;
 use crate::process::{Caller, ProcessGroup};
 use crate::tree::nodes::attr::Attr;
-use crate::tree::nodes::names::{EXPORT, exists, not_there};
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, exists, not_there};
 use crate::tree::nodes::node::Node;
 use crate::tree::staging::role::ASIDE_PREFIX;
 use crate::tree::staging::staged_file::StagedFile;
@@ -41,10 +41,11 @@ impl LooseFile {
         self.dir == *dir && self.name == name
     }
 
-    /// Returns whether it is written in place of an export, under that name. Its writer sees it,
-    /// and all others see the export.
-    fn is_over_export(&self) -> bool {
-        self.file.overwrites_export && self.name == EXPORT
+    /// Returns whether it is written in place of an export or of box.json, under that name. Its
+    /// writer sees it, and all others see what there is.
+    fn is_in_place(&self) -> bool {
+        (self.file.is_over_export() && self.name == EXPORT)
+            || (self.file.is_edit() && self.name == BOX_JSON)
     }
 
     /// Returns whether the caller sees it. One that has become a box's disk is the box's export,
@@ -52,9 +53,9 @@ impl LooseFile {
     /// still set its times, and not by its children: for a shell these are other programs.
     fn is_seen_by(&mut self, caller: Caller) -> bool {
         if self.file.is_committed() {
-            !self.file.overwrites_export && self.makers.has(caller)
+            !self.file.is_over_export() && !self.file.is_edit() && self.makers.has(caller)
         } else {
-            !self.is_over_export() || self.makers.includes(caller)
+            !self.is_in_place() || self.makers.includes(caller)
         }
     }
 
@@ -68,7 +69,7 @@ impl LooseFile {
         }
         let is_committed = self.file.is_committed();
         let is_open = Arc::strong_count(&self.file) > 1;
-        let waits_for_name = !is_committed && !self.is_over_export();
+        let waits_for_name = !is_committed && !self.is_in_place();
         if self.makers.any_alive() {
             !waits_for_name && !is_open && self.used.elapsed() > LINGER
         } else {
@@ -244,10 +245,18 @@ impl LooseFiles {
         ))
     }
 
+    /// Returns whether the file that this caller sees by this name is an edit of box.json.
+    pub fn is_edit(&self, caller: Caller, dir: &Node, name: &str) -> bool {
+        let mut files = self.swept();
+        let index = position(&mut files, caller, dir, name);
+        let loose = index.and_then(|index| files.get(index));
+        loose.is_some_and(|loose| loose.file.is_edit())
+    }
+
     /// Returns whether an archive is being written over the disk of a box.
     pub fn is_written_over(&self, box_id: &str) -> bool {
         let files = self.files.lock();
-        let mut over = files.iter().filter(|loose| loose.file.overwrites_export);
+        let mut over = files.iter().filter(|loose| loose.file.is_over_export());
         over.any(|loose| loose.file.box_id == box_id && loose.is_written())
     }
 
@@ -261,9 +270,11 @@ impl LooseFiles {
     /// Returns the archives that wait in a directory of a box that exists, for their final name.
     pub fn waiting_in(&self, dir: &Node) -> Vec<(String, Node)> {
         let files = self.files.lock();
-        names(files.iter().filter(|loose| {
-            loose.dir == *dir && !loose.is_over_export() && loose.file.is_waiting()
-        }))
+        names(
+            files.iter().filter(|loose| {
+                loose.dir == *dir && !loose.is_in_place() && loose.file.is_waiting()
+            }),
+        )
     }
 
     /// Returns all files in a directory.
@@ -287,7 +298,7 @@ fn position(files: &mut [LooseFile], caller: Caller, dir: &Node, name: &str) -> 
 /// Returns whether a file of this name, which all see, is being written.
 fn is_written(files: &[LooseFile], dir: &Node, name: &str) -> bool {
     let mut files = files.iter().filter(|loose| loose.is_at(dir, name));
-    files.any(|loose| !loose.file.is_committed() && !loose.is_over_export())
+    files.any(|loose| !loose.file.is_committed() && !loose.is_in_place())
 }
 
 fn names<'l>(files: impl Iterator<Item = &'l LooseFile>) -> Vec<(String, Node)> {

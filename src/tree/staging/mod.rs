@@ -1,6 +1,7 @@
 //! Boxes and snapshots that are being copied in, and the processes that copy them.
 
 pub(super) mod aside;
+pub(super) mod box_edit;
 pub(super) mod caller_history;
 pub(super) mod commit;
 pub(super) mod loose_files;

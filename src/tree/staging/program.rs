@@ -2,6 +2,8 @@
 //! process can give. So only what a process is shown, and which refusal it meets, depends on it.
 
 use crate::process::Caller;
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS};
+use crate::tree::nodes::node::Derived;
 
 /// A program that copies whole trees, and reads nothing back from where it has put it.
 struct CopyTool {
@@ -125,6 +127,9 @@ const FILE_SERVERS: [&str; 16] = [
     "pure-ftpd",
 ];
 
+/// The parts of a box that are not links.
+const PARTS: [&str; 4] = [BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS];
+
 fn copy_tool(name: &str) -> Option<&'static CopyTool> {
     COPY_TOOLS.iter().find(|tool| tool.name == name)
 }
@@ -159,7 +164,8 @@ impl Program {
         self.words.first().map(|word| base_name(word))
     }
 
-    fn is(&self, name: &str) -> bool {
+    /// Returns whether it is called by this name.
+    pub fn is(&self, name: &str) -> bool {
         self.name() == Some(name)
     }
 
@@ -221,6 +227,24 @@ impl Program {
     pub fn copies_tree_without(&self, name: &str) -> bool {
         let is_server = self.is_rsync() && self.words.iter().any(|word| word == "--server");
         self.copies() && !is_server && !self.words.iter().any(|word| word.ends_with(name))
+    }
+
+    /// Returns whether its command line names this file of a box, and no other part of one.
+    pub fn copies_only(&self, name: &str) -> bool {
+        let is_other_part = |word: &String| {
+            let part = base_name(word.trim_end_matches('/'));
+            part != name && (PARTS.contains(&part) || Derived::named(part).is_some())
+        };
+        let names_it = |word: &String| base_name(word) == name;
+        self.words.iter().any(names_it) && !self.words.iter().any(is_other_part)
+    }
+
+    /// Returns whether it cuts files or overwrites them with nothing of use.
+    pub fn only_destroys(&self) -> bool {
+        let applet = self.words.get(1).map(|word| base_name(word));
+        let is_one = |name: &str| matches!(name, "truncate" | "shred");
+        let has_applets = self.is("busybox") || self.is("toybox") || self.is("coreutils");
+        self.name().is_some_and(is_one) || (has_applets && applet.is_some_and(is_one))
     }
 
     /// Returns whether it is rsync.

@@ -7,7 +7,8 @@ use crate::store::{self, ComingSnapshot, ImportTarget, ReferenceState, Store};
 use crate::tree::nodes::box_json;
 use crate::tree::nodes::names::EXPORT;
 use crate::tree::nodes::node::Node;
-use crate::tree::staging::role::{FileRole, StagedPlace};
+use crate::tree::staging::box_edit::BoxEdits;
+use crate::tree::staging::role::{FileRole, StagedPlace, is_gio_temporary};
 use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
 use crate::tree::staging::staging_area::StagingArea;
 use crate::{Error, Result};
@@ -19,12 +20,17 @@ const PIECE: usize = 1024 * 1024;
 pub struct Receiver {
     store: Arc<Store>,
     staging: Arc<StagingArea>,
+    edits: Arc<BoxEdits>,
 }
 
 impl Receiver {
     /// Returns one for the files of a staging area.
-    pub fn new(store: Arc<Store>, staging: Arc<StagingArea>) -> Receiver {
-        Receiver { store, staging }
+    pub fn new(store: Arc<Store>, staging: Arc<StagingArea>, edits: Arc<BoxEdits>) -> Receiver {
+        Receiver {
+            store,
+            staging,
+            edits,
+        }
     }
 
     /// Writes bytes of a file being made. Returns how many were written.
@@ -34,12 +40,39 @@ impl Receiver {
     pub fn write(&self, file: &StagedFile, offset: u64, bytes: &[u8]) -> Result<u32> {
         let mut state = file.state();
         state.refused()?;
-        if let Err(error) = self.put(file, &mut state, offset, bytes) {
+        if file.is_edit() || begins_edit(file, &state, offset, bytes) {
+            self.put_edit(file, &mut state, offset, bytes)
+                .inspect_err(|error| state.refuse(error))?;
+        } else if let Err(error) = self.put(file, &mut state, offset, bytes) {
             self.log_refusal(file, &mut state, &error);
             return Err(error);
         }
         file.reaches(offset.saturating_add(bytes.len() as u64));
         u32::try_from(bytes.len()).map_err(|_| Error::new(libc::EINVAL, "too many bytes at once"))
+    }
+
+    /// Writes bytes of an edit of box.json. Only a line end may follow one that was recorded.
+    fn put_edit(
+        &self,
+        file: &StagedFile,
+        state: &mut StagedState,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
+        if file.is_committed() {
+            let message = "box.json was recorded when it was flushed; open it again";
+            let is_blank = bytes.trim_ascii().is_empty();
+            return if is_blank {
+                Ok(())
+            } else {
+                Err(Error::new(libc::EPERM, message))
+            };
+        }
+        if !file.is_edit() {
+            self.edits.convert(file, state)?;
+        }
+        state.put_edit(offset, bytes)?;
+        self.edits.check(file, state)
     }
 
     /// Writes bytes by the role of the file.
@@ -62,7 +95,13 @@ impl Receiver {
                     state.place.name
                 ),
             )),
-            FileRole::Json => state.put_text(offset, bytes),
+            FileRole::Json => {
+                state.put_text(offset, bytes)?;
+                if self.staging.boxes.is_unfinished(&file.box_id) {
+                    return Ok(());
+                }
+                self.edits.describe(file, state, false)
+            }
             FileRole::NewBox
             | FileRole::BoxDisk
             | FileRole::SnapshotDisk
@@ -99,7 +138,7 @@ impl Receiver {
             } => Some((export, covered)),
             _ => None,
         };
-        let is_box = !file.overwrites_export && !matches!(state.place.parent, Node::Snapshot(..));
+        let is_box = !file.is_over_export() && !matches!(state.place.parent, Node::Snapshot(..));
         let wanted = if is_box {
             ImportTarget::Box
         } else {
@@ -171,6 +210,10 @@ impl Receiver {
             return;
         }
         state.operation = None;
+        if file.is_edit() {
+            self.edits.close(file, &state);
+            return;
+        }
         let role = state.role();
         if file.is_committed() || role == FileRole::Placeholder {
             return;
@@ -218,7 +261,7 @@ impl Receiver {
     /// Says what the writing of a file is, in a few words.
     fn operation_of(&self, file: &StagedFile, place: &StagedPlace) -> String {
         let disks = &self.store.exports().disks;
-        if file.overwrites_export {
+        if file.is_over_export() {
             return match &place.parent {
                 Node::Snapshot(box_id, snapshot_id) => {
                     let source = Source::Snapshot {
@@ -236,6 +279,17 @@ impl Receiver {
             None => format!("import of {name}"),
         }
     }
+}
+
+/// Returns whether a file that was begun over an export, under a name that tells nothing, is a new
+/// text of box.json: no archive begins like that.
+fn begins_edit(file: &StagedFile, state: &StagedState, offset: u64, bytes: &[u8]) -> bool {
+    file.is_over_export()
+        && offset == 0
+        && is_gio_temporary(&state.place.name)
+        && matches!(state.place.parent, Node::Box(_))
+        && matches!(state.content, StagedContent::Nothing)
+        && bytes.trim_ascii_start().first() == Some(&b'{')
 }
 
 /// Returns the length of an archive as its beginning announces it, in bytes: of a plain tar, up to

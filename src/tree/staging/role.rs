@@ -82,6 +82,21 @@ pub fn temporary_for(name: &str) -> Option<&str> {
     (!inner.is_empty()).then_some(inner)
 }
 
+/// Returns whether programs write a new box.json under a name like this, and rename it then: sed with
+/// -i, Qt's QSaveFile, Python's tempfile, and those of [`temporary_for`].
+pub fn is_edit_temporary(name: &str) -> bool {
+    let random = |text: &str, length: usize| {
+        text.len() == length && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+    };
+    let qt = name
+        .strip_prefix(BOX_JSON)
+        .and_then(|end| end.strip_prefix('.'));
+    temporary_for(name) == Some(BOX_JSON)
+        || name.strip_prefix("sed").is_some_and(|end| random(end, 6))
+        || name.strip_prefix("tmp").is_some_and(|end| random(end, 8))
+        || qt.is_some_and(|end| random(end, 6))
+}
+
 /// Returns whether rsync has cut a name that was too long for its `.NAME.XXXXXX`, and its suffix
 /// with it.
 fn is_shortened(name: &str) -> bool {
@@ -89,7 +104,8 @@ fn is_shortened(name: &str) -> bool {
     name.len() >= NEARLY_LONGEST && name.starts_with('.') && temporary_for(name).is_some()
 }
 
-fn is_gio_temporary(name: &str) -> bool {
+/// Returns whether gio writes a file under a name like this, which tells nothing of its final one.
+pub fn is_gio_temporary(name: &str) -> bool {
     name.starts_with(".goutputstream-")
 }
 

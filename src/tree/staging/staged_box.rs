@@ -5,9 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use serde_json::Value;
+
 use crate::home::Owner;
 use crate::process::{Caller, ProcessGroup};
 use crate::tree::nodes::attr::{Attr, DirEntry, Kept, Kind};
+use crate::tree::nodes::names::{BOX_JSON, EXPORT};
 use crate::tree::nodes::node::Node;
 use crate::tree::staging::program::Program;
 use crate::tree::staging::staged_file::StagedFile;
@@ -80,6 +83,10 @@ pub struct StagedBox {
     pub unlisted: HashMap<String, UnlistedSnapshot>,
     /// Snapshots of it that were copied in and exist now, by id.
     pub arrived: HashSet<String>,
+    /// The options that it was made with, not normalized, and the version of its archive.
+    pub original_options: Option<(Value, Option<u64>)>,
+    /// Whether the log has that its makers ended without its export.
+    lack_was_logged: bool,
     created: SystemTime,
     used: Instant,
     /// Children by the inode of their directory. A directory has an entry from when it is made.
@@ -130,6 +137,8 @@ impl StagedBox {
             refused: HashSet::new(),
             unlisted: HashMap::new(),
             arrived: HashSet::new(),
+            original_options: None,
+            lack_was_logged: false,
             created: SystemTime::now(),
             used: Instant::now(),
             children,
@@ -205,6 +214,21 @@ impl StagedBox {
             let id = child.node.snapshot_id();
             id.is_none_or(|id| !self.arrived.contains(id))
         })
+    }
+
+    /// Returns whether it has a description and no disk, so that no box is made of it.
+    pub fn lacks_export(&self) -> bool {
+        let directory = Node::Box(self.id.clone());
+        !self.committed
+            && self.child(&directory, BOX_JSON).is_some()
+            && self.child(&directory, EXPORT).is_none()
+    }
+
+    /// Returns the same once its makers have ended, and only the first time.
+    pub fn begins_to_lack_export(&mut self) -> bool {
+        let begins = !self.lack_was_logged && self.lacks_export() && !self.makers.any_alive();
+        self.lack_was_logged |= begins;
+        begins
     }
 
     /// Returns the child of this name.

@@ -13,7 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::home::{box_id, is_snapshot_name, snapshot_id};
 use crate::process::Caller;
 use crate::store::Store;
-use crate::tree::nodes::names::{SNAPSHOT_JSON, SNAPSHOTS, exists, not_there};
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, exists, not_there};
 use crate::tree::nodes::node::{MadeNodes, Node};
 use crate::tree::nodes::refusal::refuse;
 use crate::tree::staging::staged_box::{Staged, StagedBox, StagedChild, UnlistedSnapshot};
@@ -40,7 +40,13 @@ struct BoxTable {
 }
 
 impl BoxTable {
-    fn sweep(&mut self) {
+    fn sweep(&mut self, store: &Store) {
+        for (name, id) in &self.names {
+            let staged = self.boxes.get_mut(id);
+            if staged.is_some_and(StagedBox::begins_to_lack_export) {
+                warn_of_lack(store, name);
+            }
+        }
         let over: Vec<String> = self
             .boxes
             .values()
@@ -48,6 +54,9 @@ impl BoxTable {
             .map(|staged| staged.id.clone())
             .collect();
         for id in over {
+            if let Some(staged) = self.boxes.get(&id) {
+                warn_of_missing(store, staged);
+            }
             self.let_go(&id);
         }
     }
@@ -92,7 +101,7 @@ impl StagedBoxes {
     /// Locks the boxes, without those that are done with.
     fn swept(&self) -> MutexGuard<'_, BoxTable> {
         let mut inner = self.inner.lock();
-        inner.sweep();
+        inner.sweep(&self.store);
         inner
     }
 
@@ -192,6 +201,16 @@ impl StagedBoxes {
         let inner = self.inner.lock();
         let staged = inner.boxes.get(&inner.box_of(node)?)?;
         staged.find(node)?.1.file().cloned()
+    }
+
+    /// Has the log say of which directories no box was made, because their export did not come.
+    pub fn warn_of_unmade(&self) {
+        let inner = self.inner.lock();
+        for (name, id) in &inner.names {
+            if inner.boxes.get(id).is_some_and(StagedBox::lacks_export) {
+                warn_of_lack(&self.store, name);
+            }
+        }
     }
 
     /// Begins a box in the root.
@@ -459,6 +478,30 @@ impl StagedBoxes {
             Some((name.to_owned(), json))
         });
         found.flatten().ok_or_else(directory_is_gone)
+    }
+}
+
+fn warn_of_lack(store: &Store, name: &str) {
+    store.events().warn(&format!(
+        "no box was made of the directory {name}: it has {BOX_JSON} and no {EXPORT}, which is what a \
+         box is made of; copy {EXPORT} into it as well"
+    ));
+}
+
+/// Has the log say which snapshots did not come before their copy ended.
+fn warn_of_missing(store: &Store, staged: &StagedBox) {
+    if !staged.committed {
+        return;
+    }
+    let missing: Vec<&str> = staged.arriving().map(|(name, _)| name.as_str()).collect();
+    if !missing.is_empty() {
+        let name = store.exports().disks.name_of(&staged.id);
+        store.events().warn(&format!(
+            "the copy of box {name} ended before its snapshots had come: {} {} missing, and perhaps \
+             more; copy what is missing into {name}/{SNAPSHOTS}",
+            missing.join(", "),
+            if missing.len() == 1 { "is" } else { "are" }
+        ));
     }
 }
 

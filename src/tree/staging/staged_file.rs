@@ -2,7 +2,7 @@
 //! and its data complete.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Instant, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -72,6 +72,17 @@ pub enum Stage {
     Committed,
 }
 
+/// What a file was begun as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    /// Something new.
+    New,
+    /// What is written over an export.
+    OverExport,
+    /// What is written over a box.json.
+    OverJson,
+}
+
 /// A file being written.
 pub struct StagedFile {
     /// Its node.
@@ -79,9 +90,14 @@ pub struct StagedFile {
     /// The id of the box that it belongs to: one that exists, one being made, or one that will be
     /// made of this file.
     pub box_id: String,
-    /// Whether it is written over the export of a box or snapshot that exists.
-    pub overwrites_export: bool,
-    /// The processes that began to write over an export; empty for other files.
+    /// Whether it was begun over the export of a box or snapshot that exists.
+    overwrites_export: bool,
+    /// Whether it is a new text of the box.json of a box that exists; written only with `state`
+    /// locked.
+    edits: AtomicBool,
+    /// The thread that made it.
+    pub by: Caller,
+    /// The processes that began to write over an export or box.json; empty for other files.
     pub writer: ProcessGroup,
     /// The process that made it, if its program leaves the source in place, as cp does.
     pub source_keeper: Option<u32>,
@@ -108,12 +124,25 @@ pub struct StagedState {
     pub operation: Option<Operation>,
     /// The first refusal: errno and message. All later calls get it as well.
     refused: Option<(i32, String)>,
+    /// What has become of the text that an edit began with.
+    overwritten: Overwritten,
+}
+
+/// What has become of the text that an edit of box.json began with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Overwritten {
+    /// Nothing was written.
+    Untouched,
+    /// Parts of it were written over.
+    InPart,
+    /// It was cut, or there was none: what is there was written.
+    Whole,
 }
 
 impl StagedFile {
     /// Begins a file in a box being made, or an archive in the root.
     pub fn new(node: Node, box_id: String, place: StagedPlace, by: Caller) -> Arc<StagedFile> {
-        StagedFile::begin(node, box_id, (by, false), place)
+        StagedFile::begin(node, box_id, place, by, Begun::New)
     }
 
     /// Begins a file that is written over the export of a box or snapshot that exists.
@@ -123,25 +152,73 @@ impl StagedFile {
         place: StagedPlace,
         by: Caller,
     ) -> Arc<StagedFile> {
-        StagedFile::begin(node, box_id, (by, true), place)
+        StagedFile::begin(node, box_id, place, by, Begun::OverExport)
+    }
+
+    /// Begins an edit of the box.json of a box that exists, with its present text where that is
+    /// written over.
+    pub fn editing(
+        node: Node,
+        box_id: String,
+        (place, text): (StagedPlace, Option<Vec<u8>>),
+        by: Caller,
+    ) -> Arc<StagedFile> {
+        let file = StagedFile::begin(node, box_id, place, by, Begun::OverJson);
+        let mut state = file.state();
+        file.become_edit(&mut state);
+        if let Some(text) = text {
+            file.size.store(text.len() as u64, Ordering::Relaxed);
+            state.content = StagedContent::Text(text);
+            state.overwritten = Overwritten::Untouched;
+        }
+        drop(state);
+        file
+    }
+
+    /// Makes it an edit of box.json. Takes the state as proof that it is locked.
+    pub fn become_edit(&self, state: &mut StagedState) {
+        state.content = StagedContent::Text(Vec::new());
+        self.edits.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns whether it is a new text of the box.json of a box that exists.
+    pub fn is_edit(&self) -> bool {
+        self.edits.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether all of an edit has come.
+    pub fn is_whole_edit(&self) -> bool {
+        match &self.state().content {
+            StagedContent::Text(text) => {
+                box_json::parse_object(text).is_ok_and(|parsed| parsed.is_some())
+            }
+            _ => false,
+        }
+    }
+
+    /// Returns whether it is written over the export of a box or snapshot that exists.
+    pub fn is_over_export(&self) -> bool {
+        self.overwrites_export && !self.is_edit()
     }
 
     fn begin(
         node: Node,
         box_id: String,
-        (by, overwrites_export): (Caller, bool),
         place: StagedPlace,
+        by: Caller,
+        begun: Begun,
     ) -> Arc<StagedFile> {
-        let writer = if overwrites_export {
-            ProcessGroup::begin(by)
-        } else {
-            ProcessGroup::default()
+        let writer = match begun {
+            Begun::New => ProcessGroup::default(),
+            Begun::OverExport | Begun::OverJson => ProcessGroup::begin(by),
         };
         let process = by.process();
         Arc::new(StagedFile {
             node,
             box_id,
-            overwrites_export,
+            overwrites_export: begun == Begun::OverExport,
+            edits: AtomicBool::new(false),
+            by,
             writer,
             source_keeper: process.filter(|_| Program::of(by).keeps_sources()),
             created: SystemTime::now(),
@@ -154,6 +231,7 @@ impl StagedFile {
                 open: 0,
                 operation: None,
                 refused: None,
+                overwritten: Overwritten::Whole,
             }),
         })
     }
@@ -216,6 +294,11 @@ impl StagedFile {
     pub fn resize(&self, size: u64) -> Result<()> {
         let mut state = self.state();
         if self.is_committed() {
+            return Ok(());
+        }
+        if self.is_edit() {
+            state.resize_text(size)?;
+            self.size.store(size, Ordering::Relaxed);
             return Ok(());
         }
         if size == 0 {
@@ -287,6 +370,71 @@ impl StagedState {
         }
         text[start..end].copy_from_slice(bytes);
         box_json::refuse_foreign(is_of_snapshot, text)
+    }
+
+    /// Adds bytes to an edit.
+    ///
+    /// # Errors
+    /// EFBIG.
+    pub fn put_edit(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let end = offset.saturating_add(bytes.len() as u64);
+        let text = self.text_to(end)?;
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        if let Some(to) = text.get_mut(start..start.saturating_add(bytes.len())) {
+            to.copy_from_slice(bytes);
+        }
+        if self.overwritten == Overwritten::Untouched {
+            self.overwritten = Overwritten::InPart;
+        }
+        Ok(())
+    }
+
+    /// Cuts an edit, or makes it longer by zeros.
+    fn resize_text(&mut self, size: u64) -> Result<()> {
+        let text = self.text_to(size)?;
+        text.truncate(usize::try_from(size).unwrap_or(usize::MAX));
+        self.overwritten = match (size, self.overwritten) {
+            (0, _) => Overwritten::Whole,
+            (_, Overwritten::Untouched) => Overwritten::InPart,
+            (_, other) => other,
+        };
+        if size == 0 {
+            self.refused = None;
+        }
+        Ok(())
+    }
+
+    /// Returns the text of an edit, at least `end` bytes long.
+    fn text_to(&mut self, end: u64) -> Result<&mut Vec<u8>> {
+        if !matches!(self.content, StagedContent::Text(_)) {
+            self.content = StagedContent::Text(Vec::new());
+        }
+        let end = usize::try_from(end).unwrap_or(usize::MAX);
+        match &mut self.content {
+            StagedContent::Text(text) if end <= MOST_TEXT => {
+                if text.len() < end {
+                    text.resize(end, 0);
+                }
+                Ok(text)
+            }
+            _ => Err(Error::new(
+                libc::EFBIG,
+                "a box.json is a few kilobytes long",
+            )),
+        }
+    }
+
+    /// Returns whether nothing was written of an edit that began with the present text.
+    pub fn is_untouched(&self) -> bool {
+        self.overwritten == Overwritten::Untouched
+    }
+
+    /// Returns whether an edit still has parts of the text that it began with.
+    pub fn is_patch(&self) -> bool {
+        self.overwritten != Overwritten::Whole
     }
 
     /// Returns whether it is to be a snapshot.json, and no box.json.

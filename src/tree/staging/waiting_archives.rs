@@ -29,6 +29,7 @@ impl WaitingArchives {
 
     /// Makes a box of each waiting archive. The log has the name of each box, and each failure.
     pub fn keep_all(&self) {
+        self.staging.boxes.warn_of_unmade();
         for file in self.staging.waiting_files() {
             let mut state = file.state();
             let wanted = self.name_for(&file, &state);

@@ -111,7 +111,7 @@ impl Tree {
         let edits = Arc::new(edits);
         let committer = Committer::new(
             store.clone(),
-            boxes,
+            boxes.clone(),
             staging.clone(),
             history.clone(),
             edits.clone(),
@@ -120,7 +120,7 @@ impl Tree {
         Ok(Tree {
             changes: Changes::new(&kernel, &view, (&staging, &history), &committer, &edits),
             listing: Listing::new(kernel.clone(), view.clone(), lookup.clone(), history),
-            receiver: Receiver::new(store.clone(), staging.clone(), edits),
+            receiver: Receiver::new(store.clone(), staging.clone(), boxes, edits),
             store,
             kernel,
             view,

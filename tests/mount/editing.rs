@@ -463,3 +463,23 @@ fn an_edit_that_is_recorded_outlives_a_kill() {
     mount.unmount();
     home.assert_whole();
 }
+
+#[test]
+fn a_copy_that_is_killed_before_its_snapshots_have_come_is_named_in_the_log() {
+    let home = TestHome::new();
+    let (mount, backup) = mount_and_backup(&home);
+    // cp waits for a writer that never comes.
+    let command = "cd $D; rm snapshots/s/export.boxlite; mkfifo snapshots/s/export.boxlite; \
+                   cp -r --copy-contents . $M/new & copy=$!; \
+                   until test -d $M/new/snapshots/s; do sleep 0.02; done; kill -KILL $copy";
+    let output = shell(&mount, &backup, command);
+    assert!(output.status.success(), "{output:?}\n{}", mount.log());
+    eventually("the log says what is missing", || {
+        mount.names("new/snapshots");
+        let said = "the copy of box new ended before its snapshots had come: s is missing";
+        mount.log().contains(said)
+    });
+    assert_eq!(mount.names("new"), BOX_FILES);
+    mount.unmount();
+    home.assert_whole();
+}

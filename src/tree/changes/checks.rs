@@ -7,7 +7,7 @@ use crate::exports::Source;
 use crate::process::Caller;
 use crate::store::{self, Store};
 use crate::tree::nodes::boxes::Boxes;
-use crate::tree::nodes::names::{EXPORT, SNAPSHOTS, archive_stem, decode};
+use crate::tree::nodes::names::{EXPORT, SNAPSHOTS, archive_stem, decode, is_nameless_archive};
 use crate::tree::nodes::node::{Derived, Node};
 use crate::tree::nodes::refusal::{refuse, refuse_copied_box};
 use crate::tree::staging::caller_history::CallerHistory;
@@ -74,6 +74,10 @@ impl Checks {
     /// # Errors
     /// EEXIST; EINVAL for a name that no box can have.
     pub fn refuse_taken_box(&self, name: &str) -> Result<()> {
+        // Its name comes with its manifest.
+        if is_nameless_archive(name) {
+            return Ok(());
+        }
         let shown = archive_stem(name).unwrap_or(name);
         decode(shown).map_err(|error| self.refuse(error.errno(), error.to_string()))?;
         let names = self.boxes.names()?;
@@ -95,7 +99,7 @@ impl Checks {
         let message = match parent {
             Node::Box(_) if name == SNAPSHOTS => return Ok(()),
             Node::Box(id) if !self.staging.boxes.is_unfinished(id) => {
-                return Err(self.refuse_meaningless_directory(name));
+                return Err(self.refuse_meaningless_directory(parent, name));
             }
             Node::Snapshots(_) => return Ok(()),
             Node::Box(_) | Node::Snapshot(..) if Derived::named(name).is_some() => format!(
@@ -106,17 +110,39 @@ impl Checks {
                 "{name}: a box is made of {EXPORT}, box.json and {SNAPSHOTS}; other directories are \
                  not kept, so keep them elsewhere"
             ),
-            _ => return Err(self.refuse_meaningless_directory(name)),
+            _ => return Err(self.refuse_meaningless_directory(parent, name)),
         };
         Err(self.refuse(libc::EPERM, message))
     }
 
     /// EPERM for a directory that means nothing where it is made.
-    pub fn refuse_meaningless_directory(&self, name: &str) -> Error {
+    pub fn refuse_meaningless_directory(&self, parent: &Node, name: &str) -> Error {
+        if let Node::Box(id) = parent
+            && let Some((of, snapshot)) = self.snapshot_named(id, name)
+        {
+            let message = format!(
+                "{name}: a snapshot is not copied into its box; to restore {snapshot}, copy its \
+                 export: cp {of}/{SNAPSHOTS}/{name}/{EXPORT} {of}/{EXPORT}"
+            );
+            return self.refuse(libc::EPERM, message);
+        }
         self.refuse(
             libc::EPERM,
             format!("{name}: a directory means something in the root (a box) and in {SNAPSHOTS} (a snapshot) only"),
         )
+    }
+
+    /// Returns the name that a box is shown by, and the description of its snapshot of this name.
+    fn snapshot_named(&self, id: &str, name: &str) -> Option<(String, String)> {
+        let names = self.boxes.names().ok()?;
+        let shown = names.of_id(id)?.to_owned();
+        let mut snapshots = names.catalog().snapshots_of(id).iter();
+        let row = snapshots.find(|row| row.name == name)?;
+        let source = Source::Snapshot {
+            box_id: id.to_owned(),
+            snapshot_id: row.id.clone(),
+        };
+        Some((shown, self.store.exports().disks.describe(&source)))
     }
 
     /// Refuses a file of a process that copies a whole box over one that exists: it would put parts
@@ -168,13 +194,14 @@ impl Checks {
         name: &str,
     ) -> Result<()> {
         self.refuse_copying_over(caller, id, name)?;
-        if store::live_equals_snapshot(&self.store, id, snapshot)? {
-            return Ok(());
-        }
         let source = Source::Snapshot {
             box_id: id.to_owned(),
             snapshot_id: snapshot.to_owned(),
         };
+        self.refuse_destroying(caller, &source)?;
+        if store::live_equals_snapshot(&self.store, id, snapshot)? {
+            return Ok(());
+        }
         self.remember_refused_copy(caller, &Node::Export(source.clone()));
         let which = self.store.exports().disks.describe(&source);
         Err(self.refuse(
@@ -184,6 +211,18 @@ impl Checks {
                  restore it"
             ),
         ))
+    }
+
+    /// Refuses truncate, shred and the like: nothing would come of them.
+    fn refuse_destroying(&self, caller: Caller, source: &Source) -> Result<()> {
+        if !Program::of(caller).only_destroys() {
+            return Ok(());
+        }
+        let of = self.store.exports().disks.describe(source);
+        let message = format!(
+            "{EXPORT}: {of} always has its export; to restore, write a whole archive over that of the box"
+        );
+        Err(self.refuse(libc::EPERM, message))
     }
 
     /// Refuses to write over a box's export what could not become its disk.
@@ -199,6 +238,7 @@ impl Checks {
         let source = Source::Live {
             box_id: id.to_owned(),
         };
+        self.refuse_destroying(caller, &source)?;
         // A whole box that is copied over another may begin with any of its files.
         if Program::of(caller).copies_tree_without(EXPORT) {
             self.remember_refused_copy(caller, &Node::Export(source.clone()));

@@ -72,7 +72,7 @@ impl Maker {
                 let boxes = &self.staging.boxes;
                 boxes
                     .make(caller, parent, name, Staged::Directory)?
-                    .ok_or_else(|| self.checks.refuse_meaningless_directory(name))
+                    .ok_or_else(|| self.checks.refuse_meaningless_directory(parent, name))
             }
         }
     }

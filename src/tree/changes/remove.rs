@@ -264,6 +264,9 @@ impl Remover {
     /// Refuses at the first file what would be refused at the directory, when it is too late.
     fn remove_real(&self, caller: Caller, parent: &Node, name: &str) -> Result<()> {
         let node = self.view.child(caller, parent, name)?;
+        if let Node::Export(source) = &node {
+            self.refuse_lone_export(caller, source, name)?;
+        }
         let id = match (&node, parent) {
             (Node::BoxJson(id) | Node::SnapshotJson(id, _), Node::Box(_) | Node::Snapshot(..)) => {
                 id.clone()
@@ -280,6 +283,20 @@ impl Remover {
             }
         };
         self.hide(caller, parent, &id, name)
+    }
+
+    /// Refuses `rm` of an export alone: it comes back when that rm has ended, whatever it said.
+    fn refuse_lone_export(&self, caller: Caller, source: &Source, name: &str) -> Result<()> {
+        if !Program::of(caller).removes_only(name) {
+            return Ok(());
+        }
+        let which = self.store.exports().disks.describe(source);
+        let how = match source {
+            Source::Live { .. } => "rm -r on its directory deletes the box",
+            Source::Snapshot { .. } => "rmdir on its directory deletes the snapshot",
+        };
+        let message = format!("{name}: {which} always has its export; {how}");
+        Err(refuse(&self.store, libc::EPERM, message))
     }
 
     /// Hides a name in the box with this id from the caller, unless the box can't be removed now. That

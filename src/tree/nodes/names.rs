@@ -41,6 +41,12 @@ pub fn archive_stem(name: &str) -> Option<&str> {
     stem.filter(|stem| !stem.is_empty())
 }
 
+/// Returns whether an archive in the root has the name that all exports have. The box that it
+/// becomes is called by its manifest.
+pub fn is_nameless_archive(name: &str) -> bool {
+    matches!(name, EXPORT | COMPRESSED)
+}
+
 /// The longest file name (NAME_MAX), in bytes.
 const LONGEST: usize = 255;
 

@@ -10,11 +10,14 @@ use crate::home::snapshot_id;
 use crate::store::{self, NewBoxIdentity, NewSnapshotIdentity, Store};
 use crate::tree::nodes::box_json;
 use crate::tree::nodes::boxes::Boxes;
-use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode};
+use crate::tree::nodes::names::{
+    BOX_JSON, EXPORT, SNAPSHOT_JSON, SNAPSHOTS, archive_stem, decode, is_nameless_archive,
+};
 use crate::tree::nodes::node::Node;
 use crate::tree::nodes::refusal::refuse_copied_box;
 use crate::tree::staging::box_edit::BoxEdits;
 use crate::tree::staging::caller_history::CallerHistory;
+use crate::tree::staging::nameless::name_in_archive;
 use crate::tree::staging::role::FileRole;
 use crate::tree::staging::staged_boxes::directory_is_gone;
 use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
@@ -224,6 +227,9 @@ impl Committer {
 
     fn commit_box(&self, file: &StagedFile, state: &StagedState) -> Result<()> {
         let shown = match &state.place.parent {
+            Node::Root if is_nameless_archive(&state.place.name) => {
+                name_in_archive((&self.store, &self.boxes, &self.staging), &state.content)?
+            }
             Node::Root => {
                 let name = &state.place.name;
                 archive_stem(name).unwrap_or(name).to_owned()

@@ -5,6 +5,7 @@ pub(super) mod box_edit;
 pub(super) mod caller_history;
 pub(super) mod commit;
 pub(super) mod loose_files;
+pub(super) mod nameless;
 pub(super) mod program;
 pub(super) mod receiver;
 pub(super) mod role;

@@ -239,6 +239,26 @@ impl Program {
         self.words.iter().any(names_it) && !self.words.iter().any(is_other_part)
     }
 
+    /// Returns whether it is an rm that removes files of this name, and no directories.
+    pub fn removes_only(&self, name: &str) -> bool {
+        let has_applets = self.is("busybox") || self.is("toybox") || self.is("coreutils");
+        let words = self.words.get(usize::from(has_applets)..);
+        let Some((program, arguments)) = words.and_then(<[String]>::split_first) else {
+            return false;
+        };
+        // With -d it removes directories that it has emptied.
+        let takes_directories = |word: &String| match word.strip_prefix("--") {
+            Some(long) => {
+                let options = ["recursive", "dir"];
+                !long.is_empty() && options.iter().any(|option| option.starts_with(long))
+            }
+            None => word.starts_with('-') && word.contains(['r', 'R', 'd']),
+        };
+        matches!(base_name(program), "rm" | "unlink")
+            && !arguments.iter().any(takes_directories)
+            && arguments.iter().any(|word| base_name(word) == name)
+    }
+
     /// Returns whether it cuts files or overwrites them with nothing of use.
     pub fn only_destroys(&self) -> bool {
         let applet = self.words.get(1).map(|word| base_name(word));
@@ -318,6 +338,38 @@ mod tests {
             assert_eq!(program.copies(), copies, "{line}");
             assert_eq!(program.keeps_sources(), keeps_sources, "{line}");
         }
+    }
+
+    #[test]
+    fn a_command_line_says_what_of_a_box_a_program_is_about() {
+        let export = "export.boxlite";
+        for (line, removes_only) in [
+            ("rm web/export.boxlite", true),
+            ("/bin/rm -f -- ./export.boxlite", true),
+            ("busybox rm web/export.boxlite", true),
+            ("unlink export.boxlite", true),
+            ("rm -r web/export.boxlite", false),
+            ("rm -fR web", false),
+            ("rm --recursive web/export.boxlite", false),
+            ("rm -d web/export.boxlite web", false),
+            ("rm web/box.json", false),
+            ("find web -name export.boxlite -delete", false),
+        ] {
+            assert_eq!(program(line).removes_only(export), removes_only, "{line}");
+        }
+        for (line, copies_only) in [
+            ("cp new.json web/box.json", true),
+            ("cp b/box.json web/", true),
+            ("cp -r b/web m", false),
+            ("cp b/box.json b/export.boxlite web/", false),
+            ("cp -r b/box.json b/rootfs web/", false),
+            ("cp -r b/box.json b/snapshots/ web/", false),
+        ] {
+            assert_eq!(program(line).copies_only("box.json"), copies_only, "{line}");
+        }
+        assert!(program("busybox truncate -s 0 web/box.json").only_destroys());
+        assert!(program("shred web/export.boxlite").only_destroys());
+        assert!(!program("cat truncate").only_destroys());
     }
 
     #[test]

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use crate::exports::Source;
 use crate::store::{self, ComingSnapshot, ImportTarget, ReferenceState, Store};
 use crate::tree::nodes::box_json;
-use crate::tree::nodes::names::EXPORT;
+use crate::tree::nodes::boxes::Boxes;
+use crate::tree::nodes::names::{EXPORT, is_nameless_archive};
 use crate::tree::nodes::node::Node;
 use crate::tree::staging::box_edit::BoxEdits;
+use crate::tree::staging::nameless::name_in_archive;
 use crate::tree::staging::role::{FileRole, StagedPlace, is_gio_temporary};
 use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
 use crate::tree::staging::staging_area::StagingArea;
@@ -20,15 +22,22 @@ const PIECE: usize = 1024 * 1024;
 pub struct Receiver {
     store: Arc<Store>,
     staging: Arc<StagingArea>,
+    boxes: Arc<Boxes>,
     edits: Arc<BoxEdits>,
 }
 
 impl Receiver {
     /// Returns one for the files of a staging area.
-    pub fn new(store: Arc<Store>, staging: Arc<StagingArea>, edits: Arc<BoxEdits>) -> Receiver {
+    pub fn new(
+        store: Arc<Store>,
+        staging: Arc<StagingArea>,
+        boxes: Arc<Boxes>,
+        edits: Arc<BoxEdits>,
+    ) -> Receiver {
         Receiver {
             store,
             staging,
+            boxes,
             edits,
         }
     }
@@ -115,12 +124,24 @@ impl Receiver {
                 if let Some(operation) = &state.operation {
                     operation.reaches(offset.saturating_add(bytes.len() as u64));
                 }
-                match &mut state.content {
-                    StagedContent::Archive(arrival) => arrival.write_at(offset, bytes),
-                    _ => Ok(()),
+                if let StagedContent::Archive(arrival) = &mut state.content {
+                    arrival.write_at(offset, bytes)?;
                 }
+                self.refuse_taken_name(state)
             }
         }
+    }
+
+    /// Refuses an archive in the root that is called by its manifest, if a box has that name: here,
+    /// since many programs ignore the result of close.
+    fn refuse_taken_name(&self, state: &StagedState) -> Result<()> {
+        let place = &state.place;
+        let is_nameless = place.parent == Node::Root && is_nameless_archive(&place.name);
+        if !is_nameless || !state.content.is_complete() {
+            return Ok(());
+        }
+        let home = (&*self.store, &*self.boxes, &*self.staging);
+        name_in_archive(home, &state.content).map(drop)
     }
 
     /// Makes the content an archive that takes bytes. If the tool has changed from copy_file_range

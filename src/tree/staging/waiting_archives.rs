@@ -5,8 +5,9 @@
 use std::sync::Arc;
 
 use crate::store::{self, Store};
-use crate::tree::nodes::names::{archive_stem, decode};
+use crate::tree::nodes::names::{archive_stem, decode, is_nameless_archive};
 use crate::tree::nodes::node::Node;
+use crate::tree::staging::nameless::shown_name;
 use crate::tree::staging::role::temporary_for;
 use crate::tree::staging::staged_file::{Stage, StagedContent, StagedFile, StagedState};
 use crate::tree::staging::staging_area::StagingArea;
@@ -109,6 +110,12 @@ impl WaitingArchives {
                 return self.store.exports().disks.name_of(id);
             }
             let stem = temporary_for(&place.name).unwrap_or(&place.name);
+            if let (true, StagedContent::Archive(arrival)) =
+                (is_nameless_archive(stem), &state.content)
+            {
+                let name = arrival.manifest().ok().and_then(|it| it.box_name.clone());
+                return name.unwrap_or_else(|| shown_name(None));
+            }
             let stem = archive_stem(stem).unwrap_or(stem).trim_start_matches('.');
             return decode(stem).unwrap_or_else(|_| NAMELESS.to_owned());
         };

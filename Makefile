@@ -118,7 +118,7 @@ install:
 	cd $(BUILT)/share && find . -type f -exec install -D -m 0644 '{}' '$(abspath $(DESTDIR)/$(PREFIX))/share/{}' ';'
 	install -D -m 0644 mount-helper/desktop/boxlitefs.xml $(DESTDIR)$(PREFIX)/share/mime/packages/boxlitefs.xml
 	install -D -m 0644 mount-helper/desktop/boxlitefs.desktop $(DESTDIR)$(PREFIX)/share/applications/boxlitefs.desktop
-	for scope in user:boxlitefs.service system:boxlitefs@.service; do \
+	for scope in user:boxlitefs.service user:boxlitefs-snapshots.service user:boxlitefs-snapshots.timer system:boxlitefs@.service; do \
 		unit=$(DESTDIR)$(PREFIX)/lib/systemd/$${scope%%:*}/$${scope##*:} && \
 		install -D -m 0644 mount-helper/systemd/$${scope##*:} $$unit && \
 		sed -i 's|/usr/bin/boxlitefs|$(PREFIX)/bin/boxlitefs|' $$unit || exit 1; \
@@ -132,6 +132,7 @@ uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/boxlitefs $(DESTDIR)$(SBINDIR)/mount.boxlite $(DESTDIR)$(SBINDIR)/mount.fuse.boxlite
 	cd $(BUILT)/share && find . -type f -exec rm -f '$(abspath $(DESTDIR)/$(PREFIX))/share/{}' ';'
 	rm -f $(DESTDIR)$(PREFIX)/share/mime/packages/boxlitefs.xml $(DESTDIR)$(PREFIX)/share/applications/boxlitefs.desktop
+	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/user/boxlitefs-snapshots.service $(DESTDIR)$(PREFIX)/lib/systemd/user/boxlitefs-snapshots.timer
 	rm -f $(DESTDIR)$(PREFIX)/lib/systemd/user/boxlitefs.service $(DESTDIR)$(PREFIX)/lib/systemd/system/boxlitefs@.service
 	rm -rf $(DESTDIR)$(PREFIX)/share/doc/boxlitefs
 

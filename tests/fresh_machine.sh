@@ -126,6 +126,7 @@ for file in /usr/bin/boxlitefs /usr/sbin/mount.boxlite /usr/sbin/mount.fuse.boxl
     /usr/share/bash-completion/completions/boxlitefs /usr/share/zsh/site-functions/_boxlitefs \
     /usr/share/fish/vendor_completions.d/boxlitefs.fish \
     /usr/lib/systemd/system/boxlitefs@.service /usr/lib/systemd/user/boxlitefs.service \
+    /usr/lib/systemd/user/boxlitefs-snapshots.service /usr/lib/systemd/user/boxlitefs-snapshots.timer \
     /usr/share/mime/packages/boxlitefs.xml /usr/share/applications/boxlitefs.desktop \
     /usr/share/doc/boxlitefs/README.md /usr/share/doc/boxlitefs/copyright; do
     as_root "dpkg -L boxlitefs | grep -qx $file" || { echo "fresh machine: $file is not in the package" >&2; exit 1; }

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod fixed_options;
 mod owner;
 mod remount;
 

@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount_remount};
 
+use super::fixed_options::first_refused;
 use super::{MOUNT_FAILURE, failed};
 
 /// Returns whether a remount is asked for, and if so, whether read-only.
@@ -43,11 +44,15 @@ pub fn run(request: &Request, read_only: bool) -> ExitCode {
     };
     // Leads to this mount, even if another mount covers it now.
     let place = PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd()));
-    let mounted_read_only = || {
-        let status = fs::read_to_string(place.join(".boxlite/status")).unwrap_or_default();
-        status.contains("\"ro\": true")
-    };
-    if !read_only && mounted_read_only() {
+    let status = fs::read_to_string(place.join(".boxlite/status")).unwrap_or_default();
+    let refused = first_refused(request.each_option(), &status).filter(|_| !request.sloppy);
+    if let Some(option) = refused {
+        let message = format!(
+            "a remount of {shown} can't set {option}: it changes ro, rw, noexec, exec and access times; for other options, unmount it and mount it again"
+        );
+        return failed(&message, MOUNT_FAILURE);
+    }
+    if !read_only && status.contains("\"ro\": true") {
         let message = format!(
             "{shown} was mounted with ro, so its process opened the home only for reading: unmount it, and mount it without ro"
         );

@@ -60,6 +60,29 @@ Examples:
 Running boxes and layers that are being read are skipped. It works beside a mount of the same home,
 but not while a BoxLite program has it open.";
 
+const LIST_EXAMPLES: &str = "\
+Examples:
+  boxlitefs ls                        the boxes of ~/.boxlite
+  boxlitefs ls /mnt/boxlite           those of the home that is mounted there
+  boxlitefs ls --json /srv/boxlite-home
+
+DISK is what the box and its snapshots need, and no other box. CHANGED is when its disk changed last.";
+
+const PRUNE_EXAMPLES: &str = "\
+Examples:
+  boxlitefs prune --keep-hourly 24 --keep-daily 7 ~/boxes/*
+  boxlitefs prune --prefix hourly- --keep-last 24 ~/boxes/web
+  boxlitefs prune --keep-last 3 --dry-run web     show what would be deleted
+
+A snapshot stays if any rule keeps it, by the rules of restic: periods without a snapshot do not
+count, and the oldest one stays while a rule has kept fewer than it may. Hours, days, weeks and months
+are those of UTC. Without --prefix, snapshots that somebody took by hand are deleted like others.";
+
+const INIT_EXAMPLES: &str = "\
+Examples:
+  boxlitefs init /tmp/look && boxlitefs mount /tmp/look /mnt/boxlite
+  cp web.boxlite /mnt/boxlite/        look into an archive where there is no BoxLite";
+
 /// Mounts a BoxLite home as files: snapshot with mkdir, back up and clone with cp.
 #[derive(Parser)]
 #[command(name = "boxlitefs", version, about, after_help = EXAMPLES, disable_help_subcommand = true)]
@@ -79,7 +102,7 @@ pub enum Command {
     )]
     Mount(MountArguments),
     /// Unmount what `boxlitefs mount` mounted
-    #[command(after_help = UNMOUNT_EXAMPLES)]
+    #[command(visible_alias = "umount", after_help = UNMOUNT_EXAMPLES)]
     Unmount {
         /// Only if its process was killed and no process serves it; else do nothing
         #[arg(long)]
@@ -96,14 +119,48 @@ pub enum Command {
         /// Remove or adopt leftovers, and nothing that is read
         #[arg(long)]
         repair: bool,
-        /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
+        /// Print the findings as JSON
+        #[arg(long)]
+        json: bool,
+        /// The BoxLite home, or where it is mounted [default: $BOXLITE_HOME, else ~/.boxlite]
+        #[arg(value_name = "HOME|MOUNTPOINT")]
         home: Option<PathBuf>,
     },
     /// Merge redundant layers and reclaim their space
     #[command(after_help = COMPACT_EXAMPLES)]
     Compact {
-        /// The BoxLite home [default: $BOXLITE_HOME, else ~/.boxlite]
+        /// Print the result as JSON
+        #[arg(long)]
+        json: bool,
+        /// The BoxLite home, or where it is mounted [default: $BOXLITE_HOME, else ~/.boxlite]
+        #[arg(value_name = "HOME|MOUNTPOINT")]
         home: Option<PathBuf>,
+    },
+    /// List the boxes of a home
+    #[command(after_help = LIST_EXAMPLES)]
+    Ls {
+        /// Print the list as JSON
+        #[arg(long)]
+        json: bool,
+        /// The BoxLite home, or where it is mounted [default: $BOXLITE_HOME, else ~/.boxlite]
+        #[arg(value_name = "HOME|MOUNTPOINT")]
+        home: Option<PathBuf>,
+    },
+    /// Delete the snapshots of boxes that no rule keeps
+    #[command(after_help = PRUNE_EXAMPLES)]
+    Prune(PruneArguments),
+    /// Make an empty home, which BoxLite takes as its own
+    #[command(after_help = INIT_EXAMPLES)]
+    Init {
+        /// The directory: an empty one, or one that is made
+        home: PathBuf,
+    },
+    /// Print the version
+    #[command(after_help = "Examples:\n  boxlitefs version\n  boxlitefs version --json")]
+    Version {
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Resumes a paused virtual machine if the mount that paused it dies
     #[command(name = GUARD, hide = true)]
@@ -143,6 +200,47 @@ pub struct StatusArguments {
     pub json: bool,
     /// Where it is mounted [default: every mount of boxlitefs]
     pub mountpoint: Option<PathBuf>,
+}
+
+/// The arguments of `prune`.
+#[derive(Args)]
+pub struct PruneArguments {
+    /// Keep the N newest snapshots
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_last: u32,
+    /// Keep the newest snapshot of each of N hours that have any
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_hourly: u32,
+    /// Keep the newest snapshot of each of N days that have any
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_daily: u32,
+    /// Keep the newest snapshot of each of N weeks that have any
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_weekly: u32,
+    /// Keep the newest snapshot of each of N months that have any
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_monthly: u32,
+    /// Look only at snapshots whose names begin with this; all others stay
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub prefix: String,
+    /// Show what would be deleted, and delete nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print what was done as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The home of boxes that are given by name, or where it is mounted [default: $BOXLITE_HOME,
+    /// else ~/.boxlite]
+    #[arg(long, value_name = "HOME|MOUNTPOINT")]
+    pub home: Option<PathBuf>,
+    /// The boxes: their directories in a mount, or their names
+    #[arg(required = true, value_name = "BOX")]
+    pub boxes: Vec<PathBuf>,
 }
 
 /// Describes the mount options, a paragraph each.

@@ -1,25 +1,27 @@
-//! The command line: mount, unmount, status, check, compact.
+//! The command line: mount, unmount, status, check, compact, ls, prune, init, version.
 
 mod arguments;
+mod examine;
+mod list;
 mod output;
+mod place;
+mod prune;
 mod status;
 
-use std::ffi::OsString;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::home::run_guard;
+use crate::Result;
+use crate::home::{init_home, run_guard};
 use crate::mount::{self, Mount, Options, Unmounted};
-use crate::store::{check, compact};
-use crate::{Error, Result};
 
 pub use arguments::CommandLine;
 
 use arguments::{Command, MountArguments};
-use output::{Bar, Findings, done, failed};
+use output::{done, failed, print};
+use place::home_of;
 
 /// The exit status of an unmount after which the file system is still served.
 const STILL_SERVED: u8 = 3;
@@ -34,12 +36,16 @@ pub fn run() -> ExitCode {
         } => run_unmount(&mountpoint),
         Command::Unmount { mountpoint, .. } => done(mount::remove_dead(&mountpoint)),
         Command::Status(arguments) => done(status::run(&arguments)),
-        Command::Check { repair, home } => match run_check(home, repair) {
+        Command::Check { repair, json, home } => match examine::check(home, repair, json) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::from(1),
             Err(error) => failed(error, 2),
         },
-        Command::Compact { home } => done(run_compact(home)),
+        Command::Compact { json, home } => done(examine::compact(home, json)),
+        Command::Ls { json, home } => done(list::run(home, json)),
+        Command::Prune(arguments) => done(prune::run(&arguments)),
+        Command::Init { home } => done(run_init(&home)),
+        Command::Version { json } => done(print_version(json)),
         Command::Guard => {
             run_guard();
             ExitCode::SUCCESS
@@ -55,7 +61,7 @@ fn run_mount(mut arguments: MountArguments) -> Result<()> {
     // One path is the mountpoint; two are the home and the mountpoint.
     let mountpoint = arguments.places.pop().unwrap_or_default();
     mount::run(Mount {
-        home: home_or_default(arguments.places.pop())?,
+        home: home_to_mount(arguments.places.pop())?,
         mountpoint,
         options,
         foreground: arguments.foreground,
@@ -71,35 +77,22 @@ fn run_unmount(mountpoint: &Path) -> ExitCode {
     }
 }
 
-fn run_check(home: Option<PathBuf>, repair: bool) -> Result<bool> {
-    let home = home_or_default(home)?;
-    let mut findings = Findings::begin(&home);
-    let checked = check::run(&home, repair, &mut findings);
-    findings.finish();
-    checked
+/// Returns the home to mount: the one that is named, which need not be a mount, or the default.
+fn home_to_mount(asked: Option<PathBuf>) -> Result<PathBuf> {
+    asked.map_or_else(|| home_of(None), Ok)
 }
 
-fn run_compact(home: Option<PathBuf>) -> Result<()> {
-    compact::run(&home_or_default(home)?, &mut io::stdout(), &Bar::new())
+fn run_init(home: &Path) -> Result<()> {
+    let root = init_home(home)?;
+    print(&format!("{} is an empty BoxLite home\n", root.display()))
 }
 
-/// Returns the home that was asked for, or the one that BoxLite itself would use: $BOXLITE_HOME,
-/// else ~/.boxlite.
-///
-/// # Errors
-/// ENOENT when neither is known.
-fn home_or_default(asked: Option<PathBuf>) -> Result<PathBuf> {
-    let from_environment = || std::env::var_os("BOXLITE_HOME").filter(|path| !path.is_empty());
-    let below_user_home = || Some(std::env::home_dir()?.join(".boxlite").into_os_string());
-    asked
-        .map(OsString::from)
-        .or_else(from_environment)
-        .or_else(below_user_home)
-        .map(PathBuf::from)
-        .ok_or_else(|| {
-            Error::new(
-                libc::ENOENT,
-                "the BoxLite home is unknown: name it, or set BOXLITE_HOME",
-            )
-        })
+fn print_version(as_json: bool) -> Result<()> {
+    let version = env!("CARGO_PKG_VERSION");
+    let text = if as_json {
+        serde_json::json!({"boxlitefs": version}).to_string()
+    } else {
+        format!("boxlitefs {version}")
+    };
+    print(&(text + "\n"))
 }

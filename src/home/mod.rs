@@ -11,6 +11,7 @@
 //!   paused.
 //! * `size_cache`, `known_headers`: sizes, digests and headers that were computed or read before.
 //! * `identity`: identifiers and times as BoxLite writes them.
+//! * `new_home`: an empty home.
 //!
 //! It is the only room that knows SQL. It knows nothing of qcow2 and FUSE. Facts about the files
 //! are in BoxLite's own sources (runtime/layout, db/schema); where they matter, a comment says
@@ -27,6 +28,7 @@ mod host_access;
 mod identity;
 mod known_headers;
 mod lock;
+mod new_home;
 mod option_types;
 mod options;
 mod paths;
@@ -53,6 +55,7 @@ pub use identity::{
 };
 pub use known_headers::KnownHeader;
 pub use lock::flock_exclusive;
+pub use new_home::init_home;
 pub use option_types::check_options;
 pub use options::{normalize_imported, redact_secrets};
 pub use paths::{Home, Owner};

@@ -71,11 +71,17 @@ impl Home {
             ));
         }
         if !root.join("db/boxlite.db").is_file() {
+            let shown = root.display();
+            let is_empty = std::fs::read_dir(&root).is_ok_and(|mut names| names.next().is_none());
+            let instead = if is_empty {
+                format!("it is empty: `boxlitefs init {shown}` makes an empty home of it, or")
+            } else {
+                "it has no db/boxlite.db;".to_owned()
+            };
             return Err(Error::new(
                 libc::EINVAL,
                 format!(
-                    "{} is not a BoxLite home, it has no db/boxlite.db; name the directory BoxLite keeps its boxes in (usually ~/.boxlite)",
-                    root.display()
+                    "{shown} is not a BoxLite home, {instead} name the directory BoxLite keeps its boxes in (usually ~/.boxlite)"
                 ),
             ));
         }

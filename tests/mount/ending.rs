@@ -589,6 +589,11 @@ fn a_remount_is_of_boxlitefs_or_refused() {
         "$HELPER" "$H" "$M" -o remount,ro
         fails 1 'Read-only file system' mkdir "$M/web/snapshots/s"
         "$HELPER" "$H" "$M" -o remount,rw
+        fails 32 "can't set exclusive" "$HELPER" "$H" "$M" -o remount,exclusive
+        fails 32 "can't set bogus=1" "$HELPER" "$H" "$M" -o remount,bogus=1
+        fails 32 "can't set compress=9" "$HELPER" "$H" "$M" -o remount,rw,compress=9
+        "$HELPER" "$H" "$M" -o rw,nosuid,nodev,user_id=0,group_id=0,shared,compress=3,remount
+        "$HELPER" "$H" "$M" -s -o remount,rw,bogus=1
         serves "$M"
         $B unmount "$M""#,
     );

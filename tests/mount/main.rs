@@ -7,6 +7,7 @@ mod accepted;
 mod beside_boxlite;
 mod browse;
 mod check;
+mod commands;
 mod compacting;
 mod copying;
 mod deleting;

@@ -180,6 +180,11 @@ fn the_recipes_for_backups_back_up_and_bring_back() {
         .join("backup")
         .join(archive.expect("an archive of the day"));
     assert_eq!(archive_digest(&archive), live);
+    // Snapshots every hour: those that people took stay.
+    user.types(of("boxlitefs prune"));
+    let snapshots = names_in(&boxes.join("web/snapshots"));
+    let hourly = snapshots.iter().filter(|name| name.starts_with("hourly-"));
+    assert_eq!((snapshots.len(), hourly.count()), (2, 1), "{snapshots:?}");
     // BoxLite judges whether it is an archive.
     let unmounted = user
         .shell()

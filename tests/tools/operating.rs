@@ -161,6 +161,16 @@ fn completions_are_scripts_of_their_shells_and_complete_every_command() {
     };
     let (by_bash, by_fish) = (bash_gives(&["boxlitefs", ""]), fish_gives("boxlitefs "));
     let by_zsh = fs::read_to_string(&zsh).unwrap();
+    let options = bash_gives(&["boxlitefs", "mount", "-o", ""]);
+    for value in ["ro", "compress=", "import=untrusted"] {
+        assert!(
+            options.split_whitespace().any(|it| it == value),
+            "{options}"
+        );
+        assert!(by_zsh.contains(value), "zsh {value}");
+    }
+    let options = fish_gives("boxlitefs mount -o ");
+    assert!(options.contains("import=untrusted"), "{options}");
     for command in commands() {
         assert!(
             by_bash.lines().any(|word| word == command),
@@ -570,6 +580,16 @@ fn the_units_pass_systemds_own_check_and_keep_the_mount_where_others_see_it() {
     let place = tempfile::tempdir().unwrap();
     for (unit, instance, scope) in [
         ("boxlitefs.service", "boxlitefs.service", "--user"),
+        (
+            "boxlitefs-snapshots.service",
+            "boxlitefs-snapshots.service",
+            "--user",
+        ),
+        (
+            "boxlitefs-snapshots.timer",
+            "boxlitefs-snapshots.timer",
+            "--user",
+        ),
         ("boxlitefs@.service", "boxlitefs@root.service", "--system"),
     ] {
         let text_of_unit = fs::read_to_string(units.join(unit)).unwrap();

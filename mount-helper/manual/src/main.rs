@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use boxlitefs::cli::CommandLine;
 use boxlitefs::mount::DOCUMENTED_OPTIONS;
 use boxlitefs::{Context, Result};
+use clap::builder::PossibleValuesParser;
 use clap::{Arg, Command, CommandFactory};
 use clap_complete::Shell;
 use roff::{Inline, Roff, bold, italic, roman};
@@ -113,7 +114,7 @@ fn write(share: &Path) -> Result<()> {
     )?;
     for (shell, place) in COMPLETIONS {
         let mut script = Vec::new();
-        clap_complete::generate(shell, &mut visible(), "boxlitefs", &mut script);
+        clap_complete::generate(shell, &mut completed(), "boxlitefs", &mut script);
         put(share, place, &script)?;
     }
     Ok(())
@@ -148,6 +149,24 @@ fn visible() -> Command {
     }
     command.build();
     command
+}
+
+/// Returns the command line as completions know it: with the mount options as values of `-o`.
+fn completed() -> Command {
+    let forms = DOCUMENTED_OPTIONS.iter().map(|option| {
+        let (name, value) = option.form.split_once('=').unwrap_or((option.form, ""));
+        // A value in capitals is to be written by the user.
+        let is_open = !value.is_empty() && value.chars().all(|c| c.is_ascii_uppercase());
+        if is_open {
+            &option.form[..=name.len()]
+        } else {
+            option.form
+        }
+    });
+    let values = PossibleValuesParser::new(forms.collect::<Vec<&str>>());
+    visible().mut_subcommand("mount", |mount| {
+        mount.mut_arg("options", |argument| argument.value_parser(values))
+    })
 }
 
 fn page_of_boxlitefs() -> String {

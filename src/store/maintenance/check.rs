@@ -37,20 +37,11 @@ use crate::{Context, Result};
 /// finding. With `repair`, first repairs what it can; the result counts the remaining findings.
 ///
 /// # Errors
-/// Those of opening the home (none there, a damaged database) and of writing to `out`. EBUSY when a
-/// repair is needed while a BoxLite runtime has the home.
+/// Those of [`examine`] and of writing to `out`.
 pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
-    let mut report = inspect_again(home)?;
-    if repair && !(report.findings.is_empty() && report.notes.is_empty()) {
-        let store = Store::open(home, false, Compression::default())?;
-        repair_home(&store)?;
-        drop(store);
-        let before = std::mem::replace(&mut report, inspect(home)?);
-        let remaining: HashSet<&String> = report.findings.iter().chain(&report.notes).collect();
-        let findings = before.findings.iter().chain(&before.notes);
-        for repaired in findings.filter(|finding| !remaining.contains(finding)) {
-            say(out, &format!("repaired: {repaired}"))?;
-        }
+    let report = examine(home, repair)?;
+    for repaired in &report.repaired {
+        say(out, &format!("repaired: {repaired}"))?;
     }
     for finding in &report.findings {
         say(out, finding)?;
@@ -73,6 +64,26 @@ pub fn run(home: &Path, repair: bool, out: &mut dyn Write) -> Result<bool> {
     Ok(report.findings.is_empty())
 }
 
+/// Checks a home, and with `repair` first repairs what it can.
+///
+/// # Errors
+/// Those of opening the home (none there, a damaged database). EBUSY when a repair is needed while a
+/// BoxLite runtime has the home.
+pub fn examine(home: &Path, repair: bool) -> Result<Report> {
+    let mut report = inspect_again(home)?;
+    if repair && !(report.findings.is_empty() && report.notes.is_empty()) {
+        let store = Store::open(home, false, Compression::default())?;
+        repair_home(&store)?;
+        drop(store);
+        let before = std::mem::replace(&mut report, inspect(home)?);
+        let remaining: HashSet<&String> = report.findings.iter().chain(&report.notes).collect();
+        let findings = before.findings.iter().chain(&before.notes);
+        let repaired = findings.filter(|finding| !remaining.contains(finding));
+        report.repaired = repaired.cloned().collect();
+    }
+    Ok(report)
+}
+
 fn say(out: &mut dyn Write, line: &str) -> Result<()> {
     writeln!(out, "{line}").context(|| "cannot print the findings")
 }
@@ -83,15 +94,19 @@ const FURTHER_LOOKS: u32 = 2;
 const LOOK_PAUSE: Duration = Duration::from_millis(150);
 
 /// The result of a check.
-struct Report {
-    root: PathBuf,
+pub struct Report {
+    /// The home.
+    pub root: PathBuf,
     /// Number of boxes.
-    boxes: usize,
-    findings: Vec<String>,
+    pub boxes: usize,
+    /// What was repaired, of what was found before.
+    pub repaired: Vec<String>,
+    /// Damage and leftovers, a sentence each.
+    pub findings: Vec<String>,
     /// What takes space or needs attention but is not damage.
-    notes: Vec<String>,
+    pub notes: Vec<String>,
     /// The sum of our layers that are no longer read, each of which is a finding.
-    unread: Option<String>,
+    pub unread: Option<String>,
 }
 
 /// Inspects a home, and again where something was found: a mount or BoxLite may be in the middle of
@@ -134,6 +149,7 @@ fn inspect(home: &Path) -> Result<Report> {
     Ok(Report {
         root: store.home().root().to_owned(),
         boxes: check.catalog.boxes().len(),
+        repaired: Vec::new(),
         findings: check.findings,
         notes: check.notes,
         unread: check.unread,

@@ -30,12 +30,13 @@ pub trait Meter {
     fn end(&self);
 }
 
-/// Compacts a home now. Prints a line for each merge, then a summary.
+/// Compacts a home now. Prints a line for each merge, then a summary. Returns how many bytes were
+/// freed.
 ///
 /// # Errors
 /// EBUSY while a BoxLite runtime has the home; those of opening it; the first error of a merge
 /// other than that its layers are in use.
-pub fn run(home: &Path, out: &mut dyn Write, meter: &dyn Meter) -> Result<()> {
+pub fn run(home: &Path, out: &mut dyn Write, meter: &dyn Meter) -> Result<u64> {
     let store = Store::open(home, false, Compression::default())?;
     // Fails early, with the reason, if the home cannot be changed now.
     drop(store.home().change()?);
@@ -50,7 +51,7 @@ pub fn run(home: &Path, out: &mut dyn Write, meter: &dyn Meter) -> Result<()> {
         _ => format!("{root}: {} freed", amount(freed)),
     };
     say(out, &summary)?;
-    result
+    result.map(|()| freed)
 }
 
 fn say(out: &mut dyn Write, line: &str) -> Result<()> {
@@ -58,7 +59,7 @@ fn say(out: &mut dyn Write, line: &str) -> Result<()> {
 }
 
 /// Formats a number of bytes for people.
-pub(super) fn amount(bytes: u64) -> String {
+pub fn amount(bytes: u64) -> String {
     let mut amount = bytes as f64;
     let mut unit = "bytes";
     for next in ["KiB", "MiB", "GiB", "TiB"] {

@@ -5,5 +5,7 @@ pub(super) mod background;
 pub mod check;
 pub mod compact;
 pub(super) mod left_snapshots;
+pub mod retention;
+pub mod summary;
 pub(super) mod unfreed;
 pub(super) mod usage;

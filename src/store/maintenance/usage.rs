@@ -74,6 +74,17 @@ pub fn usage_of_box(store: &Store, box_id: &str) -> Result<Usage> {
     Ok(usages.boxes.get(box_id).copied().unwrap_or_default())
 }
 
+/// Returns the disk usage of every box with all its snapshots, by its id.
+///
+/// # Errors
+/// EIO; those of the database.
+pub fn usage_of_boxes(store: &Store) -> Result<HashMap<String, Usage>> {
+    let catalog = store.home().catalog()?;
+    let layers = store.layers.scan()?;
+    let states = states_of(store, &layers, &catalog, catalog.boxes());
+    Ok(Usages::of(states).boxes)
+}
+
 /// Returns the disk usage of a live disk or of a snapshot. `own` are layers that no other disk
 /// state reads.
 ///

@@ -1,0 +1,49 @@
+//! Which home a command is about: one that is named, that of a mount, or BoxLite's own.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::mountinfo::MountTable;
+use crate::{Error, Result};
+
+/// Returns the home that was asked for, by its path or by where it is mounted, or the one that
+/// BoxLite itself would use: $BOXLITE_HOME, else ~/.boxlite.
+///
+/// # Errors
+/// ENOENT when neither is known; those of reading the mount table.
+pub(super) fn home_of(asked: Option<PathBuf>) -> Result<PathBuf> {
+    match asked {
+        Some(place) => Ok(mounted_home(&place)?.unwrap_or(place)),
+        None => default_home(),
+    }
+}
+
+/// Returns the home that boxlitefs has mounted on a directory. The mount itself is not asked: its
+/// process may be stopped.
+pub(super) fn mounted_home(place: &Path) -> Result<Option<PathBuf>> {
+    let table = MountTable::own()?;
+    let beside = |place: &Path| {
+        let parent = place.parent().filter(|it| !it.as_os_str().is_empty());
+        let parent = fs::canonicalize(parent.unwrap_or(Path::new("."))).ok()?;
+        Some(parent.join(place.file_name()?))
+    };
+    let home_at = |path: PathBuf| {
+        let mount = table.at(&path).filter(|mount| mount.is_ours());
+        mount.map(|mount| mount.source.clone())
+    };
+    let named = beside(place).and_then(home_at);
+    Ok(named.or_else(|| home_at(fs::canonicalize(place).ok()?)))
+}
+
+fn default_home() -> Result<PathBuf> {
+    let from_environment = || std::env::var_os("BOXLITE_HOME").filter(|path| !path.is_empty());
+    let below_user_home = || Some(std::env::home_dir()?.join(".boxlite").into_os_string());
+    let found: Option<OsString> = from_environment().or_else(below_user_home);
+    found.map(PathBuf::from).ok_or_else(|| {
+        Error::new(
+            libc::ENOENT,
+            "the BoxLite home is unknown: name it, or set BOXLITE_HOME",
+        )
+    })
+}

@@ -204,7 +204,8 @@ fn boxes_are_called_by_their_names_as_far_as_files_can_be() {
     let export = fs::read(mount.at("a%2Fb/export.boxlite"));
     assert_eq!(errno(export), libc::ENODATA);
     let empty = fs::metadata(mount.at("unnamed00001/export.boxlite"));
-    assert_eq!(empty.unwrap().len(), 0);
+    // 7z does not open empty files, and deletes them with -sdel.
+    assert_ne!(empty.unwrap().len(), 0);
     let no_disk = fs::create_dir(mount.at("unnamed00001/snapshots/s"));
     assert_eq!(errno(no_disk), libc::ENODATA);
 }

@@ -207,7 +207,7 @@ const GIO: Table = &[
     (DeleteSnapshot, "gio remove $FROM", Works),
     (DeleteBox, "gio trash $FROM", Fails("rash")),
     (DeleteBox, "gio remove $FROM", Fails("Directory not empty")),
-    (DeleteBox, "gio remove $FROM/box.json $FROM/export.boxlite* $FROM/rootfs $FROM/disk.img $FROM/snapshots/* $FROM/snapshots $FROM", Works),
+    (DeleteBox, "gio remove $FROM/box.json $FROM/export.boxlite* $FROM/rootfs $FROM/disk.img $FROM/snapshots/*/* $FROM/snapshots/* $FROM/snapshots $FROM", Works),
 ];
 
 const RCLONE: Table = &[

@@ -13,7 +13,7 @@ mod writing;
 
 pub use manifest::{About, Manifest, manifest_bytes, parse_unambiguous};
 pub(crate) use reading::Allowance;
-pub use reading::{Arrived, Incoming, MOST_HOLES, Progress};
+pub use reading::{Arrived, Incoming, MOST_HOLES, MakeRoom, Progress};
 pub use writing::{
     Compressed, Export, FrameCache, FrameKey, FrameSizes, KnownSizes, NoFrames, Stream,
     compressed_key, measure, produce,

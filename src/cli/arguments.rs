@@ -44,6 +44,13 @@ Examples:
   boxlitefs status --watch /mnt/boxlite   follow boxes being copied
   boxlitefs status --json /mnt/boxlite    the same as .boxlite/status in the mount";
 
+const UNDO_EXAMPLES: &str = "\
+Examples:
+  boxlitefs undo /mnt/boxlite
+  mv /mnt/boxlite/.boxlite/undo/20261129T150405Z-web /mnt/boxlite/web     have a removed box back
+  cp /mnt/boxlite/.boxlite/undo/20261129T150405Z-web/export.boxlite /mnt/boxlite/web/export.boxlite
+                                          undo a restore";
+
 const CHECK_EXAMPLES: &str = "\
 Examples:
   boxlitefs check                     check ~/.boxlite
@@ -56,6 +63,7 @@ const COMPACT_EXAMPLES: &str = "\
 Examples:
   boxlitefs compact                   reclaim the space of deleted snapshots in ~/.boxlite
   boxlitefs compact /srv/boxlite-home
+  boxlitefs compact --purge-undo      also free what was removed and could be had back
 
 Running boxes and layers that are being read are skipped. It works beside a mount of the same home,
 but not while a BoxLite program has it open.";
@@ -113,6 +121,12 @@ pub enum Command {
     /// Show what a mount is doing: copies and their progress, space and memory
     #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArguments),
+    /// List what was removed or restored over in a mount and can be had back
+    #[command(after_help = UNDO_EXAMPLES)]
+    Undo {
+        /// Where it is mounted
+        mountpoint: PathBuf,
+    },
     /// Look for damage and leftovers in a home, without changing it unless asked to
     #[command(after_help = CHECK_EXAMPLES)]
     Check {
@@ -129,6 +143,9 @@ pub enum Command {
     /// Merge redundant layers and reclaim their space
     #[command(after_help = COMPACT_EXAMPLES)]
     Compact {
+        /// First free what is only kept to be had back
+        #[arg(long)]
+        purge_undo: bool,
         /// Print the result as JSON
         #[arg(long)]
         json: bool,

@@ -39,13 +39,13 @@ pub(super) fn check(home: Option<PathBuf>, repair: bool, as_json: bool) -> Resul
 ///
 /// # Errors
 /// Those of compacting, and of writing.
-pub(super) fn compact(home: Option<PathBuf>, as_json: bool) -> Result<()> {
+pub(super) fn compact(home: Option<PathBuf>, purge_undo: bool, as_json: bool) -> Result<()> {
     let home = home_of(home)?;
     if !as_json {
-        return store::compact::run(&home, &mut io::stdout(), &Bar::new()).map(drop);
+        return store::compact::run(&home, purge_undo, &mut io::stdout(), &Bar::new()).map(drop);
     }
     let mut said = Vec::new();
-    let freed = store::compact::run(&home, &mut said, &Bar::new())?;
+    let freed = store::compact::run(&home, purge_undo, &mut said, &Bar::new())?;
     let said = String::from_utf8_lossy(&said);
     // The last line sums up, which the number does here.
     let mut messages: Vec<&str> = said.lines().collect();

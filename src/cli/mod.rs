@@ -1,4 +1,4 @@
-//! The command line: mount, unmount, status, check, compact, ls, prune, init, version.
+//! The command line: mount, unmount, status, undo, check, compact, ls, prune, init, version.
 
 mod arguments;
 mod examine;
@@ -7,6 +7,7 @@ mod output;
 mod place;
 mod prune;
 mod status;
+mod undo;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -41,7 +42,12 @@ pub fn run() -> ExitCode {
             Ok(false) => ExitCode::from(1),
             Err(error) => failed(error, 2),
         },
-        Command::Compact { json, home } => done(examine::compact(home, json)),
+        Command::Compact {
+            purge_undo,
+            json,
+            home,
+        } => done(examine::compact(home, purge_undo, json)),
+        Command::Undo { mountpoint } => done(undo::run(&mountpoint)),
         Command::Ls { json, home } => done(list::run(home, json)),
         Command::Prune(arguments) => done(prune::run(&arguments)),
         Command::Init { home } => done(run_init(&home)),

@@ -7,7 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use crate::disk::{self, Chain, FileId, Header, Scope};
 use crate::files::listing::resolve;
-use crate::home::{Activity, BoxRecord, Catalog, Home, SnapshotRecord, is_open_for_writing};
+use crate::home::{
+    Activity, BoxRecord, Catalog, Home, SnapshotRecord, is_kept_id, is_open_for_writing,
+};
 use crate::{Error, Result};
 
 /// A disk state that can be read, cloned and exported.
@@ -114,10 +116,11 @@ impl Disks {
     /// headers lead nowhere, or into the other home, which has changed since.
     pub(crate) fn scope_of(&self, top: &Path) -> Scope {
         let boxes = self.home.boxes_dir();
-        let box_id = top
+        let undo = self.home.undo_dir();
+        let inside = top
             .strip_prefix(&boxes)
-            .ok()
-            .and_then(|path| path.iter().next());
+            .or_else(|_| top.strip_prefix(&undo));
+        let box_id = inside.ok().and_then(|path| path.iter().next());
         let catalog = box_id.and_then(|_| self.home.catalog().ok());
         let record = box_id
             .and_then(|id| id.to_str())
@@ -283,7 +286,14 @@ impl Disks {
         let config = record.config()?;
         let box_home = config["box_home"].as_str().unwrap_or_default();
         let here = self.home.box_dir(&record.id);
-        if self.is_box_home(Path::new(box_home), &here) {
+        let is_here = if is_kept_id(&record.id) {
+            // An entry has the configuration of its box, whose directory is gone.
+            let boxes = Path::new(box_home).parent().unwrap_or(Path::new(""));
+            self.is_box_home(boxes, &self.home.boxes_dir())
+        } else {
+            self.is_box_home(Path::new(box_home), &here)
+        };
+        if is_here {
             return Ok(());
         }
         Err(Error::new(

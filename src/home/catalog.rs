@@ -7,7 +7,8 @@ use std::sync::Arc;
 use rusqlite::{Connection, params_from_iter};
 
 use super::identity::{is_safe_component, is_snapshot_name};
-use super::records::{BaseRecord, BoxRecord, SnapshotRecord};
+use super::kept::{KeptBox, KeptBoxes, is_kept_id};
+use super::records::{BaseRecord, BoxRecord, SnapshotRecord, show_one_after_the_other};
 
 /// The oldest schema that we change. Below it, snapshot and base tables are missing or different
 /// (BoxLite migrates older databases itself at its next start).
@@ -43,6 +44,8 @@ pub struct Catalog {
     /// Oldest first.
     boxes: Vec<Arc<BoxRows>>,
     by_id: HashMap<String, Arc<BoxRows>>,
+    /// What can be had back. It is found by the ids of entries, and is in no list of boxes.
+    kept: Arc<KeptBoxes>,
 }
 
 /// A box before and after something was recorded; None where there is no such box.
@@ -56,6 +59,7 @@ impl Catalog {
             schema,
             by_id: boxes.iter().map(id_of).collect(),
             boxes,
+            kept: Arc::default(),
         }
     }
 
@@ -71,12 +75,43 @@ impl Catalog {
 
     /// The box with this id.
     pub fn box_by_id(&self, id: &str) -> Option<&BoxRecord> {
-        self.by_id.get(id).map(|rows| &rows.record)
+        let rows = self.by_id.get(id).map(|rows| &rows.record);
+        rows.or_else(|| self.kept.by_id.get(id).map(|entry| &entry.record))
+    }
+
+    /// Returns this catalog with these entries.
+    pub(super) fn with_kept(&self, kept: Arc<KeptBoxes>) -> Catalog {
+        Catalog {
+            kept,
+            ..self.clone()
+        }
+    }
+
+    /// What was removed or restored over and can be had back, oldest first.
+    pub fn kept(&self) -> &[Arc<KeptBox>] {
+        &self.kept.all
+    }
+
+    /// The entry with this id.
+    pub fn kept_by_id(&self, id: &str) -> Option<&Arc<KeptBox>> {
+        self.kept.by_id.get(id)
+    }
+
+    /// The rows of all entries, as those of boxes in their directories.
+    pub fn kept_boxes(&self) -> impl Iterator<Item = &BoxRecord> {
+        self.kept.all.iter().map(|entry| &entry.record)
     }
 
     /// The snapshots of a box, oldest first.
     pub fn snapshots_of(&self, box_id: &str) -> &[SnapshotRecord] {
-        self.by_id.get(box_id).map_or(&[], |rows| &rows.snapshots)
+        match self.by_id.get(box_id) {
+            Some(rows) => &rows.snapshots,
+            None => self
+                .kept
+                .by_id
+                .get(box_id)
+                .map_or(&[], |entry| &entry.snapshots),
+        }
     }
 
     /// The snapshot of a box with this id.
@@ -159,7 +194,7 @@ pub(super) fn read_boxes(
         })
     })?;
     let mut boxes = rows.collect::<rusqlite::Result<Vec<_>>>()?;
-    boxes.retain(|record| is_safe_component(&record.id));
+    boxes.retain(|record| is_safe_component(&record.id) && !is_kept_id(&record.id));
     Ok(boxes)
 }
 
@@ -188,17 +223,6 @@ pub(super) fn read_snapshots(
     snapshots.retain(|snapshot| is_snapshot_name(&snapshot.name));
     show_one_after_the_other(&mut snapshots);
     Ok(snapshots)
-}
-
-/// Gives snapshots of a box that were made in one second distinct times, in the order of rows.
-fn show_one_after_the_other(snapshots: &mut [SnapshotRecord]) {
-    let mut last: HashMap<&str, i64> = HashMap::new();
-    for snapshot in snapshots {
-        if let Some(last) = last.get(snapshot.box_id.as_str()) {
-            snapshot.shown_at = snapshot.created_at.max(last.saturating_add(1));
-        }
-        last.insert(&snapshot.box_id, snapshot.shown_at);
-    }
 }
 
 /// Reads every base disk.

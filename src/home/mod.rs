@@ -9,6 +9,7 @@
 //! * `option_types`, `options`, `host_access`, `box_edit`: BoxLite's box options.
 //! * `activity`, `process`, `guard`, `vm_process`: whether a box runs, and how its machine is
 //!   paused.
+//! * `kept`, `kept_reader`, `kept_entries`: what was removed and can be had back.
 //! * `size_cache`, `known_headers`: sizes, digests and headers that were computed or read before.
 //! * `identity`: identifiers and times as BoxLite writes them.
 //! * `new_home`: an empty home.
@@ -26,6 +27,9 @@ mod connection;
 mod guard;
 mod host_access;
 mod identity;
+mod kept;
+mod kept_entries;
+mod kept_reader;
 mod known_headers;
 mod lock;
 mod new_home;
@@ -53,6 +57,7 @@ pub use identity::{
     base_id, box_id, container_id, is_safe_component, is_snapshot_name, rfc3339, rfc3339_at,
     snapshot_id,
 };
+pub use kept::{KeptBox, KeptFrom, KeptRows, WHY, is_kept_id};
 pub use known_headers::KnownHeader;
 pub use lock::flock_exclusive;
 pub use new_home::init_home;
@@ -63,7 +68,8 @@ pub use placement::reject_linked_box;
 pub use queries::Queries;
 pub use recorded_paths::{RecordedIn, RecordedPath};
 pub use records::{
-    BaseFile, BaseRecord, BoxRecord, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX, SnapshotRecord,
+    BaseFile, BaseRecord, BoxRecord, KeptBoxRows, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX,
+    SnapshotRecord,
 };
 pub use size_cache::SizeCache;
 #[cfg(test)]

@@ -11,6 +11,8 @@ use parking_lot::Mutex;
 use super::catalog::{Catalog, has_table, read_bases};
 use super::catalog_reader::CatalogReader;
 use super::connection::failed;
+use super::kept::is_kept_id;
+use super::kept_reader::KeptReader;
 use super::queries::Queries;
 use super::read_connection::{connect_for_reading, may_write};
 use super::records::BaseRecord;
@@ -41,6 +43,7 @@ pub struct Home {
     images: PathBuf,
     owner: Owner,
     pub(super) catalog: Mutex<CatalogReader>,
+    kept: Mutex<KeptReader>,
     /// One change at a time in this process; the lock file keeps other processes out.
     pub(super) changing: Mutex<()>,
     /// Inode number and creation time of the -wal file whose directory entry was last flushed.
@@ -87,6 +90,7 @@ impl Home {
         }
         let home = Home {
             catalog: Mutex::new(CatalogReader::new(root.join("db/boxlite.db"))),
+            kept: Mutex::default(),
             changing: Mutex::new(()),
             flushed_wal: Mutex::default(),
             owner: Owner {
@@ -108,7 +112,9 @@ impl Home {
     /// # Errors
     /// EIO when the database is gone, damaged or has no boxes table.
     pub fn catalog(&self) -> Result<Arc<Catalog>> {
-        self.catalog.lock().current()
+        let rows = self.catalog.lock().current()?;
+        let mut kept = self.kept.lock();
+        Ok(kept.combine(&self.undo_dir(), self.owner.uid, rows))
     }
 
     /// Opens the database for reading, without the lock. Queries that follow each other may see
@@ -176,9 +182,13 @@ impl Home {
         self.boxes.clone()
     }
 
-    /// `boxes/ID`. `id` must be a safe component.
+    /// `boxes/ID`, or the directory of an entry. `id` must be a safe component.
     pub fn box_dir(&self, id: &str) -> PathBuf {
-        self.boxes_dir().join(id)
+        if is_kept_id(id) {
+            self.undo_dir().join(id)
+        } else {
+            self.boxes_dir().join(id)
+        }
     }
 
     /// `boxes/ID/disks/disk.qcow2`: the live disk; absent until the box has first started.
@@ -247,6 +257,11 @@ impl Home {
     /// `.boxlitefs`: where changes are prepared.
     pub fn staging_dir(&self) -> PathBuf {
         self.root.join(STAGING)
+    }
+
+    /// `.boxlitefs/undo`: what can be had back, a directory for each entry.
+    pub fn undo_dir(&self) -> PathBuf {
+        self.staging_dir().join("undo")
     }
 
     /// Creates `.boxlitefs` if it is missing, and ensures that only its owner can enter.

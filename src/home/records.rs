@@ -1,6 +1,8 @@
 //! Rows of BoxLite's database as Rust values. JSON columns stay text or value trees, so that
 //! fields we do not know survive.
 
+use std::collections::HashMap;
+
 use serde_json::{Value, json};
 
 use crate::{Error, Result};
@@ -151,6 +153,17 @@ impl SnapshotRecord {
     }
 }
 
+/// Gives snapshots of a box that were made in one second distinct times, in the order of rows.
+pub(super) fn show_one_after_the_other(snapshots: &mut [SnapshotRecord]) {
+    let mut last: HashMap<&str, i64> = HashMap::new();
+    for snapshot in snapshots {
+        if let Some(last) = last.get(snapshot.box_id.as_str()) {
+            snapshot.shown_at = snapshot.created_at.max(last.saturating_add(1));
+        }
+        last.insert(&snapshot.box_id, snapshot.shown_at);
+    }
+}
+
 /// A row of `base_disk`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BaseRecord {
@@ -229,6 +242,20 @@ pub struct NewSnapshot {
     pub file_size: u64,
     /// Seconds since 1970.
     pub created_at: i64,
+}
+
+/// A removed box about to be recorded again, stopped.
+pub struct KeptBoxRows<'r> {
+    /// Its rows as they were.
+    pub record: &'r BoxRecord,
+    /// Its name, which may be another one.
+    pub name: &'r str,
+    /// Absolute path of its directory.
+    pub box_home: String,
+    /// Number of its file in `locks/`: 1,000,000 and up.
+    pub lock_id: u32,
+    /// Its snapshots, with the paths that their layers have.
+    pub snapshots: &'r [SnapshotRecord],
 }
 
 /// A box about to be recorded, always stopped.

@@ -7,8 +7,9 @@ use rusqlite::params;
 use serde_json::{Value, json};
 
 use super::identity::rfc3339;
+use super::options::normalize_imported;
 use super::queries::Queries;
-use super::records::{NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX};
+use super::records::{BaseRecord, KeptBoxRows, NewBase, NewBox, NewSnapshot, OUR_SOURCE_BOX};
 use crate::{Error, Result};
 
 /// The rows of one transaction.
@@ -297,6 +298,64 @@ impl<'t> Transaction<'t> {
         )?;
         Ok(())
     }
+
+    /// Records a removed box and its snapshots again. The box is stopped and has another lock number.
+    /// `auto_remove` and `auto_delete` are off, or BoxLite would delete it at its next start.
+    ///
+    /// # Errors
+    /// EEXIST when a box has that name or id, EIO when its rows were damaged.
+    pub fn insert_kept_box(&self, kept: &KeptBoxRows<'_>) -> Result<()> {
+        let record = kept.record;
+        self.touch(&record.id);
+        let mut config = record.config()?;
+        config["name"] = json!(kept.name);
+        config["box_home"] = json!(kept.box_home);
+        config["options"] = normalize_imported(config["options"].take(), None);
+        let state = if record.state.is_empty() {
+            json!({})
+        } else {
+            record.state()?
+        };
+        let mut state = stopped(state);
+        state["lock_id"] = json!(kept.lock_id);
+        self.run(
+            "INSERT INTO box_config (id, name, created_at, json) VALUES (?1, ?2, ?3, ?4)",
+            params![record.id, kept.name, record.created_at, config.to_string()],
+        )
+        .map_err(|e| taken(e, "a box has that name or that id"))?;
+        self.run(
+            "INSERT INTO box_state (id, status, pid, json) VALUES (?1, 'stopped', NULL, ?2)",
+            params![record.id, state.to_string()],
+        )?;
+        for row in kept.snapshots {
+            self.run(
+                "INSERT INTO snapshot (id, box_id, name, created_at, json)
+                 VALUES (?1, ?2, ?3, ?4, ?5)",
+                params![row.id, record.id, row.name, row.created_at, row.json],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Records a base of ours again that was removed.
+    ///
+    /// # Errors
+    /// Those of SQLite.
+    pub fn restore_base(&self, base: &BaseRecord) -> Result<()> {
+        self.run(
+            "INSERT INTO base_disk (id, source_box_id, name, kind, base_path, created_at, json)
+             VALUES (?1, ?2, NULL, ?3, ?4, ?5, ?6)",
+            params![
+                base.id,
+                base.source_box_id,
+                base.kind,
+                base.base_path,
+                base.created_at,
+                base.json
+            ],
+        )?;
+        Ok(())
+    }
 }
 
 /// Makes a violated UNIQUE constraint EEXIST: the name is taken.
@@ -334,7 +393,18 @@ fn config_of(new: &NewBox) -> Value {
 /// Returns `box_state.json` of a new box: stopped, with a lock number (null would make its start
 /// fail).
 fn state_of(new: &NewBox) -> Value {
-    let mut state = new.state_of_source.clone().unwrap_or_else(|| json!({}));
+    let mut state = stopped(new.state_of_source.clone().unwrap_or_else(|| json!({})));
+    if let Some(state) = state.as_object_mut() {
+        // It is in the options of the copy.
+        state.remove("outbound_policy");
+    }
+    state["last_updated"] = json!(rfc3339(new.created_at));
+    state["lock_id"] = json!(new.lock_id);
+    state
+}
+
+/// Returns a state without what it says of a run.
+fn stopped(mut state: Value) -> Value {
     for gone in [
         "container_id",
         "error_reason",
@@ -344,13 +414,7 @@ fn state_of(new: &NewBox) -> Value {
     ] {
         state[gone] = Value::Null;
     }
-    if let Some(state) = state.as_object_mut() {
-        // It is in the options of the copy.
-        state.remove("outbound_policy");
-    }
     state["status"] = json!("stopped");
-    state["last_updated"] = json!(rfc3339(new.created_at));
-    state["lock_id"] = json!(new.lock_id);
     state["health_status"] = json!({"state": "None", "failures": 0, "last_check": null});
     state
 }

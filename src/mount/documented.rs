@@ -48,6 +48,10 @@ pub const DOCUMENTED_OPTIONS: &[DocumentedOption] = &[
         effect: "idle seconds before the mount merges redundant layers in the background; default 30, or off",
     },
     DocumentedOption {
+        form: "undo=TIME",
+        effect: "how long what is removed or restored over can be had back from .boxlite/undo, such as 30m, 24h or 7d; default 24h, or off",
+    },
+    DocumentedOption {
         form: "max_import=SIZE",
         effect: "largest disk space that one import may take, such as 512M or 8G; default no limit",
     },

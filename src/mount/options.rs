@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::documented::DOCUMENTED_OPTIONS;
-use crate::tree::{Compacting, Compression, ImportLimits, Links};
+use crate::tree::{Compacting, Compression, ImportLimits, Links, Undo};
 use crate::{Error, Result};
 
 /// The options of a mount, as `-o` gives them. `nosuid` and `nodev` are always on.
@@ -31,6 +31,8 @@ pub struct Options {
     pub imports: ImportLimits,
     /// `links=inside|guest`.
     pub links: Links,
+    /// `undo=TIME`.
+    pub undo: Undo,
 }
 
 /// The effect of an option.
@@ -152,6 +154,13 @@ impl Options {
                     _ => return Err(wrong_value(option, "inside or guest")),
                 };
             }
+            Some(("undo", "off")) => self.undo.keep_for = None,
+            Some(("undo", time)) => {
+                self.undo.keep_for =
+                    Some(long(time).ok_or_else(|| {
+                        wrong_value(option, "a time such as 30m, 24h or 7d, or off")
+                    })?);
+            }
             Some(("compact", "off")) => self.compacting.after = None,
             Some(("compact", seconds)) => {
                 let long = seconds.parse().ok();
@@ -180,6 +189,7 @@ impl Options {
             "compact": self.compacting.after.map(seconds),
             "max_import": self.imports.most,
             "import": if self.imports.untrusted { "untrusted" } else { "trusted" },
+            "undo": self.undo.keep_for.map(seconds),
             "links": match self.links {
                 Links::Inside => "inside",
                 Links::Guest => "guest",
@@ -231,6 +241,23 @@ fn bytes(size: &str) -> Option<u64> {
         _ => return None,
     };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Parses a time: a number of seconds, or with s, m, h or d, more than 0.
+fn long(time: &str) -> Option<Duration> {
+    let digits = time.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match time.get(digits.len()..)? {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        "d" => 24 * 60 * 60,
+        _ => return None,
+    };
+    let seconds = digits.parse::<u64>().ok()?.checked_mul(unit)?;
+    // Times are stored in nanoseconds.
+    (1..u64::MAX / 4_000_000_000)
+        .contains(&seconds)
+        .then(|| Duration::from_secs(seconds))
 }
 
 fn wrong_value(option: &str, wanted: &str) -> Error {
@@ -361,6 +388,35 @@ mod tests {
         let later = parse("links=guest,links=inside").unwrap();
         assert_eq!(later.links, Links::Inside);
         for wrong in ["links=", "links=host", "links=Guest"] {
+            let error = parse(wrong).unwrap_err();
+            assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
+            assert!(error.message().contains(wrong), "{error}");
+        }
+    }
+
+    #[test]
+    fn how_long_to_keep_what_is_removed_is_checked() {
+        let day = Some(Duration::from_secs(86_400));
+        assert_eq!(parse("ro").unwrap().undo.keep_for, day);
+        assert_eq!(parse("undo=off").unwrap().undo.keep_for, None);
+        for (time, seconds) in [
+            ("2s", 2),
+            ("90", 90),
+            ("30m", 1800),
+            ("24h", 86_400),
+            ("7d", 604_800),
+        ] {
+            let keep_for = parse(&format!("undo={time}")).unwrap().undo.keep_for;
+            assert_eq!(keep_for, Some(Duration::from_secs(seconds)), "{time}");
+        }
+        for wrong in [
+            "undo=",
+            "undo=0",
+            "undo=on",
+            "undo=-1h",
+            "undo=1w",
+            "undo=99999999999999999d",
+        ] {
             let error = parse(wrong).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{wrong}");
             assert!(error.message().contains(wrong), "{error}");

@@ -73,6 +73,7 @@ fn open_tree(paths: &MountPaths, options: &Options) -> Result<Arc<Tree>> {
             compacting: options.compacting,
             imports: options.imports,
             links: options.links,
+            undo: options.undo,
         },
     )?;
     tree.set_mount_facts(MountFacts {

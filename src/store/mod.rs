@@ -4,6 +4,7 @@
 //! * `verbs`: the changes that a user can ask for.
 //! * `maintenance`: recovery when a mount begins, background compaction, check, compact and usage.
 //! * `access`: the right to change a box, and the checks that refuse a change.
+//! * `kept`: what was removed or restored over, until it goes for good.
 //! * `layers`: the image files and which reads from which.
 //!
 //! The store knows homes, layers and archives. It knows nothing of names in a mount, handles or
@@ -11,6 +12,7 @@
 //! and checks whether the box may be changed; most recover the box, too.
 
 mod access;
+mod kept;
 mod layers;
 mod maintenance;
 mod verbs;
@@ -18,22 +20,25 @@ mod verbs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
 pub use access::preflight::{
     refuse_unready, refuse_unready_for_import, refuse_unready_for_restore,
 };
+pub use kept::expire::drop_kept;
 pub use layers::reference_state::{ComingSnapshot, ReferenceState, freeze_reference};
 pub use layers::snapshot_place::NewSnapshotIdentity;
 pub use maintenance::background::{BackgroundCompaction, Compacting};
 pub use maintenance::retention::Retention;
-pub use maintenance::usage::{Usage, usage_of, usage_of_box};
+pub use maintenance::usage::{Usage, usage_of, usage_of_box, usage_of_kept};
 pub use maintenance::{check, compact, summary};
 pub use verbs::clone::{clone_box, clone_snapshot};
 pub use verbs::edit::{
     check_description, check_edit, describe_box, edit_box, refuse_unready_for_edit,
 };
+pub use verbs::have_back::{have_back_box, have_back_snapshot};
 pub use verbs::import::{date_snapshot, import_box, import_snapshot};
 pub use verbs::import_stream::{ImportLimits, ImportStream, ImportTarget, receive};
 pub use verbs::install::NewBoxIdentity;
@@ -106,6 +111,8 @@ pub struct Store {
     unfreed: Unfreed,
     access: Access,
     imports: ImportLimits,
+    /// How long what is removed or restored over is kept; None if it is not.
+    undo: Option<Duration>,
     usage: Mutex<UsageCache>,
     /// Workspaces of dead processes, until recovery begins.
     unrecovered: Mutex<Option<Vec<Abandoned>>>,
@@ -192,6 +199,12 @@ impl Store {
         Store { imports, ..self }
     }
 
+    /// Returns the store that keeps what is removed or restored over for so long; None for not at
+    /// all.
+    pub fn with_undo(self, undo: Option<Duration>) -> Store {
+        Store { undo, ..self }
+    }
+
     /// Returns a read-only store, without recovery.
     fn without_recovery(home: Home, events: EventLog) -> Store {
         Store::new(OpenHome::new(home, events, true), Compression::default())
@@ -214,6 +227,7 @@ impl Store {
             opened,
             access: Access::default(),
             imports: ImportLimits::default(),
+            undo: None,
             usage: Mutex::default(),
         }
     }

@@ -42,6 +42,7 @@ use staging::commit::Committer;
 use staging::receiver::Receiver;
 use staging::staging_area::StagingArea;
 
+use crate::home::is_kept_id;
 use crate::store::{BackgroundCompaction, Store};
 use crate::{Error, Result};
 
@@ -56,7 +57,7 @@ pub use nodes::attr::{Attr, DirEntry, Kept, Kind, WantedOfList};
 pub use nodes::kernel_view::KernelCache;
 pub use nodes::node::{Node, ROOT_INO};
 pub use nodes::status_file::MountFacts;
-pub use options::{Links, Options};
+pub use options::{Links, Options, Undo};
 pub use reading::listing::OpenedList;
 pub use reading::open_files::Opened;
 
@@ -87,7 +88,8 @@ impl Tree {
             !options.is_exclusive,
             options.compression,
         )?;
-        let store = Arc::new(store.with_import_limits(options.imports));
+        let store = store.with_import_limits(options.imports);
+        let store = Arc::new(store.with_undo(options.undo.keep_for));
         let upkeep = if store.is_read_only() {
             None
         } else {
@@ -316,13 +318,26 @@ impl Tree {
         }
     }
 
+    /// Returns the node of a directory in which something is to be made.
+    ///
+    /// # Errors
+    /// EPERM for what is kept; those of [`Tree::node_to_change`].
+    fn node_to_fill(&self, ino: u64) -> Result<Node> {
+        let node = self.node_to_change(ino)?;
+        if node.box_id().is_some_and(is_kept_id) || node == Node::Undo {
+            let message = "what is kept stays as it is; move it to where it was, or copy it";
+            return Err(nodes::refusal::refuse(&self.store, libc::EPERM, message));
+        }
+        Ok(node)
+    }
+
     /// Makes a directory: in the root a box begins to be made, under `snapshots` a snapshot is
     /// taken.
     ///
     /// # Errors
     /// EEXIST, EINVAL, EBUSY, EPERM where directories mean nothing, EROFS.
     pub fn mkdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
-        let parent = self.node_to_change(parent)?;
+        let parent = self.node_to_fill(parent)?;
         let maker = &self.changes.maker;
         let node = maker.directory(&self.view.home, caller, &parent, name)?;
         self.lookup.tell_made(caller, &node)
@@ -340,7 +355,7 @@ impl Tree {
         name: &OsStr,
         target: &Path,
     ) -> Result<Attr> {
-        let parent = self.node_to_change(parent)?;
+        let parent = self.node_to_fill(parent)?;
         let node = self.changes.maker.link(caller, &parent, name, target)?;
         self.lookup.tell_made(caller, &node)
     }
@@ -366,7 +381,7 @@ impl Tree {
         name: &OsStr,
         mode: u32,
     ) -> Result<(Attr, Opened)> {
-        let parent = self.node_to_change(parent)?;
+        let parent = self.node_to_fill(parent)?;
         let creator = &self.changes.creator;
         let file = creator.create(caller, parent, name, mode)?;
         let owner = self.store.home().owner();

@@ -1,5 +1,7 @@
 //! How a home is shown.
 
+use std::time::Duration;
+
 use crate::exports::Compression;
 use crate::store::{Compacting, ImportLimits};
 
@@ -18,6 +20,24 @@ pub struct Options {
     pub imports: ImportLimits,
     /// What links of guests say.
     pub links: Links,
+    /// How long what is removed or restored over can be had back.
+    pub undo: Undo,
+}
+
+/// How long what is removed or restored over can be had back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Undo {
+    /// None for not at all.
+    pub keep_for: Option<Duration>,
+}
+
+impl Default for Undo {
+    /// Returns a day.
+    fn default() -> Self {
+        Undo {
+            keep_for: Some(Duration::from_secs(24 * 60 * 60)),
+        }
+    }
 }
 
 /// What the symbolic links in a guest are shown to say.

@@ -37,6 +37,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -90,6 +91,7 @@ pub const LEAVE_OTHER_MOUNTS: &str = "findmnt -rn -o TARGET -t fuse.boxlite,fuse
 pub struct TestHome {
     place: TempDir,
     root: PathBuf,
+    keeps: AtomicBool,
 }
 
 impl TestHome {
@@ -123,6 +125,7 @@ impl TestHome {
         TestHome {
             root: place_path.join("home"),
             place,
+            keeps: AtomicBool::new(false),
         }
     }
 
@@ -244,14 +247,39 @@ impl TestHome {
     }
 
     /// Mounts the home with further arguments and environment. A home can have one such mount at a
-    /// time.
+    /// time. Unless [`TestHome::keep`] was called, what is removed is not kept: most tests ask what
+    /// is left, and what is freed.
     pub fn mount_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Mounted {
+        let mut all = Vec::new();
+        if !self.keeps.load(Ordering::Relaxed) {
+            all.extend(["-o", "undo=off"]);
+        }
+        all.extend(arguments);
+        // No test depends on how full the machine's disk is.
+        let mut variables = vec![("BOXLITEFS_UNDO_ANY_ROOM", "1")];
+        variables.extend(environment);
         Mounted::start(
             &self.root,
             &self.place.path().join("mnt").canonicalize().expect("mnt"),
-            arguments,
-            environment,
+            &all,
+            &variables,
         )
+    }
+
+    /// Returns whether mounts keep what is removed or restored over.
+    pub fn keeps(&self) -> bool {
+        self.keeps.load(Ordering::Relaxed)
+    }
+
+    /// Has all later mounts keep what is removed or restored over, as mounts do by default.
+    pub fn keep(self) -> TestHome {
+        self.set_keeps(true);
+        self
+    }
+
+    /// Sets whether later mounts keep what is removed or restored over.
+    pub fn set_keeps(&self, keeps: bool) {
+        self.keeps.store(keeps, Ordering::Relaxed);
     }
 
     /// Returns the id of the box with this name.
@@ -504,6 +532,7 @@ pub fn make_archive(file_name: &str, arguments: &[&str]) -> PathBuf {
     let unused_home = TestHome {
         root: place.path().join("home"),
         place,
+        keeps: AtomicBool::new(false),
     };
     let mut command = vec!["make-archive", text(&made), "web", "--size", DISK_SIZE];
     command.extend(arguments);

@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::common::*;
-use super::contents::{Boxes, Contents};
+use super::contents::{Boxes, Contents, contents};
 
 /// A change, its crash points, and the contents of the home before and after it.
 pub struct Change {
@@ -27,6 +27,13 @@ pub struct Change {
     pub points: &'static [&'static str],
     /// Turns the contents of the home before the change into those after it.
     pub whole: fn(&mut Boxes),
+}
+
+impl Change {
+    /// Returns whether the change is to drop what was kept.
+    pub fn ends_keeping(&self) -> bool {
+        self.name == END_KEEPING.name
+    }
 }
 
 /// The result of a change: the tool's error message, if it failed.
@@ -665,6 +672,227 @@ pub const REMOVE_BOX_ADOPTING: Change = Change {
     whole: |boxes| drop(boxes.remove("web")),
 };
 
+/// Returns the path of the only entry that can be had back. The mount may be dead.
+fn entry(mount: &Mounted) -> Result<PathBuf, String> {
+    let undo = mount.at(".boxlite/undo");
+    let mut entries = fs::read_dir(&undo).map_err(|error| error.to_string())?;
+    match entries.next() {
+        Some(Ok(entry)) => Ok(entry.path()),
+        Some(Err(error)) => Err(error.to_string()),
+        None => Err("nothing can be had back".to_owned()),
+    }
+}
+
+/// Makes a box, and keeps another that was removed.
+fn with_a_removed_box() -> TestHome {
+    let home = with_boxlites_clone().keep();
+    let mount = home.mount();
+    mount.snapshot("other", "theirs").unwrap();
+    home.guest_write("other", FREE_AREA + 512, b"the other's own, later");
+    OTHER.get_or_init(|| contents(&home)["other"].clone());
+    tool(&["rm", "-r", text(&mount.at("other"))]).unwrap();
+    drop(mount);
+    home
+}
+
+/// The same, and a box `reader` that was made of what is kept.
+fn with_a_removed_box_that_is_read() -> TestHome {
+    let home = with_a_removed_box();
+    let mount = home.mount();
+    copy(&entry(&mount).unwrap(), &mount.at("reader")).unwrap();
+    drop(mount);
+    home
+}
+
+/// Makes a box, and keeps a snapshot of it that was removed, whose layer nothing else reads.
+fn with_a_removed_snapshot() -> TestHome {
+    let home = with_an_unread_snapshot().keep();
+    OLD.get_or_init(|| contents(&home)["web"].snapshots["old"].clone());
+    home.mount().remove_snapshot("web", "old").unwrap();
+    home
+}
+
+/// The same after somebody deleted the layer's base, its spare name and its row.
+fn with_an_entry_without_base() -> TestHome {
+    let home = with_a_removed_snapshot();
+    let undo = home.root().join(".boxlitefs/undo");
+    let kept = undo.join(&names_in(&undo)[0]).join("disks/disk.qcow2");
+    let inode = fs::metadata(kept).unwrap().ino();
+    for directory in ["bases", ".boxlitefs/layers"] {
+        let directory = home.root().join(directory);
+        for name in names_in(&directory) {
+            let path = directory.join(&name);
+            if fs::metadata(&path).unwrap().ino() == inode {
+                fs::remove_file(&path).unwrap();
+                let id = name.trim_end_matches(".qcow2");
+                let delete = "DELETE FROM base_disk WHERE id = ?1";
+                home.database().execute(delete, [id]).unwrap();
+            }
+        }
+    }
+    home
+}
+
+fn other_is_back(boxes: &mut Boxes) {
+    boxes.insert("other".to_owned(), OTHER.get().unwrap().clone());
+}
+
+/// The contents of the box that [`with_a_removed_box`] removes.
+static OTHER: std::sync::OnceLock<Contents> = std::sync::OnceLock::new();
+
+pub const REMOVE_KEPT: Change = Change {
+    name: "rmdir that keeps",
+    prepare: || with_an_unread_snapshot().keep(),
+    points: &[
+        "undo.recorded",
+        "undo.linked",
+        "undo.placed",
+        "remove.marked",
+        "remove.unrecorded",
+        "remove.unlinked",
+    ],
+    ..REMOVE
+};
+
+pub const REMOVE_ONLY_NAME_KEPT: Change = Change {
+    name: "rmdir of a layer that has no other name, that keeps",
+    prepare: || with_an_unread_snapshot_by_boxlite().keep(),
+    points: &[
+        "undo.recorded",
+        "undo.linked",
+        "undo.placed",
+        "remove.marked",
+        "remove.unrecorded",
+        "remove.unlinked",
+    ],
+    ..REMOVE_ONLY_NAME
+};
+
+pub const RESTORE_KEPT: Change = Change {
+    name: "restore that keeps",
+    prepare: || with_boxlites_snapshot().keep(),
+    points: &[
+        "restore.frozen",
+        "restore.referred",
+        "undo.recorded",
+        "undo.linked",
+        "undo.placed",
+        "restore.replaced",
+    ],
+    ..RESTORE
+};
+
+pub const RESTORE_BACKUP_KEPT: Change = Change {
+    name: "restore of a backup that keeps",
+    prepare: || with_a_changed_box_and_a_backup().keep(),
+    points: &[
+        "undo.recorded",
+        "undo.linked",
+        "undo.placed",
+        "restore.replaced",
+    ],
+    ..RESTORE_BACKUP
+};
+
+/// Makes a box that was written to since its backup.
+fn with_a_changed_box_and_a_backup() -> TestHome {
+    let home = with_an_older_backup();
+    home.guest_write("web", FREE_AREA + 1024, b"since the snapshot");
+    home
+}
+
+pub const REMOVE_BOX_KEPT: Change = Change {
+    name: "rm -r that keeps",
+    prepare: || with_another_box().keep(),
+    points: &[
+        "remove-box.adopted",
+        "undo.recorded",
+        "undo.linked",
+        "undo.placed",
+        "remove-box.marked",
+        "remove-box.unrecorded",
+        "remove-box.moved",
+    ],
+    ..REMOVE_BOX
+};
+
+pub const REMOVE_CLONE_KEPT: Change = Change {
+    name: "rm -r of BoxLite's clone that keeps",
+    by: By::Mount,
+    prepare: || with_boxlites_clone().keep(),
+    act: |mount| tool(&["rm", "-r", text(&mount.at("other"))]),
+    points: &[
+        "undo.recorded",
+        "undo.linked",
+        "undo.placed",
+        "remove-box.unrecorded",
+    ],
+    whole: |boxes| drop(boxes.remove("other")),
+};
+
+pub const BOX_BACK: Change = Change {
+    name: "return of a removed box",
+    by: By::Mount,
+    prepare: with_a_removed_box,
+    act: |mount| tool(&["mv", "-T", text(&entry(mount)?), text(&mount.at("other"))]),
+    points: &[
+        "undo.box-placed",
+        "undo.box-back",
+        "undo.unrecorded",
+        "undo.removed",
+    ],
+    whole: other_is_back,
+};
+
+pub const BOX_BACK_SHARED: Change = Change {
+    name: "return of a removed box whose disk is read",
+    prepare: with_a_removed_box_that_is_read,
+    ..BOX_BACK
+};
+
+pub const SNAPSHOT_BACK: Change = Change {
+    name: "return of a removed snapshot",
+    by: By::Mount,
+    prepare: with_a_removed_snapshot,
+    act: |mount| {
+        let back = mount.at("web/snapshots/back");
+        tool(&["mv", "-T", text(&entry(mount)?), text(&back)])
+    },
+    points: &[
+        "share.referred",
+        "snapshot.linked",
+        "snapshot.recorded",
+        "undo.snapshot-back",
+        "undo.unrecorded",
+    ],
+    whole: |boxes| {
+        let web = boxes.get_mut("web").unwrap();
+        web.snapshots
+            .insert("back".to_owned(), OLD.get().unwrap().clone());
+    },
+};
+
+/// The state of the snapshot that [`with_a_removed_snapshot`] removes.
+static OLD: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+
+pub const END_KEEPING: Change = Change {
+    name: "end of keeping",
+    by: By::Mount,
+    prepare: with_a_removed_snapshot,
+    act: |mount| tool(&["rm", "-r", text(&entry(mount)?)]),
+    points: &["undo.unrecorded", "undo.removed", "free.unlinked"],
+    whole: |_| {},
+};
+
+pub const COMPLETE_KEPT: Change = Change {
+    name: "repair of what is kept",
+    by: By::Repair,
+    prepare: with_an_entry_without_base,
+    act: |_| Ok(()),
+    points: &["undo.completed"],
+    whole: |_| {},
+};
+
 pub const MERGE: Change = Change {
     name: "merge into a snapshot's layer",
     by: By::Compact,
@@ -753,7 +981,7 @@ pub const PUT_BACK: Change = Change {
 };
 
 /// All of them.
-pub const CHANGES: [&Change; 29] = [
+pub const CHANGES: [&Change; 40] = [
     &PATHS,
     &PUT_BACK,
     &SNAPSHOT,
@@ -783,10 +1011,21 @@ pub const CHANGES: [&Change; 29] = [
     &SKIP,
     &SHORTEN,
     &REPAIR,
+    &REMOVE_KEPT,
+    &REMOVE_ONLY_NAME_KEPT,
+    &RESTORE_KEPT,
+    &RESTORE_BACKUP_KEPT,
+    &REMOVE_BOX_KEPT,
+    &REMOVE_CLONE_KEPT,
+    &BOX_BACK,
+    &BOX_BACK_SHARED,
+    &SNAPSHOT_BACK,
+    &END_KEEPING,
+    &COMPLETE_KEPT,
 ];
 
 /// One of each kind of change.
-pub const ONE_OF_EACH: [&Change; 14] = [
+pub const ONE_OF_EACH: [&Change; 20] = [
     &CLONE_WITH_SNAPSHOTS,
     &IMPORT,
     &SNAPSHOT,
@@ -801,4 +1040,10 @@ pub const ONE_OF_EACH: [&Change; 14] = [
     &MERGE,
     &MERGE_INTO_LIVE,
     &REPAIR,
+    &REMOVE_KEPT,
+    &RESTORE_KEPT,
+    &REMOVE_BOX_KEPT,
+    &BOX_BACK,
+    &SNAPSHOT_BACK,
+    &END_KEEPING,
 ];

@@ -3,7 +3,8 @@
 // Not every test uses all of these items.
 #![allow(dead_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::Path;
 
 use super::common::*;
@@ -95,5 +96,61 @@ pub fn assert_between(boxes: &Boxes, before: &Boxes, whole: &Boxes) {
                     .all(|n| now.snapshots.contains_key(n));
             assert!(stays || is_done, "snapshot {snapshot} of {name} is gone");
         }
+    }
+}
+
+/// Returns the digests of all disks and snapshots.
+pub fn states(boxes: &Boxes) -> BTreeSet<String> {
+    let of_box = |contents: &Contents| {
+        let snapshots = contents.snapshots.values().cloned();
+        snapshots.chain([contents.live.clone()]).collect::<Vec<_>>()
+    };
+    boxes.values().flat_map(of_box).collect()
+}
+
+/// Returns the digests of all disks that can be had back, as the files of the home are.
+pub fn kept_states(home: &TestHome) -> BTreeSet<String> {
+    let undo = home.root().join(".boxlitefs/undo");
+    let mut kept = BTreeSet::new();
+    for entry in fs::read_dir(undo).into_iter().flatten().flatten() {
+        let dir = entry.path();
+        if !dir.join("why.json").exists() {
+            continue;
+        }
+        let snapshots = fs::read_dir(dir.join("snapshots")).into_iter().flatten();
+        let snapshots = snapshots.map(|entry| entry.unwrap().path().join("disk.qcow2"));
+        for disk in snapshots.chain([dir.join("disks/disk.qcow2")]) {
+            if disk.exists() {
+                kept.insert(digest(&disk));
+            }
+        }
+    }
+    kept
+}
+
+/// The states that boxes or entries have, before a change whose home keeps what is removed.
+pub struct KeptStates(BTreeSet<String>);
+
+impl KeptStates {
+    /// Returns the states of a home with these boxes, if it keeps what is removed.
+    pub fn of(home: &TestHome, boxes: &Boxes) -> KeptStates {
+        if !home.keeps() {
+            return KeptStates(BTreeSet::new());
+        }
+        let mut all = states(boxes);
+        all.extend(kept_states(home));
+        KeptStates(all)
+    }
+
+    /// Fails unless each state that the boxes no longer had when the change was cut off can be had
+    /// back.
+    pub fn assert_kept(&self, home: &TestHome, crashed: &Boxes) {
+        let there = states(crashed);
+        let kept = kept_states(home);
+        let mut lost = self.0.difference(&there);
+        assert!(
+            lost.all(|state| kept.contains(state)),
+            "a state that was removed can't be had back"
+        );
     }
 }

@@ -10,7 +10,7 @@ use crate::common::*;
 use crate::contents::{Boxes, contents};
 
 /// Changes that need space.
-const CHANGES: [&Change; 12] = [
+const CHANGES: [&Change; 17] = [
     &SNAPSHOT,
     &IMPORT,
     &CLONE_WITH_SNAPSHOTS,
@@ -23,6 +23,11 @@ const CHANGES: [&Change; 12] = [
     &REMOVE_BOX,
     &MERGE,
     &LONG,
+    &REMOVE_KEPT,
+    &RESTORE_KEPT,
+    &REMOVE_BOX_KEPT,
+    &BOX_BACK,
+    &SNAPSHOT_BACK,
 ];
 
 /// The first nonzero amount of free space that is tried, in KiB. Each further one is twice as much.
@@ -275,6 +280,99 @@ fn on_a_full_xfs_snapshots_and_boxes_can_be_deleted() {
 #[test]
 fn on_a_full_btrfs_snapshots_and_boxes_can_be_deleted() {
     deletes_on_a_full_disk(FileSystem::Btrfs);
+}
+
+// ---- what is kept -------------------------------------------------------------------------------
+
+/// Bytes of a layer that is kept.
+const KEPT: usize = 6 << 20;
+
+/// Makes a home whose disk is full of what was removed and restored over.
+fn full_of_entries(kind: FileSystem) -> (TestHome, SmallDisk, Mounted) {
+    let home = TestHome::new().keep();
+    let disk = SmallDisk::under(&home, kind, kind.smallest());
+    let mount = home.mount();
+    mount.snapshot("web", "start").unwrap();
+    let restore = || {
+        succeed(&[
+            "cp",
+            text(&mount.at("web/snapshots/start/export.boxlite")),
+            text(&mount.at("web/export.boxlite")),
+        ])
+    };
+    for number in 0..4u64 {
+        home.guest_write("web", FREE_AREA - (3 << 20), &noise(number + 1, KEPT));
+        restore();
+    }
+    assert_eq!(mount.names(".boxlite/undo").len(), 4);
+    disk.fill(0);
+    (home, disk, mount)
+}
+
+/// Makes changes that need the room of what is kept.
+fn makes_changes_on_a_disk_full_of_entries(kind: FileSystem) {
+    let backup = TestHome::new();
+    backup.guest_write("web", FREE_AREA - (3 << 20), &noise(99, KEPT));
+    let backup_mount = backup.mount();
+    let archive = backup.beside("backup.boxlite");
+    succeed(&[
+        "cp",
+        text(&backup_mount.at("web/export.boxlite")),
+        text(&archive),
+    ]);
+    let (home, disk, mount) = full_of_entries(kind);
+    let kept = |mount: &Mounted| mount.names(".boxlite/undo").len();
+    let imported = run(&["cp", text(&archive), text(&mount.at("imported.boxlite"))]);
+    assert!(imported.status.success(), "{imported:?}; {}", mount.log());
+    let left = kept(&mount);
+    assert!(left < 4, "{left}");
+    disk.empty();
+    disk.fill(0);
+    mount.snapshot("web", "more").unwrap();
+    mount.copy("imported", "copy");
+    mount.remove_snapshot("web", "more").unwrap();
+    succeed(&["rm", "-r", text(&mount.at("copy"))]);
+    assert_eq!(mount.names("."), ["imported", "web"]);
+    assert_eq!(
+        archive_digest(&archive),
+        mount.export_digest("imported/export.boxlite")
+    );
+    disk.empty();
+    mount.unmount();
+    home.assert_whole_once_mounted();
+}
+
+#[test]
+fn on_an_ext4_full_of_what_is_kept_changes_have_its_room() {
+    makes_changes_on_a_disk_full_of_entries(FileSystem::Ext4);
+}
+
+#[test]
+fn on_a_btrfs_full_of_what_is_kept_changes_have_its_room() {
+    makes_changes_on_a_disk_full_of_entries(FileSystem::Btrfs);
+}
+
+#[test]
+fn what_is_kept_goes_oldest_first_while_less_than_a_tenth_of_the_disk_is_free() {
+    let (home, disk, mount) = full_of_entries(FileSystem::Ext4);
+    let before = mount.names(".boxlite/undo");
+    drop(mount);
+    let mount = home.mount_with(&[], &[("BOXLITEFS_UNDO_ANY_ROOM", "0")]);
+    // A part of the 64 MiB is the file system's own.
+    eventually("a tenth of the disk is free", || disk.free() >= 5 << 20);
+    let after = mount.names(".boxlite/undo");
+    assert!(!after.is_empty() && after.len() < before.len(), "{after:?}");
+    assert_eq!(after, before[before.len() - after.len()..]);
+    // There is no room to keep anything.
+    disk.empty();
+    disk.fill(4 << 20);
+    mount.snapshot("web", "s").unwrap();
+    mount.remove_snapshot("web", "s").unwrap();
+    let names = mount.names(".boxlite/undo");
+    assert!(!names.iter().any(|name| name.ends_with("-s")), "{names:?}");
+    disk.empty();
+    mount.unmount();
+    home.assert_whole_once_mounted();
 }
 
 // ---- shared blocks ------------------------------------------------------------------------------

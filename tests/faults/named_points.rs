@@ -8,7 +8,7 @@ use std::process::Command;
 
 use super::changes::*;
 use super::common::*;
-use super::contents::{assert_between, contents};
+use super::contents::{KeptStates, assert_between, contents};
 use super::judge::assert_recovers;
 use super::next::{NEXT, Next};
 
@@ -18,6 +18,7 @@ fn survives(change: &Change) {
     let before = contents(&home);
     let mut whole = before.clone();
     (change.whole)(&mut whole);
+    let kept = KeptStates::of(&home, &before);
     home.put_aside("before");
     let mut tally = Tally::default();
     for point in change.points {
@@ -46,6 +47,9 @@ fn survives(change: &Change) {
             tally.operations += next.by_boxlite.len();
             let case = attempt(|| {
                 assert_recovers(&home, change, &whole, crashed.clone(), next);
+                if !change.ends_keeping() {
+                    kept.assert_kept(&home, &crashed);
+                }
             });
             tally.compared += crashed.len();
             if let Err(why) = case {
@@ -180,6 +184,61 @@ fn a_boxs_removal_that_is_cut_off_is_whole_or_undone() {
 #[test]
 fn a_boxs_removal_that_adopts_and_is_cut_off_is_whole_or_undone() {
     survives(&REMOVE_BOX_ADOPTING);
+}
+
+#[test]
+fn a_deletion_that_keeps_and_is_cut_off_loses_nothing() {
+    survives(&REMOVE_KEPT);
+}
+
+#[test]
+fn a_deletion_of_a_layers_only_name_that_keeps_and_is_cut_off_loses_nothing() {
+    survives(&REMOVE_ONLY_NAME_KEPT);
+}
+
+#[test]
+fn a_restore_that_keeps_and_is_cut_off_loses_nothing() {
+    survives(&RESTORE_KEPT);
+}
+
+#[test]
+fn a_restore_of_a_backup_that_keeps_and_is_cut_off_loses_nothing() {
+    survives(&RESTORE_BACKUP_KEPT);
+}
+
+#[test]
+fn a_boxs_removal_that_keeps_and_is_cut_off_loses_nothing() {
+    survives(&REMOVE_BOX_KEPT);
+}
+
+#[test]
+fn a_removal_of_boxlites_clone_that_keeps_and_is_cut_off_loses_nothing() {
+    survives(&REMOVE_CLONE_KEPT);
+}
+
+#[test]
+fn a_boxs_return_that_is_cut_off_leaves_the_box_or_what_is_kept() {
+    survives(&BOX_BACK);
+}
+
+#[test]
+fn a_boxs_return_onto_its_disk_that_others_read_is_whole_or_undone() {
+    survives(&BOX_BACK_SHARED);
+}
+
+#[test]
+fn a_snapshots_return_that_is_cut_off_loses_nothing() {
+    survives(&SNAPSHOT_BACK);
+}
+
+#[test]
+fn an_end_of_keeping_that_is_cut_off_leaves_no_rest() {
+    survives(&END_KEEPING);
+}
+
+#[test]
+fn a_repair_of_what_is_kept_that_is_cut_off_is_done_again() {
+    survives(&COMPLETE_KEPT);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use super::changes::*;
 use super::common::*;
-use super::contents::{Boxes, assert_between, contents};
+use super::contents::{Boxes, KeptStates, assert_between, contents};
 use super::files::Files;
 use super::judge::{assert_comes_back, assert_recovers};
 use super::next::NEXT;
@@ -19,6 +19,7 @@ struct Recorded<'c> {
     home: TestHome,
     before: Boxes,
     whole: Boxes,
+    kept: KeptStates,
     files: Files,
     calls: Vec<Done>,
     /// The number of calls before the change was confirmed.
@@ -38,6 +39,7 @@ impl Recorded<'_> {
         let before = contents(&home);
         let mut whole = before.clone();
         (change.whole)(&mut whole);
+        let kept = KeptStates::of(&home, &before);
         let files = Files::load(home.root());
         let disk = FaultyDisk::mount(home.root(), files.clone());
         let answered = match change.by.command(&home) {
@@ -63,6 +65,7 @@ impl Recorded<'_> {
             home,
             before,
             whole,
+            kept,
             files,
             calls,
             answered,
@@ -108,9 +111,13 @@ impl Recorded<'_> {
         files.store(home.root());
         let next = dice.one_of(&NEXT);
         if dice.below(4) > 0 || next.loses_by_itself(home, &left) {
-            return assert_comes_back(home, change, &self.whole, left);
+            assert_comes_back(home, change, &self.whole, left.clone());
+        } else {
+            assert_recovers(home, change, &self.whole, left.clone(), next);
         }
-        assert_recovers(home, change, &self.whole, left, next);
+        if !change.ends_keeping() {
+            self.kept.assert_kept(home, &left);
+        }
     }
 
     fn lose(&self, wanted: usize, seed: u64, flushes: Flushes) -> Tally {

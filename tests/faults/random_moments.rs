@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::changes::*;
 use super::common::*;
-use super::contents::{Boxes, assert_between, contents};
+use super::contents::{Boxes, KeptStates, assert_between, contents};
 use super::judge::assert_recovers;
 use super::next::NEXT;
 
@@ -16,6 +16,7 @@ struct Rounds<'c> {
     home: TestHome,
     before: Boxes,
     whole: Boxes,
+    kept: KeptStates,
     /// How long the undisturbed change takes.
     long: Duration,
 }
@@ -26,6 +27,7 @@ impl Rounds<'_> {
         let before = contents(&home);
         let mut whole = before.clone();
         (change.whole)(&mut whole);
+        let kept = KeptStates::of(&home, &before);
         home.put_aside("before");
         let long = undisturbed(change, &home);
         assert_eq!(contents(&home), whole, "{}, undisturbed", change.name);
@@ -34,6 +36,7 @@ impl Rounds<'_> {
             home,
             before,
             whole,
+            kept,
             long,
         }
     }
@@ -67,8 +70,14 @@ impl Rounds<'_> {
         };
         tally.operations += next.by_boxlite.len();
         tally.compared += crashed.len();
-        attempt(|| assert_recovers(home, change, &self.whole, crashed, next))
-            .map_err(|why| format!("{what}, then {}: {why}", next.name))
+        let lost = crashed.clone();
+        attempt(|| {
+            assert_recovers(home, change, &self.whole, crashed, next);
+            if !change.ends_keeping() {
+                self.kept.assert_kept(home, &lost);
+            }
+        })
+        .map_err(|why| format!("{what}, then {}: {why}", next.name))
     }
 }
 

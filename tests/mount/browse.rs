@@ -46,7 +46,7 @@ fn the_tree_is_that_of_the_documents() {
     );
     // Hidden: reachable by name, never listed.
     assert!(mount.at(".boxlite").is_dir());
-    assert_eq!(mount.names(".boxlite"), ["log", "status", "view"]);
+    assert_eq!(mount.names(".boxlite"), ["log", "status", "undo", "view"]);
     assert!(!succeed(&["ls", "-A", text(mount.root())]).contains(".boxlite"));
     // Recursive tools reach the snapshots last.
     let listing = succeed(&["ls", "-U", text(&mount.at("web"))]);

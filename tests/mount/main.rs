@@ -32,3 +32,4 @@ mod shared;
 mod snapshot;
 mod staging;
 mod states;
+mod undo;

@@ -70,6 +70,8 @@ struct Table {
     line: usize,
     /// Starts with a new home rather than the one that the table before it left.
     fresh: bool,
+    /// What is removed or restored over is kept, as by default.
+    keeps: bool,
     rows: Vec<Row>,
 }
 
@@ -101,8 +103,9 @@ fn parse(document: &str) -> Result<Document, String> {
             lines.by_ref().find(|(_, line)| *line == "```");
         } else if let Some(which) = line.strip_prefix(HOME) {
             home = Some(match which {
-                "fresh." => true,
-                "as the table above left it." if !parsed.tables.is_empty() => false,
+                "fresh." => (true, true),
+                "fresh, mounted with `undo=off`." => (true, false),
+                "as the table above left it." if !parsed.tables.is_empty() => (false, true),
                 _ => return Err(format!("line {number}: no such home: {which}")),
             });
         } else if line.starts_with('|') {
@@ -113,12 +116,17 @@ fn parse(document: &str) -> Result<Document, String> {
             let header = cells(line);
             let rows = rows.split_first().map_or(&[][..], |(_, rows)| rows);
             if header == EXECUTED {
-                let fresh = home
+                let (fresh, keeps) = home
                     .take()
                     .ok_or(format!("line {number}: the table has no home"))?;
                 let rows = rows.iter().map(row).collect::<Result<_, _>>()?;
                 let line = number;
-                parsed.tables.push(Table { line, fresh, rows });
+                parsed.tables.push(Table {
+                    line,
+                    fresh,
+                    keeps,
+                    rows,
+                });
             } else if header == ERRORS {
                 for (line, cells) in rows {
                     let [errno, message, when] = cells.as_slice() else {
@@ -218,8 +226,9 @@ fn in_order() -> TempDir {
 }
 
 impl Place {
-    fn new(functions: &str) -> Place {
+    fn new(functions: &str, keeps: bool) -> Place {
         let home = TestHome::new();
+        home.set_keeps(keeps);
         for directory in ["bin", "work"] {
             fs::create_dir(home.beside(directory)).expect("a directory");
         }
@@ -259,6 +268,7 @@ impl Place {
             .arg(format!("{}\n{script}", self.functions))
             .env("PATH", std::env::join_paths(path).expect("a PATH"))
             .env("LC_ALL", "C")
+            .env("BOXLITEFS_UNDO_ANY_ROOM", "1")
             .env("MNT", &self.mountpoint)
             .env("BACKUP", self.backup.path())
             .env("BOXLITE_HOME", self.home.root())
@@ -324,7 +334,7 @@ fn every_row_of_the_document_holds() {
         if !usable {
             continue;
         }
-        let place = place.get_or_insert_with(|| Place::new(&document.functions));
+        let place = place.get_or_insert_with(|| Place::new(&document.functions, table.keeps));
         // Rows build on the rows before them, so the first failure ends the table.
         if let Some(failure) = table.rows.iter().find_map(|row| place.run(row).err()) {
             failures.push(failure);
@@ -399,6 +409,7 @@ fn a_row_is_read_as_it_is_rendered() {
     let table = Table {
         line: 6,
         fresh: true,
+        keeps: true,
         rows: vec![row],
     };
     assert_eq!(document.tables, [table]);

@@ -254,7 +254,7 @@ fn the_status_says_what_is_mounted_how_and_what_it_takes() {
     for words in [
         text(mount.root()),
         text(home.root()),
-        "ro,compress=7,cache=4.00GiB,compact=off,max_import=2.00GiB,import=untrusted,links=guest",
+        "ro,compress=7,cache=4.00GiB,compact=off,max_import=2.00GiB,import=untrusted,undo=off,links=guest",
         "nothing",
     ] {
         assert!(shown.contains(words), "{words}: {shown}");

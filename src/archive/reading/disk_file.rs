@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::disk_writer::{DiskWriter, PIECE, Piece, zeros};
+use super::disk_writer::{DiskWriter, MakeRoom, PIECE, Piece, zeros};
 use super::stages::Stages;
 use super::{MOST_HOLES, over_limit};
 use crate::disk::{Chain, LeftOut};
@@ -13,6 +13,10 @@ use crate::{Context, Error, Result};
 
 /// The largest disk: 64 TiB, as for the virtual size.
 const MAX_LENGTH: u64 = 64 << 40;
+
+/// Free bytes that are made besides those of the disk, where some can be made: a file system needs
+/// some itself, and may say so only at the flush, when it is too late.
+const MARGIN: u64 = 8 << 20;
 
 /// The file, the current piece, and the stages that complete pieces go through.
 pub(super) struct DiskFile {
@@ -25,6 +29,8 @@ pub(super) struct DiskFile {
     most: Option<u64>,
     /// The disk that it is compared with.
     other: Option<Arc<Chain>>,
+    /// Frees space of which more is needed.
+    make_room: MakeRoom,
 }
 
 impl DiskFile {
@@ -34,6 +40,7 @@ impl DiskFile {
         path: &Path,
         most: Option<u64>,
         other: Option<Arc<Chain>>,
+        make_room: MakeRoom,
     ) -> Result<DiskFile> {
         let file = File::options()
             .read(true)
@@ -43,6 +50,7 @@ impl DiskFile {
             .context(|| format!("cannot create {} for the disk", path.display()))?;
         let file = Arc::new(file);
         let writer = DiskWriter::new(path, file.clone(), most, other.clone());
+        let writer = writer.with_room(make_room.clone());
         Ok(DiskFile {
             path: path.to_owned(),
             file,
@@ -50,6 +58,7 @@ impl DiskFile {
             stages: Stages::new(writer),
             most,
             other,
+            make_room,
         })
     }
 
@@ -57,7 +66,7 @@ impl DiskFile {
     pub(super) fn begin_anew(&mut self) -> Result<()> {
         let path = self.path.clone();
         std::fs::remove_file(&path).context(|| format!("cannot remove {}", path.display()))?;
-        *self = DiskFile::create(&path, self.most, self.other.clone())?;
+        *self = DiskFile::create(&path, self.most, self.other.clone(), self.make_room.clone())?;
         Ok(())
     }
 
@@ -86,17 +95,24 @@ impl DiskFile {
                 most,
             ));
         }
-        let free = free_space(&self.file)
-            .context(|| format!("cannot tell the free space for {}", self.path.display()))?;
-        if stored > free {
-            return Err(Error::new(
-                libc::ENOSPC,
-                format!(
-                    "the archive's disk.qcow2 has {stored} bytes, but only {free} are free; make room and copy it again"
-                ),
-            ));
+        loop {
+            let free = free_space(&self.file)
+                .context(|| format!("cannot tell the free space for {}", self.path.display()))?;
+            if stored.saturating_add(MARGIN) <= free {
+                return Ok(());
+            }
+            if !(self.make_room)() {
+                if stored <= free {
+                    return Ok(());
+                }
+                return Err(Error::new(
+                    libc::ENOSPC,
+                    format!(
+                        "the archive's disk.qcow2 has {stored} bytes, but only {free} are free; make room and copy it again"
+                    ),
+                ));
+            }
         }
-        Ok(())
     }
 
     /// Appends data. An error may be about earlier data.

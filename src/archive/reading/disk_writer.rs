@@ -38,7 +38,12 @@ pub(super) struct DiskWriter {
     allowance: Allowance,
     /// What another disk has as well is left out.
     comparison: Option<Comparison>,
+    /// Frees space when the disk is full.
+    make_room: Option<MakeRoom>,
 }
+
+/// Frees some space. Returns false if there is none to free.
+pub type MakeRoom = Arc<dyn Fn() -> bool + Send + Sync>;
 
 impl DiskWriter {
     /// Writes to `file`, which was just created at `path`, at most `most` bytes. Pieces of a sparse
@@ -58,6 +63,15 @@ impl DiskWriter {
             written_back: 0,
             allowance: Allowance::of(most),
             comparison: other.map(Comparison::with),
+            make_room: None,
+        }
+    }
+
+    /// Returns the writer with a way to free space when the disk is full.
+    pub(super) fn with_room(self, make_room: MakeRoom) -> DiskWriter {
+        DiskWriter {
+            make_room: Some(make_room),
+            ..self
         }
     }
 
@@ -115,18 +129,28 @@ impl DiskWriter {
         if !all_zero(tail) {
             let at = at.saturating_add(blocks.len() as u64);
             self.allowance.take(tail.len(), TAKES_MORE)?;
-            self.file
-                .write_all_at(tail, at)
-                .map_err(|e| self.unwritable(e))?;
+            while let Err(error) = self.file.write_all_at(tail, at) {
+                self.make_room_or_fail(error)?;
+            }
         }
         Ok(())
     }
 
     fn put(&mut self, bytes: &[u8], at: u64) -> Result<()> {
         self.allowance.take(bytes.len(), TAKES_MORE)?;
-        self.direct
-            .write_all_at(&self.file, bytes, at)
-            .map_err(|e| self.unwritable(e))
+        while let Err(error) = self.direct.write_all_at(&self.file, bytes, at) {
+            self.make_room_or_fail(error)?;
+        }
+        Ok(())
+    }
+
+    /// Frees space if a write failed for lack of it, so that it can be tried again.
+    fn make_room_or_fail(&self, error: std::io::Error) -> Result<()> {
+        let is_full = matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
+        match &self.make_room {
+            Some(make_room) if is_full && make_room() => Ok(()),
+            _ => Err(self.unwritable(error)),
+        }
     }
 
     fn unwritable(&self, cause: std::io::Error) -> Error {

@@ -29,6 +29,7 @@ use std::sync::Arc;
 
 use self::background_decoder::BackgroundDecoder;
 use self::disk_file::DiskFile;
+pub use self::disk_writer::MakeRoom;
 use self::members::Members;
 use super::Manifest;
 use crate::disk::{Chain, Header, LeftOut};
@@ -115,7 +116,20 @@ impl Incoming {
     ///
     /// EEXIST when `disk` exists; what creating it says otherwise.
     pub fn begin(disk: &Path, most: Option<u64>, other: Option<Arc<Chain>>) -> Result<Incoming> {
-        let file = DiskFile::create(disk, most, other)?;
+        Incoming::begin_with_room(disk, most, other, Arc::new(|| false))
+    }
+
+    /// Begins as [`Incoming::begin`] does. While the disk does not fit, `make_room` is called.
+    ///
+    /// # Errors
+    /// Those of [`Incoming::begin`].
+    pub fn begin_with_room(
+        disk: &Path,
+        most: Option<u64>,
+        other: Option<Arc<Chain>>,
+        make_room: MakeRoom,
+    ) -> Result<Incoming> {
+        let file = DiskFile::create(disk, most, other, make_room)?;
         Ok(Incoming {
             disk: disk.to_owned(),
             decoder: BackgroundDecoder::new(Members::new(file)),

@@ -54,6 +54,19 @@ pub(super) fn describe(status: &Value) -> String {
             bytes(&cache["remembered_bytes"])
         ),
     );
+    let undo = &status["undo"];
+    line(
+        "undo",
+        match undo["entries"].as_u64() {
+            None | Some(0) => "nothing can be had back".to_owned(),
+            Some(entries) => {
+                let space = undo["bytes"].as_u64().map_or_else(String::new, |space| {
+                    format!(", which take {}", BinaryBytes(space))
+                });
+                format!("{entries} states can be had back{space}")
+            }
+        },
+    );
     let memory = &status["memory"];
     let (resident, peak) = (
         bytes(&memory["resident_bytes"]),

@@ -13,6 +13,7 @@ use crate::store::access::lock::refuse_foreign_paths_in;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::path_spelling::put_paths_right;
 use crate::store::access::recovery::recover_box;
+use crate::store::kept::entries::{put_back_kept, remove_torn, remove_undone};
 use crate::store::layers::collect::{free_bases, free_unreached};
 use crate::store::layers::put_back::{put_back_bases, tidy_spares};
 use crate::store::layers::references::drop_leftover_refs;
@@ -37,9 +38,16 @@ pub fn free_unneeded(store: &Store) -> Result<()> {
 /// EIO, or an error of the database. A box that cannot be recovered is logged and left as it is.
 pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Result<()> {
     remove_unrecorded(store, &change)?;
+    remove_torn(store)?;
+    remove_undone(store, None)?;
     let mut boxes = change.boxes()?;
     let Some(first) = boxes.pop() else {
+        if !store.home().kept_ids()?.is_empty() {
+            let layers = store.layers.scan()?;
+            put_back_bases(store, &mut change, &layers)?;
+        }
         drop_rows_without_files(store, &mut change)?;
+        put_back_kept(store, &mut change)?;
         free_unreached(store, &mut change)?;
         return tidy_spares(store, &change);
     };
@@ -93,6 +101,7 @@ pub fn recover_home(store: &Store, mut change: Change<'_>, thorough: bool) -> Re
         unreferenced.extend(dropped.into_iter().map(|row| row.id));
     }
     drop_rows_without_files(store, &mut locked.change)?;
+    put_back_kept(store, &mut locked.change)?;
     // BoxLite frees a base of its own with the last box that refers to it. If we removed that box
     // beside a runtime, the base was left.
     let boxes: HashSet<String> = locked.change.boxes()?.into_iter().map(|it| it.id).collect();

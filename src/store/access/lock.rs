@@ -9,7 +9,9 @@ use std::time::Duration;
 use crate::disk::chain_paths;
 use crate::exports::{Source, display_name};
 use crate::files::durable;
-use crate::home::{Activity, BaseRecord, Change, VmProcess, reject_linked_box};
+use crate::home::{
+    Activity, BaseRecord, BoxRecord, Change, VmProcess, is_kept_id, reject_linked_box,
+};
 use crate::store::Store;
 use crate::store::access::beside_runtime::{cloned_just_now, refuse_pending, refuse_unsettled};
 use crate::store::access::locked_box::LockedBox;
@@ -87,8 +89,29 @@ pub fn lock_source<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> 
 }
 
 fn box_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<LockedBox<'s>> {
-    let record = change.box_by_id(box_id)?;
+    let record = record_in(store, &change, box_id)?;
     Ok(LockedBox::new(store, change, record))
+}
+
+/// Refuses to change what is kept to be had back.
+fn refuse_kept(box_id: &str) -> Result<()> {
+    if !is_kept_id(box_id) {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::EPERM,
+        "what is kept stays as it is; move it to where it was, or copy it",
+    ))
+}
+
+/// Returns the row of a box, or that of an entry, which is a box that only can be read.
+fn record_in(store: &Store, change: &Change<'_>, box_id: &str) -> Result<BoxRecord> {
+    if !is_kept_id(box_id) {
+        return change.box_by_id(box_id);
+    }
+    let catalog = store.home().catalog()?;
+    let record = catalog.box_by_id(box_id).cloned();
+    record.ok_or_else(|| Error::new(libc::ENOENT, "that is no longer kept"))
 }
 
 /// Checks that the box may be changed by a change that is safe beside a runtime, as far as its live
@@ -98,6 +121,7 @@ fn box_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<
 /// Those of [`lock_shared`].
 pub fn lock_shared_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'s>> {
     shared_or_exclusive(store, &|change| {
+        refuse_kept(box_id)?;
         let locked = box_within(store, change, box_id)?;
         refuse_unfit_disk(&locked)?;
         Ok(locked)
@@ -114,6 +138,7 @@ pub fn lock_unprepared<'s>(store: &'s Store, box_id: &str) -> Result<LockedBox<'
 }
 
 fn lock_within<'s>(store: &'s Store, change: Change<'s>, box_id: &str) -> Result<LockedBox<'s>> {
+    refuse_kept(box_id)?;
     let locked = box_within(store, change, box_id)?;
     refuse_unfit(&locked)?;
     Ok(locked)
@@ -189,13 +214,17 @@ pub fn switch_to(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
 /// # Errors
 /// Those of [`lock_source`].
 pub fn switch_to_source(locked: &mut LockedBox<'_>, box_id: &str) -> Result<()> {
-    locked.record = locked.change.box_by_id(box_id)?;
+    locked.record = record_in(locked.store, &locked.change, box_id)?;
     make_source_ready(locked)
 }
 
 /// Makes a source box ready. A running box is not recovered, and the header of its disk is not
 /// written.
 fn make_source_ready(locked: &mut LockedBox<'_>) -> Result<()> {
+    if is_kept_id(&locked.record.id) {
+        // Its layers are bases, and nobody writes to them.
+        return refuse_foreign_paths(locked);
+    }
     locked.change.watch(&locked.record)?;
     refuse_foreign_paths(locked)?;
     if locked.store.home().activity(&locked.record) == Activity::Idle {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use crate::disk::chain_paths;
 use crate::files::durable;
 use crate::files::listing::resolve;
-use crate::home::{BaseRecord, BoxRecord, Change, SnapshotRecord};
+use crate::home::{BaseRecord, BoxRecord, Change, SnapshotRecord, is_kept_id};
 use crate::store::Store;
 use crate::store::layers::chains::Chains;
 use crate::store::layers::graph::{LayerGraph, is_row_of};
@@ -67,6 +67,10 @@ impl<'s> LockedBox<'s> {
     /// # Errors
     /// Those of the database.
     pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>> {
+        if is_kept_id(&self.record.id) {
+            let catalog = self.store.home().catalog()?;
+            return Ok(catalog.snapshots_of(&self.record.id).to_vec());
+        }
         self.change.snapshots_of(&self.record.id)
     }
 

@@ -9,4 +9,5 @@ pub(super) mod names;
 pub(super) mod path_spelling;
 pub(super) mod preflight;
 pub(super) mod recovery;
+pub(super) mod reserve;
 pub(super) mod settled;

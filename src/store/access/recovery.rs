@@ -16,6 +16,7 @@ use crate::files::listing::{names_in, resolve};
 use crate::files::markers::UNRECORDED;
 use crate::home::{SnapshotRecord, is_snapshot_name};
 use crate::store::access::locked_box::LockedBox;
+use crate::store::kept::entries::remove_undone;
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::graph::{LayerGraph, Role};
 use crate::store::layers::snapshot_place::{NewSnapshotIdentity, record_snapshot};
@@ -34,6 +35,7 @@ pub fn recover_box(locked: &mut LockedBox<'_>) -> Result<()> {
             .box_dir(&locked.record.id)
             .join(UNRECORDED),
     )?;
+    remove_undone(locked.store, Some(&locked.record.id))?;
     undo_pending_snapshot(locked)?;
     undo_freeze(locked)?;
     recover_snapshot_dirs(locked)

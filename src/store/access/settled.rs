@@ -12,7 +12,7 @@ use crate::store::Store;
 use crate::store::access::path_spelling::misspelled_now;
 use crate::store::layers::catalog_index::CatalogIndex;
 use crate::store::layers::collect::{is_missing, named_in};
-use crate::store::layers::graph::LayerGraph;
+use crate::store::layers::graph::{ImageFile, LayerGraph, Role};
 use crate::store::layers::references::not_reached_from;
 
 /// Returns whether recovery would find nothing to do. While a change is under way, the answer is no.
@@ -25,6 +25,7 @@ pub fn is_settled(store: &Store, catalog: &Catalog, layers: &LayerGraph) -> Resu
         && misspelled_now(store, Some(layers))?.is_empty()
         && are_bases_settled(store, catalog, layers, &rows)
         && are_spares_right(layers)
+        && are_entries_settled(store, catalog, layers)?
         && are_boxes_settled(store, catalog, layers)?
         && are_refs_needed(store, layers, &rows)?)
 }
@@ -46,6 +47,21 @@ fn are_bases_settled(
     index.bases.iter().all(is_there)
         && !headers.any(|path| is_missing(path, layers, store.home()))
         && !files.any(|file| index.is_unneeded(file, layers))
+}
+
+/// Returns whether what every entry keeps is gone, and each of its disks is a base.
+fn are_entries_settled(store: &Store, catalog: &Catalog, layers: &LayerGraph) -> Result<bool> {
+    let home = store.home();
+    let is_base = |file: &ImageFile| matches!(file.role, Role::Base { .. });
+    let mut kept = layers
+        .files()
+        .filter(|file| matches!(file.role, Role::Kept { .. }));
+    Ok(home.kept_ids()?.len() == catalog.kept().len()
+        && catalog
+            .kept()
+            .iter()
+            .all(|entry| home.is_gone(entry, catalog))
+        && kept.all(|file| layers.names_of(file.id).any(is_base)))
 }
 
 fn are_spares_right(layers: &LayerGraph) -> bool {

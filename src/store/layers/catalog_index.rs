@@ -40,12 +40,14 @@ impl<'r> CatalogIndex<'r> {
         row.is_some_and(|row| row.kind != "rootfs") && layers.is_unneeded(file, self.named)
     }
 
-    /// Returns whether a row knows this name of a file.
+    /// Returns whether a row knows this name of a file. None knows a name that only an entry has: its
+    /// layer stays as it is.
     pub fn has_row(&self, file: &ImageFile) -> bool {
         match &file.role {
             Role::Live { box_id } => self.boxes.contains(box_id.as_str()),
             Role::Snapshot { .. } => self.named.contains(&file.path),
             Role::Base { .. } => self.bases.contains_key(&file.path),
+            Role::Kept { .. } => false,
         }
     }
 }

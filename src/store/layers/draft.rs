@@ -8,7 +8,7 @@ use crate::exports::{Contents, Source};
 use crate::files::durable;
 use crate::files::listing::resolve;
 use crate::files::workspace::discard;
-use crate::home::base_id;
+use crate::home::{base_id, is_kept_id};
 use crate::store::Store;
 use crate::store::access::lock::lock_box;
 use crate::store::layers::flatten::{FlattenedLayers, plan_flatten, write_flattened};
@@ -149,8 +149,8 @@ pub fn draft_clone(store: &Store, source: &Source) -> Result<Draft> {
 /// As [`draft_freeze`].
 pub fn draft_snapshot_clone(store: &Store, source: &Source) -> Result<Draft> {
     match source {
-        Source::Live { box_id } => draft_freeze(store, box_id),
-        Source::Snapshot { .. } => Ok(Draft {
+        Source::Live { box_id } if !is_kept_id(box_id) => draft_freeze(store, box_id),
+        _ => Ok(Draft {
             base: store.home().base_disk(&base_id()?),
             overlay: None,
             virtual_size: 0,
@@ -163,7 +163,7 @@ pub fn draft_snapshot_clone(store: &Store, source: &Source) -> Result<Draft> {
 /// Puts deleted bases back if the chain can't be followed without them.
 fn put_back_missing(store: &Store, box_id: &str, top: &Path) -> Result<()> {
     let is_broken = disk::chain_paths(top).is_err_and(|e| e.errno() == libc::ENOENT);
-    if is_broken && top.exists() {
+    if is_broken && top.exists() && !is_kept_id(box_id) {
         drop(lock_box(store, box_id)?);
     }
     Ok(())

@@ -240,7 +240,10 @@ pub fn adopt_snapshot_layer(locked: &mut LockedBox<'_>, layer: &Path) -> Result<
 
 /// Returns the layer that stands for a disk whose top layer holds no data. Returns None if the top
 /// layer holds data or has no layer below it.
-fn layer_below_empty(
+///
+/// # Errors
+/// Those of reading the layers.
+pub fn layer_below_empty(
     locked: &LockedBox<'_>,
     top: &Path,
     header: &Header,

@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::exports::Source;
+use crate::home::is_kept_id;
 use crate::store::access::locked_box::LockedBox;
 use crate::store::layers::draft::Draft;
 use crate::store::layers::freeze::{adopt_snapshot_layer, freeze_live, install_flattened};
@@ -39,7 +40,8 @@ pub fn freeze_source(
         return Ok(flat);
     }
     match source {
-        Source::Live { .. } => freeze_live(locked, draft),
+        Source::Live { box_id } if !is_kept_id(box_id) => freeze_live(locked, draft),
+        Source::Live { .. } => adopt_snapshot_layer(locked, &layer),
         Source::Snapshot { .. } => adopt_snapshot_layer(locked, &layer),
     }
 }

@@ -14,7 +14,7 @@ use crate::Result;
 use crate::disk::{FileId, Header, Moment};
 use crate::exports::{OpenHome, States};
 use crate::files::listing::{is_absent, names_in, resolve};
-use crate::home::{BaseRecord, Home, KnownHeader, SizeCache};
+use crate::home::{BaseRecord, Home, KnownHeader, SizeCache, is_kept_id};
 use crate::store::layers::spare_names::{SharedSpares, SpareNames, Spares};
 
 /// The role of a file in BoxLite's layout.
@@ -26,6 +26,8 @@ pub enum Role {
     Snapshot { box_id: String, name: String },
     /// `bases/ID.qcow2`.
     Base { id: String },
+    /// A disk of the entry ID, below `.boxlitefs/undo/ID`.
+    Kept { id: String },
 }
 
 /// One name of an image file.
@@ -71,7 +73,7 @@ impl ImageFile {
     pub fn box_id(&self) -> Option<&str> {
         match &self.role {
             Role::Live { box_id } | Role::Snapshot { box_id, .. } => Some(box_id),
-            Role::Base { .. } => None,
+            Role::Base { .. } | Role::Kept { .. } => None,
         }
     }
 }
@@ -405,6 +407,7 @@ fn read_across(layers: &LayerGraph, home: &Home) -> Result<HashSet<String>> {
                     |row: &BaseRecord| row.source_box_id == inside && is_row_of(row, &file.path);
                 rows.as_ref().is_some_and(|rows| rows.iter().any(is_of_box))
             }
+            Role::Kept { .. } => false,
         };
         if !is_known {
             across.insert(inside.to_owned());
@@ -444,7 +447,7 @@ impl LayerScanner {
         }
     }
 
-    /// Scans `bases/` and `boxes/` for image files, with rows or without.
+    /// Scans `bases/`, `boxes/` and what can be had back for image files, with rows or without.
     ///
     /// # Errors
     /// Those of reading the directories.
@@ -462,6 +465,9 @@ impl LayerScanner {
         }
         for box_id in names_in(&self.home.boxes_dir())? {
             self.add_box(&box_id, &mut scan)?;
+        }
+        for id in self.home.kept_ids()? {
+            self.add_box(&id, &mut scan)?;
         }
         let layers = scan.into_graph();
         let mut headers = self.headers.lock();
@@ -532,20 +538,25 @@ impl LayerScanner {
         }
     }
 
-    /// Adds the live disk and the snapshots of a box to the scan.
+    /// Adds the live disk and the snapshots of a box, or the disks of an entry, to the scan.
     ///
     /// # Errors
     /// Those of reading the directory of the snapshots.
     pub(super) fn add_box(&self, box_id: &str, scan: &mut Scan) -> Result<()> {
-        let role = Role::Live {
-            box_id: box_id.to_owned(),
+        let id = || box_id.to_owned();
+        let is_kept = is_kept_id(box_id);
+        let role = if is_kept {
+            Role::Kept { id: id() }
+        } else {
+            Role::Live { box_id: id() }
         };
         self.add_file(self.home.live_disk(box_id), role, scan);
         for name in names_in(&self.home.snapshots_dir(box_id))? {
             let path = self.home.snapshot_disk(box_id, &name);
-            let role = Role::Snapshot {
-                box_id: box_id.to_owned(),
-                name,
+            let role = if is_kept {
+                Role::Kept { id: id() }
+            } else {
+                Role::Snapshot { box_id: id(), name }
             };
             self.add_file(path, role, scan);
         }

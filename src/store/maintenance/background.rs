@@ -1,7 +1,7 @@
 //! Background compaction: an idle mount frees bases that are no longer needed and merges layers. It
 //! works slowly and at the lowest priority, and pauses while anything else goes on. Layers of
 //! snapshots that were deleted beside a runtime are freed by the same thread, idle or not. What changes
-//! of a large home have left is freed by another.
+//! of a large home have left is freed by another, and a third drops what was kept for undo.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,8 +13,9 @@ use crate::disk::FileId;
 use crate::files::priority::{set_upkeep, step_back};
 use crate::home::Catalog;
 use crate::store::Store;
-use crate::store::access::deletion_space::keep_reserve;
 use crate::store::access::home_recovery::free_unneeded;
+use crate::store::access::reserve::keep_reserve;
+use crate::store::kept::expire::expire;
 use crate::store::layers::collect::has_unneeded;
 use crate::store::layers::merge::merge_layers;
 use crate::store::layers::mergeable::{MergePlan, mergeable};
@@ -124,6 +125,11 @@ impl BackgroundCompaction {
             };
             threads.extend(start("upkeep", Box::new(move || compactor.run())));
         }
+        let expiry = Expiry {
+            store: store.clone(),
+            stop: stop.clone(),
+        };
+        threads.extend(start("undo", Box::new(move || expiry.run())));
         Some(BackgroundCompaction { stop, threads })
     }
 }
@@ -178,6 +184,22 @@ impl Freeing {
         });
         self.stop
             .wait(if is_done { began.elapsed() } else { UNREAD });
+    }
+}
+
+/// Drops what was kept to be had back, when its time is over or its room is needed: by anybody, also
+/// by a machine that writes to its disk.
+struct Expiry {
+    store: Arc<Store>,
+    stop: Arc<Stop>,
+}
+
+impl Expiry {
+    fn run(&self) {
+        set_upkeep();
+        while !self.stop.wait(TICK) {
+            guarded(|| expire(&self.store));
+        }
     }
 }
 

@@ -145,6 +145,7 @@ fn inspect(home: &Path) -> Result<Report> {
     check.boxes();
     check.unneeded_of_boxlite();
     check.bases();
+    check.kept()?;
     check.leftovers()?;
     Ok(Report {
         root: store.home().root().to_owned(),
@@ -484,6 +485,54 @@ impl Check<'_> {
             })
             .collect();
         self.findings.extend(findings);
+    }
+
+    /// Checks what is kept to be had back: its rows and its disks. Nothing of it may still be there.
+    fn kept(&mut self) -> Result<()> {
+        let catalog = self.catalog.clone();
+        for id in self.store.home().kept_ids()? {
+            let dir = self.store.home().box_dir(&id);
+            let shown = dir.display().to_string();
+            let Some(entry) = catalog.kept_by_id(&id) else {
+                let why = match self.store.home().read_kept(&id) {
+                    Err(error) if error.errno() != libc::ENOENT => {
+                        format!("{error}; boxlitefs compact --purge-undo frees it")
+                    }
+                    _ => format!(
+                        "{shown} is left of what was kept ({}); mounting the home removes it",
+                        amount(allocated_below(&dir))
+                    ),
+                };
+                self.report(why);
+                continue;
+            };
+            if !self.store.home().is_gone(entry, &catalog) {
+                self.report(format!(
+                    "{shown} keeps something that is there: the {} was cut off, or undone; mounting the home removes it",
+                    entry.rows.what
+                ));
+                continue;
+            }
+            let subject = format!("what is kept in {shown}");
+            let rows = catalog.snapshots_of(&id).iter();
+            let layers = rows.map(|row| self.store.exports.disks.snapshot_layer(row));
+            let live = Some(self.store.home().live_disk(&id));
+            let live = live.filter(|live| live.exists());
+            for disk in live.into_iter().chain(layers).collect::<Vec<_>>() {
+                self.chain(&subject, &disk);
+                let has_base = self.layers.at(&disk).is_some_and(|file| {
+                    let mut names = self.layers.names_of(file.id);
+                    names.any(|name| matches!(name.role, Role::Base { .. }))
+                });
+                if !has_base {
+                    self.report(format!(
+                        "{} has no name in bases/; mounting the home gives it one",
+                        disk.display()
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Finds files and directories that belong to no row, and workspaces of killed mounts.

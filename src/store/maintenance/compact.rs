@@ -12,6 +12,7 @@ use crate::exports::Compression;
 use crate::progress::Operation;
 use crate::store::Store;
 use crate::store::access::home_recovery::free_unneeded;
+use crate::store::kept::expire::purge;
 use crate::store::layers::merge::{Merged, merge_layers};
 use crate::store::layers::mergeable::{MergePlan, mergeable};
 use crate::store::layers::put_back::keep_spares;
@@ -30,17 +31,20 @@ pub trait Meter {
     fn end(&self);
 }
 
-/// Compacts a home now. Prints a line for each merge, then a summary. Returns how many bytes were
-/// freed.
+/// Compacts a home now. Prints a line for each merge, then a summary. With `purge_undo`, first drops
+/// all that is kept to be had back. Returns how many bytes were freed.
 ///
 /// # Errors
 /// EBUSY while a BoxLite runtime has the home; those of opening it; the first error of a merge
 /// other than that its layers are in use.
-pub fn run(home: &Path, out: &mut dyn Write, meter: &dyn Meter) -> Result<u64> {
+pub fn run(home: &Path, purge_undo: bool, out: &mut dyn Write, meter: &dyn Meter) -> Result<u64> {
     let store = Store::open(home, false, Compression::default())?;
     // Fails early, with the reason, if the home cannot be changed now.
     drop(store.home().change()?);
     let before = allocated_in_home(&store)?;
+    if purge_undo {
+        purge(&store)?;
+    }
     free_unneeded(&store)?;
     keep_spares(&store)?;
     let result = compact_home(&store, out, meter);

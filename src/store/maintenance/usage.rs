@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::Result;
 use crate::disk::FileId;
 use crate::exports::Source;
-use crate::home::{BoxRecord, Catalog, Queries};
+use crate::home::{BoxRecord, Catalog, Queries, is_kept_id};
 use crate::store::Store;
 use crate::store::layers::graph::{LayerGraph, Role};
 
@@ -95,6 +95,41 @@ pub fn usage_of(store: &Store, source: &Source) -> Result<Usage> {
     Ok(usages.states.get(source).copied().unwrap_or_default())
 }
 
+/// What is kept to be had back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeptUsage {
+    /// The number of entries.
+    pub entries: usize,
+    /// Bytes on disk of layers that nothing else reads. None in a large home, where that takes long.
+    pub bytes: Option<u64>,
+}
+
+/// Returns what is kept to be had back, and the space that it takes.
+///
+/// # Errors
+/// Those of [`usage_of_box`].
+pub fn usage_of_kept(store: &Store) -> Result<KeptUsage> {
+    let entries = store.home().catalog()?.kept().len();
+    if entries == 0 || store.layers.is_large() {
+        let bytes = (entries == 0).then_some(0);
+        return Ok(KeptUsage { entries, bytes });
+    }
+    let layers = store.layers.scan()?;
+    let below = |is_top: &dyn Fn(&Role) -> bool| -> HashMap<FileId, u64> {
+        let tops = layers.files().filter(|file| is_top(&file.role));
+        let files = tops.flat_map(|top| layers.chain(&top.path));
+        let files = files.filter_map(|path| layers.at(path));
+        files.map(|file| (file.id, file.allocated)).collect()
+    };
+    let kept = below(&|role| matches!(role, Role::Kept { .. }));
+    let read = below(&|role| matches!(role, Role::Live { .. } | Role::Snapshot { .. }));
+    let own = kept.iter().filter(|(id, _)| !read.contains_key(id));
+    Ok(KeptUsage {
+        entries,
+        bytes: Some(own.map(|(_, bytes)| bytes).sum()),
+    })
+}
+
 /// Returns usages, that of this box and of its states among them.
 fn usages(store: &Store, box_id: &str) -> Result<Arc<Usages>> {
     let catalog = store.home().catalog()?;
@@ -107,7 +142,8 @@ fn usages(store: &Store, box_id: &str) -> Result<Arc<Usages>> {
     let states = if store.layers.is_large() {
         states_near(store, &catalog, box_id)?
     } else {
-        states_of(store, &store.layers.scan()?, &catalog, catalog.boxes())
+        let boxes = catalog.boxes().chain(catalog.kept_boxes());
+        states_of(store, &store.layers.scan()?, &catalog, boxes)
     };
     let usages = Arc::new(Usages::of(states));
     store.usage.lock().0 = Some(KnownUsages {
@@ -128,7 +164,9 @@ fn states_near(store: &Store, catalog: &Catalog, box_id: &str) -> Result<Vec<Sta
     let rows = store.home().queries()?;
     let layers = store.layers.near(&rows, box_id)?;
     let near: HashSet<&str> = layers.boxes().collect();
+    let of_entry = is_kept_id(box_id).then(|| catalog.box_by_id(box_id));
     let records = near.iter().filter_map(|id| catalog.box_by_id(id));
+    let records = records.chain(of_entry.flatten());
     let mut sharing: HashMap<PathBuf, Vec<String>> = HashMap::new();
     for of_box in &near {
         sharing.extend(rows.sharing_boxes(of_box)?);

@@ -13,6 +13,7 @@ use crate::store::Store;
 use crate::store::access::lock::{lock_source, made_again_on, switch_to_target};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
+use crate::store::kept::expire::with_room;
 use crate::store::layers::draft::{draft_clone, draft_of, draft_snapshot_clone, refuse_changed};
 use crate::store::layers::freeze_source::freeze_source;
 use crate::store::layers::frozen::{FrozenDisk, make_overlay};
@@ -38,7 +39,9 @@ pub fn clone_box(
         new.name,
         store.exports.disks.describe(source)
     );
-    let result = made_again_on(store, source, &|| make_clone(store, source, read, new));
+    let result = with_room(store, Some(source.box_id()), &|| {
+        made_again_on(store, source, &|| make_clone(store, source, read, new))
+    });
     store.events().log_outcome(&action, result)
 }
 
@@ -156,8 +159,10 @@ pub fn clone_snapshot(
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
-    let result = made_again_on(store, source, &|| {
-        make_snapshot_clone(store, source, read, box_id, new)
+    let result = with_room(store, Some(source.box_id()), &|| {
+        made_again_on(store, source, &|| {
+            make_snapshot_clone(store, source, read, box_id, new)
+        })
     });
     store.events().log_outcome(&action, result)
 }

@@ -15,6 +15,7 @@ use crate::files::workspace::discard;
 use crate::store::Store;
 use crate::store::access::lock::{begin_shared_change, lock_shared, made_again};
 use crate::store::access::names::{refuse_bad_snapshot_name, refuse_taken_box_name};
+use crate::store::kept::expire::with_room;
 use crate::store::layers::flatten::{
     FlattenPlan, FlattenedLayers, plan_difference, write_flattened,
 };
@@ -41,7 +42,9 @@ const WORTH_ANOTHER_LOOK: u64 = 1 << 20;
 /// options are not allowed here, EEXIST when the name is taken, EBUSY.
 pub fn import_box(store: &Store, stream: &ImportStream, new: &NewBoxIdentity) -> Result<()> {
     let same = stream.same_state(store);
-    let result = made_again(store, &|| make_imported(store, stream, same.as_ref(), new));
+    let result = with_room(store, None, &|| {
+        made_again(store, &|| make_imported(store, stream, same.as_ref(), new))
+    });
     store
         .events()
         .log_outcome(&format!("import of box {}", new.name), result)
@@ -110,8 +113,10 @@ pub fn import_snapshot(
 ) -> Result<()> {
     let name = &new.name;
     let same = stream.same_state(store);
-    let result = made_again(store, &|| {
-        make_imported_snapshot(store, stream, same.as_ref(), box_id, new)
+    let result = with_room(store, None, &|| {
+        made_again(store, &|| {
+            make_imported_snapshot(store, stream, same.as_ref(), box_id, new)
+        })
     });
     store.events().log_outcome(
         &format!(

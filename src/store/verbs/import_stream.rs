@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 
-use crate::archive::{Allowance, Incoming, MOST_HOLES, Manifest, Progress};
+use crate::archive::{Allowance, Incoming, MOST_HOLES, MakeRoom, Manifest, Progress};
 use crate::exports::{Contents, Source};
 use crate::files::waiting_archive::WaitingArchive;
 use crate::files::workspace::discard;
 use crate::home::{check_options, described_options, normalize_imported, reject_host_access};
 use crate::progress::UnderWay;
 use crate::store::Store;
+use crate::store::kept::expire::{drop_oldest, with_room};
 use crate::store::layers::flatten::{FlattenPlan, plan_received};
 use crate::store::layers::reference_state::ReferenceState;
 use crate::{Context, Error, Result};
@@ -75,15 +76,22 @@ pub enum ImportTarget {
 /// # Errors
 /// EROFS; those of making a file in the workspace.
 pub fn receive(
-    store: &Store,
+    store: &Arc<Store>,
     target: ImportTarget,
     reference: Option<ReferenceState>,
 ) -> Result<ImportStream> {
     store.refuse_read_only()?;
-    let disk = store.workspace().fresh_path("disk")?;
     let other = reference.as_ref().map(|state| state.chain.clone());
+    let of = store.clone();
+    let make_room: MakeRoom = Arc::new(move || drop_oldest(&of, None));
+    let (disk, incoming) = with_room(store, None, &|| {
+        let disk = store.workspace().fresh_path("disk")?;
+        let (most, other) = (store.imports.most, other.clone());
+        let incoming = Incoming::begin_with_room(&disk, most, other, make_room.clone())?;
+        Ok((disk, incoming))
+    })?;
     Ok(ImportStream {
-        incoming: Incoming::begin(&disk, store.imports.most, other)?,
+        incoming,
         reference: reference.map(Arc::new),
         is_filled: AtomicBool::new(false),
         spool: None,

@@ -2,6 +2,7 @@
 
 pub(super) mod clone;
 pub(super) mod edit;
+pub(super) mod have_back;
 pub(super) mod import;
 pub(super) mod import_stream;
 pub(super) mod install;

@@ -18,6 +18,7 @@ use crate::store::Store;
 use crate::store::access::deletion_space::delete_with_room;
 use crate::store::access::lock::{lock_shared, made_again_on};
 use crate::store::access::locked_box::LockedBox;
+use crate::store::kept::keep::{flush_early, keep_box};
 use crate::store::layers::adopt::adopt;
 use crate::store::layers::collect::{free_bases, free_without_lock};
 use crate::store::layers::graph::LayerGraph;
@@ -67,8 +68,8 @@ pub fn remove_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     store.events().log_outcome(&action, result)
 }
 
-/// Order: adopt the layers that others read from; complete the references of all other boxes; mark
-/// the directory; delete all rows of the box in one transaction; remove the directory; free the
+/// Order: adopt the layers that others read from; complete the references of all other boxes; keep
+/// what is removed; mark the directory; delete all rows of the box in one transaction; remove the directory; free the
 /// bases that are no longer read.
 ///
 /// A crash before the transaction leaves the box unchanged but marked; recovery removes the mark.
@@ -78,6 +79,7 @@ pub fn remove_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
 /// Beside a runtime, what BoxLite does with the box at that moment fails, or makes files in a
 /// directory without a row, which its next start removes.
 fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
+    flush_early(store, box_id);
     let mut locked = lock_shared(store, box_id)?;
     refuse_other_snapshots(&locked, seen)?;
     refuse_other_disk(&locked, seen)?;
@@ -94,23 +96,33 @@ fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     let state = locked.record.state().ok();
     let lock_id = state.and_then(|state| u32::try_from(state["lock_id"].as_u64()?).ok());
     crash_point("remove-box.adopted");
+    let kept = keep_box(&mut locked)?;
     let aside = store.workspace().fresh_path("removed")?;
     let has_directory = dir.is_dir();
-    if has_directory {
-        mark_unrecorded(&dir)?;
-    }
+    let marked = if has_directory {
+        mark_unrecorded(&dir)
+    } else {
+        Ok(())
+    };
     crash_point("remove-box.marked");
-    let unrecorded = refuse_changed_files(&locked, seen)
+    let unrecorded = marked
+        .and_then(|()| refuse_changed_files(&locked, seen))
         .and_then(|()| locked.change.transaction(|rows| rows.delete_box(box_id)));
     if let Err(error) = unrecorded {
         // A failed commit may be durable all the same. If the row is gone, or cannot be looked up,
         // the mark stays for recovery.
         if locked.change.box_by_id(box_id).is_ok() {
             let _ = durable::unlink(&dir.join(UNRECORDED));
+            if let Some(kept) = kept {
+                kept.withdraw(&mut locked);
+            }
         }
         return Err(error);
     }
     crash_point("remove-box.unrecorded");
+    if let Some(kept) = kept {
+        kept.finish(store);
+    }
     // The box is removed. A failure from here on is only logged.
     let moved = if has_directory {
         put_aside(store, &dir, &aside)
@@ -196,8 +208,11 @@ fn put_aside(store: &Store, dir: &Path, aside: &Path) -> Result<()> {
     durable::sync_dir(&store.home().boxes_dir())?;
     durable::count_change();
     let snapshots = aside.join("snapshots");
+    let mut layers = vec![aside.join("disks/disk.qcow2")];
     for name in names_in(&snapshots)? {
-        let layer = snapshots.join(name).join("disk.qcow2");
+        layers.push(snapshots.join(name).join("disk.qcow2"));
+    }
+    for layer in layers {
         if fs::symlink_metadata(&layer).is_ok_and(|meta| meta.nlink() > 1) {
             fs::remove_file(&layer).context(|| format!("cannot remove {}", layer.display()))?;
         }

@@ -17,6 +17,7 @@ use crate::store::access::deletion_space::delete_with_room;
 use crate::store::access::lock::{lock_shared, made_again, made_again_on};
 use crate::store::access::locked_box::LockedBox;
 use crate::store::access::recovery::{has_row, recover_box};
+use crate::store::kept::keep::keep_snapshot;
 use crate::store::layers::draft::draft_shorter;
 use crate::store::layers::freeze::put_on_flat;
 use crate::store::layers::references::free_surplus;
@@ -52,7 +53,7 @@ pub fn remove_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result
     store.events().log_outcome(&action, result)
 }
 
-/// Order: adopt the layer if any chain names its path; mark the directory; delete the row; unlink
+/// Order: adopt the layer if any chain names its path; keep it; mark the directory; delete the row; unlink
 /// the layer's name, at once or when BoxLite can no longer need it. A crash after the row was
 /// deleted leaves a marked directory without a row, which recovery removes even if the layer has no
 /// other name.
@@ -61,18 +62,29 @@ fn delete_snapshot(store: &Store, box_id: &str, snapshot_id: &str) -> Result<()>
     let snapshot = locked.snapshot(snapshot_id)?;
     let layer = unread_layer(&mut locked, &snapshot)?;
     crash_point("remove.adopted");
-    mark_unrecorded_snapshot(&layer)?;
+    let kept = keep_snapshot(&mut locked, &snapshot)?;
+    let marked = mark_unrecorded_snapshot(&layer);
     crash_point("remove.marked");
-    let unrecorded = refuse_restored(&locked, &layer).and_then(|()| {
-        locked
-            .change
-            .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id))
-    });
+    let unrecorded = marked
+        .and_then(|()| refuse_restored(&locked, &layer))
+        .and_then(|()| {
+            locked
+                .change
+                .transaction(|rows| rows.delete_snapshot(box_id, snapshot_id))
+        });
     if let Err(error) = unrecorded {
+        if let Some(kept) = kept
+            && locked.snapshot(snapshot_id).is_ok()
+        {
+            kept.withdraw(&mut locked);
+        }
         remove_mark_or_recover(&mut locked, snapshot_id, &layer);
         return Err(error);
     }
     crash_point("remove.unrecorded");
+    if let Some(kept) = kept {
+        kept.finish(store);
+    }
     free_or_leave(&mut locked, &layer)?;
     drop(locked);
     adopt_if_restored(store, box_id, &layer);

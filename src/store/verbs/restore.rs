@@ -1,9 +1,10 @@
 //! `cp web/snapshots/NAME/export.boxlite web/export.boxlite`: replaces the live disk with another
 //! state, from the home or from a received archive.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use crate::disk::FileId;
 use crate::exports::{Contents, Source, display_name};
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
@@ -11,6 +12,8 @@ use crate::store::Store;
 use crate::store::access::beside_runtime::{refuse_other_size, replace_live};
 use crate::store::access::lock::{lock_shared, made_again, made_again_on, switch_to_source};
 use crate::store::access::locked_box::LockedBox;
+use crate::store::kept::expire::with_room;
+use crate::store::kept::keep::{flush_early, keep_disk};
 use crate::store::layers::draft::{draft_clone, draft_of, refuse_changed};
 use crate::store::layers::freeze_source::freeze_source;
 use crate::store::layers::frozen::make_overlay;
@@ -33,21 +36,30 @@ pub fn restore_box(store: &Store, box_id: &str, source: &Source, read: &Contents
         store.exports.disks.name_of(box_id),
         store.exports.disks.describe(source)
     );
-    let result = made_again_on(store, source, &|| {
-        restore_state(store, box_id, source, read)
+    let result = with_room(store, Some(source.box_id()), &|| {
+        made_again_on(store, source, &|| {
+            restore_state(store, box_id, source, read, &action)
+        })
     });
     store.events().log_outcome(&action, result)
 }
 
 /// Order: freeze the source (or adopt the snapshot's layer); make an overlay on it in the
-/// workspace; add the references; move the overlay over the live disk. A crash before the last step
+/// workspace; add the references; keep the live disk; move the overlay over it. A crash before the last step
 /// leaves surplus references, which recovery drops.
-fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) -> Result<()> {
+fn restore_state(
+    store: &Store,
+    box_id: &str,
+    source: &Source,
+    read: &Contents,
+    action: &str,
+) -> Result<()> {
     let is_itself = matches!(source, Source::Live { box_id: other } if other == box_id);
     if is_itself {
         return refuse_changed(store, source, read);
     }
     let draft = draft_of(store, source, read, &|| draft_clone(store, source))?;
+    flush_early(store, box_id);
     let mut locked = lock_shared(store, box_id)?;
     let live = replaceable_live(&locked)?;
     let (file, old) = open_disk(&live)?;
@@ -66,7 +78,7 @@ fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) 
     durable::sync_file(&overlay)?;
     locked.refer_to_chain(&overlay)?;
     crash_point("restore.referred");
-    replace_live(&mut locked, &overlay, &live, old)?;
+    replace_kept(&mut locked, &overlay, &live, old, action)?;
     drop(file);
     crash_point("restore.replaced");
     clean_up_after_restore(&mut locked);
@@ -80,19 +92,18 @@ fn restore_state(store: &Store, box_id: &str, source: &Source, read: &Contents) 
 /// EBADMSG when the archive is incomplete, EBUSY, ENODATA for a box without a disk, EPERM when
 /// others read from the live disk.
 pub fn restore_archive(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
-    let result = made_again(store, &|| restore_arrived(store, box_id, stream));
-    store.events().log_outcome(
-        &format!(
-            "restore of box {} from an archive",
-            store.exports.disks.name_of(box_id)
-        ),
-        result,
-    )
+    let name = store.exports.disks.name_of(box_id);
+    let action = format!("restore of box {name} from an archive");
+    let result = with_room(store, None, &|| {
+        made_again(store, &|| restore_arrived(store, box_id, stream, &action))
+    });
+    store.events().log_outcome(&action, result)
 }
 
-/// Order: the disk was unpacked and checked in the workspace; flush it; move it over the live disk.
+/// Order: the disk was unpacked and checked in the workspace; flush it; keep the live disk; move the
+/// new one over it.
 /// A crash leaves the old or the new disk, and surplus references, which recovery drops.
-fn restore_arrived(store: &Store, box_id: &str, stream: &ImportStream) -> Result<()> {
+fn restore_arrived(store: &Store, box_id: &str, stream: &ImportStream, action: &str) -> Result<()> {
     if !stream.is_complete() {
         return Err(Error::bad_archive("the archive is incomplete"));
     }
@@ -100,16 +111,39 @@ fn restore_arrived(store: &Store, box_id: &str, stream: &ImportStream) -> Result
     store.home().give_to_owner(disk)?;
     durable::set_modified(disk, SystemTime::now())?;
     durable::sync_file(disk)?;
+    flush_early(store, box_id);
     let mut locked = lock_shared(store, box_id)?;
     let live = replaceable_live(&locked)?;
     let (file, old) = open_disk(&live)?;
     refuse_other_size(&locked, &live, stream.virtual_size())?;
     crash_point("restore.arrived");
-    replace_live(&mut locked, disk, &live, old)?;
+    replace_kept(&mut locked, disk, &live, old, action)?;
     drop(file);
     crash_point("restore.replaced");
     clean_up_after_restore(&mut locked);
     Ok(())
+}
+
+/// Moves `new` over the live disk, whose file was `old`. What that has is kept first.
+fn replace_kept(
+    locked: &mut LockedBox<'_>,
+    new: &Path,
+    live: &Path,
+    old: FileId,
+    action: &str,
+) -> Result<()> {
+    let kept = keep_disk(locked, live, old, action.to_owned())?;
+    let replaced = replace_live(locked, new, live, old);
+    let Some(kept) = kept else {
+        return replaced;
+    };
+    match &replaced {
+        Ok(()) => kept.finish(locked.store),
+        // If the old disk could not be moved back, it is kept despite the error.
+        Err(_) if FileId::at(live).is_ok_and(|now| now == old) => kept.withdraw(locked),
+        Err(_) => {}
+    }
+    replaced
 }
 
 /// Returns the path of the live disk, if it may be replaced. EPERM when a layer reads from it,

@@ -7,6 +7,7 @@ use crate::files::crash_points::crash_point;
 use crate::store::Store;
 use crate::store::access::lock::{lock_shared, lock_source, made_again_on};
 use crate::store::access::names::refuse_bad_snapshot_name;
+use crate::store::kept::expire::with_room;
 use crate::store::layers::draft::draft_freeze;
 use crate::store::layers::freeze::freeze_live;
 use crate::store::layers::running::{freeze_running, write_running};
@@ -54,10 +55,14 @@ fn take_snapshot(
             refuse_taken_snapshot_name(&lock_source(store, box_id)?, name)
         })?;
         if let Some(copy) = copies.copy_now(&live, go_on)? {
-            return made_again_on(store, &live, &|| keep_copy(store, box_id, name, &copy));
+            return with_room(store, None, &|| {
+                made_again_on(store, &live, &|| keep_copy(store, box_id, name, &copy))
+            });
         }
     }
-    made_again_on(store, &live, &|| freeze_and_name(store, box_id, name))
+    with_room(store, None, &|| {
+        made_again_on(store, &live, &|| freeze_and_name(store, box_id, name))
+    })
 }
 
 /// Order: draft what takes long before the lock is taken; freeze the live disk; name the frozen

@@ -203,7 +203,7 @@ fn is_recorded(store: &Store, file: &ImageFile, catalog: &Catalog) -> bool {
             let mut rows = catalog.snapshots_of(box_id).iter();
             rows.any(|row| store.exports.disks.snapshot_layer(row) == file.path)
         }
-        Role::Base { .. } => true,
+        Role::Base { .. } | Role::Kept { .. } => true,
     }
 }
 

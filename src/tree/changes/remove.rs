@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 
 use crate::exports::Source;
+use crate::home::is_kept_id;
 use crate::process::Caller;
 use crate::store::{self, Store};
 use crate::tree::changes::checks::refuse_waiting_copies;
@@ -64,7 +65,7 @@ impl Remover {
             Node::Snapshot(id, snapshot) => self.remove_snapshot(caller, &id, &snapshot, name),
             Node::Snapshots(id) => self.remove_snapshots_dir(caller, &id),
             Node::Box(id) => self.remove_box(caller, &id, name),
-            Node::Hidden => Err(Error::new(libc::EPERM, ".boxlite can't be removed")),
+            Node::Hidden | Node::Undo => Err(Error::new(libc::EPERM, ".boxlite can't be removed")),
             Node::View | Node::ViewOf(_) | Node::ViewSnapshots(_) => Err(Error::new(
                 libc::EPERM,
                 "the view can't be removed; it goes with its box or snapshot",
@@ -118,6 +119,13 @@ impl Remover {
                 history.remove_with_box(caller, id, (snapshot, name));
                 self.kernel.raise_generation(&directory);
                 return Ok(());
+            }
+            SnapshotRemoval::Now if is_kept_id(id) => {
+                return Err(refuse(
+                    &self.store,
+                    libc::EPERM,
+                    format!("{name}: what is kept stays as it is; rm -r on all of it ends that"),
+                ));
             }
             SnapshotRemoval::Now => {}
         }
@@ -197,7 +205,13 @@ impl Remover {
         let is_of_it = |source: &Source| source.box_id() == id;
         refuse_waiting_copies(&self.store, &self.staging, is_of_it)?;
         let boxes = &self.view.home.boxes;
-        boxes.change(id, || store::remove_box(&self.store, id, &seen))?;
+        boxes.change(id, || {
+            if is_kept_id(id) {
+                store::drop_kept(&self.store, id)
+            } else {
+                store::remove_box(&self.store, id, &seen)
+            }
+        })?;
         self.staging.loose.forget_box(id);
         self.history.forget(id);
         Ok(())
@@ -271,6 +285,7 @@ impl Remover {
             (Node::BoxJson(id) | Node::SnapshotJson(id, _), Node::Box(_) | Node::Snapshot(..)) => {
                 id.clone()
             }
+            (Node::Why(id), _) => id.clone(),
             (Node::Export(source) | Node::Link(_, source), _) => source.box_id().to_owned(),
             _ => {
                 return Err(refuse(
@@ -312,7 +327,11 @@ impl Remover {
                 if self.history.goes_on_removing(caller, id) {
                     return Ok(());
                 }
-                store::refuse_unready(&self.store, id)
+                if is_kept_id(id) {
+                    self.store.refuse_read_only()
+                } else {
+                    store::refuse_unready(&self.store, id)
+                }
             });
         if let Err(error) = unready {
             self.history.refuse_removal(caller, id);

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use crate::home::is_snapshot_name;
+use crate::home::{is_kept_id, is_snapshot_name};
 use crate::process::Caller;
 use crate::store::{self, Store};
 use crate::tree::changes::checks::Checks;
@@ -150,6 +150,36 @@ impl Renamer {
         Ok(())
     }
 
+    /// Brings back a removed box as `to`.
+    fn have_back_box(&self, caller: Caller, id: &str, to: &str, mode: RenameMode) -> Result<()> {
+        self.refuse_taken_snapshot_name(caller, &Node::Root, to, mode)?;
+        self.checks.refuse_dotted(to)?;
+        let name =
+            decode(to).map_err(|error| self.checks.refuse(libc::EPERM, error.to_string()))?;
+        let boxes = &self.view.home.boxes;
+        boxes.change(id, || store::have_back_box(&self.store, id, &name))
+    }
+
+    /// Makes what an entry keeps a snapshot of its box.
+    fn have_back_snapshot(
+        &self,
+        caller: Caller,
+        (id, box_id): (&str, &str),
+        to: &str,
+        mode: RenameMode,
+    ) -> Result<()> {
+        let parent = Node::Snapshots(box_id.to_owned());
+        self.refuse_taken_snapshot_name(caller, &parent, to, mode)?;
+        if !is_snapshot_name(to) {
+            let message = format!("{to:?} can't be a snapshot's name");
+            return Err(self.checks.refuse(libc::EPERM, message));
+        }
+        let boxes = &self.view.home.boxes;
+        boxes.change(id, || {
+            store::have_back_snapshot(&self.store, id, box_id, to)
+        })
+    }
+
     /// Returns the box being made that an entry is, or is in.
     fn staged_box_at(&self, (parent, name): NameIn<'_>) -> Option<String> {
         let boxes = &self.staging.boxes;
@@ -289,6 +319,15 @@ impl Renamer {
         let is_into_staging = self.staging.boxes.is_view_for(caller, to_parent);
         let refuse = |message: String| self.checks.refuse(libc::EPERM, message);
         match (&node, to_parent) {
+            (Node::Box(id), Node::Root) if is_kept_id(id) => {
+                self.have_back_box(caller, id, to, mode)
+            }
+            (Node::Box(id), Node::Snapshots(of)) if is_kept_id(id) => {
+                self.have_back_snapshot(caller, (id, of), to, mode)
+            }
+            (Node::Snapshot(id, _) | Node::Snapshots(id), _) if is_kept_id(id) => {
+                Err(refuse(format!("{from} stays with what is kept; copy it")))
+            }
             (Node::Box(id), Node::Root) => self.rename_box(caller, id, to, mode),
             (Node::Snapshot(id, snapshot), Node::Snapshots(other)) if id == other => {
                 self.refuse_taken_snapshot_name(caller, to_parent, to, mode)?;

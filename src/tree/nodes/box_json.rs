@@ -144,6 +144,30 @@ pub fn parse_object(text: &[u8]) -> Result<Option<Value>> {
     }
 }
 
+/// Refuses a why.json as soon as the text so far can't be one of ours. It says what was done to a box,
+/// and a copy of the box does without it.
+///
+/// # Errors
+/// EINVAL.
+pub fn refuse_foreign_why(text: &[u8]) -> Result<()> {
+    let text = text.trim_ascii();
+    let is_ours = match (text.first(), text.last()) {
+        (None, _) => true,
+        (Some(b'{'), Some(b'}')) => match serde_json::from_slice::<Value>(text) {
+            Ok(value) => value["action"].is_string() && value["box_id"].is_string(),
+            Err(error) => error.is_eof(),
+        },
+        (Some(first), _) => *first == b'{',
+    };
+    if is_ours {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::EINVAL,
+        "this is not the why.json of what was kept; no other file of that name is kept here",
+    ))
+}
+
 /// Returns whether a box.json is of a box that had a disk. Older ones do not say.
 fn has_disk(value: &Value) -> bool {
     let bytes = |field: &str| value["space"][field].as_u64();

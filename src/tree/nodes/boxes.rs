@@ -7,9 +7,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::exports::Source;
-use crate::home::{BoxRecord, SnapshotRecord};
+use crate::home::{BoxRecord, KeptBox, SnapshotRecord, is_kept_id};
 use crate::store::Store;
 use crate::tree::nodes::box_names::BoxNames;
+use crate::tree::nodes::kept_names::kept_names;
 use crate::tree::nodes::kernel_view::KernelView;
 use crate::tree::nodes::names::{HIDDEN, SNAPSHOTS, VIEW, not_there};
 use crate::tree::nodes::node::{Derived, Node};
@@ -127,6 +128,9 @@ impl Boxes {
     pub fn link_target(&self, derived: Derived, source: &Source) -> Result<PathBuf> {
         let names = self.names()?;
         let gone = || Error::new(libc::ENOENT, "that is gone");
+        if is_kept_id(source.box_id()) {
+            return self.link_target_of_kept(derived, source);
+        }
         let shown = names.of_id(source.box_id()).ok_or_else(gone)?;
         let what = derived.name();
         Ok(match source {
@@ -140,6 +144,38 @@ impl Boxes {
                 format!("../../../{HIDDEN}/{VIEW}/{shown}/{SNAPSHOTS}/{name}/{what}").into()
             }
         })
+    }
+
+    /// Returns where the link in the directory of an entry points: to the entry by its id.
+    fn link_target_of_kept(&self, derived: Derived, source: &Source) -> Result<PathBuf> {
+        let (id, what) = (source.box_id(), derived.name());
+        Ok(match source {
+            Source::Live { .. } => format!("../../../{HIDDEN}/{VIEW}/{id}/{what}").into(),
+            Source::Snapshot { snapshot_id, .. } => {
+                let name = self.snapshot(id, snapshot_id)?.name;
+                let up = "../../../../..";
+                format!("{up}/{HIDDEN}/{VIEW}/{id}/{SNAPSHOTS}/{name}/{what}").into()
+            }
+        })
+    }
+
+    /// Returns what can be had back, by name, oldest first.
+    ///
+    /// # Errors
+    /// Those of reading the home.
+    pub fn kept(&self) -> Result<Vec<(String, Arc<KeptBox>)>> {
+        let names = self.names()?;
+        Ok(kept_names(self.store.home(), names.catalog()))
+    }
+
+    /// Returns an entry.
+    ///
+    /// # Errors
+    /// ENOENT, and those of reading the home.
+    pub fn kept_by_id(&self, id: &str) -> Result<Arc<KeptBox>> {
+        let names = self.names()?;
+        let entry = names.catalog().kept_by_id(id).cloned();
+        entry.ok_or_else(not_there)
     }
 }
 

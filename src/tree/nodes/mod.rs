@@ -5,6 +5,7 @@ pub(super) mod box_json;
 pub(super) mod box_names;
 pub(super) mod boxes;
 pub(super) mod guest_numbers;
+pub(super) mod kept_names;
 pub(super) mod kernel_view;
 pub(super) mod known_nodes;
 pub(super) mod names;

@@ -22,6 +22,10 @@ pub const ROOTFS: &str = "rootfs";
 pub const DISK_IMAGE: &str = "disk.img";
 /// The directory in the hidden one that these links point into.
 pub const VIEW: &str = "view";
+/// The directory in the hidden one of what can be had back.
+pub const UNDO: &str = "undo";
+/// What was done to a box or a snapshot that can be had back.
+pub const WHY_JSON: &str = "why.json";
 /// The directory of a box's snapshots.
 pub const SNAPSHOTS: &str = "snapshots";
 /// A snapshot's row.

@@ -23,7 +23,11 @@ pub enum Node {
     Log,
     /// A version of `.boxlite/status`.
     Status(Arc<StatusVersion>),
-    /// The directory of a box, by its id; also while it is being made.
+    /// `.boxlite/undo`: what can be had back.
+    Undo,
+    /// `why.json` of an entry, by its id.
+    Why(String),
+    /// The directory of a box, by its id; also while it is being made. Or that of an entry.
     Box(String),
     /// `box.json` of a box.
     BoxJson(String),
@@ -169,9 +173,11 @@ impl Node {
             Node::Hidden => ("hidden".to_owned(), 0),
             Node::Log => ("hidden".to_owned(), 1),
             Node::View => ("hidden".to_owned(), 2),
+            Node::Undo => ("hidden".to_owned(), 3),
             Node::Status(version) => (format!("status/{}", version.number), 0),
             Node::Box(id) => (format!("box/{id}"), 0),
             Node::BoxJson(id) => (format!("box/{id}"), 1),
+            Node::Why(id) => (format!("box/{id}"), 6),
             Node::Snapshot(id, snapshot) => (format!("box/{id}/snapshot/{snapshot}"), 0),
             Node::SnapshotJson(id, snapshot) => (format!("box/{id}/snapshot/{snapshot}"), 1),
             Node::Export(source) => (key_of(source), 2),
@@ -203,6 +209,7 @@ impl Node {
         match self {
             Node::Box(id)
             | Node::BoxJson(id)
+            | Node::Why(id)
             | Node::Snapshots(id)
             | Node::Snapshot(id, _)
             | Node::SnapshotJson(id, _) => Some(id),
@@ -215,7 +222,12 @@ impl Node {
             | Node::View
             | Node::ViewOf(_)
             | Node::ViewSnapshots(_) => None,
-            Node::Root | Node::Hidden | Node::Log | Node::Status(_) | Node::Made(_) => None,
+            Node::Root
+            | Node::Hidden
+            | Node::Log
+            | Node::Status(_)
+            | Node::Undo
+            | Node::Made(_) => None,
         }
     }
 

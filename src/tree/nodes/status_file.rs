@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::home::rfc3339_at;
 use crate::process::Memory;
-use crate::store::Store;
+use crate::store::{Store, usage_of_kept};
 use crate::tree::nodes::node::StatusVersion;
 use crate::{Error, Result};
 
@@ -107,6 +107,7 @@ impl StatusFile {
         let catalog = self.store.home().catalog().ok();
         let cache = self.store.exports().compressed.usage();
         let memory = Memory::of_this_process();
+        let kept = usage_of_kept(&self.store).unwrap_or_default();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
@@ -125,6 +126,7 @@ impl StatusFile {
                 "limit_bytes": cache.limit,
                 "remembered_bytes": cache.remembered,
             },
+            "undo": {"entries": kept.entries, "bytes": kept.bytes},
             "memory": {"resident_bytes": memory.resident, "peak_bytes": memory.peak},
         })
     }

@@ -4,6 +4,7 @@ use crate::exports::Source;
 use crate::process::Caller;
 use crate::store;
 use crate::tree::nodes::box_json;
+use crate::tree::nodes::kept_names::why_json;
 use crate::tree::nodes::node::{Derived, Node};
 use crate::tree::reading::home_view::HomeView;
 use crate::tree::reading::open_files::{Handle, Opened};
@@ -30,6 +31,10 @@ pub fn open(home: &HomeView, caller: Caller, node: Node) -> Result<Opened> {
         Node::BoxJson(id) => {
             let record = home.boxes.record(id)?;
             let bytes = box_json::box_json(&record, store::usage_of_box(&home.store, id)?)?;
+            (Handle::Bytes { node, bytes }, false)
+        }
+        Node::Why(id) => {
+            let bytes = why_json(&home.boxes.kept_by_id(id)?.rows);
             (Handle::Bytes { node, bytes }, false)
         }
         Node::SnapshotJson(id, snapshot) => {

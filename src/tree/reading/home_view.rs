@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::exports::{Source, UNREADABLE};
-use crate::home::BoxRecord;
+use crate::home::{BoxRecord, KeptBox, KeptFrom, is_kept_id};
 use crate::store::{Store, Usage};
 use crate::tree::nodes::attr::{Attr, Kept, Kind};
 use crate::tree::nodes::box_json;
 use crate::tree::nodes::boxes::Boxes;
+use crate::tree::nodes::kept_names::why_json;
 use crate::tree::nodes::names::{
-    BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, STATUS, VIEW, not_there,
+    BOX_JSON, EXPORT, HIDDEN, LOG, SNAPSHOT_JSON, SNAPSHOTS, STATUS, UNDO, VIEW, WHY_JSON,
+    not_there,
 };
 use crate::tree::nodes::node::{Derived, Node};
 use crate::tree::nodes::status_file::StatusFile;
@@ -51,9 +53,18 @@ impl HomeView {
             Node::Hidden if name == LOG => Node::Log,
             Node::Hidden if name == STATUS => Node::Status(self.status.version(self.open.len())?),
             Node::Hidden if name == VIEW => Node::View,
+            Node::Hidden if name == UNDO => Node::Undo,
+            Node::Undo => {
+                let mut kept = self.boxes.kept()?.into_iter();
+                let entry = kept.find(|(other, _)| other == name);
+                Node::Box(entry.ok_or_else(not_there)?.1.id().to_owned())
+            }
             Node::View => {
                 let names = self.boxes.names()?;
-                Node::ViewOf(live(names.id_of(name).ok_or_else(not_there)?))
+                // Links in entries lead to them by their ids.
+                let kept = || names.catalog().kept_by_id(name).map(|entry| entry.id());
+                let id = names.id_of(name).or_else(kept);
+                Node::ViewOf(live(id.ok_or_else(not_there)?))
             }
             Node::ViewOf(source) if Derived::named(name).is_some() => {
                 let derived =
@@ -98,9 +109,16 @@ impl HomeView {
         };
         match name {
             BOX_JSON => Ok(Node::BoxJson(id.to_owned())),
-            SNAPSHOTS => Ok(Node::Snapshots(id.to_owned())),
+            WHY_JSON if is_kept_id(id) => Ok(Node::Why(id.to_owned())),
+            SNAPSHOTS if self.has_snapshots(id) => Ok(Node::Snapshots(id.to_owned())),
             _ => self.child_of_state(source, name),
         }
+    }
+
+    /// Returns whether a box has a directory of snapshots, as every box has, and an entry of a box.
+    fn has_snapshots(&self, id: &str) -> bool {
+        let is_box = |entry: Arc<KeptBox>| entry.rows.action == KeptFrom::BoxRemoved;
+        !is_kept_id(id) || self.boxes.kept_by_id(id).is_ok_and(is_box)
     }
 
     /// Returns what there is of a disk state. A box that never started has none yet.
@@ -147,6 +165,12 @@ impl HomeView {
         match node {
             Node::Root => Ok(directory(self.boxes.names()?.all().len(), self.changed())),
             Node::Hidden => Ok(directory(0, self.store.events().changed_at())),
+            Node::Undo => self.undo_attr(),
+            Node::Why(id) => {
+                let entry = self.boxes.kept_by_id(id)?;
+                let text = why_json(&entry.rows);
+                Ok(file(text.len() as u64, at(entry.rows.seconds())))
+            }
             Node::Log => {
                 let events = self.store.events();
                 Ok(file(events.len(), events.changed_at()))
@@ -158,8 +182,13 @@ impl HomeView {
             Node::Made(_) => Err(not_there()),
             Node::Box(id) => {
                 let record = self.boxes.record(id)?;
-                let mut attr = directory(1, self.disk_time(&live(id), &record));
+                let below = usize::from(self.has_snapshots(id));
+                let mut attr = directory(below, self.disk_time(&live(id), &record));
                 attr.created = at(record.created_at);
+                if is_kept_id(id) {
+                    // It goes when its time is over, and its name may be another's after a rename.
+                    attr.kept = Kept::Not;
+                }
                 Ok(attr)
             }
             Node::BoxJson(id) => {
@@ -238,6 +267,16 @@ impl HomeView {
         }
     }
 
+    /// Returns the attributes of `.boxlite/undo`, which changes with its entries.
+    fn undo_attr(&self) -> Result<Attr> {
+        let kept = self.boxes.kept()?;
+        let changed = kept.last().map_or(0, |(_, entry)| entry.rows.seconds());
+        let owner = self.store.home().owner();
+        let mut attr = Attr::of_directory(owner, &Node::Undo, kept.len(), at(changed));
+        attr.kept = Kept::Not;
+        Ok(attr)
+    }
+
     /// Returns when a box was made or removed last.
     fn changed(&self) -> SystemTime {
         fs::metadata(self.store.home().boxes_dir())
@@ -275,7 +314,13 @@ impl HomeView {
                     Kind::File,
                 ),
                 (VIEW.to_owned(), Node::View, Kind::Directory),
+                (UNDO.to_owned(), Node::Undo, Kind::Directory),
             ],
+            Node::Undo => {
+                let kept = self.boxes.kept()?.into_iter();
+                kept.map(|(name, entry)| (name, Node::Box(entry.id().to_owned()), Kind::Directory))
+                    .collect()
+            }
             Node::View => names
                 .all()
                 .iter()
@@ -305,8 +350,13 @@ impl HomeView {
                     1
                 };
                 children.extend(of_disk.take(shown));
-                let snapshots = Node::Snapshots(id.clone());
-                children.push((SNAPSHOTS.to_owned(), snapshots, Kind::Directory));
+                if is_kept_id(id) {
+                    children.push((WHY_JSON.to_owned(), Node::Why(id.clone()), Kind::File));
+                }
+                if self.has_snapshots(id) {
+                    let snapshots = Node::Snapshots(id.clone());
+                    children.push((SNAPSHOTS.to_owned(), snapshots, Kind::Directory));
+                }
                 children
             }
             Node::Snapshots(id) => {

@@ -1,6 +1,6 @@
 //! What a written file will be, which follows from its directory and its name.
 
-use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, archive_stem};
+use crate::tree::nodes::names::{BOX_JSON, EXPORT, SNAPSHOT_JSON, WHY_JSON, archive_stem};
 use crate::tree::nodes::node::Node;
 
 /// What the name of a file in a directory for files put aside begins with. See
@@ -46,6 +46,8 @@ pub fn role_of(parent: &Node, name: &str) -> Option<FileRole> {
         // A box is made of a snapshot that is copied into the root.
         SNAPSHOT_JSON => Some(FileRole::Json),
         _ if temporary == Some(SNAPSHOT_JSON) => Some(FileRole::Json),
+        // So is a box of what was kept.
+        _ if name == WHY_JSON || temporary == Some(WHY_JSON) => Some(FileRole::Json),
         _ if temporary == Some(EXPORT) || is_gio_temporary(name) => {
             Some(FileRole::TemporaryArchive)
         }

@@ -13,7 +13,7 @@ use crate::process::{Caller, ProcessGroup};
 use crate::progress::Operation;
 use crate::store::ImportStream;
 use crate::tree::nodes::box_json;
-use crate::tree::nodes::names::SNAPSHOT_JSON;
+use crate::tree::nodes::names::{SNAPSHOT_JSON, WHY_JSON};
 use crate::tree::nodes::node::Node;
 use crate::tree::staging::program::Program;
 use crate::tree::staging::role::{FileRole, StagedPlace, role_of};
@@ -352,7 +352,7 @@ impl StagedState {
     /// # Errors
     /// EFBIG, and EINVAL as soon as it can't be a description of ours.
     pub fn put_text(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let is_of_snapshot = self.is_of_snapshot();
+        let (is_of_snapshot, is_of_kept) = (self.is_of_snapshot(), self.is_of_kept());
         let StagedContent::Text(text) = &mut self.content else {
             self.content = StagedContent::Text(Vec::new());
             return self.put_text(offset, bytes);
@@ -369,6 +369,9 @@ impl StagedState {
             text.resize(end, 0);
         }
         text[start..end].copy_from_slice(bytes);
+        if is_of_kept {
+            return box_json::refuse_foreign_why(text);
+        }
         box_json::refuse_foreign(is_of_snapshot, text)
     }
 
@@ -442,9 +445,16 @@ impl StagedState {
         self.place.name.contains(SNAPSHOT_JSON)
     }
 
+    /// Returns whether it is to be the why.json of what was kept.
+    fn is_of_kept(&self) -> bool {
+        self.place.name.contains(WHY_JSON)
+    }
+
     /// Returns whether a description is of the kind that this one is: of a box, or of a snapshot.
     pub fn describes(&self, node: &Node) -> bool {
-        if self.is_of_snapshot() {
+        if self.is_of_kept() {
+            false
+        } else if self.is_of_snapshot() {
             matches!(node, Node::SnapshotJson(..))
         } else {
             matches!(node, Node::BoxJson(_))

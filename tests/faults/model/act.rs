@@ -23,12 +23,14 @@ const MERGE_POINTS: [&str; 8] = [
 impl World<'_> {
     /// Applies one operation and checks the affected boxes and all names.
     pub fn apply(&mut self, operation: &Operation) {
+        let before = self.boxes.clone();
         if self.act(operation).is_some() {
             self.steps += match operation {
                 Operation::BoxLite { .. } => 0, // its operations are counted one by one
                 _ => 1,
             };
             self.check_names();
+            self.follow_undo(&before, operation);
         }
     }
 
@@ -62,6 +64,8 @@ impl World<'_> {
                 Some(())
             }
             Operation::Compact { at_rest, killed_at } => self.compact(*at_rest, *killed_at),
+            Operation::HaveBack { which, name } => self.have_back(*which, *name),
+            Operation::EndKeeping { which } => self.end_keeping(*which),
             Operation::Remount => {
                 self.note("remount".into());
                 self.remount();
@@ -167,7 +171,8 @@ impl World<'_> {
         Some(())
     }
 
-    fn remove_box(&mut self, of: Pick) -> Option<()> {
+    /// `rm -r` of a box.
+    pub fn remove_box(&mut self, of: Pick) -> Option<()> {
         let of = self.pick_box(of)?;
         let at = self.box_at(of);
         self.note(format!("rm -r {}", at.display()));
@@ -618,12 +623,16 @@ impl World<'_> {
         assert_eq!(errno(fs::rename(&at, self.at(&name))), libc::EBUSY);
         self.check_box(of);
         self.rename_snapshot(0, 0);
+        let before = self.boxes.clone();
         if self.steps.is_multiple_of(2) {
             self.remove_snapshot(0, Removal::Rmdir);
         }
+        self.follow_undo(&before, &Operation::Remount);
+        let before = self.boxes.clone();
         if !self.has_room() {
             self.remove_box(0);
         }
+        self.follow_undo(&before, &Operation::Remount);
     }
 
     fn boxlite_does(&mut self, boxlite: &mut Session, what: &ByBoxLite) -> Option<()> {

@@ -158,6 +158,10 @@ pub enum Operation {
         at_rest: bool,
         killed_at: Option<Pick>,
     },
+    /// `mv` of what was removed or restored over to where it was, or `cp -r`.
+    HaveBack { which: Pick, name: Pick },
+    /// `rm -r` of what was removed or restored over.
+    EndKeeping { which: Pick },
     /// Unmounts and mounts.
     Remount,
     /// BoxLite starts, runs operations, and ends.
@@ -314,6 +318,8 @@ fn operation(emphasis: Emphasis) -> impl Strategy<Value = Operation> {
         2 => pick().prop_map(|state| Operation::Reader { state }),
         2 => (any::<bool>(), prop::option::weighted(0.4, pick()))
             .prop_map(|(at_rest, killed_at)| Operation::Compact { at_rest, killed_at }),
+        3 => (pick(), pick()).prop_map(|(which, name)| Operation::HaveBack { which, name }),
+        1 => pick().prop_map(|which| Operation::EndKeeping { which }),
         1 => Just(Operation::Remount),
         2 => session.prop_map(|(does, try_meanwhile)| Operation::BoxLite { does, try_meanwhile }),
     ]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::operation::*;
 use super::reference::{Disk, Reader, originals};
+use super::undo::KeptEntry;
 use crate::common::*;
 
 /// Time limit for BoxLite's changes to become visible in the mount.
@@ -100,6 +101,8 @@ pub struct World<'a> {
     pub boxes: Vec<ModelBox>,
     pub backups: Vec<Backup>,
     pub readers: Vec<Reader>,
+    /// What can be had back.
+    pub entries: Vec<KeptEntry>,
     /// Number of the first backups, which are never removed.
     originals: usize,
     /// Number of operations so far, without those that had nothing to work on.
@@ -151,6 +154,7 @@ impl<'a> World<'a> {
             originals: backups.len(),
             backups,
             readers: Vec::new(),
+            entries: Vec::new(),
             steps: 0,
             since_all: 0,
             made: 1,
@@ -503,7 +507,8 @@ impl<'a> World<'a> {
         assert!(are_they, "BoxLite's rows: {found:?}, not {wanted:?}");
     }
 
-    fn dated(&self, of: &str, name: &str) -> i64 {
+    /// Returns when the row of a snapshot says that it was taken.
+    pub fn dated(&self, of: &str, name: &str) -> i64 {
         let query = "SELECT snapshot.created_at FROM snapshot \
              JOIN box_config ON snapshot.box_id = box_config.id \
              WHERE box_config.name = ?1 AND snapshot.name = ?2";
@@ -538,10 +543,15 @@ impl<'a> World<'a> {
         self.assert_whole();
 
         let mount = self.home.mount();
+        self.check_entries(&mount);
         for a_box in &self.boxes {
             succeed(&["rm", "-r", text(&mount.at(a_box.shown()))]);
         }
         assert_eq!(mount.names(""), [""; 0]);
+        self.check_entries(&mount);
+        for entry in mount.names(".boxlite/undo") {
+            succeed(&["rm", "-r", text(&mount.at(".boxlite/undo").join(entry))]);
+        }
         mount.unmount();
         let left = self.home.images();
         assert!(left.is_empty(), "left over from removed boxes: {left:?}");

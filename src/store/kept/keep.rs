@@ -1,5 +1,6 @@
 //! Makes entries: before a box, a snapshot or a disk goes, the entry is complete on disk.
 
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -267,14 +268,24 @@ fn refuse_moved(locked: &LockedBox<'_>, disks: &[KeptDisk]) -> Result<()> {
 fn prepare(store: &Store, rows: &KeptRows, disks: &[KeptDisk]) -> Result<Scratch> {
     let dir = store.workspace().scratch("undo")?;
     make_private_dir(store, &dir)?;
+    // The deepest comes last when they are made, and first when they are flushed. All are made before
+    // the first is flushed: then that flush writes the names of all of them.
+    let mut parents = BTreeSet::new();
     for disk in disks {
         durable::sync_file(&disk.file)?;
         let name = dir.join(&disk.place);
-        let parents: Vec<&Path> = disk.place.ancestors().skip(1).collect();
-        for parent in parents.iter().rev().map(|parent| dir.join(parent)) {
+        let mut of_disk: Vec<PathBuf> = disk
+            .place
+            .ancestors()
+            .skip(1)
+            .map(|it| dir.join(it))
+            .collect();
+        of_disk.reverse();
+        for parent in of_disk {
             if !parent.is_dir() {
                 make_private_dir(store, &parent)?;
             }
+            parents.insert(parent);
         }
         fs::hard_link(&disk.file, &name)
             .context(|| format!("cannot link {} to {}", disk.file.display(), name.display()))?;
@@ -282,9 +293,9 @@ fn prepare(store: &Store, rows: &KeptRows, disks: &[KeptDisk]) -> Result<Scratch
         if FileId::at(&name)? != disk.id {
             return Err(Error::busy("the disk was replaced just now; try again").for_a_moment());
         }
-        for parent in parents {
-            durable::sync_file(&dir.join(parent))?;
-        }
+    }
+    for parent in parents.iter().rev() {
+        durable::sync_file(parent)?;
     }
     let why = dir.join(WHY);
     let message = || format!("cannot write {}", why.display());

@@ -106,6 +106,23 @@ fn a_removed_box_comes_back_under_another_name_and_not_over_another_box() {
 }
 
 #[test]
+fn a_box_that_comes_back_is_seen_though_a_file_of_it_was_open_all_the_time() {
+    let (home, mount) = with_snapshot();
+    let open = fs::File::open(mount.at("web/export.boxlite")).unwrap();
+    let now = digest(&home.live_disk("web"));
+    for name in ["web", "api", "web"] {
+        remove(&mount, &mount.names(".")[0]);
+        move_to(&mount, in_entry(&mount, ""), name);
+        assert_eq!(mount.export_digest(&format!("{name}/export.boxlite")), now);
+        assert_eq!(mount.names(format!("{name}/snapshots")), ["s"]);
+        let of_snapshot = format!("{name}/snapshots/s/export.boxlite");
+        assert!(fs::metadata(mount.at(of_snapshot)).is_ok());
+    }
+    drop(open);
+    home.assert_whole();
+}
+
+#[test]
 fn what_was_removed_is_cloned_and_looked_into_and_stays() {
     let (home, mount) = with_snapshot();
     let live = digest(&home.live_disk("web"));

@@ -212,6 +212,8 @@ impl Remover {
                 store::remove_box(&self.store, id, &seen)
             }
         })?;
+        // The box may be had back, and the kernel takes the removed directory for dead.
+        self.kernel.raise_generation(&node);
         self.staging.loose.forget_box(id);
         self.history.forget(id);
         Ok(())

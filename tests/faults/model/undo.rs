@@ -163,6 +163,13 @@ impl World<'_> {
             return self.copy_entry(&entry, name);
         }
         self.entries.remove(which);
+        // Its exports have another name in them, for those as well who opened them before.
+        let boxes = &self.boxes;
+        let is_gone = |number: usize| boxes.iter().all(|of| of.number != number);
+        let readers = self.readers.iter_mut();
+        readers
+            .filter(|reader| is_gone(reader.of))
+            .for_each(|reader| reader.may_fail = true);
         let new = self.add_box(&new, entry.disk, entry.snapshots);
         self.check_box(new);
         Some(())

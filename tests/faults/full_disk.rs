@@ -327,8 +327,11 @@ fn makes_changes_on_a_disk_full_of_entries(kind: FileSystem) {
     let left = kept(&mount);
     assert!(left < 4, "{left}");
     disk.empty();
-    disk.fill(0);
-    mount.snapshot("web", "more").unwrap();
+    // The room of data does not become that of metadata on btrfs: once that is full, a snapshot has
+    // none, with entries or without.
+    disk.fill(if kind == FileSystem::Btrfs { 16 << 20 } else { 0 });
+    let taken = mount.snapshot("web", "more");
+    assert!(taken.is_ok(), "{left} were left; {}", mount.log());
     mount.copy("imported", "copy");
     mount.remove_snapshot("web", "more").unwrap();
     succeed(&["rm", "-r", text(&mount.at("copy"))]);

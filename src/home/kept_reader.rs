@@ -9,8 +9,10 @@ use std::time::Duration;
 use super::catalog::Catalog;
 use super::kept::{KeptBox, KeptBoxes, WHY, is_entry_name};
 
-/// A directory that changed less than this ago may change again without a new time.
-const SETTLED: Duration = Duration::from_secs(2);
+/// A directory that changed less than this ago may change again without a new time, where the file
+/// system's times are finer than seconds, and where they are not.
+const SETTLED: Duration = Duration::from_millis(50);
+const SETTLED_IN_SECONDS: Duration = Duration::from_secs(2);
 
 /// Identifies the state of the directory of the entries: inode, change time.
 type DirectoryStamp = (u64, i64, i64);
@@ -59,14 +61,19 @@ impl KeptReader {
             return;
         }
         let age = meta.modified().ok().and_then(|time| time.elapsed().ok());
-        let is_settled = age.is_some_and(|age| age > SETTLED);
+        let tick = match meta.ctime_nsec() {
+            0 => SETTLED_IN_SECONDS,
+            _ => SETTLED,
+        };
+        let is_settled = age.is_some_and(|age| age > tick);
         let Ok(names) = fs::read_dir(dir) else { return };
         self.seen = is_settled.then_some(stamp);
         let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut ids: Vec<String> = names.filter(|name| is_entry_name(name)).collect();
-        // An entry that is being removed loses its rows first.
-        ids.retain(|id| dir.join(id).join(WHY).exists());
         let known = &self.entries.by_id;
+        // An entry that is being removed loses its rows first. One that is known goes with its
+        // directory, a moment later.
+        ids.retain(|id| known.contains_key(id) || dir.join(id).join(WHY).exists());
         if ids.len() == known.len() && ids.iter().all(|id| known.contains_key(id)) {
             return;
         }

@@ -329,7 +329,11 @@ fn makes_changes_on_a_disk_full_of_entries(kind: FileSystem) {
     disk.empty();
     // The room of data does not become that of metadata on btrfs: once that is full, a snapshot has
     // none, with entries or without.
-    disk.fill(if kind == FileSystem::Btrfs { 16 << 20 } else { 0 });
+    disk.fill(if kind == FileSystem::Btrfs {
+        16 << 20
+    } else {
+        0
+    });
     let taken = mount.snapshot("web", "more");
     assert!(taken.is_ok(), "{left} were left; {}", mount.log());
     mount.copy("imported", "copy");

@@ -113,6 +113,8 @@ pub struct Store {
     imports: ImportLimits,
     /// How long what is removed or restored over is kept; None if it is not.
     undo: Option<Duration>,
+    /// Whether the directory of what is kept has a name that survives a power loss.
+    undo_is_durable: AtomicBool,
     usage: Mutex<UsageCache>,
     /// Workspaces of dead processes, until recovery begins.
     unrecovered: Mutex<Option<Vec<Abandoned>>>,
@@ -228,6 +230,7 @@ impl Store {
             access: Access::default(),
             imports: ImportLimits::default(),
             undo: None,
+            undo_is_durable: AtomicBool::new(false),
             usage: Mutex::default(),
         }
     }

@@ -470,7 +470,7 @@ fn a_copy_that_is_killed_before_its_snapshots_have_come_is_named_in_the_log() {
     let (mount, backup) = mount_and_backup(&home);
     // cp waits for a writer that never comes.
     let command = "cd $D; rm snapshots/s/export.boxlite; mkfifo snapshots/s/export.boxlite; \
-                   cp -r --copy-contents . $M/new & copy=$!; \
+                   (mkdir $M/new && cp export.boxlite $M/new/ && exec cp -r --copy-contents snapshots $M/new) & copy=$!; \
                    until test -d $M/new/snapshots/s; do sleep 0.02; done; kill -KILL $copy";
     let output = shell(&mount, &backup, command);
     assert!(output.status.success(), "{output:?}\n{}", mount.log());

@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::PathBuf;
 
-use crate::Result;
 use crate::disk::FileId;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
@@ -13,20 +12,36 @@ use crate::home::{Change, WHY};
 use crate::store::Store;
 use crate::store::layers::bases::new_base;
 use crate::store::layers::graph::Role;
+use crate::{Context, Result};
 
-/// Removes the files of an entry. Its rows go first, durably: from then on it is no entry, and the
-/// rest is removed by recovery if a crash leaves it.
+/// The name of an entry's rows while it is being removed.
+const GONE: &str = "why.json.gone";
+
+/// Removes the files of an entry. Its rows lose their name first, durably: from then on it is no
+/// entry, and the rest is removed by recovery if a crash leaves it. If that can't be flushed, the name
+/// comes back, so that the entry can be removed again.
 ///
 /// # Errors
 /// Those of system calls.
 pub fn remove_entry(store: &Store, id: &str) -> Result<()> {
     let dir = store.home().undo_dir().join(id);
-    durable::unlink(&dir.join(WHY))?;
+    let (why, gone) = (dir.join(WHY), dir.join(GONE));
+    match fs::rename(&why, &gone) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        renamed => {
+            renamed.context(|| format!("cannot remove {}", why.display()))?;
+            durable::sync_dir(&dir).inspect_err(|_| {
+                let _ = fs::rename(&gone, &why);
+            })?;
+        }
+    }
     crash_point("undo.unrecorded");
     discard(&dir);
     durable::count_change();
     crash_point("undo.removed");
-    durable::sync_dir(&store.home().undo_dir())
+    // What a power loss brings back is no entry.
+    let _ = durable::sync_dir(&store.home().undo_dir());
+    Ok(())
 }
 
 /// Removes what is left of entries that were removed.

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::disk::{FileId, Header};
@@ -391,7 +392,13 @@ impl NewEntry {
         let undo = store.home().undo_dir();
         if !undo.is_dir() {
             make_private_dir(store, &undo)?;
+            store.undo_is_durable.store(false, Ordering::Release);
+        }
+        if !store.undo_is_durable.load(Ordering::Acquire) {
+            // Up to the home: whoever made these directories may not have flushed their names.
             durable::sync_parent(&undo)?;
+            durable::sync_parent(&store.home().staging_dir())?;
+            store.undo_is_durable.store(true, Ordering::Release);
         }
         durable::rename(prepared, &undo.join(&self.id))?;
         crash_point("undo.placed");

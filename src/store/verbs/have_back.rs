@@ -6,7 +6,7 @@ use crate::disk::{self, FileId, Format, Header};
 use crate::exports::Source;
 use crate::files::crash_points::crash_point;
 use crate::files::durable;
-use crate::files::markers::unmark;
+use crate::files::markers::{UNRECORDED, unmark};
 use crate::files::workspace::Scratch;
 use crate::home::{
     BaseRecord, Change, KeptBox, KeptBoxRows, KeptFrom, SnapshotRecord, snapshot_id,
@@ -21,7 +21,7 @@ use crate::store::layers::mergeable::MOST_BACKING;
 use crate::store::layers::snapshot_place::NewSnapshotIdentity;
 use crate::store::verbs::clone::clone_snapshot;
 use crate::store::verbs::install::place;
-use crate::{Error, Result};
+use crate::{Context, Error, Result};
 
 /// Brings a removed box back as `name`, with the id, the configuration and the snapshots that it had.
 /// The entry is used up.
@@ -199,13 +199,26 @@ fn refuse(store: &Store, change: &Change<'_>, entry: &KeptBox, name: &str) -> Re
     }
     refuse_taken_box_name(change, name)?;
     let dir = store.home().box_dir(box_id);
-    if std::fs::symlink_metadata(&dir).is_ok() {
+    if std::fs::symlink_metadata(&dir).is_ok() && !remove_left(store, change, &dir)? {
         return Err(Error::busy(format!(
             "{} is left of the removal of the box; mount the home again without a BoxLite program, which removes it, or copy what is kept to make another box of it",
             dir.display()
         )));
     }
     Ok(())
+}
+
+/// Removes the marked directory that the removal of the box left, or an earlier attempt to have it
+/// back. Returns false if it is not marked, or a runtime may look at it. All disks in it that can be
+/// read have another name in the entry.
+fn remove_left(store: &Store, change: &Change<'_>, dir: &Path) -> Result<bool> {
+    if !dir.join(UNRECORDED).exists() || !change.is_surely_alone()? {
+        return Ok(false);
+    }
+    std::fs::remove_dir_all(dir).context(|| format!("cannot remove {}", dir.display()))?;
+    durable::count_change();
+    durable::sync_dir(&store.home().boxes_dir())?;
+    Ok(true)
 }
 
 /// Refuses an entry of another home: this home is a copy, or a layer lies outside of it.

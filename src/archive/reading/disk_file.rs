@@ -18,6 +18,17 @@ const MAX_LENGTH: u64 = 64 << 40;
 /// some itself, and may say so only at the flush, when it is too late.
 const MARGIN: u64 = 8 << 20;
 
+/// Creates a new file. A full file system may have no room even for its name.
+fn create_with_room(path: &Path, make_room: &MakeRoom) -> std::io::Result<File> {
+    loop {
+        let mut options = File::options();
+        match options.read(true).write(true).create_new(true).open(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull && make_room() => {}
+            created => return created,
+        }
+    }
+}
+
 /// The file, the current piece, and the stages that complete pieces go through.
 pub(super) struct DiskFile {
     path: PathBuf,
@@ -42,11 +53,7 @@ impl DiskFile {
         other: Option<Arc<Chain>>,
         make_room: MakeRoom,
     ) -> Result<DiskFile> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(path)
+        let file = create_with_room(path, &make_room)
             .context(|| format!("cannot create {} for the disk", path.display()))?;
         let file = Arc::new(file);
         let writer = DiskWriter::new(path, file.clone(), most, other.clone());

@@ -1,6 +1,7 @@
 //! The files of entries, and what recovery does with them.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use crate::disk::FileId;
@@ -27,7 +28,11 @@ pub fn remove_entry(store: &Store, id: &str) -> Result<()> {
     let dir = store.home().undo_dir().join(id);
     let (why, gone) = (dir.join(WHY), dir.join(GONE));
     match fs::rename(&why, &gone) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        // A name can be removed from a full file system, where another may have no room.
+        Err(e) if matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+            durable::unlink(&why)?;
+        }
         renamed => {
             renamed.context(|| format!("cannot remove {}", why.display()))?;
             durable::sync_dir(&dir).inspect_err(|_| {
@@ -52,7 +57,7 @@ pub fn remove_torn(store: &Store) -> Result<()> {
     for id in store.home().kept_ids()? {
         let dir = store.home().undo_dir().join(&id);
         let why = fs::symlink_metadata(dir.join(WHY));
-        if why.is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+        if why.is_err_and(|e| e.kind() == ErrorKind::NotFound) {
             discard(&dir);
         }
     }

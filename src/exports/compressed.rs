@@ -135,7 +135,7 @@ impl CompressedExports {
         };
         loop {
             let mut cache = self.archives.lock();
-            // The spool of an earlier state is one of those whose frames may be used.
+            // Frames may also come from the spool of an earlier state.
             cache.entry(source, plain);
             let kept = cache.spools_for(source);
             let archive = cache.entry(source, plain);

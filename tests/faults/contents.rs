@@ -128,7 +128,7 @@ pub fn kept_states(home: &TestHome) -> BTreeSet<String> {
     kept
 }
 
-/// The states that boxes or entries have, before a change whose home keeps what is removed.
+/// The states of all boxes and undo entries before a change, in a home with undo.
 pub struct KeptStates(BTreeSet<String>);
 
 impl KeptStates {

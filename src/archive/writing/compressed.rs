@@ -142,9 +142,9 @@ impl Compressed {
     }
 
     /// Returns the key of a frame by its origin, if that gives one, else by the bytes in it.
-    pub(super) fn key(&self, origin: Origin, bytes: &[u8]) -> FrameKey {
+    pub(super) fn key(&self, origin: &Origin, bytes: &[u8]) -> FrameKey {
         match origin {
-            Origin::Frozen(key) => key,
+            Origin::Frozen(key) => *key,
             Origin::Live => self.content_key(bytes),
         }
     }

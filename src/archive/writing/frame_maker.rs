@@ -82,10 +82,7 @@ impl<'a> FrameMaker<'a> {
             return Ok(Some(key));
         }
         self.of.read(frame, &mut self.raw)?;
-        let key = match origin {
-            Origin::Frozen(key) => key,
-            Origin::Live => self.of.content_key(&self.raw),
-        };
+        let key = self.of.key(&origin, &self.raw);
         if !self.find_again(&origin, key, bytes) {
             self.encoder.encode(&self.raw, bytes)?;
         }

@@ -23,7 +23,6 @@ use crate::files::crash_points::crash_point;
 use crate::files::durable;
 use crate::files::markers::UNRECORDED;
 use crate::store::access::locked_box::LockedBox;
-use crate::store::layers::graph::Role;
 use crate::{Context, Error, Result};
 
 /// Refuses a box that needs recovery first. Beside a runtime, what a crash left looks the same as
@@ -49,8 +48,7 @@ pub fn refuse_unsettled(locked: &LockedBox<'_>) -> Result<()> {
     };
     if meta.nlink() > 1 {
         let layers = locked.layers()?;
-        let mut names = layers.names_of(FileId::of(&meta));
-        if names.any(|name| matches!(name.role, Role::Base { .. })) {
+        if layers.base_of(FileId::of(&meta)).is_some() {
             return Err(unsettled(locked));
         }
     }

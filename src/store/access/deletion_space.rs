@@ -1,7 +1,7 @@
 //! Deleting on a full disk: a deletion itself needs some space, for rows and marks.
 //!
-//! Space is freed in four steps: what is only kept to be had back; compressed archives, which can be
-//! made again; layers that are no longer needed; then a reserve kept for this purpose. The reserve is made again once there is
+//! Space is freed in four steps: undo entries; compressed archives, which can be made again; layers
+//! that are no longer needed; then a reserve for this purpose. The reserve is made again once there is
 //! space.
 
 use crate::Result;

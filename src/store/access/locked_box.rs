@@ -24,7 +24,7 @@ pub struct LockedBox<'s> {
     /// The row of the box.
     pub record: BoxRecord,
     /// The last scan of the files near a box.
-    scanned: RefCell<Option<NearScanned>>,
+    scanned: RefCell<Option<(Moment, Rc<LayerGraph>)>>,
     /// The chains of the box, and when they were followed.
     chains: RefCell<Option<(Moment, Rc<Chains>)>>,
 }
@@ -32,12 +32,6 @@ pub struct LockedBox<'s> {
 /// [`Change::epoch`], [`durable::changes`] and the id of the box: what was seen of a box is true as
 /// long as these are the same.
 type Moment = (u64, u64, String);
-
-/// A scan of the files near a box, and what tells whether it is still true.
-struct NearScanned {
-    moment: Moment,
-    layers: Rc<LayerGraph>,
-}
 
 impl<'s> LockedBox<'s> {
     /// Returns the box with this row, within a change that is under way.
@@ -192,16 +186,13 @@ impl<'s> LockedBox<'s> {
     pub fn near_box(&self, box_id: &str) -> Result<Rc<LayerGraph>> {
         let moment = self.moment(box_id);
         let mut scanned = self.scanned.borrow_mut();
-        if let Some(last) = &*scanned
-            && last.moment == moment
+        if let Some((then, layers)) = &*scanned
+            && *then == moment
         {
-            return Ok(last.layers.clone());
+            return Ok(layers.clone());
         }
         let layers = Rc::new(self.store.layers.near(&self.change, box_id)?);
-        *scanned = Some(NearScanned {
-            moment,
-            layers: layers.clone(),
-        });
+        *scanned = Some((moment, layers.clone()));
         Ok(layers)
     }
 

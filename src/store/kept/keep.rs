@@ -22,7 +22,7 @@ use crate::store::kept::entries::{remove_entry, remove_undone};
 use crate::store::layers::bases::new_base;
 use crate::store::layers::freeze::layer_below_empty;
 use crate::store::layers::frozen::Frozen;
-use crate::store::layers::graph::{LayerGraph, Role};
+use crate::store::layers::graph::LayerGraph;
 use crate::{Context, Error, Result, disk};
 
 /// The disk of an entry, and the file that it is a name of.
@@ -327,19 +327,13 @@ fn layers_of(locked: &LockedBox<'_>, disks: &[KeptDisk]) -> Result<Rc<LayerGraph
     let is_known = |disk: &KeptDisk| {
         let names = near.at(&disk.file).map_or(0, |file| file.names);
         // The entry that is being prepared is a name more.
-        base_of(&near, disk.id).is_some() || near.names_of(disk.id).count() as u64 + 1 >= names
+        near.base_of(disk.id).is_some() || near.names_of(disk.id).count() as u64 + 1 >= names
     };
     if disks.iter().all(is_known) {
         Ok(near)
     } else {
         locked.layers().map(Rc::new)
     }
-}
-
-fn base_of(layers: &LayerGraph, id: FileId) -> Option<&Path> {
-    let mut names = layers.names_of(id);
-    let base = names.find(|name| matches!(name.role, Role::Base { .. }));
-    base.map(|name| name.path.as_path())
 }
 
 fn missing_of(locked: &LockedBox<'_>, disks: &[KeptDisk]) -> Result<Missing> {
@@ -352,7 +346,7 @@ fn missing_of(locked: &LockedBox<'_>, disks: &[KeptDisk]) -> Result<Missing> {
             continue;
         }
         seen.push(disk.id);
-        let base = base_of(&layers, disk.id).map(Path::to_owned);
+        let base = layers.base_of(disk.id).map(|name| name.path.clone());
         let below = layers.chain(&disk.file).into_iter().skip(1);
         let below: Vec<PathBuf> = below.map(Path::to_owned).collect();
         if base.is_none() {

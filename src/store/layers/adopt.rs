@@ -104,9 +104,7 @@ fn adopt_with(locked: &mut LockedBox<'_>, path: &Path, is_running: bool) -> Resu
             ),
         ));
     }
-    let existing = layers
-        .names_of(id)
-        .find(|name| matches!(name.role, Role::Base { .. }));
+    let existing = layers.base_of(id);
     let base = match existing {
         Some(name) => name.path.clone(),
         None => locked.store.home().base_disk(&base_id()?),
@@ -168,9 +166,7 @@ fn is_adopted(locked: &LockedBox<'_>, layers: &LayerGraph, path: &Path) -> Resul
     let Some(file) = layers.at(path) else {
         return Ok(false);
     };
-    let mut names = layers.names_of(file.id);
-    let base = names.find(|name| matches!(name.role, Role::Base { .. }));
-    let (Some(base), None) = (base, layers.readers_of(path).next()) else {
+    let (Some(base), None) = (layers.base_of(file.id), layers.readers_of(path).next()) else {
         return Ok(false);
     };
     let Some(row) = locked.base_at(&base.path)? else {

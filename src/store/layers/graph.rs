@@ -170,6 +170,12 @@ impl LayerGraph {
         self.all(self.by_id.get(&id))
     }
 
+    /// Returns the name that an inode has in `bases/`, if it has one.
+    pub fn base_of(&self, id: FileId) -> Option<&ImageFile> {
+        self.names_of(id)
+            .find(|name| matches!(name.role, Role::Base { .. }))
+    }
+
     /// Returns the ids of the boxes that have files.
     pub fn boxes(&self) -> impl Iterator<Item = &str> {
         self.by_box.keys().map(String::as_str)

@@ -17,7 +17,6 @@ use crate::store::layers::flatten::{
     FlattenedLayers, plan_difference, plan_flatten_of, write_flattened,
 };
 use crate::store::layers::frozen::{Frozen, FrozenDisk, record_frozen};
-use crate::store::layers::graph::Role;
 use crate::store::layers::mergeable::{BACKING_LEFT, MOST_BACKING};
 use crate::{Context, Error, Result, disk};
 
@@ -92,10 +91,7 @@ fn earlier_copy(
         if store.exports.disks.refuse_written(&source, &place).is_err() {
             continue;
         }
-        let base = layers.at(&place).and_then(|file| {
-            let mut names = layers.names_of(file.id);
-            names.find(|name| matches!(name.role, Role::Base { .. }))
-        });
+        let base = layers.at(&place).and_then(|file| layers.base_of(file.id));
         let Some(base) = base else { continue };
         let scope = store.exports.disks.scope_of(&base.path);
         let Ok(earlier) = disk::Chain::open_in(&base.path, &scope) else {

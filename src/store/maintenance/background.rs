@@ -187,7 +187,7 @@ impl Freeing {
     }
 }
 
-/// Drops what was kept to be had back, when its time is over or its room is needed: by anybody, also
+/// Drops undo entries when they expire or their room is needed: by anybody, also
 /// by a machine that writes to its disk.
 struct Expiry {
     store: Arc<Store>,

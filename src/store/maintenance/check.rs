@@ -520,10 +520,8 @@ impl Check<'_> {
             let live = live.filter(|live| live.exists());
             for disk in live.into_iter().chain(layers).collect::<Vec<_>>() {
                 self.chain(&subject, &disk);
-                let has_base = self.layers.at(&disk).is_some_and(|file| {
-                    let mut names = self.layers.names_of(file.id);
-                    names.any(|name| matches!(name.role, Role::Base { .. }))
-                });
+                let file = self.layers.at(&disk);
+                let has_base = file.is_some_and(|file| self.layers.base_of(file.id).is_some());
                 if !has_base {
                     self.report(format!(
                         "{} has no name in bases/; mounting the home gives it one",

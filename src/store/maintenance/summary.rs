@@ -18,7 +18,7 @@ pub struct BoxSummary {
     pub name: String,
     /// Its id.
     pub id: String,
-    /// BoxLite's status, or `running` for a box whose machine runs whatever BoxLite says.
+    /// BoxLite's status; `running` if the box's machine runs, whatever the row says.
     pub status: String,
     /// The image that it was made from.
     pub image: String,

@@ -174,8 +174,8 @@ fn bring_back(store: &Store, kept_id: &str, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Removes an entry that was had back, if the steps before it were made. What is left after a failure
-/// is removed by recovery, or when the time of the entry is over.
+/// Removes an entry whose contents are back, if the steps before it succeeded. After a failure,
+/// recovery removes the rest, or the entry expires.
 fn use_up(store: &Store, kept_id: &str, before: Result<()>) {
     if let Err(error) = before.and_then(|()| remove_entry(store, kept_id)) {
         let message = format!("{error}; the next mount of the home removes the rest");
@@ -256,13 +256,6 @@ fn row_at<'r>(bases: &'r [BaseRecord], path: &Path) -> Option<&'r BaseRecord> {
     bases.iter().find(|row| is_row_of(row, path))
 }
 
-/// Returns the base among the names of a file.
-fn base_of(layers: &LayerGraph, id: FileId) -> Option<PathBuf> {
-    let mut names = layers.names_of(id);
-    let base = names.find(|name| matches!(name.role, Role::Base { .. }));
-    base.map(|name| name.path.clone())
-}
-
 fn returning(
     store: &Store,
     layers: &LayerGraph,
@@ -274,7 +267,8 @@ fn returning(
         return Ok(Returning::Nothing);
     }
     let id = FileId::at(&file)?;
-    let path = base_of(layers, id).ok_or_else(|| {
+    let base = layers.base_of(id).map(|name| name.path.clone());
+    let path = base.ok_or_else(|| {
         Error::busy(format!(
             "{} has no name in bases/ any more; mount the home again, which gives it one",
             file.display()
@@ -371,7 +365,8 @@ fn references(
     let mut reached: Vec<PathBuf> = Vec::new();
     for top in &tops {
         reached.extend(layers.chain(top).into_iter().map(Path::to_owned));
-        reached.extend(layers.at(top).and_then(|file| base_of(layers, file.id)));
+        let base = layers.at(top).and_then(|file| layers.base_of(file.id));
+        reached.extend(base.map(|name| name.path.clone()));
     }
     if let Returning::Disk { path, .. } = returning {
         reached.retain(|reached| reached != path);

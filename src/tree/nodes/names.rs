@@ -24,7 +24,7 @@ pub const DISK_IMAGE: &str = "disk.img";
 pub const VIEW: &str = "view";
 /// The directory in the hidden one of what can be had back.
 pub const UNDO: &str = "undo";
-/// What was done to a box or a snapshot that can be had back.
+/// Describes the removal or restore that an undo entry can reverse.
 pub const WHY_JSON: &str = "why.json";
 /// The directory of a box's snapshots.
 pub const SNAPSHOTS: &str = "snapshots";

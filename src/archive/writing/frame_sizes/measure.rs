@@ -63,7 +63,7 @@ pub fn measure(
             let mut made = Vec::new();
             of.read(frame, raw)?;
             encoder.encode(raw, &mut made)?;
-            learn(of.key(of.origin(frame)?, raw), made.len(), known);
+            learn(of.key(&of.origin(frame)?, raw), made.len(), known);
             sizes.lock().set(frame, made.len());
             Ok(())
         },

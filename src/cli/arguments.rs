@@ -76,6 +76,17 @@ Examples:
 
 DISK is what the box and its snapshots need, and no other box. CHANGED is when its disk changed last.";
 
+const DU_EXAMPLES: &str = "\
+Examples:
+  boxlitefs du                        what the boxes of ~/.boxlite take
+  boxlitefs du --json /mnt/boxlite    the same of the home that is mounted there
+
+OWN is what nothing else reads, SHARED what others read as well. FREES is what deleting the box (with
+its snapshots) or the snapshot gives back, and COMPACTED what is back once the layers that remain are
+merged, which `boxlitefs compact` does now and a mount does later. A removed box or snapshot can be
+had back for a while, and frees its space when that is over. Bytes are blocks on the disk, and the sum
+is that of `du -s`. Blocks that two files share (reflinks) count for each of them.";
+
 const PRUNE_EXAMPLES: &str = "\
 Examples:
   boxlitefs prune --keep-hourly 24 --keep-daily 7 ~/boxes/*
@@ -157,6 +168,16 @@ pub enum Command {
     #[command(after_help = LIST_EXAMPLES)]
     Ls {
         /// Print the list as JSON
+        #[arg(long)]
+        json: bool,
+        /// The BoxLite home, or where it is mounted [default: $BOXLITE_HOME, else ~/.boxlite]
+        #[arg(value_name = "HOME|MOUNTPOINT")]
+        home: Option<PathBuf>,
+    },
+    /// Show what boxes and snapshots take on the disk, and what deleting them would give back
+    #[command(after_help = DU_EXAMPLES)]
+    Du {
+        /// Print the result as JSON, in bytes
         #[arg(long)]
         json: bool,
         /// The BoxLite home, or where it is mounted [default: $BOXLITE_HOME, else ~/.boxlite]

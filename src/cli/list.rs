@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::output::print;
+use super::output::{print, table};
 use super::place::home_of;
 use crate::Result;
 use crate::home::rfc3339_at;
@@ -23,7 +23,7 @@ pub(super) fn run(home: Option<PathBuf>, as_json: bool) -> Result<()> {
         let boxes: Vec<Value> = boxes.iter().map(value_of).collect();
         return print(&format!("{:#}\n", Value::from(boxes)));
     }
-    print(&table(&boxes))
+    print(&table_of(&boxes))
 }
 
 fn value_of(summary: &BoxSummary) -> Value {
@@ -39,22 +39,10 @@ fn value_of(summary: &BoxSummary) -> Value {
     })
 }
 
-fn table(boxes: &[BoxSummary]) -> String {
+fn table_of(boxes: &[BoxSummary]) -> String {
     let mut rows = vec![TITLES.map(str::to_owned)];
     rows.extend(boxes.iter().map(row_of));
-    let width = |column: usize| {
-        let lengths = rows.iter().map(|row| row[column].chars().count());
-        lengths.max().unwrap_or(0)
-    };
-    let widths: [usize; 6] = std::array::from_fn(width);
-    let lines = rows.iter().map(|row| {
-        let cells = row.iter().zip(widths);
-        let line: String = cells
-            .map(|(text, width)| format!("{text:width$}  "))
-            .collect();
-        line.trim_end().to_owned() + "\n"
-    });
-    lines.collect()
+    table(&rows)
 }
 
 fn row_of(summary: &BoxSummary) -> [String; 6] {
@@ -89,7 +77,7 @@ mod tests {
             snapshots: vec!["s".into()],
             changed_at: Some(std::time::SystemTime::UNIX_EPOCH),
         };
-        let text = table(&[summary]);
+        let text = table_of(&[summary]);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 2, "{text}");
         assert!(

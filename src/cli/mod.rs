@@ -1,6 +1,7 @@
-//! The command line: mount, unmount, status, undo, check, compact, ls, prune, init, version.
+//! The command line: mount, unmount, status, undo, check, compact, ls, du, why, prune, init, version.
 
 mod arguments;
+mod disk_usage;
 mod examine;
 mod list;
 mod output;
@@ -49,6 +50,7 @@ pub fn run() -> ExitCode {
         } => done(examine::compact(home, purge_undo, json)),
         Command::Undo { mountpoint } => done(undo::run(&mountpoint)),
         Command::Ls { json, home } => done(list::run(home, json)),
+        Command::Du { json, home } => done(disk_usage::run(home, json)),
         Command::Prune(arguments) => done(prune::run(&arguments)),
         Command::Init { home } => done(run_init(&home)),
         Command::Version { json } => done(print_version(json)),

@@ -23,6 +23,23 @@ pub(super) fn print(text: &str) -> Result<()> {
     }
 }
 
+/// Returns rows as lines, with columns as wide as their widest text.
+pub(super) fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
+    let width = |column: usize| {
+        let lengths = rows.iter().map(|row| row[column].chars().count());
+        lengths.max().unwrap_or(0)
+    };
+    let widths: [usize; COLUMNS] = std::array::from_fn(width);
+    let lines = rows.iter().map(|row| {
+        let cells = row.iter().zip(widths);
+        let line: String = cells
+            .map(|(text, width)| format!("{text:width$}  "))
+            .collect();
+        line.trim_end().to_owned() + "\n"
+    });
+    lines.collect()
+}
+
 /// Standard output, with a spinner on a terminal while nothing is found.
 pub(super) struct Findings {
     bar: ProgressBar,

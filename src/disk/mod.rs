@@ -20,6 +20,7 @@
 //! `docs/interop/qcow2.rst`. The limits are qemu's and imago's where these are tighter than the
 //! format's.
 
+mod allocation;
 mod bits;
 mod bytes;
 mod chain;

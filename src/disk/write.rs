@@ -17,6 +17,8 @@ const ALONE: u64 = CLUSTER;
 /// end is short, and writes of other processes do not wait behind all of it.
 const BEGUN: u64 = 32 << 20;
 
+/// A block of that many zeros is left out and becomes a hole.
+pub(super) const ZERO_BLOCK: u64 = 16 << 10;
 /// Pieces between the thread that reads and the one that writes.
 const QUEUE: usize = 2;
 
@@ -182,7 +184,7 @@ impl PieceReader<'_> {
 
 /// Returns the runs of blocks with anything but zeros: the others stay holes in a new file.
 fn runs_of_data(bytes: &[u8]) -> Vec<Range<usize>> {
-    const BLOCK: usize = 16 << 10;
+    const BLOCK: usize = ZERO_BLOCK as usize;
     const ZEROS: [u8; BLOCK] = [0; BLOCK];
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (index, block) in bytes.chunks(BLOCK).enumerate() {

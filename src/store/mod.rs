@@ -33,7 +33,7 @@ pub use layers::snapshot_place::NewSnapshotIdentity;
 pub use maintenance::background::{BackgroundCompaction, Compacting};
 pub use maintenance::retention::Retention;
 pub use maintenance::usage::{Usage, usage_of, usage_of_box, usage_of_kept};
-pub use maintenance::{check, compact, summary};
+pub use maintenance::{check, compact, space, summary};
 pub use verbs::clone::{clone_box, clone_snapshot};
 pub use verbs::edit::{
     check_description, check_edit, describe_box, edit_box, refuse_unready_for_edit,

@@ -12,6 +12,7 @@ mod compacting;
 mod copying;
 mod deleting;
 mod differences;
+mod disk_usage;
 mod editing;
 mod ending;
 mod full_paths;

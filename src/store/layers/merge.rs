@@ -181,7 +181,10 @@ pub fn changed(plan: &MergePlan) -> Error {
 
 /// Returns the layer below those below the top, if the top reads the same without them because they
 /// hold no data.
-fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
+///
+/// # Errors
+/// Those of reading the layers.
+pub fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
     let Some((top, below)) = plan.layers.split_first() else {
         return Ok(None);
     };
@@ -211,7 +214,10 @@ fn base_below_empty(plan: &MergePlan) -> Result<Option<PathBuf>> {
 }
 
 /// Returns whether the layer below can become the live disk itself.
-fn is_promotable(plan: &MergePlan) -> Result<bool> {
+///
+/// # Errors
+/// Those of reading the layers.
+pub fn is_promotable(plan: &MergePlan) -> Result<bool> {
     let [top, below, ..] = plan.layers.as_slice() else {
         return Ok(false);
     };

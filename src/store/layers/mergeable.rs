@@ -215,7 +215,8 @@ fn merge_of(
 }
 
 impl MergeLayer {
-    fn of(file: &ImageFile) -> MergeLayer {
+    /// Returns the layer that a file is.
+    pub fn of(file: &ImageFile) -> MergeLayer {
         MergeLayer {
             path: file.path.clone(),
             id: file.id,

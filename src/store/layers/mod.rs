@@ -8,6 +8,7 @@
 //! * `adopt`, `bases`: layers that become bases.
 //! * `snapshot_place`: the directory and the row of a snapshot.
 //! * `mergeable`, `merge`, `flatten`: layers that become one.
+//! * `forecast`: what a merge or a removal would give back.
 //! * `reference_state`: the state that a snapshot is compared with while it is copied in.
 //! * `collect`, `references`, `unfreed`: bases and references that nothing needs.
 //! * `put_back`, `spare_names`: second names of layers, and bases restored from them.
@@ -19,6 +20,7 @@ pub(super) mod chains;
 pub(super) mod collect;
 pub(super) mod draft;
 pub(super) mod flatten;
+pub(super) mod forecast;
 pub(super) mod freeze;
 pub(super) mod freeze_source;
 pub(super) mod frozen;

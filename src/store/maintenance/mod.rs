@@ -6,6 +6,7 @@ pub mod check;
 pub mod compact;
 pub(super) mod left_snapshots;
 pub mod retention;
+pub mod space;
 pub mod summary;
 pub(super) mod unfreed;
 pub(super) mod usage;

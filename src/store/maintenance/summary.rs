@@ -81,7 +81,10 @@ pub fn snapshots(home: &Path) -> Result<Vec<BoxSnapshots>> {
 }
 
 /// Opens a home only to read it.
-fn open(home: &Path) -> Result<Store> {
+///
+/// # Errors
+/// Those of opening the home.
+pub(super) fn open(home: &Path) -> Result<Store> {
     let home = Home::open(home)?;
     let events = EventLog::open(&home, true);
     Ok(Store::without_recovery(home, events))

@@ -59,9 +59,11 @@ impl KnownUsages {
 
 /// The usage of every box and of every disk state of a home.
 #[derive(Default)]
-struct Usages {
-    boxes: HashMap<String, Usage>,
-    states: HashMap<Source, Usage>,
+pub struct Usages {
+    /// By the id of the box.
+    pub boxes: HashMap<String, Usage>,
+    /// By the state.
+    pub states: HashMap<Source, Usage>,
 }
 
 /// Returns the disk usage of a box with all its snapshots. `own` are layers that no other box
@@ -156,7 +158,7 @@ fn usages(store: &Store, box_id: &str) -> Result<Arc<Usages>> {
 }
 
 /// A disk state with the image files of its chain that lie in the home: file → bytes on disk.
-type State = (Source, HashMap<FileId, u64>);
+pub type State = (Source, HashMap<FileId, u64>);
 
 /// Returns the states of a box and of those that BoxLite cloned from it. A box that only refers to
 /// some of their bases has one state, of these bases.
@@ -203,7 +205,7 @@ fn boxes_referring_to(rows: &Queries, base: &Path) -> Result<Vec<String>> {
 }
 
 /// Returns the states of these boxes.
-fn states_of<'r>(
+pub fn states_of<'r>(
     store: &Store,
     layers: &LayerGraph,
     catalog: &Catalog,
@@ -237,7 +239,8 @@ fn states_of<'r>(
 }
 
 impl Usages {
-    fn of(states: Vec<(Source, HashMap<FileId, u64>)>) -> Usages {
+    /// Works out the usages from all states that may share files.
+    pub fn of(states: Vec<(Source, HashMap<FileId, u64>)>) -> Usages {
         // File → how many states read it, and which boxes.
         let mut readers: HashMap<FileId, (usize, HashSet<&str>)> = HashMap::new();
         let mut files: HashMap<&str, HashMap<FileId, u64>> = HashMap::new();

@@ -87,6 +87,15 @@ merged, which `boxlitefs compact` does now and a mount does later. A removed box
 had back for a while, and frees its space when that is over. Bytes are blocks on the disk, and the sum
 is that of `du -s`. Blocks that two files share (reflinks) count for each of them.";
 
+const WHY_EXAMPLES: &str = "\
+Examples:
+  boxlitefs why                       why something failed in the mount that you are in
+  boxlitefs why /mnt/boxlite
+  boxlitefs why --json /mnt/boxlite   an object for each refusal
+
+A shell says only `Device or resource busy`. The mount remembers the last hundred refusals of each
+user until it is unmounted, and tells them to that user and to root alone.";
+
 const PRUNE_EXAMPLES: &str = "\
 Examples:
   boxlitefs prune --keep-hourly 24 --keep-daily 7 ~/boxes/*
@@ -183,6 +192,20 @@ pub enum Command {
         /// The BoxLite home, or where it is mounted [default: $BOXLITE_HOME, else ~/.boxlite]
         #[arg(value_name = "HOME|MOUNTPOINT")]
         home: Option<PathBuf>,
+    },
+    /// Say why the mount refused something lately, and what to do instead
+    #[command(after_help = WHY_EXAMPLES)]
+    Why {
+        /// Show the refusals of all users, as root
+        #[arg(long)]
+        all: bool,
+        /// Print the refusals as JSON
+        #[arg(long)]
+        json: bool,
+        /// Where it is mounted, or any place in it [default: the mount that the working directory
+        /// is in, else the only one]
+        #[arg(value_name = "MOUNTPOINT")]
+        place: Option<PathBuf>,
     },
     /// Delete the snapshots of boxes that no rule keeps
     #[command(after_help = PRUNE_EXAMPLES)]

@@ -9,6 +9,7 @@ mod place;
 mod prune;
 mod status;
 mod undo;
+mod why;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,6 +52,7 @@ pub fn run() -> ExitCode {
         Command::Undo { mountpoint } => done(undo::run(&mountpoint)),
         Command::Ls { json, home } => done(list::run(home, json)),
         Command::Du { json, home } => done(disk_usage::run(home, json)),
+        Command::Why { all, json, place } => done(why::run(place.as_deref(), all, json)),
         Command::Prune(arguments) => done(prune::run(&arguments)),
         Command::Init { home } => done(run_init(&home)),
         Command::Version { json } => done(print_version(json)),

@@ -2,6 +2,7 @@
 //! it translates arguments and errors, and sends each reply from where the work ends, so a long job
 //! never holds a thread that `ls` needs.
 
+mod attempt;
 mod listing;
 mod passthrough;
 mod pool;
@@ -29,6 +30,7 @@ use crate::{Error, Result};
 
 pub use session::{Access, serve};
 
+use attempt::Asked;
 use passthrough::PassthroughFiles;
 use pool::{WorkerPool, spawn_thread};
 use reply::{
@@ -97,6 +99,17 @@ impl BoxliteFs {
             .unwrap_or_else(|_| Err(Error::damaged("this is a fault of boxlitefs")))
     }
 
+    /// Returns what a request asks of an inode, or of a name in that directory.
+    fn asked(
+        &self,
+        request: &Request,
+        operation: &'static str,
+        ino: INodeNo,
+        name: Option<&OsStr>,
+    ) -> Asked {
+        Asked::of(&self.tree, request, operation, ino.0, name)
+    }
+
     /// Runs a lookup that may need an export's plan on a thread for lookups.
     fn spawn_lookup(&self, work: impl FnOnce(&Arc<Tree>) + Send + 'static) {
         let tree = self.tree.clone();
@@ -133,11 +146,15 @@ impl Filesystem for BoxliteFs {
             let found = self.inline(|tree| tree.lookup(caller, parent.0, name));
             return reply_entry(reply, found);
         }
+        let asked = self.asked(request, "lookup", parent, Some(name));
         let name = name.to_owned();
         self.spawn_lookup(move |tree| {
             let tree = tree.clone();
             let waits = tree.lookup_may_wait(parent.0, &name);
-            let find = move || reply_entry(reply, tree.lookup(caller, parent.0, &name));
+            let find = move || {
+                let found = tree.lookup(caller, parent.0, &name);
+                reply_entry(reply, asked.answered(found));
+            };
             if waits {
                 spawn_thread(find);
             } else {
@@ -187,7 +204,11 @@ impl Filesystem for BoxliteFs {
         let caller = caller(request);
         let handle = handle.map(|handle| handle.0);
         let set = SetAttr { size };
-        self.spawn_write(move |tree| reply_attr(reply, tree.setattr(caller, ino.0, handle, set)));
+        let asked = self.asked(request, "setattr", ino, None);
+        self.spawn_write(move |tree| {
+            let set = tree.setattr(caller, ino.0, handle, set);
+            reply_attr(reply, asked.answered(set));
+        });
     }
 
     fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
@@ -207,30 +228,43 @@ impl Filesystem for BoxliteFs {
         reply: ReplyEntry,
     ) {
         let (caller, name) = (caller(request), name.to_owned());
-        self.spawn_write(move |tree| reply_entry(reply, tree.mkdir(caller, parent.0, &name)));
+        let asked = self.asked(request, "mkdir", parent, Some(&name));
+        self.spawn_write(move |tree| {
+            let made = tree.mkdir(caller, parent.0, &name);
+            reply_entry(reply, asked.answered(made));
+        });
     }
 
     fn mknod(
         &self,
-        _request: &Request,
-        _parent: INodeNo,
+        request: &Request,
+        parent: INodeNo,
         name: &OsStr,
         _mode: u32,
         _umask: u32,
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        reply_entry(reply, self.inline(|tree| tree.mknod(name)));
+        let asked = self.asked(request, "mknod", parent, Some(name));
+        reply_entry(reply, asked.answered(self.inline(|tree| tree.mknod(name))));
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (caller, name) = (caller(request), name.to_owned());
-        self.spawn_write(move |tree| reply_empty(reply, tree.unlink(caller, parent.0, &name)));
+        let asked = self.asked(request, "unlink", parent, Some(&name));
+        self.spawn_write(move |tree| {
+            let removed = tree.unlink(caller, parent.0, &name);
+            reply_empty(reply, asked.answered(removed));
+        });
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (caller, name) = (caller(request), name.to_owned());
-        self.spawn_write(move |tree| reply_empty(reply, tree.rmdir(caller, parent.0, &name)));
+        let asked = self.asked(request, "rmdir", parent, Some(&name));
+        self.spawn_write(move |tree| {
+            let removed = tree.rmdir(caller, parent.0, &name);
+            reply_empty(reply, asked.answered(removed));
+        });
     }
 
     fn symlink(
@@ -241,10 +275,9 @@ impl Filesystem for BoxliteFs {
         target: &Path,
         reply: ReplyEntry,
     ) {
-        reply_entry(
-            reply,
-            self.tree.symlink(caller(request), parent.0, name, target),
-        );
+        let asked = self.asked(request, "symlink", parent, Some(name));
+        let made = self.tree.symlink(caller(request), parent.0, name, target);
+        reply_entry(reply, asked.answered(made));
     }
 
     fn rename(
@@ -266,9 +299,11 @@ impl Filesystem for BoxliteFs {
         } else {
             RenameMode::Unsupported
         };
+        let asked = self.asked(request, "rename", parent, Some(&name));
+        let asked = asked.to(new_parent.0, &new_name);
         self.spawn_write(move |tree| {
             let (from, to) = ((parent.0, &*name), (new_parent.0, &*new_name));
-            reply_empty(reply, tree.rename(caller, from, to, mode));
+            reply_empty(reply, asked.answered(tree.rename(caller, from, to, mode)));
         });
     }
 
@@ -280,8 +315,9 @@ impl Filesystem for BoxliteFs {
         }
         let caller = caller(request);
         let passthrough = self.passthrough.clone();
+        let asked = self.asked(request, "open", ino, None);
         self.spawn_write(move |tree| {
-            let answer = move |opened: Result<Opened>| match opened {
+            let answer = move |opened: Result<Opened>| match asked.answered(opened) {
                 Ok(opened) => passthrough.reply(opened, reply),
                 Err(error) => reply.error(errno(&error)),
             };
@@ -300,8 +336,9 @@ impl Filesystem for BoxliteFs {
         reply: ReplyCreate,
     ) {
         let (caller, name) = (caller(request), name.to_owned());
-        self.spawn_write(
-            move |tree| match tree.create(caller, parent.0, &name, mode) {
+        let asked = self.asked(request, "create", parent, Some(&name));
+        self.spawn_write(move |tree| {
+            match asked.answered(tree.create(caller, parent.0, &name, mode)) {
                 Ok((attr, opened)) => reply.created(
                     &ttl(&attr),
                     &file_attr(&attr),
@@ -310,14 +347,14 @@ impl Filesystem for BoxliteFs {
                     FopenFlags::FOPEN_DIRECT_IO,
                 ),
                 Err(error) => reply.error(errno(&error)),
-            },
-        );
+            }
+        });
     }
 
     fn read(
         &self,
-        _request: &Request,
-        _ino: INodeNo,
+        request: &Request,
+        ino: INodeNo,
         handle: FileHandle,
         offset: u64,
         size: u32,
@@ -325,6 +362,7 @@ impl Filesystem for BoxliteFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let asked = self.asked(request, "read", ino, None);
         self.spawn_read(move |tree| {
             READ_BUFFER.with_borrow_mut(|buffer| {
                 // It only grows and is never cleared: a new buffer would be faulted in page by
@@ -334,7 +372,7 @@ impl Filesystem for BoxliteFs {
                     buffer.resize(length, 0);
                 }
                 let buffer = buffer.get_mut(..length).unwrap_or_default();
-                match tree.read(handle.0, offset, buffer) {
+                match asked.answered(tree.read(handle.0, offset, buffer)) {
                     Ok(read) => {
                         let bytes = buffer.get(..read).unwrap_or_default();
                         reply.data(bytes);
@@ -348,8 +386,8 @@ impl Filesystem for BoxliteFs {
 
     fn write(
         &self,
-        _request: &Request,
-        _ino: INodeNo,
+        request: &Request,
+        ino: INodeNo,
         handle: FileHandle,
         offset: u64,
         data: &[u8],
@@ -360,43 +398,44 @@ impl Filesystem for BoxliteFs {
     ) {
         let bytes = self.spare.copy_of(data);
         let spare = self.spare.clone();
+        let asked = self.asked(request, "write", ino, None);
         self.spawn_write(move |tree| {
-            reply_written(reply, tree.write(handle.0, offset, &bytes));
+            reply_written(reply, asked.answered(tree.write(handle.0, offset, &bytes)));
             spare.put(bytes);
         });
     }
 
     fn copy_file_range(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino_in: INodeNo,
         handle_in: FileHandle,
         offset_in: u64,
-        _ino_out: INodeNo,
+        ino_out: INodeNo,
         handle_out: FileHandle,
         offset_out: u64,
         length: u64,
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        let asked = self.asked(request, "copy_file_range", ino_out, None);
         self.spawn_write(move |tree| {
             let (from, to) = (handle_in.0, handle_out.0);
-            reply_written(
-                reply,
-                tree.copy_range(from, offset_in, to, offset_out, length),
-            );
+            let copied = tree.copy_range(from, offset_in, to, offset_out, length);
+            reply_written(reply, asked.answered(copied));
         });
     }
 
     fn flush(
         &self,
-        _request: &Request,
-        _ino: INodeNo,
+        request: &Request,
+        ino: INodeNo,
         handle: FileHandle,
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        self.spawn_write(move |tree| reply_empty(reply, tree.flush(handle.0)));
+        let asked = self.asked(request, "close", ino, None);
+        self.spawn_write(move |tree| reply_empty(reply, asked.answered(tree.flush(handle.0))));
     }
 
     fn release(
@@ -422,13 +461,14 @@ impl Filesystem for BoxliteFs {
 
     fn fsync(
         &self,
-        _request: &Request,
-        _ino: INodeNo,
+        request: &Request,
+        ino: INodeNo,
         handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        self.spawn_write(move |tree| reply_empty(reply, tree.sync(handle.0)));
+        let asked = self.asked(request, "fsync", ino, None);
+        self.spawn_write(move |tree| reply_empty(reply, asked.answered(tree.sync(handle.0))));
     }
 
     fn fsyncdir(
@@ -566,7 +606,11 @@ impl Filesystem for BoxliteFs {
         size: u32,
         reply: ReplyXattr,
     ) {
-        let value = self.inline(|tree| tree.xattr(caller(request), ino.0, name));
+        let uid = request.uid();
+        let value = self.inline(|tree| match tree.refusals_for(uid, ino.0, name) {
+            Some(refusals) => Ok(refusals),
+            None => tree.xattr(caller(request), ino.0, name),
+        });
         reply_xattr(reply, size, value);
     }
 

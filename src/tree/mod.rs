@@ -13,6 +13,7 @@ mod handles;
 mod nodes;
 mod options;
 mod reading;
+mod refusals;
 mod staging;
 
 use std::ffi::OsStr;
@@ -25,6 +26,7 @@ use nodes::attr::Add;
 use nodes::boxes::Boxes;
 use nodes::guest_numbers::GuestNumbers;
 use nodes::kernel_view::KernelView;
+use nodes::shown_path::shown_path;
 use nodes::status_file::StatusFile;
 use nodes::xattr;
 use parking_lot::Mutex;
@@ -36,6 +38,7 @@ use reading::home_view::HomeView;
 use reading::listing::Listing;
 use reading::lookup::Lookup;
 use reading::open_files::OpenFiles;
+use refusals::{Refusals, is_refusal};
 use staging::box_edit::BoxEdits;
 use staging::caller_history::CallerHistory;
 use staging::commit::Committer;
@@ -60,6 +63,13 @@ pub use nodes::status_file::MountFacts;
 pub use options::{Links, Options, Undo};
 pub use reading::listing::OpenedList;
 pub use reading::open_files::Opened;
+pub use refusals::Attempt;
+
+/// The extended attribute of the root that tells a user what was refused lately.
+pub const REFUSALS: &str = "user.boxlite.why";
+
+/// The attribute that tells root what was refused to anybody.
+pub const REFUSALS_OF_ALL: &str = "user.boxlite.why.all";
 
 /// A home as a tree of files. It gives what the kernel asks for to the parts that have it.
 pub struct Tree {
@@ -72,6 +82,7 @@ pub struct Tree {
     receiver: Receiver,
     committer: Arc<Committer>,
     changes: Changes,
+    refusals: Refusals,
     /// Merges layers in the background until the tree is closed.
     upkeep: Mutex<Option<BackgroundCompaction>>,
 }
@@ -129,6 +140,7 @@ impl Tree {
             lookup,
             staging,
             committer,
+            refusals: Refusals::default(),
             upkeep: Mutex::new(upkeep),
         })
     }
@@ -273,6 +285,47 @@ impl Tree {
         xattr::names(&self.view.home.boxes, &node)
     }
 
+    /// Remembers the name of what is being made, for messages.
+    fn note_made(&self, parent: u64, ino: u64, name: &OsStr) {
+        let place = self.shown_path(parent);
+        let name = name.to_string_lossy();
+        let path = if place == "." {
+            name.into_owned()
+        } else {
+            format!("{place}/{name}")
+        };
+        self.refusals.note_made(ino, path);
+    }
+
+    /// Remembers why a request is refused, for the user who made it.
+    pub fn note_refusal(&self, attempt: &Attempt, error: &Error) {
+        if is_refusal(attempt.operation, error.errno()) {
+            let path_of = |ino| self.shown_path(ino);
+            self.refusals.note(attempt, error, path_of);
+        }
+    }
+
+    /// Returns what a user was refused lately, if the name is that of the attribute that says it:
+    /// a JSON object on each line. Root may ask for that of all users.
+    pub fn refusals_for(&self, uid: u32, ino: u64, name: &OsStr) -> Option<Vec<u8>> {
+        match name.to_str()? {
+            _ if ino != ROOT_INO => None,
+            REFUSALS => Some(self.refusals.text(Some(uid))),
+            REFUSALS_OF_ALL if uid == 0 => Some(self.refusals.text(None)),
+            _ => None,
+        }
+    }
+
+    /// Returns the path of an inode in the mount, as far as it is known.
+    fn shown_path(&self, ino: u64) -> String {
+        let node = self.kernel.node(ino).ok();
+        let shown = node.and_then(|node| shown_path(&self.view.home.boxes, &node));
+        let shown = shown.map(|path| path.to_string_lossy().into_owned());
+        shown
+            .or_else(|| self.refusals.name_of_made(ino))
+            .unwrap_or_else(|| format!("inode {ino}"))
+    }
+
     /// Opens a directory for listing.
     ///
     /// # Errors
@@ -337,10 +390,13 @@ impl Tree {
     /// # Errors
     /// EEXIST, EINVAL, EBUSY, EPERM where directories mean nothing, EROFS.
     pub fn mkdir(&self, caller: Caller, parent: u64, name: &OsStr) -> Result<Attr> {
+        let parent_ino = parent;
         let parent = self.node_to_fill(parent)?;
         let maker = &self.changes.maker;
         let node = maker.directory(&self.view.home, caller, &parent, name)?;
-        self.lookup.tell_made(caller, &node)
+        let attr = self.lookup.tell_made(caller, &node)?;
+        self.note_made(parent_ino, attr.ino, name);
+        Ok(attr)
     }
 
     /// Makes a symbolic link in a box being made: one that our boxes have, which follows from the
@@ -381,12 +437,14 @@ impl Tree {
         name: &OsStr,
         mode: u32,
     ) -> Result<(Attr, Opened)> {
+        let parent_ino = parent;
         let parent = self.node_to_fill(parent)?;
         let creator = &self.changes.creator;
         let file = creator.create(caller, parent, name, mode)?;
         let owner = self.store.home().owner();
         let mut attr = Attr::of_arriving_file(owner, &file.node, file.size(), file.created);
         attr.ino = self.kernel.tell(&file.node);
+        self.note_made(parent_ino, attr.ino, name);
         Ok((attr, self.view.home.open.add_writing(file)))
     }
 

@@ -34,3 +34,4 @@ mod snapshot;
 mod staging;
 mod states;
 mod undo;
+mod why;

@@ -11,5 +11,6 @@ pub(super) mod known_nodes;
 pub(super) mod names;
 pub(super) mod node;
 pub(super) mod refusal;
+pub(super) mod shown_path;
 pub(super) mod status_file;
 pub(super) mod xattr;

@@ -16,7 +16,7 @@ Examples:
   boxlitefs status /mnt/boxlite                       see what it is doing
   boxlitefs unmount /mnt/boxlite
 
-/mnt/boxlite/.boxlite/log says why something failed.";
+`boxlitefs why` says why something failed, and what to do instead.";
 
 const MOUNT_EXAMPLES: &str = "\
 Examples:

@@ -17,6 +17,7 @@ mod editing;
 mod ending;
 mod full_paths;
 mod guests;
+mod help;
 mod hostile;
 mod inside;
 mod kept;

@@ -123,6 +123,40 @@ fn both_types_mount_show_the_home_as_their_source_and_are_unmounted() {
 }
 
 #[test]
+fn the_examples_of_its_help_work() {
+    let helper = Path::new(binary()).with_file_name("mount-boxlite");
+    let help = succeed(&[text(&helper), "--help"]);
+    let lines = help.lines().filter(|line| line.starts_with("  "));
+    let is_ours = |line: &&str| line.contains("boxlite") && !line.contains("--");
+    let (commands, fstab): (Vec<_>, Vec<_>) = lines
+        .map(str::trim)
+        .filter(is_ours)
+        .filter(|line| line.starts_with(['/', 'm', 'u']) && !line.starts_with("mount."))
+        .partition(|line| !line.starts_with('/'));
+    assert_eq!((commands.len(), fstab.len()), (4, 2), "{help}");
+    let machine = Machine::new();
+    let mut script = String::new();
+    for command in commands {
+        let command = command
+            .replace("/srv/boxlite-home", "\"$HOME_DIR\"")
+            .replace("/mnt/boxlite", "\"$MNT\"");
+        if command.contains(" -t ") {
+            script += "umount \"$MNT\" 2>/dev/null || true\n";
+        }
+        script += &format!("{command}\n");
+    }
+    machine.succeed("", &script);
+    for line in fstab {
+        let places = line.split_whitespace().skip(2).collect::<Vec<_>>();
+        let line = format!("HOME_DIR MNT {}", places.join(" "));
+        machine.succeed(
+            &line,
+            "mount \"$MNT\"; test \"$(ls \"$MNT\")\" = web; umount \"$MNT\"",
+        );
+    }
+}
+
+#[test]
 fn lines_in_fstab_are_mounted_by_mount_all_once_and_by_their_mountpoint() {
     let machine = Machine::new();
     let fstab = "HOME_DIR  MNT  boxlite  nofail,_netdev,allow_other,x-systemd.automount,x-systemd.idle-timeout=60,x-gvfs-name=Boxes,compact=off  0  0";

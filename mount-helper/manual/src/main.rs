@@ -22,25 +22,28 @@ const COMPLETIONS: [(Shell, &str); 3] = [
     (Shell::Fish, "fish/vendor_completions.d/boxlitefs.fish"),
 ];
 
-const DESCRIPTION: [&str; 3] = [
+const DESCRIPTION: [&str; 4] = [
     "boxlitefs shows a BoxLite home, the directory where BoxLite keeps its boxes, as a directory of files. \
      Ordinary file operations then work on boxes: mkdir in the directory snapshots of a box takes a \
      snapshot, cp of its file export.boxlite makes a backup, cp -r of its directory a clone, rm -r deletes it.",
     "The mount has a directory for each box, in it box.json, export.boxlite, export.boxlite.zst, disk.img, \
      rootfs (the guest's files) and snapshots. The directory .boxlite is hidden: \
      .boxlite/log says what was done and what failed, .boxlite/status what the mount is doing.",
-    "BoxLite itself may use the same home at the same time. While one of its programs has the home open, \
-     changes in the mount fail with EBUSY; reading works.",
+    "What is removed, or restored over, can be had back from .boxlite/undo for a day, unless the option undo \
+     says otherwise. If the mount refuses something, boxlitefs why says why, and what to do instead.",
+    "BoxLite itself may use the same home at the same time, and boxes may run. While one of its programs has \
+     the home open, renaming a box, editing box.json, merging and repairing fail with EBUSY; everything else \
+     works.",
 ];
 
-const FILES: [(&str, &str); 5] = [
+const FILES: [(&str, &str); 6] = [
     (
         "~/.boxlite",
         "the default home, unless another is named or BOXLITE_HOME is set",
     ),
     (
         "HOME/.boxlitefs",
-        "the log, and work in progress; may be deleted while nothing is mounted",
+        "the log, what can be had back, and work in progress; may be deleted while nothing is mounted",
     ),
     (
         "HOME/db/boxlitefs.db",
@@ -49,6 +52,10 @@ const FILES: [(&str, &str); 5] = [
     (
         "MOUNTPOINT/.boxlite/log",
         "what was done and what failed, a message each",
+    ),
+    (
+        "MOUNTPOINT/.boxlite/undo",
+        "what was removed or restored over and can be had back, a directory each",
     ),
     (
         "MOUNTPOINT/.boxlite/status",

@@ -202,8 +202,8 @@ pub enum Command {
         /// Print the refusals as JSON
         #[arg(long)]
         json: bool,
-        /// Where it is mounted, or any place in it [default: the mount that the working directory
-        /// is in, else the only one]
+        /// Where it is mounted, any place in it, or its home [default: the mount that the working
+        /// directory is in, else the only one]
         #[arg(value_name = "MOUNTPOINT")]
         place: Option<PathBuf>,
     },
@@ -259,7 +259,8 @@ pub struct StatusArguments {
     /// Print .boxlite/status as it is
     #[arg(long, conflicts_with = "watch")]
     pub json: bool,
-    /// Where it is mounted [default: every mount of boxlitefs]
+    /// Where it is mounted, any place in it, or its home [default: every mount of boxlitefs]
+    #[arg(value_name = "MOUNTPOINT")]
     pub mountpoint: Option<PathBuf>,
 }
 

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::mountinfo::MountTable;
+use crate::mountinfo::{MountTable, resolve};
 use crate::{Error, Result};
 
 /// Returns the home that was asked for, by its path or by where it is mounted, or the one that
@@ -34,6 +34,33 @@ pub(super) fn mounted_home(place: &Path) -> Result<Option<PathBuf>> {
     };
     let named = beside(place).and_then(home_at);
     Ok(named.or_else(|| home_at(fs::canonicalize(place).ok()?)))
+}
+
+/// Returns where the mount is that a place is in, or that shows a home. Such a mount is asked later,
+/// by its mountpoint.
+///
+/// # Errors
+/// ENOENT when there is no such place, EINVAL when it is in no mount of boxlitefs; those of reading
+/// the mount table.
+pub(super) fn mount_of(place: &Path) -> Result<PathBuf> {
+    let table = MountTable::own()?;
+    let shown = place.display();
+    let how = "`findmnt -t fuse.boxlite` lists its mounts";
+    let path = resolve(place).map_err(|error| {
+        if error.kind() == std::io::ErrorKind::NotFound {
+            let message =
+                format!("boxlitefs is not mounted on {shown}, which does not exist: {how}");
+            return Error::new(libc::ENOENT, message);
+        }
+        Error::io(format!("cannot reach {shown}"), error)
+    })?;
+    let around = table.around(&path).filter(|mount| mount.is_ours());
+    let mut ours = table.entries().filter(|mount| mount.is_ours());
+    let found = around.or_else(|| ours.find(|mount| mount.source == path));
+    found.map(|mount| mount.mountpoint.clone()).ok_or_else(|| {
+        let message = format!("boxlitefs is not mounted on {shown}: {how}");
+        Error::new(libc::EINVAL, message)
+    })
 }
 
 fn default_home() -> Result<PathBuf> {

@@ -2,14 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use rustix::fs::getxattr;
+use rustix::fs::{StatVfsMountFlags, getxattr, statvfs};
 use rustix::io::Errno;
 use serde_json::Value;
 
 use super::output::print;
-use crate::mountinfo::MountTable;
+use super::place::mount_of;
 use crate::tree::{REFUSALS, REFUSALS_OF_ALL};
-use crate::{Context, Error, Result, mount};
+use crate::{Error, Result, mount};
 
 /// The most bytes that an extended attribute has.
 const LONGEST: usize = 64 << 10;
@@ -26,15 +26,22 @@ pub(super) fn run(place: Option<&Path>, all: bool, as_json: bool) -> Result<()> 
             "only root sees the refusals of all users: leave out --all, or use sudo",
         ));
     }
-    let mountpoint = mount_of(place)?;
+    let mountpoint = mount_to_ask(place)?;
     let refusals = refusals_in(&mountpoint, all)?;
     if as_json {
         return print(&format!("{:#}\n", Value::from(refusals)));
     }
     if refusals.is_empty() {
         let shown = mountpoint.display();
+        let is_read_only = statvfs(&mountpoint)
+            .is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::RDONLY));
+        let why = if is_read_only {
+            "; it is mounted read-only, so the kernel refuses every change by itself"
+        } else {
+            ""
+        };
         return print(&format!(
-            "{shown}: nothing was refused since it was mounted\n"
+            "{shown}: nothing was refused since it was mounted{why}\n"
         ));
     }
     print(
@@ -45,33 +52,14 @@ pub(super) fn run(place: Option<&Path>, all: bool, as_json: bool) -> Result<()> 
     )
 }
 
-/// Returns the mount that a place is in, or that of a home.
-fn mount_of(place: Option<&Path>) -> Result<PathBuf> {
-    let table = MountTable::own()?;
-    let around = |path: &Path| {
-        let found = table.around(path).filter(|mount| mount.is_ours());
-        found.map(|mount| mount.mountpoint.clone())
-    };
+/// Returns the mount that a place is in, or that of a home. Without a place, the mount that the
+/// working directory is in, else the only one.
+fn mount_to_ask(place: Option<&Path>) -> Result<PathBuf> {
     if let Some(place) = place {
-        let path = std::fs::canonicalize(place)
-            .context(|| format!("cannot look at {}", place.display()))?;
-        let of_home = || {
-            let mut mounts = table.entries().filter(|mount| mount.is_ours());
-            let found = mounts.find(|mount| mount.source == path)?;
-            Some(found.mountpoint.clone())
-        };
-        return around(&path).or_else(of_home).ok_or_else(|| {
-            Error::new(
-                libc::EINVAL,
-                format!(
-                    "{} is in no mount of boxlitefs: `findmnt -t fuse.boxlite` lists its mounts",
-                    place.display()
-                ),
-            )
-        });
+        return mount_of(place);
     }
     let here = std::env::current_dir().ok();
-    if let Some(mountpoint) = here.and_then(|here| around(&here)) {
+    if let Some(mountpoint) = here.and_then(|here| mount_of(&here).ok()) {
         return Ok(mountpoint);
     }
     match &*mount::mountpoints()? {

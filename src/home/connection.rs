@@ -94,6 +94,10 @@ fn told(database: &Path, error: rusqlite::Error, errno: i32) -> Error {
             libc::EACCES,
             "cannot be opened just now; try again, or run as the user whose home it is",
         ),
+        _ if error.to_string().starts_with("no such table") => (
+            libc::EIO,
+            "is empty, or none of BoxLite's; put a backup in its place, or name another home",
+        ),
         _ => (libc::EIO, "cannot be used"),
     };
     Error::new(errno, format!("the database {} {what}", database.display())).caused_by(error)

@@ -66,6 +66,16 @@ const DIRECTORIES: [&str; 6] = ["bases", "boxes", "db", "images", "locks", "tmp"
 /// ENOTEMPTY for a directory with anything in it, ENOTDIR, and those of the file system.
 pub fn init_home(path: &Path) -> Result<PathBuf> {
     match fs::create_dir(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let shown = path.display();
+            let parent = path.parent().unwrap_or(path).display();
+            return Err(Error::new(
+                libc::ENOENT,
+                format!(
+                    "cannot make {shown}: {parent} does not exist; make it with `mkdir -p {parent}`"
+                ),
+            ));
+        }
         Err(error) if error.kind() != ErrorKind::AlreadyExists => {
             return Err(Error::io(format!("cannot make {}", path.display()), error));
         }
@@ -73,6 +83,15 @@ pub fn init_home(path: &Path) -> Result<PathBuf> {
     }
     let message = || format!("cannot look into {}", path.display());
     let root = fs::canonicalize(path).context(message)?;
+    if !root.is_dir() {
+        return Err(Error::new(
+            libc::ENOTDIR,
+            format!(
+                "{} is not a directory: name an empty directory, or one that is not there yet",
+                root.display()
+            ),
+        ));
+    }
     if fs::read_dir(&root).context(message)?.next().is_some() {
         return Err(Error::new(
             libc::ENOTEMPTY,

@@ -73,6 +73,9 @@ impl Home {
                 ),
             ));
         }
+        if let Some(error) = refused_to_user(&root, meta.uid(), &root.join("db/boxlite.db")) {
+            return Err(error);
+        }
         if !root.join("db/boxlite.db").is_file() {
             let shown = root.display();
             let is_empty = std::fs::read_dir(&root).is_ok_and(|mut names| names.next().is_none());
@@ -146,6 +149,15 @@ impl Home {
     /// The canonical path of the home.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Refuses a look at all of the home if this process may not look into our own directory.
+    ///
+    /// # Errors
+    /// EACCES.
+    pub fn refuse_hidden(&self) -> Result<()> {
+        let inside = self.staging_dir().join("layers");
+        refused_to_user(&self.root, self.owner.uid, &inside).map_or(Ok(()), Err)
     }
 
     /// Returns why this process can't change the home where it is; None if it can.
@@ -305,6 +317,17 @@ impl Home {
         std::os::unix::fs::lchown(path, Some(self.owner.uid), Some(self.owner.gid))
             .context(|| format!("cannot give {} to the owner of the home", path.display()))
     }
+}
+
+/// Returns the error if the user may not look at a path in a home: it is unknown what is there.
+fn refused_to_user(root: &Path, owner: u32, path: &Path) -> Option<Error> {
+    let refused = fs::symlink_metadata(path).err()?;
+    let shown = root.display();
+    let message = format!(
+        "this user may not look into {shown}, which belongs to uid {owner}: run the command as that user, or as root"
+    );
+    let is_refused = refused.kind() == std::io::ErrorKind::PermissionDenied;
+    is_refused.then(|| Error::io(message, refused))
 }
 
 /// Resolves links in the path of a directory; a missing one stays as it is.

@@ -120,6 +120,16 @@ pub(super) fn unmount(path: &Path, lazily: bool, is_gone: impl Fn() -> bool) -> 
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
+    // It looks for the mount among those that this user made.
+    if said.contains("not found in") {
+        let shown = path.display();
+        return Err(Error::new(
+            libc::EPERM,
+            format!(
+                "another user has mounted {shown}, and only that user and root may unmount it: `sudo boxlitefs unmount {shown}`"
+            ),
+        ));
+    }
     let errno = if said.contains("busy") {
         libc::EBUSY
     } else {

@@ -61,6 +61,12 @@ pub fn run(request: Mount) -> Result<()> {
         // As mount(8) does with a write-protected device.
         eprintln!("boxlitefs: {why}: mounting read-only");
     }
+    if paths.hides_files() {
+        let place = paths.mountpoint.display();
+        eprintln!(
+            "boxlitefs: {place} is not empty: what is in it is hidden until `boxlitefs unmount {place}`"
+        );
+    }
     if request.foreground {
         let served = serve(&paths, &request.options, |tree| {
             log::info!(

@@ -31,6 +31,11 @@ impl MountPaths {
 }
 
 impl MountPaths {
+    /// Returns whether files on the mountpoint would be hidden by the mount.
+    pub fn hides_files(&self) -> bool {
+        fs::read_dir(&self.mountpoint).is_ok_and(|mut names| names.next().is_some())
+    }
+
     /// Returns why the home can't be written. None if it can be, or if it is not a home.
     pub fn unwritable(&self) -> Option<Error> {
         Home::open(&self.home).ok()?.unwritable()
@@ -107,7 +112,8 @@ pub(super) fn check_uncovered(mountpoint: &Path) -> Result<()> {
     let shown = mountpoint.display();
     let message = match mountinfo::at(mountpoint)? {
         Some(entry) if entry.is_ours() => format!(
-            "boxlitefs is already mounted on {shown}: use it, or unmount it with `boxlitefs unmount {shown}`"
+            "boxlitefs is already mounted on {shown}, with the home {}: use it, or unmount it with `boxlitefs unmount {shown}`",
+            entry.source.display()
         ),
         Some(entry) if entry.is_fuse() => format!(
             "another FUSE file system ({}) is already mounted on {shown}: unmount it with `fusermount3 -u {shown}`, or name another directory",

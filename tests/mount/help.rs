@@ -20,7 +20,6 @@ ln -s /mnt/boxlite "$HOME/boxes"
 boxlitefs mount /mnt/boxlite
 cp /mnt/boxlite/web/export.boxlite "$PLACE/web.boxlite"
 mkdir /mnt/boxlite/web/snapshots/{first,hourly-1}
-cp -a "$BOXLITE_HOME" "$PLACE/pristine"
 cd "$PLACE"
 for example in "$@"; do
     case "$example" in
@@ -72,28 +71,31 @@ fn commands() -> Vec<String> {
 fn each_command_has_two_examples_and_each_works() {
     let commands = commands();
     assert!(commands.len() > 10, "{commands:?}");
+    let mut all = Vec::new();
     for command in commands {
         let mut asked = vec![binary(), &command, "--help"];
         asked.retain(|word| !word.is_empty());
         let examples = examples_in(&succeed(&asked));
         assert!(examples.len() >= 2, "{command}: {examples:?}");
-        let home = TestHome::new();
-        let place = tempfile::tempdir_in(home.beside("")).unwrap();
-        let output = Command::new("unshare")
-            .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
-            .args([
-                "bash",
-                "-c",
-                &format!("{LEAVE_OTHER_MOUNTS}{MACHINE}"),
-                "bash",
-            ])
-            .args(&examples)
-            .env("PLACE", place.path())
-            .env("BOXLITEFS", Path::new(binary()))
-            .env("BOXLITE_HOME", home.root())
-            .env("FREE_AREA", FREE_AREA.to_string())
-            .output()
-            .expect("unshare");
-        assert!(output.status.success(), "{command}: {output:?}");
+        all.extend(examples);
     }
+    let home = TestHome::new();
+    let place = tempfile::tempdir_in(home.beside("")).unwrap();
+    // One machine for all: a new mount namespace keeps the mounts of other tests for a moment.
+    let output = Command::new("unshare")
+        .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
+        .args([
+            "bash",
+            "-c",
+            &format!("{LEAVE_OTHER_MOUNTS}{MACHINE}"),
+            "bash",
+        ])
+        .args(&all)
+        .env("PLACE", place.path())
+        .env("BOXLITEFS", Path::new(binary()))
+        .env("BOXLITE_HOME", home.root())
+        .env("FREE_AREA", FREE_AREA.to_string())
+        .output()
+        .expect("unshare");
+    assert!(output.status.success(), "{output:?}");
 }

@@ -22,6 +22,7 @@ mod hostile;
 mod inside;
 mod kept;
 mod large;
+mod mistakes;
 mod mounting;
 mod moved_homes;
 mod never_lost;

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::arguments::StatusArguments;
 use super::output::print;
+use super::place::mount_of;
 use crate::mount;
 use crate::{Error, Result};
 use watch::watch;
@@ -19,6 +20,7 @@ use watch::watch;
 /// does not answer as boxlitefs does.
 pub(super) fn run(arguments: &StatusArguments) -> Result<()> {
     if let Some(place) = &arguments.mountpoint {
+        let place = &mount_of(place)?;
         return if arguments.watch {
             watch(place)
         } else {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::detach;
 use crate::mountinfo::{MountTable, resolve};
-use crate::{Context, Error, Result};
+use crate::{Error, Result};
 
 use remains::{Remains, Server};
 
@@ -33,7 +33,7 @@ pub enum Unmounted {
 /// EPERM when it is another user's. Nothing was unmounted then.
 pub fn unmount(mountpoint: &Path, tell: impl Fn(&str)) -> Result<Unmounted> {
     let shown = mountpoint.display();
-    let path = resolve(mountpoint).context(|| format!("cannot reach {shown}"))?;
+    let path = resolve(mountpoint).map_err(|error| unreachable_place(mountpoint, error))?;
     let entry = diagnose::target(mountpoint, &path, &MountTable::own()?)?;
     let remains = Remains::of(entry.id);
     detach::remove_idle(entry.id, || true).map_err(|error| match error.errno() {
@@ -55,8 +55,7 @@ pub fn unmount(mountpoint: &Path, tell: impl Fn(&str)) -> Result<Unmounted> {
 /// EACCES when it is another user's, so that it can't be seen whether it is served; EBUSY when
 /// another mount is in the way.
 pub fn remove_dead(mountpoint: &Path) -> Result<()> {
-    let shown = mountpoint.display();
-    let path = resolve(mountpoint).context(|| format!("cannot reach {shown}"))?;
+    let path = resolve(mountpoint).map_err(|error| unreachable_place(mountpoint, error))?;
     let table = MountTable::own()?;
     let Some(entry) = table.at(&path).filter(|entry| entry.is_ours()) else {
         return Ok(());
@@ -69,6 +68,20 @@ pub fn remove_dead(mountpoint: &Path) -> Result<()> {
         return Ok(());
     }
     detach::remove_lazily(entry.id, || detach::is_dead(&path).unwrap_or(false))
+}
+
+/// Returns the error for a place that can't be resolved.
+fn unreachable_place(place: &Path, error: std::io::Error) -> Error {
+    let shown = place.display();
+    if error.kind() == std::io::ErrorKind::NotFound {
+        return Error::new(
+            libc::ENOENT,
+            format!(
+                "{shown} does not exist: `findmnt -t fuse.boxlite` lists the mounts of boxlitefs"
+            ),
+        );
+    }
+    Error::io(format!("cannot reach {shown}"), error)
 }
 
 #[cfg(test)]

@@ -128,6 +128,7 @@ fn inspect_again(home: &Path) -> Result<Report> {
 
 fn inspect(home: &Path) -> Result<Report> {
     let home = Home::open(home)?;
+    home.refuse_hidden()?;
     let events = EventLog::open(&home, true);
     let store = Store::without_recovery(home, events);
     let mut check = Check {

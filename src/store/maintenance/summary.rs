@@ -86,6 +86,7 @@ pub fn snapshots(home: &Path) -> Result<Vec<BoxSnapshots>> {
 /// Those of opening the home.
 pub(super) fn open(home: &Path) -> Result<Store> {
     let home = Home::open(home)?;
+    home.refuse_hidden()?;
     let events = EventLog::open(&home, true);
     Ok(Store::without_recovery(home, events))
 }

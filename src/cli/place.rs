@@ -11,10 +11,13 @@ use crate::{Error, Result};
 /// BoxLite itself would use: $BOXLITE_HOME, else ~/.boxlite.
 ///
 /// # Errors
-/// ENOENT when neither is known; those of reading the mount table.
+/// ENOENT when neither is known, EINVAL for a place in a mount; those of reading the mount table.
 pub(super) fn home_of(asked: Option<PathBuf>) -> Result<PathBuf> {
     match asked {
-        Some(place) => Ok(mounted_home(&place)?.unwrap_or(place)),
+        Some(place) => match mounted_home(&place)? {
+            Some(home) => Ok(home),
+            None => refuse_inside(&place).map(|()| place),
+        },
         None => default_home(),
     }
 }
@@ -34,6 +37,30 @@ pub(super) fn mounted_home(place: &Path) -> Result<Option<PathBuf>> {
     };
     let named = beside(place).and_then(home_at);
     Ok(named.or_else(|| home_at(fs::canonicalize(place).ok()?)))
+}
+
+/// Refuses a place in a mount of ours that is not its root: what is named is neither a home nor where
+/// one is mounted.
+fn refuse_inside(place: &Path) -> Result<()> {
+    let Ok(path) = resolve(place) else {
+        return Ok(());
+    };
+    // A guest may have a home of its own.
+    if path.join("db/boxlite.db").is_file() {
+        return Ok(());
+    }
+    let table = MountTable::own()?;
+    let Some(mount) = table.around(&path).filter(|mount| mount.is_ours()) else {
+        return Ok(());
+    };
+    let mountpoint = mount.mountpoint.display();
+    Err(Error::new(
+        libc::EINVAL,
+        format!(
+            "{} is not a BoxLite home, but a place in the mount on {mountpoint}: name that",
+            place.display()
+        ),
+    ))
 }
 
 /// Returns where the mount is that a place is in, or that shows a home. Such a mount is asked later,

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::arguments::PruneArguments;
 use super::output::print;
-use super::place::{home_of, mounted_home};
+use super::place::{home_of, mount_of, mounted_home};
 use crate::exports::Compression;
 use crate::home::rfc3339;
 use crate::store::summary::{self, BoxSnapshots, SnapshotSummary};
@@ -71,6 +71,18 @@ fn find(home: Option<&Path>, named: &Path) -> Result<Target> {
             directory: Some(absolute),
             of,
         });
+    }
+    if home.is_none()
+        && let Ok(mountpoint) = mount_of(named)
+    {
+        return Err(Error::new(
+            libc::EINVAL,
+            format!(
+                "{} is not the directory of a box: name a directory in {}",
+                named.display(),
+                mountpoint.display()
+            ),
+        ));
     }
     let home = home_of(home.map(Path::to_owned))?;
     let of = box_of(&home, &named.to_string_lossy())?;

@@ -168,6 +168,23 @@ fn a_mount_on_a_mount_is_refused_with_the_home_that_is_there() {
         said.contains(&format!("with the home {}", text(home.root()))),
         "{said}"
     );
+    // What is in it is neither a home nor a mountpoint.
+    for (line, remedy) in [
+        ("ls mnt/web", "name that"),
+        ("du mnt/web/snapshots", "name that"),
+        ("check mnt/.boxlite", "name that"),
+        (
+            "prune --keep-last 1 mnt/web/snapshots",
+            "name a directory in",
+        ),
+        ("prune --keep-last 1 mnt", "name a directory in"),
+    ] {
+        let said = refused(&home, line);
+        assert!(
+            said.contains(text(mount.root())) && said.contains(remedy),
+            "{line}: {said}"
+        );
+    }
     // Any place in it, and the home itself, lead to it.
     for place in [mount.at("web/snapshots"), home.root().to_owned()] {
         let status = succeed(&[binary(), "status", "--json", text(&place)]);

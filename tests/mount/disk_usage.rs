@@ -232,3 +232,55 @@ fn what_can_be_had_back_takes_its_space_until_it_is_dropped() {
         "{told} {freed_at_all}"
     );
 }
+
+#[test]
+fn what_has_a_name_elsewhere_is_not_freed() {
+    let home = TestHome::new();
+    let mount = mount(&home);
+    home.guest_write("web", FREE_AREA, &[1; 900_000]);
+    mount.snapshot("web", "a").unwrap();
+    let layer = home.snapshot_disk("web", "a");
+    fs::hard_link(&layer, home.beside("backup.qcow2")).unwrap();
+    let said = du(mount.root());
+    let whole = of_boxes(&home);
+    succeed(&["rm", "-r", text(&mount.at("web"))]);
+    // A base with a name that is not known stays.
+    let freed = whole - of_boxes(&home);
+    assert_eq!(said["boxes"][0]["frees_bytes"], freed, "{said:#}");
+    let backup = on_disk(&[&home.beside("backup.qcow2")]);
+    let own = said["boxes"][0]["own_bytes"].as_i64().unwrap();
+    assert_eq!(own, freed + backup, "{said:#}");
+}
+
+#[test]
+fn nothing_is_promised_where_a_header_is_damaged() {
+    let home = TestHome::new();
+    let mount = mount(&home);
+    mount.snapshot("web", "a").unwrap();
+    mount.copy("web/snapshots/a", "copy");
+    mount.unmount();
+    fs::write(home.live_disk("copy"), [7; 70_000]).unwrap();
+    let said = du(home.root());
+    assert_eq!(said["compact_frees_bytes"], Value::Null, "{said:#}");
+    let snapshot = &said["boxes"][1]["snapshots"][0];
+    assert_eq!(snapshot["frees_compacted_bytes"], Value::Null, "{said:#}");
+    assert_eq!(said["total_bytes"], on_disk(&[home.root()]), "{said:#}");
+    let table = succeed(&[binary(), "du", text(home.root())]);
+    assert!(table.contains('?'), "{table}");
+}
+
+#[test]
+fn directories_that_lie_elsewhere_count_as_well() {
+    let home = TestHome::new();
+    let elsewhere = home.beside("elsewhere");
+    let mount = mount(&home);
+    mount.snapshot("web", "a").unwrap();
+    mount.unmount();
+    succeed(&["mv", text(&home.root().join("bases")), text(&elsewhere)]);
+    std::os::unix::fs::symlink(&elsewhere, home.root().join("bases")).unwrap();
+    let said = du(home.root());
+    let counted = on_disk(&[home.root(), &elsewhere]);
+    assert_eq!(said["total_bytes"], counted, "{said:#}");
+    let own = said["boxes"][0]["own_bytes"].as_i64().unwrap();
+    assert_eq!(said["parts"]["boxes_bytes"], own, "{said:#}");
+}

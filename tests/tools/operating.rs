@@ -269,7 +269,11 @@ fn the_status_says_what_is_mounted_how_and_what_it_takes() {
     ]))
     .unwrap();
     assert_eq!(json["home"], said["home"]);
-    let nowhere = fail(&[binary(), "status", text(home.root())]);
+    for place in [home.root(), &mount.at("web")] {
+        let shown = succeed(&[binary(), "status", text(place)]);
+        assert!(shown.contains(text(mount.root())), "{shown}");
+    }
+    let nowhere = fail(&[binary(), "status", text(&home.beside(""))]);
     assert!(nowhere.contains("not mounted"), "{nowhere}");
 }
 

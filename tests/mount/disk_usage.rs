@@ -197,6 +197,63 @@ fn compacting_gives_back_at_least_what_was_said() {
     assert!((300_000..freed).contains(&told), "{told} {freed}");
 }
 
+/// Makes a home with a random history, by the mount and by BoxLite.
+fn random_home(dice: &mut Dice) -> TestHome {
+    let home = TestHome::new();
+    let mut mount = mount(&home);
+    let mut boxes = vec!["web".to_owned()];
+    for number in 0..8 {
+        let name = dice.one_of(&boxes).clone();
+        let snapshots = mount.names(format!("{name}/snapshots"));
+        let new = format!("n{number}");
+        let at = FREE_AREA + dice.below(20) * 50_000;
+        match dice.below(8) {
+            0 | 1 => home.guest_write(&name, at, &vec![number + 1; 150_000]),
+            2 | 3 => mount.snapshot(&name, &new).unwrap(),
+            4 => {
+                mount.copy(&name, &new);
+                boxes.push(new);
+            }
+            5 if !snapshots.is_empty() => {
+                let gone = dice.one_of(&snapshots);
+                mount.remove_snapshot(&name, gone).unwrap();
+            }
+            6 if !snapshots.is_empty() => {
+                let from = format!("{name}/snapshots/{}", dice.one_of(&snapshots));
+                if dice.coin() {
+                    mount.copy(&from, &new);
+                    boxes.push(new);
+                } else {
+                    let [from, to] = [&*from, &name].map(|it| mount.at(it).join("export.boxlite"));
+                    succeed(&["cp", text(&from), text(&to)]);
+                }
+            }
+            _ => {
+                mount.unmount();
+                if dice.coin() {
+                    home.wheel(&["snapshot-create", &name, &new]);
+                } else {
+                    home.wheel(&["clone", &name, &new]);
+                    boxes.push(new);
+                }
+                mount = self::mount(&home);
+            }
+        }
+    }
+    mount.unmount();
+    home
+}
+
+#[test]
+fn deleting_gives_back_what_was_said_after_any_history() {
+    let seed = seed("histories");
+    for case in 0..how_many(2, 6, 100) {
+        println!("case {case}");
+        let home = random_home(&mut Dice::of(seed, case));
+        assert_true_of_each(&home);
+    }
+}
+
 #[test]
 fn what_can_be_had_back_takes_its_space_until_it_is_dropped() {
     let home = TestHome::new().keep();

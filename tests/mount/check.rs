@@ -1,6 +1,7 @@
 //! `boxlitefs check` finds and names every kind of damage and leftover, and changes nothing.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::common::*;
@@ -471,4 +472,55 @@ fn what_boxlite_keeps_for_nothing_is_told_and_is_no_fault() {
     assert!(said.contains("repaired: nothing reads from"), "{said}");
     home.wheel(&["snapshot-restore", "web", "start"]);
     home.assert_whole_once_mounted();
+}
+
+#[test]
+fn what_is_lost_is_told_with_what_can_be_done() {
+    let home = TestHome::new();
+    let mount = home.mount();
+    mount.snapshot("web", "a").unwrap();
+    mount.copy("web", "copy");
+    mount.unmount();
+    home.put_aside("whole");
+    // The live disk is gone, its snapshot is not.
+    fs::remove_file(home.live_disk("web")).unwrap();
+    let (status, said) = home.check();
+    assert_eq!(status, 1, "{said}");
+    assert!(
+        said.contains("`cp -r` of a snapshot in a mount makes a box of it"),
+        "{said}"
+    );
+    let mount = home.mount();
+    let before = mount.export_digest("web/snapshots/a/export.boxlite");
+    succeed(&[
+        "cp",
+        "-r",
+        text(&mount.at("web/snapshots/a")),
+        text(&mount.at("saved")),
+    ]);
+    assert_eq!(mount.export_digest("saved/export.boxlite"), before);
+    mount.unmount();
+    home.put_back("whole");
+    // A layer is gone, by all its names.
+    let inode = fs::metadata(home.snapshot_disk("web", "a")).unwrap().ino();
+    let layer = format!("find '{}' -inum {inode} -delete", text(home.root()));
+    succeed(&["sh", "-c", &layer]);
+    let (status, said) = home.check();
+    assert_eq!(status, 1, "{said}");
+    for subject in ["snapshot a of box web", "box web: ", "box copy: "] {
+        let mut lines = said.lines().filter(|line| line.starts_with(subject));
+        let line = lines.next().unwrap_or_else(|| panic!("{subject}: {said}"));
+        assert!(
+            line.contains("what is lost is only in a backup: import it"),
+            "{line}"
+        );
+    }
+    // What is damaged is named once, whatever names it has.
+    home.put_back("whole");
+    let layer = home.snapshot_disk("web", "a");
+    let file = fs::OpenOptions::new().write(true).open(&layer).unwrap();
+    file.set_len(100).unwrap();
+    let (_, said) = home.check();
+    let lines: std::collections::BTreeSet<&str> = said.lines().collect();
+    assert_eq!(lines.len(), said.lines().count(), "{said}");
 }

@@ -210,6 +210,9 @@ fn record_orphans(locked: &mut LockedBox<'_>) -> Result<()> {
     Ok(())
 }
 
+/// What to do where a state of a box can't be read any more.
+const LOST: &str = "what is lost is only in a backup: import it from there";
+
 /// A check under way: what it reads, and what it has found so far.
 struct Check<'s> {
     store: &'s Store,
@@ -260,11 +263,9 @@ impl Check<'_> {
 
     /// Finds image files whose header is damaged.
     fn headers(&mut self) {
-        let damaged: Vec<String> = self
-            .layers
-            .files()
-            .filter_map(|file| file.damaged.clone())
-            .collect();
+        let damaged = self.layers.files().filter_map(|file| file.damaged.clone());
+        // A file may have several names, and each is found.
+        let damaged: BTreeSet<String> = damaged.collect();
         self.findings.extend(damaged);
     }
 
@@ -279,7 +280,7 @@ impl Check<'_> {
                 self.one_name(record, &live);
             } else if !catalog.snapshots_of(&record.id).is_empty() {
                 self.report(format!(
-                    "box {} has snapshots but no disk at {}",
+                    "box {} has snapshots but no disk at {}; `cp -r` of a snapshot in a mount makes a box of it",
                     display_name(record),
                     live.display()
                 ));
@@ -290,7 +291,10 @@ impl Check<'_> {
                 if path.is_file() {
                     self.chain(&subject, &path);
                 } else {
-                    self.report(format!("{subject} has no file {}", path.display()));
+                    self.report(format!(
+                        "{subject} has no file {}; {LOST}, or delete the snapshot",
+                        path.display()
+                    ));
                 }
             }
         }
@@ -304,7 +308,10 @@ impl Check<'_> {
                 let box_home = config["box_home"].as_str().unwrap_or_default().to_owned();
                 let here = self.store.home().box_dir(&record.id);
                 if !here.is_dir() {
-                    self.report(format!("box {name} has no directory {}", here.display()));
+                    self.report(format!(
+                        "box {name} has no directory {}; {LOST}",
+                        here.display()
+                    ));
                 } else if FileId::at(Path::new(&box_home)).ok() != FileId::at(&here).ok() {
                     self.report(format!(
                         "box {name} says it lives in {box_home}, not in {}: this home is a copy, changes are refused",
@@ -336,6 +343,9 @@ impl Check<'_> {
                         path.display()
                     ));
                 }
+            }
+            Err(error) if matches!(error.errno(), libc::EIO | libc::ENOENT | libc::EINVAL) => {
+                self.report(format!("{subject}: {error}; {LOST}"));
             }
             Err(error) => self.report(format!("{subject}: {error}")),
         }

@@ -323,7 +323,8 @@ impl Tree {
         let shown = shown.map(|path| path.to_string_lossy().into_owned());
         shown
             .or_else(|| self.refusals.name_of_made(ino))
-            .unwrap_or_else(|| format!("inode {ino}"))
+            // A state of a disk, with its guest's files, may be that of several boxes.
+            .unwrap_or_else(|| "…".to_owned())
     }
 
     /// Opens a directory for listing.

@@ -44,8 +44,9 @@ impl Asked {
         self
     }
 
-    /// Remembers a refusal. Returns the result.
-    pub fn answered<T>(&self, result: Result<T>) -> Result<T> {
+    /// Remembers a refusal. Returns the result. The tree is let go of before the answer is sent: what
+    /// a mount leaves is removed when nothing holds it any more.
+    pub fn answered<T>(self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.tree.note_refusal(&self.attempt, error);
         }

@@ -8,7 +8,7 @@
 //! * `adopt`, `bases`: layers that become bases.
 //! * `snapshot_place`: the directory and the row of a snapshot.
 //! * `mergeable`, `merge`, `flatten`: layers that become one.
-//! * `forecast`: what a merge or a removal would give back.
+//! * `forecast`, `merge_gain`: what a removal or a merge would give back.
 //! * `reference_state`: the state that a snapshot is compared with while it is copied in.
 //! * `collect`, `references`, `unfreed`: bases and references that nothing needs.
 //! * `put_back`, `spare_names`: second names of layers, and bases restored from them.
@@ -28,6 +28,7 @@ pub(super) mod graph;
 pub(super) mod left_snapshots;
 pub(super) mod live_disk;
 pub(super) mod merge;
+pub(super) mod merge_gain;
 pub(super) mod mergeable;
 pub(super) mod near;
 pub(super) mod put_back;

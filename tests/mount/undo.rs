@@ -290,6 +290,23 @@ fn a_restore_is_undone_by_restoring_what_it_replaced() {
 }
 
 #[test]
+fn a_disk_without_data_of_its_own_comes_back_as_a_snapshot_and_leaves_nothing() {
+    let (home, mount) = with_snapshot();
+    let (export, of_snapshot) = ("web/export.boxlite", "web/snapshots/s/export.boxlite");
+    succeed(&["cp", text(&mount.at(of_snapshot)), text(&mount.at(export))]);
+    let state = digest(&home.live_disk("web"));
+    mount.remove_snapshot("web", "s").unwrap();
+    for entry in mount.names(".boxlite/undo") {
+        remove(&mount, &format!(".boxlite/undo/{entry}"));
+    }
+    succeed(&["cp", text(&archive()), text(&mount.at(export))]);
+    move_to(&mount, in_entry(&mount, ""), "web/snapshots/t");
+    assert_eq!(digest(&home.snapshot_disk("web", "t")), state);
+    drop(mount);
+    home.assert_whole();
+}
+
+#[test]
 fn an_archive_restored_over_a_disk_leaves_that_and_an_unchanged_disk_leaves_nothing() {
     let (home, mount) = with_snapshot();
     let now = digest(&home.live_disk("web"));

@@ -64,7 +64,10 @@ fn drop_entries(store: &Store, ids: &[String], now: bool) -> Result<()> {
 }
 
 /// Frees the bases that nothing needs any more; in a large home behind, unless room is needed now.
-fn free(store: &Store, change: &mut Change<'_>, now: bool) -> Result<()> {
+///
+/// # Errors
+/// Those of system calls and of SQLite.
+pub fn free(store: &Store, change: &mut Change<'_>, now: bool) -> Result<()> {
     if store.layers.is_large() && !now {
         store.unfreed.add(Freeable::default());
         return Ok(());

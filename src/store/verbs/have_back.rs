@@ -15,7 +15,7 @@ use crate::store::Store;
 use crate::store::access::lock::{begin_shared_change, made_again};
 use crate::store::access::names::refuse_taken_box_name;
 use crate::store::kept::entries::remove_entry;
-use crate::store::kept::expire::with_room;
+use crate::store::kept::expire::{free, with_room};
 use crate::store::layers::graph::{LayerGraph, Role, is_row_of};
 use crate::store::layers::mergeable::MOST_BACKING;
 use crate::store::layers::snapshot_place::NewSnapshotIdentity;
@@ -65,7 +65,14 @@ pub fn have_back_snapshot(store: &Store, kept_id: &str, box_id: &str, name: &str
     clone_snapshot(store, &source, &read, box_id, &new)?;
     crash_point("undo.snapshot-back");
     match begin_shared_change(store) {
-        Ok(_change) => use_up(store, kept_id, Ok(())),
+        Ok(mut change) => {
+            use_up(store, kept_id, Ok(()));
+            // The snapshot is on the layer below, if the disk had no data of its own.
+            if let Err(error) = free(store, &mut change, false) {
+                let message = format!("{error}; the space of what was kept is freed later");
+                store.events().info(&message);
+            }
+        }
         Err(error) => use_up(store, kept_id, Err(error)),
     }
     Ok(())

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::home::GUARD;
 use crate::mount::DOCUMENTED_OPTIONS;
+use crate::tree::Undo;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -290,6 +291,10 @@ pub struct PruneArguments {
         hide_default_value = true
     )]
     pub prefix: String,
+    /// How long what is deleted of boxes that are given by name can be had back: such as 30m, 24h
+    /// or 7d, or off. A mount deletes with its own option
+    #[arg(long, value_name = "TIME", default_value = "24h")]
+    pub undo: Undo,
     /// Show what would be deleted, and delete nothing
     #[arg(long)]
     pub dry_run: bool,

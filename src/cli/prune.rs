@@ -12,6 +12,7 @@ use crate::exports::Compression;
 use crate::home::rfc3339;
 use crate::store::summary::{self, BoxSnapshots, SnapshotSummary};
 use crate::store::{Retention, Store, remove_snapshot};
+use crate::tree::Undo;
 use crate::{Context, Error, Result};
 
 /// A box whose snapshots are pruned.
@@ -133,7 +134,7 @@ fn prune(
             continue;
         }
         if !arguments.dry_run
-            && let Err(error) = remove(target, snapshot)
+            && let Err(error) = remove(target, snapshot, arguments.undo)
         {
             eprintln!("boxlitefs: {name}: {shown} stays: {error}");
             kept.push(json!({"name": snapshot.name, "created_at": at, "error": error.to_string()}));
@@ -154,8 +155,9 @@ fn prune(
     Ok(json!({"box": name, "kept": kept, "removed": removed, "dry_run": arguments.dry_run}))
 }
 
-/// Deletes a snapshot: by the mount where there is one, which goes on freeing its space.
-fn remove(target: &Target, snapshot: &SnapshotSummary) -> Result<()> {
+/// Deletes a snapshot: by the mount where there is one, which goes on freeing its space, and else as
+/// a mount with this `undo` does.
+fn remove(target: &Target, snapshot: &SnapshotSummary, undo: Undo) -> Result<()> {
     if let Some(directory) = &target.directory {
         let place = directory.join("snapshots").join(&snapshot.name);
         return fs::remove_dir(&place).context(|| {
@@ -164,5 +166,6 @@ fn remove(target: &Target, snapshot: &SnapshotSummary) -> Result<()> {
         });
     }
     let store = Store::open_for_mount(&target.home, false, true, Compression::default())?;
+    let store = store.with_undo(undo.keep_for);
     remove_snapshot(&store, &target.of.id, &snapshot.id)
 }

@@ -154,12 +154,8 @@ impl Options {
                     _ => return Err(wrong_value(option, "inside or guest")),
                 };
             }
-            Some(("undo", "off")) => self.undo.keep_for = None,
             Some(("undo", time)) => {
-                self.undo.keep_for =
-                    Some(long(time).ok_or_else(|| {
-                        wrong_value(option, "a time such as 30m, 24h or 7d, or off")
-                    })?);
+                self.undo = time.parse().map_err(|wanted| wrong_value(option, wanted))?;
             }
             Some(("compact", "off")) => self.compacting.after = None,
             Some(("compact", seconds)) => {
@@ -241,23 +237,6 @@ fn bytes(size: &str) -> Option<u64> {
         _ => return None,
     };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
-/// Parses a time: a number of seconds, or with s, m, h or d, more than 0.
-fn long(time: &str) -> Option<Duration> {
-    let digits = time.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match time.get(digits.len()..)? {
-        "" | "s" => 1,
-        "m" => 60,
-        "h" => 60 * 60,
-        "d" => 24 * 60 * 60,
-        _ => return None,
-    };
-    let seconds = digits.parse::<u64>().ok()?.checked_mul(unit)?;
-    // Times are stored in nanoseconds.
-    (1..u64::MAX / 4_000_000_000)
-        .contains(&seconds)
-        .then(|| Duration::from_secs(seconds))
 }
 
 fn wrong_value(option: &str, wanted: &str) -> Error {

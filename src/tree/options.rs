@@ -1,5 +1,6 @@
 //! How a home is shown.
 
+use std::str::FromStr;
 use std::time::Duration;
 
 use crate::exports::Compression;
@@ -38,6 +39,36 @@ impl Default for Undo {
             keep_for: Some(Duration::from_secs(24 * 60 * 60)),
         }
     }
+}
+
+impl FromStr for Undo {
+    type Err = &'static str;
+
+    /// Parses a time or `off`. The error says what is wanted.
+    fn from_str(text: &str) -> Result<Undo, &'static str> {
+        let keep_for = match text {
+            "off" => None,
+            time => Some(long(time).ok_or("a time such as 30m, 24h or 7d, or off")?),
+        };
+        Ok(Undo { keep_for })
+    }
+}
+
+/// Parses a time: a number of seconds, or with s, m, h or d, more than 0.
+fn long(time: &str) -> Option<Duration> {
+    let digits = time.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match time.get(digits.len()..)? {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        "d" => 24 * 60 * 60,
+        _ => return None,
+    };
+    let seconds = digits.parse::<u64>().ok()?.checked_mul(unit)?;
+    // Times are stored in nanoseconds.
+    (1..u64::MAX / 4_000_000_000)
+        .contains(&seconds)
+        .then(|| Duration::from_secs(seconds))
 }
 
 /// What the symbolic links in a guest are shown to say.

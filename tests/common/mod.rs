@@ -250,6 +250,16 @@ impl TestHome {
     /// time. Unless [`TestHome::keep`] was called, what is removed is not kept: most tests ask what
     /// is left, and what is freed.
     pub fn mount_with(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Mounted {
+        self.mount_on("mnt", arguments, environment)
+    }
+
+    /// Mounts the home once more, beside the mount of [`TestHome::mount_with`].
+    pub fn mount_again(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Mounted {
+        let _ = fs::create_dir(self.beside("mnt-again"));
+        self.mount_on("mnt-again", arguments, environment)
+    }
+
+    fn mount_on(&self, place: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Mounted {
         let mut all = Vec::new();
         if !self.keeps.load(Ordering::Relaxed) {
             all.extend(["-o", "undo=off"]);
@@ -258,12 +268,8 @@ impl TestHome {
         // No test depends on how full the machine's disk is.
         let mut variables = vec![("BOXLITEFS_UNDO_ANY_ROOM", "1")];
         variables.extend(environment);
-        Mounted::start(
-            &self.root,
-            &self.place.path().join("mnt").canonicalize().expect("mnt"),
-            &all,
-            &variables,
-        )
+        let mountpoint = self.beside(place).canonicalize().expect("the mountpoint");
+        Mounted::start(&self.root, &mountpoint, &all, &variables)
     }
 
     /// Returns whether mounts keep what is removed or restored over.

@@ -36,4 +36,5 @@ mod snapshot;
 mod staging;
 mod states;
 mod undo;
+mod undo_beside;
 mod why;

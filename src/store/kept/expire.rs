@@ -144,23 +144,30 @@ pub fn is_full(error: &Error) -> bool {
 /// Drops the entries whose time is over, and while less than a tenth of the disk is free, the oldest.
 /// What can't be dropped now is left for the next time.
 pub fn expire(store: &Store) {
-    let Ok(catalog) = store.home().catalog() else {
-        return;
-    };
-    let now = SystemTime::now();
-    let over = catalog
-        .kept()
-        .iter()
-        .filter(|entry| entry.rows.is_over(now));
-    let over: Vec<String> = over.map(|entry| entry.id().to_owned()).collect();
-    if !over.is_empty()
-        && let Err(error) = drop_entries(store, &over, false)
-    {
+    if let Err(error) = drop_over(store, false) {
         log::debug!("entries whose time is over: {error}");
     }
-    if !catalog.kept().is_empty() {
+    let is_any = || store.home().catalog().is_ok_and(|it| !it.kept().is_empty());
+    if is_any() {
         while !has_room(store) && drop_oldest(store, None) {}
     }
+}
+
+/// Drops the entries whose time is over. Their space is freed behind in a large home, unless it is to
+/// be freed `now`.
+///
+/// # Errors
+/// Those of [`drop_kept`].
+pub fn drop_over(store: &Store, now: bool) -> Result<()> {
+    let catalog = store.home().catalog()?;
+    let time = SystemTime::now();
+    let over = catalog.kept().iter();
+    let over = over.filter(|entry| entry.rows.is_over(time));
+    let over: Vec<String> = over.map(|entry| entry.id().to_owned()).collect();
+    if over.is_empty() {
+        return Ok(());
+    }
+    drop_entries(store, &over, now)
 }
 
 /// Drops all entries, also those whose rows can't be read. Returns how many.

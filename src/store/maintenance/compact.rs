@@ -12,7 +12,7 @@ use crate::exports::Compression;
 use crate::progress::Operation;
 use crate::store::Store;
 use crate::store::access::home_recovery::free_unneeded;
-use crate::store::kept::expire::purge;
+use crate::store::kept::expire::{drop_over, purge};
 use crate::store::layers::merge::{Merged, merge_layers};
 use crate::store::layers::mergeable::{MergePlan, mergeable};
 use crate::store::layers::put_back::keep_spares;
@@ -44,6 +44,9 @@ pub fn run(home: &Path, purge_undo: bool, out: &mut dyn Write, meter: &dyn Meter
     let before = allocated_in_home(&store)?;
     if purge_undo {
         purge(&store)?;
+    } else {
+        // While nothing was mounted, none went.
+        drop_over(&store, true)?;
     }
     free_unneeded(&store)?;
     keep_spares(&store)?;

@@ -13,6 +13,7 @@
 //! * `comparison`, `left_out`: an image that arrives, compared with another disk.
 //! * `write`: such an image as a file. `direct`: writes past the page cache. `reflink`: shared
 //!   blocks.
+//! * `disk_writer`, `writer_tables`, `refcounts`: writes to a disk, into its topmost layer.
 //! * `inspect`: whether an image that came from outside may be used.
 //! * `state`: states of files, and the clocks that tell whether one can change unseen.
 //!
@@ -27,6 +28,7 @@ mod chain;
 mod comparison;
 mod descent;
 mod direct;
+mod disk_writer;
 mod features;
 mod file;
 mod flatten;
@@ -40,16 +42,19 @@ mod layer;
 mod left_out;
 mod overlay;
 mod rebase;
+mod refcounts;
 mod reflink;
 mod state;
 mod walk;
 mod window;
 mod write;
+mod writer_tables;
 
 pub use chain::Chain;
 pub use comparison::{Comparison, sample};
 pub use descent::{Scope, chain_paths};
 pub use direct::{Aligned, BLOCK, Direct, begin_write_back};
+pub use disk_writer::{DiskWriter, FlushStep};
 pub use features::clear_dirty;
 pub use file::FileId;
 pub(crate) use file::read_zero_padded;

@@ -256,6 +256,14 @@ impl Disks {
     pub(crate) fn refuse_active(&self, record: &BoxRecord) -> Result<()> {
         match self.home.activity(record) {
             Activity::Idle => Ok(()),
+            Activity::Active(why) if self.home.is_written(&record.id) => {
+                let name = display_name(record);
+                // A program that has just closed it is not told when the last of it is closed.
+                Err(
+                    Error::busy(format!("box {name} is busy: {why}; close it first"))
+                        .for_a_moment(),
+                )
+            }
             Activity::Active(why) => Err(Error::busy(format!(
                 "box {} is busy: {why}; stop it first",
                 display_name(record)

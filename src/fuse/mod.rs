@@ -405,6 +405,21 @@ impl Filesystem for BoxliteFs {
         });
     }
 
+    fn fallocate(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.spawn_write(move |tree| {
+            reply_empty(reply, tree.allocate(handle.0, offset, length, mode));
+        });
+    }
+
     fn copy_file_range(
         &self,
         request: &Request,

@@ -25,6 +25,9 @@ impl Home {
     /// says failed with no pid, and a shim outlives its runtime by seconds with the runtime lock
     /// free. The kernel refuses a read lease while any process has the disk open for writing.
     pub fn activity(&self, record: &BoxRecord) -> Activity {
+        if let Some(writer) = self.writers.lock().get(&record.id) {
+            return Activity::Active(format!("{writer} has its disk.img open for writing"));
+        }
         if let Some(pid) = live_shim(&self.box_dir(&record.id).join("shim.pid")) {
             return Activity::Active(format!("its virtual machine runs as process {pid}"));
         }
@@ -41,6 +44,23 @@ impl Home {
             return Activity::Active("a process has its disk open for writing".into());
         }
         Activity::Idle
+    }
+}
+
+impl Home {
+    /// Returns whether a box's disk is open for writing in this mount.
+    pub fn is_written(&self, box_id: &str) -> bool {
+        self.writers.lock().contains_key(box_id)
+    }
+
+    /// Notes that a box's disk is open for writing in this mount, and who opened it; None when it is
+    /// closed.
+    pub fn note_writer(&self, box_id: &str, who: Option<String>) {
+        let mut writers = self.writers.lock();
+        match who {
+            Some(who) => writers.insert(box_id.to_owned(), who),
+            None => writers.remove(box_id),
+        };
     }
 }
 

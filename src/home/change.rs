@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::fs::{self, File};
 use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use parking_lot::MutexGuard;
@@ -12,7 +12,9 @@ use parking_lot::MutexGuard;
 use super::catalog::read_schema;
 use super::catalog_reader::database_id;
 use super::connection::{connect, failed};
-use super::lock::{LOCK_PATIENCE, holder_of, shows_all_locks, take_lock, take_turn};
+use super::lock::{
+    LOCK_PATIENCE, flock_exclusive, holder_of, shows_all_locks, take_lock, take_turn,
+};
 use super::paths::Home;
 use super::queries::Queries;
 use super::records::BoxRecord;
@@ -132,6 +134,20 @@ impl Home {
         *flushed = wal;
         Ok(())
     }
+}
+
+/// Opens the lock of a box and takes it.
+///
+/// # Errors
+/// EBUSY while BoxLite holds it; those of opening it.
+pub fn lock_file(path: &Path) -> Result<File> {
+    let file = File::options().read(true).write(true).open(path);
+    let file = file.context(|| format!("cannot open the lock {}", path.display()))?;
+    flock_exclusive(&file).map_err(|error| {
+        let message = format!("BoxLite is starting the box: {} is taken", path.display());
+        Error::busy(message).caused_by(error)
+    })?;
+    Ok(file)
 }
 
 impl Deref for Change<'_> {
@@ -255,6 +271,31 @@ impl Change<'_> {
             Some(shared) => shared.watch(self.home, &self.rows, record),
             None => Ok(()),
         }
+    }
+
+    /// Returns the lock that keeps BoxLite from starting a box, and its path. It is held until the
+    /// file is closed, longer than this change.
+    ///
+    /// # Errors
+    /// EBUSY while BoxLite starts the box, or if it has no lock of its own.
+    pub fn lock_start(&self, record: &BoxRecord) -> Result<(PathBuf, File)> {
+        let number = record.state()?["lock_id"].as_u64();
+        let number = number.and_then(|number| u32::try_from(number).ok());
+        let path = self.home.box_lock(number.ok_or_else(|| {
+            Error::busy(
+                "the box has no lock of its own, so BoxLite can't be kept from starting it; start and \
+                 stop it once with BoxLite",
+            )
+        })?);
+        let watched = self
+            .shared
+            .as_ref()
+            .and_then(|shared| shared.box_lock(&path));
+        let file = match watched {
+            Some(file) => file.context(|| "cannot keep the lock of the box")?,
+            None => lock_file(&path)?,
+        };
+        Ok((path, file))
     }
 
     /// In shared access, begins a transaction that keeps all others from recording anything until

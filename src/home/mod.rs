@@ -50,7 +50,7 @@ mod vm_process;
 pub use activity::{Activity, is_open, is_open_for_writing};
 pub use box_edit::{OptionEdit, described_options};
 pub use catalog::{Catalog, ChangedBox, Schema};
-pub use change::Change;
+pub use change::{Change, lock_file};
 pub use guard::{GUARD, run_guard};
 pub use host_access::reject_host_access;
 pub use identity::{

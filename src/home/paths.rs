@@ -1,5 +1,6 @@
 //! Where things are in a home, and who owns them.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -48,6 +49,8 @@ pub struct Home {
     pub(super) changing: Mutex<()>,
     /// Inode number and creation time of the -wal file whose directory entry was last flushed.
     pub(super) flushed_wal: Mutex<Option<(u64, SystemTime)>>,
+    /// The boxes whose `disk.img` is open for writing, and who opened it.
+    pub(super) writers: Mutex<HashMap<String, String>>,
 }
 
 impl Home {
@@ -96,6 +99,7 @@ impl Home {
             kept: Mutex::default(),
             changing: Mutex::new(()),
             flushed_wal: Mutex::default(),
+            writers: Mutex::default(),
             owner: Owner {
                 uid: meta.uid(),
                 gid: meta.gid(),

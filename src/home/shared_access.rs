@@ -121,6 +121,14 @@ impl SharedAccess {
         Ok(())
     }
 
+    /// Returns the lock by which BoxLite is kept from starting a watched box. It is held until the
+    /// last of its copies is closed.
+    pub fn box_lock(&self, path: &Path) -> Option<std::io::Result<File>> {
+        let locks = self.locks.borrow();
+        let found = locks.iter().find(|(of, _)| of == path);
+        found.map(|(_, file)| file.try_clone())
+    }
+
     /// Begins a transaction unless one is open, and verifies that nothing this change depends on
     /// has changed.
     ///

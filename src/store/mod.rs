@@ -17,6 +17,7 @@ mod layers;
 mod maintenance;
 mod verbs;
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -49,6 +50,7 @@ pub use verbs::replace_snapshot::live_equals_snapshot;
 pub use verbs::restore::{restore_archive, restore_box};
 pub use verbs::snapshot::snapshot_box;
 pub use verbs::waiting_files::{keep_archive, keep_copy, note_waiting};
+pub use verbs::write_disk::{DiskWriting, close_disk, open_disk, written_disk};
 
 use crate::event_log::EventLog;
 use crate::exports::{Compression, Exports, OpenHome};
@@ -120,6 +122,8 @@ pub struct Store {
     unrecovered: Mutex<Option<Vec<Abandoned>>>,
     /// Recovery has still to begin or to end.
     is_unrecovered: AtomicBool,
+    /// The disks that are open for writing, by box, and how often.
+    writings: Mutex<HashMap<String, (Arc<DiskWriting>, usize)>>,
 }
 
 /// Returns about how many image files a home has: one for each box, a snapshot and its base.
@@ -225,6 +229,7 @@ impl Store {
             unfreed: Unfreed::default(),
             unrecovered: Mutex::default(),
             is_unrecovered: AtomicBool::new(false),
+            writings: Mutex::default(),
             exports,
             opened,
             access: Access::default(),

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use crate::exports::{Form, OpenedCompressed, Source, Waiter};
 use crate::process::Caller;
+use crate::store;
 use crate::tree::Tree;
 use crate::tree::nodes::node::Node;
 use crate::tree::reading::copy_range::copy_range;
@@ -87,6 +88,14 @@ impl Tree {
         }
         let overwriter = &self.changes.overwriter;
         match &node {
+            Node::DiskImage(state) if flags & libc::O_APPEND == 0 => {
+                let writing =
+                    store::open_disk(&self.store, state, caller.process().unwrap_or(caller.tid));
+                let writing = writing.inspect_err(|error| {
+                    self.store.events().warn(&format!("disk.img: {error}"));
+                })?;
+                Ok(open.add_disk(writing))
+            }
             Node::BoxJson(id) if flags & libc::O_APPEND == 0 => {
                 Ok(open.add_writing(overwriter.open_json(caller, id)?))
             }
@@ -148,7 +157,26 @@ impl Tree {
     pub fn write(&self, handle: u64, offset: u64, bytes: &[u8]) -> Result<u32> {
         match &*self.view.home.open.get(handle)? {
             Handle::Writing(file) => self.receiver.write(file, offset, bytes),
+            Handle::Disk(writing) => {
+                writing.write(offset, bytes)?;
+                Ok(u32::try_from(bytes.len()).unwrap_or(u32::MAX))
+            }
             _ => Err(Error::new(libc::EBADF, "that is not open for writing")),
+        }
+    }
+
+    /// Makes a range of a disk zeros (fallocate(2) with PUNCH_HOLE or ZERO_RANGE).
+    ///
+    /// # Errors
+    /// EOPNOTSUPP for other modes and files; those of [`Tree::write`].
+    pub fn allocate(&self, handle: u64, offset: u64, length: u64, mode: i32) -> Result<()> {
+        match &*self.view.home.open.get(handle)? {
+            Handle::Disk(writing)
+                if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 =>
+            {
+                writing.zero(offset, length)
+            }
+            _ => Err(Error::new(libc::EOPNOTSUPP, "no room is reserved here")),
         }
     }
 
@@ -177,6 +205,7 @@ impl Tree {
     pub fn flush(&self, handle: u64) -> Result<()> {
         match &*self.view.home.open.get(handle)? {
             Handle::Writing(file) => self.committer.commit_if_ready(file),
+            Handle::Disk(writing) => writing.flush(),
             _ => Ok(()),
         }
     }
@@ -191,6 +220,7 @@ impl Tree {
             Handle::Writing(file) if file.is_edit() && file.is_whole_edit() => {
                 self.committer.commit_if_ready(file)
             }
+            Handle::Disk(writing) => writing.flush(),
             _ => Ok(()),
         }
     }
@@ -213,6 +243,7 @@ impl Tree {
                 self.store.exports().compressed.note_digest(export);
             }
             Some(Handle::Writing(file)) => self.receiver.close(file),
+            Some(Handle::Disk(writing)) => store::close_disk(&self.store, writing),
             _ => {}
         }
     }

@@ -461,6 +461,15 @@ impl Tree {
         handle: Option<u64>,
         set: SetAttr,
     ) -> Result<Attr> {
+        if let (Ok(Node::DiskImage(state)), Some(size)) = (self.kernel.node(ino), set.size) {
+            let node = Node::DiskImage(state.clone());
+            if size == state.size() {
+                return self.view.attr(caller, &node);
+            }
+            let message = "disk.img keeps its size; write into it without cutting it (dd \
+                           conv=notrunc), or copy an archive over export.boxlite";
+            return Err(nodes::refusal::refuse(&self.store, libc::EPERM, message));
+        }
         let node = self.node_to_change(ino)?;
         let parts = (&*self.view.home.open, &*self.committer);
         let creator = &self.changes.creator;

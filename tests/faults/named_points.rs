@@ -315,6 +315,10 @@ fn every_crash_point_is_tried() {
         ("running.copied", include_str!("../mount/running.rs")),
         ("running.begun", include_str!("../mount/running.rs")),
         ("running.referred", include_str!("../mount/running.rs")),
+        ("write.refcounts", include_str!("../mount/writing.rs")),
+        ("write.tables", include_str!("../mount/writing.rs")),
+        ("write.roots", include_str!("../mount/writing.rs")),
+        ("write.lowered", include_str!("../mount/writing.rs")),
     ] {
         assert!(
             test.contains(&format!("\"{point}\"")),

@@ -38,3 +38,4 @@ mod states;
 mod undo;
 mod undo_beside;
 mod why;
+mod writing;

@@ -13,3 +13,4 @@ pub(super) mod replace_snapshot;
 pub(super) mod restore;
 pub(super) mod snapshot;
 pub(super) mod waiting_files;
+pub(super) mod write_disk;

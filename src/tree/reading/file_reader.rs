@@ -18,6 +18,11 @@ use crate::{Error, Result};
 pub fn open(home: &HomeView, caller: Caller, node: Node) -> Result<Opened> {
     let (handle, is_of_state) = match &node {
         Node::Export(source) => return home.exports.open_plain(caller, source),
+        Node::DiskImage(state) if store::written_disk(&home.store, state.source()).is_some() => {
+            let writing =
+                store::open_disk(&home.store, state, caller.process().unwrap_or(caller.tid))?;
+            return Ok(home.open.add_disk(writing));
+        }
         // The inode is of this state and no other.
         Node::Guest(_) | Node::DiskImage(_) => (home.guests.open(&node)?, true),
         Node::Running(Derived::DiskImage, source) => {
@@ -85,6 +90,7 @@ pub fn read(home: &HomeView, handle: &Handle, offset: u64, buf: &mut [u8]) -> Re
     match handle {
         Handle::Export { .. } | Handle::Compressed { .. } => home.exports.read(handle, offset, buf),
         Handle::Inside { node, inside } => home.guests.read(node, inside, offset, buf),
+        Handle::Disk(writing) => writing.read(offset, buf),
         Handle::Bytes { bytes, .. } => Ok(copy_out(bytes, offset, buf)),
         Handle::Log => {
             let bytes = home.store.events().read_at(offset, buf.len());

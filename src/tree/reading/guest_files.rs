@@ -5,11 +5,13 @@ use std::ops::ControlFlow;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::exports::{DiskState, OpenDisk, Source};
 use crate::guest::{FileSystem, Guest};
+use crate::home::is_kept_id;
 use crate::process::Caller;
-use crate::store::Store;
+use crate::store::{self, Store};
 use crate::tree::nodes::attr::{Add, Attr, DirEntry, Kept, Kind, WantedOfList};
 use crate::tree::nodes::guest_numbers::GuestAccess;
 use crate::tree::nodes::node::{Derived, GuestFile, Node};
@@ -197,12 +199,20 @@ impl GuestFiles {
     /// ESTALE, EIO.
     pub fn disk_image_attr(&self, state: &Arc<DiskState>) -> Result<Attr> {
         let node = Node::DiskImage(state.clone());
+        let of_file = |changed| Attr::of_file(self.nodes.owner, &node, state.size(), changed);
+        if store::written_disk(&self.store, state.source()).is_some() {
+            return Ok(of_file(SystemTime::now()));
+        }
         let allocated = self
             .inside(state)?
             .allocated()
             .map_err(|error| self.log_failed_look(state.source(), error))?;
-        let mut attr = Attr::of_file(self.nodes.owner, &node, state.size(), state.changed());
-        attr.perm &= !0o222;
+        let mut attr = of_file(state.changed());
+        let source = state.source();
+        let is_live = matches!(source, Source::Live { .. }) && !is_kept_id(source.box_id());
+        if !is_live || self.store.is_read_only() {
+            attr.perm &= !0o222;
+        }
         attr.blocks = allocated.div_ceil(512);
         attr.kept = Kept::Moment;
         Ok(attr)

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::exports::{Source, UNREADABLE};
 use crate::home::{BoxRecord, KeptBox, KeptFrom, is_kept_id};
-use crate::store::{Store, Usage};
+use crate::store::{self, Store, Usage};
 use crate::tree::nodes::attr::{Attr, Kept, Kind};
 use crate::tree::nodes::box_json;
 use crate::tree::nodes::boxes::Boxes;
@@ -141,6 +141,11 @@ impl HomeView {
 
     /// Returns what a link into the view points to.
     fn derived(&self, derived: Derived, source: &Source) -> Result<Node> {
+        if derived == Derived::DiskImage
+            && let Some(writing) = store::written_disk(&self.store, source)
+        {
+            return Ok(Node::DiskImage(writing.state().clone()));
+        }
         Ok(match derived {
             Derived::Compressed => Node::Compressed(source.clone()),
             _ if self.store.exports().views.running.is_running(source) => {

@@ -10,6 +10,7 @@ use crate::archive::Export;
 use crate::exports::{Contents, OpenDisk, Packed, Source, Spool};
 use crate::process::Caller;
 use crate::progress::Operation;
+use crate::store::DiskWriting;
 use crate::tree::nodes::attr::DirEntry;
 use crate::tree::nodes::node::{GuestFile, Node};
 use crate::tree::staging::staged_file::StagedFile;
@@ -66,6 +67,8 @@ pub enum Handle {
         /// The state of the disk.
         inside: Arc<OpenDisk>,
     },
+    /// The raw disk of a box, open for writing, also by others.
+    Disk(Arc<DiskWriting>),
     /// A file being written.
     Writing(Arc<StagedFile>),
 }
@@ -79,6 +82,7 @@ impl Handle {
             }
             Handle::Bytes { bytes, .. } => Some(bytes.len() as u64),
             Handle::Writing(file) => Some(file.size()),
+            Handle::Disk(writing) => Some(writing.state().size()),
             Handle::Inside { .. }
             | Handle::Log
             | Handle::List(_)
@@ -151,6 +155,16 @@ impl OpenFiles {
         Opened {
             handle: self.add(Handle::Writing(file)),
             // Writes reach us as they are made, and each gets its own answer.
+            direct: true,
+            keep_pages: false,
+            spool: None,
+        }
+    }
+
+    /// Adds a disk that is open for writing.
+    pub fn add_disk(&self, writing: Arc<DiskWriting>) -> Opened {
+        Opened {
+            handle: self.add(Handle::Disk(writing)),
             direct: true,
             keep_pages: false,
             spool: None,

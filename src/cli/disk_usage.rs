@@ -1,4 +1,4 @@
-//! `boxlitefs du`: says who needs the space of a home, and what removals would give back.
+//! `boxlitefs du`: shows what takes the space of a home, and what removals would free.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use crate::store::space::{self, BoxSpace, Freed, HomeSpace, Item, Owner};
 /// The titles of the columns.
 const TITLES: [&str; 5] = ["NAME", "OWN", "SHARED", "FREES", "COMPACTED"];
 
-/// Prints who needs the space of a home.
+/// Prints what takes the space of a home.
 ///
 /// # Errors
 /// Those of opening and reading the home, and of writing.

@@ -1,11 +1,9 @@
 //! Works out how much space a computed image will take, without reading data.
 
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
-
+use super::layer::Run;
 use super::write::ZERO_BLOCK;
-use super::{DataSource, Extent, Flattened, Layer};
-use crate::{Error, Result};
+use super::{DataSource, Extent, Flattened};
+use crate::{Context, Error, Result};
 
 impl Flattened {
     /// Returns about how many bytes the image takes on the disk when it is written: holes of the
@@ -41,30 +39,17 @@ impl Flattened {
         let image = self.chain().layers().get(layer);
         let image = image.ok_or_else(|| Error::damaged("the chain has no such layer"))?;
         let mut done = 0;
-        while let Some((at, len)) = data_from(image, host + done, extent.len - done)? {
-            blocks.add(from + done + at, len);
-            done += at + len;
+        while done < extent.len {
+            let run = image.sought_run_at(host + done, extent.len - done);
+            let (run, len) =
+                run.context(|| format!("cannot look for holes of {}", image.path().display()))?;
+            if matches!(run, Run::Data { .. }) {
+                blocks.add(from + done, len);
+            }
+            done += len;
         }
         Ok(())
     }
-}
-
-/// Returns the first bytes among `max` from `host` on of a layer's file that are no hole: where
-/// they begin, and how many they are.
-fn data_from(layer: &Layer, host: u64, max: u64) -> Result<Option<(u64, u64)>> {
-    let end = host.saturating_add(max);
-    let at = match seek(layer.file(), SeekFrom::Data(host)) {
-        Ok(at) if at < end => at,
-        // A file system that knows no holes.
-        Err(Errno::INVAL) if max > 0 => return Ok(Some((0, max))),
-        Ok(_) | Err(Errno::NXIO | Errno::INVAL) => return Ok(None),
-        Err(error) => {
-            let message = format!("cannot look for holes of {}", layer.path().display());
-            return Err(Error::io(message, error.into()));
-        }
-    };
-    let hole = seek(layer.file(), SeekFrom::Hole(at)).unwrap_or(end);
-    Ok(Some((at - host, hole.clamp(at + 1, end) - at)))
 }
 
 /// Counts blocks, each once.

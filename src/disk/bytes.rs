@@ -11,6 +11,22 @@ pub(super) const COMPRESSED: u64 = 1 << 62;
 /// 3).
 pub(super) const ZERO: u64 = 1;
 
+/// Cuts a range of bytes at the ends of clusters. Returns the offset and the length of each piece.
+pub(super) fn pieces(offset: u64, length: u64, cluster: u64) -> impl Iterator<Item = (u64, u64)> {
+    let (mut at, end) = (offset, offset.saturating_add(length));
+    std::iter::from_fn(move || {
+        let len = (cluster - at % cluster).min(end - at);
+        let piece = (at, len);
+        at += len;
+        (len > 0).then_some(piece)
+    })
+}
+
+/// Reads the entries of a table: big-endian numbers, one after the other.
+pub(super) fn entries_of(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect()
+}
+
 /// Returns `len` bytes of `bytes` from `at`, if they exist.
 pub(super) fn slice(bytes: &[u8], at: u64, len: u64) -> Option<&[u8]> {
     let at = usize::try_from(at).ok()?;

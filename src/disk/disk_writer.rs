@@ -5,7 +5,7 @@
 //! lowered refcounts, each durable before the next. What a crash leaves are clusters that nothing
 //! refers to.
 
-use super::bytes::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
+use super::bytes::{COMPRESSED, COPIED, OFFSET_MASK, ZERO, pieces};
 use super::file::open_image;
 use super::refcounts::unfit;
 use super::writer_tables::{L2Table, Tables, clusters_of, read_table, refuse_unfit};
@@ -110,12 +110,11 @@ impl DiskWriter {
     /// EIO for what is damaged; those of reading.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let mut tables = self.tables.lock();
-        let cluster = self.header.cluster_size();
-        let mut at = offset;
-        for piece in pieces(offset, buf, cluster) {
-            let next = at.saturating_add(piece.len() as u64);
-            self.read_piece(&mut tables, at, piece)?;
-            at = next;
+        let mut rest = buf;
+        for (at, len) in pieces(offset, rest.len() as u64, self.header.cluster_size()) {
+            let (now, later) = rest.split_at_mut(len as usize);
+            self.read_piece(&mut tables, at, now)?;
+            rest = later;
         }
         self.bound(&mut tables)
     }
@@ -147,14 +146,12 @@ impl DiskWriter {
         self.refuse_past_end(offset, bytes.len() as u64)?;
         let mut tables = self.tables.lock();
         self.refuse_failed(&tables)?;
-        let cluster = self.header.cluster_size();
-        let (mut at, mut rest) = (offset, bytes);
-        while !rest.is_empty() {
-            let len = (cluster - at % cluster).min(rest.len() as u64);
+        let mut rest = bytes;
+        for (at, len) in pieces(offset, rest.len() as u64, self.header.cluster_size()) {
             let (now, later) = rest.split_at(len as usize);
             self.write_piece(&mut tables, at, now)?;
             self.bound(&mut tables)?;
-            (at, rest) = (at + len, later);
+            rest = later;
         }
         Ok(())
     }
@@ -195,9 +192,7 @@ impl DiskWriter {
         let mut tables = self.tables.lock();
         self.refuse_failed(&tables)?;
         let cluster = self.header.cluster_size();
-        let (mut at, end) = (offset, offset + length);
-        while at < end {
-            let len = (cluster - at % cluster).min(end - at);
+        for (at, len) in pieces(offset, length, cluster) {
             let is_whole = len == cluster || (at % cluster == 0 && at + len == self.size());
             if is_whole {
                 self.zero_cluster(&mut tables, at)?;
@@ -210,7 +205,6 @@ impl DiskWriter {
                 }
             }
             self.bound(&mut tables)?;
-            at += len;
         }
         Ok(())
     }
@@ -379,13 +373,6 @@ impl DiskWriter {
         let (number, entries) = (at / cluster, cluster / 8);
         ((number / entries) as usize, (number % entries) as usize)
     }
-}
-
-/// Cuts a buffer for bytes from `offset` on at the ends of clusters.
-fn pieces(offset: u64, buf: &mut [u8], cluster: u64) -> impl Iterator<Item = &mut [u8]> {
-    let first = ((cluster - offset % cluster) as usize).min(buf.len());
-    let (first, rest) = buf.split_at_mut(first);
-    std::iter::once(first).chain(rest.chunks_mut(cluster as usize))
 }
 
 fn big_endian(entries: &[u64]) -> Vec<u8> {

@@ -2,12 +2,13 @@
 //!
 //! Field offsets are those of qemu's `docs/interop/qcow2.rst`.
 
-use super::bytes::{be32, be64, slice};
+use super::bytes::{COMPRESSED, be32, be64, slice};
 use super::features::reject_features;
 use super::file::open_image;
 use super::{Format, read_zero_padded};
 use crate::{Context, Error, Result};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// "QFI\xfb", the first four bytes of every qcow2 image.
@@ -155,6 +156,16 @@ impl Header {
     /// Size of a cluster in bytes.
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// Returns the host offsets that a compressed cluster reaches over, by its L2 entry: the lower
+    /// `62 - (cluster_bits - 8)` bits are where it starts, the others up to bit 61 the number of
+    /// 512-byte sectors beyond the one it starts in (qcow2.rst).
+    pub(super) fn compressed_place(&self, entry: u64) -> Range<u64> {
+        let offset_bits = 62 - (self.cluster_bits - 8);
+        let start = entry & ((1 << offset_bits) - 1);
+        let sectors = ((entry & (COMPRESSED - 1)) >> offset_bits) + 1;
+        start..(start & !511) + sectors * 512
     }
 
     /// Parses the fields at fixed places, and checks what needs nothing else.

@@ -328,19 +328,14 @@ impl InspectedImage<'_> {
         })
     }
 
-    /// Parses a compressed cluster: the lower `62 - (cluster_bits - 8)` bits are its offset, the
-    /// others up to bit 61 the number of 512-byte sectors it reaches into beyond the one it starts
-    /// in.
+    /// Parses a compressed cluster.
     fn compressed(&self, entry: u64) -> Result<Mapping> {
         if entry & COPIED != 0 {
             return Err(self.refused(format!(
                 "L2 entry {entry:#x} is compressed and marked COPIED"
             )));
         }
-        let offset_bits = 62 - (self.header.cluster_bits - 8);
-        let start = entry & ((1 << offset_bits) - 1);
-        let sectors = ((entry & !COMPRESSED) >> offset_bits) + 1;
-        let end = (start & !511) + sectors * 512;
+        let Range { start, end } = self.header.compressed_place(entry);
         // The last sector of the file may be cut short: qemu does not pad it.
         if start == 0 || start >= self.length || end > self.length.next_multiple_of(512) {
             return Err(self.refused(format!(

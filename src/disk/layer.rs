@@ -6,7 +6,7 @@
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::bytes::be64;
+use super::bytes::{be64, pieces};
 use super::file::open_image;
 use super::{FileId, Format, Header, holes, read_zero_padded};
 use crate::{Context, Error, Result};
@@ -161,7 +161,7 @@ impl Layer {
     }
 
     /// Finds data or a hole by SEEK_DATA. A file system without that shows everything as data.
-    fn sought_run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
+    pub(super) fn sought_run_at(&self, at: u64, max: u64) -> io::Result<(Run, u64)> {
         let end = at + max;
         let data = match seek(&self.file, SeekFrom::Data(at)) {
             Ok(data) => data,
@@ -252,18 +252,16 @@ impl Mapped {
         Ok((run, len))
     }
 
-    fn read_compressed(&self, mut at: u64, mut buf: &mut [u8]) -> io::Result<()> {
+    fn read_compressed(&self, at: u64, mut buf: &mut [u8]) -> io::Result<()> {
         let cluster = self.header.cluster_size();
-        while !buf.is_empty() {
+        for (at, len) in pieces(at, buf.len() as u64, cluster) {
             let within = at % cluster;
-            let len = (cluster - within).min(buf.len() as u64);
             let (now, rest) = buf.split_at_mut(len as usize);
             if len == cluster {
                 self.inflate(at, now)?;
             } else {
                 self.read_inflated(at - within, within as usize, now)?;
             }
-            at += len;
             buf = rest;
         }
         Ok(())

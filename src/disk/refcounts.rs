@@ -1,6 +1,6 @@
 //! The refcounts of an image that is written in place.
 
-use super::bytes::{OFFSET_MASK, be64};
+use super::bytes::{OFFSET_MASK, entries_of};
 use super::{Header, read_zero_padded};
 use crate::{Context, Error, Result};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -35,7 +35,7 @@ impl Refcounts {
         let clusters = length.div_ceil(cluster);
         let mut bytes = vec![0; header.refcount_table_clusters as usize * cluster as usize];
         read_zero_padded(file, &mut bytes, header.refcount_table_offset).context(unreadable)?;
-        let table: Vec<u64> = bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
+        let table = entries_of(&bytes);
         let mut counts = Vec::new();
         let mut block = vec![0; cluster as usize];
         for entry in &table {

@@ -1,11 +1,12 @@
 //! The tables of an image that is written in place, in memory.
 
-use super::bytes::{COMPRESSED, OFFSET_MASK, be64};
+use super::bytes::{COMPRESSED, OFFSET_MASK, entries_of};
 use super::refcounts::{Refcounts, unfit};
 use super::{Header, read_zero_padded};
 use crate::{Context, Result};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
 /// The compatible feature: refcounts are only right in an image that is not dirty (qcow2.rst).
@@ -38,7 +39,7 @@ impl Tables {
         let length = file.metadata().context(unreadable)?.len();
         let mut bytes = vec![0; header.l1_size as usize * 8];
         read_zero_padded(file, &mut bytes, header.l1_table_offset).context(unreadable)?;
-        let l1: Vec<u64> = bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
+        let l1 = entries_of(&bytes);
         let mut references = vec![0u16; length.div_ceil(cluster) as usize];
         let mut refer = |host: u64| match references.get_mut((host / cluster) as usize) {
             Some(count) => {
@@ -97,19 +98,15 @@ pub(super) fn read_table(file: &File, at: u64, header: &Header, path: &Path) -> 
     let mut bytes = vec![0; header.cluster_size() as usize];
     read_zero_padded(file, &mut bytes, at)
         .context(|| format!("cannot read an L2 table of {}", path.display()))?;
-    Ok(bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect())
+    Ok(entries_of(&bytes))
 }
 
 /// Returns the host offsets of the clusters that an L2 entry refers to.
 pub(super) fn clusters_of(entry: u64, header: &Header) -> impl Iterator<Item = u64> + use<> {
     let cluster = header.cluster_size();
     let (first, count) = if entry & COMPRESSED != 0 {
-        // Bits of the offset; the sectors after the first one are above them (qcow2.rst).
-        let offset_bits = 62 - (header.cluster_bits - 8);
-        let host = entry & ((1 << offset_bits) - 1);
-        let sectors = (entry & (COMPRESSED - 1)) >> offset_bits;
-        let end = (host & !511) + (sectors + 1) * 512;
-        (host / cluster, end.div_ceil(cluster) - host / cluster)
+        let Range { start, end } = header.compressed_place(entry);
+        (start / cluster, end.div_ceil(cluster) - start / cluster)
     } else {
         let host = entry & OFFSET_MASK;
         (host / cluster, u64::from(host != 0))

@@ -1,4 +1,4 @@
-//! What a request asks for, so that its refusal can be explained to the user who made it.
+//! Remembers what a request asked for, so that `boxlitefs why` can explain its refusal to the user.
 
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use super::reply::caller;
 use crate::Result;
 use crate::tree::{Attempt, Tree};
 
-/// A request, and the tree that remembers what was refused.
+/// What a request asks for, and the tree that remembers refusals.
 #[derive(Clone)]
 pub(super) struct Asked {
     tree: Arc<Tree>,
@@ -44,8 +44,8 @@ impl Asked {
         self
     }
 
-    /// Remembers a refusal. Returns the result. The tree is let go of before the answer is sent: what
-    /// a mount leaves is removed when nothing holds it any more.
+    /// Remembers the error, if it is a refusal, and returns the result. Releases the tree before the
+    /// answer is sent: the workspace of a mount is removed once nothing holds the tree.
     pub fn answered<T>(self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.tree.note_refusal(&self.attempt, error);

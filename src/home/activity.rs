@@ -45,9 +45,7 @@ impl Home {
         }
         Activity::Idle
     }
-}
 
-impl Home {
     /// Returns whether a box's disk is open for writing in this mount.
     pub fn is_written(&self, box_id: &str) -> bool {
         self.writers.lock().contains_key(box_id)

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,9 +13,7 @@ use parking_lot::MutexGuard;
 use super::catalog::read_schema;
 use super::catalog_reader::database_id;
 use super::connection::{connect, failed};
-use super::lock::{
-    LOCK_PATIENCE, flock_exclusive, holder_of, shows_all_locks, take_lock, take_turn,
-};
+use super::lock::{LOCK_PATIENCE, holder_of, lock_file, shows_all_locks, take_lock, take_turn};
 use super::paths::Home;
 use super::queries::Queries;
 use super::records::BoxRecord;
@@ -134,20 +133,6 @@ impl Home {
         *flushed = wal;
         Ok(())
     }
-}
-
-/// Opens the lock of a box and takes it.
-///
-/// # Errors
-/// EBUSY while BoxLite holds it; those of opening it.
-pub fn lock_file(path: &Path) -> Result<File> {
-    let file = File::options().read(true).write(true).open(path);
-    let file = file.context(|| format!("cannot open the lock {}", path.display()))?;
-    flock_exclusive(&file).map_err(|error| {
-        let message = format!("BoxLite is starting the box: {} is taken", path.display());
-        Error::busy(message).caused_by(error)
-    })?;
-    Ok(file)
 }
 
 impl Deref for Change<'_> {
@@ -279,9 +264,7 @@ impl Change<'_> {
     /// # Errors
     /// EBUSY while BoxLite starts the box, or if it has no lock of its own.
     pub fn lock_start(&self, record: &BoxRecord) -> Result<(PathBuf, File)> {
-        let number = record.state()?["lock_id"].as_u64();
-        let number = number.and_then(|number| u32::try_from(number).ok());
-        let path = self.home.box_lock(number.ok_or_else(|| {
+        let path = self.home.box_lock(record.lock_id()?.ok_or_else(|| {
             Error::busy(
                 "the box has no lock of its own, so BoxLite can't be kept from starting it; start and \
                  stop it once with BoxLite",
@@ -293,7 +276,14 @@ impl Change<'_> {
             .and_then(|shared| shared.box_lock(&path));
         let file = match watched {
             Some(file) => file.context(|| "cannot keep the lock of the box")?,
-            None => lock_file(&path)?,
+            None => lock_file(&path).map_err(|error| {
+                let shown = path.display();
+                if error.kind() == ErrorKind::WouldBlock {
+                    let message = format!("BoxLite is starting the box: {shown} is taken");
+                    return Error::busy(message).caused_by(error);
+                }
+                Error::io(format!("cannot open the lock {shown}"), error)
+            })?,
         };
         Ok((path, file))
     }

@@ -158,6 +158,16 @@ pub(super) fn shows_all_locks(home: &Home) -> bool {
     is_first && kind.is_ok_and(|kind| LOCAL.contains(&(kind & 0xffff_ffff)))
 }
 
+/// Opens the file of a lock and takes its flock if that is free. It is held until the file is closed.
+///
+/// # Errors
+/// ENOENT when there is no such file, EWOULDBLOCK when another process holds it.
+pub fn lock_file(path: &Path) -> std::io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    flock_exclusive(&file)?;
+    Ok(file)
+}
+
 /// Takes a file's flock if it is free. The kernel releases it when the process dies, in whatever
 /// way.
 ///

@@ -50,7 +50,7 @@ mod vm_process;
 pub use activity::{Activity, is_open, is_open_for_writing};
 pub use box_edit::{OptionEdit, described_options};
 pub use catalog::{Catalog, ChangedBox, Schema};
-pub use change::{Change, lock_file};
+pub use change::Change;
 pub use guard::{GUARD, run_guard};
 pub use host_access::reject_host_access;
 pub use identity::{
@@ -59,7 +59,7 @@ pub use identity::{
 };
 pub use kept::{KeptBox, KeptFrom, KeptRows, WHY, is_kept_id};
 pub use known_headers::KnownHeader;
-pub use lock::flock_exclusive;
+pub use lock::{flock_exclusive, lock_file};
 pub use new_home::init_home;
 pub use option_types::check_options;
 pub use options::{normalize_imported, redact_secrets};

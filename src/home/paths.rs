@@ -49,7 +49,7 @@ pub struct Home {
     pub(super) changing: Mutex<()>,
     /// Inode number and creation time of the -wal file whose directory entry was last flushed.
     pub(super) flushed_wal: Mutex<Option<(u64, SystemTime)>>,
-    /// The boxes whose `disk.img` is open for writing, and who opened it.
+    /// The boxes with an open and writable `disk.img`, and the process that opened each.
     pub(super) writers: Mutex<HashMap<String, String>>,
 }
 

@@ -47,6 +47,15 @@ impl BoxRecord {
         parse(&self.state, "state", &self.id)
     }
 
+    /// Returns the number of BoxLite's lock of the box; None for a box without one.
+    ///
+    /// # Errors
+    /// EIO when `box_state.json` is not JSON.
+    pub fn lock_id(&self) -> Result<Option<u32>> {
+        let number = self.state()?["lock_id"].as_u64();
+        Ok(number.and_then(|number| u32::try_from(number).ok()))
+    }
+
     /// Returns the policy for outgoing connections that replaced the one of the configuration while
     /// the box ran; null if none did. Also null if `box_state.json` can't be read.
     pub fn outbound_policy(&self) -> Value {

@@ -6,12 +6,13 @@
 //! never records, the change has to notice by itself.
 
 use std::cell::{Cell, RefCell};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::connection::data_version;
-use super::lock::{flock_exclusive, holder_of};
+use super::lock::{holder_of, lock_file};
 use super::paths::Home;
 use super::queries::Queries;
 use super::records::{BoxRecord, SnapshotRecord};
@@ -88,34 +89,25 @@ impl SharedAccess {
             return Ok(());
         }
         let name = record.name.as_deref().unwrap_or(&record.id);
-        let number = record.state()?["lock_id"].as_u64();
-        let number = number.and_then(|number| u32::try_from(number).ok());
-        let path = home.box_lock(number.ok_or_else(|| {
+        let path = home.box_lock(record.lock_id()?.ok_or_else(|| {
             Error::busy(format!(
                 "box {name} has no lock of its own, so BoxLite can't be kept from starting it; end the program that has the home open"
             ))
         })?);
         // BoxLite opens the file by its name each time and does not create it: without the file
         // BoxLite can't start the box either.
-        let file = OpenOptions::new().read(true).write(true).open(&path);
-        let file = file.map_err(|e| match e.kind() {
+        let file = lock_file(&path).map_err(|e| match e.kind() {
             // A runtime that starts makes it again.
-            std::io::ErrorKind::NotFound => Error::busy(format!(
+            ErrorKind::NotFound => Error::busy(format!(
                 "the lock of box {name}, {}, is gone, so BoxLite can't be kept from starting it; end the program that has the home open",
                 path.display()
             ))
             .for_a_moment(),
-            _ => Error::io(format!("cannot open {}", path.display()), e),
-        })?;
-        match flock_exclusive(&file) {
-            Ok(()) => {}
-            Err(e) if e.raw_os_error() == Some(libc::EWOULDBLOCK) => {
-                return Err(Error::busy(format!(
-                    "BoxLite is starting box {name}; stop it first"
-                )));
+            ErrorKind::WouldBlock => {
+                Error::busy(format!("BoxLite is starting box {name}; stop it first"))
             }
-            Err(e) => return Err(Error::io(format!("cannot lock {}", path.display()), e)),
-        }
+            _ => Error::io(format!("cannot lock {}", path.display()), e),
+        })?;
         self.locks.borrow_mut().push((path, file));
         watched.push((record.clone(), rows.snapshots_of(&record.id)?));
         Ok(())

@@ -17,7 +17,6 @@ mod layers;
 mod maintenance;
 mod verbs;
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -50,7 +49,9 @@ pub use verbs::replace_snapshot::live_equals_snapshot;
 pub use verbs::restore::{restore_archive, restore_box};
 pub use verbs::snapshot::snapshot_box;
 pub use verbs::waiting_files::{keep_archive, keep_copy, note_waiting};
-pub use verbs::write_disk::{DiskWriting, close_disk, open_disk, written_disk};
+pub use verbs::write_disk::{DiskWriting, close_disk, join_disk, open_disk, written_disk};
+
+use verbs::write_disk::Writings;
 
 use crate::event_log::EventLog;
 use crate::exports::{Compression, Exports, OpenHome};
@@ -122,8 +123,8 @@ pub struct Store {
     unrecovered: Mutex<Option<Vec<Abandoned>>>,
     /// Recovery has still to begin or to end.
     is_unrecovered: AtomicBool,
-    /// The disks that are open for writing, by box, and how often.
-    writings: Mutex<HashMap<String, (Arc<DiskWriting>, usize)>>,
+    /// The disks that are open for writing.
+    writings: Mutex<Writings>,
 }
 
 /// Returns about how many image files a home has: one for each box, a snapshot and its base.

@@ -89,8 +89,7 @@ impl Tree {
         let overwriter = &self.changes.overwriter;
         match &node {
             Node::DiskImage(state) if flags & libc::O_APPEND == 0 => {
-                let writing =
-                    store::open_disk(&self.store, state, caller.process().unwrap_or(caller.tid));
+                let writing = store::open_disk(&self.store, caller, state);
                 let writing = writing.inspect_err(|error| {
                     self.store.events().warn(&format!("disk.img: {error}"));
                 })?;

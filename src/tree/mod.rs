@@ -38,7 +38,7 @@ use reading::home_view::HomeView;
 use reading::listing::Listing;
 use reading::lookup::Lookup;
 use reading::open_files::OpenFiles;
-use refusals::{Refusals, is_refusal};
+use refusals::{Refusals, is_refusal, path_in};
 use staging::box_edit::BoxEdits;
 use staging::caller_history::CallerHistory;
 use staging::commit::Committer;
@@ -65,10 +65,10 @@ pub use reading::listing::OpenedList;
 pub use reading::open_files::Opened;
 pub use refusals::Attempt;
 
-/// The extended attribute of the root that tells a user what was refused lately.
+/// The extended attribute of the root that has the last refusals of the user who reads it.
 pub const REFUSALS: &str = "user.boxlite.why";
 
-/// The attribute that tells root what was refused to anybody.
+/// The attribute that has the last refusals of all users, for root.
 pub const REFUSALS_OF_ALL: &str = "user.boxlite.why.all";
 
 /// A home as a tree of files. It gives what the kernel asks for to the parts that have it.
@@ -287,13 +287,7 @@ impl Tree {
 
     /// Remembers the name of what is being made, for messages.
     fn note_made(&self, parent: u64, ino: u64, name: &OsStr) {
-        let place = self.shown_path(parent);
-        let name = name.to_string_lossy();
-        let path = if place == "." {
-            name.into_owned()
-        } else {
-            format!("{place}/{name}")
-        };
+        let path = path_in(&self.shown_path(parent), name);
         self.refusals.note_made(ino, path);
     }
 
@@ -305,8 +299,8 @@ impl Tree {
         }
     }
 
-    /// Returns what a user was refused lately, if the name is that of the attribute that says it:
-    /// a JSON object on each line. Root may ask for that of all users.
+    /// Returns the last refusals of a user, an object of JSON on each line, if the name is that of the
+    /// attribute. Root may ask for those of all users.
     pub fn refusals_for(&self, uid: u32, ino: u64, name: &OsStr) -> Option<Vec<u8>> {
         match name.to_str()? {
             _ if ino != ROOT_INO => None,
@@ -461,8 +455,10 @@ impl Tree {
         handle: Option<u64>,
         set: SetAttr,
     ) -> Result<Attr> {
-        if let (Ok(Node::DiskImage(state)), Some(size)) = (self.kernel.node(ino), set.size) {
-            let node = Node::DiskImage(state.clone());
+        if let Some(size) = set.size
+            && let Ok(node) = self.kernel.node(ino)
+            && let Node::DiskImage(state) = &node
+        {
             if size == state.size() {
                 return self.view.attr(caller, &node);
             }

@@ -1,4 +1,4 @@
-//! What was refused lately, for those who were refused: the shell says only EPERM or EBUSY.
+//! The last refusals of each user, with their reasons: the shell says only EPERM or EBUSY.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};
@@ -93,14 +93,9 @@ impl Refusals {
     pub fn note(&self, attempt: &Attempt, error: &Error, path_of: impl Fn(u64) -> String) {
         let path = |ino: u64, name: Option<&OsStr>| {
             let place = path_of(ino);
-            let Some(name) = name else {
-                return shortened(&place);
-            };
-            let name = name.to_string_lossy();
-            shortened(&if place == "." {
-                name.into_owned()
-            } else {
-                format!("{place}/{name}")
+            shortened(&match name {
+                Some(name) => path_in(&place, name),
+                None => place,
             })
         };
         let target = attempt.target.as_ref();
@@ -197,6 +192,15 @@ pub fn is_refusal(operation: &str, errno: i32) -> bool {
         EPERM | EINVAL | EOPNOTSUPP => operation != "copy_file_range",
         ENODATA | EACCES => operation != "lookup",
         _ => true,
+    }
+}
+
+/// Returns the path of a name in a directory, whose own path is `.` for the root.
+pub fn path_in(directory: &str, name: &OsStr) -> String {
+    let name = name.to_string_lossy();
+    match directory {
+        "." => name.into_owned(),
+        _ => format!("{directory}/{name}"),
     }
 }
 

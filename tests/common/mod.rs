@@ -806,6 +806,17 @@ pub fn run(command: &[&str]) -> Output {
         .unwrap_or_else(|e| panic!("cannot run {}: {e}; install it", command[0]))
 }
 
+/// Runs a program as the user nobody; returns its exit status and output.
+pub fn run_as_nobody(command: &[&str]) -> Output {
+    let user = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+    ];
+    run(&[&user[..], command].concat())
+}
+
 /// Runs a program that must succeed; returns its output.
 pub fn succeed(command: &[&str]) -> String {
     let output = run(command);

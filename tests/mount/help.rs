@@ -5,8 +5,8 @@ use std::process::Command;
 
 use crate::common::*;
 
-/// A machine of its own whose `~/boxes` is the mountpoint of the examples. Each of `$1`, `$2` and so on
-/// is run.
+/// Sets up a machine with `~/boxes` as the mountpoint of the examples, and runs each argument as a
+/// command.
 const MACHINE: &str = r#"
 set -eu
 mkdir "$PLACE/bin" "$PLACE/user" "$PLACE/backup"

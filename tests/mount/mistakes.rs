@@ -218,14 +218,9 @@ fn the_home_and_the_mount_of_another_user_are_called_so() {
     let program = home.beside("boxlitefs");
     fs::copy(binary(), &program).unwrap();
     let as_user = |command: &str, place: &str| {
-        let mut words = vec![
-            "setpriv",
-            "--reuid=65534",
-            "--regid=65534",
-            "--clear-groups",
-        ];
-        words.extend([text(&program), command, place]);
-        fail(&words)
+        let output = run_as_nobody(&[text(&program), command, place]);
+        assert!(!output.status.success(), "{command}: {output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
     };
     let root = text(home.root());
     let mount = home.mount();

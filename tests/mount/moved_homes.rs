@@ -617,29 +617,19 @@ fn a_backup_that_belongs_to_another_user_is_shown() {
     let mountpoint = home.beside("other-mnt");
     fs::create_dir(&mountpoint).unwrap();
     succeed(&["chown", "nobody", text(&mountpoint)]);
-    let as_nobody = |command: &[&str]| {
-        let mut all = vec![
-            "setpriv",
-            "--reuid=65534",
-            "--regid=65534",
-            "--clear-groups",
-        ];
-        all.extend(command);
-        run(&all)
-    };
-    let check = as_nobody(&[binary(), "check", text(home.root())]);
+    let check = run_as_nobody(&[binary(), "check", text(home.root())]);
     assert_eq!(check.status.code(), Some(0), "{check:?}");
-    let mounted = as_nobody(&[binary(), "mount", text(home.root()), text(&mountpoint)]);
+    let mounted = run_as_nobody(&[binary(), "mount", text(home.root()), text(&mountpoint)]);
     if !mounted.status.success() {
         // A user who may not use FUSE gets an error about that, not about the home.
         let said = String::from_utf8_lossy(&mounted.stderr).into_owned();
         assert!(said.contains("fuse"), "{said}");
         return;
     }
-    let shown = as_nobody(&["ls", text(&mountpoint)]);
+    let shown = run_as_nobody(&["ls", text(&mountpoint)]);
     let export = text(&mountpoint).to_owned() + "/web/export.boxlite";
-    let read = as_nobody(&["tar", "-tf", &export]);
-    as_nobody(&[binary(), "unmount", text(&mountpoint)]);
+    let read = run_as_nobody(&["tar", "-tf", &export]);
+    run_as_nobody(&[binary(), "unmount", text(&mountpoint)]);
     assert!(
         String::from_utf8_lossy(&shown.stdout).contains("renamed"),
         "{shown:?}"

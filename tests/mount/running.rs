@@ -151,17 +151,7 @@ fn started(pid: u32) -> String {
 
 /// Returns the bytes at the two places of an image.
 fn bytes_in(image: &Path) -> (u8, u8) {
-    let raw = tempfile::NamedTempFile::new().unwrap();
-    succeed(&[
-        "qemu-img",
-        "convert",
-        "-U",
-        "-O",
-        "raw",
-        text(image),
-        text(raw.path()),
-    ]);
-    bytes_of(&fs::read(raw.path()).unwrap())
+    bytes_of(&fs::read(raw_disk(image)).unwrap())
 }
 
 /// Returns the bytes at the two places of a raw disk.

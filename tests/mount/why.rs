@@ -1,4 +1,4 @@
-//! `boxlitefs why`: a refusal can be asked for by the user who met it, and by no other.
+//! `boxlitefs why` explains a refusal to the user it concerned, and to no other.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -85,18 +85,6 @@ fn each_refusal_names_what_was_tried_and_says_why() {
     assert!(said.contains("boxlitefs is not mounted on"), "{said}");
 }
 
-/// Runs a command as a user who is not root.
-fn as_user(command: &[&str]) -> std::process::Output {
-    let mut all = vec![
-        "setpriv",
-        "--reuid=65534",
-        "--regid=65534",
-        "--clear-groups",
-    ];
-    all.extend(command);
-    run(&all)
-}
-
 #[test]
 fn a_refusal_is_told_to_who_met_it_and_to_root() {
     let home = TestHome::new();
@@ -107,14 +95,14 @@ fn a_refusal_is_told_to_who_met_it_and_to_root() {
     let mount = home.mount_with(&["-o", "allow_other"], &[]);
     let place = text(mount.root());
     let of_user = mount.at("web/of-user");
-    let made = as_user(&["mkdir", text(&of_user)]);
+    let made = run_as_nobody(&["mkdir", text(&of_user)]);
     assert!(!made.status.success(), "{made:?}");
     assert!(fs::create_dir(mount.at("web/of-root")).is_err());
     let ask = |attribute: &str| {
         let arguments = ["--absolute-names", "--only-values", "-n", attribute, place];
         let mut command = vec!["getfattr"];
         command.extend(arguments);
-        as_user(&command)
+        run_as_nobody(&command)
     };
     let told = ask("user.boxlite.why");
     let said = String::from_utf8(told.stdout).unwrap();

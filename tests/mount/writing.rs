@@ -16,16 +16,7 @@ fn at(number: u64) -> u64 {
 }
 
 fn raw_of(home: &TestHome) -> Vec<u8> {
-    let raw = home.beside("raw");
-    succeed(&[
-        "qemu-img",
-        "convert",
-        "-O",
-        "raw",
-        text(&home.live_disk("web")),
-        text(&raw),
-    ]);
-    fs::read(raw).unwrap()
+    fs::read(raw_disk(&home.live_disk("web"))).unwrap()
 }
 
 #[test]

@@ -140,7 +140,7 @@ fn without_a_flush_the_image_stays_whole_and_keeps_what_was_flushed() {
     writer.zero(3 * MIB, MIB).unwrap();
     drop(writer);
     assert!(guest_bytes(&image) == expected);
-    // What was written and not flushed is taken again, so that the space is not lost.
+    // Clusters that were written and not flushed are allocated again: no space is lost.
     let writer = open(&image).unwrap();
     writer.write_at(6 * MIB, &[3; 200_000]).unwrap();
     writer.flush().unwrap();

@@ -56,11 +56,16 @@ fn drop_entries(store: &Store, ids: &[String], now: bool) -> Result<()> {
     }
     drop(change);
     keep_reserve(store);
+    tell_of_unfreed(store, freed);
+    Ok(())
+}
+
+/// Says in the log why the space of what was kept is not freed yet.
+pub fn tell_of_unfreed(store: &Store, freed: Result<()>) {
     if let Err(error) = freed {
         let message = format!("{error}; the space of what was kept is freed later");
         store.events().info(&message);
     }
-    Ok(())
 }
 
 /// Frees the bases that nothing needs any more; in a large home behind, unless room is needed now.

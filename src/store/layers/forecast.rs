@@ -1,4 +1,4 @@
-//! Works out what the removal of files would give back, without doing it.
+//! Works out how much space the removal of files would free, without removing them.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -19,21 +19,22 @@ use crate::store::layers::mergeable::{MergeLayer, MergePlan, merges};
 pub struct Going {
     /// The names of image files that go.
     pub names: HashSet<PathBuf>,
-    /// The ids of the snapshots whose rows go.
+    /// The ids of the snapshots that lose their rows.
     pub snapshots: HashSet<String>,
-    /// The box that is removed, or whose snapshot is.
+    /// The box that is removed, or loses a snapshot.
     pub box_id: Option<String>,
     /// The rows of the box go as well.
     pub is_box: bool,
 }
 
-/// What a removal gives back.
-#[derive(Clone, Debug, Default)]
+/// What a removal gives back, in bytes. It counts once the removal is complete and nothing keeps it to
+/// be had back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Freed {
-    /// Bytes of the layers that go with it.
+    /// By the removal itself.
     pub now: u64,
-    /// Bytes that are back once the rest has been compacted, beyond what compacting gives back
-    /// anyway; None where that can't be told.
+    /// Once the home has been compacted as well, beyond what compacting gives back anyway. None
+    /// where that can't be told.
     pub compacted: Option<u64>,
 }
 
@@ -149,29 +150,24 @@ impl<'s> Forecast<'s> {
             matches!(file.role, Role::Base { .. })
                 && self.layers.readers_of(&file.path).next().is_none()
         });
-        let going = Going {
-            names: bases.map(|file| file.path.clone()).collect(),
-            ..Going::default()
-        };
-        // A base that has no row, or another name, stays, although its name is among these.
-        let kept = Going::default();
-        let mut gone = HashMap::new();
-        let tops = going.names.iter().filter_map(|path| self.layers.at(path));
-        let mut next: Vec<FileId> = tops.map(|file| file.id).collect();
-        while let Some(id) = next.pop() {
-            if !self.is_needed(id, &kept, &gone) {
-                gone.insert(id, self.bytes(id));
-                next.extend(self.below(id));
-            }
-        }
+        // No name is removed for itself: a base that has no row, or another name, stays.
+        let (gone, _) = self.gone_from(bases.map(|file| file.id).collect(), &Going::default());
         gone.values().sum()
     }
 
     /// Returns the files that go, with their bytes, and the files next to them that stay.
     fn gone_with(&self, going: &Going) -> (HashMap<FileId, u64>, HashSet<FileId>) {
-        let (mut gone, mut edge) = (HashMap::new(), HashSet::new());
         let tops = going.names.iter().filter_map(|path| self.layers.at(path));
-        let mut next: Vec<FileId> = tops.map(|file| file.id).collect();
+        self.gone_from(tops.map(|file| file.id).collect(), going)
+    }
+
+    /// Returns which of some files and of those below them go, with their bytes, and which stay.
+    fn gone_from(
+        &self,
+        mut next: Vec<FileId>,
+        going: &Going,
+    ) -> (HashMap<FileId, u64>, HashSet<FileId>) {
+        let (mut gone, mut edge) = (HashMap::new(), HashSet::new());
         while let Some(id) = next.pop() {
             if gone.contains_key(&id) {
                 continue;

@@ -15,7 +15,7 @@ use crate::store::Store;
 use crate::store::access::lock::{begin_shared_change, made_again};
 use crate::store::access::names::refuse_taken_box_name;
 use crate::store::kept::entries::remove_entry;
-use crate::store::kept::expire::{free, with_room};
+use crate::store::kept::expire::{free, tell_of_unfreed, with_room};
 use crate::store::layers::graph::{LayerGraph, Role, is_row_of};
 use crate::store::layers::mergeable::MOST_BACKING;
 use crate::store::layers::snapshot_place::NewSnapshotIdentity;
@@ -68,10 +68,7 @@ pub fn have_back_snapshot(store: &Store, kept_id: &str, box_id: &str, name: &str
         Ok(mut change) => {
             use_up(store, kept_id, Ok(()));
             // The snapshot is on the layer below, if the disk had no data of its own.
-            if let Err(error) = free(store, &mut change, false) {
-                let message = format!("{error}; the space of what was kept is freed later");
-                store.events().info(&message);
-            }
+            tell_of_unfreed(store, free(store, &mut change, false));
         }
         Err(error) => use_up(store, kept_id, Err(error)),
     }

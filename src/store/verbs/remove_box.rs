@@ -93,8 +93,7 @@ fn delete_box(store: &Store, box_id: &str, seen: &SeenBox) -> Result<()> {
     adopt_for_others(&mut locked)?;
     complete_refs_of_others(&mut locked)?;
     let bases = bases_of_box(&locked)?;
-    let state = locked.record.state().ok();
-    let lock_id = state.and_then(|state| u32::try_from(state["lock_id"].as_u64()?).ok());
+    let lock_id = locked.record.lock_id().ok().flatten();
     crash_point("remove-box.adopted");
     let kept = keep_box(&mut locked)?;
     let aside = store.workspace().fresh_path("removed")?;

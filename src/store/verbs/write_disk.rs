@@ -3,6 +3,7 @@
 //! While a disk is open for writing, BoxLite's own lock of the box is held, so that BoxLite can't
 //! start it, and nothing else: runtimes start, and other boxes can be changed.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -16,13 +17,14 @@ use crate::disk::{DiskWriter, FlushStep};
 use crate::exports::{DiskState, Source};
 use crate::files::crash_points::crash_point;
 use crate::home::{Home, lock_file};
+use crate::process::Caller;
 use crate::process::control::named;
 use crate::store::Store;
 use crate::store::access::lock::{lock_shared, made_again_on};
 use crate::{Error, Result};
 
-/// How often it is looked whether a runtime that starts made the lock files again. BoxLite takes
-/// longer until it can start a box.
+/// How often to look whether a runtime that starts has replaced the lock files. BoxLite takes longer
+/// than that to start a box.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// The disk of a box that is open for writing.
@@ -32,6 +34,9 @@ pub struct DiskWriting {
     writer: DiskWriter,
     lock: Arc<StartLock>,
 }
+
+/// Disks that are open for writing, by the id of the box, each with the number of its open files.
+pub type Writings = HashMap<String, (Arc<DiskWriting>, usize)>;
 
 /// BoxLite's lock of a box.
 struct StartLock {
@@ -132,23 +137,27 @@ fn reached(step: FlushStep) {
     }
 }
 
-/// Opens the disk of a stopped box for writing, for process `pid`. All who have it open share it.
-/// To be closed with [`close_disk`].
+/// Opens the disk of a stopped box for writing. All that have it open share it. To be closed with
+/// [`close_disk`].
 ///
 /// # Errors
 /// EBUSY while the box is in use, EROFS for a snapshot or a disk that can't be written to,
 /// ESTALE for another state of it.
-pub fn open_disk(store: &Store, state: &Arc<DiskState>, pid: u32) -> Result<Arc<DiskWriting>> {
+pub fn open_disk(
+    store: &Store,
+    caller: Caller,
+    state: &Arc<DiskState>,
+) -> Result<Arc<DiskWriting>> {
     store.refuse_read_only()?;
     let Source::Live { box_id } = state.source() else {
         let message = "a snapshot stays as it is; clone it with cp -r, and write to the clone";
         return Err(Error::new(libc::EROFS, message));
     };
     let mut open = store.writings.lock();
-    if let Some((writing, count)) = open.get_mut(box_id) {
-        *count += 1;
-        return Ok(writing.clone());
+    if let Some(writing) = join(&mut open, box_id) {
+        return Ok(writing);
     }
+    let pid = caller.process().unwrap_or(caller.tid);
     let writing = made_again_on(store, state.source(), &|| begin(store, box_id, state, pid))?;
     open.insert(box_id.clone(), (writing.clone(), 1));
     Ok(writing)
@@ -184,7 +193,7 @@ fn begin(
     }))
 }
 
-/// Looks after a lock in a thread, as long as it is held.
+/// Watches a lock in a thread for as long as it is held.
 fn watch(lock: &Arc<StartLock>) -> Result<()> {
     let lock: Weak<StartLock> = Arc::downgrade(lock);
     let look = move || {
@@ -197,6 +206,20 @@ fn watch(lock: &Arc<StartLock>) -> Result<()> {
     let started = std::thread::Builder::new().name("lock".into()).spawn(look);
     started.map_err(|error| Error::io("cannot start a thread", error))?;
     Ok(())
+}
+
+/// Shares a disk that is open for writing, to be closed with [`close_disk`]; None if it is not.
+pub fn join_disk(store: &Store, source: &Source) -> Option<Arc<DiskWriting>> {
+    let Source::Live { box_id } = source else {
+        return None;
+    };
+    join(&mut store.writings.lock(), box_id)
+}
+
+fn join(open: &mut Writings, box_id: &str) -> Option<Arc<DiskWriting>> {
+    let (writing, count) = open.get_mut(box_id)?;
+    *count += 1;
+    Some(writing.clone())
 }
 
 /// Returns the disk of a source, if it is open for writing.

@@ -16,13 +16,13 @@ use crate::{Error, Result};
 /// # Errors
 /// EBUSY for the export of a running box, ENODATA, EISDIR, ESTALE, EIO.
 pub fn open(home: &HomeView, caller: Caller, node: Node) -> Result<Opened> {
+    if let Node::DiskImage(state) = &node
+        && let Some(writing) = store::join_disk(&home.store, state.source())
+    {
+        return Ok(home.open.add_disk(writing));
+    }
     let (handle, is_of_state) = match &node {
         Node::Export(source) => return home.exports.open_plain(caller, source),
-        Node::DiskImage(state) if store::written_disk(&home.store, state.source()).is_some() => {
-            let writing =
-                store::open_disk(&home.store, state, caller.process().unwrap_or(caller.tid))?;
-            return Ok(home.open.add_disk(writing));
-        }
         // The inode is of this state and no other.
         Node::Guest(_) | Node::DiskImage(_) => (home.guests.open(&node)?, true),
         Node::Running(Derived::DiskImage, source) => {

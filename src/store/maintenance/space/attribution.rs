@@ -1,4 +1,4 @@
-//! Whose a file of a home is.
+//! Attributes the space of each file of a home to its owner.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -26,7 +26,7 @@ pub enum Owner {
     Database,
     /// Caches, spare names and unfinished work of boxlitefs.
     Caches,
-    /// Anything else.
+    /// Everything else.
     Other,
 }
 
@@ -59,7 +59,7 @@ impl Owner {
         }
     }
 
-    /// Returns whose a file is that is no layer, by its path in the home.
+    /// Returns the owner of a file that is not a layer, by its path in the home.
     pub(super) fn by_place(inside: &Path) -> Owner {
         let mut names = inside.iter().filter_map(|name| name.to_str());
         let (first, second) = (names.next(), names.next());
@@ -77,13 +77,13 @@ impl Owner {
     }
 }
 
-/// Whose each layer is.
+/// The owner of each layer.
 pub(super) struct Attribution {
     layers: HashMap<FileId, Owner>,
 }
 
 impl Attribution {
-    /// Finds out whose each layer is, from the states of all boxes.
+    /// Attributes each layer to its owner, by the states of all boxes.
     pub fn of(layers: &LayerGraph, states: &[State]) -> Attribution {
         // File → the only box that reads it; None for several.
         let mut readers: HashMap<FileId, Option<&str>> = HashMap::new();
@@ -113,7 +113,7 @@ impl Attribution {
         Attribution { layers: owners }
     }
 
-    /// Returns whose a layer is; None for a file that is none.
+    /// Returns the owner of a layer; None for a file that is not a layer.
     pub fn of_layer(&self, id: FileId) -> Option<Owner> {
         self.layers.get(&id).copied()
     }

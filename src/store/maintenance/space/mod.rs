@@ -1,5 +1,4 @@
-//! `boxlitefs du`: who needs the space that a home takes, and what removals would give back. Only
-//! reads.
+//! `boxlitefs du`: what takes the space of a home, and what removals would free. Only reads.
 
 mod attribution;
 mod walk;
@@ -19,18 +18,8 @@ use crate::store::maintenance::usage::{Usage, Usages, states_of};
 use attribution::Attribution;
 use walk::{BoxFiles, Walk};
 
+pub use crate::store::layers::forecast::Freed;
 pub use attribution::Owner;
-
-/// What removing something gives back, in bytes. It counts once the removal is complete and nothing
-/// keeps it to be had back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Freed {
-    /// By the removal itself.
-    pub now: u64,
-    /// Once the home has been compacted as well, beyond what compacting gives back anyway. None
-    /// where that can't be told.
-    pub compacted: Option<u64>,
-}
 
 /// A disk, a snapshot or a box with all its snapshots.
 #[derive(Clone, Debug)]
@@ -86,7 +75,7 @@ pub struct HomeSpace {
     pub unread: Vec<String>,
 }
 
-/// Returns who needs the space of a home, and what removals would give back.
+/// Returns what takes the space of a home, and what removals would free.
 ///
 /// # Errors
 /// Those of opening and reading the home.

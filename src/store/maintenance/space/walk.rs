@@ -11,7 +11,7 @@ use crate::home::{Catalog, Home};
 
 use super::attribution::{Attribution, Owner};
 
-/// The files in the directory of a box that are no layers.
+/// The files in the directory of a box that are not layers.
 #[derive(Default)]
 pub(super) struct BoxFiles {
     /// Bytes of all, with the directories.
@@ -47,7 +47,7 @@ pub(super) struct Found {
     pub unread: Vec<String>,
 }
 
-/// Finds the files of a home, and those where its directories lead. None if it is no home.
+/// Finds the files of a home, and those where its directories lead; none if it is not a home.
 pub(super) fn files_of(home: &Path) -> Found {
     let mut found = Found::default();
     if !home.join("db/boxlite.db").is_file() {
@@ -81,7 +81,7 @@ pub(super) fn files_of(home: &Path) -> Found {
     found
 }
 
-/// Whose the files of a home are.
+/// Adds up the files of a home by their owners.
 pub(super) struct Walk<'a> {
     home: &'a Home,
     attribution: &'a Attribution,
@@ -115,7 +115,7 @@ impl<'a> Walk<'a> {
         Owner::ALL.map(|owner| (owner, bytes(owner))).to_vec()
     }
 
-    /// Returns the files of a box, or of an entry, that are no layers.
+    /// Returns the files of a box, or of an entry, that are not layers.
     pub fn of_box(&self, id: &str) -> Option<&BoxFiles> {
         self.boxes.get(id)
     }
@@ -124,11 +124,14 @@ impl<'a> Walk<'a> {
     pub fn add(&mut self, file: &FoundFile) {
         let layer = self.attribution.of_layer(file.id);
         let inside = self.place_of(&file.path);
-        if layer.is_none()
-            && !file.is_dir
+        let of_box = match layer {
+            Some(_) => None,
+            None => self.box_at(&inside),
+        };
+        if !file.is_dir
             && file.names > 1
-            && let Some((box_id, _)) = self.box_at(&inside)
-            && let Some(files) = self.boxes.get_mut(&box_id)
+            && let Some((box_id, _)) = &of_box
+            && let Some(files) = self.boxes.get_mut(box_id)
         {
             let first = (file.bytes, file.names);
             let linked = files.linked.entry(file.id).or_insert(first);
@@ -137,12 +140,10 @@ impl<'a> Walk<'a> {
         if !self.seen.insert(file.id) {
             return;
         }
-        let owner = match layer {
-            Some(owner) => owner,
-            None => match self.box_at(&inside) {
-                Some((box_id, snapshot)) => self.add_to_box(&box_id, snapshot, file.bytes),
-                None => Owner::by_place(&inside),
-            },
+        let owner = match (layer, of_box) {
+            (Some(owner), _) => owner,
+            (None, Some((box_id, snapshot))) => self.add_to_box(&box_id, snapshot, file.bytes),
+            (None, None) => Owner::by_place(&inside),
         };
         *self.parts.entry(owner).or_default() += file.bytes;
     }
@@ -171,7 +172,8 @@ impl<'a> Walk<'a> {
             .unwrap_or_else(|| Path::new("images").to_owned())
     }
 
-    /// Returns the box or the entry in whose directory a path lies, and the snapshot of it.
+    /// Returns the box or the entry with this path in its directory, and the snapshot's directory, if
+    /// the path is in one.
     fn box_at(&self, inside: &Path) -> Option<(String, Option<String>)> {
         let below = inside
             .strip_prefix("boxes")

@@ -24,6 +24,12 @@ pub(crate) struct OpenHome {
     pub is_read_only: bool,
 }
 
+impl Drop for OpenHome {
+    fn drop(&mut self) {
+        self.workspace.end();
+    }
+}
+
 impl OpenHome {
     /// Returns an open home with an empty workspace, whose directory is made when it is first
     /// needed.

@@ -15,7 +15,7 @@ use crate::files::listing::names_in;
 use crate::files::waiting_archive::{WaitingArchive, waiting_in};
 use crate::home::{Home, base_id, flock_exclusive};
 use crate::process::control::start_time;
-use crate::{Context, Result};
+use crate::{Context, Error, Result};
 
 /// Prefix of a workspace's name. Entries of `.boxlitefs/` without it are left alone.
 const PREFIX: &str = "work-";
@@ -205,7 +205,13 @@ fn is_owned(dir: &Path) -> bool {
 /// needed.
 pub struct Workspace {
     home: Arc<Home>,
-    own: Mutex<Option<OwnDirectory>>,
+    state: Mutex<WorkspaceState>,
+}
+
+enum WorkspaceState {
+    Unused,
+    Made(OwnDirectory),
+    Ended,
 }
 
 impl Workspace {
@@ -213,8 +219,14 @@ impl Workspace {
     pub fn new(home: Arc<Home>) -> Workspace {
         Workspace {
             home,
-            own: Mutex::new(None),
+            state: Mutex::new(WorkspaceState::Unused),
         }
+    }
+
+    /// Removes the directory, and makes none any more. Threads that make what nobody reads any more
+    /// may hold the workspace for a moment longer, and the process does not wait for them.
+    pub fn end(&self) {
+        *self.state.lock() = WorkspaceState::Ended;
     }
 
     /// Makes a file in the workspace and removes its name. The file disappears when it is closed.
@@ -274,15 +286,20 @@ impl Workspace {
     /// Returns the directory of the workspace. Makes it if it does not exist.
     ///
     /// # Errors
-    /// Those of making it.
+    /// ECANCELED once it has ended; those of making it.
     pub fn make(&self) -> Result<PathBuf> {
         retry_discards();
-        let mut own = self.own.lock();
-        let own = match &mut *own {
-            Some(own) => own,
-            none => none.insert(OwnDirectory::create(&self.home)?),
-        };
-        Ok(own.dir.clone())
+        let mut state = self.state.lock();
+        match &*state {
+            WorkspaceState::Made(own) => Ok(own.dir.clone()),
+            WorkspaceState::Ended => Err(Error::new(libc::ECANCELED, "boxlitefs is ending")),
+            WorkspaceState::Unused => {
+                let own = OwnDirectory::create(&self.home)?;
+                let dir = own.dir.clone();
+                *state = WorkspaceState::Made(own);
+                Ok(dir)
+            }
+        }
     }
 }
 
@@ -291,6 +308,25 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::home::init_home;
+
+    #[test]
+    fn a_workspace_that_ended_is_gone_though_a_thread_still_holds_it() {
+        let place = tempfile::tempdir().unwrap();
+        let root = init_home(&place.path().join("home")).unwrap();
+        let home = Arc::new(Home::open(&root).unwrap());
+        let workspace = Arc::new(Workspace::new(home));
+        let held = workspace.clone();
+        let dir = workspace.make().unwrap();
+        assert!(dir.is_dir());
+
+        workspace.end();
+
+        assert!(!dir.exists());
+        assert_eq!(held.make().unwrap_err().errno(), libc::ECANCELED);
+        let left = abandoned(dir.parent().unwrap());
+        assert!(left.is_empty(), "{left:?}");
+    }
 
     #[test]
     fn a_workspace_of_a_dead_process_is_abandoned_even_if_its_pid_is_reused() {
